@@ -1,0 +1,49 @@
+# Every target works alone on a fresh clone: what it needs is built first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+CHECKED := flwr_smartsplit simulations
+
+# One thread: sums in a different order differ in their last bits.
+export OMP_NUM_THREADS = 1
+export MKL_NUM_THREADS = 1
+# Without an address, Ray joins any cluster it finds on the machine.
+export RAY_ADDRESS = local
+export RAY_USAGE_STATS_ENABLED = 0
+# Under `uv run make`, Ray would copy the whole folder, .venv too, to each worker.
+export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install simulate test lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv and install the package for development
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@
+
+simulate: $(INSTALLED) ## Run the quickstart simulation (ARGS="..." is passed on)
+	$(BIN)/python -m simulations run quickstart $(ARGS)
+
+test: lint ## Check everything, then run the tests (ARGS="-m slow" goes to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## Check format, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy --strict $(CHECKED)
+
+format: $(INSTALLED) ## Format the code and repair what can be repaired
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## Remove .venv, caches and everything that was built or run
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""Train one shared model across devices too small to hold it, under Flower.
+
+The names below are all of the public interface. They are loaded when they are first
+used, so that importing the package brings in neither Ray nor Flower.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flwr_smartsplit.flower.client_app import build_client_app
+    from flwr_smartsplit.flower.numpy_client import SmartSplitNumPyClient
+    from flwr_smartsplit.flower.strategy import SmartSplit
+    from flwr_smartsplit.model.chain import Chain
+    from flwr_smartsplit.model.costs import profile_chain
+    from flwr_smartsplit.model.memory import memory_cap
+    from flwr_smartsplit.policy.predict import predicted_peak_bytes
+    from flwr_smartsplit.runtime.ray_edge import RayEdge
+    from flwr_smartsplit.task import Task
+    from flwr_smartsplit.types import Route
+
+__all__ = [
+    "Chain",
+    "RayEdge",
+    "Route",
+    "SmartSplit",
+    "SmartSplitNumPyClient",
+    "Task",
+    "build_client_app",
+    "memory_cap",
+    "predicted_peak_bytes",
+    "profile_chain",
+]
+
+_HOMES = {
+    "Chain": "model.chain",
+    "RayEdge": "runtime.ray_edge",
+    "Route": "types",
+    "SmartSplit": "flower.strategy",
+    "SmartSplitNumPyClient": "flower.numpy_client",
+    "Task": "task",
+    "build_client_app": "flower.client_app",
+    "memory_cap": "model.memory",
+    "predicted_peak_bytes": "policy.predict",
+    "profile_chain": "model.costs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,109 @@
+"""The exceptions of the package, split by what the reader can do about them.
+
+::
+
+    SmartSplitError
+    ├── InvalidRoute          the route does not fit the chain: choose another cut
+    ├── NotSplittable         the model cannot be read as a chain: change the model
+    ├── InvalidTask           the task's functions or examples do not fit together
+    ├── NoFeasibleRoute       no route fits a budget: more memory or a smaller batch
+    ├── MemoryCapExceeded     a step went over its cap: tighter plan or earlier cut
+    ├── RefusedReply          one client's reply cannot be merged: look at that client
+    └── EdgeError             something between a device and its edge
+        ├── EdgeUnreachable       the edge does not answer: wait, or use another
+        ├── StaleSession          the edge restarted or closed the session: start over
+        ├── OutOfOrderStep        a step was skipped or changed: the session is lost
+        ├── StateNotHeld          the edge lacks a global state: send it again
+        ├── RefusedTail           a tail cannot be sealed: its client sits out
+        └── SpillLost             sealed tails are gone: their clients are dropped
+
+Every exception carries its numbers as attributes and survives pickling, since
+it may travel from an edge to a device.
+"""
+
+
+class SmartSplitError(Exception):
+    """Base of every error this package raises.
+
+    Parameters
+    ----------
+    message : str
+        What happened, against what, and what to do next.
+    **facts : object
+        The numbers and names behind the message, kept as attributes.
+    """
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.__dict__.update(facts)
+
+
+class InvalidRoute(SmartSplitError):
+    """A route that cannot be laid along a chain."""
+
+
+class NotSplittable(SmartSplitError):
+    """A model that cannot be read as a chain of units."""
+
+
+class InvalidTask(SmartSplitError):
+    """A task whose functions or examples do not fit together."""
+
+
+class NoFeasibleRoute(SmartSplitError):
+    """No route fits the budget; carries ``needed_bytes`` and ``budget_bytes``."""
+
+    needed_bytes: int
+    budget_bytes: int
+
+
+class MemoryCapExceeded(SmartSplitError):
+    """Live tensors went over the cap; carries the numbers at that operator.
+
+    Attributes
+    ----------
+    live_bytes, budget_bytes : int
+        What was alive after the operator, and what was allowed.
+    operator : str
+        The operator that crossed the cap.
+    """
+
+    live_bytes: int
+    budget_bytes: int
+    operator: str
+
+
+class RefusedReply(SmartSplitError):
+    """A reply that must not be merged; ``kind`` says why in one word."""
+
+    kind: str
+
+
+class EdgeError(SmartSplitError):
+    """Base of what can go wrong between a device and its edge."""
+
+
+class EdgeUnreachable(EdgeError):
+    """The edge does not answer, or is being restarted."""
+
+
+class StaleSession(EdgeError):
+    """The session is unknown to this incarnation of the edge."""
+
+
+class OutOfOrderStep(EdgeError):
+    """A step arrived that is neither the next one nor a repetition of the last."""
+
+
+class StateNotHeld(EdgeError):
+    """The edge holds no global state under the digest asked for."""
+
+
+class RefusedTail(EdgeError):
+    """A tail that must not be sealed: not finite, or not stepped as often as said."""
+
+
+class SpillLost(EdgeError):
+    """Sealed tails that are gone or changed; ``sessions`` names them."""
+
+    sessions: tuple[str, ...]

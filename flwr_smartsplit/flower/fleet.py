@@ -1,0 +1,121 @@
+"""Fleet: which client sits behind which node, and what it says of itself.
+
+Flower's node ids are random in every run, so everything else goes by client_key.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from flwr_smartsplit.errors import RefusedReply
+from flwr_smartsplit.flower.records import (
+    LEGACY,
+    Dialect,
+    profile_from_content,
+    profile_request,
+)
+from flwr_smartsplit.types import DeviceProfile, Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One known client: its node, how to talk to it, and its profile."""
+
+    node_id: int
+    dialect: Dialect
+    profile: DeviceProfile
+
+
+class Fleet:
+    """Ask every new node who it is, and remember the answer.
+
+    Parameters
+    ----------
+    dialect : Dialect
+        The Message API's dialect; nodes that do not understand it are asked as
+        ``NumPyClient`` apps.
+    timeout_seconds : float
+        How long to wait for the answers.
+    """
+
+    def __init__(self, dialect: Dialect, *, timeout_seconds: float) -> None:
+        self._dialects = [dialect, LEGACY]
+        self._timeout_seconds = timeout_seconds
+        self._by_node: dict[int, Member] = {}
+
+    def members(
+        self, grid: Grid, node_ids: Iterable[int]
+    ) -> tuple[dict[str, Member], list[Failure]]:
+        """List the clients behind these nodes by client_key, and who did not answer.
+
+        Returns
+        -------
+        members : dict[str, Member]
+            In client_key order.
+        failures : list[Failure]
+            Nodes without a usable answer; they are asked again next time.
+        """
+        present = list(node_ids)
+        unknown = [node for node in present if node not in self._by_node]
+        failures: list[Failure] = []
+        # One node first: most fleets speak one dialect, and a wrong one is an error
+        # in the client's log.
+        for group in (unknown[:1], unknown[1:]):
+            failures += self._ask(grid, group)
+        members: dict[str, Member] = {}
+        for node in present:
+            member = self._by_node.get(node)
+            if member is None:
+                continue
+            key = member.profile.client_key
+            if key in members:
+                failures.append(_twice(key, node, members[key].node_id))
+            else:
+                members[key] = member
+        return dict(sorted(members.items())), failures
+
+    def _ask(self, grid: Grid, node_ids: list[int]) -> list[Failure]:
+        """Ask in each dialect whoever has not answered yet."""
+        causes = dict.fromkeys(node_ids, "no answer")
+        for dialect in tuple(self._dialects):
+            if not causes:
+                break
+            requests = [
+                Message(
+                    profile_request(dialect),
+                    message_type=dialect.profile_type,
+                    dst_node_id=node,
+                )
+                for node in causes
+            ]
+            for reply in grid.send_and_receive(requests, timeout=self._timeout_seconds):
+                self._note(reply, dialect, causes)
+        return [
+            Failure(client_key=f"node {node}", kind="failed", cause=cause)
+            for node, cause in causes.items()
+        ]
+
+    def _note(self, reply: Message, dialect: Dialect, causes: dict[int, str]) -> None:
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            causes[node] = f"the profile request failed: {reply.error.reason}"
+            return
+        try:
+            profile = profile_from_content(reply.content)
+        except RefusedReply as error:
+            causes[node] = str(error)
+            return
+        self._by_node[node] = Member(node, dialect, profile)
+        causes.pop(node, None)
+        self._dialects.sort(key=lambda known: known is not dialect)
+
+
+def _twice(key: str, node: int, other: int) -> Failure:
+    return Failure(
+        client_key=key,
+        kind="duplicate",
+        cause=f"nodes {other} and {node} both call themselves client {key!r}; node "
+        f"{node} is left out. Give every client a client_key of its own.",
+    )

@@ -1,0 +1,187 @@
+"""SmartSplitNumPyClient: the on-device manager as a Flower ``NumPyClient``."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy.typing as npt
+from flwr.client import NumPyClient
+
+from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
+from flwr_smartsplit.flower.records import (
+    Arrays,
+    Scalar,
+    metrics_of,
+    plan_from_config,
+    profile_to_scalars,
+    reply_to_scalars,
+)
+from flwr_smartsplit.model.building import build_chain
+from flwr_smartsplit.runtime.training import (
+    Conditions,
+    Loader,
+    Outcome,
+    evaluate_locally,
+    train_locally,
+)
+from flwr_smartsplit.runtime.transport import Edge, Transport
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import ClientPlan, DeviceProfile, Route, StepReport
+
+_WEIGHT = "num-examples"
+
+
+class SmartSplitNumPyClient(NumPyClient):
+    """Train the front of a model on a device, under a memory cap.
+
+    Works under ``SmartSplit``, as it is or through ``build_client_app``. Under a
+    stock Flower strategy, which sends no plan, it trains the whole model without
+    a cap.
+
+    Parameters
+    ----------
+    task : Task
+        Model, loss and optimizer.
+    train_loader, eval_loader : Iterable
+        Batches ``(inputs, targets)``; they are iterated anew each round.
+    client_key : str
+        A name that stays the same from round to round and run to run: the partition
+        id in simulation, a configured name in deployment.
+    budget_bytes : int, optional
+        What this device's tensors may take; None means no limit.
+    edges : Sequence[Edge]
+        The edges this client can reach, such as ``(RayEdge(),)``.
+    num_examples, batch_size : int, optional
+        Read off ``train_loader`` (a ``DataLoader``) if not given.
+    local_epochs : int
+        Passes over the training loader in each round.
+    meter_every : int
+        The first two steps are metered, then one in so many; 1 meters every step.
+    """
+
+    def __init__(  # noqa: PLR0913 - one argument per thing a client owns
+        self,
+        task: Task,
+        train_loader: Loader,
+        eval_loader: Loader | None = None,
+        *,
+        client_key: str,
+        budget_bytes: int | None = None,
+        edges: Sequence[Edge] = (),
+        num_examples: int | None = None,
+        batch_size: int | None = None,
+        local_epochs: int = 1,
+        meter_every: int = 50,
+    ) -> None:
+        if budget_bytes is not None and budget_bytes < 0:
+            raise ValueError(
+                f"client {client_key!r}: budget_bytes is {budget_bytes}; give bytes "
+                "of at least 0, or None for no limit."
+            )
+        self.task = task
+        self.train_loader = train_loader
+        self.eval_loader = eval_loader
+        self._edges = {edge.name: edge for edge in edges}
+        self.profile = DeviceProfile(
+            client_key=client_key,
+            budget_bytes=budget_bytes,
+            num_examples=_size(train_loader, num_examples),
+            batch_size=_batch_size(train_loader, batch_size),
+        )
+        self._conditions = Conditions(
+            task=task,
+            connect=self._connect,
+            meter_every=meter_every,
+            local_epochs=local_epochs,
+        )
+
+    def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
+        """Do this client's part of a training round."""
+        outcome = train_locally(plan, state, self.train_loader, self._conditions)
+        if not plan.route.cuts and outcome.state:
+            # A stock strategy wants every name back, also those no unit uses.
+            return replace(outcome, state={**state, **outcome.state})
+        return outcome
+
+    def test(self, plan: ClientPlan, state: Arrays) -> StepReport:
+        """Do this client's part of an evaluation round."""
+        loader = self.train_loader if self.eval_loader is None else self.eval_loader
+        return evaluate_locally(plan, state, loader, self._conditions)
+
+    def plan_for(self, config: Any) -> ClientPlan:
+        """Read the plan that came along, or make the one a stock strategy implies."""
+        plan = plan_from_config(config)
+        if plan is None:
+            plan = ClientPlan(
+                client_key=self.profile.client_key,
+                round_number=int(config.get("server-round", 0)),
+                route=Route.whole(),
+                seed=0,
+                edge_addresses={},
+            )
+        return plan
+
+    def device_names(self, plan: ClientPlan) -> tuple[str, ...]:
+        """Name the state of this client's device segments, in the model's order."""
+        chain = build_chain(self.task)
+        return chain.state_names(0, plan.route.legs(len(chain))[0].stop)
+
+    # --- NumPyClient --------------------------------------------------------------
+
+    def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
+        """Tell the strategy what it needs to plan for this client."""
+        del config
+        return profile_to_scalars(self.profile)
+
+    def fit(
+        self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
+    ) -> tuple[list[npt.NDArray[Any]], int, dict[str, Scalar]]:
+        """Train, as Flower's legacy API asks for it."""
+        plan = self.plan_for(config)
+        names = self.device_names(plan)
+        outcome = self.train(plan, dict(zip(names, parameters, strict=True)))
+        scalars = {
+            **metrics_of(outcome.report, _WEIGHT),
+            **reply_to_scalars(plan, outcome.report, outcome.receipts),
+        }
+        arrays = [outcome.state[name] for name in names if name in outcome.state]
+        return arrays, outcome.report.num_examples, scalars
+
+    def evaluate(
+        self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
+    ) -> tuple[float, int, dict[str, Scalar]]:
+        """Evaluate along the route, as Flower's legacy API asks for it."""
+        plan = self.plan_for(config)
+        names = self.device_names(plan)
+        report = self.test(plan, dict(zip(names, parameters, strict=True)))
+        scalars = {**metrics_of(report, _WEIGHT), **reply_to_scalars(plan, report)}
+        return report.loss, report.num_examples, scalars
+
+    def _connect(self, place: str, address: str) -> Transport:
+        if place not in self._edges:
+            raise EdgeUnreachable(
+                f"client {self.profile.client_key!r} knows no edge {place!r}, only "
+                f"{sorted(self._edges)}: give it the strategy's edges."
+            )
+        return self._edges[place].connect(address)
+
+
+def _size(loader: Any, given: int | None) -> int:
+    dataset: Any = getattr(loader, "dataset", None)
+    if given is None and hasattr(dataset, "__len__"):
+        return len(dataset)
+    if given is None:
+        raise InvalidTask(
+            "the training loader does not say how many examples it has: give "
+            "num_examples."
+        )
+    return given
+
+
+def _batch_size(loader: Any, given: int | None) -> int:
+    size = getattr(loader, "batch_size", None) if given is None else given
+    if size is None:
+        raise InvalidTask(
+            "the training loader does not say its batch size: give batch_size."
+        )
+    return int(size)

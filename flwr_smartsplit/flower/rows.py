@@ -1,0 +1,122 @@
+"""Journal rows: what one client, and one round, came to.
+
+The names of sums are those of Flower's own benchmark where it has them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from flwr_smartsplit.flower.dispatch import Dispatch
+from flwr_smartsplit.policy.rounds import NOT_SAMPLED
+from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure
+
+Row = dict[str, object]
+
+
+def client_rows(
+    dispatch: Dispatch,
+    accepted: Mapping[str, ClientReply],
+    failures: Sequence[Failure],
+) -> Iterator[Row]:
+    """Make one row for every client that was sent something, and every stray reply."""
+    for key, reply in accepted.items():
+        yield _row(dispatch, key) | _measured(reply) | {"status": "accepted"}
+    for failure in failures:
+        row = _row(dispatch, failure.client_key)
+        yield row | {"status": failure.kind, "cause": failure.cause}
+
+
+def skipped_row(
+    profile: DeviceProfile, reason: str, round_number: int, phase: str
+) -> Row:
+    """Make the row of a client that was not chosen."""
+    return {
+        "kind": "client",
+        "phase": phase,
+        "round": round_number,
+        "client_key": profile.client_key,
+        "status": "not_sampled" if reason == NOT_SAMPLED else "sat_out",
+        "cause": reason,
+        "budget_bytes": profile.budget_bytes,
+        "num_examples": profile.num_examples,
+    }
+
+
+def failure_row(failure: Failure, round_number: int, phase: str) -> Row:
+    """Make the row of something that went wrong before anything was sent."""
+    return {
+        "kind": "client",
+        "phase": phase,
+        "round": round_number,
+        "client_key": failure.client_key,
+        "status": failure.kind,
+        "cause": failure.cause,
+    }
+
+
+def round_row(
+    dispatch: Dispatch,
+    accepted: Mapping[str, ClientReply],
+    *,
+    edge_state_bytes: int,
+    seconds: float,
+    aggregation_seconds: float,
+) -> Row:
+    """Make the row of one training round.
+
+    Parameters
+    ----------
+    edge_state_bytes : int
+        What went between the strategy and its edges in this round.
+    seconds, aggregation_seconds : float
+        Wall-clock time of the round, and of settling it.
+    """
+    messages = sum(sent.num_bytes for sent in dispatch.sent.values())
+    messages += sum(dispatch.received_bytes.values())
+    boundaries = sum(
+        reply.report.sent_bytes + reply.report.received_bytes
+        for reply in accepted.values()
+    )
+    return {
+        "kind": "round",
+        "round": dispatch.round_number,
+        "selected": len(dispatch.sent),
+        "accepted": len(accepted),
+        "edge_state_bytes": edge_state_bytes,
+        "comm_bytes_total": messages + boundaries + edge_state_bytes,
+        "round_wall_clock_sec": seconds,
+        "server_aggregation_time_sec": aggregation_seconds,
+    }
+
+
+def _row(dispatch: Dispatch, key: str) -> Row:
+    row: Row = {
+        "kind": "client",
+        "phase": "train" if dispatch.is_train else "evaluate",
+        "round": dispatch.round_number,
+        "client_key": key,
+    }
+    sent = dispatch.sent.get(key)
+    if sent is not None:
+        row |= {
+            "route": str(sent.plan.route),
+            "budget_bytes": sent.plan.budget_bytes,
+            "predicted_peak_bytes": sent.predicted_peak_bytes,
+            "bytes_down": sent.num_bytes,
+            "bytes_up": dispatch.received_bytes.get(key, 0),
+        }
+    return row
+
+
+def _measured(reply: ClientReply) -> Row:
+    report = reply.report
+    return {
+        "peak_bytes": report.peak_bytes,
+        "num_examples": report.num_examples,
+        "num_steps": report.num_steps,
+        "num_threads": report.num_threads,
+        "loss": report.loss,
+        "edge_bytes_up": report.sent_bytes,
+        "edge_bytes_down": report.received_bytes,
+        "seconds": report.seconds,
+        **report.metrics,
+    }

@@ -1,0 +1,134 @@
+"""Chain: a model as ordered, named units that can be run in any contiguous part.
+
+It knows names and order only; what units cost stands in ``costs``, where they run
+in ``runtime``.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Self
+
+from torch import Tensor, nn
+
+from flwr_smartsplit.errors import InvalidRoute, NotSplittable
+from flwr_smartsplit.model.segment import Segment, Unit
+from flwr_smartsplit.model.tracing import trace_units
+
+
+class Chain:
+    """An ``nn.Module`` as a chain of units.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model the units belong to.
+    units : Sequence[Unit]
+        Its units, in order.
+    example_inputs : tuple[Tensor, ...]
+        One batch of inputs; only shapes and dtypes matter.
+    refusals : dict[str, str]
+        For each single-tensor place that must not be cut, the reason.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> chain = Chain.from_module(model, torch.zeros(1, 4))
+    >>> chain.unit_names
+    ('0', '1', '2')
+    >>> list(chain.segment(1, 3).state_dict())
+    ['2.weight', '2.bias']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        example_inputs: tuple[Tensor, ...],
+        *,
+        refusals: dict[str, str],
+    ) -> None:
+        self.model = model
+        self.units = tuple(units)
+        self.example_inputs = example_inputs
+        self.refusals = refusals
+
+    @classmethod
+    def from_module(
+        cls, model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]
+    ) -> Self:
+        """Read a model as a chain; its parameters may be on meta.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Any module that torch.fx can trace.
+        example_inputs : Tensor or tuple[Tensor, ...]
+            One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
+
+        Raises
+        ------
+        NotSplittable
+            If torch.fx cannot trace the model, or a module uses a name twice.
+        """
+        if not isinstance(example_inputs, tuple):
+            example_inputs = (example_inputs,)
+        units, refusals = trace_units(model, example_inputs)
+        return cls(model, units, example_inputs, refusals=refusals)
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """The units' names, in order; each is used once."""
+        return tuple(unit.name for unit in self.units)
+
+    def __len__(self) -> int:
+        """Count the units."""
+        return len(self.units)
+
+    def segment(self, start: int, stop: int) -> Segment:
+        """Take units ``[start, stop)``, sharing the model's own modules.
+
+        Its ``state_dict`` uses the model's names, whatever the cut.
+
+        Raises
+        ------
+        InvalidRoute
+            If the range is empty or outside the chain.
+        """
+        if not 0 <= start < stop <= len(self):
+            raise InvalidRoute(
+                f"units [{start}, {stop}) are not a part of a chain of {len(self)} "
+                f"units: choose 0 <= start < stop <= {len(self)}."
+            )
+        return Segment(self.units[start:stop], start, self.model)
+
+    def own_segment(self, start: int, stop: int) -> Segment:
+        """Copy units ``[start, stop)``, so that their modules are nobody else's."""
+        return copy.deepcopy(self.segment(start, stop))
+
+    def state_names(self, start: int, stop: int) -> tuple[str, ...]:
+        """Name the state of units ``[start, stop)`` in the model's own order.
+
+        Names that no unit uses belong to the whole model only.
+        """
+        everything = tuple(self.model.state_dict())
+        if (start, stop) == (0, len(self)):
+            return everything
+        names = set(self.segment(start, stop).state_dict())
+        return tuple(name for name in everything if name in names)
+
+    def require_cuts(self) -> None:
+        """Raise if the model cannot be cut anywhere, and say why.
+
+        Raises
+        ------
+        NotSplittable
+            If the chain has a single unit.
+        """
+        if len(self) > 1:
+            return
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.refusals.items())
+        raise NotSplittable(
+            f"{type(self.model).__name__} cannot be cut anywhere: "
+            f"{reasons or 'no place has a single live tensor'}."
+        )

@@ -1,0 +1,219 @@
+"""Why a place in a model can or cannot be cut.
+
+A place is a node of the model's graph after which one tensor is all that is still
+needed. A dry run under fake tensors finds out what every operation does: which
+storages it writes, whether it draws random numbers, whether its value needs a
+gradient. Guessing from names would miss functional and user-written operations.
+"""
+
+import copy
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.model.dry_run import fake_batch, make_fake
+from flwr_smartsplit.model.segment import Segment, Unit
+
+
+@dataclass
+class NodeFacts:
+    """What the dry run saw of one node of a graph."""
+
+    value: Any = None
+    written: set[int] = field(default_factory=set)
+    is_random: bool = False
+
+
+class _Recorder(TorchDispatchMode):
+    """Note the storages that operators write, and the random operators."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.facts = NodeFacts()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator and note what it is declared to do."""
+        kwargs = kwargs or {}
+        given = itertools.zip_longest(func._schema.arguments, args)
+        for argument, value in given:
+            if argument is None or argument.alias_info is None:
+                continue
+            if argument.alias_info.is_write:
+                named = kwargs.get(argument.name) if value is None else value
+                self.facts.written |= _storages(named)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.facts.is_random = True
+        return func(*args, **kwargs)
+
+
+class _FactFinder(fx.Interpreter):
+    """Run a graph node by node and keep the facts of each."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, recorder: _Recorder) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.recorder = recorder
+        self.facts: dict[fx.Node, NodeFacts] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and keep what the recorder saw."""
+        self.recorder.facts = self.facts[n] = NodeFacts()
+        value = super().run_node(n)
+        self.facts[n].value = value
+        return value
+
+
+def find_facts(
+    model: nn.Module, graph: fx.Graph, example_inputs: tuple[Tensor, ...]
+) -> dict[fx.Node, NodeFacts]:
+    """Run a graph under fake tensors and see what each of its nodes does.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model the graph was traced from; it is not touched.
+    graph : fx.Graph
+        Its graph in training mode.
+    example_inputs : tuple[Tensor, ...]
+        One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
+
+    Raises
+    ------
+    InvalidTask
+        If the model does not run on the example inputs.
+    """
+    reads = tuple({str(n.target) for n in graph.nodes if reads_model(n)})
+    everything = Unit("", _identity, _identity, reads, False)
+    root = copy.deepcopy(Segment([everything], 0, model)).train()
+    mode = FakeTensorMode()
+    make_fake(root, mode)
+    recorder = _Recorder()
+    finder = _FactFinder(root, graph, recorder)
+    # Two examples, since BatchNorm refuses to train on one value per channel.
+    inputs = fake_batch(example_inputs, mode, batch_size=2)
+    try:
+        with mode, recorder, torch.enable_grad():
+            finder.run(*inputs)
+    except Exception as error:
+        shapes = [tuple(example.shape) for example in example_inputs]
+        raise InvalidTask(
+            f"{type(model).__name__} cannot run on example inputs of shape {shapes}: "
+            f"{str(error).splitlines()[0]} Give example inputs that the model accepts.",
+            shapes=shapes,
+        ) from error
+    return finder.facts
+
+
+def _identity(root: nn.Module, value: Any) -> Any:
+    del root
+    return value
+
+
+def reads_model(node: fx.Node) -> bool:
+    """Say whether a node reads a module, parameter or constant of the model."""
+    return node.op in ("call_module", "get_attr")
+
+
+def single_live_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """List the nodes after which their own value is all that is still needed.
+
+    Parameters and constants are read where they are used, so they do not count.
+    """
+    nodes = list(graph.nodes)
+    last_use: dict[fx.Node, int] = {}
+    for index, node in enumerate(nodes):
+        for source in node.all_input_nodes:
+            last_use[source] = index
+    places, live = [], set()
+    for index, node in enumerate(nodes[:-1]):
+        if node.op != "get_attr":
+            live.add(node)
+        live = {n for n in live if last_use.get(n, -1) > index}
+        ends_model = set(node.users) == {nodes[-1]}
+        if node.op not in ("placeholder", "get_attr") and live == {node}:
+            if not ends_model:
+                places.append(node)
+    return places
+
+
+def admissible_cuts(
+    model: nn.Module,
+    graph: fx.Graph,
+    facts: dict[fx.Node, NodeFacts],
+) -> tuple[list[fx.Node], dict[str, str]]:
+    """Keep the places that can be cut without changing a number.
+
+    Returns
+    -------
+    cuts : list[fx.Node]
+        The nodes whose value may be a boundary, in order.
+    refusals : dict[str, str]
+        For each other place with a single live value, the reason.
+    """
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    position = {node: index for index, node in enumerate(nodes)}
+    owned = [_tensors_of(model, node) for node in nodes]
+    kept, refusals = [], {}
+    for node in single_live_nodes(graph):
+        after = position[node] + 1
+        reason = _refusal(node, nodes[after:], facts) or _tied(
+            set().union(*owned[:after]), set().union(*owned[after:])
+        )
+        if reason:
+            refusals[node.name] = reason
+        else:
+            kept.append(node)
+    return kept, refusals
+
+
+def _refusal(
+    node: fx.Node, later: list[fx.Node], facts: dict[fx.Node, NodeFacts]
+) -> str | None:
+    """Say why the value of ``node`` must not be a boundary, if so."""
+    value = facts[node].value
+    if not isinstance(value, Tensor):
+        return f"its value is a {type(value).__name__}, not one tensor"
+    if not value.requires_grad:
+        return "nothing before it can be trained"
+    storages = _storages(value)
+    for other in later:
+        if facts[other].written & storages:
+            return f"{other.name} writes into it, or a view of it, in place"
+    return None
+
+
+def _tied(before: set[int], after: set[int]) -> str | None:
+    if before & after:
+        return "a parameter or buffer is used on both sides of it"
+    return None
+
+
+def _tensors_of(model: nn.Module, node: fx.Node) -> set[int]:
+    """Identify the parameters and buffers a node reads."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return {id(t) for t in (*module.parameters(), *module.buffers())}
+    if node.op == "get_attr":
+        path, _, name = str(node.target).rpartition(".")
+        return {id(getattr(model.get_submodule(path), name))}
+    return set()
+
+
+def _storages(value: Any) -> set[int]:
+    return {
+        leaf.untyped_storage()._cdata
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor)
+    }

@@ -1,0 +1,117 @@
+"""Which replies may be merged. One refused reply touches nothing else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flwr_smartsplit.errors import RefusedReply
+from flwr_smartsplit.types import ClientReply, Expectation, Status
+
+State = Mapping[str, npt.NDArray[Any]]
+
+
+def check_reply(
+    reply: ClientReply,
+    *,
+    round_number: int,
+    expected: Mapping[str, Expectation],
+    accepted: Mapping[str, ClientReply],
+    current: State,
+) -> None:
+    """Make sure that a reply can be merged.
+
+    Parameters
+    ----------
+    reply : ClientReply
+        What came.
+    round_number : int
+        The round being settled.
+    expected : Mapping[str, Expectation]
+        What each chosen client has to send.
+    accepted : Mapping[str, ClientReply]
+        The replies accepted so far.
+    current : Mapping[str, ndarray]
+        The global state, for shapes and dtypes.
+
+    Raises
+    ------
+    RefusedReply
+        With ``kind`` one of late, duplicate, refused, out_of_memory, edge_failed.
+    """
+    key = reply.client_key
+    if reply.round_number != round_number:
+        raise _refused(
+            "late",
+            f"client {key!r} answers round {reply.round_number} in round "
+            f"{round_number}: raise the timeout or give it less work.",
+        )
+    if key not in expected:
+        raise _refused("refused", f"client {key!r} was not chosen in this round.")
+    if key in accepted:
+        raise _refused("duplicate", f"client {key!r} has answered already.")
+    if reply.report.status is not Status.OK:
+        raise _refused(reply.report.status.value, reply.report.message)
+    _check_state(reply, expected[key], current)
+    _check_receipts(reply, expected[key])
+
+
+def _check_state(reply: ClientReply, expectation: Expectation, current: State) -> None:
+    key, state = reply.client_key, reply.state
+    if reply.report.num_examples < 1:
+        raise _refused(
+            "refused",
+            f"client {key!r} trained on {reply.report.num_examples} examples: a "
+            "weight must be at least 1.",
+        )
+    missing = sorted(expectation.device_names - state.keys())
+    surplus = sorted(state.keys() - expectation.device_names)
+    if missing or surplus:
+        raise _refused(
+            "refused",
+            f"client {key!r} must send the state of its own segments and nothing "
+            f"else: missing {missing}, surplus {surplus}.",
+        )
+    for name, array in state.items():
+        wanted = current[name]
+        if array.shape != wanted.shape or array.dtype != wanted.dtype:
+            raise _refused(
+                "refused",
+                f"client {key!r} sends {name} as {array.dtype}{array.shape}, the "
+                f"model has {wanted.dtype}{wanted.shape}.",
+            )
+        if not np.isfinite(array).all():
+            raise _refused(
+                "refused", f"client {key!r} sends values of {name} that are not finite."
+            )
+
+
+def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:
+    key = reply.client_key
+    receipts = {receipt.place: receipt for receipt in reply.receipts}
+    if receipts.keys() != expectation.tails.keys():
+        raise _refused(
+            "refused",
+            f"client {key!r} must bring a receipt of {sorted(expectation.tails)}, "
+            f"it brings {sorted(receipts)}: a tail that is not sealed is not merged.",
+        )
+    for place, tail in expectation.tails.items():
+        receipt = receipts[place]
+        if receipt.session != tail.session or set(receipt.names) != tail.names:
+            raise _refused(
+                "refused",
+                f"client {key!r} brings a receipt for session {receipt.session} with "
+                f"{len(receipt.names)} names; {tail.session} with {len(tail.names)} "
+                "was expected.",
+            )
+        if receipt.num_steps != reply.report.num_steps:
+            raise _refused(
+                "refused",
+                f"client {key!r} did {reply.report.num_steps} steps, its tail at "
+                f"{place!r} did {receipt.num_steps}.",
+            )
+
+
+def _refused(kind: str, message: str) -> RefusedReply:
+    return RefusedReply(message, kind=kind)

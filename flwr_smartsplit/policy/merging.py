@@ -1,0 +1,106 @@
+"""The weighted mean of model states, the same whatever order or place it is made in.
+
+Every merge, on the server and on an edge, goes through these functions. Sums are
+kept as two float64 numbers (value and rounding error), so that adding a tail's
+sum from an edge to the sums of whole clients gives the bits of one long sum; they
+are divided and cast once.
+
+References
+----------
+.. [1] McMahan et al., "Communication-Efficient Learning of Deep Networks from
+   Decentralized Data", AISTATS 2017, Algorithm 1 (FedAvg).
+.. [2] Knuth, "The Art of Computer Programming", vol. 2, 4.2.2 Theorem B (TwoSum).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """A sum of weighted arrays and of their weights.
+
+    Parameters
+    ----------
+    high, low : ndarray of float64
+        The sum, and what rounding took from it.
+    weight : int
+        Sum of the weights.
+    """
+
+    high: Floats
+    low: Floats
+    weight: int
+
+    @classmethod
+    def of(cls, array: Array, weight: int) -> "WeightedSum":
+        """Weigh one array; exact for float32 values and weights below 2**29."""
+        product = np.asarray(array, dtype=np.float64) * weight
+        return cls(product, np.zeros_like(product), weight)
+
+    def __add__(self, other: "WeightedSum") -> "WeightedSum":
+        """Add two sums and keep the rounding error (TwoSum)."""
+        high = self.high + other.high
+        virtual = high - self.high
+        error = (self.high - (high - virtual)) + (other.high - virtual)
+        return WeightedSum(
+            high, self.low + other.low + error, self.weight + other.weight
+        )
+
+    def mean(self, dtype: np.dtype[Any]) -> Array:
+        """Divide and cast once; integers are truncated, as ``load_state_dict`` does."""
+        mean = (self.high + self.low) / self.weight
+        if not np.issubdtype(dtype, np.floating):
+            mean = np.trunc(mean)
+        return np.asarray(mean.astype(dtype))
+
+
+Sums = Mapping[str, WeightedSum]
+
+
+def add_states(states: Iterable[tuple[Mapping[str, Array], int]]) -> Sums:
+    """Sum states name by name, each weighted, in the order given.
+
+    Parameters
+    ----------
+    states : Iterable[tuple[Mapping[str, ndarray], int]]
+        Arrays by name with the client's weight; an iterator may load them one by one.
+    """
+    return add_sums(
+        {name: WeightedSum.of(array, weight) for name, array in state.items()}
+        for state, weight in states
+    )
+
+
+def add_sums(parts: Iterable[Sums]) -> Sums:
+    """Add sums name by name; a name may be missing from some of them."""
+    total: dict[str, WeightedSum] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def merge(current: Mapping[str, Array], sums: Sums) -> dict[str, Array]:
+    """Replace every summed name of the current state by its weighted mean.
+
+    Names that nobody trained keep their value.
+
+    Examples
+    --------
+    >>> zero = {"w": np.zeros(2, np.float32)}
+    >>> one, four = {"w": np.float32([1, 1])}, {"w": np.float32([4, 8])}
+    >>> merge(zero, add_states([(one, 1), (four, 2)]))["w"]
+    array([3.       , 5.6666665], dtype=float32)
+    """
+    return {
+        name: sums[name].mean(array.dtype) if name in sums else array
+        for name, array in current.items()
+    }

@@ -1,0 +1,120 @@
+"""EdgePool: the strategy's side of all edges of a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.policy.merging import Sums
+from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.task import Task
+
+State = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass
+class _Link:
+    address: str
+    transport: wire.CountingTransport
+
+
+class EdgePool:
+    """Start edges, give them the round's state, settle with them, end them.
+
+    Parameters
+    ----------
+    edges : Sequence[Edge]
+        The edges clients may be routed to; their names must differ.
+    task : Task
+        What they build their segments from.
+    """
+
+    def __init__(self, edges: Sequence[wire.Edge], task: Task) -> None:
+        names = [edge.name for edge in edges]
+        if len(set(names)) != len(names):
+            raise ValueError(f"edges must have different names, not {names}.")
+        self._edges = {edge.name: edge for edge in edges}
+        self._task = task
+        self._links: dict[str, _Link] = {}
+
+    def prepare(self, digest: str, state: State) -> dict[str, str]:
+        """Make sure that the edges hold a state; start those that do not run.
+
+        Returns
+        -------
+        dict[str, str]
+            Addresses by name, of every edge that is ready.
+
+        Raises
+        ------
+        EdgeUnreachable
+            If there are edges, but none can be had.
+        """
+        problems = []
+        for name in self._edges:
+            try:
+                self._hold(name, digest, state)
+            except EdgeError as error:
+                self._links.pop(name, None)
+                problems.append(str(error))
+        if self._edges and not self._links:
+            raise EdgeUnreachable("no edge is ready: " + " ".join(problems))
+        return {name: link.address for name, link in self._links.items()}
+
+    def commit(
+        self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
+    ) -> Sums:
+        """Let one edge merge exactly these sessions.
+
+        Raises
+        ------
+        SpillLost
+            Naming the sessions it cannot merge.
+        EdgeError
+            If it cannot merge at all.
+        """
+        if place not in self._links:
+            raise EdgeUnreachable(f"edge {place!r} is not running.")
+        return (
+            self._links[place].transport.send(wire.Commit(round_number, entries)).sums
+        )
+
+    def release(self, round_number: int, keep_digest: str) -> None:
+        """Let the edges delete what the round left behind; a dead one has nothing."""
+        for link in self._links.values():
+            try:
+                link.transport.send(wire.Release(round_number, keep_digest))
+            except EdgeError:
+                continue
+
+    def stop(self) -> None:
+        """End every edge."""
+        for name, link in self._links.items():
+            self._edges[name].stop(link.address)
+        self._links.clear()
+
+    def traffic_bytes(self) -> int:
+        """Count what went between the strategy and its edges so far."""
+        return sum(
+            link.transport.sent_bytes + link.transport.received_bytes
+            for link in self._links.values()
+        )
+
+    def _hold(self, name: str, digest: str, state: State) -> None:
+        link = self._links.get(name)
+        if link is not None:
+            try:
+                self._send_state(link, digest, state)
+                return
+            except EdgeError:
+                self._edges[name].stop(link.address)
+        address = self._edges[name].start(self._task)
+        transport = wire.CountingTransport(self._edges[name].connect(address))
+        self._links[name] = _Link(address, transport)
+        self._send_state(self._links[name], digest, state)
+
+    def _send_state(self, link: _Link, digest: str, state: State) -> None:
+        if not link.transport.send(wire.IsHeld(digest)).is_held:
+            link.transport.send(wire.HoldState(digest, state))

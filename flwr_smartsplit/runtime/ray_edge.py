@@ -1,0 +1,184 @@
+"""RayEdge: an edge as a Ray actor. The only file that imports Ray.
+
+One actor serves many clients: an actor per client was measured to gain nothing.
+It asks Ray for no CPU, because Flower fills all of them with clients and would
+wait for ever. It never starts or joins a cluster itself: whoever runs the
+simulation or the deployment does.
+"""
+
+import shutil
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayTaskError,
+)
+
+from flwr_smartsplit.errors import EdgeUnreachable
+from flwr_smartsplit.runtime.edge import EdgeService
+from flwr_smartsplit.runtime.transport import ReplyT, Request
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import EDGE
+
+_NAMESPACE = "flwr_smartsplit"
+_PAUSE_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayEdge:
+    """An edge that runs as an actor of the Ray cluster this process belongs to.
+
+    Parameters
+    ----------
+    name : str
+        The place's name in routes.
+    max_concurrency : int
+        Requests served at the same time.
+    spill_dir : str, optional
+        Parent folder for held states and sealed tails; the system's temporary
+        folder by default.
+    patience_seconds : float
+        How long to wait for Ray to come up, or for a restarting edge.
+    timeout_seconds : float
+        How long one request may take.
+
+    Examples
+    --------
+    >>> RayEdge(name="berlin").name
+    'berlin'
+    """
+
+    name: str = EDGE
+    max_concurrency: int = 8
+    spill_dir: str | None = None
+    patience_seconds: float = 60.0
+    timeout_seconds: float = 600.0
+
+    def start(self, task: Task) -> str:
+        """Start the actor for one run, and return the name it is reached by.
+
+        Raises
+        ------
+        EdgeUnreachable
+            If this process does not get a Ray cluster in time.
+        """
+        deadline = time.monotonic() + self.patience_seconds
+        while not ray.is_initialized():
+            # Flower's simulation brings Ray up in another thread.
+            if time.monotonic() > deadline:
+                raise EdgeUnreachable(
+                    f"edge {self.name!r}: this process has no Ray cluster after "
+                    f"{self.patience_seconds:.0f} s. Run under Flower's simulation "
+                    "engine, or call ray.init() first."
+                )
+            time.sleep(_PAUSE_SECONDS)
+        address = f"{self.name}-{uuid.uuid4().hex[:12]}"
+        parent = Path(self.spill_dir or tempfile.gettempdir())
+        actor: Any = ray.remote(_EdgeActor).options(
+            name=address,
+            namespace=_NAMESPACE,
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=self.max_concurrency,
+        )
+        handle = actor.remote(task, str(parent / f"smartsplit-{address}"))
+        _keep_alive[address] = handle
+        ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
+        return address
+
+    def connect(self, address: str) -> "RayTransport":
+        """Reach the actor by its name.
+
+        Raises
+        ------
+        EdgeUnreachable
+            If this process is outside a Ray cluster, or the actor is gone.
+        """
+        if not ray.is_initialized():
+            raise EdgeUnreachable(
+                f"edge {address!r}: this process belongs to no Ray cluster. Call "
+                "ray.init(address=...) in it first."
+            )
+        try:
+            actor = ray.get_actor(address, namespace=_NAMESPACE)
+        except ValueError as error:
+            raise EdgeUnreachable(
+                f"edge {address!r} is not running in namespace {_NAMESPACE!r}: {error}"
+            ) from error
+        return RayTransport(actor, address, self)
+
+    def stop(self, address: str) -> None:
+        """End the actor and delete its files."""
+        handle = _keep_alive.pop(address, None)
+        if handle is None:
+            return
+        try:
+            ray.get(handle.clean_up.remote(), timeout=self.patience_seconds)
+        except (ActorDiedError, ActorUnavailableError, GetTimeoutError):
+            pass  # A dead actor has nothing left to clean.
+        ray.kill(handle, no_restart=True)
+
+
+_keep_alive: dict[str, Any] = {}
+"""The handles of this process's actors; Ray ends an actor with its last handle."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayTransport:
+    """Send requests to one actor; requests may be repeated, so it retries."""
+
+    actor: Any
+    address: str
+    edge: RayEdge
+
+    def send(self, request: Request[ReplyT]) -> ReplyT:
+        """Deliver the request and return its reply, or raise what the edge raised."""
+        deadline = time.monotonic() + self.edge.patience_seconds
+        while True:
+            try:
+                reply: ReplyT = ray.get(
+                    self.actor.handle.remote(request), timeout=self.edge.timeout_seconds
+                )
+            except RayTaskError as error:
+                raise error.cause from None
+            except ActorUnavailableError as error:
+                if time.monotonic() > deadline:
+                    raise self._unreachable(error) from error
+                time.sleep(_PAUSE_SECONDS)
+            except (ActorDiedError, GetTimeoutError) as error:
+                raise self._unreachable(error) from error
+            else:
+                return reply
+
+    def _unreachable(self, error: Exception) -> EdgeUnreachable:
+        return EdgeUnreachable(
+            f"edge {self.address!r} does not answer ({type(error).__name__}): its "
+            "unmerged sessions are lost; clients of other edges go on."
+        )
+
+
+class _EdgeActor:
+    """An ``EdgeService`` in a process of its own; each start is an incarnation."""
+
+    def __init__(self, task: Task, spill_dir: str) -> None:
+        self._folder = Path(spill_dir)
+        self._service = EdgeService(
+            task, spill_dir=self._folder, incarnation=uuid.uuid4().hex
+        )
+
+    def ready(self) -> bool:
+        return True
+
+    def handle(self, request: Request[ReplyT]) -> ReplyT:
+        return self._service.handle(request)
+
+    def clean_up(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,143 @@
+"""Sealed tails and held states on disk, so that memory follows who trains now.
+
+Files are in the safetensors format (no pickle), written whole or not at all. A
+tail counts only if its digest still fits.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flwr_smartsplit.errors import SpillLost, StateNotHeld
+from flwr_smartsplit.runtime.wire import state_digest
+
+State = Mapping[str, npt.NDArray[Any]]
+
+
+class Spill:
+    """One edge's folder of states and sealed tails.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files are; made if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def hold(self, digest: str, state: State) -> None:
+        """Keep a global state under its digest."""
+        _write(self._state_path(digest), state)
+
+    def holds(self, digest: str) -> bool:
+        """Say whether a global state is kept."""
+        return self._state_path(digest).exists()
+
+    def read_state(self, digest: str, names: tuple[str, ...]) -> State:
+        """Read some names of a held state.
+
+        Raises
+        ------
+        StateNotHeld
+            If the state is not here.
+        """
+        path = self._state_path(digest)
+        if not path.exists():
+            raise StateNotHeld(
+                f"no global state {digest[:12]} is held here: send HoldState first.",
+                digest=digest,
+            )
+        return _read(path, names)
+
+    def put_tail(self, session: str, round_number: int, state: State) -> str:
+        """Keep a sealed tail; return its digest."""
+        digest = state_digest(state)
+        _write(self._tail_path(session), state, {_ROUND: str(round_number)})
+        return digest
+
+    def verify(self, digests: Mapping[str, str]) -> None:
+        """Make sure that the tails of these sessions are here and unchanged.
+
+        Raises
+        ------
+        SpillLost
+            Naming every session whose tail is missing or changed.
+        """
+        lost = tuple(s for s, digest in digests.items() if not self._fits(s, digest))
+        if lost:
+            raise SpillLost(
+                f"sealed tails of {', '.join(lost)} are missing or changed: "
+                "drop these clients from the round.",
+                sessions=lost,
+            )
+
+    def read_tail(self, session: str) -> State:
+        """Read a sealed tail."""
+        return _read(self._tail_path(session))
+
+    def drop_tail(self, session: str) -> None:
+        """Delete a sealed tail, if there is one."""
+        self._tail_path(session).unlink(missing_ok=True)
+
+    def release(self, round_number: int, keep_digest: str) -> None:
+        """Delete the tails of this and earlier rounds, and all states but one."""
+        for path in self._folder.glob(f"*{_TAIL}"):
+            if _round_of(path) <= round_number:
+                path.unlink(missing_ok=True)
+        for path in self._folder.glob(f"*{_STATE}"):
+            if path != self._state_path(keep_digest):
+                path.unlink(missing_ok=True)
+
+    def disk_bytes(self) -> int:
+        """Add up the sizes of all files."""
+        return sum(path.stat().st_size for path in self._folder.iterdir())
+
+    def _fits(self, session: str, digest: str) -> bool:
+        try:
+            return state_digest(self.read_tail(session)) == digest
+        except (OSError, SafetensorError):
+            return False
+
+    def _state_path(self, digest: str) -> Path:
+        return self._folder / f"{quote(digest, safe='')}{_STATE}"
+
+    def _tail_path(self, session: str) -> Path:
+        return self._folder / f"{quote(session, safe='')}{_TAIL}"
+
+
+_STATE = ".state.safetensors"
+_TAIL = ".tail.safetensors"
+_ROUND = "round"
+
+
+def _read(path: Path, names: tuple[str, ...] | None = None) -> State:
+    with safe_open(path, framework="numpy") as archive:
+        names = tuple(archive.keys()) if names is None else names
+        return {name: archive.get_tensor(name) for name in names}
+
+
+def _round_of(path: Path) -> int:
+    with safe_open(path, framework="numpy") as archive:
+        return int(archive.metadata()[_ROUND])
+
+
+def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> None:
+    """Write a file so that it is there whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    save_file(dict(state), unfinished, metadata=dict(about or {}))
+    unfinished.replace(path)
+
+
+def iterate_tails(
+    spill: Spill, weights: Mapping[str, int]
+) -> Iterator[tuple[State, int]]:
+    """Read tails one by one with their weights, so that one is in memory at a time."""
+    for session, weight in weights.items():
+        yield spill.read_tail(session), weight

@@ -1,0 +1,340 @@
+"""One client's part of a round: a loader along its route, under its cap.
+
+Both Flower APIs call these two functions; neither knows that the other exists.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flwr_smartsplit.errors import (
+    EdgeError,
+    InvalidRoute,
+    MemoryCapExceeded,
+    SmartSplitError,
+)
+from flwr_smartsplit.model.building import build_chain, materialise, state_of
+from flwr_smartsplit.model.memory import MemoryMeter
+from flwr_smartsplit.model.segment import Batch, SegmentRunner
+from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.runtime.randomness import UnitStreams
+from flwr_smartsplit.runtime.threads import torch_threads
+from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import ClientPlan, Leg, Receipt, Status, StepReport
+
+State = Mapping[str, npt.NDArray[Any]]
+Loader = Iterable[tuple[Batch, Tensor]]
+Connect = Callable[[str, str], wire.Transport]
+"""``connect(place, address)`` reaches an edge."""
+
+_SPLIT_LEGS = 2
+_METERED_FIRST_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What a client brings to every round.
+
+    Parameters
+    ----------
+    task : Task
+        Model, loss and optimizer.
+    connect : Callable[[place, address], Transport]
+        Reaches an edge.
+    meter_every : int
+        The first two steps are metered, then one in so many; 1 meters all.
+    local_epochs : int
+        Passes over the training loader.
+    clock : Callable[[], float]
+        Seconds that only move forward.
+    """
+
+    task: Task
+    connect: Connect
+    meter_every: int = 50
+    local_epochs: int = 1
+    clock: Callable[[], float] = time.perf_counter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a client has at the end of its part of a round.
+
+    Parameters
+    ----------
+    state : Mapping[str, ndarray]
+        Its device segments' state; empty unless the report's status is OK.
+    receipts : tuple[Receipt, ...]
+        What its edges hold.
+    report : StepReport
+        What it measured.
+    """
+
+    state: State
+    receipts: tuple[Receipt, ...]
+    report: StepReport
+
+
+def train_locally(
+    plan: ClientPlan, state: State, loader: Loader, conditions: Conditions
+) -> Outcome:
+    """Train one client for one round, and never let it take others down.
+
+    Parameters
+    ----------
+    plan : ClientPlan
+        The route, the cap and the seeds.
+    state : Mapping[str, ndarray]
+        The global state of the device segments.
+    loader : Iterable
+        Batches ``(inputs, targets)``.
+    conditions : Conditions
+        What the client brings.
+
+    Returns
+    -------
+    Outcome
+        Going over the cap or losing the edge ends in a report with that status and
+        the numbers, not in an exception.
+    """
+    start = conditions.clock()
+    with torch_threads(plan.num_threads):
+        walk = _Walk(plan, conditions, plan.session)
+        try:
+            walk.open(state)
+            for epoch in range(conditions.local_epochs):
+                for inputs, targets in walk.streams.batches(loader, epoch):
+                    walk.train_step(inputs, targets)
+            receipts = walk.seal()
+            new_state = state_of(walk.runner.segment)
+            outcome = Outcome(
+                state=new_state,
+                receipts=receipts,
+                report=walk.report(num_epochs=conditions.local_epochs),
+            )
+        except (MemoryCapExceeded, EdgeError) as error:
+            walk.abandon()
+            outcome = Outcome(state={}, receipts=(), report=walk.failure(error))
+    seconds = conditions.clock() - start
+    return replace(outcome, report=replace(outcome.report, seconds=seconds))
+
+
+def evaluate_locally(
+    plan: ClientPlan, state: State, loader: Loader, conditions: Conditions
+) -> StepReport:
+    """Evaluate along the route, so that a weak device never holds the model.
+
+    Parameters and outcome are as for ``train_locally``; nothing is sealed.
+    """
+    start = conditions.clock()
+    with torch_threads(plan.num_threads):
+        walk = _Walk(plan, conditions, lambda place: f"{plan.session(place)}/evaluate")
+        try:
+            walk.open(state)
+            for inputs, targets in walk.streams.batches(loader, 0):
+                walk.evaluate_step(inputs, targets)
+            report = walk.report(num_epochs=1)
+        except (MemoryCapExceeded, EdgeError) as error:
+            report = walk.failure(error)
+        finally:
+            walk.abandon()
+    return replace(report, seconds=conditions.clock() - start)
+
+
+class _Walk:
+    """One client's way along its route in one round."""
+
+    def __init__(
+        self, plan: ClientPlan, conditions: Conditions, session: Callable[[str], str]
+    ) -> None:
+        self.plan = plan
+        self.conditions = conditions
+        self.session = session
+        self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
+        self.meter = MemoryMeter(plan.budget_bytes, name=f"client {plan.client_key}")
+        self.runner: SegmentRunner
+        self.tail: _TailLink | None = None
+        self.num_steps = 0
+        self.num_examples = 0
+        self._sums: dict[str, float] = {"loss": 0.0}
+        self._metered_shapes: dict[tuple[int, ...], int] = {}
+
+    def open(self, state: State) -> None:
+        """Build the device's segment under the cap, and the tail at its edge."""
+        chain = build_chain(self.conditions.task)
+        head, *rest = self.plan.route.legs(len(chain))
+        with self.meter:
+            segment = materialise(chain, head.start, head.stop, state)
+            self.meter.track(segment)
+        self.runner = SegmentRunner(segment, self.conditions.task, streams=self.streams)
+        if len(rest) >= _SPLIT_LEGS:
+            raise InvalidRoute(
+                f"route {self.plan.route} has {len(rest) + 1} segments; this version "
+                "runs at most one cut."
+            )
+        for leg in rest:
+            address = self.plan.edge_addresses[leg.place]
+            transport = self.conditions.connect(leg.place, address)
+            self.tail = _TailLink(self.plan, leg, self.session(leg.place), transport)
+
+    def train_step(self, inputs: Batch, targets: Tensor) -> None:
+        """Do one training step, metered if it is its turn."""
+        with self._metering(inputs) as meter:
+            if meter is not None:
+                meter.track(self.runner.segment, self.runner.optimizer, inputs, targets)
+            loss = self._step(inputs, targets)
+        self._count(targets, {"loss": loss})
+        self.num_steps += 1
+
+    def _step(self, inputs: Batch, targets: Tensor) -> float:
+        step = self.num_steps
+        if self.tail is None:
+            loss, _ = self.runner.finish(
+                inputs, targets, step=step, inputs_are_boundary=False
+            )
+            return float(loss)
+        boundary = self.runner.forward(inputs, step=step, inputs_are_boundary=False)
+        packed = WireTensor.pack(boundary)
+        del boundary
+        stepped = self.tail.train(step, packed, WireTensor.pack(targets))
+        del packed  # It shares the boundary's memory.
+        self.runner.backward(stepped.gradient.unpack())
+        return stepped.loss
+
+    def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
+        """Evaluate one batch, metered if it is its turn."""
+        with self._metering(inputs) as meter, torch.no_grad():
+            if meter is not None:
+                meter.track(self.runner.segment, inputs, targets)
+            outputs = self.runner.evaluate(inputs)
+            if self.tail is None:
+                task = self.conditions.task
+                values = {"loss": float(task.loss_fn(outputs, targets))}
+                if task.metrics_fn is not None:
+                    values |= task.metrics_fn(outputs, targets)
+            else:
+                packed = WireTensor.pack(outputs)
+                del outputs
+                reply = self.tail.evaluate(packed, WireTensor.pack(targets))
+                values = {"loss": reply.loss, **reply.metrics}
+        self._count(targets, values)
+        self.num_steps += 1
+
+    def seal(self) -> tuple[Receipt, ...]:
+        """Finish the session at the edge, if there is one."""
+        return () if self.tail is None else (self.tail.seal(self.num_steps),)
+
+    def abandon(self) -> None:
+        """Tell the edge to forget this client, if it can still be told."""
+        if self.tail is not None:
+            try:
+                self.tail.abandon()
+            except EdgeError:
+                pass  # It will be forgotten when the round is released.
+
+    def report(self, *, num_epochs: int) -> StepReport:
+        """Sum up what was done and measured."""
+        sent, received = (0, 0) if self.tail is None else self.tail.traffic()
+        means = {
+            name: total / max(self.num_examples, 1)
+            for name, total in self._sums.items()
+        }
+        return StepReport(
+            num_examples=self.num_examples // max(num_epochs, 1),
+            num_steps=self.num_steps,
+            loss=means.pop("loss"),
+            peak_bytes=self.meter.peak_bytes,
+            sent_bytes=sent,
+            received_bytes=received,
+            num_threads=torch.get_num_threads(),
+            metrics=means,
+        )
+
+    def failure(self, error: SmartSplitError) -> StepReport:
+        """Sum up what was done before it ended in ``error``."""
+        over = isinstance(error, MemoryCapExceeded)
+        return replace(
+            self.report(num_epochs=1),
+            status=Status.OUT_OF_MEMORY if over else Status.EDGE_FAILED,
+            message=str(error),
+        )
+
+    def _metering(self, inputs: Batch) -> Any:
+        """Meter the first two steps of each shape, then one in so many."""
+        first = inputs[0] if isinstance(inputs, tuple) else inputs
+        shape = tuple(first.shape)
+        seen = self._metered_shapes.get(shape, 0)
+        self._metered_shapes[shape] = seen + 1
+        is_due = seen < _METERED_FIRST_STEPS or seen % self.conditions.meter_every == 0
+        return self.meter if is_due else nullcontext()
+
+    def _count(self, targets: Tensor, values: Mapping[str, float]) -> None:
+        examples = int(targets.shape[0])
+        self.num_examples += examples
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value) * examples
+
+
+class _TailLink:
+    """The client's session at the edge that hosts its tail."""
+
+    def __init__(
+        self, plan: ClientPlan, leg: Leg, session: str, transport: wire.Transport
+    ) -> None:
+        self._transport = wire.CountingTransport(transport)
+        self._session = session
+        opened = self._transport.send(
+            wire.OpenSession(
+                session=session,
+                place=leg.place,
+                round_number=plan.round_number,
+                client_key=plan.client_key,
+                start=leg.start,
+                stop=leg.stop,
+                state_digest=plan.state_digest,
+                seed=plan.seed,
+                num_threads=plan.num_threads,
+            )
+        )
+        self._incarnation = opened.incarnation
+
+    def train(
+        self, step: int, boundary: WireTensor, targets: WireTensor
+    ) -> wire.Stepped:
+        return self._transport.send(
+            wire.TrainStep(
+                session=self._session,
+                incarnation=self._incarnation,
+                step=step,
+                boundary=boundary,
+                targets=targets,
+            )
+        )
+
+    def evaluate(self, boundary: WireTensor, targets: WireTensor) -> wire.Evaluated:
+        return self._transport.send(
+            wire.EvaluateStep(
+                session=self._session,
+                incarnation=self._incarnation,
+                boundary=boundary,
+                targets=targets,
+            )
+        )
+
+    def seal(self, num_steps: int) -> Receipt:
+        return self._transport.send(
+            wire.Seal(self._session, self._incarnation, num_steps)
+        )
+
+    def abandon(self) -> None:
+        self._transport.send(wire.Abandon(self._session))
+
+    def traffic(self) -> tuple[int, int]:
+        return self._transport.sent_bytes, self._transport.received_bytes

@@ -1,0 +1,57 @@
+"""Task: what every place needs to build its own part of the training.
+
+A place builds its segments from these functions instead of receiving code or
+whole models, so a device never holds a tail and nothing executable crosses the
+wire.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task:
+    """The model, loss and optimizer of one federated run.
+
+    Parameters
+    ----------
+    model_fn : Callable[[], nn.Module]
+        Builds the model. Must be importable (a module-level function or a
+        ``functools.partial`` of one) for an edge in another process to build it too.
+    loss_fn : Callable[[outputs, targets], Tensor]
+        Mean loss of a batch.
+    optimizer_fn : Callable[[Iterable[nn.Parameter]], Optimizer]
+        Builds the optimizer of the parameters of one segment. It must treat
+        parameters one by one, as SGD and Adam do.
+    example_inputs : Tensor or tuple[Tensor, ...]
+        A batch of inputs of any size, ``(batch, *input shape)``; only shapes and
+        dtypes matter.
+    example_targets : Tensor
+        The targets that belong to them, ``(batch, *target shape)``.
+    metrics_fn : Callable[[outputs, targets], Mapping[str, float]], optional
+        Batch means to report in evaluation, such as an accuracy.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from functools import partial
+    >>> task = Task(
+    ...     model_fn=partial(torch.nn.Linear, 4, 2),
+    ...     loss_fn=torch.nn.functional.cross_entropy,
+    ...     optimizer_fn=partial(torch.optim.SGD, lr=0.1),
+    ...     example_inputs=torch.zeros(1, 4),
+    ...     example_targets=torch.zeros(1, dtype=torch.int64),
+    ... )
+    """
+
+    model_fn: "Callable[[], nn.Module]"
+    loss_fn: "Callable[[Any, Any], Tensor]"
+    optimizer_fn: "Callable[[Iterable[nn.Parameter]], Optimizer]"
+    example_inputs: "Tensor | tuple[Tensor, ...]"
+    example_targets: "Tensor"
+    metrics_fn: Callable[[Any, Any], Mapping[str, float]] | None = None

@@ -1,0 +1,1 @@
+"""Simulated experiments: fleets of weak devices, methods to compare, reports."""

@@ -1,0 +1,40 @@
+"""Drop weak: federated averaging over the devices that can hold the whole model.
+
+What is usually done about memory limits, and the baseline SmartSplit is measured
+against. It is SmartSplit without an edge: who has no route sits out.
+
+References
+----------
+McMahan, Moore, Ramage, Hampson, Agüera y Arcas: Communication-Efficient Learning of
+Deep Networks from Decentralized Data. AISTATS 2017. arXiv:1602.05629.
+"""
+
+from pathlib import Path
+
+from flwr.serverapp.strategy import Strategy
+
+from flwr_smartsplit import SmartSplit, Task
+from simulations.experiment import Experiment
+from simulations.method import Method
+
+
+def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strategy:
+    """Build the strategy that leaves weak devices out."""
+    return SmartSplit(
+        task=task,
+        edges=(),
+        seed=experiment.seed,
+        journal=journal,
+        fraction_train=experiment.fraction_train,
+        fraction_evaluate=0.0,
+        min_available_nodes=experiment.num_clients,
+    )
+
+
+DROP_WEAK = Method(
+    name="drop_weak",
+    summary="who cannot hold the whole model sits out",
+    is_capped=True,
+    edges=(),
+    strategy_fn=build_strategy,
+)

@@ -1,0 +1,266 @@
+"""Run the methods of an experiment under Flower's simulation engine.
+
+Everything a report needs goes into the results folder while it happens:
+``config.json`` first, then one journal of JSON lines per method.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+from torch import Tensor, nn
+
+from flwr_smartsplit import Route, build_client_app, predicted_peak_bytes, profile_chain
+from flwr_smartsplit.flower.journal import Journal
+from flwr_smartsplit.model.building import build_chain
+from flwr_smartsplit.runtime.threads import torch_threads
+from simulations.clients import build_client, build_task
+from simulations.data import client_indices, evaluation_loader, load_images
+from simulations.experiment import Experiment
+from simulations.fleets import weak_clients
+from simulations.rows import EvaluationRow
+from simulations.method import Method
+from simulations.methods import METHODS
+from simulations.provenance import Provenance
+from simulations.summary import CONFIG
+
+OnRound = Callable[[str, EvaluationRow], None]
+"""``on_round(method_name, evaluation)`` is called after every round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """What each device may hold, and what the model needs."""
+
+    budgets_bytes: tuple[int | None, ...]
+    whole_peak_bytes: int
+    smallest_peak_bytes: int
+
+
+def run_experiment(
+    experiment: Experiment,
+    out: Path,
+    *,
+    provenance: Provenance,
+    on_round: OnRound,
+    verbose: bool = False,
+) -> None:
+    """Run every method of an experiment, one after the other.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to run.
+    out : Path
+        The results folder; journals of an earlier run in it are replaced.
+    provenance : Provenance
+        Stored with the results.
+    on_round : OnRound
+        Told how good the model is after every round.
+    verbose : bool
+        Whether Flower may talk.
+    """
+    budgets = measured_budgets(experiment)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in METHODS:
+        journal_path(out, name).unlink(missing_ok=True)
+    config = describe(experiment, budgets) | asdict(provenance)
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with _flower_speaking(verbose):
+        for name in experiment.methods:
+            run_method(
+                METHODS[name],
+                experiment,
+                budgets=budgets,
+                journal=journal_path(out, name),
+                on_round=on_round,
+            )
+
+
+def journal_path(out: Path, method_name: str) -> Path:
+    """Say where a method's journal is."""
+    return out / f"{method_name}.jsonl"
+
+
+def measured_budgets(experiment: Experiment) -> Budgets:
+    """Find out what the model needs on a device, and share out the budgets.
+
+    The peaks come from a dry run of every cut; nothing is allocated.
+    """
+    task = build_task(experiment)
+    chain = build_chain(task)
+    profile = profile_chain(chain, batch_size=experiment.batch_size, task=task)
+    routes = [Route.whole(), *(Route.split(cut) for cut in range(1, len(chain)))]
+    whole, *split = (predicted_peak_bytes(profile, route) for route in routes)
+    smallest = min([whole, *split])
+    return Budgets(
+        budgets_bytes=experiment.fleet(whole, smallest, experiment.num_clients),
+        whole_peak_bytes=whole,
+        smallest_peak_bytes=smallest,
+    )
+
+
+def describe(experiment: Experiment, budgets: Budgets) -> dict[str, Any]:
+    """Write an experiment and its fleet down as JSON values."""
+    weak = weak_clients(experiment.num_clients)
+    indices = client_indices(experiment)
+    return {
+        "experiment": {
+            **asdict(experiment),
+            "fleet": experiment.fleet.__name__,
+            "partition": repr(experiment.partition),
+            "data_dir": str(experiment.data_dir),
+        },
+        "methods": {name: METHODS[name].summary for name in experiment.methods},
+        "num_train_examples": sum(map(len, indices)),
+        "num_test_examples": len(load_images(experiment).y_test),
+        "whole_peak_bytes": budgets.whole_peak_bytes,
+        "smallest_peak_bytes": budgets.smallest_peak_bytes,
+        "clients": [
+            {
+                "client_key": str(client),
+                "is_weak": client in weak,
+                "budget_bytes": budget_bytes,
+                "num_examples": len(indices[client]),
+            }
+            for client, budget_bytes in enumerate(budgets.budgets_bytes)
+        ],
+    }
+
+
+def run_method(
+    method: Method,
+    experiment: Experiment,
+    *,
+    budgets: Budgets,
+    journal: Path,
+    on_round: OnRound,
+) -> None:
+    """Run one method and leave its journal behind."""
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        del context
+        task = build_task(experiment)
+        model = initial_model(task.model_fn, experiment.seed)
+        strategy = method.strategy_fn(experiment, task, journal)
+        strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(model.state_dict()),
+            num_rounds=experiment.num_rounds,
+            evaluate_fn=_evaluate_fn(
+                model, experiment, Journal(journal), partial(on_round, method.name)
+            ),
+        )
+
+    uncapped = (None,) * experiment.num_clients
+    client_fn = partial(
+        build_client,
+        experiment=experiment,
+        budgets_bytes=budgets.budgets_bytes if method.is_capped else uncapped,
+        edges=method.edges,
+    )
+    run_simulation(
+        server_app=server_app,
+        client_app=build_client_app(client_fn),
+        num_supernodes=experiment.num_clients,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            # Else Ray silently joins whatever cluster runs on this machine.
+            "init_args": {"address": "local", "num_cpus": experiment.num_workers},
+        },
+    )
+
+
+def initial_model(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build the model all methods start from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _evaluate_fn(
+    model: nn.Module,
+    experiment: Experiment,
+    journal: Journal,
+    on_evaluation: Callable[[EvaluationRow], None],
+) -> Callable[[int, ArrayRecord], MetricRecord]:
+    """Return the function Flower calls with the global model after every round."""
+    loader = evaluation_loader(experiment)
+    num_classes = load_images(experiment).num_classes
+
+    def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        model.load_state_dict(arrays.to_torch_state_dict())
+        with torch_threads(1):
+            batches = [(_outputs(model, x), y) for x, y in loader]
+        row = evaluation_row(server_round, batches, num_classes=num_classes)
+        journal.write({"kind": "evaluation", **asdict(row)})
+        on_evaluation(row)
+        return MetricRecord({"accuracy": row.accuracy, "loss": row.loss})
+
+    return evaluate_global
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    outputs: Tensor = model.eval()(inputs)
+    return outputs
+
+
+def evaluation_row(
+    server_round: int, batches: list[tuple[Tensor, Tensor]], *, num_classes: int
+) -> EvaluationRow:
+    """Work out accuracy, loss and per-class accuracy from outputs and targets.
+
+    Parameters
+    ----------
+    server_round : int
+        The round, 0 for the initial model.
+    batches : list[tuple[Tensor, Tensor]]
+        Outputs ``(batch, classes)`` with targets ``(batch,)``.
+    num_classes : int
+        A class without examples has no accuracy (None).
+    """
+    outputs = torch.cat([output for output, _ in batches])
+    targets = torch.cat([target for _, target in batches])
+    is_right = (outputs.argmax(dim=1) == targets).double()
+    of_class = [is_right[targets == label] for label in range(num_classes)]
+    return EvaluationRow(
+        round=server_round,
+        accuracy=float(is_right.mean()),
+        loss=float(nn.functional.cross_entropy(outputs, targets)),
+        per_class_accuracy=tuple(
+            float(right.mean()) if len(right) else None for right in of_class
+        ),
+    )
+
+
+@contextmanager
+def _flower_speaking(verbose: bool) -> Iterator[None]:
+    """Let Flower log errors only, or everything; never that run_simulation is old."""
+    logger = logging.getLogger("flwr")
+    levels = [handler.level for handler in logger.handlers]
+    for handler in logger.handlers:
+        handler.setLevel(logging.INFO if verbose else logging.ERROR)
+    logger.addFilter(_is_not_about_run_simulation)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_not_about_run_simulation)
+        for handler, level in zip(logger.handlers, levels, strict=True):
+            handler.setLevel(level)
+
+
+def _is_not_about_run_simulation(record: logging.LogRecord) -> bool:
+    """Drop the one warning that the function this module is built on is deprecated."""
+    return "`run_simulation` function is deprecated" not in record.getMessage()

@@ -1,0 +1,43 @@
+"""What holds for every test: one thread, one seed, a Ray of its own, nothing left.
+
+The environment is set at import, before any test module can import flwr or ray, which
+read it once.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# Ray puts Unix sockets about 65 characters below this folder, and a socket's path may
+# have 103 to 107: the default folder of some systems is already too long.
+_SHORT = Path("/tmp")
+_PRIVATE = tempfile.mkdtemp(prefix="fs-", dir=_SHORT if _SHORT.is_dir() else None)
+atexit.register(shutil.rmtree, _PRIVATE, ignore_errors=True)
+
+os.environ.update(
+    RAY_ADDRESS="local",  # without it, ray.init() joins any cluster on this machine
+    RAY_TMPDIR=_PRIVATE,
+    RAY_USAGE_STATS_ENABLED="0",
+    FLWR_HOME=_PRIVATE,
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+)
+
+# One thread and two sum in a different order: gradients then differ in their last bits.
+torch.set_num_threads(1)
+
+# Found examples are the same everywhere, and a slow machine is not a failure.
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _same_chance_for_every_test() -> None:
+    """Let no test depend on what the tests before it drew from torch's generator."""
+    torch.manual_seed(0)
