@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from logging import INFO, getLogger
 from pathlib import Path
 from random import Random
@@ -20,18 +21,13 @@ from flwr_smartsplit.flower.records import (
     metrics_of,
     to_array_record,
 )
-from flwr_smartsplit.flower.rows import (
-    client_rows,
-    failure_row,
-    round_row,
-    skipped_row,
-)
+from flwr_smartsplit.flower.round_log import RoundLog
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.policy.rounds import NOT_SAMPLED, plan_round
+from flwr_smartsplit.policy.rounds import plan_round
 from flwr_smartsplit.runtime.edge_pool import EdgePool
 from flwr_smartsplit.runtime.randomness import derived_seed
-from flwr_smartsplit.runtime.settling import Settled, settle_round
+from flwr_smartsplit.runtime.settling import settle_round
 from flwr_smartsplit.runtime.transport import Edge
 from flwr_smartsplit.runtime.wire import state_digest
 from flwr_smartsplit.task import Task
@@ -79,8 +75,6 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
 
     Attributes
     ----------
-    failures : list[Failure]
-        Every client's part that was not merged so far, and why.
     round_plans : list[RoundPlan]
         Every training plan so far.
 
@@ -90,7 +84,8 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
        via Model Splitting", IEEE TPDS 35(12), 2024, arXiv:2410.11577.
     """
 
-    def __init__(  # noqa: PLR0913 - FedAvg's arguments are kept
+    # longer than 40 lines because FedAvg's arguments are kept
+    def __init__(  # noqa: PLR0913
         self,
         task: Task,
         edges: Sequence[Edge] = (),
@@ -127,7 +122,6 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         self.task = task
         self.seed = seed
         self.num_threads = num_threads
-        self.failures: list[Failure] = []
         self.round_plans: list[RoundPlan] = []
         self._chain = build_chain(task)
         if edges:
@@ -138,12 +132,16 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             message_dialect(arrayrecord_key, configrecord_key),
             timeout_seconds=profile_timeout_seconds,
         )
-        self._journal = Journal(journal)
+        self._rounds = RoundLog(Journal(journal), clock)
         self._clock = clock
         self._profiles: dict[int, ChainProfile] = {}
         self._current: Mapping[str, Any] = {}
         self._dispatch: Dispatch | None = None
-        self._traffic_bytes = 0
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Every client's part that was not merged so far, and why."""
+        return self._rounds.failures
 
     def summary(self) -> None:
         """Log the strategy's settings, in Flower's shape."""
@@ -152,6 +150,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self._edge_names) or "none")
         self.fedavg.summary()
 
+    @wraps(Strategy.start)
     def start(self, *args: Any, **kwargs: Any) -> Result:
         """Run the strategy as ``Strategy.start`` does, and end the edges after it."""
         try:
@@ -192,11 +191,15 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             edges=self._edges,
         )
         failures += settled.failures
-        self._log_replies("aggregate_train", len(settled.accepted), failures)
         state = self._current if settled.state is None else settled.state
         self._edges.release(server_round, state_digest(state))
-        self._write_rows(dispatch, settled.accepted, failures)
-        self._write_round(dispatch, settled, received)
+        self._rounds.write_replies(dispatch, settled.accepted, failures)
+        self._rounds.write_round(
+            dispatch,
+            settled.accepted,
+            edge_bytes_so_far=self._edges.traffic_bytes(),
+            received_seconds=received,
+        )
         if settled.state is None:
             return None, None
         return to_array_record(state), self._average(
@@ -217,8 +220,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
                 accepted[reply.client_key] = reply
             else:
                 failures.append(_not_evaluated(reply))
-        self._log_replies("aggregate_evaluate", len(accepted), failures)
-        self._write_rows(dispatch, accepted, failures)
+        self._rounds.write_replies(dispatch, accepted, failures)
         if not accepted:
             return None
         return self._average(accepted, self.fedavg.evaluate_metrics_aggr_fn)
@@ -250,7 +252,9 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         )
         config["server-round"] = server_round
         self._dispatch = Dispatch(server_round, is_train, started)
-        self._write_skipped(plan, members, is_train=is_train)
+        self._rounds.write_skipped(
+            plan, {k: m.profile for k, m in members.items()}, is_train=is_train
+        )
         return [
             self._dispatch.message(
                 self._client_plan(assignment, server_round, digest, addresses),
@@ -293,7 +297,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             )
             time.sleep(1)
         members, failures = self._fleet.members(grid, nodes)
-        self._note(failures, server_round, phase="profile")
+        self._rounds.write_failures(failures, server_round, phase="profile")
         return members
 
     def _plan(
@@ -336,69 +340,6 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             for reply in accepted.values()
         ]
         return average(contents, key)
-
-    # --- what is written down -----------------------------------------------------
-
-    def _log_replies(
-        self, name: str, num_results: int, failures: list[Failure]
-    ) -> None:
-        _log.log(
-            INFO,
-            "%s: Received %s results and %s failures",
-            name,
-            num_results,
-            len(failures),
-        )
-        for failure in failures:
-            _log.log(
-                INFO,
-                "\t> Client %s %s: %s",
-                failure.client_key,
-                failure.kind,
-                failure.cause,
-            )
-
-    def _note(self, failures: list[Failure], server_round: int, *, phase: str) -> None:
-        """Remember and write failures that belong to no message we sent."""
-        self.failures += failures
-        for failure in failures:
-            _log.log(INFO, "\t> %s: %s", failure.client_key, failure.cause)
-            self._journal.write(failure_row(failure, server_round, phase))
-
-    def _write_skipped(
-        self, plan: RoundPlan, members: Mapping[str, Member], *, is_train: bool
-    ) -> None:
-        phase = "train" if is_train else "evaluate"
-        for key, reason in plan.skipped.items():
-            if reason != NOT_SAMPLED:
-                _log.log(INFO, "\t> Client %s sits out: %s", key, reason)
-            profile = members[key].profile
-            self._journal.write(skipped_row(profile, reason, plan.round_number, phase))
-
-    def _write_rows(
-        self,
-        dispatch: Dispatch,
-        accepted: Mapping[str, ClientReply],
-        failures: list[Failure],
-    ) -> None:
-        self.failures += failures
-        for row in client_rows(dispatch, accepted, failures):
-            self._journal.write(row)
-
-    def _write_round(
-        self, dispatch: Dispatch, settled: Settled, received_seconds: float
-    ) -> None:
-        traffic = self._edges.traffic_bytes()
-        self._journal.write(
-            round_row(
-                dispatch,
-                settled.accepted,
-                edge_state_bytes=traffic - self._traffic_bytes,
-                seconds=self._clock() - dispatch.started_seconds,
-                aggregation_seconds=self._clock() - received_seconds,
-            )
-        )
-        self._traffic_bytes = traffic
 
 
 def _not_evaluated(reply: ClientReply) -> Failure:

@@ -1,0 +1,107 @@
+"""RoundLog: what a strategy logs and writes down of every round."""
+
+from collections.abc import Callable, Mapping
+from logging import INFO, getLogger
+
+from flwr_smartsplit.flower.dispatch import Dispatch
+from flwr_smartsplit.flower.journal import Journal
+from flwr_smartsplit.flower.rows import (
+    client_rows,
+    failure_row,
+    round_row,
+    skipped_row,
+)
+from flwr_smartsplit.policy.rounds import NOT_SAMPLED
+from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, RoundPlan
+
+_log = getLogger("flwr")
+
+
+class RoundLog:
+    """Log in Flower's shape, write one journal row per client, keep the failures.
+
+    Parameters
+    ----------
+    journal : Journal
+        Where rows go.
+    clock : Callable[[], float]
+        Seconds that only move forward.
+    """
+
+    def __init__(self, journal: Journal, clock: Callable[[], float]) -> None:
+        self.failures: list[Failure] = []
+        self._journal = journal
+        self._clock = clock
+        self._edge_bytes = 0
+
+    def write_skipped(
+        self,
+        plan: RoundPlan,
+        profiles: Mapping[str, DeviceProfile],
+        *,
+        is_train: bool,
+    ) -> None:
+        """Write who was not chosen, and log who could not be."""
+        phase = "train" if is_train else "evaluate"
+        for key, reason in plan.skipped.items():
+            if reason != NOT_SAMPLED:
+                _log.log(INFO, "\t> Client %s sits out: %s", key, reason)
+            self._journal.write(
+                skipped_row(profiles[key], reason, plan.round_number, phase)
+            )
+
+    def write_failures(
+        self, failures: list[Failure], round_number: int, *, phase: str
+    ) -> None:
+        """Write failures that belong to no message that was sent."""
+        self.failures += failures
+        for failure in failures:
+            _log.log(INFO, "\t> %s: %s", failure.client_key, failure.cause)
+            self._journal.write(failure_row(failure, round_number, phase))
+
+    def write_replies(
+        self,
+        dispatch: Dispatch,
+        accepted: Mapping[str, ClientReply],
+        failures: list[Failure],
+    ) -> None:
+        """Write what came of every message that was sent."""
+        _log.log(
+            INFO,
+            "%s: Received %s results and %s failures",
+            "aggregate_train" if dispatch.is_train else "aggregate_evaluate",
+            len(accepted),
+            len(failures),
+        )
+        self.failures += failures
+        for failure in failures:
+            _log.log(
+                INFO,
+                "\t> Client %s %s: %s",
+                failure.client_key,
+                failure.kind,
+                failure.cause,
+            )
+        for row in client_rows(dispatch, accepted, failures):
+            self._journal.write(row)
+
+    def write_round(
+        self,
+        dispatch: Dispatch,
+        accepted: Mapping[str, ClientReply],
+        *,
+        edge_bytes_so_far: int,
+        received_seconds: float,
+    ) -> None:
+        """Write one training round's sums."""
+        now = self._clock()
+        self._journal.write(
+            round_row(
+                dispatch,
+                accepted,
+                edge_state_bytes=edge_bytes_so_far - self._edge_bytes,
+                seconds=now - dispatch.started_seconds,
+                aggregation_seconds=now - received_seconds,
+            )
+        )
+        self._edge_bytes = edge_bytes_so_far
