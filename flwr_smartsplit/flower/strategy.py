@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
 from logging import INFO, getLogger
 from pathlib import Path
 from random import Random
@@ -150,11 +149,27 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self._edge_names) or "none")
         self.fedavg.summary()
 
-    @wraps(Strategy.start)
-    def start(self, *args: Any, **kwargs: Any) -> Result:
+    def start(  # noqa: PLR0913, PLR0917 - Flower's signature
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
         """Run the strategy as ``Strategy.start`` does, and end the edges after it."""
         try:
-            return super().start(*args, **kwargs)
+            return super().start(
+                grid,
+                initial_arrays,
+                num_rounds,
+                timeout,
+                train_config,
+                evaluate_config,
+                evaluate_fn,
+            )
         finally:
             self._edges.stop()
 

@@ -1,0 +1,138 @@
+"""Whole runs under Flower's simulation engine: any mix of routes is FedAvg, exactly."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg
+
+from flwr_smartsplit import RayEdge, Route, SmartSplit, predicted_peak_bytes
+from flwr_smartsplit.flower.records import from_array_record, to_array_record
+from flwr_smartsplit.model.building import build_chain
+from flwr_smartsplit.model.costs import profile_chain
+from flwr_smartsplit.policy.cuts import deepest_route
+from tests.simulated_app import BATCH_SIZE, TASK, simulate
+
+NUM_CLIENTS = 6
+NUM_ROUNDS = 3
+
+pytestmark = pytest.mark.ray
+
+
+def budgets_for_every_cut() -> list[int]:
+    """Choose budgets under which the deepest route differs from client to client."""
+    chain = build_chain(TASK)
+    profile = profile_chain(chain, batch_size=BATCH_SIZE, task=TASK)
+    budgets = {}
+    for cut in range(1, len(chain)):
+        budget = predicted_peak_bytes(profile, Route.split(cut))
+        route = deepest_route(profile, budget_bytes=budget, edge="edge")
+        if route.cuts:
+            budgets[route] = budget
+    return list(budgets.values())[:NUM_CLIENTS]
+
+
+def smart_split(journal: Path | None = None) -> SmartSplit:
+    """Make the strategy under test; everybody takes part."""
+    return SmartSplit(
+        TASK,
+        (RayEdge(),),
+        seed=7,
+        journal=journal,
+        fraction_evaluate=0.0,
+        min_available_nodes=NUM_CLIENTS,
+    )
+
+
+def differences(one: ArrayRecord, other: ArrayRecord) -> list[str]:
+    """Name the arrays whose bits differ."""
+    assert list(one) == list(other)
+    return [n for n in one if one[n].numpy().tobytes() != other[n].numpy().tobytes()]
+
+
+@pytest.fixture(scope="module")
+def split_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArrayRecord, Path]:
+    """Run six clients with different cuts on two workers."""
+    journal = tmp_path_factory.mktemp("split") / "journal.jsonl"
+    result = simulate(
+        smart_split(journal),
+        budgets_for_every_cut(),
+        num_rounds=NUM_ROUNDS,
+        num_workers=2,
+    )
+    return result.arrays, journal
+
+
+@pytest.fixture(scope="module")
+def whole_run() -> ArrayRecord:
+    """Run the same six clients without budgets, so that nobody is split."""
+    return simulate(
+        smart_split(),
+        [None] * NUM_CLIENTS,
+        num_rounds=NUM_ROUNDS,
+        num_workers=2,
+    ).arrays
+
+
+def test_six_different_cuts_equal_the_whole_model_bit_for_bit(
+    split_run: tuple[ArrayRecord, Path], whole_run: ArrayRecord
+) -> None:
+    """Three rounds with six cuts give the bits of three rounds of FedAvg."""
+    arrays, journal = split_run
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    routes = {row["route"] for row in rows if row["kind"] == "client"}
+    assert len(routes) == NUM_CLIENTS
+    assert all("edge" in route for route in routes)
+    assert differences(arrays, whole_run) == []
+
+
+def test_one_worker_and_two_give_the_same_bits(
+    split_run: tuple[ArrayRecord, Path],
+) -> None:
+    """The number of worker processes changes nothing."""
+    arrays, _ = split_run
+    alone = simulate(
+        smart_split(), budgets_for_every_cut(), num_rounds=NUM_ROUNDS, num_workers=1
+    )
+    assert differences(arrays, alone.arrays) == []
+
+
+def test_the_comparison_sees_a_single_changed_bit(whole_run: ArrayRecord) -> None:
+    """A planted error of one last bit in one value is named."""
+    bent = from_array_record(whole_run)
+    values = bent["10.bias"].copy()
+    values[0] = np.nextafter(values[0], np.float32(2))
+    bent["10.bias"] = values
+    assert differences(whole_run, to_array_record(bent)) == ["10.bias"]
+
+
+def test_stock_fedavg_drives_the_same_clients_to_the_same_state() -> None:
+    """One round under Flower's own FedAvg agrees to 1e-6 of each array's scale.
+
+    Flower multiplies by weight fractions in float32, we divide a float64 sum once;
+    both are right to float32's rounding.
+    """
+    budgets: list[int | None] = [None] * NUM_CLIENTS
+    stock = simulate(
+        # Flower counts the nodes before it waits for them, hence the minimum.
+        FedAvg(fraction_evaluate=0.0, min_train_nodes=NUM_CLIENTS),
+        budgets,
+        num_rounds=1,
+        num_workers=2,
+    ).arrays
+    ours = simulate(
+        SmartSplit(
+            TASK, seed=0, fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS
+        ),
+        budgets,
+        num_rounds=1,
+        num_workers=2,
+    ).arrays
+    assert list(stock) == list(ours)
+    for name, array in ours.items():
+        mine = array.numpy()
+        theirs = stock[name].numpy().astype(mine.dtype)  # as load_state_dict does
+        scale = max(float(np.abs(mine).max()), 1e-12)
+        assert np.abs(mine - theirs).max() <= 1e-6 * scale, name
