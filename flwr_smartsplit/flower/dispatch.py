@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message, MessageType
+from flwr.app import ArrayRecord, Message, MessageType
 
 from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.flower.fleet import Member
 from flwr_smartsplit.flower.records import (
     LEGACY,
-    Arrays,
     instruction,
     plan_to_scalars,
     record_bytes,
@@ -65,7 +64,7 @@ class Dispatch:
         *,
         predicted_peak_bytes: int,
         chain: Chain,
-        current: Arrays,
+        arrays: ArrayRecord,
         config: Mapping[str, Any],
     ) -> Message:
         """Make one client's message: the state of its own segments and its plan."""
@@ -73,7 +72,7 @@ class Dispatch:
         names = chain.state_names(device.start, device.stop)
         content = instruction(
             member.dialect,
-            {name: current[name] for name in names},
+            ArrayRecord({name: arrays[name] for name in names}),
             {**config, **plan_to_scalars(plan)},
             is_train=self.is_train,
         )

@@ -176,13 +176,12 @@ def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
 
 def instruction(
     dialect: Dialect,
-    state: Arrays,
+    record: ArrayRecord,
     config: Mapping[str, Any],
     *,
     is_train: bool,
 ) -> RecordDict:
-    """Make what one client is sent: its own record, shared with nobody."""
-    record = to_array_record(state)
+    """Make what one client is sent: a record of its own, shared with nobody."""
     if dialect is LEGACY:
         record = ArrayRecord({str(i): a for i, a in enumerate(record.values())})
     arrays_key = dialect.train_arrays if is_train else dialect.evaluate_arrays

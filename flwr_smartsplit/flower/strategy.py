@@ -255,7 +255,8 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         self._current = from_array_record(arrays)
         members = self._members(grid, server_round)
         digest = state_digest(self._current)
-        addresses = self._edges.prepare(digest, self._current)
+        addresses, unready = self._edges.prepare(digest, self._current)
+        self._rounds.write_failures(unready, server_round, phase="edge")
         plan = self._plan(server_round, members, tuple(addresses), is_train=is_train)
         name = "configure_train" if is_train else "configure_evaluate"
         _log.log(
@@ -276,7 +277,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
                 members[assignment.client_key],
                 predicted_peak_bytes=assignment.predicted_peak_bytes,
                 chain=self._chain,
-                current=self._current,
+                arrays=arrays,
                 config=dict(config),
             )
             for assignment in plan.assignments

@@ -10,6 +10,7 @@ from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.policy.merging import Sums
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import Failure
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -38,30 +39,41 @@ class EdgePool:
         self._edges = {edge.name: edge for edge in edges}
         self._task = task
         self._links: dict[str, _Link] = {}
+        self._was_ready = False
 
-    def prepare(self, digest: str, state: State) -> dict[str, str]:
+    def prepare(
+        self, digest: str, state: State
+    ) -> tuple[dict[str, str], list[Failure]]:
         """Make sure that the edges hold a state; start those that do not run.
 
         Returns
         -------
-        dict[str, str]
-            Addresses by name, of every edge that is ready.
+        addresses : dict[str, str]
+            By name, of every edge that is ready.
+        failures : list[Failure]
+            The edges that are not; nobody is routed to them in this round.
 
         Raises
         ------
         EdgeUnreachable
-            If there are edges, but none can be had.
+            If no edge can be had from the start: something is set up wrongly.
         """
-        problems = []
+        failures = []
         for name in self._edges:
             try:
                 self._hold(name, digest, state)
             except EdgeError as error:
                 self._links.pop(name, None)
-                problems.append(str(error))
-        if self._edges and not self._links:
-            raise EdgeUnreachable("no edge is ready: " + " ".join(problems))
-        return {name: link.address for name, link in self._links.items()}
+                failures.append(
+                    Failure(
+                        client_key=f"edge {name}", kind="edge_failed", cause=str(error)
+                    )
+                )
+        self._was_ready = self._was_ready or bool(self._links)
+        if self._edges and not self._was_ready:
+            causes = " ".join(failure.cause for failure in failures)
+            raise EdgeUnreachable(f"no edge could be started: {causes}")
+        return {name: link.address for name, link in self._links.items()}, failures
 
     def commit(
         self, place: str, round_number: int, entries: tuple[wire.Entry, ...]

@@ -15,12 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    RayTaskError,
-)
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.runtime.edge import EdgeService
@@ -122,7 +117,7 @@ class RayEdge:
             return
         try:
             ray.get(handle.clean_up.remote(), timeout=self.patience_seconds)
-        except (ActorDiedError, ActorUnavailableError, GetTimeoutError):
+        except RayError:
             pass  # A dead actor has nothing left to clean.
         ray.kill(handle, no_restart=True)
 
@@ -153,7 +148,7 @@ class RayTransport:
                 if time.monotonic() > deadline:
                     raise self._unreachable(error) from error
                 time.sleep(_PAUSE_SECONDS)
-            except (ActorDiedError, GetTimeoutError) as error:
+            except RayError as error:
                 raise self._unreachable(error) from error
             else:
                 return reply
