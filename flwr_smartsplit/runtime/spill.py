@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -124,14 +125,20 @@ def _read(path: Path, names: tuple[str, ...] | None = None) -> State:
 
 
 def _round_of(path: Path) -> int:
-    with safe_open(path, framework="numpy") as archive:
-        return int(archive.metadata()[_ROUND])
+    """Read which round a tail is of; a damaged one belongs to the past."""
+    try:
+        with safe_open(path, framework="numpy") as archive:
+            return int(archive.metadata()[_ROUND])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return 0
 
 
 def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> None:
     """Write a file so that it is there whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
-    save_file(dict(state), unfinished, metadata=dict(about or {}))
+    # safetensors writes an array's memory as it lies, under its shape.
+    arrays = {n: np.require(a, requirements=["C"]) for n, a in state.items()}
+    save_file(arrays, unfinished, metadata=dict(about or {}))
     unfinished.replace(path)
 
 

@@ -79,6 +79,8 @@ class WireTensor:
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Say whether the elements fill their memory without gaps or repetitions."""
+    if 0 in shape:
+        return True  # There is nothing to lay out.
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1:
