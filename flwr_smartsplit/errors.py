@@ -22,6 +22,22 @@ it may travel from an edge to a device.
 """
 
 
+def bytes_text(num_bytes: int) -> str:
+    """Write a size for a person, in the largest unit that leaves three digits.
+
+    Examples
+    --------
+    >>> bytes_text(830), bytes_text(64 * 2**20)
+    ('830 B', '64 MiB')
+    """
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if abs(size) < 1000:  # noqa: PLR2004 - three digits
+            break
+        size, unit = size / 1024, larger
+    return f"{num_bytes} B" if unit == "B" else f"{size:.3g} {unit}"
+
+
 class SmartSplitError(Exception):
     """Base of every error this package raises.
 

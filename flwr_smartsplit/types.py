@@ -261,8 +261,8 @@ class StepReport:
         How it ended.
     message : str
         The error's text when ``status`` is not OK.
-    num_examples, num_steps : int
-        Examples and optimizer steps done.
+    num_examples, num_epochs, num_steps : int
+        Examples of one epoch (the client's weight), epochs, and optimizer steps.
     loss : float
         Mean loss over the examples.
     peak_bytes : int
@@ -280,6 +280,7 @@ class StepReport:
     status: Status = Status.OK
     message: str = ""
     num_examples: int = 0
+    num_epochs: int = 1
     num_steps: int = 0
     loss: float = 0.0
     peak_bytes: int = 0
@@ -370,8 +371,11 @@ class Failure:
         out_of_memory, edge_failed.
     cause : str
         The reason in a sentence, with its numbers.
+    report : StepReport, optional
+        What the client measured, if it said so.
     """
 
     client_key: str
     kind: str
     cause: str
+    report: StepReport | None = None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,9 +21,9 @@ from simulations.errors import ExperimentError
 from simulations.experiment import Experiment
 from simulations.methods import METHODS
 from simulations.provenance import Provenance
-from simulations.reporting import REPORT, comparison_table, write_reports
+from simulations.reporting import REPORT, comparison_table, headline, write_reports
 from simulations.rows import EvaluationRow
-from simulations.runner import run_experiment
+from simulations.runner import prepare, quiet_libraries, run_methods
 from simulations.suites import SUITES
 from simulations.summary import percent_text, read_results
 
@@ -32,52 +32,59 @@ MISUSE, INTERRUPTED = 2, 130
 app = typer.Typer(
     help="Simulate fleets of weak devices and compare methods to train them.",
     no_args_is_help=True,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+DataOption = Annotated[
+    str, typer.Option(help="digits, fashion_mnist, cifar10 or FILE.npz.")
+]
+DataDirOption = Annotated[
+    Path, typer.Option(help="Where torchvision's data sets are, or go.")
+]
+ModelOption = Annotated[str | None, typer.Option(help="small or torchvision:NAME.")]
+RoundsOption = Annotated[int | None, typer.Option(help="Rounds of training.")]
+ClientsOption = Annotated[int | None, typer.Option(help="Clients in the fleet.")]
+ExamplesOption = Annotated[
+    int | None, typer.Option(help="Training examples to use at most.")
+]
+SeedOption = Annotated[int | None, typer.Option(help="Root of all chance.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="Clients that train at once, a CPU each.")
+]
+MethodsOption = Annotated[
+    str | None, typer.Option(help="Names that `list` shows, with commas.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Results folder; out/SUITE if not given.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Let Flower log.")]
 
 
 @app.command()
 def run(  # noqa: PLR0913 - one argument per option of the command line
     suite: Annotated[str, typer.Argument(help="A suite that `list` names.")],
     *,
-    data: Annotated[
-        str, typer.Option(help="digits, fashion_mnist, cifar10 or FILE.npz.")
-    ] = "digits",
-    data_dir: Annotated[
-        Path, typer.Option(help="Where torchvision's data sets are, or go.")
-    ] = Path("data"),
-    model: Annotated[
-        str | None, typer.Option(help="small or torchvision:NAME.")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of training.")] = None,
-    clients: Annotated[int | None, typer.Option(help="Clients in the fleet.")] = None,
-    train_examples: Annotated[
-        int | None, typer.Option(help="Training examples to use at most.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Root of all chance.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Clients that train at once, a CPU each.")
-    ] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Names that `list` shows, with commas.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Results folder [default: out/SUITE].")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON only.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option(help="Let Flower log.")] = False,
+    data: DataOption = "digits",
+    data_dir: DataDirOption = Path("data"),
+    model: ModelOption = None,
+    rounds: RoundsOption = None,
+    clients: ClientsOption = None,
+    train_examples: ExamplesOption = None,
+    seed: SeedOption = None,
+    workers: WorkersOption = None,
+    methods: MethodsOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run a suite; write journals, summary.json and report.html; print a table."""
     with _explained_errors():
-        if suite not in SUITES:
-            raise ExperimentError(
-                f"suite {suite!r} is unknown: choose one of {', '.join(SUITES)}."
-            )
-        given = {
+        given: dict[str, Any] = {
             "model": model,
             "num_rounds": rounds,
             "num_clients": clients,
@@ -88,7 +95,7 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
             "data_dir": data_dir.resolve(),
         }
         experiment = replace(
-            SUITES[suite](data),
+            _suite(suite, data),
             **{name: value for name, value in given.items() if value is not None},
         )
         folder = out or Path("out") / suite
@@ -104,9 +111,7 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A results folder.")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON only.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make the summary, the table and the HTML page again from the journals."""
     with _explained_errors():
@@ -124,13 +129,22 @@ def list_names() -> None:
     Console().print(table)
 
 
+def _suite(name: str, data: str) -> Experiment:
+    """Return the suite's experiment on a data set; a file's path is made absolute."""
+    if name not in SUITES:
+        raise ExperimentError(
+            f"suite {name!r} is unknown: choose one of {', '.join(SUITES)}."
+        )
+    return SUITES[name](str(Path(data).resolve()) if data.endswith(".npz") else data)
+
+
 def _method_names(text: str) -> tuple[str, ...]:
     """Split a comma-separated list and check every name in it."""
     names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise ExperimentError(
-            f"--methods names {', '.join(map(repr, unknown))}, which is not among "
+            f"--methods names {', '.join(map(repr, unknown))}, but there are only "
             f"{', '.join(METHODS)}."
         )
     return names
@@ -138,6 +152,8 @@ def _method_names(text: str) -> tuple[str, ...]:
 
 def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
     """Run with a progress bar; return False if interrupted."""
+    provenance = Provenance.of_this_process(sys.argv[1:], now=datetime.now(UTC))
+    budgets = prepare(experiment, folder, provenance=provenance)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -162,17 +178,11 @@ def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
             accuracy=percent_text(evaluation.accuracy),
         )
 
-    provenance = Provenance.of_this_process(sys.argv[1:], now=datetime.now(UTC))
     try:
-        with progress:
-            run_experiment(
-                experiment,
-                folder,
-                provenance=provenance,
-                on_round=on_round,
-                verbose=verbose,
-            )
+        with progress, quiet_libraries(verbose=verbose):
+            run_methods(experiment, folder, budgets=budgets, on_round=on_round)
     except KeyboardInterrupt:
+        typer.echo("Interrupted: what was done so far is reported.", err=True)
         return False
     return True
 
@@ -184,7 +194,9 @@ def _show(folder: Path, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(results.summary()) + "\n")
     else:
-        Console().print(comparison_table(results))
+        console = Console()
+        console.print(f"{results.config['experiment']['name']}: {headline(results)}\n")
+        console.print(comparison_table(results))
     Console(stderr=True).print(f"[dim]open {folder / REPORT} for the pictures[/dim]")
 
 

@@ -1,4 +1,4 @@
-"""The clients' side of an experiment: the task and the function Flower builds clients by.
+"""The clients' side of an experiment: the task, and the function that builds a client.
 
 It runs in Ray's workers, which get the experiment as a value and rebuild the rest.
 """
@@ -13,6 +13,9 @@ from flwr_smartsplit import RayEdge, SmartSplitNumPyClient, Task
 from simulations.data import input_shape, train_loader
 from simulations.experiment import Experiment
 from simulations.models import model_fn
+
+EDGES = (RayEdge(),)
+"""Where clients may have the rest of a model trained, if their plan says so."""
 
 
 @lru_cache(maxsize=2)
@@ -30,11 +33,7 @@ def build_task(experiment: Experiment) -> Task:
 
 
 def build_client(
-    context: Context,
-    *,
-    experiment: Experiment,
-    budgets_bytes: Sequence[int | None],
-    edges: tuple[RayEdge, ...],
+    context: Context, *, experiment: Experiment, budgets_bytes: Sequence[int | None]
 ) -> SmartSplitNumPyClient:
     """Build the client of one partition.
 
@@ -45,9 +44,8 @@ def build_client(
     experiment : Experiment
         What is run.
     budgets_bytes : Sequence[int or None]
-        The cap of each client's device; None for no cap.
-    edges : tuple[RayEdge, ...]
-        Where it may send the rest of a model.
+        The cap of each client's device; None for no cap. A strategy that knows no
+        budgets, such as Flower's FedAvg, has whole models trained without a cap.
     """
     client = int(context.node_config["partition-id"])
     return SmartSplitNumPyClient(
@@ -55,5 +53,6 @@ def build_client(
         train_loader(experiment, client),
         client_key=str(client),
         budget_bytes=budgets_bytes[client],
-        edges=edges,
+        edges=EDGES,
+        seed=experiment.seed,
     )

@@ -24,6 +24,7 @@ from simulations.experiment import TORCHVISION, Experiment
 
 NAMES = ("digits", "fashion_mnist", "cifar10")
 DIGITS_TEST_EXAMPLES = 360
+MIN_CLIENT_EXAMPLES = 2
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 Batch = tuple[Tensor, Tensor]
@@ -118,9 +119,9 @@ def _torchvision_arrays(name: str, data_dir: Path) -> dict[str, NDArray[Any]]:
     except (OSError, RuntimeError) as error:
         raise ExperimentError(
             f"{name} is neither in {str(data_dir)!r} nor could it be downloaded "
-            f"({error}). Copy torchvision's {dataset.__name__} files there, name "
-            f"another folder with --data-dir, or give --data FILE.npz with "
-            f"{', '.join(NPZ_KEYS)}."
+            f"({' '.join(str(error).split())}). Copy torchvision's "
+            f"{dataset.__name__} files there, name another folder with --data-dir, or "
+            f"give --data FILE.npz with {', '.join(NPZ_KEYS)}."
         ) from error
     arrays: dict[str, NDArray[Any]] = {}
     for split, images in splits.items():
@@ -179,11 +180,25 @@ def _with_statistics(arrays: dict[str, NDArray[Any]]) -> Images:
 
 @lru_cache(maxsize=2)
 def client_indices(experiment: Experiment) -> list[NDArray[np.int64]]:
-    """Divide the training examples among the clients, the same in every process."""
+    """Divide the training examples among the clients, the same in every process.
+
+    Raises
+    ------
+    ExperimentError
+        If a client gets fewer examples than a batch needs.
+    """
     labels = load_images(experiment).y_train
-    return experiment.partition.divide(
+    shares = experiment.partition.divide(
         labels, num_clients=experiment.num_clients, seed=experiment.seed
     )
+    smallest = min(map(len, shares))
+    if smallest < MIN_CLIENT_EXAMPLES:
+        raise ExperimentError(
+            f"{len(labels)} training examples leave one of {len(shares)} clients with "
+            f"{smallest}, but it needs {MIN_CLIENT_EXAMPLES}: take more examples or "
+            f"fewer clients."
+        )
+    return shares
 
 
 def train_loader(experiment: Experiment, client: int) -> DataLoader[Batch]:
@@ -225,7 +240,7 @@ def input_shape(experiment: Experiment) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Examples(Dataset[tuple[NDArray[Any], np.int64]]):
+class _Examples(Dataset[Any]):
     """Stored images with their classes."""
 
     x: NDArray[Any]

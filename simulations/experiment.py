@@ -9,13 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simulations.errors import ExperimentError
-from simulations.partitions import OwnLabels, Partition
+from simulations.partitions import Partition
 
 Fleet = Callable[[int, int, int], tuple[int | None, ...]]
 """``fleet(whole_peak_bytes, smallest_peak_bytes, num_clients)`` -> budgets in bytes."""
 
 TORCHVISION = "torchvision:"
 """What the name of one of torchvision's models begins with."""
+
+LEAST = {
+    "num_clients": 2,
+    "num_rounds": 1,
+    "batch_size": 2,
+    "num_workers": 1,
+    "seed": 0,
+    "max_train_examples": 1,
+    "max_test_examples": 1,
+}
+"""The smallest value that each number may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +42,8 @@ class Experiment:
     fleet : Fleet
         Gives each client its memory budget; a function of a module, so that
         experiments sent to another process stay equal.
+    partition : Partition
+        Which client holds which examples.
     data : str
         ``"digits"``, ``"fashion_mnist"``, ``"cifar10"`` or the path of an ``.npz``.
     data_dir : Path
@@ -39,8 +52,6 @@ class Experiment:
         Take at most so many examples, drawn by the seed; None takes all.
     model : str
         ``"small"`` or ``"torchvision:NAME"``.
-    partition : Partition
-        Which client holds which examples.
     num_clients, num_rounds : int
         Size of the federation and length of the run.
     fraction_train : float
@@ -63,12 +74,12 @@ class Experiment:
     name: str
     methods: tuple[str, ...]
     fleet: Fleet
+    partition: Partition
     data: str = "digits"
     data_dir: Path = Path("data")
     max_train_examples: int | None = None
     max_test_examples: int | None = None
     model: str = "small"
-    partition: Partition = OwnLabels()
     num_clients: int = 20
     num_rounds: int = 15
     fraction_train: float = 1.0
@@ -80,11 +91,10 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """Refuse what no run could have, all problems at once."""
-        least = {"num_clients": 2, "num_rounds": 1, "batch_size": 2, "num_workers": 1}
         problems = [
-            f"{name} is {getattr(self, name)}, but must be at least {least_value}"
-            for name, least_value in least.items()
-            if getattr(self, name) < least_value
+            f"{name} is {getattr(self, name)}, but must be at least {least}"
+            for name, least in LEAST.items()
+            if getattr(self, name) is not None and getattr(self, name) < least
         ]
         if not 0.0 < self.fraction_train <= 1.0:
             problems.append(

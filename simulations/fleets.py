@@ -49,7 +49,7 @@ def half_weak(
     Examples
     --------
     >>> half_weak(1000, 100, 6)
-    (50, 102, 980, 1020, 2019, 4000)
+    (50, 102, 980, 1020, 2020, 4000)
     """
     num_weak = len(weak_clients(num_clients))
     lowest = smallest_peak_bytes * MARGIN_FRACTION

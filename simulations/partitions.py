@@ -124,8 +124,7 @@ class OwnLabels:
         shared = _divided(deck[~is_own], labels, IidPartitioner(num_clients))
         strong = [np.empty(0, np.int64)] * (num_clients - num_weak)
         return [
-            np.concatenate(parts)
-            for parts in zip([*own, *strong], shared, strict=True)
+            np.concatenate(parts) for parts in zip([*own, *strong], shared, strict=True)
         ]
 
 
@@ -163,8 +162,14 @@ def _divided(
     partitioner.dataset = Dataset.from_dict(
         {"index": deck, "label": labels[deck]}
     ).with_format("numpy")
-    shares: Sequence[Dataset] = [
-        partitioner.load_partition(client)
-        for client in range(partitioner.num_partitions)
-    ]
+    try:
+        shares: Sequence[Dataset] = [
+            partitioner.load_partition(client)
+            for client in range(partitioner.num_partitions)
+        ]
+    except (IndexError, ValueError) as error:
+        raise ExperimentError(
+            f"{type(partitioner).__name__} cannot divide {len(deck)} examples "
+            f"({error}): take more examples or fewer clients."
+        ) from error
     return [np.asarray(share["index"][:], np.int64) for share in shares]

@@ -6,6 +6,8 @@ Titles say what was found, so they are worked out from the same figures.
 import io
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -27,7 +29,7 @@ from simulations.summary import (
 
 COLOURS = {"fedavg": "#6b7280", "drop_weak": "#d1700c", "smartsplit": "#0b67b2"}
 OTHER_COLOURS = ("#7a3e9d", "#2f7d4f", "#b03060")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -42,6 +44,7 @@ STYLE = {
     "svg.hashsalt": "simulations",
 }
 WIDTH_INCHES = 9.0
+MAX_NAMES = 30
 ACCEPTED_COLOUR, SAT_OUT_COLOUR, IDLE_COLOUR, FAILED_COLOUR = (
     "#3a86c8",
     "#d9dce1",
@@ -88,6 +91,7 @@ def accuracy_over_rounds(results: Results) -> Figure:
             weight="bold",
         )
     axes.set(xlabel="round", ylabel="accuracy on the test set (%)", ylim=(0, 102))
+    axes.set_xlim(-0.3, results.config["experiment"]["num_rounds"] + 0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Accuracy: " + _ranking(results))
     return figure
@@ -97,7 +101,7 @@ def _spread(heights: Sequence[float], *, gap: float) -> list[float]:
     """Move labels apart that would lie on each other, the highest first."""
     order = sorted(range(len(heights)), key=lambda index: -heights[index])
     placed = list(heights)
-    for above, below in zip(order, order[1:], strict=False):
+    for above, below in pairwise(order):
         placed[below] = min(placed[below], placed[above] - gap)
     return placed
 
@@ -198,14 +202,21 @@ def _draw_peaks(axes: Axes, run: MethodRun, results: Results) -> None:
     axes.set_title(f"{run.method}: {_memory_finding(run, results)}")
     axes.set(ylim=(0, top), xlim=(-0.7, len(keys) - 0.3))
     axes.set_ylabel(f"device memory ({unit_name})")
-    axes.set_xticks(range(len(keys)), keys)
+    shown = _shown_clients(keys)
+    axes.set_xticks(shown, [keys[x] for x in shown])
     axes.grid(visible=False, axis="x")
+
+
+def _shown_clients(keys: list[str]) -> range:
+    """Choose the clients whose names fit on an axis."""
+    return range(0, len(keys), math.ceil(len(keys) / MAX_NAMES))
 
 
 def _memory_finding(run: MethodRun, results: Results) -> str:
     """Say how many devices trained, and how many of them above their budget."""
     figures = results.figures()[run.method]
-    text = f"{figures.participants} devices train, "
+    num = figures.participants
+    text = f"{num} {'device trains' if num == 1 else 'devices train'}, "
     if figures.devices_over_budget:
         return text + (
             f"{figures.devices_over_budget} of them above their budget, at worst "
@@ -223,7 +234,7 @@ def _unit(num_bytes: float) -> tuple[str, int]:
 def who_took_part(results: Results) -> Figure:
     """Draw a grid of clients by rounds, one panel per method."""
     num = max(len(results.runs), 1)
-    height = 1.3 + 0.16 * len(results.client_keys)
+    height = 1.3 + 0.16 * min(len(results.client_keys), 2 * MAX_NAMES)
     figure = Figure(figsize=(WIDTH_INCHES, height))
     panels = figure.subplots(1, num, sharey=True, squeeze=False)[0]
     for axes, run in zip(panels, results.runs, strict=False):
@@ -260,15 +271,18 @@ def _draw_participation(axes: Axes, run: MethodRun, keys: list[str]) -> None:
         linewidth=0.8,
     )
     axes.set_ylim(len(keys) - 0.5, -0.5)
-    axes.set_title(f"{run.method}: {len(participants(training))} of {len(keys)} clients")
+    axes.set_title(
+        f"{run.method}: {len(participants(training))} of {len(keys)} clients"
+    )
     axes.set_xlabel("round")
-    axes.set_yticks(range(len(keys)), keys, fontsize=8)
+    shown = _shown_clients(keys)
+    axes.set_yticks(shown, [keys[y] for y in shown], fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.grid(visible=False)
 
 
 def _outcome(row: ClientRow) -> int:
-    """Number the colours: nothing, sat out, accepted, anything that went wrong."""
+    """Return the colour's number: nothing, sat out, accepted, or gone wrong."""
     return {NOT_SAMPLED: 0, SAT_OUT: 1, ACCEPTED: 2}.get(row.status, 3)
 
 
@@ -308,14 +322,15 @@ def bytes_per_round(results: Results) -> Figure:
 
 
 def seconds_per_round(results: Results) -> Figure:
-    """Draw the wall-clock time of every round."""
+    """Draw the wall-clock time of every round but the first, which warms up."""
     figure = Figure(figsize=(WIDTH_INCHES, 3.4))
     axes = figure.subplots()
     texts = []
     for index, run in enumerate(results.runs):
+        rounds = run.rounds[1:] or run.rounds
         axes.plot(
-            [row.round for row in run.rounds],
-            [row.round_wall_clock_sec for row in run.rounds],
+            [row.round for row in rounds],
+            [row.round_wall_clock_sec for row in rounds],
             color=colour_of(run.method, index),
             marker="o",
             ms=3.5,
@@ -330,5 +345,5 @@ def seconds_per_round(results: Results) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Median time of a round here: " + ", ".join(texts))
     if results.runs:
-        axes.legend()
+        figure.legend(loc="outside right upper")
     return figure

@@ -98,7 +98,7 @@ def read_run(path: Path) -> MethodRun:
 def _row(row_type: type[Row], values: dict[str, Any]) -> Row:
     """Take the fields that a kind of row has; null is the same as not there."""
     known = {field.name for field in fields(row_type)}
-    taken = {
+    taken: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values.items()
         if name in known and value is not None

@@ -6,6 +6,8 @@ Everything a report needs goes into the results folder while it happens:
 
 import json
 import logging
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,18 +22,23 @@ from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
 from flwr_smartsplit import Route, build_client_app, predicted_peak_bytes, profile_chain
+from flwr_smartsplit.flower.fleet import Fleet
 from flwr_smartsplit.flower.journal import Journal
+from flwr_smartsplit.flower.records import message_dialect
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.runtime.threads import torch_threads
 from simulations.clients import build_client, build_task
 from simulations.data import client_indices, evaluation_loader, load_images
+from simulations.errors import ExperimentError
 from simulations.experiment import Experiment
 from simulations.fleets import weak_clients
-from simulations.rows import EvaluationRow
 from simulations.method import Method
 from simulations.methods import METHODS
 from simulations.provenance import Provenance
+from simulations.rows import EvaluationRow
 from simulations.summary import CONFIG
+
+WAKING_TIMEOUT_SECONDS = 600.0
 
 OnRound = Callable[[str, EvaluationRow], None]
 """``on_round(method_name, evaluation)`` is called after every round."""
@@ -46,44 +53,36 @@ class Budgets:
     smallest_peak_bytes: int
 
 
-def run_experiment(
-    experiment: Experiment,
-    out: Path,
-    *,
-    provenance: Provenance,
-    on_round: OnRound,
-    verbose: bool = False,
-) -> None:
-    """Run every method of an experiment, one after the other.
+def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Budgets:
+    """Work out the budgets and start a results folder.
 
     Parameters
     ----------
     experiment : Experiment
-        What to run.
+        What will be run.
     out : Path
-        The results folder; journals of an earlier run in it are replaced.
+        The results folder; journals of an earlier run in it are removed.
     provenance : Provenance
-        Stored with the results.
-    on_round : OnRound
-        Told how good the model is after every round.
-    verbose : bool
-        Whether Flower may talk.
+        Stored with the configuration.
+
+    Raises
+    ------
+    ExperimentError
+        If the experiment cannot be run, or the folder not be written to.
     """
     budgets = measured_budgets(experiment)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in METHODS:
-        journal_path(out, name).unlink(missing_ok=True)
     config = describe(experiment, budgets) | asdict(provenance)
-    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    with _flower_speaking(verbose):
-        for name in experiment.methods:
-            run_method(
-                METHODS[name],
-                experiment,
-                budgets=budgets,
-                journal=journal_path(out, name),
-                on_round=on_round,
-            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in METHODS:
+            journal_path(out, name).unlink(missing_ok=True)
+        (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ExperimentError(
+            f"results cannot be written to {str(out)!r} ({error}): name another folder "
+            f"with --out."
+        ) from error
+    return budgets
 
 
 def journal_path(out: Path, method_name: str) -> Path:
@@ -137,38 +136,36 @@ def describe(experiment: Experiment, budgets: Budgets) -> dict[str, Any]:
     }
 
 
-def run_method(
-    method: Method,
-    experiment: Experiment,
-    *,
-    budgets: Budgets,
-    journal: Path,
-    on_round: OnRound,
+def run_methods(
+    experiment: Experiment, out: Path, *, budgets: Budgets, on_round: OnRound
 ) -> None:
-    """Run one method and leave its journal behind."""
+    """Run the methods one after the other and leave their journals behind.
+
+    They share one simulation and the same clients, which are told by each message
+    whether to train a part or the whole model, and within which budget.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to run.
+    out : Path
+        The results folder.
+    budgets : Budgets
+        What ``prepare`` worked out.
+    on_round : OnRound
+        Told how good the model is after every round.
+    """
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         del context
-        task = build_task(experiment)
-        model = initial_model(task.model_fn, experiment.seed)
-        strategy = method.strategy_fn(experiment, task, journal)
-        strategy.start(
-            grid=grid,
-            initial_arrays=ArrayRecord(model.state_dict()),
-            num_rounds=experiment.num_rounds,
-            evaluate_fn=_evaluate_fn(
-                model, experiment, Journal(journal), partial(on_round, method.name)
-            ),
-        )
+        _wake_clients(grid, experiment.num_clients)
+        for name in experiment.methods:
+            run_method(METHODS[name], experiment, grid, out=out, on_round=on_round)
 
-    uncapped = (None,) * experiment.num_clients
     client_fn = partial(
-        build_client,
-        experiment=experiment,
-        budgets_bytes=budgets.budgets_bytes if method.is_capped else uncapped,
-        edges=method.edges,
+        build_client, experiment=experiment, budgets_bytes=budgets.budgets_bytes
     )
     run_simulation(
         server_app=server_app,
@@ -177,8 +174,45 @@ def run_method(
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             # Else Ray silently joins whatever cluster runs on this machine.
-            "init_args": {"address": "local", "num_cpus": experiment.num_workers},
+            "init_args": {
+                "address": "local",
+                "num_cpus": experiment.num_workers,
+                "log_to_driver": False,
+            },
         },
+    )
+
+
+def _wake_clients(grid: Grid, num_clients: int) -> None:
+    """Let the workers start and load their data, so that no method is charged for it.
+
+    Asking for profiles is enough: a client builds its task and its loader for that.
+    """
+    while len(nodes := list(grid.get_node_ids())) < num_clients:
+        time.sleep(0.1)
+    fleet = Fleet(message_dialect(), timeout_seconds=WAKING_TIMEOUT_SECONDS)
+    _, failures = fleet.members(grid, nodes)
+    if failures:
+        raise ExperimentError(
+            f"{len(failures)} of {num_clients} clients cannot start, and the log above "
+            f"says why; the first: {failures[0].cause.splitlines()[-1]}"
+        )
+
+
+def run_method(
+    method: Method, experiment: Experiment, grid: Grid, *, out: Path, on_round: OnRound
+) -> None:
+    """Run one method from the common initial model."""
+    task = build_task(experiment)
+    journal = journal_path(out, method.name)
+    model = initial_model(task.model_fn, experiment.seed)
+    method.strategy_fn(experiment, task, journal).start(
+        grid=grid,
+        initial_arrays=ArrayRecord(model.state_dict()),
+        num_rounds=experiment.num_rounds,
+        evaluate_fn=_evaluate_fn(
+            model, experiment, Journal(journal), partial(on_round, method.name)
+        ),
     )
 
 
@@ -246,15 +280,19 @@ def evaluation_row(
 
 
 @contextmanager
-def _flower_speaking(verbose: bool) -> Iterator[None]:
-    """Let Flower log errors only, or everything; never that run_simulation is old."""
+def quiet_libraries(*, verbose: bool) -> Iterator[None]:
+    """Let Flower log errors only, unless asked; drop two warnings known by name."""
     logger = logging.getLogger("flwr")
     levels = [handler.level for handler in logger.handlers]
     for handler in logger.handlers:
         handler.setLevel(logging.INFO if verbose else logging.ERROR)
     logger.addFilter(_is_not_about_run_simulation)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", ".*RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", FutureWarning
+            )
+            yield
     finally:
         logger.removeFilter(_is_not_about_run_simulation)
         for handler, level in zip(logger.handlers, levels, strict=True):

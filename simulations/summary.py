@@ -74,12 +74,16 @@ class Figures:
         run out of memory. FedAvg ignores the budgets and is measured against them.
     devices_over_budget : int
         How many devices held more than their budget.
+    smallest_served_budget_bytes : int or None
+        The least budget of a client that took part and kept within it.
     bytes_down, bytes_up : int
         What the devices received and sent in all, from the server and the edges.
     comm_bytes_total : int
         What crossed any link, those between server and edges included.
     seconds_per_round : float or None
-        Median over the rounds; the first one includes starting the workers.
+        Median over the rounds without the first, in which workers and edges warm up.
+    first_round_seconds : float or None
+        Time of the first round.
     round_wall_clock_sec, server_aggregation_time_sec : float or None
         Means over the rounds.
     client_peak_cpu_memory_mb : float
@@ -94,10 +98,12 @@ class Figures:
     device_peak_bytes: int
     peak_over_budget: float | None
     devices_over_budget: int
+    smallest_served_budget_bytes: int | None
     bytes_down: int
     bytes_up: int
     comm_bytes_total: int
     seconds_per_round: float | None
+    first_round_seconds: float | None
     round_wall_clock_sec: float | None
     server_aggregation_time_sec: float | None
     client_peak_cpu_memory_mb: float
@@ -139,9 +145,13 @@ def figures_of(run: MethodRun, budgets_bytes: Mapping[str, int]) -> Figures:
     last = trained[-1] if trained else None
     training = run.training()
     peaks = peaks_by_client(training)
-    shares = [
-        peak / budgets_bytes[key] for key, peak in peaks.items() if key in budgets_bytes
-    ]
+    shares = {
+        key: peak / budgets_bytes[key]
+        for key, peak in peaks.items()
+        if key in budgets_bytes
+    }
+    took_part = participants(training)
+    served = [budgets_bytes[k] for k in took_part if shares.get(k, math.inf) <= 1.0]
     wall_clock = [row.round_wall_clock_sec for row in run.rounds]
     device_peak_bytes = max(peaks.values(), default=0)
     return Figures(
@@ -149,14 +159,16 @@ def figures_of(run: MethodRun, budgets_bytes: Mapping[str, int]) -> Figures:
         accuracy=last.accuracy if last else None,
         accuracy_last5=_mean([row.accuracy for row in trained[-NUM_LAST_EVALUATIONS:]]),
         per_class_accuracy=last.per_class_accuracy if last else (),
-        participants=len(participants(training)),
+        participants=len(took_part),
         device_peak_bytes=device_peak_bytes,
-        peak_over_budget=max(shares, default=None),
-        devices_over_budget=sum(share > 1.0 for share in shares),
+        peak_over_budget=max(shares.values(), default=None),
+        devices_over_budget=sum(share > 1.0 for share in shares.values()),
+        smallest_served_budget_bytes=min(served, default=None),
         bytes_down=sum(row.bytes_down + row.edge_bytes_down for row in run.clients),
         bytes_up=sum(row.bytes_up + row.edge_bytes_up for row in run.clients),
         comm_bytes_total=sum(row.comm_bytes_total for row in run.rounds),
-        seconds_per_round=median(wall_clock) if wall_clock else None,
+        seconds_per_round=median(wall_clock[1:] or wall_clock) if wall_clock else None,
+        first_round_seconds=wall_clock[0] if wall_clock else None,
         round_wall_clock_sec=_mean(wall_clock),
         server_aggregation_time_sec=_mean(
             [row.server_aggregation_time_sec for row in run.rounds]
@@ -195,12 +207,12 @@ def bytes_text(num_bytes: float) -> str:
 
     Examples
     --------
-    >>> bytes_text(1_328_896), bytes_text(500), bytes_text(3 * 2**30)
-    ('1.27 MiB', '500 B', '3.00 GiB')
+    >>> bytes_text(1_328_896), bytes_text(500), bytes_text(300 * 2**30)
+    ('1.27 MiB', '500 B', '300 GiB')
     """
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
+            return f"{num_bytes / size:.{0 if num_bytes >= 100 * size else 2}f} {unit}"
     return f"{num_bytes:.0f} B"
 
 
@@ -218,6 +230,11 @@ def percent_text(fraction: float | None) -> str:
 def seconds_text(seconds: float | None) -> str:
     """Print seconds, or a dash where there are none."""
     return "–" if seconds is None else f"{seconds:.2f} s"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """Print a ratio, or a dash where there is none."""
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 def _mean(values: list[float]) -> float | None:

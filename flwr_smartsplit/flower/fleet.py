@@ -44,21 +44,35 @@ class Fleet:
         self._dialects = [dialect, LEGACY]
         self._timeout_seconds = timeout_seconds
         self._by_node: dict[int, Member] = {}
+        self._silent: set[int] = set()
 
     def members(
-        self, grid: Grid, node_ids: Iterable[int]
+        self, grid: Grid, node_ids: Iterable[int], *, ask_again: bool = True
     ) -> tuple[dict[str, Member], list[Failure]]:
         """List the clients behind these nodes by client_key, and who did not answer.
+
+        Parameters
+        ----------
+        grid : Grid
+            Reaches the nodes.
+        node_ids : Iterable[int]
+            The nodes that are there now.
+        ask_again : bool
+            Whether to ask nodes again that gave no usable answer before; each time
+            may take as long as the timeout.
 
         Returns
         -------
         members : dict[str, Member]
             In client_key order.
         failures : list[Failure]
-            Nodes without a usable answer; they are asked again next time.
+            Nodes without a usable answer.
         """
         present = list(node_ids)
-        unknown = [node for node in present if node not in self._by_node]
+        if ask_again:
+            self._silent.clear()
+        known = self._by_node.keys() | self._silent
+        unknown = [node for node in present if node not in known]
         failures: list[Failure] = []
         # One node first: most fleets speak one dialect, and a wrong one is an error
         # in the client's log.
@@ -78,7 +92,7 @@ class Fleet:
 
     def _ask(self, grid: Grid, node_ids: list[int]) -> list[Failure]:
         """Ask in each dialect whoever has not answered yet."""
-        causes = dict.fromkeys(node_ids, "no answer")
+        causes: dict[int, list[str]] = {node: [] for node in node_ids}
         for dialect in tuple(self._dialects):
             if not causes:
                 break
@@ -92,20 +106,27 @@ class Fleet:
             ]
             for reply in grid.send_and_receive(requests, timeout=self._timeout_seconds):
                 self._note(reply, dialect, causes)
+        self._silent |= causes.keys()
         return [
-            Failure(client_key=f"node {node}", kind="failed", cause=cause)
-            for node, cause in causes.items()
+            Failure(
+                client_key=f"node {node}",
+                kind="failed",
+                cause="; ".join(reasons) or "no answer to the profile request",
+            )
+            for node, reasons in causes.items()
         ]
 
-    def _note(self, reply: Message, dialect: Dialect, causes: dict[int, str]) -> None:
+    def _note(
+        self, reply: Message, dialect: Dialect, causes: dict[int, list[str]]
+    ) -> None:
         node = reply.metadata.src_node_id
         if reply.has_error():
-            causes[node] = f"the profile request failed: {reply.error.reason}"
+            causes[node].append(f"asked as {dialect.name}: {reply.error.reason}")
             return
         try:
             profile = profile_from_content(reply.content)
         except RefusedReply as error:
-            causes[node] = str(error)
+            causes[node].append(f"asked as {dialect.name}: {error}")
             return
         self._by_node[node] = Member(node, dialect, profile)
         causes.pop(node, None)

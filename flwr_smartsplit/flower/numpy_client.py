@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy.typing as npt
+import torch
 from flwr.client import NumPyClient
 
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
@@ -57,6 +58,8 @@ class SmartSplitNumPyClient(NumPyClient):
         Passes over the training loader in each round.
     meter_every : int
         The first two steps are metered, then one in so many; 1 meters every step.
+    seed : int
+        Root of the random streams under a stock strategy; ``SmartSplit`` sends its own.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per thing a client owns
@@ -72,6 +75,7 @@ class SmartSplitNumPyClient(NumPyClient):
         batch_size: int | None = None,
         local_epochs: int = 1,
         meter_every: int = 50,
+        seed: int = 0,
     ) -> None:
         if budget_bytes is not None and budget_bytes < 0:
             raise ValueError(
@@ -81,6 +85,7 @@ class SmartSplitNumPyClient(NumPyClient):
         self.task = task
         self.train_loader = train_loader
         self.eval_loader = eval_loader
+        self._seed = seed
         self._edges = {edge.name: edge for edge in edges}
         self.profile = DeviceProfile(
             client_key=client_key,
@@ -112,11 +117,13 @@ class SmartSplitNumPyClient(NumPyClient):
         """Read the plan that came along, or make the one a stock strategy implies."""
         plan = plan_from_config(config)
         if plan is None:
+            round_number = int(config.get("server-round", 0))
             plan = ClientPlan(
                 client_key=self.profile.client_key,
-                round_number=int(config.get("server-round", 0)),
+                round_number=round_number,
                 route=Route.whole(),
-                seed=0,
+                # Without a number, all rounds would shuffle alike.
+                seed=self._seed if round_number else int(torch.randint(2**62, ())),
                 edge_addresses={},
             )
         return plan

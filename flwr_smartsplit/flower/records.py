@@ -294,8 +294,9 @@ def _read_reply(content: RecordDict, names: Sequence[str] | None) -> ClientReply
         for receipt in fields["receipts"]
     )
     state: dict[str, npt.NDArray[Any]] = {}
-    for record in content.array_records.values():
-        state |= from_array_record(record)
+    if report["status"] is Status.OK:  # Flower marks an empty legacy reply otherwise.
+        for record in content.array_records.values():
+            state |= from_array_record(record)
     if names is not None and state:
         if len(state) != len(names):
             raise RefusedReply(

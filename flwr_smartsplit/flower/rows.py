@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from flwr_smartsplit.flower.dispatch import Dispatch
 from flwr_smartsplit.policy.rounds import NOT_SAMPLED
-from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure
+from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, StepReport
 
 Row = dict[str, object]
 
@@ -19,9 +19,11 @@ def client_rows(
 ) -> Iterator[Row]:
     """Make one row for every client that was sent something, and every stray reply."""
     for key, reply in accepted.items():
-        yield _row(dispatch, key) | _measured(reply) | {"status": "accepted"}
+        yield _row(dispatch, key) | _measured(reply.report) | {"status": "accepted"}
     for failure in failures:
         row = _row(dispatch, failure.client_key)
+        if failure.report is not None:
+            row |= _measured(failure.report)
         yield row | {"status": failure.kind, "cause": failure.cause}
 
 
@@ -100,15 +102,15 @@ def _row(dispatch: Dispatch, key: str) -> Row:
         row |= {
             "route": str(sent.plan.route),
             "budget_bytes": sent.plan.budget_bytes,
-            "predicted_peak_bytes": sent.predicted_peak_bytes,
             "bytes_down": sent.num_bytes,
             "bytes_up": dispatch.received_bytes.get(key, 0),
         }
+        if dispatch.is_train:
+            row["predicted_peak_bytes"] = sent.predicted_peak_bytes
     return row
 
 
-def _measured(reply: ClientReply) -> Row:
-    report = reply.report
+def _measured(report: StepReport) -> Row:
     return {
         "peak_bytes": report.peak_bytes,
         "num_examples": report.num_examples,

@@ -67,6 +67,8 @@ class SmartSplit(Strategy):
         File for one JSON line per client and round.
     clock : Callable[[], float]
         Seconds that only move forward.
+    profile_timeout_seconds : float
+        How long to wait for clients that are asked who they are.
     fraction_train, fraction_evaluate, min_train_nodes, min_evaluate_nodes, \
 min_available_nodes, weighted_by_key, arrayrecord_key, configrecord_key, \
 train_metrics_aggr_fn, evaluate_metrics_aggr_fn
@@ -103,7 +105,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         configrecord_key: str = "config",
         train_metrics_aggr_fn: MetricsFn | None = None,
         evaluate_metrics_aggr_fn: MetricsFn | None = None,
-        profile_timeout_seconds: float = 600.0,
+        profile_timeout_seconds: float = 120.0,
     ) -> None:
         # FedAvg checks and keeps its own arguments, and lends its averages.
         self.fedavg = FedAvg(
@@ -253,7 +255,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
     ) -> Iterable[Message]:
         started = self._clock()
         self._current = from_array_record(arrays)
-        members = self._members(grid, server_round)
+        members = self._members(grid, server_round, is_train=is_train)
         digest = state_digest(self._current)
         addresses, unready = self._edges.prepare(digest, self._current)
         self._rounds.write_failures(unready, server_round, phase="edge")
@@ -301,7 +303,9 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             edge_addresses={e: addresses[e] for e in assignment.route.edges()},
         )
 
-    def _members(self, grid: Grid, server_round: int) -> dict[str, Member]:
+    def _members(
+        self, grid: Grid, server_round: int, *, is_train: bool
+    ) -> dict[str, Member]:
         """Wait for enough nodes, as FedAvg does, and learn who they are."""
         least = self.fedavg.min_available_nodes
         while len(nodes := list(grid.get_node_ids())) < least:
@@ -312,7 +316,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
                 least,
             )
             time.sleep(1)
-        members, failures = self._fleet.members(grid, nodes)
+        members, failures = self._fleet.members(grid, nodes, ask_again=is_train)
         self._rounds.write_failures(failures, server_round, phase="profile")
         return members
 
@@ -364,4 +368,5 @@ def _not_evaluated(reply: ClientReply) -> Failure:
         client_key=reply.client_key,
         kind="refused" if report.status is Status.OK else report.status.value,
         cause=report.message or f"evaluated {report.num_examples} examples.",
+        report=report,
     )

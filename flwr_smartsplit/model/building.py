@@ -2,8 +2,8 @@
 
 Parameters are created on the meta device, which has no memory; only the segments
 of this place are then given real tensors. Buffers stay real while building,
-because some models compute them from data (`facts-exactness`: building wholly on
-meta fails for 15 of 80 torchvision classifiers, this way for none).
+because some models compute them from data: building wholly on meta fails for 15 of
+80 torchvision classifiers, this way for none.
 """
 
 import pickle
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
@@ -31,17 +32,27 @@ _chains_by_task: "WeakKeyDictionary[Task, Chain]" = WeakKeyDictionary()
 _chains_by_recipe: dict[bytes, Chain] = {}
 
 
+def _on_meta(param: nn.Parameter, twins: Any) -> nn.Parameter:
+    if param.is_meta:
+        return param
+    if param not in twins:
+        twins[param] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+    twin: nn.Parameter = twins[param]
+    return twin
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Send every parameter that is registered in this thread to the meta device."""
     register = nn.Module.register_parameter
     thread = threading.get_ident()
+    twins = WeakIdKeyDictionary()  # One parameter under two names stays one.
 
     def register_on_meta(
         module: nn.Module, name: str, param: nn.Parameter | None
     ) -> None:
         if param is not None and threading.get_ident() == thread:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            param = _on_meta(param, twins)
         register(module, name, param)
 
     with _building:
@@ -153,8 +164,10 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
 def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
     """Make a real tensor with the template's strides, dtype and role."""
     filled = torch.empty_like(template, device="cpu", requires_grad=False)
+    with unmetered():  # The message's memory is not the step's.
+        source = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     with torch.no_grad():
-        filled.copy_(torch.from_numpy(np.require(values, requirements=["C", "W"])))
+        filled.copy_(source)
     if isinstance(template, nn.Parameter):
         return nn.Parameter(filled, requires_grad=template.requires_grad)
     return filled

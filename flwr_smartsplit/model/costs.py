@@ -110,9 +110,10 @@ def _fake_step(
         return 0
     boundary = runner.forward(batch, step=step, inputs_are_boundary=False)
     boundary_bytes: int = boundary.numel() * boundary.element_size()
-    gradient = torch.empty_like(boundary, requires_grad=False)
+    # Popped, so that the runner alone holds it, as it does on a device.
+    gradient = [torch.empty_like(boundary, requires_grad=False)]
     del boundary
-    runner.backward(gradient)
+    runner.backward(gradient.pop())
     return boundary_bytes
 
 

@@ -8,6 +8,9 @@ gradient. Guessing from names would miss functional and user-written operations.
 
 import copy
 import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +107,7 @@ def find_facts(
     # Two examples, since BatchNorm refuses to train on one value per channel.
     inputs = fake_batch(example_inputs, mode, batch_size=2)
     try:
-        with mode, recorder, torch.enable_grad():
+        with mode, recorder, torch.enable_grad(), _torch_log_silenced():
             finder.run(*inputs)
     except Exception as error:
         shapes = [tuple(example.shape) for example in example_inputs]
@@ -114,6 +117,17 @@ def find_facts(
             shapes=shapes,
         ) from error
     return finder.facts
+
+
+@contextmanager
+def _torch_log_silenced() -> Iterator[None]:
+    """Keep torch from logging a traceback of what is raised as an error anyway."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _identity(root: nn.Module, value: Any) -> Any:

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flwr_smartsplit.errors import MemoryCapExceeded
+from flwr_smartsplit.errors import MemoryCapExceeded, bytes_text
 
-_MEBIBYTE = 2**20
 _pauses = threading.local()
 
 
@@ -53,6 +53,7 @@ class MemoryMeter(TorchDispatchMode):
         self.name = name
         self.live_bytes = 0
         self.peak_bytes = 0
+        self._alarm_bytes = 0
         self._storages: dict[int, _Storage] = {}
         self._on_death = _death_notice(weakref.ref(self))
 
@@ -96,13 +97,18 @@ class MemoryMeter(TorchDispatchMode):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self._see(leaf)
-        if self.live_bytes > self.peak_bytes:
+        if self.live_bytes > self._alarm_bytes:
             self._check(func)
         return result
 
     def _see(self, tensor: Tensor) -> None:
         if tensor.is_meta:
             return  # It has a size, but no memory.
+        if tensor.layout is torch.sparse_coo:
+            self._see(tensor._indices())
+            self._see(tensor._values())
+        if tensor.layout is not torch.strided:
+            return  # Other layouts do not show their storages.
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         known = self._storages.get(key)
@@ -116,15 +122,19 @@ class MemoryMeter(TorchDispatchMode):
         self.live_bytes += num_bytes
 
     def _check(self, operator: Any) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        if self.budget_bytes is None or self.live_bytes <= self.budget_bytes:
-            return
         live, budget = self.live_bytes, self.budget_bytes
+        self.peak_bytes = max(self.peak_bytes, live)
+        self._alarm_bytes = self.peak_bytes
+        if budget is None:
+            return
+        self._alarm_bytes = min(self.peak_bytes, budget)
+        if live <= budget:
+            return
         raise MemoryCapExceeded(
             f"{self.name or 'this step'}: {operator} brings live tensors to "
-            f"{live / _MEBIBYTE:.2f} MiB, {(live - budget) / _MEBIBYTE:.2f} MiB over "
-            f"the cap of {budget / _MEBIBYTE:.2f} MiB. Cut earlier, lower the batch "
-            "size, or raise the budget.",
+            f"{bytes_text(live)}, {bytes_text(live - budget)} over the cap of "
+            f"{bytes_text(budget)}. Cut earlier, lower the batch size, or raise the "
+            "budget.",
             live_bytes=live,
             budget_bytes=budget,
             operator=str(operator),
@@ -199,6 +209,7 @@ def memory_cap(budget_bytes: int | None, *, name: str = "") -> Iterator[MemoryMe
 
     Examples
     --------
+    >>> import torch
     >>> with memory_cap(5_000) as meter:
     ...     values = torch.zeros(1_000)
     >>> meter.peak_bytes

@@ -105,6 +105,14 @@ def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:
                 f"{len(receipt.names)} names; {tail.session} with {len(tail.names)} "
                 "was expected.",
             )
+        stepped = reply.report.num_examples * reply.report.num_epochs
+        if receipt.num_examples != stepped:
+            raise _refused(
+                "refused",
+                f"client {key!r} claims {reply.report.num_examples} examples in "
+                f"{reply.report.num_epochs} epochs, its tail at {place!r} saw "
+                f"{receipt.num_examples}.",
+            )
         if receipt.num_steps != reply.report.num_steps:
             raise _refused(
                 "refused",

@@ -5,11 +5,9 @@ and the least leaky boundary on the device. Peaks do not grow evenly with depth
 (a pooled boundary can cost less than the one before it), so every cut is tried.
 """
 
-from flwr_smartsplit.errors import NoFeasibleRoute
+from flwr_smartsplit.errors import NoFeasibleRoute, bytes_text
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.types import ChainProfile, Route
-
-_MEBIBYTE = 2**20
 
 
 def deepest_route(
@@ -49,10 +47,9 @@ def deepest_route(
     least = min(peaks)
     cheapest = routes[peaks.index(least)]
     raise NoFeasibleRoute(
-        f"no route fits: the cheapest ({cheapest}) needs {least / _MEBIBYTE:.3f} MiB "
+        f"no route fits: the cheapest ({cheapest}) needs {bytes_text(least)} "
         f"at batch size {profile.batch_size}, the budget is "
-        f"{budget_bytes / _MEBIBYTE:.3f} MiB. Lower the batch size or raise the "
-        "budget.",
+        f"{bytes_text(budget_bytes)}. Lower the batch size or raise the budget.",
         needed_bytes=least,
         budget_bytes=budget_bytes,
     )

@@ -91,9 +91,16 @@ class RayEdge:
             max_restarts=-1,
             max_concurrency=self.max_concurrency,
         )
-        handle = actor.remote(task, str(parent / f"smartsplit-{address}"))
-        _keep_alive[address] = handle
-        ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
+        folder = parent / f"smartsplit-{address}"
+        handle = actor.remote(task, str(folder))
+        _actors[address] = (handle, folder)
+        try:
+            ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
+        except RayError as error:
+            self.stop(address)
+            raise EdgeUnreachable(
+                f"edge {self.name!r} cannot start: {error}"
+            ) from error
         return address
 
     def connect(self, address: str) -> "RayTransport":
@@ -119,18 +126,19 @@ class RayEdge:
 
     def stop(self, address: str) -> None:
         """End the actor and delete its files."""
-        handle = _keep_alive.pop(address, None)
-        if handle is None:
+        if address not in _actors:
             return
+        handle, folder = _actors.pop(address)
         try:
             ray.get(handle.clean_up.remote(), timeout=self.patience_seconds)
         except RayError:
-            pass  # A dead actor has nothing left to clean.
+            # A dead actor cleans nothing; this helps if it was on this machine.
+            shutil.rmtree(folder, ignore_errors=True)
         ray.kill(handle, no_restart=True)
 
 
-_keep_alive: dict[str, Any] = {}
-"""The handles of this process's actors; Ray ends an actor with its last handle."""
+_actors: dict[str, tuple[Any, Path]] = {}
+"""The actors that this process started; Ray ends one with its last handle."""
 
 
 @dataclass(frozen=True, slots=True)

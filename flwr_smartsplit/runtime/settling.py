@@ -96,7 +96,12 @@ def _accept(
             )
         except RefusedReply as error:
             failures.append(
-                Failure(client_key=reply.client_key, kind=error.kind, cause=str(error))
+                Failure(
+                    client_key=reply.client_key,
+                    kind=error.kind,
+                    cause=str(error),
+                    report=reply.report,
+                )
             )
         else:
             accepted[reply.client_key] = reply
@@ -127,7 +132,14 @@ def _commit(
             return sums, dropped
         for key, cause in lost.items():
             del remaining[key]
-            dropped.append(Failure(client_key=key, kind="edge_failed", cause=cause))
+            dropped.append(
+                Failure(
+                    client_key=key,
+                    kind="edge_failed",
+                    cause=cause,
+                    report=accepted[key].report,
+                )
+            )
 
 
 def _entries_by_place(

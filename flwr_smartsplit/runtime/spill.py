@@ -96,10 +96,6 @@ class Spill:
             if path != self._state_path(keep_digest):
                 path.unlink(missing_ok=True)
 
-    def disk_bytes(self) -> int:
-        """Add up the sizes of all files."""
-        return sum(path.stat().st_size for path in self._folder.iterdir())
-
     def _fits(self, session: str, digest: str) -> bool:
         try:
             return state_digest(self.read_tail(session)) == digest

@@ -62,6 +62,12 @@ class Conditions:
     local_epochs: int = 1
     clock: Callable[[], float] = time.perf_counter
 
+    def __post_init__(self) -> None:
+        """Refuse counts that mean nothing."""
+        for name in ("meter_every", "local_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -122,6 +128,9 @@ def train_locally(
         except (MemoryCapExceeded, EdgeError) as error:
             walk.abandon()
             outcome = Outcome(state={}, receipts=(), report=walk.failure(error))
+        except BaseException:
+            walk.abandon()
+            raise
     seconds = conditions.clock() - start
     return replace(outcome, report=replace(outcome.report, seconds=seconds))
 
@@ -247,7 +256,8 @@ class _Walk:
             for name, total in self._sums.items()
         }
         return StepReport(
-            num_examples=self.num_examples // max(num_epochs, 1),
+            num_examples=self.num_examples // num_epochs,
+            num_epochs=num_epochs,
             num_steps=self.num_steps,
             loss=means.pop("loss"),
             peak_bytes=self.meter.peak_bytes,

@@ -34,7 +34,5 @@ def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strateg
 DROP_WEAK = Method(
     name="drop_weak",
     summary="who cannot hold the whole model sits out",
-    is_capped=True,
-    edges=(),
     strategy_fn=build_strategy,
 )

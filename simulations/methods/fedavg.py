@@ -22,8 +22,8 @@ from flwr_smartsplit import Task
 from flwr_smartsplit.flower.journal import Journal
 from flwr_smartsplit.flower.records import OURS, record_bytes
 from simulations.experiment import Experiment
-from simulations.rows import ACCEPTED, TRAIN
 from simulations.method import Method
+from simulations.rows import ACCEPTED, TRAIN
 
 
 class JournalledFedAvg(FedAvg):
@@ -46,6 +46,7 @@ class JournalledFedAvg(FedAvg):
         )
         self._journal = Journal(journal)
         self._bytes_down: dict[int, int] = {}
+        self._keys_by_node: dict[int, str] = {}
         self._started_seconds = 0.0
 
     def configure_train(
@@ -63,7 +64,7 @@ class JournalledFedAvg(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge as FedAvg does, in client_key order, and write the round down."""
-        ordered = sorted(replies, key=client_key)
+        ordered = sorted(replies, key=self._client_key)
         arrived_seconds = time.perf_counter()
         merged = super().aggregate_train(server_round, ordered)
         ended_seconds = time.perf_counter()
@@ -90,7 +91,7 @@ class JournalledFedAvg(FedAvg):
             "kind": "client",
             "phase": TRAIN,
             "round": server_round,
-            "client_key": client_key(reply),
+            "client_key": self._client_key(reply),
             "route": "whole",
             "budget_bytes": None,
             "bytes_down": self._bytes_down.get(reply.metadata.src_node_id, 0),
@@ -111,12 +112,13 @@ class JournalledFedAvg(FedAvg):
             "seconds": metrics["seconds"],
         }
 
-
-def client_key(reply: Message) -> str:
-    """Name the client a reply comes from; a lost one has only Flower's node id."""
-    if reply.has_error():
-        return f"node {reply.metadata.src_node_id}"
-    return cast(str, reply.content[OURS]["client-key"])
+    def _client_key(self, reply: Message) -> str:
+        """Name the client; a lost one by an earlier reply, or else by its node."""
+        node = reply.metadata.src_node_id
+        if not reply.has_error():
+            key = cast(str, reply.content[OURS]["client-key"])
+            self._keys_by_node[node] = key
+        return self._keys_by_node.get(node, f"node {node}")
 
 
 def payload_bytes(message: Message) -> int:
@@ -133,7 +135,5 @@ def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strateg
 FEDAVG = Method(
     name="fedavg",
     summary="everybody trains the whole model, budgets ignored",
-    is_capped=False,
-    edges=(),
     strategy_fn=build_strategy,
 )

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit import RayEdge, SmartSplit, Task
+from flwr_smartsplit import SmartSplit, Task
+from simulations.clients import EDGES
 from simulations.experiment import Experiment
 from simulations.method import Method
-
-EDGES = (RayEdge(),)
 
 
 def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strategy:
@@ -37,7 +36,5 @@ def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strateg
 SMARTSPLIT = Method(
     name="smartsplit",
     summary="who cannot hold the model trains its front, an edge the rest",
-    is_capped=True,
-    edges=EDGES,
     strategy_fn=build_strategy,
 )

@@ -1,4 +1,4 @@
-"""Quickstart: does splitting let weak devices take part, and what does it cost?
+"""Quickstart: what splitting gains weak devices, and what it costs, in minutes.
 
 Twenty clients, ten of them too weak for the whole model and one too weak for any part
 of it. Half of the classes live on the weak ones only.
@@ -28,6 +28,7 @@ def quickstart(data: str = "digits") -> Experiment:
         name="quickstart",
         methods=("fedavg", "drop_weak", "smartsplit"),
         data=data,
+        num_rounds=20,
         fleet=half_weak,
         partition=OwnLabels(num_own=5),
         max_train_examples=MAX_TRAIN_EXAMPLES,

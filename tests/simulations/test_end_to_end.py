@@ -1,0 +1,101 @@
+"""One tiny run of everything, as a user starts it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simulations.summary import read_results
+
+ROOT = Path(__file__).parents[2]
+NUM_CLIENTS, NUM_ROUNDS = 6, 2
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Run the quickstart with six clients for two rounds; return stdout and folder."""
+    out = tmp_path_factory.mktemp("tiny")
+    options = ["--clients", NUM_CLIENTS, "--rounds", NUM_ROUNDS, "--out", out, "--json"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "simulations", "run", "quickstart", *map(str, options)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout, out
+
+
+@pytest.mark.ray
+def test_standard_output_is_one_json_object(tiny):
+    stdout, out = tiny
+
+    assert json.loads(stdout) == json.loads((out / "summary.json").read_text())
+    assert list(json.loads(stdout)["methods"]) == ["fedavg", "drop_weak", "smartsplit"]
+
+
+@pytest.mark.ray
+def test_each_method_trains_whom_it_can(tiny):
+    """Three of six clients hold the whole model, and one fits no part of it."""
+    methods = json.loads(tiny[0])["methods"]
+
+    assert {name: figures["participants"] for name, figures in methods.items()} == {
+        "fedavg": 6,
+        "drop_weak": 3,
+        "smartsplit": 5,
+    }
+    assert all(figures["num_rounds"] == NUM_ROUNDS for figures in methods.values())
+    assert methods["drop_weak"]["per_class_accuracy"][:5] == [0.0] * 5
+    assert methods["smartsplit"]["accuracy"] > methods["drop_weak"]["accuracy"] + 0.1
+
+
+@pytest.mark.ray
+def test_devices_keep_within_their_budgets_unless_the_method_ignores_them(tiny):
+    methods = json.loads(tiny[0])["methods"]
+
+    assert methods["fedavg"]["devices_over_budget"] == NUM_CLIENTS // 2
+    assert methods["fedavg"]["peak_over_budget"] > 1
+    for capped in ("drop_weak", "smartsplit"):
+        assert methods[capped]["devices_over_budget"] == 0
+        assert 0.9 < methods[capped]["peak_over_budget"] <= 1
+
+
+@pytest.mark.ray
+def test_measured_peaks_are_the_predicted_ones(tiny):
+    _, out = tiny
+    rows = [
+        json.loads(line)
+        for method in ("drop_weak", "smartsplit")
+        for line in (out / f"{method}.jsonl").read_text().splitlines()
+    ]
+    trained = [row for row in rows if row.get("status") == "accepted"]
+
+    assert len(trained) == NUM_ROUNDS * (3 + 5)
+    assert all(r["peak_bytes"] == r["predicted_peak_bytes"] for r in trained)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("method", ["fedavg", "drop_weak"])
+def test_without_an_edge_all_traffic_is_the_messages(tiny, method):
+    runs = {run.method: run for run in read_results(tiny[1]).runs}
+    for number in range(1, NUM_ROUNDS + 1):
+        sent = [row for row in runs[method].clients if row.round == number]
+        (total,) = [
+            r.comm_bytes_total for r in runs[method].rounds if r.round == number
+        ]
+        messages = sum(row.bytes_down + row.bytes_up for row in sent)
+        assert total == messages > 0
+
+
+@pytest.mark.ray
+def test_the_folder_says_how_it_was_made(tiny):
+    config = json.loads((tiny[1] / "config.json").read_text())
+
+    assert config["command"].startswith("python -m simulations run quickstart")
+    assert config["experiment"]["seed"] == 0
+    assert {"flwr", "ray", "torch", "python"} <= config["versions"].keys()
+    assert (tiny[1] / "report.html").stat().st_size > 10_000
