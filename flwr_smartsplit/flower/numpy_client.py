@@ -103,7 +103,7 @@ class SmartSplitNumPyClient(NumPyClient):
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
         outcome = train_locally(plan, state, self.train_loader, self._conditions)
-        if not plan.route.cuts and outcome.state:
+        if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
             return replace(outcome, state={**state, **outcome.state})
         return outcome
@@ -131,6 +131,8 @@ class SmartSplitNumPyClient(NumPyClient):
     def device_names(self, plan: ClientPlan) -> tuple[str, ...]:
         """Name the state of this client's device segments, in the model's order."""
         chain = build_chain(self.task)
+        if _is_stock(plan):
+            return tuple(chain.model.state_dict())
         return chain.state_names(0, plan.route.legs(len(chain))[0].stop)
 
     # --- NumPyClient --------------------------------------------------------------
@@ -171,6 +173,11 @@ class SmartSplitNumPyClient(NumPyClient):
                 f"{sorted(self._edges)}: give it the strategy's edges."
             )
         return self._edges[place].connect(address)
+
+
+def _is_stock(plan: ClientPlan) -> bool:
+    """Say whether the plan is one that ``plan_for`` made up for a stock strategy."""
+    return not plan.state_digest
 
 
 def _size(loader: Any, given: int | None) -> int:

@@ -7,7 +7,7 @@ in one record, because legacy clients take nothing else.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -167,10 +167,10 @@ def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
     """Read the plan of a message; None if a stock strategy sent it."""
     if _PLAN not in config:
         return None
-    fields = json.loads(str(config[_PLAN]))
-    route = fields.pop("route")
+    values = json.loads(str(config[_PLAN]))
+    route = values.pop("route")
     return ClientPlan(
-        route=Route(tuple(route["cuts"]), tuple(route["places"])), **fields
+        route=Route(tuple(route["cuts"]), tuple(route["places"])), **values
     )
 
 
@@ -287,28 +287,46 @@ def _read_reply(content: RecordDict, names: Sequence[str] | None) -> ClientReply
         for record in content.config_records.values()
         if _REPLY in record
     )
-    fields = json.loads(text)
-    report = fields["report"] | {"status": Status(fields["report"]["status"])}
+    values = json.loads(text)
+    report = StepReport(
+        **{**values["report"], "status": Status(values["report"]["status"])}
+    )
+    _check_types(report)
     receipts = tuple(
         Receipt(**{**receipt, "names": tuple(receipt["names"])})
-        for receipt in fields["receipts"]
+        for receipt in values["receipts"]
     )
     state: dict[str, npt.NDArray[Any]] = {}
-    if report["status"] is Status.OK:  # Flower marks an empty legacy reply otherwise.
+    if report.status is Status.OK:  # Flower marks an empty legacy reply otherwise.
         for record in content.array_records.values():
             state |= from_array_record(record)
     if names is not None and state:
         if len(state) != len(names):
             raise RefusedReply(
-                f"client {fields['client_key']!r} sends {len(state)} arrays, its "
+                f"client {values['client_key']!r} sends {len(state)} arrays, its "
                 f"segments have {len(names)}.",
                 kind="refused",
             )
         state = dict(zip(names, state.values(), strict=True))
     return ClientReply(
-        client_key=str(fields["client_key"]),
-        round_number=int(fields["round_number"]),
+        client_key=str(values["client_key"]),
+        round_number=int(values["round_number"]),
         state={name: np.asarray(array) for name, array in state.items()},
         receipts=receipts,
-        report=StepReport(**report),
+        report=report,
     )
+
+
+def _check_types(report: StepReport) -> None:
+    """Make sure that a report's numbers are numbers."""
+    for field in fields(report):
+        value, wanted = getattr(report, field.name), type(field.default)
+        if wanted in (int, float) and not _is_number(value, wanted):
+            raise TypeError(f"{field.name} is {value!r}, not {wanted.__name__}")
+    if not all(_is_number(value, float) for value in dict(report.metrics).values()):
+        raise TypeError(f"metrics are {report.metrics!r}, not numbers by name")
+
+
+def _is_number(value: Any, wanted: type) -> bool:
+    allowed = int if wanted is int else (int, float)
+    return isinstance(value, allowed) and not isinstance(value, bool)

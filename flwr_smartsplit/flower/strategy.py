@@ -233,10 +233,11 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         client_replies, failures = dispatch.read(replies)
         accepted: dict[str, ClientReply] = {}
         for reply in sorted(client_replies, key=lambda r: r.client_key):
-            if reply.report.status is Status.OK and reply.report.num_examples > 0:
+            failure = _not_evaluated(reply, server_round)
+            if failure is None:
                 accepted[reply.client_key] = reply
             else:
-                failures.append(_not_evaluated(reply))
+                failures.append(failure)
         self._rounds.write_replies(dispatch, accepted, failures)
         if not accepted:
             return None
@@ -362,11 +363,14 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         return average(contents, key)
 
 
-def _not_evaluated(reply: ClientReply) -> Failure:
+def _not_evaluated(reply: ClientReply, server_round: int) -> Failure | None:
+    """Say why an evaluation does not count, if so."""
     report = reply.report
-    return Failure(
-        client_key=reply.client_key,
-        kind="refused" if report.status is Status.OK else report.status.value,
-        cause=report.message or f"evaluated {report.num_examples} examples.",
-        report=report,
-    )
+    kind, cause = report.status.value, report.message
+    if reply.round_number != server_round:
+        kind, cause = "late", f"evaluated round {reply.round_number}."
+    elif report.status is Status.OK and report.num_examples < 1:
+        kind, cause = "refused", f"evaluated {report.num_examples} examples."
+    elif report.status is Status.OK:
+        return None
+    return Failure(client_key=reply.client_key, kind=kind, cause=cause, report=report)

@@ -8,8 +8,9 @@ because some models compute them from data: building wholly on meta fails for 15
 
 import pickle
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,8 @@ State = Mapping[str, npt.NDArray[Any]]
 
 _building = threading.RLock()
 _chains_by_task: "WeakKeyDictionary[Task, Chain]" = WeakKeyDictionary()
-_chains_by_recipe: dict[bytes, Chain] = {}
+_Recipe = tuple[Callable[..., nn.Module], bytes]
+_chains_by_recipe: dict[_Recipe, Chain] = {}
 
 
 def _on_meta(param: nn.Parameter, twins: Any) -> nn.Parameter:
@@ -96,12 +98,19 @@ def build_chain(task: Task) -> Chain:
         return chain
 
 
-def _recipe(task: Task) -> bytes | None:
-    """Describe what the chain depends on, if ``model_fn`` is importable."""
+def _recipe(task: Task) -> _Recipe | None:
+    """Describe what the chain depends on, if ``model_fn`` is importable.
+
+    The function itself is part of it: in a notebook, its name may be used again.
+    """
     inputs = task.example_inputs
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    function: Callable[..., nn.Module] = task.model_fn
+    while isinstance(function, partial):
+        function = function.func
     try:
-        return pickle.dumps(
+        hash(function)
+        return function, pickle.dumps(
             (task.model_fn, [(tuple(x.shape), str(x.dtype)) for x in inputs])
         )
     except (pickle.PicklingError, AttributeError, TypeError):

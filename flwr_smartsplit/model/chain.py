@@ -109,13 +109,10 @@ class Chain:
     def state_names(self, start: int, stop: int) -> tuple[str, ...]:
         """Name the state of units ``[start, stop)`` in the model's own order.
 
-        Names that no unit uses belong to the whole model only.
+        Names that no unit uses are at no place: training cannot change them.
         """
-        everything = tuple(self.model.state_dict())
-        if (start, stop) == (0, len(self)):
-            return everything
         names = set(self.segment(start, stop).state_dict())
-        return tuple(name for name in everything if name in names)
+        return tuple(name for name in self.model.state_dict() if name in names)
 
     def require_cuts(self) -> None:
         """Raise if the model cannot be cut anywhere, and say why.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.dry_run import fake_batch, make_fake
+from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.memory import MemoryMeter
 from flwr_smartsplit.model.segment import SegmentRunner
 from flwr_smartsplit.task import Task
@@ -78,8 +78,7 @@ def _device_peak(
 ) -> tuple[int, int]:
     """Dry-run a device that holds units ``[0, stop)``; return peak and boundary."""
     mode = FakeTensorMode()
-    segment = chain.own_segment(0, stop)
-    make_fake(segment, mode)
+    segment = fake_copy(chain.segment(0, stop), mode)
     *inputs, targets = fake_batch(
         (*chain.example_inputs, task.example_targets), mode, batch_size=batch_size
     )

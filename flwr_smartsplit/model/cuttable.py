@@ -6,7 +6,6 @@ storages it writes, whether it draws random numbers, whether its value needs a
 gradient. Guessing from names would miss functional and user-written operations.
 """
 
-import copy
 import itertools
 import logging
 from collections.abc import Iterator
@@ -21,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.model.dry_run import fake_batch, make_fake
+from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.segment import Segment, Unit
+
+_READS_MODEL = ("call_module", "get_attr")
 
 
 @dataclass
@@ -97,11 +98,10 @@ def find_facts(
     InvalidTask
         If the model does not run on the example inputs.
     """
-    reads = tuple({str(n.target) for n in graph.nodes if reads_model(n)})
+    reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
     everything = Unit("", _identity, _identity, reads, False)
-    root = copy.deepcopy(Segment([everything], 0, model)).train()
     mode = FakeTensorMode()
-    make_fake(root, mode)
+    root = fake_copy(Segment([everything], 0, model), mode).train()
     recorder = _Recorder()
     finder = _FactFinder(root, graph, recorder)
     # Two examples, since BatchNorm refuses to train on one value per channel.
@@ -135,9 +135,13 @@ def _identity(root: nn.Module, value: Any) -> Any:
     return value
 
 
-def reads_model(node: fx.Node) -> bool:
-    """Say whether a node reads a module, parameter or constant of the model."""
-    return node.op in ("call_module", "get_attr")
+def used_by(node: fx.Node) -> list[fx.Node]:
+    """List what a node uses of the model: its module, parameters and constants.
+
+    A parameter belongs where it is used; torch.fx reads it once for all its uses.
+    """
+    module = [node] if node.op == "call_module" else []
+    return module + [n for n in node.all_input_nodes if n.op == "get_attr"]
 
 
 def single_live_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -164,37 +168,40 @@ def single_live_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 def admissible_cuts(
     model: nn.Module,
-    graph: fx.Graph,
+    train_graph: fx.Graph,
+    eval_graph: fx.Graph,
     facts: dict[fx.Node, NodeFacts],
-) -> tuple[list[fx.Node], dict[str, str]]:
+) -> tuple[list[tuple[fx.Node, fx.Node]], dict[str, str]]:
     """Keep the places that can be cut without changing a number.
 
     Returns
     -------
-    cuts : list[fx.Node]
-        The nodes whose value may be a boundary, in order.
+    cuts : list[tuple[fx.Node, fx.Node]]
+        The nodes whose value may be a boundary, in order: the one of the training
+        graph and the one of the same name of the evaluation graph.
     refusals : dict[str, str]
         For each other place with a single live value, the reason.
     """
-    nodes = [node for node in graph.nodes if node.op != "output"]
-    position = {node: index for index, node in enumerate(nodes)}
-    owned = [_tensors_of(model, node) for node in nodes]
-    kept, refusals = [], {}
-    for node in single_live_nodes(graph):
-        after = position[node] + 1
-        reason = _refusal(node, nodes[after:], facts) or _tied(
-            set().union(*owned[:after]), set().union(*owned[after:])
-        )
-        if reason:
-            refusals[node.name] = reason
+    order = {node: index for index, node in enumerate(eval_graph.nodes)}
+    twins = {node.name: node for node in single_live_nodes(eval_graph)}
+    kept: list[tuple[fx.Node, fx.Node]] = []
+    refusals = {}
+    for node in single_live_nodes(train_graph):
+        reason = _refusal(node, facts)
+        if reason is None and node.name not in twins:
+            reason = "evaluation mode has no such place"
+        if reason is None and kept and order[twins[node.name]] < order[kept[-1][1]]:
+            reason = "evaluation mode comes to it in another order"
+        if reason is None:
+            reason = _tied(model, node, twins[node.name])
+        if reason is None:
+            kept.append((node, twins[node.name]))
         else:
-            kept.append(node)
+            refusals[node.name] = reason
     return kept, refusals
 
 
-def _refusal(
-    node: fx.Node, later: list[fx.Node], facts: dict[fx.Node, NodeFacts]
-) -> str | None:
+def _refusal(node: fx.Node, facts: dict[fx.Node, NodeFacts]) -> str | None:
     """Say why the value of ``node`` must not be a boundary, if so."""
     value = facts[node].value
     if not isinstance(value, Tensor):
@@ -202,27 +209,41 @@ def _refusal(
     if not value.requires_grad:
         return "nothing before it can be trained"
     storages = _storages(value)
-    for other in later:
-        if facts[other].written & storages:
+    for other in _sides(node)[1]:
+        if other.op != "output" and facts[other].written & storages:
             return f"{other.name} writes into it, or a view of it, in place"
     return None
 
 
-def _tied(before: set[int], after: set[int]) -> str | None:
+def _sides(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Divide a graph's nodes into those up to a place and those after it."""
+    nodes = list(place.graph.nodes)
+    after = nodes.index(place) + 1
+    return nodes[:after], nodes[after:]
+
+
+def _tied(model: nn.Module, *places: fx.Node) -> str | None:
+    """Say whether a tensor is used on both sides of a place, in whatever mode."""
+    sides = zip(*map(_sides, places), strict=True)
+    before, after = (
+        {i for nodes in side for node in nodes for i in _tensors_of(model, node)}
+        for side in sides
+    )
     if before & after:
         return "a parameter or buffer is used on both sides of it"
     return None
 
 
 def _tensors_of(model: nn.Module, node: fx.Node) -> set[int]:
-    """Identify the parameters and buffers a node reads."""
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        return {id(t) for t in (*module.parameters(), *module.buffers())}
-    if node.op == "get_attr":
-        path, _, name = str(node.target).rpartition(".")
-        return {id(getattr(model.get_submodule(path), name))}
-    return set()
+    """Identify the parameters and buffers a node uses."""
+    tensors: set[int] = set()
+    for used in used_by(node):
+        path, _, name = str(used.target).rpartition(".")
+        thing = getattr(model.get_submodule(path), name)
+        is_module = isinstance(thing, nn.Module)
+        owned = (*thing.parameters(), *thing.buffers()) if is_module else (thing,)
+        tensors |= {id(tensor) for tensor in owned}
+    return tensors
 
 
 def _storages(value: Any) -> set[int]:

@@ -1,15 +1,22 @@
 """Dry runs: tensors that have sizes but no memory, for costs and cut places."""
 
+import copy
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
 
 def fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """Make a fake CPU tensor of the same shape, strides, dtype and role."""
     with mode:
+        if tensor.dim() == 0 and not tensor.is_floating_point():
+            # A counter has a value, because BatchNorm may divide by it.
+            return torch.tensor(0, dtype=tensor.dtype)
         twin = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
         )
@@ -18,24 +25,24 @@ def fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     return twin
 
 
-def make_fake(segment: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace every tensor that a segment of one's own holds by a fake one.
+def fake_copy(segment: ModuleT, mode: FakeTensorMode) -> ModuleT:
+    """Copy a module with fake tensors for its own; none is allocated.
 
     Parameters
     ----------
     segment : nn.Module
-        A module nobody else uses, such as ``Chain.own_segment`` returns.
+        What to copy; it may hold real tensors, and is not touched.
     mode : FakeTensorMode
         The mode the fake tensors belong to.
     """
-    twins: dict[int, Tensor] = {}
-    for module in segment.modules():
-        for tensors in (module._parameters, module._buffers, module.__dict__):
-            for key, value in list(tensors.items()):
-                if isinstance(value, Tensor):
-                    if id(value) not in twins:
-                        twins[id(value)] = fake_like(value, mode)
-                    tensors[key] = twins[id(value)]  # type: ignore[assignment]
+    tensors = [
+        value
+        for module in segment.modules()
+        for values in (module._parameters, module._buffers, module.__dict__)
+        for value in values.values()
+        if isinstance(value, Tensor)
+    ]
+    return copy.deepcopy(segment, {id(t): fake_like(t, mode) for t in tensors})
 
 
 def fake_batch(

@@ -80,6 +80,17 @@ class MemoryMeter(TorchDispatchMode):
                 self._see(tensor)
         self._check("track")
 
+    def forget(self, *things: Any) -> None:
+        """Stop counting what stays alive but is not the step's, such as a batch.
+
+        A loader that keeps its batches would otherwise seem to fill the memory.
+        """
+        for thing in things:
+            for tensor in _tensors_in(thing):
+                known = self._storages.pop(tensor.untyped_storage()._cdata, None)
+                if known is not None:
+                    self.live_bytes -= known.num_bytes
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -91,13 +102,14 @@ class MemoryMeter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if getattr(_pauses, "depth", 0):
             return result
+        before = self.live_bytes
         if isinstance(result, Tensor):
             self._see(result)
         elif isinstance(result, tuple | list):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self._see(leaf)
-        if self.live_bytes > self._alarm_bytes:
+        if self.live_bytes > max(before, self._alarm_bytes):
             self._check(func)
         return result
 

@@ -16,14 +16,16 @@ from flwr_smartsplit.model.cuttable import (
     NodeFacts,
     admissible_cuts,
     find_facts,
-    reads_model,
-    single_live_nodes,
+    used_by,
 )
 from flwr_smartsplit.model.segment import Unit
 
 
 class _Tracer(fx.Tracer):
     """Keep every module without children whole, so that its mode stays live."""
+
+    # Else what is computed from buffers alone is computed once, while tracing.
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` is one node of the graph."""
@@ -58,11 +60,9 @@ def trace_units(
         train_graph = _trace(model.train())
         eval_graph = _trace(model.eval())
         facts = find_facts(model.train(), train_graph, example_inputs)
-        cuts, refusals = admissible_cuts(model, train_graph, facts)
-        eval_cuts = {node.name: node for node in single_live_nodes(eval_graph)}
-        cuts = [node for node in cuts if node.name in eval_cuts]
-        train_parts = _pieces(train_graph, cuts)
-        eval_parts = _pieces(eval_graph, [eval_cuts[node.name] for node in cuts])
+        cuts, refusals = admissible_cuts(model, train_graph, eval_graph, facts)
+        train_parts = _pieces(train_graph, [train for train, _ in cuts])
+        eval_parts = _pieces(eval_graph, [evaluate for _, evaluate in cuts])
         names = _unit_names(train_parts)
         units = tuple(
             _make_unit(model, name, (train, evaluate), facts)
@@ -119,7 +119,7 @@ def _make_unit(
     facts: dict[fx.Node, NodeFacts],
 ) -> Unit:
     train, evaluate = pieces
-    reads = {str(n.target) for n in (*train, *evaluate) if reads_model(n)}
+    reads = {str(used.target) for n in (*train, *evaluate) for used in used_by(n)}
     return Unit(
         name=name,
         train_forward=_function(model, train),
@@ -152,7 +152,7 @@ def _function(model: nn.Module, piece: list[fx.Node]) -> Callable[..., Any]:
     for source in dict.fromkeys(entering):
         copy_of(source)
     for node in piece:
-        if node.op != "output":
+        if node.op not in ("output", "get_attr"):
             copy_of(node)
     last = piece[-1]
     if last.op == "output":

@@ -11,6 +11,9 @@ from flwr_smartsplit.types import ClientReply, Expectation, Status
 
 State = Mapping[str, npt.NDArray[Any]]
 
+_TOO_MANY = 2**29
+"""From here on, a weight times a float32 value is not exact in float64."""
+
 
 def check_reply(
     reply: ClientReply,
@@ -59,11 +62,11 @@ def check_reply(
 
 def _check_state(reply: ClientReply, expectation: Expectation, current: State) -> None:
     key, state = reply.client_key, reply.state
-    if reply.report.num_examples < 1:
+    if not 1 <= reply.report.num_examples < _TOO_MANY:
         raise _refused(
             "refused",
             f"client {key!r} trained on {reply.report.num_examples} examples: a "
-            "weight must be at least 1.",
+            f"weight must be at least 1 and less than {_TOO_MANY}.",
         )
     missing = sorted(expectation.device_names - state.keys())
     surplus = sorted(state.keys() - expectation.device_names)

@@ -15,7 +15,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from flwr_smartsplit.errors import OutOfOrderStep, RefusedTail, StaleSession
+from flwr_smartsplit.errors import (
+    EdgeError,
+    OutOfOrderStep,
+    RefusedTail,
+    StaleSession,
+)
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
 from flwr_smartsplit.model.segment import SegmentRunner
 from flwr_smartsplit.policy.merging import add_states
@@ -68,7 +73,13 @@ class EdgeService:
 
     def handle(self, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
         """Answer one request, or raise an ``EdgeError``."""
-        return cast(wire.ReplyT, self._answer(request))
+        try:
+            return cast(wire.ReplyT, self._answer(request))
+        except OSError as error:
+            raise EdgeError(
+                f"this edge's disk failed ({error}): make room for held states and "
+                "sealed tails, or name another spill_dir."
+            ) from error
 
     @singledispatchmethod
     def _answer(self, request: Any) -> Any:

@@ -40,6 +40,7 @@ class EdgePool:
         self._task = task
         self._links: dict[str, _Link] = {}
         self._was_ready = False
+        self._past_bytes = 0
 
     def prepare(
         self, digest: str, state: State
@@ -63,7 +64,7 @@ class EdgePool:
             try:
                 self._hold(name, digest, state)
             except EdgeError as error:
-                self._links.pop(name, None)
+                self._drop(name)
                 failures.append(
                     Failure(
                         client_key=f"edge {name}", kind="edge_failed", cause=str(error)
@@ -103,16 +104,12 @@ class EdgePool:
 
     def stop(self) -> None:
         """End every edge."""
-        for name, link in self._links.items():
-            self._edges[name].stop(link.address)
-        self._links.clear()
+        for name in tuple(self._links):
+            self._drop(name)
 
     def traffic_bytes(self) -> int:
         """Count what went between the strategy and its edges so far."""
-        return sum(
-            link.transport.sent_bytes + link.transport.received_bytes
-            for link in self._links.values()
-        )
+        return self._past_bytes + sum(map(_traffic_bytes, self._links.values()))
 
     def _hold(self, name: str, digest: str, state: State) -> None:
         link = self._links.get(name)
@@ -121,7 +118,7 @@ class EdgePool:
                 self._send_state(link, digest, state)
                 return
             except EdgeError:
-                self._edges[name].stop(link.address)
+                self._drop(name)
         address = self._edges[name].start(self._task)
         transport = wire.CountingTransport(self._edges[name].connect(address))
         self._links[name] = _Link(address, transport)
@@ -130,3 +127,14 @@ class EdgePool:
     def _send_state(self, link: _Link, digest: str, state: State) -> None:
         if not link.transport.send(wire.IsHeld(digest)).is_held:
             link.transport.send(wire.HoldState(digest, state))
+
+    def _drop(self, name: str) -> None:
+        """End an edge, if it was started, and keep its counts."""
+        link = self._links.pop(name, None)
+        if link is not None:
+            self._past_bytes += _traffic_bytes(link)
+            self._edges[name].stop(link.address)
+
+
+def _traffic_bytes(link: _Link) -> int:
+    return link.transport.sent_bytes + link.transport.received_bytes

@@ -129,6 +129,9 @@ class RayEdge:
         if address not in _actors:
             return
         handle, folder = _actors.pop(address)
+        if not ray.is_initialized():  # Its actors went with it.
+            shutil.rmtree(folder, ignore_errors=True)
+            return
         try:
             ray.get(handle.clean_up.remote(), timeout=self.patience_seconds)
         except RayError:

@@ -134,7 +134,10 @@ def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> 
     unfinished = path.with_suffix(".unfinished")
     # safetensors writes an array's memory as it lies, under its shape.
     arrays = {n: np.require(a, requirements=["C"]) for n, a in state.items()}
-    save_file(arrays, unfinished, metadata=dict(about or {}))
+    try:
+        save_file(arrays, unfinished, metadata=dict(about or {}))
+    except SafetensorError as error:
+        raise OSError(f"{unfinished.name} cannot be written: {error}") from error
     unfinished.replace(path)
 
 

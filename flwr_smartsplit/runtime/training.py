@@ -12,6 +12,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from flwr_smartsplit.errors import (
     EdgeError,
@@ -195,10 +196,12 @@ class _Walk:
 
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
+        inputs, targets = tree_map(_own, (inputs, targets))
         with self._metering(inputs) as meter:
             if meter is not None:
                 meter.track(self.runner.segment, self.runner.optimizer, inputs, targets)
             loss = self._step(inputs, targets)
+        self.meter.forget(inputs, targets)
         self._count(targets, {"loss": loss})
         self.num_steps += 1
 
@@ -219,6 +222,7 @@ class _Walk:
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
         """Evaluate one batch, metered if it is its turn."""
+        inputs, targets = tree_map(_own, (inputs, targets))
         with self._metering(inputs) as meter, torch.no_grad():
             if meter is not None:
                 meter.track(self.runner.segment, inputs, targets)
@@ -233,6 +237,7 @@ class _Walk:
                 del outputs
                 reply = self.tail.evaluate(packed, WireTensor.pack(targets))
                 values = {"loss": reply.loss, **reply.metrics}
+        self.meter.forget(inputs, targets)
         self._count(targets, values)
         self.num_steps += 1
 
@@ -290,6 +295,12 @@ class _Walk:
         self.num_examples += examples
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * examples
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Copy a view of a larger tensor: a batch must not keep the data set alive."""
+    is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if is_view else tensor
 
 
 class _TailLink:

@@ -1,0 +1,52 @@
+"""Every way to an edge that the contracts hold for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+
+from flwr_smartsplit import RayEdge
+from flwr_smartsplit.runtime.edge import EdgeService
+from flwr_smartsplit.runtime.transport import (
+    CountingTransport,
+    LocalTransport,
+    Transport,
+)
+from tests.tasks import TASK
+
+
+@dataclass(frozen=True)
+class Place:
+    """A way to an edge, and the folder that edge spills to."""
+
+    transport: Transport
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def ray_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Start Ray and one edge for a test module; starting one takes seconds."""
+    parent = tmp_path_factory.mktemp("edge")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    edge = RayEdge(spill_dir=str(parent))
+    address = edge.start(TASK)
+    yield Place(edge.connect(address), parent / f"smartsplit-{address}")
+    edge.stop(address)
+    ray.shutdown()
+
+
+@pytest.fixture(
+    params=["local", "counting", pytest.param("ray", marks=pytest.mark.ray)]
+)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Reach an edge in each of the ways."""
+    if request.param == "ray":
+        found: Place = request.getfixturevalue("ray_place")
+        return found
+    service = EdgeService(TASK, spill_dir=tmp_path, incarnation="first life")
+    transport: Transport = LocalTransport(service.handle)
+    if request.param == "counting":
+        transport = CountingTransport(transport)
+    return Place(transport, tmp_path)

@@ -1,0 +1,383 @@
+"""SmartSplit: any mix of routes, APIs and mishaps is FedAvg over who was accepted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from torch import nn
+
+from flwr_smartsplit import (
+    Route,
+    SmartSplit,
+    predicted_peak_bytes,
+    profile_chain,
+)
+from flwr_smartsplit.errors import EdgeUnreachable, NotSplittable, bytes_text
+from flwr_smartsplit.flower.records import reply_from_content
+from flwr_smartsplit.model.building import build_chain
+from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.types import Status
+from tests.faults import Deliver, MortalEdge
+from tests.flower.apps import (
+    apps,
+    budgets_of,
+    failing_app,
+    legacy_app,
+    message_app,
+    messages,
+    overweight_app,
+    run,
+    smart_split,
+)
+from tests.in_process_grid import InProcessGrid
+from tests.tasks import (
+    BATCH_SIZE,
+    TASK,
+    WithUnused,
+    differences,
+    initial_state,
+    tiny_cnn,
+    transposed_mlp,
+)
+
+MIXED = budgets_of(1, 4, None, 8)
+App = Callable[..., ClientApp]
+
+
+# --- FedAvg ---------------------------------------------------------------------------
+
+
+def test_any_mix_of_routes_gives_the_bits_of_whole_models() -> None:
+    """Three rounds, four routes, one of them whole."""
+    mixed = run(apps(MIXED), num_rounds=3)
+    whole = run(apps([None] * 4), num_rounds=3)
+    routes = {a.route for plan in mixed.strategy.round_plans for a in plan.assignments}
+    assert routes == {Route.whole(), *map(Route.split, (1, 4, 8))}
+    assert differences(mixed.state, whole.state) == []
+    assert len(differences(mixed.state, initial_state())) > 12
+    assert mixed.kinds() == []
+
+
+def test_both_of_flowers_apis_give_the_same_bits() -> None:
+    """A ``NumPyClient`` and a Message-API app, each alone and side by side."""
+    ours = run(apps(MIXED))
+    legacy = run([legacy_app(k, budget) for k, budget in enumerate(MIXED)])
+    half = [message_app, legacy_app, legacy_app, message_app]
+    mixed = run([make(k, MIXED[k]) for k, make in enumerate(half)])
+    assert differences(legacy.state, ours.state) == []
+    assert differences(mixed.state, ours.state) == []
+
+
+@pytest.mark.parametrize("make", [message_app, legacy_app])
+def test_several_local_epochs_are_weighed_as_one(make: App) -> None:
+    """Examples are counted once, wherever the rest of the model trains."""
+    split = run([make(k, b, local_epochs=2) for k, b in enumerate(MIXED)])
+    whole = run([make(k, None, local_epochs=2) for k in range(4)])
+    assert differences(split.state, whole.state) == []
+
+
+def test_stock_fedavg_drives_our_clients() -> None:
+    """One round agrees to 1e-6 of each array's scale, and it can evaluate too.
+
+    Flower multiplies by weight fractions in float32.
+    """
+    stock = run(apps([None] * 4), FedAvg(), num_rounds=1)
+    ours = run(apps(MIXED), smart_split(seed=0), num_rounds=1)
+    assert list(stock.state) == list(ours.state)
+    for name, mine in ours.state.items():
+        gap = np.abs(mine - stock.state[name]).max()
+        assert gap <= 1e-6 * max(float(np.abs(mine).max()), 1e-12), name
+    assert "accuracy" in stock.result.evaluate_metrics_clientapp[1]
+
+
+def test_weights_that_lie_column_by_column_are_not_mixed_up() -> None:
+    """Flower keeps an array's memory order; the edge must read the same values."""
+    task = replace(TASK, model_fn=transposed_mlp)
+    torch.manual_seed(1)
+    arrays = ArrayRecord(transposed_mlp().state_dict())
+    assert not arrays["1.weight"].numpy().flags.c_contiguous
+    chain = build_chain(task)
+    profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
+    budget = predicted_peak_bytes(profile, Route.split(1))
+    split, whole = (
+        run(
+            [message_app(client, b, task=task) for client in range(2)],
+            SmartSplit(task, (LocalEdge(),), fraction_evaluate=0.0),
+            arrays=arrays,
+        )
+        for b in (budget, None)
+    )
+    routes = {a.route for a in split.strategy.round_plans[0].assignments}
+    assert routes == {Route.split(1)}
+    assert differences(split.state, whole.state) == []
+
+
+def test_names_that_no_unit_uses_keep_their_bits() -> None:
+    """With whole clients, who send them along, and with split ones, who do not."""
+    task = replace(TASK, model_fn=WithUnused)
+    torch.manual_seed(1)
+    model = WithUnused()
+    arrays = ArrayRecord(model.state_dict())
+    for budgets in ([None, *MIXED[:2]], MIXED[:2], [None] * 2):
+        made = run(
+            [message_app(k, b, task=task) for k, b in enumerate(budgets)],
+            SmartSplit(task, (LocalEdge(),), fraction_evaluate=0.0),
+            arrays=arrays,
+        )
+        assert made.kinds() == []
+        for name in ("spare", "note"):
+            assert made.state[name].tobytes() == arrays[name].numpy().tobytes()
+        model.load_state_dict(made.result.arrays.to_torch_state_dict())
+
+
+def test_the_result_loads_into_the_stock_model() -> None:
+    """Strictly, and in its order."""
+    made = run(apps(MIXED), num_rounds=1)
+    model = tiny_cnn()
+    assert list(made.state) == list(model.state_dict())
+    model.load_state_dict(made.result.arrays.to_torch_state_dict(), strict=True)
+
+
+def test_node_ids_decide_nothing() -> None:
+    """Other ids and another order of the same clients sample and train the same."""
+    half = {"fraction_train": 0.5, "min_train_nodes": 1}
+    ordered = list(enumerate([*MIXED, None, MIXED[0]]))
+    one = run([message_app(*c) for c in ordered], smart_split(**half), num_rounds=3)
+    two = run(
+        [message_app(*c) for c in reversed(ordered)],
+        smart_split(**half),
+        num_rounds=3,
+    )
+    assert one.strategy.round_plans == two.strategy.round_plans
+    drawn = [[a.client_key for a in p.assignments] for p in one.strategy.round_plans]
+    assert all(len(keys) == 3 for keys in drawn)
+    assert len({tuple(keys) for keys in drawn}) > 1
+    assert differences(one.state, two.state) == []
+
+
+# --- one client's trouble -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [message_app, legacy_app])
+def test_a_client_over_its_cap_is_a_reply_and_touches_nobody(make: App) -> None:
+    """Its reply has the numbers; all rounds equal those of a run without it."""
+    others = [(k, budget) for k, budget in enumerate(MIXED) if k != 1]
+    with_it = run(
+        [make(*others[0]), overweight_app(1, make), *(make(*c) for c in others[1:])],
+        num_rounds=3,
+    )
+    without = run([make(*client) for client in others], num_rounds=3)
+    assert with_it.kinds() == [("c1", "out_of_memory")] * 3
+    assert differences(with_it.state, without.state) == []
+    node = with_it.grid.node_ids[1]
+    replies = [
+        message
+        for message in with_it.grid.replied
+        if message.metadata.src_node_id == node
+        and message.metadata.message_type == "train"
+    ]
+    assert len(replies) == 3
+    for message in replies:
+        assert not message.has_error()
+        report = reply_from_content(message.content, []).report
+        assert report.status is Status.OUT_OF_MEMORY
+        plan = with_it.strategy.round_plans[0].assignments[1]
+        assert plan.budget_bytes is not None
+        assert report.peak_bytes > plan.budget_bytes
+        cap = f"over the cap of {bytes_text(plan.budget_bytes)}"
+        assert cap in report.message
+        records = message.content.array_records.values()
+        assert not any(array.data for record in records for array in record.values())
+
+
+MISHAPS: dict[str, tuple[Callable[[InProcessGrid], None], list[tuple[str, str]]]] = {
+    "lost": (lambda grid: grid.lose(1, nth=1), [("c1", "lost")]),
+    "late": (
+        lambda grid: grid.delay(1, nth=1),
+        [("c1", "lost"), ("c1", "late")],
+    ),
+    "not a number": (
+        lambda grid: grid.alter(1, spoil_first_array, nth=1),
+        [("c1", "refused")],
+    ),
+    "nonsense": (
+        lambda grid: grid.alter(1, RecordDict.clear, nth=1),
+        [("c1", "refused")],
+    ),
+}
+
+
+def spoil_first_array(content: RecordDict) -> None:
+    """Put a value that is not a number into a reply."""
+    record = next(iter(content.array_records.values()))
+    name = next(iter(record))
+    values = record[name].numpy().copy()
+    values.flat[0] = np.nan
+    record[name] = type(record[name])(values)
+
+
+@pytest.mark.parametrize("mishap", MISHAPS)
+@pytest.mark.parametrize("make", [message_app, legacy_app])
+def test_a_reply_that_does_not_count_leaves_no_trace(make: App, mishap: str) -> None:
+    """Every mishap of one round ends in the same bits, that of a lost reply."""
+    happen, kinds = MISHAPS[mishap]
+    grid = InProcessGrid([make(k, b) for k, b in enumerate(MIXED)])
+    happen(grid)
+    made = run(grid)
+    assert made.kinds() == kinds
+    lossy = InProcessGrid(apps(MIXED))
+    lossy.lose(1, nth=1)
+    assert differences(made.state, run(lossy).state) == []
+    assert differences(made.state, run(apps(MIXED)).state) != []
+
+
+def test_a_reply_that_comes_twice_counts_once() -> None:
+    """The second one is a failure of its own."""
+    grid = InProcessGrid(apps(MIXED))
+    grid.duplicate(1, nth=1)
+    made = run(grid)
+    assert made.kinds() == [("c1", "duplicate")]
+    assert differences(made.state, run(apps(MIXED)).state) == []
+
+
+def test_an_error_in_a_client_is_that_clients_failure() -> None:
+    """The cause is its own; the others equal a run without it."""
+    made = run([*apps(MIXED), failing_app(4)])
+    assert made.kinds() == [("c4", "failed")] * 2
+    assert "disk on fire" in made.strategy.failures[0].cause
+    assert differences(made.state, run(apps(MIXED)).state) == []
+
+
+def test_who_cannot_fit_any_route_sits_out() -> None:
+    """It is sent nothing, and nobody else notices."""
+    made = run([*apps(MIXED), message_app(4, 10)])
+    assert made.kinds() == []
+    assert set(made.strategy.round_plans[0].skipped) == {"c4"}
+    asked = {message.metadata.dst_node_id for message in messages(made.grid, "train")}
+    assert asked == set(made.grid.node_ids[:4])
+    assert differences(made.state, run(apps(MIXED)).state) == []
+
+
+def test_two_nodes_of_one_name_do_not_end_the_run() -> None:
+    """One of them takes part."""
+    made = run([*apps(MIXED), message_app(3, MIXED[3])])
+    assert set(made.kinds()) == {("c3", "duplicate")}
+    assert differences(made.state, run(apps(MIXED)).state) == []
+
+
+@pytest.mark.parametrize("field", ["loss", "num_examples"])
+def test_a_report_of_other_types_is_one_clients_failure(field: str) -> None:
+    """Numbers that are none must not end the run."""
+
+    def confuse(content: RecordDict) -> None:
+        text = str(content["smartsplit"]["smartsplit.reply"])
+        head, tail = text.split(f'"{field}": ', 1)
+        tail = tail[min(tail.index(","), tail.index("}")) :]
+        content["smartsplit"]["smartsplit.reply"] = f'{head}"{field}": null{tail}'
+
+    grid = InProcessGrid(apps(MIXED))
+    grid.alter(1, confuse, nth=1)
+    assert run(grid).kinds() == [("c1", "refused")]
+
+
+def test_without_a_single_reply_the_arrays_stay() -> None:
+    """Round 1 is lost for all; round 2 goes on from where the run started."""
+    seen: dict[int, ArrayRecord] = {}
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        seen[server_round] = arrays
+        return MetricRecord({"x": 0.0})
+
+    grid = InProcessGrid(apps(MIXED))
+    for client in range(4):
+        grid.lose(client, nth=1)
+    made = run(grid, evaluate_fn=evaluate)
+    state = {name: array.numpy() for name, array in seen[1].items()}
+    assert differences(state, initial_state()) == []
+    assert list(made.result.train_metrics_clientapp) == [2]
+    assert len(differences(made.state, initial_state())) > 0
+
+
+# --- edges that die -------------------------------------------------------------------
+
+
+def with_edge(edge: MortalEdge) -> list[ClientApp]:
+    """Make the mixed clients, who reach this edge."""
+    return apps(MIXED, edges=(edge,))
+
+
+def test_an_edge_that_dies_in_a_round_costs_that_rounds_split_clients(
+    tmp_path: Path,
+) -> None:
+    """It is started again for the next one, and gives the bits of lost replies."""
+    edge = MortalEdge(tmp_path)
+    commits: list[Any] = []
+
+    def die_once(request: Any, deliver: Deliver) -> Any:
+        if isinstance(request, wire.Commit) and not commits:
+            commits.append(request)
+            edge.kill()
+        return deliver(request)
+
+    edge.hook = die_once
+    made = run(with_edge(edge), smart_split([edge]))
+    assert made.kinds() == [(key, "edge_failed") for key in ("c0", "c1", "c3")]
+    assert edge.num_starts == 2
+    lossy = InProcessGrid(apps(MIXED))
+    for client in (0, 1, 3):
+        lossy.lose(client, nth=1)
+    assert differences(made.state, run(lossy).state) == []
+
+
+def test_edges_end_with_the_run_and_with_its_failure(tmp_path: Path) -> None:
+    """Their files too."""
+    edge = MortalEdge(tmp_path / "a")
+    run(with_edge(edge), smart_split([edge]))
+    assert not edge.folder.exists()
+
+    def fail(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        if server_round:
+            raise RuntimeError("on purpose")
+        return MetricRecord()
+
+    edge = MortalEdge(tmp_path / "b")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(with_edge(edge), smart_split([edge]), evaluate_fn=fail)
+    assert edge.num_starts == 1
+    assert not edge.folder.exists()
+
+
+def test_an_edge_that_clients_do_not_know_is_their_failure(tmp_path: Path) -> None:
+    """The reply says which edges they know."""
+    edge = MortalEdge(tmp_path, name="far")
+    made = run(apps(MIXED), smart_split([edge]), num_rounds=1)
+    assert made.kinds() == [(key, "edge_failed") for key in ("c0", "c1", "c3")]
+    assert "knows no edge 'far', only ['edge']" in made.strategy.failures[0].cause
+
+
+def test_a_model_that_cannot_be_cut_is_refused_at_once() -> None:
+    """Before any client is asked, and only if there are edges."""
+    task = replace(TASK, model_fn=lambda: nn.Sequential(nn.Flatten()))
+    SmartSplit(task)
+    with pytest.raises(NotSplittable, match="cannot be cut anywhere"):
+        SmartSplit(task, (LocalEdge(),))
+
+
+def test_no_edge_from_the_start_ends_the_run(tmp_path: Path) -> None:
+    """With the edge's own words."""
+
+    class Stillborn(MortalEdge):
+        def start(self, task: Any) -> str:
+            raise EdgeUnreachable("no such machine")
+
+    edge = Stillborn(tmp_path)
+    with pytest.raises(EdgeUnreachable, match="no such machine"):
+        run(with_edge(edge), smart_split([edge]))
