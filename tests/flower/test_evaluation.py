@@ -1,5 +1,7 @@
 """Metrics and evaluation: along routes or at one place, it is the same average."""
 
+from typing import Any
+
 import pytest
 import torch
 from flwr.app import RecordDict
@@ -107,6 +109,20 @@ def test_an_evaluation_that_fails_is_left_out() -> None:
     )
     metrics = made.result.evaluate_metrics_clientapp[1]
     assert metrics["loss"] == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("make", [message_app, legacy_app])
+def test_an_evaluation_over_the_cap_is_left_out_with_its_numbers(make: Any) -> None:
+    """One batch that is too large for the device costs that client's part only."""
+    large = DataLoader(examples(20), batch_size=64)
+    fleet = [make(0, MIXED[0], eval_loader=large), make(1, None)]
+    made = run(fleet, smart_split(fraction_evaluate=1.0), num_rounds=1)
+    assert made.kinds() == [("c0", "out_of_memory")]
+    (failure,) = made.strategy.failures
+    assert "over the cap" in failure.cause
+    assert failure.report is not None
+    assert failure.report.peak_bytes > MIXED[0]
+    assert made.result.evaluate_metrics_clientapp[1]["num-steps"] == 3
 
 
 def test_a_late_evaluation_does_not_count_in_another_round() -> None:

@@ -1,6 +1,7 @@
 """Records: what is written is what is read, in both dialects; nonsense is refused."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,29 @@ NONSENSE = {
     "a list of metrics": changed(report__metrics=[1, 2]),
     "steps in words": changed(report__num_steps="three"),
 }
+
+
+def with_receipt(**fields: Any) -> str:
+    """Change fields of a reply's receipt."""
+    return changed(receipts=[asdict(RECEIPT) | fields])
+
+
+WRONG_RECEIPTS = {
+    "a place that is a list": with_receipt(place=["x"]),
+    "names that are lists": with_receipt(names=[["c.w"], "c.b"]),
+    "a session that is a number": with_receipt(session=3),
+    "no digest": with_receipt(digest=None),
+    "steps in words": with_receipt(num_steps="three"),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="only the report's types are looked at")
+@pytest.mark.parametrize("case", WRONG_RECEIPTS)
+def test_a_receipt_of_other_types_is_refused(case: str) -> None:
+    """As a report: lists cannot be compared as names are, and would end the run."""
+    record = ConfigRecord({"smartsplit.reply": WRONG_RECEIPTS[case]})
+    with pytest.raises(RefusedReply, match="cannot be read"):
+        reply_from_content(RecordDict({"smartsplit": record}))
 
 
 @pytest.mark.parametrize("case", NONSENSE)

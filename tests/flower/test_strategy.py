@@ -25,7 +25,7 @@ from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.local_edge import LocalEdge
 from flwr_smartsplit.types import Status
-from tests.faults import Deliver, MortalEdge
+from tests.faults import Deliver, MortalEdge, tail_files
 from tests.flower.apps import (
     apps,
     budgets_of,
@@ -335,6 +335,22 @@ def test_an_edge_that_dies_in_a_round_costs_that_rounds_split_clients(
     for client in (0, 1, 3):
         lossy.lose(client, nth=1)
     assert differences(made.state, run(lossy).state) == []
+
+
+def test_an_edge_keeps_nothing_of_a_round_that_is_settled(tmp_path: Path) -> None:
+    """Between rounds its disk holds no tail, and one state at most."""
+    edge = MortalEdge(tmp_path)
+    left: list[tuple[int, int]] = []
+
+    def look(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        if server_round:
+            files = list(edge.folder.iterdir())
+            left.append((len(files), len(tail_files(edge.folder))))
+        return MetricRecord()
+
+    strategy = smart_split([edge], fraction_evaluate=1.0)
+    run(with_edge(edge), strategy, num_rounds=3, evaluate_fn=look)
+    assert left == [(1, 0)] * 3
 
 
 def test_edges_end_with_the_run_and_with_its_failure(tmp_path: Path) -> None:

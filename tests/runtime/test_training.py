@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from flwr_smartsplit import Route
+from flwr_smartsplit import Route, Task
 from flwr_smartsplit.errors import (
     EdgeUnreachable,
     InvalidRoute,
@@ -31,6 +31,8 @@ from flwr_smartsplit.types import EDGE, ClientPlan, Status, StepReport
 from tests.faults import Deliver, Hook, MortalEdge, lost_reply, tail_files
 from tests.tasks import (
     BATCH_SIZE,
+    NUM_CLASSES,
+    SHAPE,
     TASK,
     client_plan,
     device_part,
@@ -116,9 +118,9 @@ def client(tmp_path: Path) -> Client:
     return Client(tmp_path)
 
 
-def peak_of(route: Route) -> int:
+def peak_of(route: Route, task: Task = TASK) -> int:
     """Predict a device's peak."""
-    profile = profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=TASK)
+    profile = profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=task)
     return predicted_peak_bytes(profile, route)
 
 
@@ -149,11 +151,15 @@ def test_training_changes_what_it_should(client: Client) -> None:
 
 
 @pytest.mark.parametrize("cut", [None, *CUTS])
-def test_the_peak_is_the_predicted_one(client: Client, cut: int | None) -> None:
+@pytest.mark.parametrize("optimizer", [TASK.optimizer_fn, torch.optim.Adam])
+def test_the_peak_is_the_predicted_one(
+    client: Client, cut: int | None, optimizer: Any
+) -> None:
     """A device measures to the byte what the profile says, and fits that budget."""
     route = Route.whole() if cut is None else Route.split(cut)
-    peak = peak_of(route)
-    outcome = client.train(route, budget_bytes=peak)
+    task = replace(TASK, optimizer_fn=optimizer)
+    peak = peak_of(route, task)
+    outcome = client.train(route, budget_bytes=peak, task=task)
     assert outcome.report.status is Status.OK
     assert outcome.report.peak_bytes == peak
 
@@ -229,6 +235,23 @@ def test_optimizer_state_of_the_second_step_counts(client: Client) -> None:
     """A budget that one step fits is not enough, if the second needs more."""
     budget = peak_of(Route.whole()) - 1
     assert client.train(Route.whole(), budget_bytes=budget).report.num_steps == 1
+
+
+KEPT = torch.randn(12, *SHAPE), torch.arange(12) % NUM_CLASSES
+SLICES = [(KEPT[0][k : k + 4], KEPT[1][k : k + 4]) for k in (0, 4, 8)]
+COPIES = [(inputs.clone(), targets.clone()) for inputs, targets in SLICES]
+
+
+@pytest.mark.parametrize("batches", [SLICES, COPIES], ids=["slices", "copies"])
+@pytest.mark.parametrize("cut", [None, 1, 4])
+def test_a_loader_may_keep_its_batches(
+    client: Client, cut: int | None, batches: Any
+) -> None:
+    """A list of them, or views of one data set, cost the device one batch each."""
+    route = Route.whole() if cut is None else Route.split(cut)
+    peak = peak_of(route)
+    report = client.train(route, budget_bytes=peak, batches=batches).report
+    assert (report.status, report.peak_bytes) == (Status.OK, peak)
 
 
 def test_the_edge_does_not_count_for_the_device(client: Client) -> None:
