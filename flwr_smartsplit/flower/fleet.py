@@ -58,8 +58,8 @@ class Fleet:
         node_ids : Iterable[int]
             The nodes that are there now.
         ask_again : bool
-            Whether to ask nodes again that gave no usable answer before; each time
-            may take as long as the timeout.
+            Whether to ask nodes again that gave no usable answer before (each time
+            may take as long as the timeout), and to name two nodes with one key.
 
         Returns
         -------
@@ -84,10 +84,10 @@ class Fleet:
             if member is None:
                 continue
             key = member.profile.client_key
-            if key in members:
-                failures.append(_twice(key, node, members[key].node_id))
-            else:
+            if key not in members:
                 members[key] = member
+            elif ask_again:
+                failures.append(_twice(key, node, members[key].node_id))
         return dict(sorted(members.items())), failures
 
     def _ask(self, grid: Grid, node_ids: list[int]) -> list[Failure]:

@@ -296,6 +296,8 @@ def _read_reply(content: RecordDict, names: Sequence[str] | None) -> ClientReply
         Receipt(**{**receipt, "names": tuple(receipt["names"])})
         for receipt in values["receipts"]
     )
+    for receipt in receipts:
+        _check_receipt(receipt)
     state: dict[str, npt.NDArray[Any]] = {}
     if report.status is Status.OK:  # Flower marks an empty legacy reply otherwise.
         for record in content.array_records.values():
@@ -325,6 +327,16 @@ def _check_types(report: StepReport) -> None:
             raise TypeError(f"{field.name} is {value!r}, not {wanted.__name__}")
     if not all(_is_number(value, float) for value in dict(report.metrics).values()):
         raise TypeError(f"metrics are {report.metrics!r}, not numbers by name")
+
+
+def _check_receipt(receipt: Receipt) -> None:
+    """Make sure that a receipt's names are texts and its counts numbers."""
+    texts = (receipt.place, receipt.incarnation, receipt.session, receipt.digest)
+    counts = (receipt.num_examples, receipt.num_steps)
+    if not all(isinstance(text, str) for text in (*texts, *receipt.names)) or not all(
+        _is_number(count, int) for count in counts
+    ):
+        raise TypeError(f"{receipt!r} does not have a receipt's types")
 
 
 def _is_number(value: Any, wanted: type) -> bool:

@@ -28,7 +28,7 @@ from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.spill import Spill, iterate_tails
 from flwr_smartsplit.runtime.threads import torch_threads
-from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.runtime.wire import WireTensor, state_digest
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Receipt
 
@@ -91,6 +91,11 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.HoldState) -> wire.Held:
+        if state_digest(request.state) != request.digest:
+            raise EdgeError(
+                f"the state that came as {request.digest[:12]} has another digest: "
+                "it changed on the way; send it again."
+            )
         self._spill.hold(request.digest, request.state)
         return wire.Held(self._incarnation, True)
 

@@ -92,6 +92,8 @@ class Spill:
         for path in self._folder.glob(f"*{_TAIL}"):
             if _round_of(path) <= round_number:
                 path.unlink(missing_ok=True)
+        for path in self._folder.glob(f"*{_UNFINISHED}"):
+            path.unlink(missing_ok=True)
         for path in self._folder.glob(f"*{_STATE}"):
             if path != self._state_path(keep_digest):
                 path.unlink(missing_ok=True)
@@ -111,6 +113,7 @@ class Spill:
 
 _STATE = ".state.safetensors"
 _TAIL = ".tail.safetensors"
+_UNFINISHED = ".unfinished"
 _ROUND = "round"
 
 
@@ -131,7 +134,7 @@ def _round_of(path: Path) -> int:
 
 def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> None:
     """Write a file so that it is there whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(_UNFINISHED)
     # safetensors writes an array's memory as it lies, under its shape.
     arrays = {n: np.require(a, requirements=["C"]) for n, a in state.items()}
     try:

@@ -197,14 +197,24 @@ def test_a_session_that_was_never_opened_is_stale(place: Place) -> None:
 def test_a_state_the_edge_lacks_is_asked_for_by_its_digest(place: Place) -> None:
     """Opening on an unknown state fails, and holding it makes it work."""
     session = Session(place)
+    other = {name: array + 1 for name, array in initial_state().items()}
+    digest = state_digest(other)
     with pytest.raises(StateNotHeld) as raised:
-        session.open(state_digest_="f" * 64)
-    assert raised.value.digest == "f" * 64
-    assert not session.send(wire.IsHeld("f" * 64)).is_held
-    assert session.send(wire.HoldState("f" * 64, initial_state())).is_held
-    assert session.send(wire.IsHeld("f" * 64)).is_held
-    session.open(state_digest_="f" * 64)
+        session.open(state_digest_=digest)
+    assert raised.value.digest == digest
+    assert not session.send(wire.IsHeld(digest)).is_held
+    assert session.send(wire.HoldState(digest, other)).is_held
+    assert session.send(wire.IsHeld(digest)).is_held
+    session.open(state_digest_=digest)
     session.step(0)
+
+
+def test_a_state_that_changed_on_the_way_is_not_held(place: Place) -> None:
+    """Else clients would train from it, under the name of another."""
+    session = Session(place)
+    with pytest.raises(EdgeError, match="changed on the way"):
+        session.send(wire.HoldState("f" * 64, initial_state()))
+    assert not session.send(wire.IsHeld("f" * 64)).is_held
 
 
 def test_opening_again_starts_over(place: Place) -> None:
@@ -374,13 +384,15 @@ def test_releasing_deletes_a_round_and_what_came_before(place: Place) -> None:
     old.sealed(1)
     receipt = later.sealed(1)
     keep = state_digest(initial_state())
-    old.send(wire.HoldState("e" * 64, initial_state()))
+    other = {name: array + 2 for name, array in initial_state().items()}
+    gone = state_digest(other)
+    old.send(wire.HoldState(gone, other))
     old.send(wire.Release(old.round_number, keep))
     assert tail_files(place.folder, old.name) == []
     assert_void(still_open)
     with pytest.raises(StaleSession):
         old.seal(1)
-    assert not old.send(wire.IsHeld("e" * 64)).is_held
+    assert not old.send(wire.IsHeld(gone)).is_held
     assert old.send(wire.IsHeld(keep)).is_held
     assert later.commit(entry_of(receipt, 1)).sums
     later.send(wire.Release(later.round_number, keep))

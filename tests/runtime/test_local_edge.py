@@ -7,7 +7,10 @@ import pytest
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.runtime.wire import state_digest
 from tests.tasks import TASK, initial_state
+
+DIGEST = state_digest(initial_state())
 
 
 def test_each_start_is_an_edge_of_its_own() -> None:
@@ -15,11 +18,11 @@ def test_each_start_is_an_edge_of_its_own() -> None:
     edge = LocalEdge(name="x")
     one, two = edge.start(TASK), edge.start(TASK)
     assert one != two
-    edge.connect(one).send(wire.HoldState("d", initial_state()))
-    assert edge.connect(one).send(wire.IsHeld("d")).is_held
-    answer = edge.connect(two).send(wire.IsHeld("d"))
+    edge.connect(one).send(wire.HoldState(DIGEST, initial_state()))
+    assert edge.connect(one).send(wire.IsHeld(DIGEST)).is_held
+    answer = edge.connect(two).send(wire.IsHeld(DIGEST))
     assert not answer.is_held
-    assert answer.incarnation != edge.connect(one).send(wire.IsHeld("d")).incarnation
+    assert answer.incarnation != edge.connect(one).send(wire.IsHeld(DIGEST)).incarnation
     edge.stop(one)
     edge.stop(two)
 
@@ -42,6 +45,6 @@ def test_an_edge_is_a_value_that_pickles() -> None:
     copy = pickle.loads(pickle.dumps(edge))
     assert copy == edge
     address = edge.start(TASK)
-    edge.connect(address).send(wire.HoldState("d", initial_state()))
-    assert copy.connect(address).send(wire.IsHeld("d")).is_held
+    edge.connect(address).send(wire.HoldState(DIGEST, initial_state()))
+    assert copy.connect(address).send(wire.IsHeld(DIGEST)).is_held
     copy.stop(address)
