@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from flwr_smartsplit.errors import (
+    EdgeError,
     OutOfOrderStep,
     RefusedTail,
     SpillLost,
