@@ -55,3 +55,25 @@ class Task:
     example_inputs: "Tensor | tuple[Tensor, ...]"
     example_targets: "Tensor"
     metrics_fn: Callable[[Any, Any], Mapping[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse objects where functions that make them are needed.
+
+        Raises
+        ------
+        TypeError
+            Naming every wrong argument.
+        """
+        made = {"model_fn": "parameters", "optimizer_fn": "param_groups"}
+        problems = [
+            f"{name} is a {type(getattr(self, name)).__name__}; give a function"
+            for name in ("model_fn", "loss_fn", "optimizer_fn")
+            if not callable(getattr(self, name))
+            or (
+                name in made
+                and hasattr(getattr(self, name), made[name])
+                and not isinstance(getattr(self, name), type)
+            )
+        ]
+        if problems:
+            raise TypeError(f"{'; '.join(problems)}.")

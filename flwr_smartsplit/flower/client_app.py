@@ -36,9 +36,18 @@ def build_client_app(
     """
     app = ClientApp(mods=list(mods))
 
+    def make_client(context: Context) -> SmartSplitNumPyClient:
+        client = client_fn(context)
+        if not isinstance(client, SmartSplitNumPyClient):
+            raise TypeError(
+                f"client_fn returns a {type(client).__name__}; return the "
+                "SmartSplitNumPyClient itself, without .to_client()."
+            )
+        return client
+
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        client = client_fn(context)
+        client = make_client(context)
         plan = client.plan_for(_config(message.content))
         outcome = client.train(plan, _arrays(message.content))
         reply = train_reply(plan, outcome, weighted_by_key=weighted_by_key)
@@ -46,7 +55,7 @@ def build_client_app(
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        client = client_fn(context)
+        client = make_client(context)
         plan = client.plan_for(_config(message.content))
         report = client.test(plan, _arrays(message.content))
         reply = evaluate_reply(plan, report, weighted_by_key=weighted_by_key)
@@ -54,7 +63,7 @@ def build_client_app(
 
     @app.query(PROFILE_ACTION)
     def profile(message: Message, context: Context) -> Message:
-        scalars = profile_to_scalars(client_fn(context).profile)
+        scalars = profile_to_scalars(make_client(context).profile)
         return Message(RecordDict({OURS: ConfigRecord(scalars)}), reply_to=message)
 
     return app

@@ -11,6 +11,7 @@ from flwr_smartsplit.flower.fleet import Member
 from flwr_smartsplit.flower.records import (
     LEGACY,
     instruction,
+    last_line,
     plan_to_scalars,
     record_bytes,
     reply_from_content,
@@ -119,11 +120,8 @@ class Dispatch:
             key = by_node.get(node, f"node {node}")
             silent.discard(key)
             if message.has_error():
-                failures.append(
-                    Failure(
-                        client_key=key, kind="failed", cause=str(message.error.reason)
-                    )
-                )
+                cause = last_line(message.error.reason)
+                failures.append(Failure(client_key=key, kind="failed", cause=cause))
                 continue
             try:
                 replies.append(self._read_one(key, message))

@@ -13,6 +13,7 @@ from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.flower.records import (
     LEGACY,
     Dialect,
+    last_line,
     profile_from_content,
     profile_request,
 )
@@ -76,7 +77,8 @@ class Fleet:
         failures: list[Failure] = []
         # One node first: most fleets speak one dialect, and a wrong one is an error
         # in the client's log.
-        for group in (unknown[:1], unknown[1:]):
+        groups = [unknown] if self._by_node else [unknown[:1], unknown[1:]]
+        for group in groups:
             failures += self._ask(grid, group)
         members: dict[str, Member] = {}
         for node in present:
@@ -93,8 +95,11 @@ class Fleet:
     def _ask(self, grid: Grid, node_ids: list[int]) -> list[Failure]:
         """Ask in each dialect whoever has not answered yet."""
         causes: dict[int, list[str]] = {node: [] for node in node_ids}
-        for dialect in tuple(self._dialects):
-            if not causes:
+        first, second = self._dialects
+        for dialect in (first, second):
+            # Who was silent once would be so in any dialect, for as long again.
+            pending = [n for n, why in causes.items() if why or dialect is first]
+            if not pending:
                 break
             requests = [
                 Message(
@@ -102,7 +107,7 @@ class Fleet:
                     message_type=dialect.profile_type,
                     dst_node_id=node,
                 )
-                for node in causes
+                for node in pending
             ]
             for reply in grid.send_and_receive(requests, timeout=self._timeout_seconds):
                 self._note(reply, dialect, causes)
@@ -121,7 +126,9 @@ class Fleet:
     ) -> None:
         node = reply.metadata.src_node_id
         if reply.has_error():
-            causes[node].append(f"asked as {dialect.name}: {reply.error.reason}")
+            causes[node].append(
+                f"asked as {dialect.name}: {last_line(reply.error.reason)}"
+            )
             return
         try:
             profile = profile_from_content(reply.content)

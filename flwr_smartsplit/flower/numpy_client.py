@@ -44,7 +44,8 @@ class SmartSplitNumPyClient(NumPyClient):
     task : Task
         Model, loss and optimizer.
     train_loader, eval_loader : Iterable
-        Batches ``(inputs, targets)``; they are iterated anew each round.
+        Batches ``(inputs, targets)``; they are iterated anew each round. Without an
+        ``eval_loader``, evaluation uses the training examples.
     client_key : str
         A name that stays the same from round to round and run to run: the partition
         id in simulation, a configured name in deployment.
@@ -77,21 +78,18 @@ class SmartSplitNumPyClient(NumPyClient):
         meter_every: int = 50,
         seed: int = 0,
     ) -> None:
-        if budget_bytes is not None and budget_bytes < 0:
-            raise ValueError(
-                f"client {client_key!r}: budget_bytes is {budget_bytes}; give bytes "
-                "of at least 0, or None for no limit."
-            )
+        _check_budget(client_key, budget_bytes)
         self.task = task
         self.train_loader = train_loader
         self.eval_loader = eval_loader
         self._seed = seed
         self._edges = {edge.name: edge for edge in edges}
+        sizes = _sizes(train_loader, num_examples, batch_size)
         self.profile = DeviceProfile(
             client_key=client_key,
             budget_bytes=budget_bytes,
-            num_examples=_size(train_loader, num_examples),
-            batch_size=_batch_size(train_loader, batch_size),
+            num_examples=sizes[0],
+            batch_size=sizes[1],
         )
         self._conditions = Conditions(
             task=task,
@@ -180,22 +178,28 @@ def _is_stock(plan: ClientPlan) -> bool:
     return not plan.state_digest
 
 
-def _size(loader: Any, given: int | None) -> int:
+def _check_budget(client_key: str, budget_bytes: object) -> None:
+    """Refuse what is not a number of bytes."""
+    is_count = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
+    if budget_bytes is not None and (not is_count or int(str(budget_bytes)) < 0):
+        raise ValueError(
+            f"client {client_key!r}: budget_bytes is {budget_bytes!r}; give a whole "
+            "number of bytes of at least 0, such as 64 * 2**20, or None for no limit."
+        )
+
+
+def _sizes(
+    loader: Any, num_examples: int | None, batch_size: int | None
+) -> tuple[int, int]:
+    """Read the number of examples and the batch size off a loader, if not given."""
     dataset: Any = getattr(loader, "dataset", None)
-    if given is None and hasattr(dataset, "__len__"):
-        return len(dataset)
-    if given is None:
+    if num_examples is None and hasattr(dataset, "__len__"):
+        num_examples = len(dataset)
+    if batch_size is None:
+        batch_size = getattr(loader, "batch_size", None)
+    if num_examples is None or batch_size is None:
         raise InvalidTask(
-            "the training loader does not say how many examples it has: give "
-            "num_examples."
+            "the training loader does not say how many examples it has and in which "
+            "batches: give num_examples and batch_size."
         )
-    return given
-
-
-def _batch_size(loader: Any, given: int | None) -> int:
-    size = getattr(loader, "batch_size", None) if given is None else given
-    if size is None:
-        raise InvalidTask(
-            "the training loader does not say its batch size: give batch_size."
-        )
-    return int(size)
+    return num_examples, int(batch_size)

@@ -6,6 +6,7 @@ in one record, because legacy clients take nothing else.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -39,6 +40,7 @@ PROFILE_ACTION = "smartsplit_profile"
 _PLAN = "smartsplit.plan"
 _REPLY = "smartsplit.reply"
 _NO_BUDGET = -1
+_TOO_LARGE = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,13 @@ def message_dialect(arrays_key: str = ARRAYS, config_key: str = CONFIG) -> Diale
         evaluate_arrays=arrays_key,
         evaluate_config=config_key,
     )
+
+
+def last_line(reason: object) -> str:
+    """Take the line of an error's text that says what happened, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(reason))
+    lines = [line.strip(" '>") for line in text.splitlines()]
+    return next(filter(None, reversed(lines)), "no reason given")
 
 
 # --- arrays -----------------------------------------------------------------------
@@ -141,13 +150,15 @@ def profile_from_content(content: RecordDict) -> DeviceProfile:
         scalars |= dict(record)
     try:
         budget = int(scalars["budget-bytes"])
+        if budget < _NO_BUDGET or int(scalars["batch-size"]) < 1:
+            raise ValueError("a budget below 0 or a batch size below 1")
         return DeviceProfile(
             client_key=str(scalars["client-key"]),
             budget_bytes=None if budget == _NO_BUDGET else budget,
             num_examples=int(scalars["num-examples"]),
             batch_size=int(scalars["batch-size"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RefusedReply(
             f"the client's profile lacks or misspells {error}; it has "
             f"{sorted(scalars)}. Wrap the client in SmartSplitNumPyClient.",
@@ -202,6 +213,7 @@ def profile_request(dialect: Dialect) -> RecordDict:
 def metrics_of(report: StepReport, weighted_by_key: str) -> Scalars:
     """List what a client measured, as the metrics that strategies average."""
     return {
+        **report.metrics,  # First, so that none of them takes the place of ours.
         weighted_by_key: report.num_examples,
         "loss": report.loss,
         "device-peak-bytes": report.peak_bytes,
@@ -209,7 +221,6 @@ def metrics_of(report: StepReport, weighted_by_key: str) -> Scalars:
         "received-bytes": report.received_bytes,
         "seconds": report.seconds,
         "num-steps": report.num_steps,
-        **report.metrics,
     }
 
 
@@ -325,8 +336,11 @@ def _check_types(report: StepReport) -> None:
         value, wanted = getattr(report, field.name), type(field.default)
         if wanted in (int, float) and not _is_number(value, wanted):
             raise TypeError(f"{field.name} is {value!r}, not {wanted.__name__}")
-    if not all(_is_number(value, float) for value in dict(report.metrics).values()):
-        raise TypeError(f"metrics are {report.metrics!r}, not numbers by name")
+    metrics: Any = report.metrics
+    if not isinstance(metrics, dict) or not all(
+        _is_number(value, float) for value in metrics.values()
+    ):
+        raise TypeError(f"metrics are {metrics!r}, not numbers by name")
 
 
 def _check_receipt(receipt: Receipt) -> None:
@@ -341,4 +355,6 @@ def _check_receipt(receipt: Receipt) -> None:
 
 def _is_number(value: Any, wanted: type) -> bool:
     allowed = int if wanted is int else (int, float)
-    return isinstance(value, allowed) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        return False
+    return isinstance(value, float) or abs(value) < _TOO_LARGE

@@ -1,7 +1,8 @@
 """RoundLog: what a strategy logs and writes down of every round."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from logging import INFO, getLogger
+from logging import INFO, WARNING, getLogger
 
 from flwr_smartsplit.flower.dispatch import Dispatch
 from flwr_smartsplit.flower.journal import Journal
@@ -33,18 +34,43 @@ class RoundLog:
         self._journal = journal
         self._clock = clock
         self._edge_bytes = 0
+        self._sitting_out: dict[str, str] = {}
+        self._unread: set[str] = set()
 
-    def write_skipped(
+    def warn_of_unread(self, config: Mapping[str, object]) -> None:
+        """Say once that nobody reads what a user put into the config."""
+        unread = sorted(config.keys() - {"server-round"} - self._unread)
+        if unread:
+            self._unread |= set(unread)
+            _log.log(
+                WARNING,
+                "%s of the config reach the clients, but SmartSplitNumPyClient reads "
+                "none: learning rate and epochs are set in the Task and the client.",
+                unread,
+            )
+
+    def write_plan(
         self,
         plan: RoundPlan,
         profiles: Mapping[str, DeviceProfile],
         *,
         is_train: bool,
     ) -> None:
-        """Write who was not chosen, and log who could not be."""
+        """Log the routes, write who was not chosen, and log who could not be."""
         phase = "train" if is_train else "evaluate"
+        _log.log(
+            INFO,
+            "configure_%s: Sampled %s nodes (out of %s)",
+            phase,
+            len(plan.assignments),
+            len(profiles),
+        )
+        routes = Counter(str(assignment.route) for assignment in plan.assignments)
+        for route, num_clients in routes.items():
+            _log.log(INFO, "\t> Route %s: %s clients", route, num_clients)
         for key, reason in plan.skipped.items():
-            if reason != NOT_SAMPLED:
+            if reason not in (NOT_SAMPLED, self._sitting_out.get(key)):
+                self._sitting_out[key] = reason
                 _log.log(INFO, "\t> Client %s sits out: %s", key, reason)
             self._journal.write(
                 skipped_row(profiles[key], reason, plan.round_number, phase)
@@ -67,7 +93,7 @@ class RoundLog:
     ) -> None:
         """Write what came of every message that was sent."""
         _log.log(
-            INFO,
+            INFO if accepted or not failures else WARNING,
             "%s: Received %s results and %s failures",
             "aggregate_train" if dispatch.is_train else "aggregate_evaluate",
             len(accepted),
@@ -89,6 +115,7 @@ class RoundLog:
         self,
         dispatch: Dispatch,
         accepted: Mapping[str, ClientReply],
+        failures: list[Failure],
         *,
         edge_bytes_so_far: int,
         received_seconds: float,
@@ -99,6 +126,7 @@ class RoundLog:
             round_row(
                 dispatch,
                 accepted,
+                failures,
                 edge_state_bytes=edge_bytes_so_far - self._edge_bytes,
                 seconds=now - dispatch.started_seconds,
                 aggregation_seconds=now - received_seconds,

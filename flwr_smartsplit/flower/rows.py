@@ -19,11 +19,9 @@ def client_rows(
 ) -> Iterator[Row]:
     """Make one row for every client that was sent something, and every stray reply."""
     for key, reply in accepted.items():
-        yield _row(dispatch, key) | _measured(reply.report) | {"status": "accepted"}
+        yield _row(dispatch, key, reply.report) | {"status": "accepted"}
     for failure in failures:
-        row = _row(dispatch, failure.client_key)
-        if failure.report is not None:
-            row |= _measured(failure.report)
+        row = _row(dispatch, failure.client_key, failure.report)
         yield row | {"status": failure.kind, "cause": failure.cause}
 
 
@@ -58,6 +56,7 @@ def failure_row(failure: Failure, round_number: int, phase: str) -> Row:
 def round_row(
     dispatch: Dispatch,
     accepted: Mapping[str, ClientReply],
+    failures: Sequence[Failure],
     *,
     edge_state_bytes: int,
     seconds: float,
@@ -74,10 +73,9 @@ def round_row(
     """
     messages = sum(sent.num_bytes for sent in dispatch.sent.values())
     messages += sum(dispatch.received_bytes.values())
-    boundaries = sum(
-        reply.report.sent_bytes + reply.report.received_bytes
-        for reply in accepted.values()
-    )
+    reports = [reply.report for reply in accepted.values()]
+    reports += [failure.report for failure in failures if failure.report is not None]
+    boundaries = sum(report.sent_bytes + report.received_bytes for report in reports)
     return {
         "kind": "round",
         "round": dispatch.round_number,
@@ -90,8 +88,10 @@ def round_row(
     }
 
 
-def _row(dispatch: Dispatch, key: str) -> Row:
-    row: Row = {
+def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
+    """Join what was measured and what was sent; our names come last and win."""
+    row: Row = {} if report is None else {**report.metrics, **_measured(report)}
+    row |= {
         "kind": "client",
         "phase": "train" if dispatch.is_train else "evaluate",
         "round": dispatch.round_number,
@@ -120,5 +120,4 @@ def _measured(report: StepReport) -> Row:
         "edge_bytes_up": report.sent_bytes,
         "edge_bytes_down": report.received_bytes,
         "seconds": report.seconds,
-        **report.metrics,
     }

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
+from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.dispatch import Dispatch
 from flwr_smartsplit.flower.fleet import Fleet, Member
 from flwr_smartsplit.flower.journal import Journal
@@ -23,6 +24,7 @@ from flwr_smartsplit.flower.records import (
 from flwr_smartsplit.flower.round_log import RoundLog
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.costs import profile_chain
+from flwr_smartsplit.policy.acceptance import check_evaluation, refusal
 from flwr_smartsplit.policy.rounds import plan_round
 from flwr_smartsplit.runtime.edge_pool import EdgePool
 from flwr_smartsplit.runtime.randomness import derived_seed
@@ -35,9 +37,9 @@ from flwr_smartsplit.types import (
     ChainProfile,
     ClientPlan,
     ClientReply,
+    DeviceProfile,
     Failure,
     RoundPlan,
-    Status,
 )
 
 _log = getLogger("flwr")
@@ -69,8 +71,10 @@ class SmartSplit(Strategy):
         Seconds that only move forward.
     profile_timeout_seconds : float
         How long to wait for clients that are asked who they are.
+    weighted_by_key : str
+        What the weight is called in metrics; it is the number of examples.
     fraction_train, fraction_evaluate, min_train_nodes, min_evaluate_nodes, \
-min_available_nodes, weighted_by_key, arrayrecord_key, configrecord_key, \
+min_available_nodes, arrayrecord_key, configrecord_key, \
 train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         As for ``flwr.serverapp.strategy.FedAvg``.
 
@@ -125,10 +129,9 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         self.num_threads = num_threads
         self.round_plans: list[RoundPlan] = []
         self._chain = build_chain(task)
+        self._edges = EdgePool(edges, task)
         if edges:
             self._chain.require_cuts()
-        self._edge_names = tuple(edge.name for edge in edges)
-        self._edges = EdgePool(edges, task)
         self._fleet = Fleet(
             message_dialect(arrayrecord_key, configrecord_key),
             timeout_seconds=profile_timeout_seconds,
@@ -148,7 +151,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         """Log the strategy's settings, in Flower's shape."""
         _log.log(INFO, "\t├──> Splitting:")
         _log.log(INFO, "\t│\t├──Units: %d", len(self._chain))
-        _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self._edge_names) or "none")
+        _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self._edges.names) or "none")
         self.fedavg.summary()
 
     def start(  # noqa: PLR0913, PLR0917 - Flower's signature
@@ -161,7 +164,16 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the strategy as ``Strategy.start`` does, and end the edges after it."""
+        """Run the strategy as ``Strategy.start`` does, and end the edges after it.
+
+        Raises
+        ------
+        InvalidTask
+            If the initial arrays are not the state of the task's model.
+        """
+        self._chain.check_state(
+            {n: tuple(a.numpy().shape) for n, a in initial_arrays.items()}
+        )
         try:
             return super().start(
                 grid,
@@ -214,6 +226,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         self._rounds.write_round(
             dispatch,
             settled.accepted,
+            failures,
             edge_bytes_so_far=self._edges.traffic_bytes(),
             received_seconds=received,
         )
@@ -233,11 +246,13 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         client_replies, failures = dispatch.read(replies)
         accepted: dict[str, ClientReply] = {}
         for reply in sorted(client_replies, key=lambda r: r.client_key):
-            failure = _not_evaluated(reply, server_round)
-            if failure is None:
-                accepted[reply.client_key] = reply
+            try:
+                check_evaluation(reply, round_number=server_round)
+            except RefusedReply as error:
+                failures.append(refusal(reply, error))
             else:
-                failures.append(failure)
+                accepted[reply.client_key] = reply
+        self._edges.release(server_round, state_digest(self._current))
         self._rounds.write_replies(dispatch, accepted, failures)
         if not accepted:
             return None
@@ -261,17 +276,10 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         addresses, unready = self._edges.prepare(digest, self._current)
         self._rounds.write_failures(unready, server_round, phase="edge")
         plan = self._plan(server_round, members, tuple(addresses), is_train=is_train)
-        name = "configure_train" if is_train else "configure_evaluate"
-        _log.log(
-            INFO,
-            "%s: Sampled %s nodes (out of %s)",
-            name,
-            len(plan.assignments),
-            len(members),
-        )
+        self._rounds.warn_of_unread(config)
         config["server-round"] = server_round
         self._dispatch = Dispatch(server_round, is_train, started)
-        self._rounds.write_skipped(
+        self._rounds.write_plan(
             plan, {k: m.profile for k, m in members.items()}, is_train=is_train
         )
         return [
@@ -319,6 +327,11 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             time.sleep(1)
         members, failures = self._fleet.members(grid, nodes, ask_again=is_train)
         self._rounds.write_failures(failures, server_round, phase="profile")
+        if failures and not members:
+            raise SmartSplitError(
+                f"none of {len(nodes)} nodes says who it is; the first: "
+                f"{failures[0].cause}"
+            )
         return members
 
     def _plan(
@@ -333,12 +346,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         average = self.fedavg
         fraction = average.fraction_train if is_train else average.fraction_evaluate
         least = average.min_train_nodes if is_train else average.min_evaluate_nodes
-        fleet = [member.profile for member in members.values()]
-        for device in fleet:
-            if device.batch_size not in self._profiles:
-                self._profiles[device.batch_size] = profile_chain(
-                    self._chain, batch_size=device.batch_size, task=self.task
-                )
+        fleet = self._priced(server_round, members)
         plan = plan_round(
             fleet,
             self._profiles,
@@ -351,6 +359,29 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             self.round_plans.append(plan)
         return plan
 
+    def _priced(
+        self, server_round: int, members: Mapping[str, Member]
+    ) -> list[DeviceProfile]:
+        """List the clients whose batch size works; without any, raise the reason."""
+        priced: list[DeviceProfile] = []
+        problems: list[InvalidTask] = []
+        for key, member in members.items():
+            size = member.profile.batch_size
+            try:
+                if size not in self._profiles:
+                    self._profiles[size] = profile_chain(
+                        self._chain, batch_size=size, task=self.task
+                    )
+            except InvalidTask as error:
+                problems.append(error)
+                failure = Failure(client_key=key, kind="failed", cause=str(error))
+                self._rounds.write_failures([failure], server_round, phase="profile")
+            else:
+                priced.append(member.profile)
+        if problems and not priced:
+            raise problems[0]
+        return priced
+
     def _average(
         self, accepted: Mapping[str, ClientReply], average: MetricsFn
     ) -> MetricRecord:
@@ -361,16 +392,3 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             for reply in accepted.values()
         ]
         return average(contents, key)
-
-
-def _not_evaluated(reply: ClientReply, server_round: int) -> Failure | None:
-    """Say why an evaluation does not count, if so."""
-    report = reply.report
-    kind, cause = report.status.value, report.message
-    if reply.round_number != server_round:
-        kind, cause = "late", f"evaluated round {reply.round_number}."
-    elif report.status is Status.OK and report.num_examples < 1:
-        kind, cause = "refused", f"evaluated {report.num_examples} examples."
-    elif report.status is Status.OK:
-        return None
-    return Failure(client_key=reply.client_key, kind=kind, cause=cause, report=report)

@@ -5,12 +5,12 @@ in ``runtime``.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from torch import Tensor, nn
 
-from flwr_smartsplit.errors import InvalidRoute, NotSplittable
+from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
 from flwr_smartsplit.model.segment import Segment, Unit
 from flwr_smartsplit.model.tracing import trace_units
 
@@ -113,6 +113,27 @@ class Chain:
         """
         names = set(self.segment(start, stop).state_dict())
         return tuple(name for name in self.model.state_dict() if name in names)
+
+    def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Make sure that a state is one of this model, by names and shapes.
+
+        Raises
+        ------
+        InvalidTask
+            Naming every difference.
+        """
+        wanted = {n: tuple(t.shape) for n, t in self.model.state_dict().items()}
+        problems = [
+            f"{name}: {shapes.get(name, 'missing')} instead of "
+            f"{wanted.get(name, 'nothing')}"
+            for name in sorted(wanted.keys() | shapes.keys())
+            if shapes.get(name) != wanted.get(name)
+        ]
+        if problems:
+            raise InvalidTask(
+                f"the state is not one of {type(self.model).__name__}: "
+                f"{'; '.join(problems)}. Use ArrayRecord(model_fn().state_dict())."
+            )
 
     def require_cuts(self) -> None:
         """Raise if the model cannot be cut anywhere, and say why.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.memory import MemoryMeter
@@ -38,6 +39,11 @@ def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
     ChainProfile
         One ``UnitCost`` per unit. Nothing is allocated and nothing real is run.
 
+    Raises
+    ------
+    InvalidTask
+        If model, loss and optimizer cannot do a step at this batch size.
+
     Examples
     --------
     >>> from functools import partial
@@ -54,10 +60,18 @@ def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: a step needs at least one.")
-    peaks = [
-        _device_peak(chain, stop, batch_size=batch_size, task=task)
-        for stop in range(1, len(chain) + 1)
-    ]
+    try:
+        peaks = [
+            _device_peak(chain, stop, batch_size=batch_size, task=task)
+            for stop in range(1, len(chain) + 1)
+        ]
+    except Exception as error:
+        raise InvalidTask(
+            f"a dry run of {type(chain.model).__name__} at batch size {batch_size} "
+            f"fails: {type(error).__name__}: {str(error).splitlines()[0]} Model, loss "
+            "and optimizer must fit the examples and not look at values.",
+            batch_size=batch_size,
+        ) from error
     units = tuple(
         UnitCost(
             name=unit.name,

@@ -89,7 +89,7 @@ def _trace(model: nn.Module) -> fx.Graph:
         return _Tracer().trace(model)
     except Exception as error:
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {error} "
+            f"torch.fx cannot trace {type(model).__name__}: {error}. "
             "Its forward must not branch on the values of tensors."
         ) from error
 

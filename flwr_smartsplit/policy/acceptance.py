@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.errors import RefusedReply
-from flwr_smartsplit.types import ClientReply, Expectation, Status
+from flwr_smartsplit.types import ClientReply, Expectation, Failure, Status
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -58,6 +58,33 @@ def check_reply(
         raise _refused(reply.report.status.value, reply.report.message)
     _check_state(reply, expected[key], current)
     _check_receipts(reply, expected[key])
+
+
+def check_evaluation(reply: ClientReply, *, round_number: int) -> None:
+    """Make sure that an evaluation counts.
+
+    Raises
+    ------
+    RefusedReply
+        With ``kind`` one of late, refused, out_of_memory, edge_failed.
+    """
+    report = reply.report
+    if reply.round_number != round_number:
+        raise _refused("late", f"evaluated round {reply.round_number}.")
+    if report.status is not Status.OK:
+        raise _refused(report.status.value, report.message)
+    if report.num_examples < 1:
+        raise _refused("refused", f"evaluated {report.num_examples} examples.")
+
+
+def refusal(reply: ClientReply, error: RefusedReply) -> Failure:
+    """Note whose reply was refused, why, and what it had measured."""
+    return Failure(
+        client_key=reply.client_key,
+        kind=error.kind,
+        cause=str(error),
+        report=reply.report,
+    )
 
 
 def _check_state(reply: ClientReply, expectation: Expectation, current: State) -> None:

@@ -49,7 +49,8 @@ def deepest_route(
     raise NoFeasibleRoute(
         f"no route fits: the cheapest ({cheapest}) needs {bytes_text(least)} "
         f"at batch size {profile.batch_size}, the budget is "
-        f"{bytes_text(budget_bytes)}. Lower the batch size or raise the budget.",
+        f"{bytes_text(budget_bytes)}. Lower the batch size"
+        f"{', give the strategy an edge' if edge is None else ''} or raise the budget.",
         needed_bytes=least,
         budget_bytes=budget_bytes,
     )

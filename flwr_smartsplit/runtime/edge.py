@@ -6,7 +6,8 @@ Until then nothing a client does can touch another one, or the global model.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import singledispatchmethod
 from pathlib import Path
@@ -38,12 +39,21 @@ class _Session:
     """One client's replica of its tail, while it trains."""
 
     opened: wire.OpenSession
+    incarnation: str
     runner: SegmentRunner
     num_steps: int = 0
     num_examples: int = 0
     last_checksum: int = 0
     last_reply: wire.Stepped | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """What is left of a session whose tail is on disk."""
+
+    incarnation: str
+    receipt: Receipt
 
 
 class EdgeService:
@@ -69,7 +79,7 @@ class EdgeService:
         self._spill = Spill(spill_dir)
         self._incarnation = incarnation
         self._sessions: dict[str, _Session] = {}
-        self._receipts: dict[str, Receipt] = {}
+        self._sealed: dict[str, _Sealed] = {}
 
     def handle(self, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
         """Answer one request, or raise an ``EdgeError``."""
@@ -101,6 +111,9 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.OpenSession) -> wire.Opened:
+        known = self._sessions.get(request.session)
+        if known is not None and request.token and known.opened == request:
+            return wire.Opened(known.incarnation)
         names = self._chain.state_names(request.start, request.stop)
         state = self._spill.read_state(request.state_digest, names)
         segment = materialise(self._chain, request.start, request.stop, state)
@@ -108,19 +121,19 @@ class EdgeService:
         runner = SegmentRunner(segment, self._task, streams=streams)
         # Opening again starts over: whatever this session did before is void.
         self._forget(request.session)
-        self._sessions[request.session] = _Session(request, runner)
-        return wire.Opened(self._incarnation)
+        incarnation = f"{self._incarnation}{request.token}"
+        self._sessions[request.session] = _Session(request, incarnation, runner)
+        return wire.Opened(incarnation)
 
     @_answer.register
     def _(self, request: wire.TrainStep) -> wire.Stepped:
-        session = self._find(request.session, request.incarnation)
         checksum = request.targets.checksum(request.boundary.checksum())
-        with session.lock, torch_threads(session.opened.num_threads):
+        with self._held(request) as session:
             is_repeated = request.step == session.num_steps - 1
             if is_repeated and checksum == session.last_checksum:
                 return cast(wire.Stepped, session.last_reply)
             if request.step != session.num_steps:
-                self._forget(request.session)
+                self._void(session)
                 raise OutOfOrderStep(
                     f"session {request.session}: step {request.step} "
                     f"{'was changed' if is_repeated else 'came'} after "
@@ -130,7 +143,7 @@ class EdgeService:
                     num_steps=session.num_steps,
                 )
             session.last_reply = self._void_on_error(
-                request.session, lambda: _train(session, request)
+                session, lambda: _train(session, request)
             )
             session.last_checksum = checksum
             session.num_steps += 1
@@ -139,8 +152,7 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:
-        session = self._find(request.session, request.incarnation)
-        with session.lock, torch_threads(session.opened.num_threads), torch.no_grad():
+        with self._held(request) as session, torch.no_grad():
             outputs = session.runner.evaluate(request.boundary.unpack())
             targets = request.targets.unpack()
             loss = self._task.loss_fn(outputs, targets)
@@ -152,17 +164,25 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.Seal) -> Receipt:
-        known = self._receipts.get(request.session)
-        if known is not None and request.session not in self._sessions:
-            return known
-        session = self._find(request.session, request.incarnation)
-        with session.lock:
-            return self._void_on_error(
-                request.session, lambda: self._seal(session, request)
-            )
+        try:
+            with self._held(request) as session:
+                return self._void_on_error(
+                    session, lambda: self._seal(session, request)
+                )
+        except StaleSession:
+            # It may have been sealed before, or while this one waited.
+            known = self._sealed.get(request.session)
+            if known is None or known.incarnation != request.incarnation:
+                raise
+            return known.receipt
 
     @_answer.register
     def _(self, request: wire.Abandon) -> None:
+        session = self._sessions.get(request.session)
+        sealed = self._sealed.get(request.session)
+        for known in (session, sealed):
+            if known is not None and request.incarnation not in ("", known.incarnation):
+                return  # Another opening's.
         self._forget(request.session)
 
     @_answer.register
@@ -176,27 +196,51 @@ class EdgeService:
         for name, session in list(self._sessions.items()):
             if session.opened.round_number <= request.round_number:
                 self._forget(name)
-        self._receipts.clear()
+        self._sealed.clear()
         self._spill.release(request.round_number, request.keep_digest)
 
-    def _find(self, name: str, incarnation: str) -> _Session:
-        session = self._sessions.get(name)
-        if session is None or incarnation != self._incarnation:
-            raise StaleSession(
-                f"session {name} of incarnation {incarnation!r} is not open at this "
-                f"edge (incarnation {self._incarnation!r}): the edge restarted or the "
-                "session ended. This client sits the round out.",
-                session=name,
-            )
-        return session
+    @contextmanager
+    def _held(
+        self, request: wire.TrainStep | wire.EvaluateStep | wire.Seal
+    ) -> Iterator[_Session]:
+        """Have a session to oneself, if it is still this opening's.
 
-    def _void_on_error(self, name: str, do: Callable[[], wire.ReplyT]) -> wire.ReplyT:
+        Raises
+        ------
+        StaleSession
+            If it is not.
+        """
+        name = request.session
+        session = self._sessions.get(name)
+        if session is None or session.incarnation != request.incarnation:
+            raise self._stale(name, request.incarnation)
+        with session.lock, torch_threads(session.opened.num_threads):
+            if self._sessions.get(name) is not session:
+                raise self._stale(name, request.incarnation)
+            yield session
+
+    def _stale(self, name: str, incarnation: str) -> StaleSession:
+        return StaleSession(
+            f"session {name} of incarnation {incarnation!r} is not open at this edge "
+            f"(incarnation {self._incarnation!r}): the edge restarted or the session "
+            "ended. This client sits the round out.",
+            session=name,
+        )
+
+    def _void_on_error(
+        self, session: _Session, do: Callable[[], wire.ReplyT]
+    ) -> wire.ReplyT:
         """Void a session whose part failed, so that it can never be sealed."""
         try:
             return do()
         except Exception:
-            self._forget(name)
+            self._void(session)
             raise
+
+    def _void(self, session: _Session) -> None:
+        """Forget a session, unless its name belongs to a later opening by now."""
+        if self._sessions.get(session.opened.session) is session:
+            self._forget(session.opened.session)
 
     def _seal(self, session: _Session, request: wire.Seal) -> Receipt:
         opened = session.opened
@@ -222,13 +266,16 @@ class EdgeService:
             num_examples=session.num_examples,
             num_steps=session.num_steps,
         )
-        self._receipts[request.session] = receipt
-        del self._sessions[request.session]
+        self._sealed[request.session] = _Sealed(session.incarnation, receipt)
+        if self._sessions.pop(request.session, None) is not session:
+            # It was abandoned meanwhile.
+            self._forget(request.session)
+            raise self._stale(request.session, request.incarnation)
         return receipt
 
     def _forget(self, name: str) -> None:
         self._sessions.pop(name, None)
-        self._receipts.pop(name, None)
+        self._sealed.pop(name, None)
         self._spill.drop_tail(name)
 
 

@@ -1,6 +1,7 @@
 """EdgePool: the strategy's side of all edges of a run."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,8 @@ class EdgePool:
     """
 
     def __init__(self, edges: Sequence[wire.Edge], task: Task) -> None:
+        if not isinstance(edges, list | tuple):
+            raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
         names = [edge.name for edge in edges]
         if len(set(names)) != len(names):
             raise ValueError(f"edges must have different names, not {names}.")
@@ -41,6 +44,11 @@ class EdgePool:
         self._links: dict[str, _Link] = {}
         self._was_ready = False
         self._past_bytes = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The edges' names."""
+        return tuple(self._edges)
 
     def prepare(
         self, digest: str, state: State
@@ -103,9 +111,10 @@ class EdgePool:
                 continue
 
     def stop(self) -> None:
-        """End every edge."""
-        for name in tuple(self._links):
-            self._drop(name)
+        """End every edge, also if another one cannot be ended."""
+        with ExitStack() as stack:
+            for name in tuple(self._links):
+                stack.callback(self._drop, name)
 
     def traffic_bytes(self) -> int:
         """Count what went between the strategy and its edges so far."""
@@ -120,7 +129,11 @@ class EdgePool:
             except EdgeError:
                 self._drop(name)
         address = self._edges[name].start(self._task)
-        transport = wire.CountingTransport(self._edges[name].connect(address))
+        try:
+            transport = wire.CountingTransport(self._edges[name].connect(address))
+        except EdgeError:
+            self._edges[name].stop(address)
+            raise
         self._links[name] = _Link(address, transport)
         self._send_state(self._links[name], digest, state)
 

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from flwr_smartsplit.errors import EdgeUnreachable
+from flwr_smartsplit.errors import EdgeUnreachable, SmartSplitError
 from flwr_smartsplit.runtime.edge import EdgeService
 from flwr_smartsplit.runtime.transport import ReplyT, Request, payload_bytes
 from flwr_smartsplit.task import Task
@@ -154,14 +154,17 @@ class RayTransport:
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
         """Deliver the request and return its reply, or raise what the edge raised."""
-        deadline = time.monotonic() + self.edge.patience_seconds
+        deadline = float("inf")
         while True:
             try:
                 return self._ask(request)
             except RayTaskError as error:
-                raise error.cause from None
+                is_ours = isinstance(error.cause, SmartSplitError)
+                raise error.cause from (None if is_ours else error)
             except ActorUnavailableError as error:
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                deadline = min(deadline, now + self.edge.patience_seconds)
+                if now >= deadline:
                     raise self._unreachable(error) from error
                 time.sleep(_PAUSE_SECONDS)
             except RayError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from flwr_smartsplit.errors import EdgeError, RefusedReply, SpillLost
-from flwr_smartsplit.policy.acceptance import check_reply
+from flwr_smartsplit.policy.acceptance import check_reply, refusal
 from flwr_smartsplit.policy.merging import Sums, add_states, add_sums, merge
 from flwr_smartsplit.runtime.edge_pool import EdgePool
 from flwr_smartsplit.runtime.transport import Entry
@@ -95,14 +95,7 @@ def _accept(
                 current=current,
             )
         except RefusedReply as error:
-            failures.append(
-                Failure(
-                    client_key=reply.client_key,
-                    kind=error.kind,
-                    cause=str(error),
-                    report=reply.report,
-                )
-            )
+            failures.append(refusal(reply, error))
         else:
             accepted[reply.client_key] = reply
     return dict(sorted(accepted.items())), failures
@@ -121,11 +114,8 @@ def _commit(
             try:
                 sums.append(edges.commit(place, round_number, tuple(entries.values())))
             except SpillLost as error:
-                lost |= {
-                    key: str(error)
-                    for key, entry in entries.items()
-                    if entry.session in error.sessions
-                }
+                named = [k for k, e in entries.items() if e.session in error.sessions]
+                lost |= dict.fromkeys(named or entries, str(error))
             except EdgeError as error:
                 lost |= dict.fromkeys(entries, str(error))
         if not lost:

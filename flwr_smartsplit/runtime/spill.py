@@ -50,12 +50,14 @@ class Spill:
             If the state is not here.
         """
         path = self._state_path(digest)
-        if not path.exists():
+        try:
+            return _read(path, names)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)  # So that it is sent again.
             raise StateNotHeld(
                 f"no global state {digest[:12]} is held here: send HoldState first.",
                 digest=digest,
-            )
-        return _read(path, names)
+            ) from error
 
     def put_tail(self, session: str, round_number: int, state: State) -> str:
         """Keep a sealed tail; return its digest."""
@@ -80,8 +82,20 @@ class Spill:
             )
 
     def read_tail(self, session: str) -> State:
-        """Read a sealed tail."""
-        return _read(self._tail_path(session))
+        """Read a sealed tail.
+
+        Raises
+        ------
+        SpillLost
+            If it is gone.
+        """
+        try:
+            return _read(self._tail_path(session))
+        except (OSError, SafetensorError) as error:
+            raise SpillLost(
+                f"the sealed tail of {session} cannot be read: {error}",
+                sessions=(session,),
+            ) from error
 
     def drop_tail(self, session: str) -> None:
         """Delete a sealed tail, if there is one."""
@@ -101,7 +115,7 @@ class Spill:
     def _fits(self, session: str, digest: str) -> bool:
         try:
             return state_digest(self.read_tail(session)) == digest
-        except (OSError, SafetensorError):
+        except SpillLost:
             return False
 
     def _state_path(self, digest: str) -> Path:

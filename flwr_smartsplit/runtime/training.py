@@ -4,6 +4,7 @@ Both Flower APIs call these two functions; neither knows that the other exists.
 """
 
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -196,7 +197,7 @@ class _Walk:
 
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
-        inputs, targets = tree_map(_own, (inputs, targets))
+        inputs, targets = _own_batch(inputs, targets)
         with self._metering(inputs) as meter:
             if meter is not None:
                 meter.track(self.runner.segment, self.runner.optimizer, inputs, targets)
@@ -222,7 +223,7 @@ class _Walk:
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
         """Evaluate one batch, metered if it is its turn."""
-        inputs, targets = tree_map(_own, (inputs, targets))
+        inputs, targets = _own_batch(inputs, targets)
         with self._metering(inputs) as meter, torch.no_grad():
             if meter is not None:
                 meter.track(self.runner.segment, inputs, targets)
@@ -297,6 +298,13 @@ class _Walk:
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * examples
 
 
+def _own_batch(inputs: Any, targets: Tensor) -> tuple[Batch, Tensor]:
+    """Take a batch as a loader gives it; several inputs may come as a list."""
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    owned: tuple[Batch, Tensor] = tree_map(_own, (inputs, targets))
+    return owned
+
+
 def _own(tensor: Tensor) -> Tensor:
     """Copy a view of a larger tensor: a batch must not keep the data set alive."""
     is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
@@ -322,6 +330,7 @@ class _TailLink:
                 state_digest=plan.state_digest,
                 seed=plan.seed,
                 num_threads=plan.num_threads,
+                token=uuid.uuid4().hex,
             )
         )
         self._incarnation = opened.incarnation
@@ -355,7 +364,7 @@ class _TailLink:
         )
 
     def abandon(self) -> None:
-        self._transport.send(wire.Abandon(self._session))
+        self._transport.send(wire.Abandon(self._session, self._incarnation))
 
     def traffic(self) -> tuple[int, int]:
         return self._transport.sent_bytes, self._transport.received_bytes

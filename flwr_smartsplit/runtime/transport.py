@@ -51,7 +51,7 @@ class HoldState(Request[Held]):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A session is open in this life of the edge."""
+    """A session is open; what belongs to this opening carries its incarnation."""
 
     incarnation: str
 
@@ -74,6 +74,8 @@ class OpenSession(Request[Opened]):
         The held state to start from.
     seed, num_threads : int
         As in the client's plan.
+    token : str
+        Tells a repeated request from a second opening, which starts over.
     """
 
     session: str
@@ -85,6 +87,7 @@ class OpenSession(Request[Opened]):
     state_digest: str
     seed: int
     num_threads: int
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +148,18 @@ class Seal(Request[Receipt]):
 
 @dataclass(frozen=True, slots=True)
 class Abandon(Request[None]):
-    """Forget a session and its tail, sealed or not."""
+    """Forget a session and its tail, sealed or not.
+
+    Parameters
+    ----------
+    session : str
+        The session.
+    incarnation : str
+        As the opening answered, so that a later opening is left alone; empty for any.
+    """
 
     session: str
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class Session:
         """Send any request."""
         return self.place.transport.send(request)
 
-    def open(self, *, state_digest_: str = "") -> "Session":
+    def open(self, *, state_digest_: str = "", token: str = "") -> "Session":
         """Give the edge the state if it lacks it, and open the session."""
         state = initial_state()
         digest = state_digest(state)
@@ -64,6 +64,7 @@ class Session:
                 state_digest=state_digest_ or digest,
                 seed=SEED,
                 num_threads=1,
+                token=token,
             )
         )
         self.incarnation = opened.incarnation

@@ -448,3 +448,38 @@ def test_errors_keep_their_numbers_when_they_travel(error: Exception) -> None:
     assert type(copy) is type(error)
     assert str(copy) == str(error)
     assert vars(copy) == vars(error)
+
+
+def test_a_repeated_opening_leaves_the_session_as_it_is(place: Place) -> None:
+    """Its reply was lost, not the session; another token starts over."""
+    session = Session(place).open(token="a")
+    session.step(0)
+    second = session.step(1).loss
+    assert session.open(token="a").step(1).loss == second
+    session.step(2)
+    with pytest.raises(OutOfOrderStep):
+        session.open(token="b").step(1)
+
+
+def test_an_earlier_opening_cannot_touch_a_later_one(place: Place) -> None:
+    """Neither its steps nor its farewell count any more."""
+    session = Session(place).open(token="a")
+    before = session.incarnation
+    session.open(token="b")
+    session.step(0)
+    with pytest.raises(StaleSession):
+        session.step(1, incarnation=before)
+    session.send(wire.Abandon(session.name, before))
+    assert session.seal(1).num_steps == 1
+    session.send(wire.Abandon(session.name, before))
+    assert session.seal(1).num_steps == 1
+
+
+def test_two_seals_at_once_give_one_receipt(place: Place) -> None:
+    """Whichever comes first seals, and the other is told the same."""
+    session = Session(place).open(token="a")
+    session.step(0)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: session.seal(1), range(2))
+    assert one == other
+    assert session.commit(entry_of(one, 1)).sums

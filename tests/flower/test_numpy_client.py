@@ -37,7 +37,7 @@ def test_any_iterable_will_do_with_its_numbers() -> None:
     batches = list(loader(0))
     with pytest.raises(InvalidTask, match="give num_examples"):
         SmartSplitNumPyClient(TASK, batches, client_key="a")
-    with pytest.raises(InvalidTask, match="give batch_size"):
+    with pytest.raises(InvalidTask, match="give num_examples and batch_size"):
         SmartSplitNumPyClient(TASK, batches, client_key="a", num_examples=9)
     client = SmartSplitNumPyClient(
         TASK, batches, client_key="a", num_examples=9, batch_size=4
@@ -119,3 +119,10 @@ def test_whole_models_send_back_every_name() -> None:
     outcome = client.train(client.plan_for({}), state)
     assert list(outcome.state) == list(state)
     assert torch.equal(torch.from_numpy(outcome.state["spare"]), model.spare.detach())
+
+
+@pytest.mark.parametrize("budget", ["64MB", 1e6, True, -1, float("nan")])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget: Any) -> None:
+    """The error says what was given and what to give."""
+    with pytest.raises(ValueError, match="give a whole number of bytes"):
+        SmartSplitNumPyClient(TASK, loader(0), client_key="x", budget_bytes=budget)

@@ -1,5 +1,6 @@
 """SmartSplit: any mix of routes, APIs and mishaps is FedAvg over who was accepted."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
@@ -19,8 +20,18 @@ from flwr_smartsplit import (
     predicted_peak_bytes,
     profile_chain,
 )
-from flwr_smartsplit.errors import EdgeUnreachable, NotSplittable, bytes_text
-from flwr_smartsplit.flower.records import reply_from_content
+from flwr_smartsplit.errors import (
+    EdgeUnreachable,
+    InvalidTask,
+    NotSplittable,
+    SmartSplitError,
+    bytes_text,
+)
+from flwr_smartsplit.flower.records import (
+    from_array_record,
+    reply_from_content,
+    to_array_record,
+)
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.local_edge import LocalEdge
@@ -28,8 +39,10 @@ from flwr_smartsplit.types import Status
 from tests.faults import Deliver, MortalEdge, tail_files
 from tests.flower.apps import (
     apps,
+    broken_app,
     budgets_of,
     failing_app,
+    initial_arrays,
     legacy_app,
     message_app,
     messages,
@@ -397,3 +410,74 @@ def test_no_edge_from_the_start_ends_the_run(tmp_path: Path) -> None:
     edge = Stillborn(tmp_path)
     with pytest.raises(EdgeUnreachable, match="no such machine"):
         run(with_edge(edge), smart_split([edge]))
+
+
+HOSTILE: dict[str, tuple[str, Any]] = {
+    "metrics that are a list": ("metrics", [["x", 1]]),
+    "a count too large for a float": ("num_steps", 10**400),
+    "a metric too large for a float": ("metrics", {"x": 10**400}),
+}
+
+
+def altered_report(field: str, value: Any) -> Callable[[RecordDict], None]:
+    """Make a change of one field of the report in a reply."""
+
+    def alter(content: RecordDict) -> None:
+        reply = json.loads(str(content["smartsplit"]["smartsplit.reply"]))
+        reply["report"][field] = value
+        content["smartsplit"]["smartsplit.reply"] = json.dumps(reply)
+
+    return alter
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_numbers_that_nobody_can_average_are_one_clients_failure(case: str) -> None:
+    """The reply is refused; the run goes on."""
+    grid = InProcessGrid(apps(MIXED))
+    grid.alter(1, altered_report(*HOSTILE[case]), nth=1)
+    assert run(grid).kinds() == [("c1", "refused")]
+
+
+def test_a_metric_cannot_take_the_place_of_the_weight() -> None:
+    """What a client calls ``num-examples`` falsifies nobody's average."""
+    grid = InProcessGrid(apps(MIXED))
+    grid.alter(1, altered_report("metrics", {"num-examples": -1e9}), nth=1)
+    made, honest = run(grid, num_rounds=1), run(apps(MIXED), num_rounds=1)
+    metrics = made.result.train_metrics_clientapp[1]
+    assert metrics["loss"] == honest.result.train_metrics_clientapp[1]["loss"]
+
+
+@pytest.mark.parametrize(
+    "arrays", [{"missing": np.zeros(1)}, {"4.weight": np.zeros((1, 2), np.float32)}]
+)
+def test_arrays_of_another_model_are_refused_at_the_start(
+    arrays: dict[str, np.ndarray],
+) -> None:
+    """Every difference is named, before anybody is asked anything."""
+    grid = InProcessGrid(apps(MIXED))
+    wrong = to_array_record({**from_array_record(initial_arrays()), **arrays})
+    with pytest.raises(InvalidTask, match=f"{next(iter(arrays))}.*instead of"):
+        run(grid, arrays=wrong)
+    assert grid.sent == []
+
+
+def test_a_run_in_which_nobody_says_who_it_is_ends_at_once() -> None:
+    """Else it would seem to succeed, with arrays that were never trained."""
+    with pytest.raises(SmartSplitError, match="none of 2 nodes says who it is"):
+        run([broken_app(), broken_app()])
+
+
+def test_one_edge_must_be_given_in_a_tuple() -> None:
+    """The error shows how."""
+    with pytest.raises(TypeError, match="give a tuple"):
+        SmartSplit(TASK, LocalEdge())  # type: ignore[arg-type]
+
+
+def test_a_config_that_nobody_reads_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A learning rate in ``train_config`` would otherwise be ignored in silence."""
+    run(apps(MIXED), train_config=ConfigRecord({"lr": 0.1}))
+    warned = [r for r in caplog.records if "reads none" in r.getMessage()]
+    assert len(warned) == 1
+    assert "lr" in warned[0].getMessage()

@@ -143,5 +143,6 @@ def test_tails_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert (state["w"].tolist(), weight) == ([2.0], 5)
     spill.drop_tail("1")
     assert next(tails)[1] == 7
-    with pytest.raises(OSError, match=r"1\.tail"):
+    with pytest.raises(SpillLost, match="tail of 1 ") as lost:
         next(tails)
+    assert lost.value.sessions == ("1",)
