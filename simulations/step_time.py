@@ -74,10 +74,14 @@ class Setting:
             float(loss)
         return {"total": time.perf_counter() - started}
 
-    def route_seconds(self, route: Route, edge: Edge | None) -> dict[str, float]:
-        """Time one client's round along a route, and its requests."""
+    def route_seconds(
+        self, route: Route, edge: Edge | None, pool: EdgePool
+    ) -> dict[str, float]:
+        """Time one client's round along a route, and its requests.
+
+        The pool's edge lives on from round to round, as it does in a run.
+        """
         chain = build_chain(self.task)
-        pool = EdgePool([edge] if edge else [], self.task)
         digest = state_digest(self.state)
         addresses, _ = pool.prepare(digest, self.state)
         timed: list[TimedTransport] = []
@@ -102,7 +106,6 @@ class Setting:
             self.batches,
             Conditions(task=self.task, connect=connect),
         )
-        pool.stop()
         seconds = dict(timed[0].seconds) if timed else {}
         return {"total": outcome.report.seconds, **seconds}
 
@@ -124,18 +127,23 @@ def make_setting(data: str, model: str, *, batch_size: int, num_steps: int) -> S
 def measure(setting: Setting, *, repeats: int) -> dict[str, dict[str, float]]:
     """Time every way in turn, several times; return medians per step."""
     split = Route.split(setting.cut)
+    here, over_ray = LocalEdge(), RayEdge()
+    pools = [EdgePool(edges, setting.task) for edges in ([], [here], [over_ray])]
+    run = setting.route_seconds
     ways: dict[str, Callable[[], dict[str, float]]] = {
         PLAIN: setting.plain_seconds,
-        "whole route": lambda: setting.route_seconds(Route.whole(), None),
-        "split, edge in process": lambda: setting.route_seconds(split, LocalEdge()),
-        "split, edge over Ray": lambda: setting.route_seconds(split, RayEdge()),
+        "whole route": lambda: run(Route.whole(), None, pools[0]),
+        "split, edge in process": lambda: run(split, here, pools[1]),
+        "split, edge over Ray": lambda: run(split, over_ray, pools[2]),
     }
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
-        for name, run in ways.items():
-            seconds = run()
+        for name, way in ways.items():
+            seconds = way()
             if repeat:  # The first time warms caches up.
                 seen[name].append(seconds)
+    for pool in pools:
+        pool.stop()
     return {
         name: {
             key: statistics.median(run[key] for run in runs) / len(setting.batches)
