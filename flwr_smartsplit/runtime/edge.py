@@ -266,11 +266,12 @@ class EdgeService:
             num_examples=session.num_examples,
             num_steps=session.num_steps,
         )
-        self._sealed[request.session] = _Sealed(session.incarnation, receipt)
-        if self._sessions.pop(request.session, None) is not session:
-            # It was abandoned meanwhile.
-            self._forget(request.session)
+        if self._sessions.get(request.session) is not session:
+            # It was abandoned or opened again meanwhile; a later opening stays.
+            self._spill.drop_tail(request.session)
             raise self._stale(request.session, request.incarnation)
+        self._sealed[request.session] = _Sealed(session.incarnation, receipt)
+        del self._sessions[request.session]
         return receipt
 
     def _forget(self, name: str) -> None:
