@@ -178,10 +178,12 @@ def _is_stock(plan: ClientPlan) -> bool:
     return not plan.state_digest
 
 
-def _check_budget(client_key: str, budget_bytes: object) -> None:
+def _check_budget(client_key: str, budget_bytes: Any) -> None:
     """Refuse what is not a number of bytes."""
+    if budget_bytes is None:
+        return
     is_count = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
-    if budget_bytes is not None and (not is_count or int(str(budget_bytes)) < 0):
+    if not is_count or budget_bytes < 0:
         raise ValueError(
             f"client {client_key!r}: budget_bytes is {budget_bytes!r}; give a whole "
             "number of bytes of at least 0, such as 64 * 2**20, or None for no limit."

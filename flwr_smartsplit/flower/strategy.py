@@ -140,6 +140,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         self._clock = clock
         self._profiles: dict[int, ChainProfile] = {}
         self._current: Mapping[str, Any] = {}
+        self._digest = ""
         self._dispatch: Dispatch | None = None
 
     @property
@@ -172,7 +173,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             If the initial arrays are not the state of the task's model.
         """
         self._chain.check_state(
-            {n: tuple(a.numpy().shape) for n, a in initial_arrays.items()}
+            {name: tuple(array.shape) for name, array in initial_arrays.items()}
         )
         try:
             return super().start(
@@ -252,7 +253,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
                 failures.append(refusal(reply, error))
             else:
                 accepted[reply.client_key] = reply
-        self._edges.release(server_round, state_digest(self._current))
+        self._edges.release(server_round, self._digest)
         self._rounds.write_replies(dispatch, accepted, failures)
         if not accepted:
             return None
@@ -272,8 +273,8 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         started = self._clock()
         self._current = from_array_record(arrays)
         members = self._members(grid, server_round, is_train=is_train)
-        digest = state_digest(self._current)
-        addresses, unready = self._edges.prepare(digest, self._current)
+        self._digest = state_digest(self._current)
+        addresses, unready = self._edges.prepare(self._digest, self._current)
         self._rounds.write_failures(unready, server_round, phase="edge")
         plan = self._plan(server_round, members, tuple(addresses), is_train=is_train)
         self._rounds.warn_of_unread(config)
@@ -284,7 +285,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         )
         return [
             self._dispatch.message(
-                self._client_plan(assignment, server_round, digest, addresses),
+                self._client_plan(assignment, server_round, addresses),
                 members[assignment.client_key],
                 predicted_peak_bytes=assignment.predicted_peak_bytes,
                 chain=self._chain,
@@ -298,7 +299,6 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         self,
         assignment: Assignment,
         server_round: int,
-        digest: str,
         addresses: Mapping[str, str],
     ) -> ClientPlan:
         return ClientPlan(
@@ -308,7 +308,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             seed=self.seed,
             num_threads=self.num_threads,
             budget_bytes=assignment.budget_bytes,
-            state_digest=digest,
+            state_digest=self._digest,
             edge_addresses={e: addresses[e] for e in assignment.route.edges()},
         )
 
