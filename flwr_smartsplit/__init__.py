@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from flwr_smartsplit.flower.client_app import build_client_app
     from flwr_smartsplit.flower.numpy_client import SmartSplitNumPyClient
     from flwr_smartsplit.flower.strategy import SmartSplit
+    from flwr_smartsplit.model.cap import memory_cap
     from flwr_smartsplit.model.chain import Chain
     from flwr_smartsplit.model.costs import profile_chain
-    from flwr_smartsplit.model.memory import memory_cap
     from flwr_smartsplit.policy.predict import predicted_peak_bytes
     from flwr_smartsplit.runtime.ray_edge import RayEdge
     from flwr_smartsplit.task import Task
@@ -40,7 +40,7 @@ _HOMES = {
     "SmartSplitNumPyClient": "flower.numpy_client",
     "Task": "task",
     "build_client_app": "flower.client_app",
-    "memory_cap": "model.memory",
+    "memory_cap": "model.cap",
     "predicted_peak_bytes": "policy.predict",
     "profile_chain": "model.costs",
 }

@@ -5,7 +5,7 @@ whole models, so a device never holds a tail and nothing executable crosses the
 wire.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,15 @@ class Task:
     optimizer_fn : Callable[[Iterable[nn.Parameter]], Optimizer]
         Builds the optimizer of the parameters of one segment. It must treat
         parameters one by one, as SGD and Adam do.
-    example_inputs : Tensor or tuple[Tensor, ...]
-        A batch of inputs of any size, ``(batch, *input shape)``; only shapes and
-        dtypes matter.
+    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+        A batch of inputs of any size, ``(batch, *input shape)`` each, as the model
+        takes it (a dict by keyword); only shapes and dtypes matter.
     example_targets : Tensor
         The targets that belong to them, ``(batch, *target shape)``.
     metrics_fn : Callable[[outputs, targets], Mapping[str, float]], optional
         Batch means to report in evaluation, such as an accuracy.
+    units_fn : Callable[[nn.Module], Sequence[Unit]], optional
+        Lists the units of a model that torch.fx cannot trace. Importable, too.
 
     Examples
     --------
@@ -52,9 +54,10 @@ class Task:
     model_fn: "Callable[[], nn.Module]"
     loss_fn: "Callable[[Any, Any], Tensor]"
     optimizer_fn: "Callable[[Iterable[nn.Parameter]], Optimizer]"
-    example_inputs: "Tensor | tuple[Tensor, ...]"
+    example_inputs: "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
     example_targets: "Tensor"
     metrics_fn: Callable[[Any, Any], Mapping[str, float]] | None = None
+    units_fn: "Callable[[nn.Module], Sequence[Any]] | None" = None
 
     def __post_init__(self) -> None:
         """Refuse objects where functions that make them are needed.

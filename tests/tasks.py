@@ -29,11 +29,11 @@ SEED = 7
 def tiny_cnn() -> nn.Sequential:
     """Build the model: nine units, a cut between any two of them."""
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1),
+        nn.Conv2d(1, 4, 3, padding=1, bias=False),  # BatchNorm would undo a bias
         nn.BatchNorm2d(4),
         nn.ReLU(),
         nn.Dropout(0.25),
-        nn.Conv2d(4, 6, 3, stride=2),
+        nn.Conv2d(4, 6, 3, stride=2, bias=False),
         nn.BatchNorm2d(6),
         nn.ReLU(),
         nn.Flatten(),

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.memory import unmetered
+from flwr_smartsplit.model.layout import is_dense
+from flwr_smartsplit.model.memory import phase, unmetered
 from flwr_smartsplit.model.segment import Segment
 from flwr_smartsplit.task import Task
 
@@ -91,7 +93,11 @@ def build_chain(task: Task) -> Chain:
             if chain is None:
                 with parameters_on_meta():
                     model = task.model_fn()
-                chain = Chain.from_module(model, task.example_inputs)
+                if task.units_fn is None:
+                    chain = Chain.from_module(model, task.example_inputs)
+                else:
+                    units = task.units_fn(model)
+                    chain = Chain.from_units(model, units, task.example_inputs)
             _chains_by_task[task] = chain
             if recipe:
                 _chains_by_recipe[recipe] = chain
@@ -103,16 +109,13 @@ def _recipe(task: Task) -> _Recipe | None:
 
     The function itself is part of it: in a notebook, its name may be used again.
     """
-    inputs = task.example_inputs
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    inputs = tree_map(lambda x: (tuple(x.shape), str(x.dtype)), task.example_inputs)
     function: Callable[..., nn.Module] = task.model_fn
     while isinstance(function, partial):
         function = function.func
     try:
         hash(function)
-        return function, pickle.dumps(
-            (task.model_fn, [(tuple(x.shape), str(x.dtype)) for x in inputs])
-        )
+        return function, pickle.dumps((task.model_fn, task.units_fn, inputs))
     except (pickle.PicklingError, AttributeError, TypeError):
         return None
 
@@ -153,6 +156,13 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
             f"the state does not fit units [{start}, {stop}): {'; '.join(problems)}. "
             "Use the state of a model built by the same task."
         )
+    with phase("building"):
+        _fill(segment, state)
+    return segment
+
+
+def _fill(segment: Segment, state: State) -> None:
+    """Give a segment real tensors; one tensor under two names stays one."""
     twins: dict[int, Tensor] = {}
     for prefix, module in segment.named_modules():
         dot = f"{prefix}." if prefix else ""
@@ -167,16 +177,19 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
                     if id(old) not in twins:
                         twins[id(old)] = _filled_like(old, state[dot + name])
                     tensors[name] = twins[id(old)]
-    return segment
 
 
 def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
     """Make a real tensor with the template's strides, dtype and role."""
-    filled = torch.empty_like(template, device="cpu", requires_grad=False)
+    shape = tuple(template.shape)
+    if is_dense(shape, template.stride()):
+        filled = torch.empty_strided(shape, template.stride(), dtype=template.dtype)
+    else:
+        filled = torch.empty(shape, dtype=template.dtype)
     with unmetered():  # The message's memory is not the step's.
         source = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-    with torch.no_grad():
-        filled.copy_(source)
+        with torch.no_grad():
+            filled.copy_(source)
     if isinstance(template, nn.Parameter):
         return nn.Parameter(filled, requires_grad=template.requires_grad)
     return filled

@@ -8,10 +8,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
-from flwr_smartsplit.model.segment import Segment, Unit
+from flwr_smartsplit.model.declared import declared_units
+from flwr_smartsplit.model.modes import odd_modes
+from flwr_smartsplit.model.segment import Batch, Segment, Unit
 from flwr_smartsplit.model.tracing import trace_units
 
 
@@ -24,10 +26,11 @@ class Chain:
         The model the units belong to.
     units : Sequence[Unit]
         Its units, in order.
-    example_inputs : tuple[Tensor, ...]
+    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
         One batch of inputs; only shapes and dtypes matter.
     refusals : dict[str, str]
-        For each single-tensor place that must not be cut, the reason.
+        For each place that looks like a cut and must not be one, the reason and the
+        nearest place that can be cut.
 
     Examples
     --------
@@ -44,7 +47,7 @@ class Chain:
         self,
         model: nn.Module,
         units: Sequence[Unit],
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: Batch,
         *,
         refusals: dict[str, str],
     ) -> None:
@@ -52,29 +55,63 @@ class Chain:
         self.units = tuple(units)
         self.example_inputs = example_inputs
         self.refusals = refusals
+        self._odd_modes = odd_modes(model)
 
     @classmethod
-    def from_module(
-        cls, model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]
-    ) -> Self:
+    def from_module(cls, model: nn.Module, example_inputs: Batch) -> Self:
         """Read a model as a chain; its parameters may be on meta.
 
         Parameters
         ----------
         model : nn.Module
             Any module that torch.fx can trace.
-        example_inputs : Tensor or tuple[Tensor, ...]
-            One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
+        example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+            One batch, ``(batch, *input shape)`` each, as the model's ``forward`` takes
+            it (a dict by keyword); only shapes and dtypes matter.
 
         Raises
         ------
         NotSplittable
             If torch.fx cannot trace the model, or a module uses a name twice.
         """
-        if not isinstance(example_inputs, tuple):
-            example_inputs = (example_inputs,)
         units, refusals = trace_units(model, example_inputs)
         return cls(model, units, example_inputs, refusals=refusals)
+
+    @classmethod
+    def from_units(
+        cls, model: nn.Module, units: Sequence[Unit], example_inputs: Batch
+    ) -> Self:
+        """Make a chain of units that are listed by hand, where tracing does not work.
+
+        Units between which the model must not be cut become one.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that the units belong to; its parameters may be on meta.
+        units : Sequence[Unit]
+            What to run, in order. Each parameter that is trained must be read by one.
+        example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+            One batch, as the first unit takes it; only shapes and dtypes matter.
+
+        Raises
+        ------
+        NotSplittable
+            If the units are not a chain of this model; names every problem.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        >>> units = [
+        ...     Unit("first", lambda root, x: getattr(root, "0")(x).relu(), ("0",)),
+        ...     Unit("last", lambda root, x: getattr(root, "1")(x), ("1",)),
+        ... ]
+        >>> Chain.from_units(model, units, torch.zeros(1, 4)).unit_names
+        ('first', 'last')
+        """
+        checked, refusals = declared_units(model, units, example_inputs)
+        return cls(model, checked, example_inputs, refusals=refusals)
 
     @property
     def unit_names(self) -> tuple[str, ...]:
@@ -100,7 +137,7 @@ class Chain:
                 f"units [{start}, {stop}) are not a part of a chain of {len(self)} "
                 f"units: choose 0 <= start < stop <= {len(self)}."
             )
-        return Segment(self.units[start:stop], start, self.model)
+        return Segment(self.units[start:stop], start, self.model, self._odd_modes)
 
     def own_segment(self, start: int, stop: int) -> Segment:
         """Copy units ``[start, stop)``, so that their modules are nobody else's."""

@@ -1,25 +1,26 @@
-"""What each unit of a chain costs: exact bytes, found without allocating them.
+"""What each unit of a chain costs: exact bytes and FLOPs, found without allocating.
 
 A prediction is a dry run: fake tensors go through the same ``SegmentRunner`` under
 the same meter as a real step, so nothing has to be modelled (`docs/memory-model.md`).
-Two steps are run, since optimizer state appears in the second.
+One step of the whole chain is enough for every cut, because a device that ends at a
+cut does what the whole chain does up to there (`model/step_log.py`).
 """
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
-from flwr_smartsplit.model.memory import MemoryMeter
-from flwr_smartsplit.model.segment import SegmentRunner
+from flwr_smartsplit.model.optimizer_costs import OptimizerCosts
+from flwr_smartsplit.model.step_log import StepLog, log_step
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ChainProfile, UnitCost
-
-_NUM_STEPS = 2
 
 
 def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
@@ -46,6 +47,7 @@ def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
 
     Examples
     --------
+    >>> import torch
     >>> from functools import partial
     >>> task = Task(
     ...     model_fn=partial(torch.nn.Linear, 4, 2),
@@ -61,74 +63,103 @@ def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: a step needs at least one.")
     try:
-        peaks = [
-            _device_peak(chain, stop, batch_size=batch_size, task=task)
-            for stop in range(1, len(chain) + 1)
-        ]
+        log = log_step(chain, batch_size=batch_size, task=task)
+        optimizers = _optimizer_costs(chain, task, log)
+        flops = _forward_flops(chain, batch_size=batch_size)
     except Exception as error:
+        reason = (str(error) or "no message").splitlines()[0]
         raise InvalidTask(
             f"a dry run of {type(chain.model).__name__} at batch size {batch_size} "
-            f"fails: {type(error).__name__}: {str(error).splitlines()[0]} Model, loss "
+            f"fails: {type(error).__name__}: {reason} Model, loss "
             "and optimizer must fit the examples and not look at values.",
             batch_size=batch_size,
         ) from error
-    units = tuple(
-        UnitCost(
-            name=unit.name,
-            parameter_bytes=_total_bytes(chain.segment(index, index + 1).parameters()),
-            buffer_bytes=_total_bytes(chain.segment(index, index + 1).buffers()),
-            boundary_bytes=boundary_bytes,
-            device_peak_bytes=peak_bytes,
+    return _profile(chain, log, optimizers, flops, batch_size)
+
+
+def _profile(
+    chain: Chain,
+    log: StepLog,
+    optimizers: Sequence["_OptimizerCost"],
+    flops: Sequence[int],
+    batch_size: int,
+) -> ChainProfile:
+    """Put together what each unit costs, and what a device holds that ends with it."""
+    units = []
+    static_bytes = log.batch_bytes
+    for index, unit in enumerate(chain.units):
+        segment = chain.segment(index, index + 1)
+        parameter_bytes = _total_bytes(segment.parameters())
+        buffer_bytes = _total_bytes(segment.buffers())
+        optimizer = optimizers[index]
+        static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
+        is_last = index == len(chain) - 1
+        peak_bytes = (
+            log.peak_bytes
+            if is_last
+            else static_bytes + log.head_bytes(index, optimizer.head_temporary_bytes)
         )
-        for index, (unit, (peak_bytes, boundary_bytes)) in enumerate(
-            zip(chain.units, peaks, strict=True)
+        units.append(
+            UnitCost(
+                name=unit.name,
+                parameter_bytes=parameter_bytes,
+                buffer_bytes=buffer_bytes,
+                gradient_bytes=optimizer.gradient_bytes,
+                optimizer_state_bytes=optimizer.state_bytes,
+                saved_bytes=log.saved_bytes(index),
+                boundary_bytes=0 if is_last else log.boundary_bytes(index),
+                forward_flops=flops[index],
+                device_peak_bytes=peak_bytes,
+            )
         )
+    return ChainProfile(
+        batch_size=batch_size, batch_bytes=log.batch_bytes, units=tuple(units)
     )
-    return ChainProfile(batch_size=batch_size, units=units)
 
 
-def _device_peak(
-    chain: Chain, stop: int, *, batch_size: int, task: Task
-) -> tuple[int, int]:
-    """Dry-run a device that holds units ``[0, stop)``; return peak and boundary."""
+@dataclass(frozen=True)
+class _OptimizerCost:
+    """What the optimizer holds for one unit, and needs for a step of all up to it."""
+
+    gradient_bytes: int
+    state_bytes: int
+    head_temporary_bytes: int
+
+
+def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerCost]:
+    """Find what the optimizer of each unit costs, and of each device."""
+    costs = OptimizerCosts(task)
+    heads = [_trained(chain.segment(0, stop + 1), log) for stop in range(len(chain))]
+    temporary_bytes = costs.temporary_bytes
+    if temporary_bytes(heads[-1]) != log.optimizer_temporary_bytes:
+        # It steps many parameters at once (foreach): only a step of all of them tells.
+        temporary_bytes = costs.temporary_bytes_at_once
+    units = (_trained(chain.segment(i, i + 1), log) for i in range(len(chain)))
+    return [
+        _OptimizerCost(
+            gradient_bytes=_total_bytes(unit),
+            state_bytes=costs.state_bytes(unit),
+            head_temporary_bytes=temporary_bytes(head),
+        )
+        for unit, head in zip(units, heads, strict=True)
+    ]
+
+
+def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:
+    return [p for name, p in segment.named_parameters() if name in log.trained]
+
+
+def _forward_flops(chain: Chain, *, batch_size: int) -> list[int]:
+    """Count each unit's forward, apart from the meter, which a counter disturbs."""
     mode = FakeTensorMode()
-    segment = fake_copy(chain.segment(0, stop), mode)
-    *inputs, targets = fake_batch(
-        (*chain.example_inputs, task.example_targets), mode, batch_size=batch_size
-    )
-    batch = tuple(inputs)
-    with mode:
-        runner = SegmentRunner(segment, task)
-        meter = MemoryMeter()
-        meter.track(segment, batch, targets)
-        with meter:
-            for step in range(_NUM_STEPS):
-                boundary_bytes = _fake_step(
-                    runner, batch, targets, step=step, ends=stop == len(chain)
-                )
-    return meter.peak_bytes, boundary_bytes
+    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
+    batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
+    counter = FlopCounterMode(display=False)
+    totals = [0]
+    with mode, counter:
+        segment(batch, observe=lambda *_: totals.append(int(counter.get_total_flops())))
+    return [after - before for before, after in pairwise(totals)]
 
 
-def _fake_step(
-    runner: SegmentRunner,
-    batch: tuple[Tensor, ...],
-    targets: Tensor,
-    *,
-    step: int,
-    ends: bool,
-) -> int:
-    """Do one step as a device would, and return the bytes of its output."""
-    if ends:
-        runner.finish(batch, targets, step=step, inputs_are_boundary=False)
-        return 0
-    boundary = runner.forward(batch, step=step, inputs_are_boundary=False)
-    boundary_bytes: int = boundary.numel() * boundary.element_size()
-    # Popped, so that the runner alone holds it, as it does on a device.
-    gradient = [torch.empty_like(boundary, requires_grad=False)]
-    del boundary
-    runner.backward(gradient.pop())
-    return boundary_bytes
-
-
-def _total_bytes(tensors: Any) -> int:
+def _total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -8,7 +8,7 @@ gradient. Guessing from names would miss functional and user-written operations.
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
-from flwr_smartsplit.model.segment import Segment, Unit
+from flwr_smartsplit.model.segment import Batch, Segment, Unit
 
 _READS_MODEL = ("call_module", "get_attr")
 
@@ -35,7 +35,7 @@ class NodeFacts:
     is_random: bool = False
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Note the storages that operators write, and the random operators."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Recorder(TorchDispatchMode):
 class _FactFinder(fx.Interpreter):
     """Run a graph node by node and keep the facts of each."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, recorder: _Recorder) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, recorder: Recorder) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.recorder = recorder
         self.facts: dict[fx.Node, NodeFacts] = {}
@@ -80,7 +80,7 @@ class _FactFinder(fx.Interpreter):
 
 
 def find_facts(
-    model: nn.Module, graph: fx.Graph, example_inputs: tuple[Tensor, ...]
+    model: nn.Module, graph: fx.Graph, example_inputs: Batch
 ) -> dict[fx.Node, NodeFacts]:
     """Run a graph under fake tensors and see what each of its nodes does.
 
@@ -90,7 +90,7 @@ def find_facts(
         The model the graph was traced from; it is not touched.
     graph : fx.Graph
         Its graph in training mode.
-    example_inputs : tuple[Tensor, ...]
+    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
         One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
 
     Raises
@@ -99,28 +99,36 @@ def find_facts(
         If the model does not run on the example inputs.
     """
     reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
-    everything = Unit("", _identity, _identity, reads, False)
+    everything = Unit("", _identity, reads)
     mode = FakeTensorMode()
     root = fake_copy(Segment([everything], 0, model), mode).train()
-    recorder = _Recorder()
+    recorder = Recorder()
     finder = _FactFinder(root, graph, recorder)
     # Two examples, since BatchNorm refuses to train on one value per channel.
     inputs = fake_batch(example_inputs, mode, batch_size=2)
     try:
-        with mode, recorder, torch.enable_grad(), _torch_log_silenced():
-            finder.run(*inputs)
+        with mode, recorder, torch.enable_grad(), torch_log_silenced():
+            finder.run(*tree_leaves(inputs))
     except Exception as error:
-        shapes = [tuple(example.shape) for example in example_inputs]
-        raise InvalidTask(
-            f"{type(model).__name__} cannot run on example inputs of shape {shapes}: "
-            f"{str(error).splitlines()[0]} Give example inputs that the model accepts.",
-            shapes=shapes,
-        ) from error
+        raise cannot_run(model, example_inputs, error) from error
     return finder.facts
 
 
+def cannot_run(
+    model: nn.Module, example_inputs: Batch, error: Exception, *, part: str = ""
+) -> InvalidTask:
+    """Say that a dry run of a model, or a part of it, on its example inputs failed."""
+    shapes = [tuple(example.shape) for example in tree_leaves(example_inputs)]
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return InvalidTask(
+        f"{f'{part} of ' if part else ''}{type(model).__name__} cannot run on example inputs of shape {shapes}: "
+        f"{reason} Give example inputs that the model accepts.",
+        shapes=shapes,
+    )
+
+
 @contextmanager
-def _torch_log_silenced() -> Iterator[None]:
+def torch_log_silenced() -> Iterator[None]:
     """Keep torch from logging a traceback of what is raised as an error anyway."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
@@ -208,10 +216,16 @@ def _refusal(node: fx.Node, facts: dict[fx.Node, NodeFacts]) -> str | None:
         return f"its value is a {type(value).__name__}, not one tensor"
     if not value.requires_grad:
         return "nothing before it can be trained"
+    after = [other for other in _sides(node)[1] if other.op != "output"]
+    return overwritten(value, {other.name: facts[other] for other in after})
+
+
+def overwritten(value: Any, later: Mapping[str, NodeFacts]) -> str | None:
+    """Say what runs later and writes into a value in place, if anything does."""
     storages = _storages(value)
-    for other in _sides(node)[1]:
-        if other.op != "output" and facts[other].written & storages:
-            return f"{other.name} writes into it, or a view of it, in place"
+    for name, facts in later.items():
+        if facts.written & storages:
+            return f"{name} writes into it, or a view of it, in place"
     return None
 
 
@@ -226,24 +240,63 @@ def _tied(model: nn.Module, *places: fx.Node) -> str | None:
     """Say whether a tensor is used on both sides of a place, in whatever mode."""
     sides = zip(*map(_sides, places), strict=True)
     before, after = (
-        {i for nodes in side for node in nodes for i in _tensors_of(model, node)}
+        {str(used.target) for nodes in side for node in nodes for used in used_by(node)}
         for side in sides
     )
-    if before & after:
-        return "a parameter or buffer is used on both sides of it"
-    return None
+    return tied(model, before, after)
 
 
-def _tensors_of(model: nn.Module, node: fx.Node) -> set[int]:
-    """Identify the parameters and buffers a node uses."""
-    tensors: set[int] = set()
-    for used in used_by(node):
-        path, _, name = str(used.target).rpartition(".")
+def tied(model: nn.Module, before: Iterable[str], after: Iterable[str]) -> str | None:
+    """Say which tensor is used on both sides of a place, if one is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    before, after : Iterable[str]
+        Dotted names of what each side uses of it.
+    """
+    first, second = _tensors_of(model, before), _tensors_of(model, after)
+    names = sorted({first[key] for key in first.keys() & second.keys()})
+    if not names:
+        return None
+    return f"both sides of it use {', '.join(names)}"
+
+
+def _tensors_of(model: nn.Module, targets: Iterable[str]) -> dict[int, str]:
+    """Identify and name the parameters, buffers and constants behind targets."""
+    tensors: dict[int, str] = {}
+    for target in targets:
+        path, _, name = target.rpartition(".")
         thing = getattr(model.get_submodule(path), name)
-        is_module = isinstance(thing, nn.Module)
-        owned = (*thing.parameters(), *thing.buffers()) if is_module else (thing,)
-        tensors |= {id(tensor) for tensor in owned}
+        if not isinstance(thing, nn.Module):
+            tensors.setdefault(id(thing), target)
+            continue
+        for inner, tensor in (*thing.named_parameters(), *thing.named_buffers()):
+            tensors.setdefault(id(tensor), f"{target}.{inner}")
     return tensors
+
+
+def with_nearest(
+    refused: Mapping[int, tuple[str, str]], cuts: Mapping[int, str]
+) -> dict[str, str]:
+    """Add to each refusal the nearest place that can be cut.
+
+    Parameters
+    ----------
+    refused : Mapping[int, tuple[str, str]]
+        Name and reason of each refused place, by its position.
+    cuts : Mapping[int, str]
+        The units that end at the places that can be cut, by position.
+    """
+    explained = {}
+    for position, (name, reason) in refused.items():
+        advice = "no other place can be cut"
+        if cuts:
+            nearest = min(cuts, key=lambda cut: abs(cut - position))
+            advice = f"the nearest cut is after {cuts[nearest]}"
+        explained[name] = f"{reason}; {advice}"
+    return explained
 
 
 def _storages(value: Any) -> set[int]:

@@ -1,12 +1,12 @@
 """Dry runs: tensors that have sizes but no memory, for costs and cut places."""
 
 import copy
-from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -45,12 +45,11 @@ def fake_copy(segment: ModuleT, mode: FakeTensorMode) -> ModuleT:
     return copy.deepcopy(segment, {id(t): fake_like(t, mode) for t in tensors})
 
 
-def fake_batch(
-    tensors: Iterable[Tensor], mode: FakeTensorMode, *, batch_size: int
-) -> tuple[Tensor, ...]:
-    """Make fake twins of a batch's tensors, with ``batch_size`` examples."""
+def fake_batch(batch: Any, mode: FakeTensorMode, *, batch_size: int) -> Any:
+    """Make a fake twin of a batch, nested as it is, with ``batch_size`` examples."""
+
+    def twin(tensor: Tensor) -> Tensor:
+        return torch.empty((batch_size, *tensor.shape[1:]), dtype=tensor.dtype)
+
     with mode:
-        return tuple(
-            torch.empty((batch_size, *tensor.shape[1:]), dtype=tensor.dtype)
-            for tensor in tensors
-        )
+        return tree_map(twin, batch)

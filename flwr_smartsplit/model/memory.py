@@ -1,9 +1,9 @@
-"""What a step really holds: a meter of live tensor storages, and a hard limit.
+"""What a step really holds: a meter of live tensor storages.
 
-The meter counts each storage once, from the operator that made it until its last
-user is gone, and raises right after the operator that crossed the cap. On CPU it
-agrees with torch's own MemTracker to the byte; under fake tensors it predicts a
-real step. It does not see scratch memory inside an operator.
+The meter counts each storage once, from the operator that made or first used it
+until its last user is gone. On CPU it agrees with torch's own MemTracker to the
+byte; under fake tensors it predicts a real step. It does not see scratch memory
+inside an operator. With a budget it raises right after the operator that crossed it.
 """
 
 import threading
@@ -20,19 +20,52 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import MemoryCapExceeded, bytes_text
 
-_pauses = threading.local()
+ACTIVATIONS = "activations and temporaries"
+BATCH = "batch"
+
+_here = threading.local()
+"""What this thread is doing: its phase, and how often it is unmetered."""
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say what this thread is doing, for the error of a meter."""
+    before = getattr(_here, "phase", "")
+    _here.phase = name
+    try:
+        yield
+    finally:
+        _here.phase = before
+
+
+@contextmanager
+def unmetered() -> Iterator[None]:
+    """Leave what this thread does inside to nobody's account.
+
+    An edge in the device's own process and thread must not count against the
+    device.
+    """
+    _here.pauses = getattr(_here, "pauses", 0) + 1
+    try:
+        yield
+    finally:
+        _here.pauses -= 1
 
 
 class _Storage(weakref.ref[Any]):
     """A weak reference to a storage that remembers how large it was."""
 
-    __slots__ = ("key", "num_bytes")
+    __slots__ = ("born", "key", "num_bytes")
     key: int
     num_bytes: int
+    born: int
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Count the bytes of live tensor storages that this thread makes.
+    """Count the bytes of live tensor storages that operators make or use.
+
+    It counts in the threads that enter it. What another thread made, a loader or
+    numpy counts from its first use inside.
 
     Parameters
     ----------
@@ -55,6 +88,10 @@ class MemoryMeter(TorchDispatchMode):
         self.peak_bytes = 0
         self._alarm_bytes = 0
         self._storages: dict[int, _Storage] = {}
+        self._owners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._batch: set[int] = set()
+        # Storages die in any thread, also while this one holds the lock.
+        self._lock = threading.RLock()
         self._on_death = _death_notice(weakref.ref(self))
 
     @classmethod
@@ -76,8 +113,13 @@ class MemoryMeter(TorchDispatchMode):
             If what exists already is more than the cap.
         """
         for thing in things:
-            for tensor in _tensors_in(thing):
+            is_owner = isinstance(thing, nn.Module | Optimizer)
+            if is_owner:
+                self._owners.add(thing)
+            for _, tensor in _tensors_in(thing):
                 self._see(tensor)
+                if not is_owner:
+                    self._batch.add(tensor.untyped_storage()._cdata)
         self._check("track")
 
     def forget(self, *things: Any) -> None:
@@ -86,10 +128,22 @@ class MemoryMeter(TorchDispatchMode):
         A loader that keeps its batches would otherwise seem to fill the memory.
         """
         for thing in things:
-            for tensor in _tensors_in(thing):
-                known = self._storages.pop(tensor.untyped_storage()._cdata, None)
+            for _, tensor in _tensors_in(thing):
+                known = self._storages.get(tensor.untyped_storage()._cdata)
                 if known is not None:
-                    self.live_bytes -= known.num_bytes
+                    self._lose(known)
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Divide the live bytes by what they are for."""
+        kinds = dict.fromkeys(self._batch, BATCH)
+        for owner in self._owners:
+            for kind, tensor in _tensors_in(owner):
+                kinds[tensor.untyped_storage()._cdata] = kind
+        totals: dict[str, int] = {}
+        for key, storage in list(self._storages.items()):
+            kind = kinds.get(key, ACTIVATIONS)
+            totals[kind] = totals.get(kind, 0) + storage.num_bytes
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
     def __torch_dispatch__(
         self,
@@ -98,20 +152,29 @@ class MemoryMeter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run the operator, count what it returned, and compare with the cap."""
-        result = func(*args, **(kwargs or {}))
-        if getattr(_pauses, "depth", 0):
-            return result
+        """Run the operator, count what it used and returned, compare with the cap."""
+        kwargs = kwargs or {}
+        if getattr(_here, "pauses", 0):
+            return func(*args, **kwargs)
         before = self.live_bytes
+        self._see_all(args)
+        if kwargs:
+            self._see_all(kwargs.values())
+        result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._see(result)
         elif isinstance(result, tuple | list):
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self._see(leaf)
+            self._see_all(result)
         if self.live_bytes > max(before, self._alarm_bytes):
             self._check(func)
         return result
+
+    def _see_all(self, values: Any) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                self._see(value)
+            elif isinstance(value, tuple | list):
+                self._see_all(value)
 
     def _see(self, tensor: Tensor) -> None:
         if tensor.is_meta:
@@ -124,13 +187,30 @@ class MemoryMeter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         known = self._storages.get(key)
-        if known is not None:
-            self.live_bytes += num_bytes - known.num_bytes
-            known.num_bytes = num_bytes
+        if known is not None and known.num_bytes == num_bytes:
             return
-        reference = _Storage(storage, self._on_death)
-        reference.key, reference.num_bytes = key, num_bytes
-        self._storages[key] = reference
+        with self._lock:
+            known = self._storages.get(key)
+            if known is None:
+                known = self._storages[key] = _Storage(storage, self._on_death)
+                known.key, known.num_bytes = key, 0
+                self._made(known)
+            self._change(known, num_bytes - known.num_bytes)
+            known.num_bytes = num_bytes
+
+    def _lose(self, storage: _Storage) -> None:
+        with self._lock:
+            if self._storages.get(storage.key) is storage:
+                del self._storages[storage.key]
+                self._batch.discard(storage.key)
+                self._change(storage, -storage.num_bytes)
+
+    def _made(self, storage: _Storage) -> None:
+        """Take note of a storage that was not known; a log numbers it."""
+
+    def _change(self, storage: _Storage, num_bytes: int) -> None:
+        """Count what a storage grew or shrank by; a log writes it down."""
+        del storage
         self.live_bytes += num_bytes
 
     def _check(self, operator: Any) -> None:
@@ -142,14 +222,21 @@ class MemoryMeter(TorchDispatchMode):
         self._alarm_bytes = min(self.peak_bytes, budget)
         if live <= budget:
             return
+        kinds = self.bytes_by_kind()
+        during = getattr(_here, "phase", "")
+        parts = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in kinds.items())
         raise MemoryCapExceeded(
-            f"{self.name or 'this step'}: {operator} brings live tensors to "
+            f"{self.name or 'this step'}: {operator}"
+            f"{f' in {during}' if during else ''} brings live tensors to "
             f"{bytes_text(live)}, {bytes_text(live - budget)} over the cap of "
-            f"{bytes_text(budget)}. Cut earlier, lower the batch size, or raise the "
-            "budget.",
+            f"{bytes_text(budget)} ({parts}). Cut earlier, lower the batch size, or "
+            "raise the budget.",
+            client=self.name,
+            operator=str(operator),
+            phase=during,
             live_bytes=live,
             budget_bytes=budget,
-            operator=str(operator),
+            bytes_by_kind=kinds,
         )
 
 
@@ -158,78 +245,25 @@ def _death_notice(meter: "weakref.ref[MemoryMeter]") -> Any:
 
     def forget(storage: _Storage) -> None:
         owner = meter()
-        if owner is not None and owner._storages.get(storage.key) is storage:
-            del owner._storages[storage.key]
-            owner.live_bytes -= storage.num_bytes
+        if owner is not None:
+            owner._lose(storage)
 
     return forget
 
 
-def _tensors_in(thing: Any) -> Iterator[Tensor]:
+def _tensors_in(thing: Any) -> Iterator[tuple[str, Tensor]]:
     """Find the tensors of a module (with gradients), an optimizer or a batch."""
     if isinstance(thing, nn.Module):
         for parameter in thing.parameters():
-            yield parameter
+            yield "parameters", parameter
             if parameter.grad is not None:
-                yield parameter.grad
-        yield from thing.buffers()
+                yield "gradients", parameter.grad
+        for buffer in thing.buffers():
+            yield "buffers", buffer
     elif isinstance(thing, Optimizer):
-        yield from _tensors_in(list(thing.state.values()))
+        for _, tensor in _tensors_in(list(thing.state.values())):
+            yield "optimizer state", tensor
     else:
         for leaf in tree_leaves(thing):
             if isinstance(leaf, Tensor):
-                yield leaf
-
-
-@contextmanager
-def unmetered() -> Iterator[None]:
-    """Leave what this thread does inside to nobody's account.
-
-    An edge in the device's own process and thread must not count against the
-    device.
-    """
-    _pauses.depth = getattr(_pauses, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _pauses.depth -= 1
-
-
-@contextmanager
-def memory_cap(budget_bytes: int | None, *, name: str = "") -> Iterator[MemoryMeter]:
-    """Raise as soon as live tensors made inside take more than ``budget_bytes``.
-
-    The error comes from Python, right after the operator that crossed the cap and
-    before the system acts: a worker that the system kills takes others with it.
-
-    Parameters
-    ----------
-    budget_bytes : int or None
-        The cap; None only measures.
-    name : str
-        Whose memory it is, for the error.
-
-    Yields
-    ------
-    MemoryMeter
-        ``track()`` what exists already; read ``peak_bytes`` at any time.
-
-    Raises
-    ------
-    MemoryCapExceeded
-        With live bytes, cap and operator.
-
-    Examples
-    --------
-    >>> import torch
-    >>> with memory_cap(5_000) as meter:
-    ...     values = torch.zeros(1_000)
-    >>> meter.peak_bytes
-    4000
-    """
-    if budget_bytes is not None and budget_bytes < 0:
-        raise ValueError(
-            f"budget_bytes is {budget_bytes}: give bytes of at least 0, or None."
-        )
-    with MemoryMeter(budget_bytes, name=name) as meter:
-        yield meter
+                yield BATCH, leaf

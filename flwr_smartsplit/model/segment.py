@@ -4,20 +4,28 @@ One runner serves every place: the head on a device, a tail on an edge, the whol
 model. It lives beside the cost model because a prediction is a dry run of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from flwr_smartsplit.model.memory import phase
 from flwr_smartsplit.task import Task
 
 Streams = Callable[[int, int], AbstractContextManager[None]]
 """``streams(step, unit)`` opens the random stream that unit runs under."""
 
-Batch = Tensor | tuple[Tensor, ...]
+Observer = Callable[[int, Any], None]
+"""``observe(unit, value)`` is told the value of each unit that has run."""
+
+Boundary = tuple[Tensor, ...]
+"""The tensor that a gradient comes back for, then its context: tensors that travel
+along and need no gradient, such as an attention mask."""
+
+Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
 def no_streams(step: int, unit: int) -> AbstractContextManager[None]:
@@ -33,20 +41,31 @@ class Unit:
     Parameters
     ----------
     name : str
-        The model's own name of the unit's last module or operation.
-    train_forward, eval_forward : Callable
-        ``forward(root, *inputs)``; ``root`` is any module that holds ``targets``.
-    targets : tuple[str, ...]
-        Dotted names of the modules, parameters and constants it reads.
+        Its name in the chain: the model's own name of its last module or operation.
+    forward : Callable
+        ``forward(root, *values)``: ``root`` has the modules of ``reads`` under the
+        model's own names; the values are the batch (by keyword if it is a mapping),
+        or what the unit before returned: one tensor, or a tuple of one tensor that
+        needs a gradient and others that do not.
+    reads : tuple[str, ...]
+        Dotted names of the modules, parameters and constants it uses.
+    eval_forward : Callable, optional
+        What it does in evaluation mode, if that is other code.
     is_random : bool
         Whether it draws random numbers in training.
+
+    Examples
+    --------
+    >>> unit = Unit("embed", lambda root, tokens: root.table(tokens), ("table",))
+    >>> unit.name
+    'embed'
     """
 
     name: str
-    train_forward: Callable[..., Any]
-    eval_forward: Callable[..., Any]
-    targets: tuple[str, ...]
-    is_random: bool
+    forward: Callable[..., Any]
+    reads: tuple[str, ...]
+    eval_forward: Callable[..., Any] | None = None
+    is_random: bool = False
 
 
 class Segment(nn.Module):
@@ -60,40 +79,77 @@ class Segment(nn.Module):
         Index of the first of them in the chain.
     source : nn.Module
         The model whose modules and parameters the segment shares.
+    odd_modes : Mapping[bool, frozenset[str]]
+        For ``train(mode)``, the modules that the model leaves in the other mode.
     """
 
-    def __init__(self, units: Sequence[Unit], start: int, source: nn.Module) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        start: int,
+        source: nn.Module,
+        odd_modes: Mapping[bool, frozenset[str]] | None = None,
+    ) -> None:
         super().__init__()
         # Mangled names, because the model's own children stand beside them.
         self.__units = tuple(units)
         self.__start = start
-        for target in sorted({name for unit in units for name in unit.targets}):
+        for target in sorted({name for unit in units for name in unit.reads}):
             _share(source, self, target.split("."))
+        mine = {name for name, _ in self.named_modules()}
+        self.__odd_modes = {
+            mode: names & mine for mode, names in (odd_modes or {}).items()
+        }
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch as the model does, which may keep some modules in the other mode."""
+        super().train(mode)
+        for name in self.__odd_modes.get(mode, ()):
+            self.get_submodule(name).training = not mode
+        return self
 
     def forward(
-        self, inputs: Batch, *, streams: Streams = no_streams, step: int = 0
+        self,
+        inputs: Batch,
+        *,
+        streams: Streams = no_streams,
+        step: int = 0,
+        observe: Observer | None = None,
     ) -> Any:
         """Run the units in order, each random one under its own stream.
 
         Parameters
         ----------
-        inputs : Tensor or tuple[Tensor, ...]
+        inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
             The batch, or the boundary that enters the segment.
         streams : Streams
             Opens the random stream of a unit.
         step : int
             Number of the training step, from 0.
+        observe : Observer, optional
+            Is told the value of each unit.
         """
-        values = inputs if isinstance(inputs, tuple) else (inputs,)
+        value: Any = inputs
         training = self.training
         for index, unit in enumerate(self.__units, start=self.__start):
-            run = unit.train_forward if training else unit.eval_forward
+            run = unit.forward if training else unit.eval_forward or unit.forward
             if training and unit.is_random:
                 with streams(step, index):
-                    values = (run(self, *values),)
+                    value = run_unit(run, self, value)
             else:
-                values = (run(self, *values),)
-        return values[0]
+                value = run_unit(run, self, value)
+            if observe is not None:
+                observe(index, value)
+        return value
+
+
+def run_unit(run: Callable[..., Any], root: nn.Module, value: Any) -> Any:
+    """Hand a unit a batch or a boundary as arguments."""
+    if type(value) is dict:
+        return run(root, **value)
+    if type(value) is tuple:
+        return run(root, *value)
+    return run(root, value)
 
 
 def _share(source: nn.Module, target: nn.Module, path: list[str]) -> None:
@@ -113,6 +169,25 @@ def _share(source: nn.Module, target: nn.Module, path: list[str]) -> None:
         target.register_buffer(last, source._buffers[last], persistent=persistent)
     else:
         setattr(target, last, getattr(source, last))
+
+
+class _Entry(torch.autograd.Function):
+    """End a graph with nothing where a gradient will come in later.
+
+    Neither the boundary nor its gradient is held by anyone but the graph and the
+    engine: the boundary goes once it is sent, the gradient once it is used.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, boundary: Tensor, receive: list[Callable[[], Tensor]]
+    ) -> Tensor:
+        ctx.receive = receive
+        return boundary.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.receive.pop()(), None
 
 
 class SegmentRunner:
@@ -136,15 +211,18 @@ class SegmentRunner:
         self._streams = streams
         parameters = [p for p in segment.parameters() if p.requires_grad]
         self.optimizer = task.optimizer_fn(parameters) if parameters else None
-        self._output: Tensor | None = None
+        self._entry: Tensor | None = None
+        self._receive: list[Callable[[], Tensor]] = []
         self._input_gradients: list[Tensor] = []
 
-    def forward(self, inputs: Batch, *, step: int, inputs_are_boundary: bool) -> Any:
+    def forward(
+        self, inputs: Batch, *, step: int, inputs_are_boundary: bool
+    ) -> Boundary:
         """Start a step: run the segment forward and keep its graph.
 
         Parameters
         ----------
-        inputs : Tensor or tuple[Tensor, ...]
+        inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
             The batch, or the boundary that entered.
         step : int
             Number of the step, from 0.
@@ -153,31 +231,34 @@ class SegmentRunner:
 
         Returns
         -------
-        Tensor
-            The outgoing boundary or the outputs, still attached to the graph.
+        Boundary
+            The outgoing boundary, detached; the runner does not hold it.
         """
-        self.segment.train()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-        self._input_gradients.clear()
-        if inputs_are_boundary:
-            inputs = self._leaf(inputs)
-        self._output = self.segment(inputs, streams=self._streams, step=step)
-        return self._output
+        outputs = self._run(inputs, step, inputs_are_boundary)
+        boundary: Boundary = outputs if type(outputs) is tuple else (outputs,)
+        self._entry = _Entry.apply(boundary[0], self._receive)  # type: ignore[no-untyped-call]
+        return tuple(tensor.detach() for tensor in boundary)
 
-    def backward(self, gradient: Tensor) -> Tensor | None:
+    def backward(self, receive: Callable[[], Tensor]) -> Tensor | None:
         """End a step from the gradient of its outgoing boundary, and update.
+
+        Parameters
+        ----------
+        receive : Callable[[], Tensor]
+            Makes the gradient, when the engine needs it and for the engine alone.
 
         Returns
         -------
         Tensor or None
             The gradient of the incoming boundary, if there is one.
         """
-        output, self._output = self._output, None
-        if output is None:
+        entry, self._entry = self._entry, None
+        if entry is None:
             raise RuntimeError("backward without forward: the step has no graph.")
-        output.backward(gradient)
-        del output, gradient
+        self._receive[:] = [receive]
+        with phase("backward"):
+            entry.backward(torch.empty_like(entry))
+        del entry
         return self._update()
 
     def finish(
@@ -192,29 +273,40 @@ class SegmentRunner:
         gradient : Tensor or None
             The gradient of the incoming boundary, if there is one.
         """
-        outputs = self.forward(
-            inputs, step=step, inputs_are_boundary=inputs_are_boundary
-        )
-        self._output = None
-        loss = self.task.loss_fn(outputs, targets)
-        loss.backward()
+        outputs = self._run(inputs, step, inputs_are_boundary)
+        with phase("loss"):
+            loss = self.task.loss_fn(outputs, targets)
+        with phase("backward"):
+            loss.backward()
         return loss.detach(), self._update()
 
     @torch.no_grad()
     def evaluate(self, inputs: Batch) -> Any:
         """Run the segment forward in evaluation mode, without a graph."""
         self.segment.eval()
-        return self.segment(inputs)
+        with phase("forward"):
+            return self.segment(inputs)
 
-    def _leaf(self, boundary: Batch) -> Tensor:
+    def _run(self, inputs: Batch, step: int, inputs_are_boundary: bool) -> Any:
+        self.segment.train()
+        self._entry = None
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._input_gradients.clear()
+        if inputs_are_boundary:
+            inputs = self._leaf(inputs)
+        with phase("forward"):
+            return self.segment(inputs, streams=self._streams, step=step)
+
+    def _leaf(self, inputs: Batch) -> Batch:
         """Catch the boundary's gradient by a hook: ``.grad`` would re-lay it out."""
-        if isinstance(boundary, tuple):
-            (boundary,) = boundary
-        leaf = boundary.detach().requires_grad_()
+        boundary, *context = inputs if isinstance(inputs, tuple) else (inputs,)
+        leaf = boundary.detach().requires_grad_()  # type: ignore[union-attr]
         leaf.register_hook(self._input_gradients.append)
-        return leaf
+        return (leaf, *context) if context else leaf  # type: ignore[arg-type]
 
     def _update(self) -> Tensor | None:
         if self.optimizer is not None:
-            self.optimizer.step()
+            with phase("optimizer"):
+                self.optimizer.step()
         return self._input_gradients.pop() if self._input_gradients else None

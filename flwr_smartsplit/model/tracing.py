@@ -4,12 +4,12 @@ A model is traced twice, in training and in evaluation mode, because the two may
 run different code; a place counts only where both can be cut.
 """
 
+import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.model.cuttable import (
@@ -17,8 +17,10 @@ from flwr_smartsplit.model.cuttable import (
     admissible_cuts,
     find_facts,
     used_by,
+    with_nearest,
 )
-from flwr_smartsplit.model.segment import Unit
+from flwr_smartsplit.model.modes import modes_restored
+from flwr_smartsplit.model.segment import Batch, Unit
 
 
 class _Tracer(fx.Tracer):
@@ -27,13 +29,63 @@ class _Tracer(fx.Tracer):
     # Else what is computed from buffers alone is computed once, while tracing.
     proxy_buffer_attributes = True
 
+    def __init__(self, inputs: Batch) -> None:
+        super().__init__()
+        self.inputs = inputs
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` is one node of the graph."""
         return super().is_leaf_module(m, module_qualified_name) or not m._modules
 
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,
+        concrete_args: Any = None,
+    ) -> tuple[Any, list[Any]]:
+        """Call the root as the batch does: what it leaves out keeps its default."""
+        del is_module, concrete_args
+        names = input_names(self.root, self.inputs)
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+        def call(root: nn.Module, *values: Any) -> Any:
+            if isinstance(self.inputs, dict):
+                return root_fn(root, **dict(zip(names, values, strict=True)))
+            return root_fn(root, *values)
+
+        return call, [self.root, *proxies]
+
+
+def input_names(model: nn.Module, inputs: Batch) -> list[str]:
+    """Name the tensors of a batch as the model's ``forward`` does.
+
+    Raises
+    ------
+    NotSplittable
+        If ``forward`` does not take them.
+    """
+    forward = inspect.signature(type(model).forward)
+    try:
+        if isinstance(inputs, dict):
+            forward.bind(model, **inputs)
+            return list(inputs)
+        values = inputs if isinstance(inputs, tuple) else (inputs,)
+        bound = forward.bind(model, *values)
+    except TypeError as error:
+        raise NotSplittable(
+            f"forward{forward} of {type(model).__name__} does not take the example "
+            f"inputs: {error}. Give them as a tensor, a tuple, or a dict by name."
+        ) from error
+    _, *names = (
+        f"{name}_{index}" if isinstance(value, tuple) else name
+        for name, value in bound.arguments.items()
+        for index in range(len(value) if isinstance(value, tuple) else 1)
+    )
+    return names
+
 
 def trace_units(
-    model: nn.Module, example_inputs: tuple[Tensor, ...]
+    model: nn.Module, example_inputs: Batch
 ) -> tuple[tuple[Unit, ...], dict[str, str]]:
     """Read a model as a chain of units.
 
@@ -41,7 +93,7 @@ def trace_units(
     ----------
     model : nn.Module
         Any module that torch.fx can trace; its parameters may be on meta.
-    example_inputs : tuple[Tensor, ...]
+    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
         One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
 
     Returns
@@ -49,16 +101,17 @@ def trace_units(
     units : tuple[Unit, ...]
         The chain; cuts are possible between any two neighbours.
     refusals : dict[str, str]
-        For each single-tensor place that must not be cut, the reason.
+        For each single-tensor place that must not be cut, the reason and the nearest
+        place that can be.
 
     Raises
     ------
     NotSplittable
         If torch.fx cannot trace the model.
     """
-    with _modes_restored(model):
-        train_graph = _trace(model.train())
-        eval_graph = _trace(model.eval())
+    with modes_restored(model):
+        train_graph = _trace(model.train(), example_inputs)
+        eval_graph = _trace(model.eval(), example_inputs)
         facts = find_facts(model.train(), train_graph, example_inputs)
         cuts, refusals = admissible_cuts(model, train_graph, eval_graph, facts)
         train_parts = _pieces(train_graph, [train for train, _ in cuts])
@@ -70,27 +123,24 @@ def trace_units(
                 names, train_parts, eval_parts, strict=True
             )
         )
-    return units, refusals
+    order = [node.name for node in train_graph.nodes]
+    places = [order.index(train.name) for train, _ in cuts]
+    return units, with_nearest(
+        {order.index(name): (name, reason) for name, reason in refusals.items()},
+        dict(zip(places, names, strict=False)),
+    )
 
 
-@contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
-    """Put every submodule's training flag back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
     try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def _trace(model: nn.Module) -> fx.Graph:
-    try:
-        return _Tracer().trace(model)
+        return _Tracer(inputs).trace(model)
+    except NotSplittable:
+        raise
     except Exception as error:
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. "
-            "Its forward must not branch on the values of tensors."
+            f"torch.fx cannot trace {type(model).__name__}: {error}. Its forward must "
+            "not branch on the values of tensors; or list its units by hand, with "
+            "Chain.from_units and Task(units_fn=...)."
         ) from error
 
 
@@ -122,9 +172,9 @@ def _make_unit(
     reads = {str(used.target) for n in (*train, *evaluate) for used in used_by(n)}
     return Unit(
         name=name,
-        train_forward=_function(model, train),
+        forward=_function(model, train),
         eval_forward=_function(model, evaluate),
-        targets=tuple(sorted(reads)),
+        reads=tuple(sorted(reads)),
         is_random=any(facts[n].is_random for n in train if n in facts),
     )
 
@@ -160,4 +210,11 @@ def _function(model: nn.Module, piece: list[fx.Node]) -> Callable[..., Any]:
     else:
         result = copy_of(last)
     graph.output(result)
-    return type(fx.GraphModule(model, graph)).forward
+    try:
+        return type(fx.GraphModule(model, graph)).forward
+    except SyntaxError as error:
+        targets = sorted(str(n.target) for n in piece if n.op == "call_module")
+        raise NotSplittable(
+            f"torch.fx makes no code of {', '.join(targets)}: a name of a module must "
+            "not be a word of Python's own. Rename it."
+        ) from error

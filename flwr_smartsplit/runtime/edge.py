@@ -23,7 +23,7 @@ from flwr_smartsplit.errors import (
     StaleSession,
 )
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
-from flwr_smartsplit.model.segment import SegmentRunner
+from flwr_smartsplit.model.segment import Batch, SegmentRunner
 from flwr_smartsplit.policy.merging import add_states
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.randomness import UnitStreams
@@ -127,7 +127,9 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.TrainStep) -> wire.Stepped:
-        checksum = request.targets.checksum(request.boundary.checksum())
+        checksum = 0
+        for tensor in (request.boundary, *request.context, request.targets):
+            checksum = tensor.checksum(checksum)
         with self._held(request) as session:
             is_repeated = request.step == session.num_steps - 1
             if is_repeated and checksum == session.last_checksum:
@@ -153,7 +155,7 @@ class EdgeService:
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:
         with self._held(request) as session, torch.no_grad():
-            outputs = session.runner.evaluate(request.boundary.unpack())
+            outputs = session.runner.evaluate(_entering(request))
             targets = request.targets.unpack()
             loss = self._task.loss_fn(outputs, targets)
             metrics = self._task.metrics_fn
@@ -280,9 +282,16 @@ class EdgeService:
         self._spill.drop_tail(name)
 
 
+def _entering(request: wire.TrainStep | wire.EvaluateStep) -> Batch:
+    """Make the boundary that enters a tail, with its context if it has one."""
+    tensors = (request.boundary, *request.context)
+    values = tuple(tensor.unpack() for tensor in tensors)
+    return values if request.context else values[0]
+
+
 def _train(session: _Session, request: wire.TrainStep) -> wire.Stepped:
     loss, gradient = session.runner.finish(
-        request.boundary.unpack(),
+        _entering(request),
         request.targets.unpack(),
         step=request.step,
         inputs_are_boundary=True,

@@ -6,7 +6,6 @@ Both Flower APIs call these two functions; neither knows that the other exists.
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +21,8 @@ from flwr_smartsplit.errors import (
     SmartSplitError,
 )
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
-from flwr_smartsplit.model.memory import MemoryMeter
-from flwr_smartsplit.model.segment import Batch, SegmentRunner
+from flwr_smartsplit.model.cap import CapMode, MemoryCap
+from flwr_smartsplit.model.segment import Batch, Boundary, SegmentRunner
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.threads import torch_threads
@@ -37,7 +36,6 @@ Connect = Callable[[str, str], wire.Transport]
 """``connect(place, address)`` reaches an edge."""
 
 _SPLIT_LEGS = 2
-_METERED_FIRST_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +48,11 @@ class Conditions:
         Model, loss and optimizer.
     connect : Callable[[place, address], Transport]
         Reaches an edge.
+    cap_mode : CapMode or str
+        Whether the cap looks at some steps (``"sampled"``), all (``"strict"``) or
+        none (``"off"``).
     meter_every : int
-        The first two steps are metered, then one in so many; 1 meters all.
+        A sampled cap meters the first two steps, then one in so many.
     local_epochs : int
         Passes over the training loader.
     clock : Callable[[], float]
@@ -60,6 +61,7 @@ class Conditions:
 
     task: Task
     connect: Connect
+    cap_mode: CapMode | str = CapMode.SAMPLED
     meter_every: int = 50
     local_epochs: int = 1
     clock: Callable[[], float] = time.perf_counter
@@ -69,6 +71,7 @@ class Conditions:
         for name in ("meter_every", "local_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1.")
+        CapMode(self.cap_mode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,21 +172,25 @@ class _Walk:
         self.conditions = conditions
         self.session = session
         self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
-        self.meter = MemoryMeter(plan.budget_bytes, name=f"client {plan.client_key}")
+        self.cap = MemoryCap(
+            plan.budget_bytes,
+            name=f"client {plan.client_key}",
+            mode=conditions.cap_mode,
+            every=conditions.meter_every,
+        )
         self.runner: SegmentRunner
         self.tail: _TailLink | None = None
         self.num_steps = 0
         self.num_examples = 0
         self._sums: dict[str, float] = {"loss": 0.0}
-        self._metered_shapes: dict[tuple[int, ...], int] = {}
 
     def open(self, state: State) -> None:
         """Build the device's segment under the cap, and the tail at its edge."""
         chain = build_chain(self.conditions.task)
         head, *rest = self.plan.route.legs(len(chain))
-        with self.meter:
+        with self.cap.building():
             segment = materialise(chain, head.start, head.stop, state)
-            self.meter.track(segment)
+            self.cap.track(segment)
         self.runner = SegmentRunner(segment, self.conditions.task, streams=self.streams)
         if len(rest) >= _SPLIT_LEGS:
             raise InvalidRoute(
@@ -198,11 +205,9 @@ class _Walk:
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
         inputs, targets = _own_batch(inputs, targets)
-        with self._metering(inputs) as meter:
-            if meter is not None:
-                meter.track(self.runner.segment, self.runner.optimizer, inputs, targets)
+        owners = (self.runner.segment, self.runner.optimizer)
+        with self.cap.step((inputs, targets), *owners):
             loss = self._step(inputs, targets)
-        self.meter.forget(inputs, targets)
         self._count(targets, {"loss": loss})
         self.num_steps += 1
 
@@ -214,19 +219,18 @@ class _Walk:
             )
             return float(loss)
         boundary = self.runner.forward(inputs, step=step, inputs_are_boundary=False)
-        packed = WireTensor.pack(boundary)
+        packed = _packed(boundary)
         del boundary
         stepped = self.tail.train(step, packed, WireTensor.pack(targets))
         del packed  # It shares the boundary's memory.
-        self.runner.backward(stepped.gradient.unpack())
+        self.runner.backward(stepped.gradient.unpack)
         return stepped.loss
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
         """Evaluate one batch, metered if it is its turn."""
         inputs, targets = _own_batch(inputs, targets)
-        with self._metering(inputs) as meter, torch.no_grad():
-            if meter is not None:
-                meter.track(self.runner.segment, inputs, targets)
+        batch = (inputs, targets)
+        with self.cap.step(batch, self.runner.segment), torch.no_grad():
             outputs = self.runner.evaluate(inputs)
             if self.tail is None:
                 task = self.conditions.task
@@ -234,11 +238,10 @@ class _Walk:
                 if task.metrics_fn is not None:
                     values |= task.metrics_fn(outputs, targets)
             else:
-                packed = WireTensor.pack(outputs)
+                packed = _packed(outputs if type(outputs) is tuple else (outputs,))
                 del outputs
                 reply = self.tail.evaluate(packed, WireTensor.pack(targets))
                 values = {"loss": reply.loss, **reply.metrics}
-        self.meter.forget(inputs, targets)
         self._count(targets, values)
         self.num_steps += 1
 
@@ -266,7 +269,7 @@ class _Walk:
             num_epochs=num_epochs,
             num_steps=self.num_steps,
             loss=means.pop("loss"),
-            peak_bytes=self.meter.peak_bytes,
+            peak_bytes=self.cap.peak_bytes,
             sent_bytes=sent,
             received_bytes=received,
             num_threads=torch.get_num_threads(),
@@ -282,15 +285,6 @@ class _Walk:
             message=str(error),
         )
 
-    def _metering(self, inputs: Batch) -> Any:
-        """Meter the first two steps of each shape, then one in so many."""
-        first = inputs[0] if isinstance(inputs, tuple) else inputs
-        shape = tuple(first.shape)
-        seen = self._metered_shapes.get(shape, 0)
-        self._metered_shapes[shape] = seen + 1
-        is_due = seen < _METERED_FIRST_STEPS or seen % self.conditions.meter_every == 0
-        return self.meter if is_due else nullcontext()
-
     def _count(self, targets: Tensor, values: Mapping[str, float]) -> None:
         examples = int(targets.shape[0])
         self.num_examples += examples
@@ -299,10 +293,17 @@ class _Walk:
 
 
 def _own_batch(inputs: Any, targets: Tensor) -> tuple[Batch, Tensor]:
-    """Take a batch as a loader gives it; several inputs may come as a list."""
-    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    """Take a batch as a loader gives it: a tensor, a list, or any mapping."""
+    if isinstance(inputs, list):
+        inputs = tuple(inputs)
+    elif isinstance(inputs, Mapping):
+        inputs = dict(inputs)
     owned: tuple[Batch, Tensor] = tree_map(_own, (inputs, targets))
     return owned
+
+
+def _packed(boundary: Boundary) -> tuple[WireTensor, ...]:
+    return tuple(WireTensor.pack(tensor) for tensor in boundary)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -336,24 +337,28 @@ class _TailLink:
         self._incarnation = opened.incarnation
 
     def train(
-        self, step: int, boundary: WireTensor, targets: WireTensor
+        self, step: int, boundary: tuple[WireTensor, ...], targets: WireTensor
     ) -> wire.Stepped:
         return self._transport.send(
             wire.TrainStep(
                 session=self._session,
                 incarnation=self._incarnation,
                 step=step,
-                boundary=boundary,
+                boundary=boundary[0],
+                context=boundary[1:],
                 targets=targets,
             )
         )
 
-    def evaluate(self, boundary: WireTensor, targets: WireTensor) -> wire.Evaluated:
+    def evaluate(
+        self, boundary: tuple[WireTensor, ...], targets: WireTensor
+    ) -> wire.Evaluated:
         return self._transport.send(
             wire.EvaluateStep(
                 session=self._session,
                 incarnation=self._incarnation,
-                boundary=boundary,
+                boundary=boundary[0],
+                context=boundary[1:],
                 targets=targets,
             )
         )

@@ -110,6 +110,8 @@ class TrainStep(Request[Stepped]):
         Number of the step, from 0; repeating the last one repeats its reply.
     boundary, targets : WireTensor
         What the device computed, and what the batch should give.
+    context : tuple[WireTensor, ...]
+        What goes along with the boundary and needs no gradient.
     """
 
     session: str
@@ -117,6 +119,7 @@ class TrainStep(Request[Stepped]):
     step: int
     boundary: WireTensor
     targets: WireTensor
+    context: tuple[WireTensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,7 @@ class EvaluateStep(Request[Evaluated]):
     incarnation: str
     boundary: WireTensor
     targets: WireTensor
+    context: tuple[WireTensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +244,8 @@ def payload_bytes(message: Any) -> int:
         return int(message.nbytes)
     if isinstance(message, Mapping):
         return sum(payload_bytes(value) for value in message.values())
+    if isinstance(message, tuple):
+        return sum(payload_bytes(value) for value in message)
     if hasattr(message, "__dataclass_fields__"):
         return sum(payload_bytes(getattr(message, f.name)) for f in fields(message))
     return 0

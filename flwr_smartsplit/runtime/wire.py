@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flwr_smartsplit.model.layout import is_dense
+
 
 @dataclass(frozen=True, slots=True)
 class WireTensor:
@@ -46,8 +48,8 @@ class WireTensor:
     def pack(cls, tensor: Tensor) -> Self:
         """Read a tensor, without copying it where its memory has no gaps."""
         tensor = tensor.detach().cpu()
-        is_dense = _is_dense(tuple(tensor.shape), tensor.stride())
-        values = tensor if is_dense else tensor.contiguous()
+        has_no_gaps = is_dense(tuple(tensor.shape), tensor.stride())
+        values = tensor if has_no_gaps else tensor.contiguous()
         flat = values.as_strided((values.numel(),), (1,))
         return cls(
             data=flat.view(torch.uint8).numpy(),
@@ -62,7 +64,7 @@ class WireTensor:
         flat = torch.empty(num_elements, dtype=getattr(torch, self.dtype))
         if num_elements:
             flat.view(torch.uint8).numpy()[:] = self.data
-        if _is_dense(self.shape, self.strides):
+        if is_dense(self.shape, self.strides):
             return flat.as_strided(self.shape, self.strides)
         return _spread(flat.view(self.shape), self.strides)
 
@@ -75,19 +77,6 @@ class WireTensor:
         """Tell a repeated tensor from a changed one (CRC-32)."""
         start = zlib.crc32(repr((self.dtype, self.shape, self.strides)).encode(), start)
         return zlib.crc32(self.data.data, start)
-
-
-def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Say whether the elements fill their memory without gaps or repetitions."""
-    if 0 in shape:
-        return True  # There is nothing to lay out.
-    expected = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,8 @@ from hypothesis import given
 from torch import Tensor, nn
 
 from flwr_smartsplit.errors import MemoryCapExceeded
-from flwr_smartsplit.model.memory import MemoryMeter, memory_cap, unmetered
+from flwr_smartsplit.model.cap import memory_cap
+from flwr_smartsplit.model.memory import MemoryMeter, unmetered
 
 FLOAT = 4
 

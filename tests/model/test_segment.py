@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flwr_smartsplit.model.cap import memory_cap
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.memory import memory_cap
 from flwr_smartsplit.model.segment import SegmentRunner
 from flwr_smartsplit.runtime.randomness import stream
 from flwr_smartsplit.task import Task
@@ -126,12 +126,12 @@ def split_step(model: nn.Module, cut: int, optimizer: str) -> dict[str, Tensor]:
         chain.segment(cut, NUM_UNITS), task(optimizer), streams=listener
     )
     inputs, targets = batches_of(1, 4)[0]
-    boundary = head.forward(inputs, step=0, inputs_are_boundary=False)
+    (boundary,) = head.forward(inputs, step=0, inputs_are_boundary=False)
     loss, gradient = tail.finish(
-        boundary.detach().clone(), targets, step=0, inputs_are_boundary=True
+        boundary.clone(), targets, step=0, inputs_are_boundary=True
     )
     assert gradient is not None
-    assert head.backward(gradient) is None
+    assert head.backward(lambda: gradient) is None
     return everything(model) | {"loss": loss}
 
 
@@ -154,10 +154,11 @@ def test_a_segment_in_the_middle_passes_the_gradient_on(cuts):
         for pair in bounds
     )
     inputs, targets = batches_of(1, 4)[0]
-    first = head.forward(inputs, step=0, inputs_are_boundary=False).detach()
-    second = hop.forward(first, step=0, inputs_are_boundary=True).detach()
+    first = head.forward(inputs, step=0, inputs_are_boundary=False)
+    second = hop.forward(first, step=0, inputs_are_boundary=True)
     loss, gradient = tail.finish(second, targets, step=0, inputs_are_boundary=True)
-    head.backward(hop.backward(gradient))
+    passed_on = hop.backward(lambda: gradient)
+    head.backward(lambda: passed_on)
     found = everything(model) | {"loss": loss}
     assert compare(whole_step(small_cnn(), "adam"), found) == []
 
@@ -175,7 +176,7 @@ def test_the_boundary_gradient_keeps_its_strides():
     strided.register_hook(seen.append)
     runner.segment(strided).backward(torch.ones(2, 9))
     runner.forward(strided.detach(), step=0, inputs_are_boundary=True)
-    gradient = runner.backward(torch.ones(2, 9))
+    gradient = runner.backward(lambda: torch.ones(2, 9))
     assert gradient.stride() == seen[0].stride() != strided.stride()
     assert torch.equal(gradient, seen[0])
 
@@ -235,11 +236,12 @@ def test_backward_without_forward_is_refused():
     """A step's graph is used once."""
     runner = SegmentRunner(chain_of(small_cnn()).segment(0, 3), task())
     with pytest.raises(RuntimeError, match="backward without forward"):
-        runner.backward(torch.zeros(1))
-    boundary = runner.forward(batches_of(1, 2)[0][0], step=0, inputs_are_boundary=False)
-    runner.backward(torch.ones_like(boundary))
+        runner.backward(lambda: torch.zeros(1))
+    inputs = batches_of(1, 2)[0][0]
+    (boundary,) = runner.forward(inputs, step=0, inputs_are_boundary=False)
+    runner.backward(lambda: torch.ones_like(boundary))
     with pytest.raises(RuntimeError, match="backward without forward"):
-        runner.backward(torch.ones_like(boundary))
+        runner.backward(lambda: torch.ones_like(boundary))
 
 
 def test_nothing_of_a_step_stays_in_memory():
@@ -252,7 +254,8 @@ def test_nothing_of_a_step_stays_in_memory():
         runner.finish(inputs, targets, step=0, inputs_are_boundary=False)
         buffers = sum(buffer.nbytes for buffer in segment.buffers())
         parameters = sum(parameter.nbytes for parameter in segment.parameters())
-        assert meter.live_bytes == 3 * parameters + buffers
+        batch = inputs.nbytes + targets.nbytes  # Counted from its first use.
+        assert meter.live_bytes == 3 * parameters + buffers + batch
 
 
 def test_a_segment_without_parameters_passes_gradients_and_updates_nothing():

@@ -9,12 +9,17 @@ def chain_of(peaks: Sequence[int], *, batch_size: int = 4) -> ChainProfile:
     """Make a chain whose device peaks, unit by unit, are given."""
     return ChainProfile(
         batch_size=batch_size,
+        batch_bytes=4,
         units=tuple(
             UnitCost(
                 name=str(index),
                 parameter_bytes=8,
                 buffer_bytes=0,
+                gradient_bytes=8,
+                optimizer_state_bytes=0,
+                saved_bytes=16,
                 boundary_bytes=16,
+                forward_flops=32,
                 device_peak_bytes=peak,
             )
             for index, peak in enumerate(peaks)

@@ -278,8 +278,8 @@ def test_the_truth_sees_one_last_bit(whole: Mapping[str, ClientReply]) -> None:
     """A single value that is off by one last bit is named."""
     truth = fedavg(whole)
     bent = {name: array.copy() for name, array in truth.items()}
-    bent["4.bias"][3] = np.nextafter(bent["4.bias"][3], np.float32(1))
-    assert differences(truth, bent) == ["4.bias"]
+    bent["5.bias"][3] = np.nextafter(bent["5.bias"][3], np.float32(1))
+    assert differences(truth, bent) == ["5.bias"]
 
 
 def test_the_truth_sees_a_wrong_weight(whole: Mapping[str, ClientReply]) -> None:

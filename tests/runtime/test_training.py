@@ -225,7 +225,7 @@ def test_over_the_cap_ends_in_a_report_with_the_numbers(
     assert report.status is Status.OUT_OF_MEMORY
     assert report.peak_bytes > budget
     assert "client c0" in report.message
-    assert f"over the cap of {bytes_text(budget)}." in report.message
+    assert f"over the cap of {bytes_text(budget)} (" in report.message
     assert tail_files(client.folder) == []
     opened, abandoned = client.asked(wire.OpenSession), client.asked(wire.Abandon)
     assert [r.session for r in opened] == [r.session for r in abandoned]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flwr_smartsplit.model.memory import memory_cap
+from flwr_smartsplit.model.cap import memory_cap
 from flwr_smartsplit.policy.merging import WeightedSum
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.wire import WireTensor

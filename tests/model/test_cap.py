@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flwr_smartsplit.errors import MemoryCapExceeded
-from flwr_smartsplit.model.memory import memory_cap
+from flwr_smartsplit.model.cap import memory_cap
 
 FLOAT = 4
 

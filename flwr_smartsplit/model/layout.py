@@ -1,0 +1,34 @@
+"""How a tensor lies in memory: without gaps, or in fewer or more bytes than it has."""
+
+
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Say whether the elements fill their memory without gaps or repetitions.
+
+    Examples
+    --------
+    >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (0, 1))
+    (True, False)
+    """
+    if 0 in shape:
+        return True  # There is nothing to lay out.
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def num_spanned(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Count the elements of the memory that a tensor spans.
+
+    Examples
+    --------
+    >>> num_spanned((2, 3), (0, 1)), num_spanned((2, 3), (6, 2))
+    (3, 11)
+    """
+    if 0 in shape:
+        return 0
+    steps = zip(shape, strides, strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps)
