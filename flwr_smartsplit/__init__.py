@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.model.cap import memory_cap
     from flwr_smartsplit.model.chain import Chain
     from flwr_smartsplit.model.costs import profile_chain
+    from flwr_smartsplit.model.segment import Unit
     from flwr_smartsplit.policy.predict import predicted_peak_bytes
     from flwr_smartsplit.runtime.ray_edge import RayEdge
     from flwr_smartsplit.task import Task
@@ -26,6 +27,7 @@ __all__ = [
     "SmartSplit",
     "SmartSplitNumPyClient",
     "Task",
+    "Unit",
     "build_client_app",
     "memory_cap",
     "predicted_peak_bytes",
@@ -39,6 +41,7 @@ _HOMES = {
     "SmartSplit": "flower.strategy",
     "SmartSplitNumPyClient": "flower.numpy_client",
     "Task": "task",
+    "Unit": "model.segment",
     "build_client_app": "flower.client_app",
     "memory_cap": "model.cap",
     "predicted_peak_bytes": "policy.predict",

@@ -78,15 +78,23 @@ class MemoryCapExceeded(SmartSplitError):
 
     Attributes
     ----------
+    client : str
+        Whose memory it was.
+    operator, phase : str
+        The operator that crossed the cap, and what was going on: building, forward,
+        loss, backward or optimizer.
     live_bytes, budget_bytes : int
         What was alive after the operator, and what was allowed.
-    operator : str
-        The operator that crossed the cap.
+    bytes_by_kind : dict[str, int]
+        The live bytes by what they are for, the largest first.
     """
 
+    client: str
+    operator: str
+    phase: str
     live_bytes: int
     budget_bytes: int
-    operator: str
+    bytes_by_kind: dict[str, int]
 
 
 class RefusedReply(SmartSplitError):

@@ -27,6 +27,7 @@ PUBLIC_NAMES = [
     "SmartSplit",
     "SmartSplitNumPyClient",
     "Task",
+    "Unit",
     "build_client_app",
     "memory_cap",
     "predicted_peak_bytes",

@@ -18,6 +18,7 @@ from flwr_smartsplit.flower.records import (
     reply_to_scalars,
 )
 from flwr_smartsplit.model.building import build_chain
+from flwr_smartsplit.model.cap import CapMode
 from flwr_smartsplit.runtime.training import (
     Conditions,
     Loader,
@@ -57,8 +58,11 @@ class SmartSplitNumPyClient(NumPyClient):
         Read off ``train_loader`` (a ``DataLoader``) if not given.
     local_epochs : int
         Passes over the training loader in each round.
+    cap_mode : CapMode or str
+        Whether the cap looks at some steps (``"sampled"``), all (``"strict"``) or
+        none (``"off"``).
     meter_every : int
-        The first two steps are metered, then one in so many; 1 meters every step.
+        A sampled cap meters the first two steps of each shape, then one in so many.
     seed : int
         Root of the random streams under a stock strategy; ``SmartSplit`` sends its own.
     """
@@ -75,6 +79,7 @@ class SmartSplitNumPyClient(NumPyClient):
         num_examples: int | None = None,
         batch_size: int | None = None,
         local_epochs: int = 1,
+        cap_mode: CapMode | str = CapMode.SAMPLED,
         meter_every: int = 50,
         seed: int = 0,
     ) -> None:
@@ -94,6 +99,7 @@ class SmartSplitNumPyClient(NumPyClient):
         self._conditions = Conditions(
             task=task,
             connect=self._connect,
+            cap_mode=cap_mode,
             meter_every=meter_every,
             local_epochs=local_epochs,
         )

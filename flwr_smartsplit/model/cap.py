@@ -5,8 +5,9 @@ not on its values. So a sampled cap looks at the first two steps of each shape, 
 the optimizer makes its state, and then at one in so many.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -24,6 +25,11 @@ class CapMode(StrEnum):
     SAMPLED = "sampled"
     STRICT = "strict"
     OFF = "off"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        names = ", ".join(repr(mode.value) for mode in cls)
+        raise ValueError(f"the cap's mode is {value!r}: choose one of {names}.")
 
 
 class MemoryCap:
@@ -59,7 +65,7 @@ class MemoryCap:
         self.every = every
         self.meter = MemoryMeter(budget_bytes, name=name)
         self._steps_by_shape: dict[tuple[Any, ...], int] = {}
-        self._is_open = False
+        self._metered_threads: set[int] = set()
 
     @property
     def peak_bytes(self) -> int:
@@ -88,7 +94,7 @@ class MemoryCap:
         if self.mode is CapMode.OFF:
             yield
         else:
-            with self.meter:
+            with self._metered():
                 yield
 
     @contextmanager
@@ -111,11 +117,25 @@ class MemoryCap:
             yield
             return
         try:
-            with nullcontext() if self._is_open else self.meter:
+            with self._metered():
                 self.meter.track(*owners, batch)
                 yield
         finally:
             self.meter.forget(batch)
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        """Meter this thread, once however deeply it is asked to."""
+        thread = threading.get_ident()
+        if thread in self._metered_threads:
+            yield
+            return
+        self._metered_threads.add(thread)
+        try:
+            with self.meter:
+                yield
+        finally:
+            self._metered_threads.discard(thread)
 
     def _is_due(self, batch: Any) -> bool:
         if self.mode is not CapMode.SAMPLED:
@@ -179,8 +199,7 @@ def memory_cap(
     """
     cap = MemoryCap(budget_bytes, name=name, mode=mode, every=every)
     if cap.mode is CapMode.STRICT:
-        cap._is_open = True
-        with cap.meter:
+        with cap._metered():
             yield cap
     else:
         yield cap

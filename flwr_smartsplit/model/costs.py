@@ -9,6 +9,7 @@ cut does what the whole chain does up to there (`model/step_log.py`).
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,12 +19,19 @@ from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.optimizer_costs import OptimizerCosts
+from flwr_smartsplit.model.profile_cache import (
+    profile_digest,
+    read_profile,
+    write_profile,
+)
 from flwr_smartsplit.model.step_log import StepLog, log_step
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ChainProfile, UnitCost
 
 
-def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
+def profile_chain(
+    chain: Chain, *, batch_size: int, task: Task, cache_dir: Path | None = None
+) -> ChainProfile:
     """Find the exact costs of a chain for one batch size and optimizer.
 
     Parameters
@@ -34,6 +42,8 @@ def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
         Examples per step.
     task : Task
         Supplies the optimizer, the loss and the shape of the targets.
+    cache_dir : Path, optional
+        A folder to keep profiles in, under a digest of all they depend on.
 
     Returns
     -------
@@ -62,6 +72,17 @@ def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: a step needs at least one.")
+    if cache_dir is None:
+        return _found(chain, batch_size, task)
+    digest = profile_digest(chain, batch_size=batch_size, task=task)
+    profile = read_profile(cache_dir, digest)
+    if profile is None:
+        profile = _found(chain, batch_size, task)
+        write_profile(cache_dir, digest, profile)
+    return profile
+
+
+def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     try:
         log = log_step(chain, batch_size=batch_size, task=task)
         optimizers = _optimizer_costs(chain, task, log)
@@ -74,16 +95,19 @@ def profile_chain(chain: Chain, *, batch_size: int, task: Task) -> ChainProfile:
             "and optimizer must fit the examples and not look at values.",
             batch_size=batch_size,
         ) from error
-    return _profile(chain, log, optimizers, flops, batch_size)
+    return ChainProfile(
+        batch_size=batch_size,
+        batch_bytes=log.batch_bytes,
+        units=_unit_costs(chain, log, optimizers, flops),
+    )
 
 
-def _profile(
+def _unit_costs(
     chain: Chain,
     log: StepLog,
     optimizers: Sequence["_OptimizerCost"],
     flops: Sequence[int],
-    batch_size: int,
-) -> ChainProfile:
+) -> tuple[UnitCost, ...]:
     """Put together what each unit costs, and what a device holds that ends with it."""
     units = []
     static_bytes = log.batch_bytes
@@ -112,9 +136,7 @@ def _profile(
                 device_peak_bytes=peak_bytes,
             )
         )
-    return ChainProfile(
-        batch_size=batch_size, batch_bytes=log.batch_bytes, units=tuple(units)
-    )
+    return tuple(units)
 
 
 @dataclass(frozen=True)

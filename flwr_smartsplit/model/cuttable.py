@@ -121,8 +121,9 @@ def cannot_run(
     shapes = [tuple(example.shape) for example in tree_leaves(example_inputs)]
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return InvalidTask(
-        f"{f'{part} of ' if part else ''}{type(model).__name__} cannot run on example inputs of shape {shapes}: "
-        f"{reason} Give example inputs that the model accepts.",
+        f"{f'{part} of ' if part else ''}{type(model).__name__} cannot run on "
+        f"example inputs of shape {shapes}: {reason} Give example inputs that the "
+        "model accepts.",
         shapes=shapes,
     )
 

@@ -23,6 +23,8 @@ from flwr_smartsplit.errors import MemoryCapExceeded, bytes_text
 ACTIVATIONS = "activations and temporaries"
 BATCH = "batch"
 
+_SEQUENCES = (tuple, list)  # A union type would be made anew at every use.
+
 _here = threading.local()
 """What this thread is doing: its phase, and how often it is unmetered."""
 
@@ -86,7 +88,6 @@ class MemoryMeter(TorchDispatchMode):
         self.name = name
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._alarm_bytes = 0
         self._storages: dict[int, _Storage] = {}
         self._owners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._batch: set[int] = set()
@@ -119,7 +120,7 @@ class MemoryMeter(TorchDispatchMode):
             for _, tensor in _tensors_in(thing):
                 self._see(tensor)
                 if not is_owner:
-                    self._batch.add(tensor.untyped_storage()._cdata)
+                    self._batch.update(self._storages.keys() & _keys_of(tensor))
         self._check("track")
 
     def forget(self, *things: Any) -> None:
@@ -129,16 +130,17 @@ class MemoryMeter(TorchDispatchMode):
         """
         for thing in things:
             for _, tensor in _tensors_in(thing):
-                known = self._storages.get(tensor.untyped_storage()._cdata)
-                if known is not None:
-                    self._lose(known)
+                for key in _keys_of(tensor):
+                    known = self._storages.get(key)
+                    if known is not None:
+                        self._lose(known)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Divide the live bytes by what they are for."""
-        kinds = dict.fromkeys(self._batch, BATCH)
-        for owner in self._owners:
+        kinds = dict.fromkeys(list(self._batch), BATCH)
+        for owner in list(self._owners):
             for kind, tensor in _tensors_in(owner):
-                kinds[tensor.untyped_storage()._cdata] = kind
+                kinds |= dict.fromkeys(_keys_of(tensor), kind)
         totals: dict[str, int] = {}
         for key, storage in list(self._storages.items()):
             kind = kinds.get(key, ACTIVATIONS)
@@ -163,9 +165,9 @@ class MemoryMeter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._see(result)
-        elif isinstance(result, tuple | list):
+        elif isinstance(result, _SEQUENCES):
             self._see_all(result)
-        if self.live_bytes > max(before, self._alarm_bytes):
+        if self.live_bytes > before:
             self._check(func)
         return result
 
@@ -173,22 +175,23 @@ class MemoryMeter(TorchDispatchMode):
         for value in values:
             if isinstance(value, Tensor):
                 self._see(value)
-            elif isinstance(value, tuple | list):
+            elif isinstance(value, _SEQUENCES):
                 self._see_all(value)
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.is_meta:
-            return  # It has a size, but no memory.
-        if tensor.layout is torch.sparse_coo:
-            self._see(tensor._indices())
-            self._see(tensor._values())
-        if tensor.layout is not torch.strided:
-            return  # Other layouts do not show their storages.
-        storage = tensor.untyped_storage()
+        """Count a tensor unless it is known, as most are: that way has to be short."""
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:
+            for part in _parts(tensor):
+                self._see(part)
+            return
         key, num_bytes = storage._cdata, storage.nbytes()
         known = self._storages.get(key)
         if known is not None and known.num_bytes == num_bytes:
             return
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            return  # It has a size, but no memory of its own.
         with self._lock:
             known = self._storages.get(key)
             if known is None:
@@ -212,15 +215,11 @@ class MemoryMeter(TorchDispatchMode):
         """Count what a storage grew or shrank by; a log writes it down."""
         del storage
         self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _check(self, operator: Any) -> None:
         live, budget = self.live_bytes, self.budget_bytes
-        self.peak_bytes = max(self.peak_bytes, live)
-        self._alarm_bytes = self.peak_bytes
-        if budget is None:
-            return
-        self._alarm_bytes = min(self.peak_bytes, budget)
-        if live <= budget:
+        if budget is None or live <= budget:
             return
         kinds = self.bytes_by_kind()
         during = getattr(_here, "phase", "")
@@ -267,3 +266,22 @@ def _tensors_in(thing: Any) -> Iterator[tuple[str, Tensor]]:
         for leaf in tree_leaves(thing):
             if isinstance(leaf, Tensor):
                 yield BATCH, leaf
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Find the tensors that a sparse one is made of; other layouts hide theirs."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()
+
+
+def _keys_of(tensor: Tensor) -> set[int]:
+    """Name the storages of a tensor as the meter does."""
+    try:
+        return {tensor.untyped_storage()._cdata}
+    except NotImplementedError:
+        return {key for part in _parts(tensor) for key in _keys_of(part)}

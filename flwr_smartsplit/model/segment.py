@@ -186,7 +186,7 @@ class _Entry(torch.autograd.Function):
         return boundary.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
         return ctx.receive.pop()(), None
 
 
@@ -236,7 +236,7 @@ class SegmentRunner:
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
         boundary: Boundary = outputs if type(outputs) is tuple else (outputs,)
-        self._entry = _Entry.apply(boundary[0], self._receive)  # type: ignore[no-untyped-call]
+        self._entry = _Entry.apply(boundary[0], self._receive)
         return tuple(tensor.detach() for tensor in boundary)
 
     def backward(self, receive: Callable[[], Tensor]) -> Tensor | None:
@@ -276,6 +276,7 @@ class SegmentRunner:
         outputs = self._run(inputs, step, inputs_are_boundary)
         with phase("loss"):
             loss = self.task.loss_fn(outputs, targets)
+        del outputs  # What backward needs of them, the graph holds.
         with phase("backward"):
             loss.backward()
         return loss.detach(), self._update()
@@ -300,10 +301,12 @@ class SegmentRunner:
 
     def _leaf(self, inputs: Batch) -> Batch:
         """Catch the boundary's gradient by a hook: ``.grad`` would re-lay it out."""
+        if isinstance(inputs, dict):
+            raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
         boundary, *context = inputs if isinstance(inputs, tuple) else (inputs,)
-        leaf = boundary.detach().requires_grad_()  # type: ignore[union-attr]
+        leaf = boundary.detach().requires_grad_()
         leaf.register_hook(self._input_gradients.append)
-        return (leaf, *context) if context else leaf  # type: ignore[arg-type]
+        return (leaf, *context) if context else leaf
 
     def _update(self) -> Tensor | None:
         if self.optimizer is not None:

@@ -329,7 +329,7 @@ class _Chance(_Draws):
 
 
 def _first_draws(chain: Chain, inputs: Batch) -> dict[int, int]:
-    """Number the first draw of each unit among all draws of a forward pass."""
+    """Find the number of each unit's first draw among all draws of a forward."""
     mode, draws = FakeTensorMode(), _Draws()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(inputs, mode, batch_size=len(tree_leaves(inputs)[0]))

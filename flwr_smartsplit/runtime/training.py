@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from flwr_smartsplit.errors import (
     EdgeError,
     InvalidRoute,
+    InvalidTask,
     MemoryCapExceeded,
     SmartSplitError,
 )
@@ -36,6 +37,7 @@ Connect = Callable[[str, str], wire.Transport]
 """``connect(place, address)`` reaches an edge."""
 
 _SPLIT_LEGS = 2
+_PAIR = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +123,8 @@ def train_locally(
         try:
             walk.open(state)
             for epoch in range(conditions.local_epochs):
-                for inputs, targets in walk.streams.batches(loader, epoch):
-                    walk.train_step(inputs, targets)
+                for batch in walk.streams.batches(loader, epoch):
+                    walk.train_step(*_own_batch(batch))
             receipts = walk.seal()
             new_state = state_of(walk.runner.segment)
             outcome = Outcome(
@@ -152,8 +154,8 @@ def evaluate_locally(
         walk = _Walk(plan, conditions, lambda place: f"{plan.session(place)}/evaluate")
         try:
             walk.open(state)
-            for inputs, targets in walk.streams.batches(loader, 0):
-                walk.evaluate_step(inputs, targets)
+            for batch in walk.streams.batches(loader, 0):
+                walk.evaluate_step(*_own_batch(batch))
             report = walk.report(num_epochs=1)
         except (MemoryCapExceeded, EdgeError) as error:
             report = walk.failure(error)
@@ -204,7 +206,6 @@ class _Walk:
 
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
-        inputs, targets = _own_batch(inputs, targets)
         owners = (self.runner.segment, self.runner.optimizer)
         with self.cap.step((inputs, targets), *owners):
             loss = self._step(inputs, targets)
@@ -228,7 +229,6 @@ class _Walk:
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
         """Evaluate one batch, metered if it is its turn."""
-        inputs, targets = _own_batch(inputs, targets)
         batch = (inputs, targets)
         with self.cap.step(batch, self.runner.segment), torch.no_grad():
             outputs = self.runner.evaluate(inputs)
@@ -292,8 +292,26 @@ class _Walk:
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * examples
 
 
-def _own_batch(inputs: Any, targets: Tensor) -> tuple[Batch, Tensor]:
-    """Take a batch as a loader gives it: a tensor, a list, or any mapping."""
+def _own_batch(batch: Any) -> tuple[Batch, Tensor]:
+    """Take a batch as a loader gives it: inputs in a tensor, a list, or a mapping.
+
+    Raises
+    ------
+    InvalidTask
+        If it is not ``(inputs, targets)``.
+    """
+    is_pair = isinstance(batch, tuple | list) and len(batch) == _PAIR
+    if not is_pair or not isinstance(batch[1], Tensor):
+        kind = type(batch[1] if is_pair else batch).__name__
+        keys = (
+            f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        )
+        raise InvalidTask(
+            f"the loader yields {'targets in ' if is_pair else ''}a {kind}{keys}; let "
+            "it yield (inputs, targets), with the targets as one tensor, for instance "
+            "by a collate_fn."
+        )
+    inputs, targets = batch
     if isinstance(inputs, list):
         inputs = tuple(inputs)
     elif isinstance(inputs, Mapping):

@@ -427,3 +427,20 @@ def test_an_error_of_the_loader_closes_the_session(client: Client) -> None:
     with pytest.raises(OSError, match="disk on fire"):
         client.train(Route.split(4), batches=broken_batches(1)())
     assert len(client.asked(wire.Abandon)) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [
+        ({"x": torch.zeros(2), "labels": torch.zeros(2)}, "a dict with x, labels"),
+        (torch.zeros(2, 3), "a Tensor;"),
+        ((torch.zeros(2), torch.zeros(2), torch.zeros(2)), "a tuple;"),
+        ((torch.zeros(2), {"a": torch.zeros(2)}), "targets in a dict;"),
+    ],
+)
+def test_a_loader_that_yields_something_else_is_told_what_to_yield(
+    client: Client, batch: Any, kind: str
+) -> None:
+    """A mapping of two entries is not mistaken for inputs and targets."""
+    with pytest.raises(InvalidTask, match=rf"the loader yields {kind}.*collate_fn"):
+        client.train(Route.whole(), batches=[batch])

@@ -1,0 +1,1 @@
+"""The command line: what a model costs at each cut, and proof that cuts are exact."""

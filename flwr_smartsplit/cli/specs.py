@@ -1,0 +1,226 @@
+"""From the words of a command line to a ``Task``."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.optim import SGD, Adam
+from torchvision import models
+
+from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.model.building import parameters_on_meta
+from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
+from flwr_smartsplit.task import Task
+
+TORCHVISION = "torchvision:"
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(SGD, lr=0.01),
+    "momentum": partial(SGD, lr=0.01, momentum=0.9),
+    "adam": partial(Adam, lr=1e-3),
+}
+NUM_CLASSES = 10
+_PATCHED = "vit_"
+
+
+class UnknownModel(SmartSplitError):
+    """A MODEL, or an optimizer, that the command line cannot build."""
+
+
+def task_of(
+    model: str, *, input_shape: tuple[int, ...] | None = None, optimizer: str = "sgd"
+) -> Task:
+    """Build the task that a command line names.
+
+    Parameters
+    ----------
+    model : str
+        ``torchvision:NAME``, or ``package.module:function``, where the function
+        returns a ``Task`` or an ``nn.Module``.
+    input_shape : tuple[int, ...], optional
+        Shape of one input, without the batch; needed for an ``nn.Module`` of one's
+        own. A ``Task`` brings its example inputs along.
+    optimizer : str
+        ``"sgd"``, ``"momentum"`` or ``"adam"``; a ``Task`` keeps its own.
+
+    Raises
+    ------
+    UnknownModel
+        If there is no such model or optimizer, or the inputs are not known.
+
+    Examples
+    --------
+    >>> task_of("torchvision:resnet18", input_shape=(3, 32, 32)).example_inputs.shape
+    torch.Size([1, 3, 32, 32])
+    """
+    if optimizer not in OPTIMIZERS:
+        raise UnknownModel(
+            f"--optimizer {optimizer!r} is not known: choose one of "
+            f"{', '.join(OPTIMIZERS)}."
+        )
+    if model.startswith(TORCHVISION):
+        name = model.removeprefix(TORCHVISION)
+        build = torchvision_fn(name, input_shape)
+        shape = input_shape or (3, 224, 224)
+        return _classification(build, shape, optimizer, num_classes=NUM_CLASSES)
+    function = _imported(model)
+    # What a function of one's own builds is looked at first, without memory.
+    with parameters_on_meta():
+        made = _called(model, function)
+    if isinstance(made, Task):
+        task: Task = _called(model, function)
+        return task
+    if not isinstance(made, nn.Module):
+        raise UnknownModel(
+            f"{model} returned a {type(made).__name__}: let it return an nn.Module or "
+            "a flwr_smartsplit.Task."
+        )
+    if input_shape is None:
+        raise UnknownModel(
+            f"{model} returned a module: name the shape of one input, such as "
+            "--input 3x32x32, or let it return a flwr_smartsplit.Task."
+        )
+    num_classes = _num_classes(made, input_shape)
+    return _classification(function, input_shape, optimizer, num_classes=num_classes)
+
+
+def optimizer_name(task: Task) -> str | None:
+    """Name the optimizer that ``task_of`` chose; None if the task brought its own."""
+    names = [name for name, fn in OPTIMIZERS.items() if fn is task.optimizer_fn]
+    return names[0] if names else None
+
+
+def torchvision_fn(
+    name: str, input_shape: tuple[int, ...] | None = None
+) -> Callable[[], nn.Module]:
+    """Return the function that builds a torchvision classifier for ten classes.
+
+    Transformers that fix their image size are built for the one asked for.
+
+    Raises
+    ------
+    UnknownModel
+        If torchvision has no such classifier; names the closest.
+    """
+    known = models.list_models(module=models)
+    if name not in known:
+        close = difflib.get_close_matches(name, known) or ["resnet18", "vgg11_bn"]
+        raise UnknownModel(
+            f"torchvision has no classifier {name!r}; close: {', '.join(close)}."
+        )
+    arguments: dict[str, Any] = {"num_classes": NUM_CLASSES}
+    if name.startswith(_PATCHED) and input_shape is not None:
+        arguments["image_size"] = input_shape[-1]
+    if name == "maxvit_t" and input_shape is not None:
+        arguments["input_size"] = tuple(input_shape[-2:])
+    return partial(_torchvision_model, name, arguments)
+
+
+def _torchvision_model(name: str, arguments: dict[str, Any]) -> nn.Module:
+    # These two warn that their slow default initialisation will change.
+    if name in ("googlenet", "inception_v3"):
+        arguments = {**arguments, "init_weights": False}
+    model: nn.Module = models.get_model(name, weights=None, **arguments)
+    return model
+
+
+def _classification(
+    model_fn: Callable[[], nn.Module],
+    input_shape: tuple[int, ...],
+    optimizer: str,
+    *,
+    num_classes: int,
+) -> Task:
+    return Task(
+        model_fn=model_fn,
+        loss_fn=mean_cross_entropy,
+        optimizer_fn=OPTIMIZERS[optimizer],
+        example_inputs=torch.zeros(1, *input_shape),
+        example_targets=torch.arange(num_classes),
+    )
+
+
+def mean_cross_entropy(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Take the mean cross-entropy; auxiliary outputs count as in their papers.
+
+    GoogLeNet (Szegedy et al., 2015, section 5) weighs its two with 0.3, Inception v3
+    (Szegedy et al., 2016) in torchvision's reference its one with 0.3 as well.
+    """
+    if isinstance(outputs, tuple):
+        main, *others = (out for out in outputs if out is not None)
+        loss = functional.cross_entropy(main, targets)
+        for other in others:
+            loss = loss + 0.3 * functional.cross_entropy(other, targets)
+        return loss
+    return functional.cross_entropy(outputs, targets)
+
+
+def _num_classes(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Read off a dry run how many classes a module tells apart."""
+    mode = FakeTensorMode()
+    module = fake_copy(model, mode)
+    inputs = fake_batch(torch.zeros(1, *input_shape), mode, batch_size=2)
+    try:
+        with mode, torch.no_grad():
+            outputs = module.train()(inputs)
+    except Exception as error:
+        raise UnknownModel(
+            f"{type(model).__name__} cannot run on an input of shape {input_shape}: "
+            f"{first_line(error)}"
+        ) from error
+    main = outputs[0] if isinstance(outputs, tuple) and outputs else outputs
+    shape = tuple(main.shape) if isinstance(main, torch.Tensor) else None
+    if shape is None or len(shape) != 2 or shape[1] < 2:  # noqa: PLR2004
+        found = type(main).__name__ if shape is None else f"tensor of shape {shape}"
+        raise UnknownModel(
+            f"{type(model).__name__} is no classifier: for 2 examples it returns a "
+            f"{found}, not (2, classes). Let MODEL return a flwr_smartsplit.Task, "
+            "with a loss of its own."
+        )
+    return shape[1]
+
+
+def _called(path: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except SmartSplitError:
+        raise
+    except Exception as error:
+        raise UnknownModel(f"MODEL {path!r} fails: {first_line(error)}") from error
+
+
+def _imported(path: str) -> Callable[[], Any]:
+    """Import ``package.module:function``, also from the current folder."""
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise UnknownModel(
+            f"MODEL {path!r} is neither torchvision:NAME nor package.module:function."
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        function: Any = getattr(import_module(module_name), name)
+    except Exception as error:  # Whatever a module of the user's own may raise.
+        raise UnknownModel(
+            f"MODEL {path!r} cannot be imported: {first_line(error)}"
+        ) from error
+    if not callable(function):
+        raise UnknownModel(
+            f"MODEL {path!r} is a {type(function).__name__}: name a function that "
+            "builds the model."
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def first_line(error: Exception) -> str:
+    """Say in a line what kind of error it is and what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}." if lines else repr(error)

@@ -1,0 +1,49 @@
+"""Frozen values that every layer shares: routes, costs, plans and reports.
+
+They stand apart so that deciding (``policy``) and carrying (``runtime``,
+``flower``) can talk to each other without knowing each other.
+"""
+
+from flwr_smartsplit.types.costs import (
+    ChainProfile,
+    UnitCost,
+)
+from flwr_smartsplit.types.rounds import (
+    Assignment,
+    ClientPlan,
+    ClientReply,
+    DeviceProfile,
+    Expectation,
+    Failure,
+    Receipt,
+    RoundPlan,
+    Status,
+    StepReport,
+    TailExpectation,
+)
+from flwr_smartsplit.types.routes import (
+    DEVICE,
+    EDGE,
+    Leg,
+    Route,
+)
+
+__all__ = [
+    "DEVICE",
+    "EDGE",
+    "Assignment",
+    "ChainProfile",
+    "ClientPlan",
+    "ClientReply",
+    "DeviceProfile",
+    "Expectation",
+    "Failure",
+    "Leg",
+    "Receipt",
+    "RoundPlan",
+    "Route",
+    "Status",
+    "StepReport",
+    "TailExpectation",
+    "UnitCost",
+]

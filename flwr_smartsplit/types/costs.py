@@ -1,0 +1,87 @@
+"""What the units of a chain cost, as plain numbers."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitCost:
+    """What one unit holds and what crosses the boundary after it.
+
+    Parameters
+    ----------
+    name : str
+        The unit's name in its chain.
+    parameter_bytes, buffer_bytes : int
+        Size of its parameters and buffers.
+    gradient_bytes, optimizer_state_bytes : int
+        Size of its parameters' gradients, and of what the optimizer keeps for them.
+    saved_bytes : int
+        What its forward makes and backward needs: its saved activations.
+    boundary_bytes : int
+        Size of its output for one batch, with its context; 0 for the last unit.
+    forward_flops : int
+        Floating-point operations of its forward; a multiply-add is two.
+    device_peak_bytes : int
+        The most a device holds during a training step when this is its last unit:
+        parameters, gradients, optimizer state, batch, activations, boundary gradient.
+    """
+
+    name: str
+    parameter_bytes: int
+    buffer_bytes: int
+    gradient_bytes: int
+    optimizer_state_bytes: int
+    saved_bytes: int
+    boundary_bytes: int
+    forward_flops: int
+    device_peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainProfile:
+    """The exact costs of a chain at one batch size and optimizer.
+
+    Parameters
+    ----------
+    batch_size : int
+        Examples per step.
+    batch_bytes : int
+        Size of a batch, its targets included.
+    units : tuple[UnitCost, ...]
+        The costs of each unit, in order.
+
+    Examples
+    --------
+    >>> profile = ChainProfile(batch_size=8, batch_bytes=128, units=())
+    >>> ChainProfile.from_json(profile.to_json()) == profile
+    True
+    """
+
+    batch_size: int
+    batch_bytes: int
+    units: tuple[UnitCost, ...]
+
+    def to_json(self) -> str:
+        """Write the profile as JSON, with the names of the fields as keys."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what ``to_json`` wrote.
+
+        Raises
+        ------
+        ValueError
+            If it is not such a profile.
+        """
+        try:
+            read = json.loads(text)
+            units = tuple(UnitCost(**unit) for unit in read.pop("units"))
+            return cls(units=units, **read)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"this is not a chain's profile as JSON: {error}. Make one anew with "
+                "profile_chain(...).to_json()."
+            ) from error

@@ -1,0 +1,238 @@
+"""Devices, plans, reports and replies: what one round says and is told."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy.typing as npt
+
+from flwr_smartsplit.types.routes import Route
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """What a client says of itself before a round is planned.
+
+    Parameters
+    ----------
+    client_key : str
+        Stable name of the client; orders, seeds and remembers everything.
+    budget_bytes : int or None
+        Memory its tensors may take at any moment; None means no limit.
+    num_examples : int
+        Size of its training set.
+    batch_size : int
+        Examples per training step.
+    """
+
+    client_key: str
+    budget_bytes: int | None
+    num_examples: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The route the policy gives one chosen client, and what it should cost."""
+
+    client_key: str
+    route: Route
+    budget_bytes: int | None
+    predicted_peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlan:
+    """Who trains what where in one round, and why the others do not.
+
+    Parameters
+    ----------
+    round_number : int
+        The round, counted from 1.
+    assignments : tuple[Assignment, ...]
+        The chosen clients in client_key order.
+    skipped : Mapping[str, str]
+        For every other client the reason, by client_key.
+    """
+
+    round_number: int
+    assignments: tuple[Assignment, ...]
+    skipped: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientPlan:
+    """All a client needs to know to do its part of one round.
+
+    Parameters
+    ----------
+    client_key : str
+        Whom the plan is for.
+    round_number : int
+        The round, counted from 1.
+    route : Route
+        Where its segments run.
+    seed : int
+        Root of every random stream of the run.
+    num_threads : int
+        Torch threads at every place; gradients differ in their last bits between
+        thread counts, so the plan sets it.
+    budget_bytes : int or None
+        The cap of the device; None for no cap.
+    state_digest : str
+        Digest under which the edges hold this round's global state.
+    edge_addresses : Mapping[str, str]
+        How to reach each edge of the route, by place.
+    """
+
+    client_key: str
+    round_number: int
+    route: Route
+    seed: int
+    num_threads: int = 1
+    budget_bytes: int | None = None
+    state_digest: str = ""
+    edge_addresses: Mapping[str, str]
+
+    def session(self, place: str) -> str:
+        """Name this client's session at one place in this round."""
+        return f"{self.round_number}/{self.client_key}/{place}"
+
+
+class Status(StrEnum):
+    """How one client's part of a round ended."""
+
+    OK = "ok"
+    OUT_OF_MEMORY = "out_of_memory"
+    EDGE_FAILED = "edge_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What a client measured while it did its part of a round.
+
+    Parameters
+    ----------
+    status : Status
+        How it ended.
+    message : str
+        The error's text when ``status`` is not OK.
+    num_examples, num_epochs, num_steps : int
+        Examples of one epoch (the client's weight), epochs, and optimizer steps.
+    loss : float
+        Mean loss over the examples.
+    peak_bytes : int
+        The most the device held in the metered steps.
+    sent_bytes, received_bytes : int
+        Traffic between the device and its edges.
+    seconds : float
+        Wall-clock time of the client's part.
+    num_threads : int
+        Torch threads in force.
+    metrics : Mapping[str, float]
+        What ``Task.metrics_fn`` returned, averaged over the examples.
+    """
+
+    status: Status = Status.OK
+    message: str = ""
+    num_examples: int = 0
+    num_epochs: int = 1
+    num_steps: int = 0
+    loss: float = 0.0
+    peak_bytes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    seconds: float = 0.0
+    num_threads: int = 1
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """An edge's word that it holds one finished tail.
+
+    Parameters
+    ----------
+    place : str
+        The edge's name in the route.
+    incarnation : str
+        Which life of the edge sealed it.
+    session : str
+        The session that was sealed.
+    names : tuple[str, ...]
+        The state names the tail covers.
+    digest : str
+        SHA-256 over names, dtypes, shapes and values.
+    num_examples, num_steps : int
+        What the tail was stepped with.
+    """
+
+    place: str
+    incarnation: str
+    session: str
+    names: tuple[str, ...]
+    digest: str
+    num_examples: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailExpectation:
+    """The sealed tail a client's receipt must prove."""
+
+    session: str
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """What the reply of one chosen client must contain.
+
+    Parameters
+    ----------
+    client_key : str
+        The client.
+    device_names : frozenset[str]
+        The state names of its device segments.
+    tails : Mapping[str, TailExpectation]
+        The tails of its route, by place.
+    """
+
+    client_key: str
+    device_names: frozenset[str]
+    tails: Mapping[str, TailExpectation]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientReply:
+    """A client's reply to a training request, whichever API carried it."""
+
+    client_key: str
+    round_number: int
+    state: Mapping[str, npt.NDArray[Any]]
+    receipts: tuple[Receipt, ...]
+    report: StepReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One client's part that was not merged, and why.
+
+    Parameters
+    ----------
+    client_key : str
+        The client, or the node where no key is known.
+    kind : str
+        The reason in one word: refused, late, duplicate, lost, failed,
+        out_of_memory, edge_failed.
+    cause : str
+        The reason in a sentence, with its numbers.
+    report : StepReport, optional
+        What the client measured, if it said so.
+    """
+
+    client_key: str
+    kind: str
+    cause: str
+    report: StepReport | None = None

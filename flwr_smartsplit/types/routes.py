@@ -1,0 +1,113 @@
+"""Routes: where the segments of one client's model run."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
+
+from flwr_smartsplit.errors import InvalidRoute
+
+DEVICE = "device"
+EDGE = "edge"
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Units ``[start, stop)`` of a chain, run at one place."""
+
+    place: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where the segments of one client's model run.
+
+    Parameters
+    ----------
+    cuts : tuple[int, ...]
+        Strictly increasing indices of the first unit after each boundary; empty for
+        a model that stays whole.
+    places : tuple[str, ...]
+        One place per segment, ``"device"`` first; one more than there are cuts.
+
+    Raises
+    ------
+    InvalidRoute
+        If cuts and places do not fit each other.
+
+    Examples
+    --------
+    >>> str(Route.split(3))
+    'device[:3] > edge[3:]'
+    >>> [leg.stop for leg in Route.split(3).legs(8)]
+    [3, 8]
+    >>> Route.whole().legs(8)
+    (Leg(place='device', start=0, stop=8),)
+    """
+
+    cuts: tuple[int, ...] = ()
+    places: tuple[str, ...] = (DEVICE,)
+
+    def __post_init__(self) -> None:
+        """Refuse a route that no chain could have."""
+        if len(self.places) != len(self.cuts) + 1:
+            raise InvalidRoute(
+                f"{len(self.cuts)} cuts make {len(self.cuts) + 1} segments, "
+                f"but {len(self.places)} places are given: name one place per segment."
+            )
+        if self.places[0] != DEVICE:
+            raise InvalidRoute(
+                f"a route starts at {DEVICE!r}, where the data is, not at "
+                f"{self.places[0]!r}."
+            )
+        ordered = all(low < high for low, high in pairwise(self.cuts))
+        if not ordered or any(cut < 1 for cut in self.cuts):
+            raise InvalidRoute(
+                f"cuts {self.cuts} must be strictly increasing and at least 1."
+            )
+
+    @classmethod
+    def whole(cls) -> Self:
+        """Keep every unit on the device, as FedAvg does."""
+        return cls()
+
+    @classmethod
+    def split(cls, cut: int, *, edge: str = EDGE) -> Self:
+        """Run units ``[0, cut)`` on the device and the rest at one edge."""
+        return cls((cut,), (DEVICE, edge))
+
+    def legs(self, num_units: int) -> tuple[Leg, ...]:
+        """Lay the route along a chain of ``num_units`` units.
+
+        Raises
+        ------
+        InvalidRoute
+            If a cut lies beyond the last unit.
+        """
+        if self.cuts and self.cuts[-1] >= num_units:
+            raise InvalidRoute(
+                f"cut {self.cuts[-1]} is outside a chain of {num_units} units: "
+                f"choose one in 1..{num_units - 1}.",
+                cut=self.cuts[-1],
+                num_units=num_units,
+            )
+        bounds = (0, *self.cuts, num_units)
+        return tuple(
+            Leg(place, start, stop)
+            for place, (start, stop) in zip(self.places, pairwise(bounds), strict=True)
+        )
+
+    def edges(self) -> tuple[str, ...]:
+        """Name the places other than the device, in route order, each once."""
+        return tuple(dict.fromkeys(p for p in self.places if p != DEVICE))
+
+    def __str__(self) -> str:
+        """Show each place with the units it runs."""
+        if not self.cuts:
+            return "whole"
+        bounds = ("", *map(str, self.cuts), "")
+        return " > ".join(
+            f"{place}[{start}:{stop}]"
+            for place, (start, stop) in zip(self.places, pairwise(bounds), strict=True)
+        )

@@ -1,0 +1,277 @@
+"""Every torchvision classifier, cut and compared: ``python -m simulations.zoo``.
+
+``prove`` trains each model whole in a plain loop and along cut routes, over the bytes
+of the wire, compares to the last bit, and sets predicted against measured peaks.
+``table`` reads every model of torchvision as a chain and writes docs/models.md.
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, Self
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Table
+from torchvision import models
+
+from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
+from flwr_smartsplit.cli.specs import TORCHVISION, task_of
+from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
+
+EVERY_CUT = (
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "vgg11_bn",
+    "vit_b_32",
+)
+"""One model of each family, checked at every cut with every optimizer."""
+
+SUBSET = ("squeezenet1_1", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5")
+"""What a quick look compares: few parameters, and most of what can go wrong."""
+
+IMAGE_SIDE = 64
+IMAGE_SIDES = {"inception_v3": 128, "maxvit_t": 224, "vit_h_14": 56}
+"""The sides of images that are small, yet large enough."""
+
+NUM_RANDOM_CUTS = 5
+BATCH_SIZE = 3
+
+app = typer.Typer(
+    help="Read, cut and compare every torchvision classifier.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One model under one optimizer, and the cuts to compare."""
+
+    model: str
+    optimizer: str
+    is_every_cut: bool
+    seed: int
+
+    def cuts(self, num_units: int) -> list[int]:
+        """Choose cuts; 0 is the whole model on the device."""
+        inner = range(1, num_units)
+        if self.is_every_cut or len(inner) <= NUM_RANDOM_CUTS:
+            return [0, *inner]
+        chosen = {1, num_units // 2, num_units - 1}
+        others = [cut for cut in inner if cut not in chosen]
+        rng = Random(f"{self.seed}/{self.model}")
+        return sorted(chosen | set(rng.sample(others, min(5, len(others)))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one case gave.
+
+    Parameters
+    ----------
+    model, optimizer : str
+        The case.
+    num_units, num_parameters, num_cuts : int
+        Size of the chain, and how many of its cuts were compared.
+    differences : list[str]
+        What was not the stock model's, cut by cut.
+    worst_error : float
+        The largest relative difference of a predicted peak from the measured one.
+    seconds : float
+        How long it took.
+    """
+
+    model: str
+    optimizer: str
+    num_units: int
+    num_parameters: int
+    num_cuts: int
+    differences: list[str]
+    worst_error: float
+    seconds: float
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Read a line of a results file."""
+        return cls(**json.loads(line))
+
+
+def image_shape(model: str) -> tuple[int, int, int]:
+    """Return the shape of the small images that a model is checked with."""
+    side = IMAGE_SIDES.get(model, IMAGE_SIDE)
+    return 3, side, side
+
+
+def run_case(case: Case) -> Outcome:
+    """Compare the chosen cuts of one model with the stock model."""
+    started = time.perf_counter()
+    torch.set_num_threads(1)
+    shape = image_shape(case.model)
+    task = task_of(
+        f"{TORCHVISION}{case.model}", input_shape=shape, optimizer=case.optimizer
+    )
+    batches = example_batches(task, batch_size=BATCH_SIZE, seed=case.seed)
+    differences: list[str] = []
+    errors = []
+    with RouteChecker(task, batches) as checker:
+        chain = checker.chain
+        profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
+        cuts = case.cuts(len(chain))
+        for cut in cuts:
+            route = Route.split(cut) if cut else Route.whole()
+            found = checker.check(route)
+            differences += [f"{route}: {text}" for text in found.differences]
+            measured = found.measured_peak_bytes
+            predicted = predicted_peak_bytes(profile, route)
+            errors.append(abs(predicted - measured) / max(measured, 1))
+    return Outcome(
+        model=case.model,
+        optimizer=case.optimizer,
+        num_units=len(chain),
+        num_parameters=sum(p.numel() for p in chain.model.parameters()),
+        num_cuts=len(cuts),
+        differences=differences,
+        worst_error=max(errors),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def classifiers() -> list[str]:
+    """List torchvision's classification models, the smallest first."""
+    return sorted(models.list_models(module=models), key=_num_parameters)
+
+
+def _num_parameters(name: str) -> int:
+    # The weights' descriptions are at hand without the weights.
+    weights: Any = next(iter(models.get_model_weights(name)))
+    return int(weights.meta["num_params"])
+
+
+def all_cases(names: Iterable[str], *, seed: int) -> Iterator[Case]:
+    """List the cases of models: three optimizers where every cut is compared."""
+    for name in names:
+        is_every_cut = name in EVERY_CUT
+        optimizers = ("sgd", "momentum", "adam")[0 if is_every_cut else 1 :]
+        for optimizer in optimizers:
+            yield Case(
+                model=name, optimizer=optimizer, is_every_cut=is_every_cut, seed=seed
+            )
+
+
+@app.callback()
+def _main() -> None:
+    """Keep the command's name, also while there is one only."""
+
+
+ModelsOption = Annotated[str, typer.Option(help="all, subset, or names with commas.")]
+OutOption = Annotated[
+    Path | None, typer.Option(help="JSON lines; cases that are there are not run.")
+]
+WorkersOption = Annotated[int, typer.Option(help="Processes, a core each.")]
+SeedOption = Annotated[int, typer.Option(help="Chooses the random cuts and batches.")]
+
+
+@app.command()
+def prove(
+    models: ModelsOption = "all",
+    out: OutOption = None,
+    workers: WorkersOption = 1,
+    seed: SeedOption = 0,
+) -> None:
+    """Compare cut with stock training, bit for bit; exit 1 if anything differs."""
+    groups = {"all": classifiers(), "subset": list(SUBSET)}
+    names = groups.get(models) or models.split(",")
+    done = read_outcomes(out)
+    known = {(outcome.model, outcome.optimizer) for outcome in done}
+    cases = [
+        case
+        for case in all_cases(names, seed=seed)
+        if (case.model, case.optimizer) not in known
+    ]
+    outcomes = [outcome for outcome in done if outcome.model in names]
+    # One process per case: what a model leaves behind harms no other.
+    context = multiprocessing.get_context("spawn")
+    with (
+        _progress() as progress,
+        ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool,
+    ):
+        bar = progress.add_task("models", total=len(cases))
+        for future in as_completed([pool.submit(run_case, case) for case in cases]):
+            outcome = future.result()
+            outcomes.append(outcome)
+            if out is not None:
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(outcome)) + "\n")
+            progress.update(bar, advance=1, description=outcome.model)
+    Console().print(outcome_table(outcomes))
+    failed = [outcome for outcome in outcomes if outcome.differences]
+    for outcome in failed:
+        for text in outcome.differences[:5]:
+            Console().print(f"{outcome.model}, {outcome.optimizer}: {text}")
+    raise typer.Exit(1 if failed else 0)
+
+
+def read_outcomes(path: Path | None) -> list[Outcome]:
+    """Read a results file, if there is one."""
+    if path is None or not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Outcome.from_json(line) for line in lines]
+
+
+def outcome_table(outcomes: list[Outcome]) -> Table:
+    """Lay out what was compared, a line for each model and optimizer."""
+    table = Table("model", "optimizer", "cuts compared", "differ", "worst prediction")
+    for outcome in sorted(outcomes, key=lambda o: (o.model, o.optimizer)):
+        table.add_row(
+            outcome.model,
+            outcome.optimizer,
+            f"{outcome.num_cuts} of {outcome.num_units}",
+            str(len(outcome.differences)),
+            f"{outcome.worst_error:.3%}",
+        )
+    cuts = sum(outcome.num_cuts for outcome in outcomes)
+    differ = sum(len(outcome.differences) for outcome in outcomes)
+    worst = max((outcome.worst_error for outcome in outcomes), default=0.0)
+    num_models = len({outcome.model for outcome in outcomes})
+    table.add_section()
+    table.add_row(f"{num_models} models", "", str(cuts), str(differ), f"{worst:.3%}")
+    return table
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Elapsed(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+
+
+if __name__ == "__main__":
+    app()

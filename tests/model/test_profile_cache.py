@@ -1,0 +1,124 @@
+"""A profile on disk is found again exactly when nothing it depends on has changed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flwr_smartsplit.model import costs
+from flwr_smartsplit.model.chain import Chain
+from flwr_smartsplit.model.costs import profile_chain
+from flwr_smartsplit.model.profile_cache import profile_digest
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import ChainProfile
+from tests.models import OPTIMIZERS, small_cnn, task_of
+
+
+class Pool(nn.Module):
+    """A leaf whose work depends on a plain attribute that it does not show."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.max_pool2d(x, self.size)
+
+
+def pooled(size: int = 2, width: int = 8) -> nn.Module:
+    """Build a network that pools."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        Pool(size),
+        nn.Flatten(),
+        nn.Linear(width * (12 // size) ** 2, 10),
+    )
+
+
+def chain_of(task: Task) -> Chain:
+    return Chain.from_module(task.model_fn(), task.example_inputs)
+
+
+def digest_of(task: Task, *, batch_size: int = 4) -> str:
+    return profile_digest(chain_of(task), batch_size=batch_size, task=task)
+
+
+def sum_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets, reduction="sum")
+
+
+def scaled_loss(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda outputs, targets: functional.cross_entropy(outputs, targets) * scale
+
+
+TASK = task_of(pooled)
+OTHERS: dict[str, Task] = {
+    "attribute": task_of(partial(pooled, 3)),
+    "width": task_of(partial(pooled, 2, 9)),
+    "frozen": task_of(lambda: pooled().requires_grad_(False).append(nn.Linear(10, 10))),
+    "optimizer": replace(TASK, optimizer_fn=OPTIMIZERS["adam"]),
+    "optimizer's setting": replace(
+        TASK, optimizer_fn=partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    ),
+    "loss": replace(TASK, loss_fn=sum_loss),
+    "closure of the loss": replace(TASK, loss_fn=scaled_loss(2.0)),
+    "other closure of the loss": replace(TASK, loss_fn=scaled_loss(3.0)),
+    "targets": replace(TASK, example_targets=torch.zeros(1, 2, dtype=torch.int64)),
+    "layout": task_of(lambda: pooled().to(memory_format=torch.channels_last)),
+}
+
+
+def test_every_dependency_changes_the_digest():
+    """Model, attributes, layout, optimizer, loss and targets all count."""
+    digests = {name: digest_of(task) for name, task in OTHERS.items()}
+    digests["itself"] = digest_of(TASK)
+    digests["batch size"] = digest_of(TASK, batch_size=5)
+    assert len(set(digests.values())) == len(digests)
+
+
+def test_the_same_recipe_has_the_same_digest():
+    """Two models built alike, and values of parameters, make no difference."""
+    assert digest_of(task_of(small_cnn)) == digest_of(task_of(small_cnn))
+    assert digest_of(TASK) == digest_of(task_of(pooled))
+
+
+def test_a_profile_is_computed_once(tmp_path, monkeypatch):
+    """The second time it comes from the disk, and is the same."""
+    folder = tmp_path / "new" / "folder"
+    chain = chain_of(TASK)
+    ask = partial(profile_chain, chain, batch_size=4, task=TASK)
+    first = ask(cache_dir=folder)
+    assert first == ask()
+    assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+    def forbidden(*_: object, **__: object) -> Any:
+        raise AssertionError("a dry run")
+
+    monkeypatch.setattr(costs, "log_step", forbidden)
+    assert ask(cache_dir=folder) == first
+    with pytest.raises(Exception, match="a dry run"):
+        ask()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"units": [{}]}', "null", "\x00"])
+def test_a_spoilt_file_is_replaced(tmp_path: Path, text: str):
+    """Whatever stands in the file, the profile is right, and so is the file then."""
+    chain = chain_of(TASK)
+    first = profile_chain(chain, batch_size=4, task=TASK, cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text(text, encoding="utf-8")
+    again = profile_chain(chain, batch_size=4, task=TASK, cache_dir=tmp_path)
+    assert again == first
+    assert ChainProfile.from_json(path.read_text(encoding="utf-8")) == first
+
+
+def test_json_that_is_no_profile_is_refused_clearly():
+    """The error says what to do."""
+    with pytest.raises(ValueError, match="not a chain's profile as JSON.*Make one"):
+        ChainProfile.from_json('{"batch_size": 3}')
