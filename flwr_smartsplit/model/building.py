@@ -83,7 +83,7 @@ def build_chain(task: Task) -> Chain:
     NotSplittable
         If torch.fx cannot trace the model.
     InvalidTask
-        If the model does not accept the example inputs.
+        If the model cannot be built, or does not accept the example inputs.
     """
     with _building:
         chain = _chains_by_task.get(task)
@@ -91,8 +91,7 @@ def build_chain(task: Task) -> Chain:
             recipe = _recipe(task)
             chain = _chains_by_recipe.get(recipe) if recipe else None
             if chain is None:
-                with parameters_on_meta():
-                    model = task.model_fn()
+                model = _built(task)
                 if task.units_fn is None:
                     chain = Chain.from_module(model, task.example_inputs)
                 else:
@@ -102,6 +101,25 @@ def build_chain(task: Task) -> Chain:
             if recipe:
                 _chains_by_recipe[recipe] = chain
         return chain
+
+
+def _built(task: Task) -> nn.Module:
+    """Build a task's model with its parameters on meta.
+
+    Raises
+    ------
+    InvalidTask
+        If that fails, for instance since it computes with its parameters.
+    """
+    try:
+        with parameters_on_meta():
+            return task.model_fn()
+    except Exception as error:
+        raise InvalidTask(
+            f"model_fn fails: {type(error).__name__}: {error} While a model is built "
+            "here, its parameters are on the meta device and have no values; buffers "
+            "have. Let model_fn neither read nor mix in parameters' values."
+        ) from error
 
 
 def _recipe(task: Task) -> _Recipe | None:

@@ -185,5 +185,5 @@ class Chain:
         reasons = "; ".join(f"{name}: {why}" for name, why in self.refusals.items())
         raise NotSplittable(
             f"{type(self.model).__name__} cannot be cut anywhere: "
-            f"{reasons or 'no place has a single live tensor'}."
+            f"{reasons or 'it is a single operation'}."
         )

@@ -21,9 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
+from flwr_smartsplit.model.liveness import live_places
 from flwr_smartsplit.model.segment import Batch, Segment, Unit
 
 _READS_MODEL = ("call_module", "get_attr")
+
+Place = tuple[fx.Node, tuple[fx.Node, ...]]
+"""A node whose value may cross, and the sizes that cross with it."""
 
 
 @dataclass
@@ -71,12 +75,30 @@ class _FactFinder(fx.Interpreter):
         self.recorder = recorder
         self.facts: dict[fx.Node, NodeFacts] = {}
 
+    def fetch_args_kwargs_from_env(
+        self, n: fx.Node
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give operations lists of their own: some write into their arguments."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _thawed(tuple(args)), _thawed(dict(kwargs))
+
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep what the recorder saw."""
         self.recorder.facts = self.facts[n] = NodeFacts()
         value = super().run_node(n)
         self.facts[n].value = value
         return value
+
+
+def _thawed(value: Any) -> Any:
+    """Replace the lists and dicts that fx froze by ordinary ones."""
+    if isinstance(value, list):
+        return [_thawed(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_thawed(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _thawed(item) for key, item in value.items()}
+    return value
 
 
 def find_facts(
@@ -153,60 +175,42 @@ def used_by(node: fx.Node) -> list[fx.Node]:
     return module + [n for n in node.all_input_nodes if n.op == "get_attr"]
 
 
-def single_live_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """List the nodes after which their own value is all that is still needed.
-
-    Parameters and constants are read where they are used, so they do not count.
-    """
-    nodes = list(graph.nodes)
-    last_use: dict[fx.Node, int] = {}
-    for index, node in enumerate(nodes):
-        for source in node.all_input_nodes:
-            last_use[source] = index
-    places, live = [], set()
-    for index, node in enumerate(nodes[:-1]):
-        if node.op != "get_attr":
-            live.add(node)
-        live = {n for n in live if last_use.get(n, -1) > index}
-        ends_model = set(node.users) == {nodes[-1]}
-        if node.op not in ("placeholder", "get_attr") and live == {node}:
-            if not ends_model:
-                places.append(node)
-    return places
-
-
 def admissible_cuts(
     model: nn.Module,
     train_graph: fx.Graph,
     eval_graph: fx.Graph,
     facts: dict[fx.Node, NodeFacts],
-) -> tuple[list[tuple[fx.Node, fx.Node]], dict[str, str]]:
+) -> tuple[list[tuple[Place, Place]], dict[str, str]]:
     """Keep the places that can be cut without changing a number.
 
     Returns
     -------
-    cuts : list[tuple[fx.Node, fx.Node]]
-        The nodes whose value may be a boundary, in order: the one of the training
-        graph and the one of the same name of the evaluation graph.
+    cuts : list[tuple[Place, Place]]
+        The places that may be cut, in order: the one of the training graph and the
+        one of the same name of the evaluation graph.
     refusals : dict[str, str]
         For each other place with a single live value, the reason.
     """
     order = {node: index for index, node in enumerate(eval_graph.nodes)}
-    twins = {node.name: node for node in single_live_nodes(eval_graph)}
-    kept: list[tuple[fx.Node, fx.Node]] = []
+    twins = {
+        node.name: (node, sizes) for node, sizes in live_places(eval_graph).items()
+    }
+    kept: list[tuple[Place, Place]] = []
     refusals = {}
-    for node in single_live_nodes(train_graph):
+    for node, sizes in live_places(train_graph).items():
+        twin = twins.get(node.name)
         reason = _refusal(node, facts)
-        if reason is None and node.name not in twins:
+        if reason is None and twin is None:
             reason = "evaluation mode has no such place"
-        if reason is None and kept and order[twins[node.name]] < order[kept[-1][1]]:
-            reason = "evaluation mode comes to it in another order"
-        if reason is None:
-            reason = _tied(model, node, twins[node.name])
-        if reason is None:
-            kept.append((node, twins[node.name]))
+        if reason is None and twin is not None:
+            if kept and order[twin[0]] < order[kept[-1][1][0]]:
+                reason = "evaluation mode comes to it in another order"
+            else:
+                reason = _tied(model, node, twin[0])
+        if reason is None and twin is not None:
+            kept.append(((node, sizes), twin))
         else:
-            refusals[node.name] = reason
+            refusals[node.name] = str(reason)
     return kept, refusals
 
 

@@ -6,7 +6,8 @@ run different code; a place counts only where both can be cut.
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -14,11 +15,13 @@ from torch import fx, nn
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.model.cuttable import (
     NodeFacts,
+    Place,
     admissible_cuts,
     find_facts,
     used_by,
     with_nearest,
 )
+from flwr_smartsplit.model.liveness import as_size, as_tensor, longest_needed
 from flwr_smartsplit.model.modes import modes_restored
 from flwr_smartsplit.model.segment import Batch, Unit
 
@@ -118,17 +121,24 @@ def trace_units(
         eval_parts = _pieces(eval_graph, [evaluate for _, evaluate in cuts])
         names = _unit_names(train_parts)
         units = tuple(
-            _make_unit(model, name, (train, evaluate), facts)
-            for name, train, evaluate in zip(
-                names, train_parts, eval_parts, strict=True
-            )
+            _make_unit(model, name, parts, facts)
+            for name, *parts in zip(names, train_parts, eval_parts, strict=True)
         )
     order = [node.name for node in train_graph.nodes]
-    places = [order.index(train.name) for train, _ in cuts]
-    return units, with_nearest(
-        {order.index(name): (name, reason) for name, reason in refusals.items()},
-        dict(zip(places, names, strict=False)),
-    )
+    refused = {order.index(name): (name, why) for name, why in refusals.items()}
+    if not cuts and not refused:
+        refused = _needed_everywhere(train_graph)
+    places = [order.index(train.name) for (train, _), _ in cuts]
+    return units, with_nearest(refused, dict(zip(places, names, strict=False)))
+
+
+def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
+    """Say of a graph without a single live value which one is in the way most."""
+    found = longest_needed(graph)
+    if found is None:
+        return {}
+    name, count = found
+    return {0: (name, f"it is still needed next to {count} later values")}
 
 
 def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
@@ -144,19 +154,34 @@ def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
         ) from error
 
 
-def _pieces(graph: fx.Graph, cuts: list[fx.Node]) -> list[list[fx.Node]]:
+@dataclass(frozen=True)
+class _Piece:
+    """The nodes between two places, and what enters and leaves."""
+
+    nodes: list[fx.Node]
+    entering: Place | None
+    leaving: Place | None
+
+
+def _pieces(graph: fx.Graph, cuts: list[Place]) -> list[_Piece]:
     """Divide the graph's nodes after each cut; the last piece ends the model."""
     nodes = list(graph.nodes)
-    bounds = [0, *(nodes.index(cut) + 1 for cut in cuts), len(nodes)]
-    return [nodes[low:high] for low, high in itertools.pairwise(bounds)]
+    bounds = [0, *(nodes.index(cut) + 1 for cut, _ in cuts), len(nodes)]
+    places = [None, *cuts, None]
+    return [
+        _Piece(nodes[low:high], entering, leaving)
+        for (low, high), (entering, leaving) in zip(
+            itertools.pairwise(bounds), itertools.pairwise(places), strict=True
+        )
+    ]
 
 
-def _unit_names(pieces: list[list[fx.Node]]) -> list[str]:
+def _unit_names(pieces: list[_Piece]) -> list[str]:
     """Name each piece by its last module, or else its last node; each name once."""
     names: list[str] = []
     for piece in pieces:
-        modules = [str(n.target) for n in piece if n.op == "call_module"]
-        others = [n.name for n in piece if n.op not in ("output", "get_attr")]
+        modules = [str(n.target) for n in piece.nodes if n.op == "call_module"]
+        others = [n.name for n in piece.nodes if n.op not in ("output", "get_attr")]
         name = modules[-1] if modules else (others or ["output"])[-1]
         names.append(name if name not in names else others[-1])
     return names
@@ -165,55 +190,51 @@ def _unit_names(pieces: list[list[fx.Node]]) -> list[str]:
 def _make_unit(
     model: nn.Module,
     name: str,
-    pieces: tuple[list[fx.Node], list[fx.Node]],
+    parts: Sequence[_Piece],
     facts: dict[fx.Node, NodeFacts],
 ) -> Unit:
-    train, evaluate = pieces
-    reads = {str(used.target) for n in (*train, *evaluate) for used in used_by(n)}
+    train, evaluate = parts
+    nodes = (*train.nodes, *evaluate.nodes)
+    reads = {str(used.target) for node in nodes for used in used_by(node)}
     return Unit(
         name=name,
         forward=_function(model, train),
         eval_forward=_function(model, evaluate),
         reads=tuple(sorted(reads)),
-        is_random=any(facts[n].is_random for n in train if n in facts),
+        is_random=any(facts[n].is_random for n in train.nodes if n in facts),
     )
 
 
-def _function(model: nn.Module, piece: list[fx.Node]) -> Callable[..., Any]:
+def _function(model: nn.Module, piece: _Piece) -> Callable[..., Any]:
     """Compile one piece of a graph into ``forward(root, *inputs)``."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    inside = set(piece)
 
     def copy_of(node: fx.Node) -> fx.Node:
         if node not in copies:
-            if node not in inside and node.op != "get_attr":
-                copies[node] = graph.placeholder("boundary")
-            else:
-                copies[node] = graph.node_copy(node, copy_of)
+            copies[node] = graph.node_copy(node, copy_of)
         return copies[node]
 
-    entering = [
-        source
-        for node in piece
-        for source in node.all_input_nodes
-        if source not in inside and source.op != "get_attr"
-    ]
-    for source in dict.fromkeys(entering):
-        copy_of(source)
-    for node in piece:
+    if piece.entering is not None:
+        boundary, sizes = piece.entering
+        copies[boundary] = graph.placeholder("boundary")
+        carriers = [graph.placeholder(f"size_{i}") for i in range(len(sizes))]
+        for size, carrier in zip(sizes, carriers, strict=True):
+            copies[size] = graph.call_function(as_size, (carrier,))
+    for node in piece.nodes:
         if node.op not in ("output", "get_attr"):
             copy_of(node)
-    last = piece[-1]
-    if last.op == "output":
-        result = fx.map_arg(last.args[0], copy_of)
+    if piece.leaving is None:
+        graph.output(fx.map_arg(piece.nodes[-1].args[0], copy_of))
     else:
-        result = copy_of(last)
-    graph.output(result)
+        boundary, sizes = piece.leaving
+        carried = [graph.call_function(as_tensor, (copy_of(s),)) for s in sizes]
+        result = copy_of(boundary)
+        graph.output((result, *carried) if carried else result)
     try:
         return type(fx.GraphModule(model, graph)).forward
     except SyntaxError as error:
-        targets = sorted(str(n.target) for n in piece if n.op == "call_module")
+        targets = sorted(str(n.target) for n in piece.nodes if n.op == "call_module")
         raise NotSplittable(
             f"torch.fx makes no code of {', '.join(targets)}: a name of a module must "
             "not be a word of Python's own. Rename it."

@@ -11,7 +11,7 @@ from torch.nn import functional
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.cuttable import find_facts, single_live_nodes
+from flwr_smartsplit.model.cuttable import find_facts
 from tests.models import Residual, task_of
 
 Operation = Callable[[Tensor], Tensor]
@@ -295,19 +295,6 @@ def test_a_residual_block_is_one_unit():
     chain = Chain.from_module(model, torch.zeros(1, 3, 12, 12))
     assert chain.unit_names == ("0", "1.drop", "relu", "2")
     assert chain.refusals == {}
-
-
-def test_places_are_where_one_value_is_alive():
-    """Neither inputs, nor parameters, nor the output are places; a used value is."""
-
-    def forward(x: Tensor) -> Tensor:
-        a = x + 1
-        b = a * 2
-        c = b - a
-        return (c * c).relu()
-
-    places = single_live_nodes(fx.symbolic_trace(forward).graph)
-    assert [node.name for node in places] == ["add", "sub", "mul_1"]
 
 
 # --- the dry run ----------------------------------------------------------------------

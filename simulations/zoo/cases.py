@@ -1,27 +1,14 @@
-"""Every torchvision classifier, cut and compared: ``python -m simulations.zoo``.
-
-``prove`` trains each model whole in a plain loop and along cut routes, over the bytes
-of the wire, compares to the last bit, and sets predicted against measured peaks.
-``table`` reads every model of torchvision as a chain and writes docs/models.md.
-"""
+"""Which models and cuts are compared, and what comparing one of them gives."""
 
 import json
-import multiprocessing
-import sys
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
-from rich.table import Table
 from torchvision import models
 
 from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
@@ -52,18 +39,11 @@ SUBSET = ("squeezenet1_1", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v
 """What a quick look compares: few parameters, and most of what can go wrong."""
 
 IMAGE_SIDE = 64
-IMAGE_SIDES = {"inception_v3": 128, "maxvit_t": 224, "vit_h_14": 56}
+IMAGE_SIDES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
 """The sides of images that are small, yet large enough."""
 
 NUM_RANDOM_CUTS = 5
 BATCH_SIZE = 3
-
-app = typer.Typer(
-    help="Read, cut and compare every torchvision classifier.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +92,10 @@ class Outcome:
     differences: list[str]
     worst_error: float
     seconds: float
+
+    def to_json(self) -> str:
+        """Write a line of a results file."""
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> Self:
@@ -181,97 +165,9 @@ def all_cases(names: Iterable[str], *, seed: int) -> Iterator[Case]:
             )
 
 
-@app.callback()
-def _main() -> None:
-    """Keep the command's name, also while there is one only."""
-
-
-ModelsOption = Annotated[str, typer.Option(help="all, subset, or names with commas.")]
-OutOption = Annotated[
-    Path | None, typer.Option(help="JSON lines; cases that are there are not run.")
-]
-WorkersOption = Annotated[int, typer.Option(help="Processes, a core each.")]
-SeedOption = Annotated[int, typer.Option(help="Chooses the random cuts and batches.")]
-
-
-@app.command()
-def prove(
-    models: ModelsOption = "all",
-    out: OutOption = None,
-    workers: WorkersOption = 1,
-    seed: SeedOption = 0,
-) -> None:
-    """Compare cut with stock training, bit for bit; exit 1 if anything differs."""
-    groups = {"all": classifiers(), "subset": list(SUBSET)}
-    names = groups.get(models) or models.split(",")
-    done = read_outcomes(out)
-    known = {(outcome.model, outcome.optimizer) for outcome in done}
-    cases = [
-        case
-        for case in all_cases(names, seed=seed)
-        if (case.model, case.optimizer) not in known
-    ]
-    outcomes = [outcome for outcome in done if outcome.model in names]
-    # One process per case: what a model leaves behind harms no other.
-    context = multiprocessing.get_context("spawn")
-    with (
-        _progress() as progress,
-        ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool,
-    ):
-        bar = progress.add_task("models", total=len(cases))
-        for future in as_completed([pool.submit(run_case, case) for case in cases]):
-            outcome = future.result()
-            outcomes.append(outcome)
-            if out is not None:
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(outcome)) + "\n")
-            progress.update(bar, advance=1, description=outcome.model)
-    Console().print(outcome_table(outcomes))
-    failed = [outcome for outcome in outcomes if outcome.differences]
-    for outcome in failed:
-        for text in outcome.differences[:5]:
-            Console().print(f"{outcome.model}, {outcome.optimizer}: {text}")
-    raise typer.Exit(1 if failed else 0)
-
-
 def read_outcomes(path: Path | None) -> list[Outcome]:
     """Read a results file, if there is one."""
     if path is None or not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     return [Outcome.from_json(line) for line in lines]
-
-
-def outcome_table(outcomes: list[Outcome]) -> Table:
-    """Lay out what was compared, a line for each model and optimizer."""
-    table = Table("model", "optimizer", "cuts compared", "differ", "worst prediction")
-    for outcome in sorted(outcomes, key=lambda o: (o.model, o.optimizer)):
-        table.add_row(
-            outcome.model,
-            outcome.optimizer,
-            f"{outcome.num_cuts} of {outcome.num_units}",
-            str(len(outcome.differences)),
-            f"{outcome.worst_error:.3%}",
-        )
-    cuts = sum(outcome.num_cuts for outcome in outcomes)
-    differ = sum(len(outcome.differences) for outcome in outcomes)
-    worst = max((outcome.worst_error for outcome in outcomes), default=0.0)
-    num_models = len({outcome.model for outcome in outcomes})
-    table.add_section()
-    table.add_row(f"{num_models} models", "", str(cuts), str(differ), f"{worst:.3%}")
-    return table
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Elapsed(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,107 @@
+"""What is still needed after each operation of a model's graph.
+
+A place for a cut is an operation after which one tensor is all that is still needed,
+besides parameters, which are read where they are used, and sizes. Sizes are whole
+numbers that a model reads off the shape of a tensor; they travel along as the shape
+of an empty tensor, so that neither memory nor values are involved.
+"""
+
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_NUMBERS, _SIZE, _TUPLE = range(3)
+_ARITHMETIC = (
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.floordiv,
+    operator.mod,
+)
+
+
+def live_places(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Find the nodes after which one tensor is alive, and the sizes alive with it.
+
+    A node whose value only ends the model is none.
+    """
+    last = list(graph.nodes)[-1]
+    places = {}
+    for node, live in _live_after(graph).items():
+        tensors = {other for other in live if not is_size(other)}
+        if node.op in ("placeholder", "get_attr") or tensors != {node}:
+            continue
+        if set(node.users) != {last}:
+            places[node] = tuple(other for other in live if is_size(other))
+    return places
+
+
+def longest_needed(graph: fx.Graph) -> tuple[str, int] | None:
+    """Name the value that is alive next to most others, and count those."""
+    counts = Counter(
+        other.name
+        for node, live in _live_after(graph).items()
+        for other in live
+        if other is not node and not is_size(other)
+    )
+    return counts.most_common(1)[0] if counts else None
+
+
+def _live_after(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """List what is still needed after each node, in the order it was made."""
+    nodes = list(graph.nodes)
+    last_use = {
+        source: index
+        for index, node in enumerate(nodes)
+        for source in node.all_input_nodes
+    }
+    after: dict[fx.Node, list[fx.Node]] = {}
+    live: list[fx.Node] = []
+    for index, node in enumerate(nodes[:-1]):
+        if node.op != "get_attr":
+            live = [*live, node]
+        live = [other for other in live if last_use.get(other, -1) > index]
+        after[node] = live
+    return after
+
+
+def is_size(node: fx.Node) -> bool:
+    """Say whether a node's value is a size: whole numbers off a tensor's shape."""
+    sources = node.all_input_nodes
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1:2] in (("shape",), ("ndim",))
+    if node.target in (operator.getitem, *_ARITHMETIC, len, int):
+        return bool(sources) and all(map(is_size, sources))
+    return False
+
+
+def as_tensor(value: Any) -> Tensor:
+    """Write a size as the shape of an empty tensor.
+
+    Examples
+    --------
+    >>> as_tensor(torch.Size([4, 6])).shape
+    torch.Size([0, 1, 4, 6])
+    >>> as_size(as_tensor(torch.Size([4, 6]))), as_size(as_tensor(7))
+    (torch.Size([4, 6]), 7)
+    """
+    if isinstance(value, torch.Size):
+        return torch.empty(0, _SIZE, *value)
+    if isinstance(value, tuple):
+        return torch.empty(0, _TUPLE, *value)
+    return torch.empty(0, _NUMBERS, value)
+
+
+def as_size(carrier: Tensor) -> Any:
+    """Read a size off the shape of an empty tensor."""
+    _, kind, *values = carrier.shape
+    if kind == _SIZE:
+        return torch.Size(values)
+    return tuple(values) if kind == _TUPLE else values[0]
