@@ -17,6 +17,7 @@ from torchvision import models
 
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.model.building import parameters_on_meta
+from flwr_smartsplit.model.cuttable import torch_log_silenced
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.task import Task
 
@@ -79,8 +80,8 @@ def task_of(
         return task
     if not isinstance(made, nn.Module):
         raise UnknownModel(
-            f"{model} returned a {type(made).__name__}: let it return an nn.Module or "
-            "a flwr_smartsplit.Task."
+            f"{model} returned {type(made).__name__}: let it return an nn.Module or a "
+            "flwr_smartsplit.Task."
         )
     if input_shape is None:
         raise UnknownModel(
@@ -168,12 +169,13 @@ def _num_classes(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     module = fake_copy(model, mode)
     inputs = fake_batch(torch.zeros(1, *input_shape), mode, batch_size=2)
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), torch_log_silenced():
             outputs = module.train()(inputs)
     except Exception as error:
         raise UnknownModel(
-            f"{type(model).__name__} cannot run on an input of shape {input_shape}: "
-            f"{first_line(error)}"
+            f"a dry run of {type(model).__name__} on inputs of shape {input_shape} "
+            f"fails: {first_line(error)} Its forward must take them and not look at "
+            "values."
         ) from error
     main = outputs[0] if isinstance(outputs, tuple) and outputs else outputs
     shape = tuple(main.shape) if isinstance(main, torch.Tensor) else None
@@ -214,8 +216,8 @@ def _imported(path: str) -> Callable[[], Any]:
         ) from error
     if not callable(function):
         raise UnknownModel(
-            f"MODEL {path!r} is a {type(function).__name__}: name a function that "
-            "builds the model."
+            f"MODEL {path!r} is of type {type(function).__name__}: name a function "
+            "that builds the model."
         )
     return function  # type: ignore[no-any-return]
 

@@ -14,6 +14,18 @@ import torch
 from torch import Tensor, fx
 
 _NUMBERS, _SIZE, _TUPLE = range(3)
+_RESHAPES = (
+    "as_strided_",
+    "resize_",
+    "resize_as_",
+    "set_",
+    "squeeze_",
+    "swapaxes_",
+    "swapdims_",
+    "t_",
+    "transpose_",
+    "unsqueeze_",
+)
 _ARITHMETIC = (
     operator.add,
     operator.sub,
@@ -21,6 +33,21 @@ _ARITHMETIC = (
     operator.floordiv,
     operator.mod,
 )
+
+
+def read_sizes_early(graph: fx.Graph) -> None:
+    """Move each reading of a tensor's shape to where the tensor is made.
+
+    Else a tensor would stay alive until its shape is read, as that of the input for a
+    final interpolation. Where an operator changes a shape in place, all stays.
+    """
+    nodes = list(graph.nodes)
+    if any(node.op == "call_method" and node.target in _RESHAPES for node in nodes):
+        return
+    for node in reversed(nodes):
+        sources = node.all_input_nodes
+        if is_size(node) and len(sources) == 1 and not is_size(sources[0]):
+            sources[0].append(node)
 
 
 def live_places(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:

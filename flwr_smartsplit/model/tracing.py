@@ -21,7 +21,12 @@ from flwr_smartsplit.model.cuttable import (
     used_by,
     with_nearest,
 )
-from flwr_smartsplit.model.liveness import as_size, as_tensor, longest_needed
+from flwr_smartsplit.model.liveness import (
+    as_size,
+    as_tensor,
+    longest_needed,
+    read_sizes_early,
+)
 from flwr_smartsplit.model.modes import modes_restored
 from flwr_smartsplit.model.segment import Batch, Unit
 
@@ -143,7 +148,7 @@ def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
 
 def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
     try:
-        return _Tracer(inputs).trace(model)
+        graph = _Tracer(inputs).trace(model)
     except NotSplittable:
         raise
     except Exception as error:
@@ -152,6 +157,8 @@ def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
             "not branch on the values of tensors; or list its units by hand, with "
             "Chain.from_units and Task(units_fn=...)."
         ) from error
+    read_sizes_early(graph)
+    return graph
 
 
 @dataclass(frozen=True)

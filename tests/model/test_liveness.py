@@ -8,7 +8,12 @@ from torch.nn import functional
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.model.liveness import as_size, as_tensor, live_places
+from flwr_smartsplit.model.liveness import (
+    as_size,
+    as_tensor,
+    live_places,
+    read_sizes_early,
+)
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
 from flwr_smartsplit.task import Task
@@ -125,6 +130,30 @@ def test_sizes_cross_the_wire_and_change_nothing():
             assert found.differences == ()
             predicted = predicted_peak_bytes(profile, Route.split(cut))
             assert predicted == found.measured_peak_bytes
+
+
+def late_reader(x: Tensor) -> Tensor:
+    y = x.relu().sigmoid()
+    return functional.interpolate(y, size=x.shape[-2:])
+
+
+def reshaper(x: Tensor) -> Tensor:
+    y = x.relu()
+    z = y.sigmoid().tanh()
+    y.unsqueeze_(0)
+    return z.view(y.shape)
+
+
+def test_a_shape_is_read_before_its_tensor_is_gone():
+    """The input need not stay for its size; where a shape changes, nothing moves."""
+    graph = fx.symbolic_trace(late_reader).graph
+    assert list(live_places(graph)) == []
+    read_sizes_early(graph)
+    assert [node.name for node in live_places(graph)] == ["relu", "sigmoid"]
+    graph = fx.symbolic_trace(reshaper).graph
+    before = [node.name for node in graph.nodes]
+    read_sizes_early(graph)
+    assert [node.name for node in graph.nodes] == before
 
 
 class Skips(nn.Module):

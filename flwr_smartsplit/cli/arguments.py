@@ -1,0 +1,122 @@
+"""Words of a command line as values: shapes, sizes, and which cuts to check.
+
+Nothing here needs torch, so a slip of the pen is answered at once.
+"""
+
+import math
+import re
+from random import Random
+
+from flwr_smartsplit.errors import SmartSplitError
+
+_UNIT_BYTES = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]+)", re.ASCII)
+_CUTS_SYNTAX = "all, or with commas: first, middle, last, a number, random:N"
+
+
+class BadArgument(SmartSplitError):
+    """A word of the command line that means nothing here."""
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read the shape of one input.
+
+    Raises
+    ------
+    BadArgument
+        If it is not a list of positive whole numbers.
+
+    Examples
+    --------
+    >>> parse_shape("3x32x32"), parse_shape("784")
+    ((3, 32, 32), (784,))
+    """
+    words = text.lower().split("x")
+    if not all(re.fullmatch("0*[1-9][0-9]{0,8}", word) for word in words):
+        raise BadArgument(
+            f"--input {text!r} is no shape: write positive whole numbers with x "
+            "between them and without the batch, such as 3x32x32."
+        )
+    return tuple(map(int, words))
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size with its unit.
+
+    Raises
+    ------
+    BadArgument
+        If it is not a number with a binary unit, or less than one byte.
+
+    Examples
+    --------
+    >>> parse_bytes("64MiB"), parse_bytes("1.5 kib")
+    (67108864, 1536)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit_bytes = _UNIT_BYTES.get(match[2].lower()) if match else None
+    size = math.floor(float(match[1]) * unit_bytes) if match and unit_bytes else 0
+    if size < 1:
+        raise BadArgument(
+            f"--budget {text!r} is no size: write a positive number and B, KiB, MiB, "
+            "GiB or TiB, such as 64MiB."
+        )
+    return size
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch without examples.
+
+    Raises
+    ------
+    BadArgument
+        If it is less than one.
+    """
+    if batch_size < 1:
+        raise BadArgument(f"--batch-size {batch_size} is less than 1.")
+
+
+def choose_cuts(text: str, *, num_units: int, rng: Random) -> tuple[int, ...]:
+    """Choose the cuts that a text names, each once and in order.
+
+    Parameters
+    ----------
+    text : str
+        ``all``, ``first``, ``middle``, ``last``, a number or ``random:N``; several
+        with commas.
+    num_units : int
+        Units of the chain; its cuts are ``1..num_units - 1``.
+    rng : Random
+        Draws what is left to chance.
+
+    Raises
+    ------
+    BadArgument
+        If the text names something else.
+
+    Examples
+    --------
+    >>> choose_cuts("first,middle,last", num_units=14, rng=Random(0))
+    (1, 7, 13)
+    >>> choose_cuts("all", num_units=4, rng=Random(0))
+    (1, 2, 3)
+    """
+    last = num_units - 1
+    named = {"first": [1], "middle": [num_units // 2], "last": [last]}
+    named["all"] = [*range(1, num_units)]
+    chosen: set[int] = set()
+    for word in map(str.strip, text.lower().split(",")):
+        match = re.fullmatch(r"(random:)?([0-9]{1,9})", word, re.ASCII)
+        number = int(match[2]) if match else 0
+        if word not in named and number < 1:
+            raise BadArgument(f"--cuts {text!r} is not known: write {_CUTS_SYNTAX}.")
+        if match and match[1]:
+            chosen.update(rng.sample(range(1, num_units), min(number, last)))
+        elif match and last and number > last:
+            raise BadArgument(
+                f"--cuts names {number}, but the {num_units} units can be cut at "
+                f"1..{last} only."
+            )
+        else:
+            chosen.update(named.get(word, [number]))
+    return tuple(sorted(cut for cut in chosen if 1 <= cut <= last))

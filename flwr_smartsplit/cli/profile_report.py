@@ -1,0 +1,232 @@
+"""What ``smartsplit profile`` says: the costs, the refusals, what fits a budget."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from flwr_smartsplit.cli.subject import Subject
+from flwr_smartsplit.errors import NoFeasibleRoute, bytes_text
+from flwr_smartsplit.policy.cuts import deepest_route
+from flwr_smartsplit.types import EDGE, ChainProfile, Route, UnitCost
+
+MAX_REFUSALS = 5
+_HEADERS = (
+    "cut",
+    "last unit\non the device",
+    "param-\neters",
+    "gradi-\nents",
+    "optim.\nstate",
+    "saved\nactiv.",
+    "bound-\nary",
+    "fwd.\nFLOPs",
+    "device\npeak",
+    "whole\n/ peak",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileReport:
+    """A profiled model, and the memory that a device may use.
+
+    Parameters
+    ----------
+    subject : Subject
+        The model and its profile.
+    budget_bytes : int or None
+        What a device's tensors may take; None if nobody asked.
+    """
+
+    subject: Subject
+    budget_bytes: int | None
+
+    def as_json(self) -> str:
+        """Write everything as one JSON object."""
+        subject, profile = self.subject, self.subject.profile
+        facts: dict[str, Any] = {
+            "model": subject.model,
+            "input_shapes": subject.input_shapes,
+            "optimizer": subject.optimizer,
+            "versions": versions(),
+            **asdict(profile),
+            "whole_peak_bytes": profile.units[-1].device_peak_bytes,
+            "least_memory_cut": least_memory_cut(profile),
+            "refusals": subject.refusals,
+            "no_cut_reason": subject.no_cut_reason,
+            "budget_bytes": self.budget_bytes,
+        }
+        if self.budget_bytes is not None:
+            route = self.deepest_route()
+            facts["cuts_within_budget"] = self.fitting_cuts()
+            facts["deepest_route"] = None if route is None else str(route)
+        return json.dumps(facts)
+
+    def for_people(self) -> RenderableType:
+        """Lay the costs out as a table, with what they mean below."""
+        lines = self._memory_lines()
+        if self.budget_bytes is not None:
+            lines.append(self._budget_text(self.budget_bytes))
+        lines.append(self._refusals_text())
+        heading = self.subject.heading()
+        return Group(f"{heading}\n", self._table(), *(f"\n{line}" for line in lines))
+
+    def fitting_cuts(self) -> list[int]:
+        """List the cuts whose device part fits the budget."""
+        return [
+            cut
+            for cut, unit in enumerate(self.subject.profile.units[:-1], start=1)
+            if self._fits(unit)
+        ]
+
+    def deepest_route(self) -> Route | None:
+        """Choose the route that the strategy would take; None if nothing fits."""
+        try:
+            return deepest_route(
+                self.subject.profile, budget_bytes=self.budget_bytes, edge=EDGE
+            )
+        except NoFeasibleRoute:
+            return None
+
+    def _fits(self, unit: UnitCost) -> bool:
+        budget_bytes = self.budget_bytes
+        return budget_bytes is not None and unit.device_peak_bytes <= budget_bytes
+
+    def _table(self) -> Table:
+        """Show one row per unit; the last is the whole model."""
+        profile = self.subject.profile
+        whole_bytes = profile.units[-1].device_peak_bytes
+        table = Table(box=None, pad_edge=False, collapse_padding=True)
+        for header in _HEADERS:
+            is_name = header == _HEADERS[1]
+            table.add_column(
+                header,
+                justify="left" if is_name else "right",
+                no_wrap=is_name,
+                overflow="fold",
+            )
+        if self.budget_bytes is not None:
+            table.add_column("\nfits")
+        for cut, unit in enumerate(profile.units, start=1):
+            is_whole = cut == len(profile.units)
+            cells = [
+                "whole" if is_whole else str(cut),
+                unit.name,
+                bytes_text(unit.parameter_bytes),
+                bytes_text(unit.gradient_bytes),
+                bytes_text(unit.optimizer_state_bytes),
+                bytes_text(unit.saved_bytes),
+                "" if is_whole else bytes_text(unit.boundary_bytes),
+                count_text(unit.forward_flops),
+                bytes_text(unit.device_peak_bytes),
+                f"{whole_bytes / unit.device_peak_bytes:.3g}",
+            ]
+            if self.budget_bytes is not None:
+                cells.append("yes" if self._fits(unit) else "no")
+            table.add_row(*cells)
+        return table
+
+    def _memory_lines(self) -> list[str]:
+        """Say what the whole model needs, and which cut needs the least."""
+        profile = self.subject.profile
+        whole_bytes = profile.units[-1].device_peak_bytes
+        whole_text, batch_text = map(bytes_text, (whole_bytes, profile.batch_bytes))
+        text = (
+            f"The whole model needs {whole_text} on the device; a batch, {batch_text}."
+        )
+        lines = [text]
+        cut = least_memory_cut(profile)
+        if cut is not None:
+            unit = profile.units[cut - 1]
+            ratio = whole_bytes / unit.device_peak_bytes
+            lines.append(
+                f"Cut {cut} (after {unit.name}) needs the least: "
+                f"{bytes_text(unit.device_peak_bytes)}, {ratio:.3g} times less."
+            )
+        return lines
+
+    def _refusals_text(self) -> str:
+        """List the first places that must not be cut."""
+        if self.subject.no_cut_reason is not None:
+            return self.subject.no_cut_reason
+        refusals = list(self.subject.refusals.items())
+        if not refusals:
+            return "Every place where a single tensor passes can be cut."
+        lines = [f"{len(refusals)} more places look like a cut and must not be one:"]
+        lines += [f"  {name}: {reason}" for name, reason in refusals[:MAX_REFUSALS]]
+        if len(refusals) > MAX_REFUSALS:
+            lines.append(
+                f"  and {len(refusals) - MAX_REFUSALS} more; --json lists them all"
+            )
+        return "\n".join(lines)
+
+    def _budget_text(self, budget_bytes: int) -> str:
+        """Say what fits, and which route the strategy would take."""
+        profile = self.subject.profile
+        route = self.deepest_route()
+        if route is None:
+            least = min(unit.device_peak_bytes for unit in profile.units)
+            return (
+                f"Nothing fits {bytes_text(budget_bytes)}: it takes at least "
+                f"{bytes_text(least)}. Lower the batch size or raise the budget."
+            )
+        cuts = self.fitting_cuts()
+        fitting = [f"cuts {spans_text(cuts)}"] if cuts else []
+        if self._fits(profile.units[-1]):
+            fitting.append("the whole model")
+        where = f", after {profile.units[route.cuts[0] - 1].name}" if route.cuts else ""
+        return (
+            f"Within {bytes_text(budget_bytes)} fit {' and '.join(fitting)}. "
+            f"The deepest route: {route}{where}."
+        )
+
+
+def least_memory_cut(profile: ChainProfile) -> int | None:
+    """Find the cut with the least peak on the device; None if there is no cut."""
+    peaks = [unit.device_peak_bytes for unit in profile.units[:-1]]
+    return peaks.index(min(peaks)) + 1 if peaks else None
+
+
+def versions() -> dict[str, str]:
+    """Name the versions that the numbers depend on."""
+    try:
+        ours = version("flwr-smartsplit")
+    except PackageNotFoundError:
+        ours = "not installed"
+    return {"torch": str(torch.__version__), "flwr_smartsplit": ours}
+
+
+def count_text(count: int) -> str:
+    """Write a count for a person, with three digits.
+
+    Examples
+    --------
+    >>> count_text(0), count_text(950), count_text(1_814_073_344)
+    ('0', '950', '1.81 G')
+    """
+    size, prefix = float(count), ""
+    for larger in ("k", "M", "G", "T"):
+        if size < 999.5:  # noqa: PLR2004 - three digits
+            break
+        size, prefix = size / 1000, larger
+    return f"{count}" if not prefix else f"{size:.3g} {prefix}"
+
+
+def spans_text(numbers: list[int]) -> str:
+    """Write ascending numbers, with neighbours joined.
+
+    Examples
+    --------
+    >>> spans_text([1, 2, 3, 7])
+    '1–3, 7'
+    """
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ", ".join("–".join(map(str, span)) for span in spans)
