@@ -132,7 +132,7 @@ def _read(model: str, task: Task) -> tuple[Task, Chain, str | None]:
     except SmartSplitError:
         raise
     except Exception as error:
-        raise UnknownModel(f"{model} cannot be built: {first_line(error)}") from error
+        raise UnknownModel(f"{model} cannot be read: {first_line(error)}") from error
     return task, chain, None
 
 

@@ -116,9 +116,9 @@ def _built(task: Task) -> nn.Module:
             return task.model_fn()
     except Exception as error:
         raise InvalidTask(
-            f"model_fn fails: {type(error).__name__}: {error} While a model is built "
-            "here, its parameters are on the meta device and have no values; buffers "
-            "have. Let model_fn neither read nor mix in parameters' values."
+            f"model_fn fails: {type(error).__name__}: {str(error).rstrip('.')}. (If it "
+            "works elsewhere: here parameters have no values while a model is built; "
+            "let model_fn compute nothing from them.)"
         ) from error
 
 

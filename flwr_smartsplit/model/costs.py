@@ -88,10 +88,10 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         optimizers = _optimizer_costs(chain, task, log)
         flops = _forward_flops(chain, batch_size=batch_size)
     except Exception as error:
-        reason = (str(error) or "no message").splitlines()[0]
+        reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
             f"a dry run of {type(chain.model).__name__} at batch size {batch_size} "
-            f"fails: {type(error).__name__}: {reason} Model, loss "
+            f"fails: {type(error).__name__}: {reason}. Model, loss "
             "and optimizer must fit the examples and not look at values.",
             batch_size=batch_size,
         ) from error
@@ -156,19 +156,30 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
     if temporary_bytes(heads[-1]) != log.optimizer_temporary_bytes:
         # It steps many parameters at once (foreach): only a step of all of them tells.
         temporary_bytes = costs.temporary_bytes_at_once
-    units = (_trained(chain.segment(i, i + 1), log) for i in range(len(chain)))
+    segments = [chain.segment(index, index + 1) for index in range(len(chain))]
+    units = [(_trained(segment, log), _idle(segment, log)) for segment in segments]
     return [
         _OptimizerCost(
             gradient_bytes=_total_bytes(unit),
-            state_bytes=costs.state_bytes(unit),
+            state_bytes=costs.state_bytes(unit) + costs.early_state_bytes(idle),
             head_temporary_bytes=temporary_bytes(head),
         )
-        for unit, head in zip(units, heads, strict=True)
+        for (unit, idle), head in zip(units, heads, strict=True)
     ]
 
 
 def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:
+    """List the parameters that get a gradient."""
     return [p for name, p in segment.named_parameters() if name in log.trained]
+
+
+def _idle(segment: nn.Module, log: StepLog) -> list[Tensor]:
+    """List the parameters that an optimizer has, but that never get a gradient."""
+    return [
+        parameter
+        for name, parameter in segment.named_parameters()
+        if parameter.requires_grad and name not in log.trained
+    ]
 
 
 def _forward_flops(chain: Chain, *, batch_size: int) -> list[int]:

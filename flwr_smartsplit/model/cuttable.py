@@ -141,10 +141,12 @@ def cannot_run(
 ) -> InvalidTask:
     """Say that a dry run of a model, or a part of it, on its example inputs failed."""
     shapes = [tuple(example.shape) for example in tree_leaves(example_inputs)]
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    if "convert all Tensors to FakeTensors" in reason:
+        reason = "it uses a tensor that it does not name in its reads"
     return InvalidTask(
         f"{f'{part} of ' if part else ''}{type(model).__name__} cannot run on "
-        f"example inputs of shape {shapes}: {reason} Give example inputs that the "
+        f"example inputs of shape {shapes}: {reason}. Give example inputs that the "
         "model accepts.",
         shapes=shapes,
     )

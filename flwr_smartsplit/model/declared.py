@@ -56,6 +56,7 @@ def declared_units(
     InvalidTask
         If a unit does not run on what the one before it returns.
     """
+    units = list(units)
     problems = _list_problems(model, units)
     if problems:
         raise NotSplittable(
@@ -80,6 +81,9 @@ def declared_units(
 
 def _list_problems(model: nn.Module, units: Sequence[Unit]) -> list[str]:
     """Say what is wrong with the list itself."""
+    strangers = [unit for unit in units if not isinstance(unit, Unit)]
+    if strangers:
+        return [f"{strangers[0]!r} is not a Unit"]
     problems = [] if units else ["the list is empty"]
     names = [unit.name for unit in units]
     problems += [
@@ -89,6 +93,13 @@ def _list_problems(model: nn.Module, units: Sequence[Unit]) -> list[str]:
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    known |= {  # Tensors that are plain attributes.
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    known.discard("")
     reads = {name for unit in units for name in unit.reads}
     problems += [f"{name} is not in the model" for name in sorted(reads - known)]
     read = {id(p) for name in reads & known for p in _parameters_at(model, name)}

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
 from flwr_smartsplit.model.dry_run import fake_like
 from flwr_smartsplit.model.memory import MemoryMeter
@@ -30,6 +31,17 @@ class OptimizerCosts:
     def state_bytes(self, parameters: Sequence[Tensor]) -> int:
         """Size of what the optimizer keeps from step to step."""
         return sum(self._step([parameter])[0] for parameter in parameters)
+
+    def early_state_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """Size of what the optimizer makes at once, also without any gradient."""
+        if not parameters:
+            return 0
+        mode, meter = FakeTensorMode(), MemoryMeter()
+        twins = [fake_like(parameter, mode) for parameter in parameters]
+        with mode:
+            optimizer = self._built(twins)
+            meter.track(optimizer)
+            return meter.live_bytes
 
     def temporary_bytes(self, parameters: Sequence[Tensor]) -> int:
         """Most that a step makes and frees, if parameters are stepped one by one.
@@ -64,7 +76,7 @@ class OptimizerCosts:
         with mode:
             for twin in twins:
                 twin.grad = torch.empty_like(twin)
-            optimizer = self._task.optimizer_fn(nn.ParameterList(twins).parameters())
+            optimizer = self._built(twins)
             optimizer.step()
             meter.track(optimizer)
             state_bytes = meter.live_bytes
@@ -73,3 +85,6 @@ class OptimizerCosts:
             with meter:
                 optimizer.step()
         return state_bytes, meter.peak_bytes - before
+
+    def _built(self, parameters: Sequence[Tensor]) -> Optimizer:
+        return self._task.optimizer_fn(nn.ParameterList(parameters).parameters())

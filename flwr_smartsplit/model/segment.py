@@ -276,6 +276,9 @@ class SegmentRunner:
         outputs = self._run(inputs, step, inputs_are_boundary)
         with phase("loss"):
             loss = self.task.loss_fn(outputs, targets)
+            if loss.untyped_storage().nbytes() > loss.nbytes:
+                # Some losses leave their mean where all of their terms were.
+                loss = loss.clone()
         del outputs  # What backward needs of them, the graph holds.
         with phase("backward"):
             loss.backward()

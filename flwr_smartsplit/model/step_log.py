@@ -216,7 +216,7 @@ def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
             )
         meter.track(batch, targets)
         batch_bytes = meter.live_bytes
-        meter.track(segment)
+        meter.track(segment, runner.optimizer)  # Some make their state at once.
         with meter:
             for step in range(2):
                 start = meter.position

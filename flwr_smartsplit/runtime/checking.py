@@ -6,31 +6,27 @@ over the bytes of the wire, and everything is compared to the last bit.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from flwr_smartsplit.model.building import build_chain, state_of
 from flwr_smartsplit.model.cap import CapMode
-from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.memory import unmetered
 from flwr_smartsplit.model.segment import Batch
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.local_edge import LocalEdge
-from flwr_smartsplit.runtime.randomness import derived_seed
+from flwr_smartsplit.runtime.randomness import UnitStreams
+from flwr_smartsplit.runtime.stock import Batches, train_stock
 from flwr_smartsplit.runtime.threads import torch_threads
 from flwr_smartsplit.runtime.training import (
     Conditions,
@@ -42,7 +38,6 @@ from flwr_smartsplit.runtime.wire import state_digest
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientPlan, Route, Status
 
-Batches = Sequence[tuple[Batch, Tensor]]
 State = Mapping[str, npt.NDArray[Any]]
 
 _CLIENT, _ROUND, _SEED = "check", 1, 0
@@ -100,12 +95,20 @@ class RouteChecker:
         self._batches = batches
         self._gradients = _GradientLog(task.optimizer_fn)
         self._task = replace(task, optimizer_fn=self._gradients)
-        model = _built(task)
+        with torch.random.fork_rng():
+            torch.manual_seed(_SEED)
+            model = task.model_fn()
         self._state = state_of(model)
         self._digest = state_digest(self._state)
         with torch_threads(1):
-            self._truth = _train_stock(model, self.chain, self._task, batches)
-        self._gradients.name([model])
+            self._truth = train_stock(
+                model,
+                self._task,
+                batches,
+                chain=self.chain,
+                streams=UnitStreams(_SEED, _ROUND, _CLIENT),
+            )
+        self._gradients.name(_names([model], model))
         self._true_gradients = self._gradients.take()
         self._final = state_of(model)
         self._edge = LocalEdge()
@@ -114,7 +117,11 @@ class RouteChecker:
     def __enter__(self) -> Self:
         """Start the edge."""
         self._address = self._edge.start(self._task)
-        self._send(wire.HoldState(self._digest, self._state))
+        try:
+            self._send(wire.HoldState(self._digest, self._state))
+        except BaseException:
+            self._edge.stop(self._address)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,12 +166,14 @@ class RouteChecker:
         if report.status is not Status.OK:
             differences.append(f"training ends with: {report.message}")
             return outcome
-        self._gradients.name([self.chain.segment(leg.start, leg.stop) for leg in legs])
+        segments = [self.chain.segment(leg.start, leg.stop) for leg in legs]
+        self._gradients.name(_names(segments, self.chain.model))
         differences += _differing(self._true_gradients, self._gradients.take())
         if report.loss != self._truth.train_loss:
             differences.append(f"loss {report.loss!r}, not {self._truth.train_loss!r}")
         differences += self._state_differences(outcome)
-        loss = evaluate_locally(plan, state, self._fresh(), conditions).loss
+        first = itertools.islice(self._fresh(), 1)
+        loss = evaluate_locally(plan, state, first, conditions).loss
         if loss != self._truth.eval_loss:
             differences.append(
                 f"evaluation loss {loss!r}, not {self._truth.eval_loss!r}"
@@ -233,113 +242,6 @@ def example_batches(task: Task, *, batch_size: int, seed: int = 0) -> Batches:
     ]
 
 
-# --- the stock model ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Truth:
-    """Mean losses of the stock model: before training, and while it trained."""
-
-    eval_loss: float
-    train_loss: float
-
-
-def _built(task: Task) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(_SEED)
-        return task.model_fn()
-
-
-def _train_stock(
-    model: nn.Module, chain: Chain, task: Task, batches: Batches
-) -> _Truth:
-    """Evaluate and train the module in a plain loop."""
-    model.eval()
-    with torch.no_grad():
-        eval_loss = _mean_loss(
-            (task.loss_fn(_call(model, inputs), targets), targets)
-            for inputs, targets in batches
-        )
-    model.train()
-    optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
-    firsts = _first_draws(chain, batches[0][0])
-    losses = []
-    for step, (inputs, targets) in enumerate(batches):
-        optimizer.zero_grad()
-        with _Chance(firsts, step) if firsts else nullcontext():
-            outputs = _call(model, inputs)
-        loss = task.loss_fn(outputs, targets)
-        loss.backward()
-        optimizer.step()
-        losses.append((loss.detach(), targets))
-    return _Truth(eval_loss, _mean_loss(losses))
-
-
-def _call(model: nn.Module, inputs: Batch) -> Any:
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-def _mean_loss(losses: Iterable[tuple[Tensor, Tensor]]) -> float:
-    total, examples = 0.0, 0
-    for loss, targets in losses:
-        total += float(loss) * int(targets.shape[0])
-        examples += int(targets.shape[0])
-    return total / examples
-
-
-class _Draws(TorchDispatchMode):
-    """Count the operators that draw random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.drawing()
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-    def drawing(self) -> None:
-        """Act before an operator that draws."""
-
-
-class _Chance(_Draws):
-    """Let the stock model draw what its units draw: seed where each one begins."""
-
-    def __init__(self, firsts: Mapping[int, int], step: int) -> None:
-        super().__init__()
-        self._firsts = firsts
-        self._step = step
-
-    def drawing(self) -> None:
-        """Seed torch's generator if a unit's first draw comes now."""
-        unit = self._firsts.get(self.count)
-        if unit is not None:
-            seed = derived_seed(_SEED, _ROUND, _CLIENT, self._step, unit)
-            torch.default_generator.manual_seed(seed)
-
-
-def _first_draws(chain: Chain, inputs: Batch) -> dict[int, int]:
-    """Find the number of each unit's first draw among all draws of a forward."""
-    mode, draws = FakeTensorMode(), _Draws()
-    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
-    batch = fake_batch(inputs, mode, batch_size=len(tree_leaves(inputs)[0]))
-    counts = [0]
-    with mode, draws:
-        segment(batch, observe=lambda *_: counts.append(draws.count))
-    drawn = enumerate(pairwise(counts))
-    return {before: unit for unit, (before, after) in drawn if after > before}
-
-
 # --- gradients ------------------------------------------------------------------------
 
 
@@ -362,13 +264,8 @@ class _GradientLog:
         )
         return optimizer
 
-    def name(self, segments: Sequence[nn.Module]) -> None:
-        """Give what was written names, by the segments whose optimizers were built."""
-        owners = [
-            names
-            for segment in segments
-            if (names := [n for n, p in segment.named_parameters() if p.requires_grad])
-        ]
+    def name(self, owners: Sequence[Sequence[str]]) -> None:
+        """Give what was written names, those of each optimizer's parameters."""
         for names, steps in zip(owners, self._steps, strict=True):
             for step, digests in enumerate(steps):
                 self._named |= {
@@ -381,6 +278,19 @@ class _GradientLog:
         """Return what was written, and start anew."""
         named, self._named, self._steps = self._named, {}, []
         return named
+
+
+def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
+    """Name the trained parameters of segments as the model does, where there are any.
+
+    A tied parameter has several names; the model's first one counts.
+    """
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners = (
+        [known[id(p)] for p in segment.parameters() if p.requires_grad]
+        for segment in segments
+    )
+    return [names for names in owners if names]
 
 
 @unmetered()

@@ -1,7 +1,6 @@
 """The meter: live tensor storages, to the byte."""
 
 import gc
-import threading
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -80,8 +79,11 @@ def test_in_place_operators_and_given_outputs_make_nothing():
         grown = torch.empty(0)
         torch.neg(values, out=grown)
         assert meter.live_bytes == 200 * FLOAT
-        grown.resize_(300)
+        grown.resize_(300).resize_(7)
         assert meter.live_bytes == 400 * FLOAT
+        grown.untyped_storage().resize_(0)  # No operator: seen at the next use.
+        assert grown.resize_(0).numel() == 0
+        assert meter.live_bytes == 100 * FLOAT
 
 
 def test_what_an_operator_returns_many_of_is_all_counted():
@@ -172,17 +174,6 @@ def test_tracking_more_than_the_cap_is_an_error():
         meter.track(torch.zeros(100))
 
 
-def test_what_was_there_before_and_is_not_tracked_does_not_count():
-    """The meter speaks of what is made inside, or tracked."""
-    before = torch.zeros(1000)
-    with memory_cap(None) as meter:
-        before[:10].add_(1)
-        values = before[0] * 1
-    assert values == 1
-    # A storage is seen when an operator returns it, and then with its whole size.
-    assert meter.peak_bytes == 1001 * FLOAT
-
-
 # --- any program ----------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -261,37 +252,6 @@ def test_metering_goes_on_after_an_error_inside_unmetered():
     assert meter.peak_bytes == values.nbytes
 
 
-def test_each_thread_has_its_own_account():
-    """What another thread makes, meters or leaves unmetered changes nothing here."""
-    barrier = threading.Barrier(3, timeout=30)
-    peaks: dict[int, int] = {}
-
-    def work(size: int) -> None:
-        with memory_cap(None) as meter:
-            barrier.wait()
-            for _ in range(20):
-                values = torch.zeros(size)
-                values = values.sin()
-            barrier.wait()
-            peaks[size] = meter.peak_bytes
-
-    def work_unmetered() -> None:
-        with unmetered():
-            barrier.wait()
-            _ = torch.zeros(1000)
-            barrier.wait()
-
-    threads = [threading.Thread(target=work, args=(size,)) for size in (100, 7)]
-    threads.append(threading.Thread(target=work_unmetered))
-    with memory_cap(None) as meter:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert peaks == {100: 2 * 100 * FLOAT, 7: 2 * 7 * FLOAT}
-    assert meter.peak_bytes == 0
-
-
 def test_two_meters_of_one_thread_count_the_same():
     """A meter around a meter sees what the inner one sees."""
     with memory_cap(None) as outer, memory_cap(None) as inner:
@@ -333,15 +293,3 @@ def test_the_generator_and_the_numbers_do_not_notice_the_meter():
             layer(torch.randn(8, 20)).sum().backward()
             results.append([p.grad for p in layer.parameters()])
     assert all(map(torch.equal, *results))
-
-
-def test_sparse_gradients_are_counted_and_break_nothing():
-    """An embedding with sparse gradients can be metered: values and their indices."""
-    table = nn.Embedding(100, 4, sparse=True)
-    with memory_cap(None) as meter:
-        meter.track(table)
-        table(torch.tensor([1, 2])).sum().backward()
-        gc.collect()
-        gradient = table.weight.grad
-        held = table.weight.nbytes + gradient._values().nbytes
-        assert meter.live_bytes >= held + gradient._indices().nbytes

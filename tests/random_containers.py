@@ -1,0 +1,412 @@
+"""Modules with children, of which random modules are made, and operations for them.
+
+Every part of a container is given as something to call: what builds a module, or an
+``Op`` that a forward does itself. A module without children would be one node of a
+traced graph, so operations stand in containers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import StochasticDepth
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation of a forward; it may be told whether the model trains."""
+
+    run: Callable[..., Any]
+    knows_mode: bool = False
+
+    def __repr__(self) -> str:
+        return f"Op({getattr(self.run, '__name__', self.run)})"
+
+
+Build = Callable[[], nn.Module]
+Part = Build | Op
+
+# --- operations -----------------------------------------------------------------------
+
+
+def prepared(x: Tensor) -> Tensor:
+    """Work on the batch before the first parameter."""
+    return x / 2 - 0.5
+
+
+def start_doubled(x: Tensor) -> Tensor:
+    """Write into a slice, and go on with all of it."""
+    x[:, :1].mul_(2)
+    return x
+
+
+def flat_rectified(x: Tensor) -> Tensor:
+    """Write through a view; or into a copy, if the memory has another order."""
+    x.flatten().relu_()
+    return x
+
+
+def slices_rejoined(x: Tensor) -> Tensor:
+    """Write into one of two slices."""
+    return torch.cat([x[:, :1].add_(0.5), x[:, 1:]], 1)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Write by an operator of Python's, and use the tensor by its other name too."""
+    y = x
+    y += 0.5
+    return x + y
+
+
+def raised(x: Tensor) -> Tensor:
+    """Write by a method."""
+    return x.add_(0.5)
+
+
+def scaled(x: Tensor) -> Tensor:
+    """Write by a method, and ignore what it returns."""
+    x.mul_(1.5)
+    return x
+
+
+def copy_written(x: Tensor) -> Tensor:
+    """Write into a copy, which is no reason to refuse."""
+    return x + x.clone().mul_(0.5)
+
+
+def expanded(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Repeat one value along the last dimension, without memory for it."""
+    return x.mean(-1, keepdim=True).expand(*sizes)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Swap the last two dimensions without moving anything."""
+    return x.transpose(-1, -2)
+
+
+def moved_round(x: Tensor) -> Tensor:
+    """Give the memory another order."""
+    return x.transpose(1, -1).contiguous().transpose(1, -1)
+
+
+def reversed_order(x: Tensor) -> Tensor:
+    """Reverse the channels by an index."""
+    return x.flip(1)
+
+
+def every_second(x: Tensor) -> Tensor:
+    """Take a slice with gaps."""
+    return x[..., ::2]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Put the channels innermost in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def as_sequence(x: Tensor) -> Tensor:
+    """Read an image as a sequence of pixels."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def last_of_sequence(x: Tensor) -> Tensor:
+    """Take the last element."""
+    return x[:, -1]
+
+
+def image_mean(x: Tensor) -> Tensor:
+    """Average each channel."""
+    return x.mean(dim=(2, 3))
+
+
+def in_double(x: Tensor) -> Tensor:
+    """Compute in another precision; the boundary may lie in it."""
+    return x.double().sin().float()
+
+
+def in_bfloat16(x: Tensor) -> Tensor:
+    """Compute in half of the bits."""
+    return (x.bfloat16() * 1.5).float()
+
+
+def in_frequencies(x: Tensor) -> Tensor:
+    """Compute with complex numbers."""
+    return torch.fft.ifft(torch.fft.fft(x) * 2).real
+
+
+def noisy(x: Tensor, training: bool) -> Tensor:
+    """Add noise, in training only."""
+    return x + 0.1 * torch.randn_like(x) if training else x
+
+
+def masked(x: Tensor, training: bool) -> Tensor:
+    """Multiply with a mask that bernoulli draws."""
+    return x * torch.bernoulli(torch.full_like(x, 0.7)) if training else x * 0.7
+
+
+def dropped_in_place(x: Tensor, training: bool) -> Tensor:
+    """Drop in place, by the function."""
+    return functional.dropout(x, 0.3, training, inplace=True)
+
+
+def other_by_mode(x: Tensor, training: bool) -> Tensor:
+    """Run other operations in evaluation."""
+    return torch.tanh(x) * 2 if training else functional.hardtanh(x)
+
+
+def without_gradient(x: Tensor) -> Tensor:
+    """Switch gradients off for a while."""
+    with torch.no_grad():
+        y = x * 2
+    return x + y
+
+
+def conjugated(x: Tensor) -> Tensor:
+    """Have a boundary that is conjugated only when it is read."""
+    return torch.fft.fft(x).conj().real
+
+
+def branched_on_values(x: Tensor) -> Tensor:
+    """Do what torch.fx cannot trace."""
+    return x if x.sum() > 0 else -x
+
+
+# --- containers -----------------------------------------------------------------------
+
+
+class Steps(nn.Module):
+    """Parts one after another, as modules of this one and lines of its forward."""
+
+    def __init__(self, *parts: Part) -> None:
+        super().__init__()
+        self.operations = dict(enumerate(parts))
+        for index, part in enumerate(parts):
+            if not isinstance(part, Op):
+                self.add_module(f"part{index}", part())
+
+    def forward(self, x: Tensor) -> Any:
+        for index, part in self.operations.items():
+            if not isinstance(part, Op):
+                x = self.get_submodule(f"part{index}")(x)
+            elif part.knows_mode:
+                x = part.run(x, training=self.training)
+            else:
+                x = part.run(x)
+        return x
+
+
+class Residual(nn.Module):
+    """A way around a body; the sum may be written in place, the body skipped."""
+
+    def __init__(self, body: Build, join: str) -> None:
+        super().__init__()
+        self.body = body()
+        self.join = join
+        if join in ("row", "batch"):
+            self.depth = StochasticDepth(0.4, join)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        if self.join == "into the body":
+            return y.add_(x)
+        if self.join == "into the way around":
+            return x.add_(y)
+        return x + (self.depth(y) if self.join in ("row", "batch") else y)
+
+
+class Concat(nn.Module):
+    """Two branches beside each other."""
+
+    def __init__(self, left: Build, right: Build) -> None:
+        super().__init__()
+        self.left, self.right = left(), right()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.left(x), self.right(x)], dim=1)
+
+
+class Chunks(nn.Module):
+    """Half of the channels are worked on; the halves come as a tuple."""
+
+    def __init__(self, body: Build, way: str, half: int) -> None:
+        super().__init__()
+        self.body, self.way, self.half = body(), way, half
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "slices":
+            first, second = x[:, : self.half], x[:, self.half :]
+        else:
+            cut = x.chunk(2, 1) if self.way == "chunk" else x.split(self.half, 1)
+            first, second = cut
+        return torch.cat([second, self.body(first)], dim=1)
+
+
+class Shared(nn.Module):
+    """One module is called before and after another."""
+
+    def __init__(self, shared: Build, middle: Build) -> None:
+        super().__init__()
+        self.shared, self.middle = shared(), middle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(self.middle(self.shared(x)))
+
+
+class Tied(nn.Module):
+    """Two layers, or a layer and a line of code, have one weight."""
+
+    def __init__(self, layer: Build, middle: Build, by_name: bool) -> None:
+        super().__init__()
+        self.first, self.middle, self.by_name = layer(), middle(), by_name
+        if not by_name:
+            self.last = layer()
+            self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.first(x))
+        if self.by_name:
+            return functional.linear(x, self.first.weight)
+        return self.last(x)
+
+
+class Direct(nn.Module):
+    """Parameters and buffers of its own, used without a layer."""
+
+    def __init__(self, body: Build, size: int, matrix: bool) -> None:
+        super().__init__()
+        self.body = body()
+        self.matrix = nn.Parameter(torch.randn(size, size) / 2) if matrix else None
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, size))
+        self.register_buffer("offset", torch.linspace(-1, 1, size))
+        self.register_buffer("window", torch.ones(size) / 3, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x * self.scale + self.offset * self.window)
+        if self.matrix is not None:
+            x = functional.linear(x, self.matrix)
+        return torch.tanh(x)
+
+
+class Constant(nn.Module):
+    """A tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self, body: Build, size: int) -> None:
+        super().__init__()
+        self.body = body()
+        self.constant = torch.full((size,), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.constant
+
+
+class RunningMean(nn.Module):
+    """A buffer that the forward itself writes while it trains."""
+
+    def __init__(self, body: Build, size: int) -> None:
+        super().__init__()
+        self.body = body()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            batch_mean = x.detach().flatten(0, -2).mean(0)
+            self.mean.mul_(0.9).add_(batch_mean, alpha=0.1)
+            self.count.add_(1)
+        return self.body(x - self.mean)
+
+
+class InEval(nn.Module):
+    """A normalisation that never trains, before a body that does."""
+
+    def __init__(self, norm: Build, body: Build) -> None:
+        super().__init__()
+        self.norm, self.body = norm(), body()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.norm(x))
+
+
+class ByMode(nn.Module):
+    """One body in training, another in evaluation."""
+
+    def __init__(self, training: Build, evaluation: Build) -> None:
+        super().__init__()
+        self.in_training, self.in_evaluation = training(), evaluation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_training(x) if self.training else self.in_evaluation(x)
+
+
+class Aside(nn.Module):
+    """A branch whose value nobody uses, and a layer that nobody calls."""
+
+    def __init__(self, side: Build, body: Build) -> None:
+        super().__init__()
+        self.side, self.body = side(), body()
+        self.idle = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.side(x)
+        return self.body(x)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, or attention, that returns a tuple."""
+
+    def __init__(self, layer: Build, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = layer(), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "attention":
+            values, _ = self.layer(x, x, x)
+            return values
+        values, state = self.layer(x)
+        if self.kind == "lstm":
+            hidden, _ = state
+            return values + hidden[-1].unsqueeze(1)
+        return values
+
+
+class Joined(nn.Module):
+    """A model of two inputs: the second joins between front and back."""
+
+    def __init__(self, front: Build, back: Build) -> None:
+        super().__init__()
+        self.front, self.back = front(), back()
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.back(self.front(x) * torch.sigmoid(y))
+
+
+class Auxiliary(nn.Module):
+    """A second output, from the middle, in training only."""
+
+    def __init__(self, front: Build, middle: Build, back: Build) -> None:
+        super().__init__()
+        self.front, self.middle, self.back = front(), middle(), back()
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.front(x)
+        if self.training:
+            return self.back(x), self.middle(x)
+        return self.back(x)
+
+
+def frozen(build: Build) -> nn.Module:
+    """Build a module that is not trained."""
+    return build().requires_grad_(False)
+
+
+def in_channels_last(build: Build) -> nn.Module:
+    """Build a model with its images' channels innermost in memory."""
+    return build().to(memory_format=torch.channels_last)
