@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.layout import is_dense
-from flwr_smartsplit.model.memory import phase, unmetered
+from flwr_smartsplit.model.memory import BUILDING, phase, unmetered
 from flwr_smartsplit.model.segment import Segment
 from flwr_smartsplit.task import Task
 
@@ -174,7 +174,7 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
             f"the state does not fit units [{start}, {stop}): {'; '.join(problems)}. "
             "Use the state of a model built by the same task."
         )
-    with phase("building"):
+    with phase(BUILDING):
         _fill(segment, state)
     return segment
 

@@ -22,6 +22,8 @@ from flwr_smartsplit.errors import MemoryCapExceeded, bytes_text
 
 ACTIVATIONS = "activations and temporaries"
 BATCH = "batch"
+BEING_BUILT = "parameters and buffers being built"
+BUILDING = "building"
 
 _SEQUENCES = (tuple, list)  # A union type would be made anew at every use.
 
@@ -137,13 +139,15 @@ class MemoryMeter(TorchDispatchMode):
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Divide the live bytes by what they are for."""
+        is_building = getattr(_here, "phase", "") == BUILDING
+        unnamed = BEING_BUILT if is_building else ACTIVATIONS
         kinds = dict.fromkeys(list(self._batch), BATCH)
         for owner in list(self._owners):
             for kind, tensor in _tensors_in(owner):
                 kinds |= dict.fromkeys(_keys_of(tensor), kind)
         totals: dict[str, int] = {}
         for key, storage in list(self._storages.items()):
-            kind = kinds.get(key, ACTIVATIONS)
+            kind = kinds.get(key, unnamed)
             totals[kind] = totals.get(kind, 0) + storage.num_bytes
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
