@@ -30,3 +30,12 @@ def test_a_whole_device_measures_what_was_predicted() -> None:
     profile = profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=TASK)
     (reply,) = train([Route.whole()], initial_state())
     assert reply.report.peak_bytes == predicted_peak_bytes(profile, Route.whole())
+
+
+def test_a_route_that_comes_back_to_the_device_is_refused() -> None:
+    """Its two segments live at the same time; one number would be too low."""
+    route = Route((1, 2), ("device", "edge", "device"))
+    with pytest.raises(InvalidRoute, match="several segments on the device"):
+        predicted_peak_bytes(chain_of([3, 5, 4]), route)
+    hops = Route((1, 2), ("device", "a", "b"))
+    assert predicted_peak_bytes(chain_of([3, 5, 4]), hops) == 3
