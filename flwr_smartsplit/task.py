@@ -67,6 +67,11 @@ class Task:
         TypeError
             Naming every wrong argument.
         """
+        inputs = self.example_inputs
+        if isinstance(inputs, Mapping):
+            object.__setattr__(self, "example_inputs", dict(inputs))
+        elif isinstance(inputs, tuple | list):
+            object.__setattr__(self, "example_inputs", tuple(inputs))
         made = {"model_fn": "parameters", "optimizer_fn": "param_groups"}
         problems = [
             f"{name} is a {type(getattr(self, name)).__name__}; give a function"

@@ -74,6 +74,8 @@ STRAY_CHANCE = re.compile(
     r"(numpy\.)?random\."
     r"(?!(Random|Generator|BitGenerator|SeedSequence|PCG64|Philox|default_rng)$)\w+"
 )
+LOOKS_AT_CHANCE = {"model/strict_trace.py"}
+"""Compares the generators' states before and after a forward, and draws nothing."""
 STRAY_TIME = re.compile(r"time\.time(_ns)?|datetime\.(datetime|date)\.(now|today)")
 
 
@@ -226,6 +228,8 @@ def local_names(tree: ast.Module) -> dict[str, str]:
 
 def chance_and_time_problems(module: str, source: str) -> list[str]:
     """List what draws from a generator, or reads a clock, that nobody passed in."""
+    if module in LOOKS_AT_CHANCE:
+        return []
     tree = ast.parse(source)
     names = local_names(tree)
     found = {"random"} & set(names.values())

@@ -32,7 +32,7 @@ State = Mapping[str, npt.NDArray[Any]]
 
 _building = threading.RLock()
 _chains_by_task: "WeakKeyDictionary[Task, Chain]" = WeakKeyDictionary()
-_Recipe = tuple[Callable[..., nn.Module], bytes]
+_Recipe = tuple[Callable[..., nn.Module], Any, bytes]
 _chains_by_recipe: dict[_Recipe, Chain] = {}
 
 
@@ -113,13 +113,20 @@ def _built(task: Task) -> nn.Module:
     """
     try:
         with parameters_on_meta():
-            return task.model_fn()
+            model = task.model_fn()
     except Exception as error:
         raise InvalidTask(
             f"model_fn fails: {type(error).__name__}: {str(error).rstrip('.')}. (If it "
             "works elsewhere: here parameters have no values while a model is built; "
             "let model_fn compute nothing from them.)"
         ) from error
+    narrow = [n for n, t in model.state_dict().items() if t.dtype is torch.bfloat16]
+    if narrow:
+        raise InvalidTask(
+            f"{', '.join(narrow[:3])} ({len(narrow)} in all) are bfloat16, which NumPy "
+            "does not have; Flower sends NumPy arrays. Use float32 or float16."
+        )
+    return model
 
 
 def _recipe(task: Task) -> _Recipe | None:
@@ -129,11 +136,14 @@ def _recipe(task: Task) -> _Recipe | None:
     """
     inputs = tree_map(lambda x: (tuple(x.shape), str(x.dtype)), task.example_inputs)
     function: Callable[..., nn.Module] = task.model_fn
+    units: Any = task.units_fn
     while isinstance(function, partial):
         function = function.func
+    while isinstance(units, partial):
+        units = units.func
     try:
-        hash(function)
-        return function, pickle.dumps((task.model_fn, task.units_fn, inputs))
+        hash((function, units))
+        return function, units, pickle.dumps((task.model_fn, task.units_fn, inputs))
     except (pickle.PicklingError, AttributeError, TypeError):
         return None
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
+from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
 from flwr_smartsplit.model.optimizer_costs import OptimizerCosts
 from flwr_smartsplit.model.profile_cache import (
     profile_digest,
@@ -114,7 +114,12 @@ def _unit_costs(
     for index, unit in enumerate(chain.units):
         segment = chain.segment(index, index + 1)
         parameter_bytes = _total_bytes(segment.parameters())
-        buffer_bytes = _total_bytes(segment.buffers())
+        constants = {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+            for name, tensor in constants_of(segment).items()
+            if name in log.constants
+        }
+        buffer_bytes = _total_bytes(segment.buffers()) + sum(constants.values())
         optimizer = optimizers[index]
         static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
         is_last = index == len(chain) - 1

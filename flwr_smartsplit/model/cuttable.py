@@ -6,65 +6,26 @@ storages it writes, whether it draws random numbers, whether its value needs a
 gradient. Guessing from names would miss functional and user-written operations.
 """
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.liveness import live_places
+from flwr_smartsplit.model.recorder import NodeFacts, Recorder, storages_of
 from flwr_smartsplit.model.segment import Batch, Segment, Unit
 
 _READS_MODEL = ("call_module", "get_attr")
 
 Place = tuple[fx.Node, tuple[fx.Node, ...]]
 """A node whose value may cross, and the sizes that cross with it."""
-
-
-@dataclass
-class NodeFacts:
-    """What the dry run saw of one node of a graph."""
-
-    value: Any = None
-    written: set[int] = field(default_factory=set)
-    is_random: bool = False
-
-
-class Recorder(TorchDispatchMode):
-    """Note the storages that operators write, and the random operators."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.facts = NodeFacts()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the operator and note what it is declared to do."""
-        kwargs = kwargs or {}
-        given = itertools.zip_longest(func._schema.arguments, args)
-        for argument, value in given:
-            if argument is None or argument.alias_info is None:
-                continue
-            if argument.alias_info.is_write:
-                named = kwargs.get(argument.name) if value is None else value
-                self.facts.written |= _storages(named)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.facts.is_random = True
-        return func(*args, **kwargs)
 
 
 class _FactFinder(fx.Interpreter):
@@ -87,7 +48,17 @@ class _FactFinder(fx.Interpreter):
         self.recorder.facts = self.facts[n] = NodeFacts()
         value = super().run_node(n)
         self.facts[n].value = value
+        self.facts[n].shape = _shape(value)
         return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def is_reshaped(facts: Mapping[fx.Node, NodeFacts]) -> bool:
+    """Say whether any tensor got another shape after it was made."""
+    return any(fact.shape != _shape(fact.value) for fact in facts.values())
 
 
 def _thawed(value: Any) -> Any:
@@ -194,6 +165,7 @@ def admissible_cuts(
         For each other place with a single live value, the reason.
     """
     order = {node: index for index, node in enumerate(eval_graph.nodes)}
+    reached = grad_nodes(facts[list(train_graph.nodes)[-1]].value)
     twins = {
         node.name: (node, sizes) for node, sizes in live_places(eval_graph).items()
     }
@@ -201,7 +173,7 @@ def admissible_cuts(
     refusals = {}
     for node, sizes in live_places(train_graph).items():
         twin = twins.get(node.name)
-        reason = _refusal(node, facts)
+        reason = _refusal(node, facts, reached)
         if reason is None and twin is None:
             reason = "evaluation mode has no such place"
         if reason is None and twin is not None:
@@ -216,20 +188,39 @@ def admissible_cuts(
     return kept, refusals
 
 
-def _refusal(node: fx.Node, facts: dict[fx.Node, NodeFacts]) -> str | None:
+def grad_nodes(outputs: Any) -> set[Any]:
+    """Find all nodes of autograd's graph that backward reaches from outputs."""
+    tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    reached = set(waiting)
+    while waiting:
+        for source, _ in waiting.pop().next_functions:
+            if source is not None and source not in reached:
+                reached.add(source)
+                waiting.append(source)
+    return reached
+
+
+def _refusal(
+    node: fx.Node, facts: dict[fx.Node, NodeFacts], reached: set[Any]
+) -> str | None:
     """Say why the value of ``node`` must not be a boundary, if so."""
     value = facts[node].value
     if not isinstance(value, Tensor):
         return f"its value is a {type(value).__name__}, not one tensor"
+    if value.is_conj() or value.is_neg():
+        return "it is a conjugate or negative view"
     if not value.requires_grad:
         return "nothing before it can be trained"
+    if value.grad_fn not in reached:
+        return "no gradient comes back to it"
     after = [other for other in _sides(node)[1] if other.op != "output"]
     return overwritten(value, {other.name: facts[other] for other in after})
 
 
 def overwritten(value: Any, later: Mapping[str, NodeFacts]) -> str | None:
     """Say what runs later and writes into a value in place, if anything does."""
-    storages = _storages(value)
+    storages = storages_of(value)
     for name, facts in later.items():
         if facts.written & storages:
             return f"{name} writes into it, or a view of it, in place"
@@ -304,11 +295,3 @@ def with_nearest(
             advice = f"the nearest cut is after {cuts[nearest]}"
         explained[name] = f"{reason}; {advice}"
     return explained
-
-
-def _storages(value: Any) -> set[int]:
-    return {
-        leaf.untyped_storage()._cdata
-        for leaf in tree_leaves(value)
-        if isinstance(leaf, Tensor)
-    }

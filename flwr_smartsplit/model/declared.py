@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.model.cuttable import (
-    NodeFacts,
-    Recorder,
     cannot_run,
     overwritten,
     tied,
@@ -25,6 +23,7 @@ from flwr_smartsplit.model.cuttable import (
 )
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.modes import odd_modes
+from flwr_smartsplit.model.recorder import NodeFacts, Recorder
 from flwr_smartsplit.model.segment import Batch, Segment, Unit, run_unit
 
 
@@ -193,7 +192,7 @@ def _as_one(units: Sequence[Unit]) -> Unit:
     if len(units) == 1:
         return units[0]
 
-    def run(training: bool, root: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(training: bool, root: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         value: Any = kwargs or args
         for unit in units:
             forward = unit.forward if training else unit.eval_forward or unit.forward

@@ -45,6 +45,16 @@ def fake_copy(segment: ModuleT, mode: FakeTensorMode) -> ModuleT:
     return copy.deepcopy(segment, {id(t): fake_like(t, mode) for t in tensors})
 
 
+def constants_of(module: nn.Module) -> dict[str, Tensor]:
+    """Find the tensors of a module that are neither parameters nor buffers."""
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor)
+    }
+
+
 def fake_batch(batch: Any, mode: FakeTensorMode, *, batch_size: int) -> Any:
     """Make a fake twin of a batch, nested as it is, with ``batch_size`` examples."""
 

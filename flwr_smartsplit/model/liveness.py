@@ -6,6 +6,7 @@ numbers that a model reads off the shape of a tensor; they travel along as the s
 of an empty tensor, so that neither memory nor values are involved.
 """
 
+import itertools
 import operator
 from collections import Counter
 from typing import Any
@@ -13,19 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-_NUMBERS, _SIZE, _TUPLE = range(3)
-_RESHAPES = (
-    "as_strided_",
-    "resize_",
-    "resize_as_",
-    "set_",
-    "squeeze_",
-    "swapaxes_",
-    "swapdims_",
-    "t_",
-    "transpose_",
-    "unsqueeze_",
-)
+_NUMBER, _SIZE, _TUPLE = range(3)
 _ARITHMETIC = (
     operator.add,
     operator.sub,
@@ -39,12 +28,9 @@ def read_sizes_early(graph: fx.Graph) -> None:
     """Move each reading of a tensor's shape to where the tensor is made.
 
     Else a tensor would stay alive until its shape is read, as that of the input for a
-    final interpolation. Where an operator changes a shape in place, all stays.
+    final interpolation. Only for graphs in which nothing changes a shape in place.
     """
-    nodes = list(graph.nodes)
-    if any(node.op == "call_method" and node.target in _RESHAPES for node in nodes):
-        return
-    for node in reversed(nodes):
+    for node in reversed(list(graph.nodes)):
         sources = node.all_input_nodes
         if is_size(node) and len(sources) == 1 and not is_size(sources[0]):
             sources[0].append(node)
@@ -96,7 +82,7 @@ def _live_after(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Say whether a node's value is a size: whole numbers off a tensor's shape."""
+    """Say whether a node's value is a size: whole numbers from a tensor's shape."""
     sources = node.all_input_nodes
     if node.op == "call_method" and node.target in ("size", "dim", "numel"):
         return True
@@ -105,30 +91,34 @@ def is_size(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1:2] in (("shape",), ("ndim",))
     if node.target in (operator.getitem, *_ARITHMETIC, len, int):
-        return bool(sources) and all(map(is_size, sources))
+        is_whole = not any(isinstance(arg, float) for arg in node.args)
+        return is_whole and bool(sources) and all(map(is_size, sources))
     return False
 
 
 def as_tensor(value: Any) -> Tensor:
     """Write a size as the shape of an empty tensor.
 
+    A negative number, such as the -1 of a view, stands in a dimension of its own.
+
     Examples
     --------
     >>> as_tensor(torch.Size([4, 6])).shape
-    torch.Size([0, 1, 4, 6])
-    >>> as_size(as_tensor(torch.Size([4, 6]))), as_size(as_tensor(7))
-    (torch.Size([4, 6]), 7)
+    torch.Size([0, 1, 4, 0, 6, 0])
+    >>> as_size(as_tensor(torch.Size([4, 6]))), as_size(as_tensor(-7))
+    (torch.Size([4, 6]), -7)
     """
-    if isinstance(value, torch.Size):
-        return torch.empty(0, _SIZE, *value)
-    if isinstance(value, tuple):
-        return torch.empty(0, _TUPLE, *value)
-    return torch.empty(0, _NUMBERS, value)
+    is_tuple = isinstance(value, tuple)
+    kind = _SIZE if isinstance(value, torch.Size) else _TUPLE if is_tuple else _NUMBER
+    signed = ((max(n, 0), max(-n, 0)) for n in (value if is_tuple else (value,)))
+    return torch.empty(0, kind, *itertools.chain.from_iterable(signed))
 
 
 def as_size(carrier: Tensor) -> Any:
     """Read a size off the shape of an empty tensor."""
-    _, kind, *values = carrier.shape
+    _, kind, *signed = carrier.shape
+    pairs = zip(signed[::2], signed[1::2], strict=True)
+    values = [above - below for above, below in pairs]
     if kind == _SIZE:
         return torch.Size(values)
     return tuple(values) if kind == _TUPLE else values[0]

@@ -282,7 +282,8 @@ class SegmentRunner:
         del outputs  # What backward needs of them, the graph holds.
         with phase("backward"):
             loss.backward()
-        return loss.detach(), self._update()
+        loss = loss.detach()  # And with it the graph goes.
+        return loss, self._update()
 
     @torch.no_grad()
     def evaluate(self, inputs: Batch) -> Any:

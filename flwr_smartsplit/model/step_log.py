@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
+from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
 from flwr_smartsplit.model.layout import is_dense, num_spanned
 from flwr_smartsplit.model.memory import MemoryMeter
 from flwr_smartsplit.model.segment import SegmentRunner
@@ -109,6 +109,25 @@ class _Observed(nn.Module):
             passage.unpacking_bytes = gradient.numel() * size
 
 
+@dataclass(frozen=True)
+class _Used:
+    """Names of what a step used."""
+
+    trained: frozenset[str]
+    constants: frozenset[str]
+
+    @classmethod
+    def by(cls, segment: nn.Module, meter: _LoggingMeter) -> "_Used":
+        """Look which parameters have gradients, and which constants were seen."""
+        trained = {n for n, p in segment.named_parameters() if p.grad is not None}
+        seen = {
+            name
+            for name, constant in constants_of(segment).items()
+            if meter.birth_of(constant) != _UNKNOWN
+        }
+        return cls(frozenset(trained), frozenset(seen))
+
+
 class StepLog:
     """What the second training step of a whole chain did to memory.
 
@@ -118,8 +137,9 @@ class StepLog:
         The most that was alive in both steps: the peak of the whole route.
     batch_bytes : int
         Size of the batch, its targets included.
-    trained : frozenset[str]
-        Names of the parameters that got a gradient.
+    trained, constants : frozenset[str]
+        Names of the parameters that got a gradient, and of the tensors that were used
+        but are neither parameters nor buffers.
     optimizer_temporary_bytes : int
         What the optimizer's step made beyond what was there before it.
     """
@@ -132,11 +152,12 @@ class StepLog:
         start: int,
         backward_end: int,
         batch_bytes: int,
-        trained: frozenset[str],
+        used: _Used,
     ) -> None:
         self.peak_bytes = meter.peak_bytes
         self.batch_bytes = batch_bytes
-        self.trained = trained
+        self.trained = used.trained
+        self.constants = used.constants
         self._changes = np.array(meter.changes, dtype=np.int64)
         self._births = np.array(meter.births, dtype=np.int64)
         self._passages = passages
@@ -227,9 +248,5 @@ def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
         start=start,
         backward_end=ends[-1] if ends else meter.position,
         batch_bytes=batch_bytes,
-        trained=frozenset(
-            name
-            for name, parameter in segment.segment.named_parameters()
-            if parameter.grad is not None
-        ),
+        used=_Used.by(segment.segment, meter),
     )

@@ -8,16 +8,17 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.model.cuttable import (
-    NodeFacts,
     Place,
     admissible_cuts,
     find_facts,
+    is_reshaped,
     used_by,
     with_nearest,
 )
@@ -28,7 +29,9 @@ from flwr_smartsplit.model.liveness import (
     read_sizes_early,
 )
 from flwr_smartsplit.model.modes import modes_restored
+from flwr_smartsplit.model.recorder import NodeFacts
 from flwr_smartsplit.model.segment import Batch, Unit
+from flwr_smartsplit.model.strict_trace import refuse_switches, trace_strictly
 
 
 class _Tracer(fx.Tracer):
@@ -40,6 +43,11 @@ class _Tracer(fx.Tracer):
     def __init__(self, inputs: Batch) -> None:
         super().__init__()
         self.inputs = inputs
+
+    def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
+        """Make a node, unless it would lose what is switched around it."""
+        refuse_switches(f"{args[0]}" if args else kind)
+        return super().create_proxy(kind, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` is one node of the graph."""
@@ -121,6 +129,9 @@ def trace_units(
         train_graph = _trace(model.train(), example_inputs)
         eval_graph = _trace(model.eval(), example_inputs)
         facts = find_facts(model.train(), train_graph, example_inputs)
+        if not is_reshaped(facts):
+            read_sizes_early(train_graph)
+            read_sizes_early(eval_graph)
         cuts, refusals = admissible_cuts(model, train_graph, eval_graph, facts)
         train_parts = _pieces(train_graph, [train for train, _ in cuts])
         eval_parts = _pieces(eval_graph, [evaluate for _, evaluate in cuts])
@@ -148,7 +159,7 @@ def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
 
 def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
     try:
-        graph = _Tracer(inputs).trace(model)
+        return trace_strictly(model, partial(_Tracer(inputs).trace, model))
     except NotSplittable:
         raise
     except Exception as error:
@@ -157,8 +168,6 @@ def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
             "not branch on the values of tensors; or list its units by hand, with "
             "Chain.from_units and Task(units_fn=...)."
         ) from error
-    read_sizes_early(graph)
-    return graph
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def predicted_peak_bytes(profile: ChainProfile, route: Route) -> int:
     """
     if route.places.count(DEVICE) > 1:
         raise InvalidRoute(
-            f"route {route} has several segments on the device; what they hold together "
-            "is not known yet. Choose a route that leaves the device once."
+            f"route {route} has several segments on the device; what they hold "
+            "together is not known yet. Choose a route that leaves the device once."
         )
     first = route.legs(len(profile.units))[0]
     return profile.units[first.stop - 1].device_peak_bytes

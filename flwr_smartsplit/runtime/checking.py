@@ -6,18 +6,17 @@ over the bytes of the wire, and everything is compared to the last bit.
 """
 
 import hashlib
-import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.model.building import build_chain, state_of
 from flwr_smartsplit.model.cap import CapMode
@@ -94,7 +93,8 @@ class RouteChecker:
         self.chain = build_chain(task)
         self._batches = batches
         self._gradients = _GradientLog(task.optimizer_fn)
-        self._task = replace(task, optimizer_fn=self._gradients)
+        self._outputs = _OutputLog(task.loss_fn)
+        self._task = replace(task, optimizer_fn=self._gradients, loss_fn=self._outputs)
         with torch.random.fork_rng():
             torch.manual_seed(_SEED)
             model = task.model_fn()
@@ -110,6 +110,7 @@ class RouteChecker:
             )
         self._gradients.name(_names([model], model))
         self._true_gradients = self._gradients.take()
+        self._true_outputs = self._outputs.take()
         self._final = state_of(model)
         self._edge = LocalEdge()
         self._address = ""
@@ -146,6 +147,7 @@ class RouteChecker:
         except Exception as error:
             differences.append(f"{type(error).__name__}: {error}")
         self._gradients.take()
+        self._outputs.take()
         self._send(wire.Release(_ROUND, self._digest))
         return CutCheck(
             route=route,
@@ -169,15 +171,12 @@ class RouteChecker:
         segments = [self.chain.segment(leg.start, leg.stop) for leg in legs]
         self._gradients.name(_names(segments, self.chain.model))
         differences += _differing(self._true_gradients, self._gradients.take())
-        if report.loss != self._truth.train_loss:
-            differences.append(f"loss {report.loss!r}, not {self._truth.train_loss!r}")
+        differences += _loss_differences("loss", report.loss, self._truth.train_loss)
         differences += self._state_differences(outcome)
-        first = itertools.islice(self._fresh(), 1)
-        loss = evaluate_locally(plan, state, first, conditions).loss
-        if loss != self._truth.eval_loss:
-            differences.append(
-                f"evaluation loss {loss!r}, not {self._truth.eval_loss!r}"
-            )
+        loss = evaluate_locally(plan, state, self._fresh_ends(), conditions).loss
+        differences += _loss_differences("evaluation loss", loss, self._truth.eval_loss)
+        if self._outputs.take() != self._true_outputs:
+            differences.append("evaluation outputs")
         return outcome
 
     def _state_differences(self, outcome: Outcome) -> list[str]:
@@ -197,12 +196,17 @@ class RouteChecker:
         return [
             f"state {name}"
             for name, values in found.items()
-            if not np.array_equal(values, self._final[name], equal_nan=True)
+            if _bits(values) != _bits(self._final[name])
         ]
 
     def _fresh(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield batches that nobody else holds, as a loader does."""
         for batch in self._batches:
+            yield tree_map(torch.clone, batch)
+
+    def _fresh_ends(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield the first batch and the last, which may be smaller."""
+        for batch in (self._batches[0], self._batches[-1]):
             yield tree_map(torch.clone, batch)
 
     def _connect(self, place: str, address: str) -> wire.Transport:
@@ -293,12 +297,45 @@ def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
     return [names for names in owners if names]
 
 
+class _OutputLog:
+    """A loss that writes down a digest of every output it is given in evaluation."""
+
+    def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+        self._loss_fn = loss_fn
+        self._digests: list[list[str]] = []
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss, as a task's ``loss_fn`` does."""
+        if not torch.is_grad_enabled():
+            leaves = tree_leaves(outputs)
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            self._digests.append([_digest(tensor) for tensor in tensors])
+        return self._loss_fn(outputs, targets)
+
+    def take(self) -> list[list[str]]:
+        """Return what was written, and start anew."""
+        digests, self._digests = self._digests, []
+        return digests
+
+
 @unmetered()
-def _digest(gradient: Tensor | None) -> str:
-    if gradient is None:
+def _digest(tensor: Tensor | None) -> str:
+    if tensor is None:
         return ""
-    values = gradient.detach().contiguous().view(torch.uint8)
-    return hashlib.sha256(values.numpy().data).hexdigest()
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    values = dense.resolve_conj().resolve_neg().contiguous().flatten()
+    digest = hashlib.sha256(repr((tuple(tensor.shape), tensor.dtype)).encode())
+    digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _bits(values: npt.NDArray[Any]) -> tuple[str, tuple[int, ...], bytes]:
+    return values.dtype.str, values.shape, values.tobytes()
+
+
+def _loss_differences(name: str, found: float, expected: float) -> list[str]:
+    is_same = found == expected or (math.isnan(found) and math.isnan(expected))
+    return [] if is_same else [f"{name} {found!r}, not {expected!r}"]
 
 
 def _differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

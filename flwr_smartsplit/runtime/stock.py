@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
@@ -27,7 +27,7 @@ Batches = Sequence[tuple[Batch, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """Losses of the stock model: of the first batch before training, mean while it."""
+    """Mean losses of the stock model: of first and last batch, untrained; of all."""
 
     eval_loss: float
     train_loss: float
@@ -60,13 +60,13 @@ def train_stock(
     with torch.no_grad():
         eval_loss = _mean_loss(
             (task.loss_fn(_call(model, inputs), targets), targets)
-            for inputs, targets in batches[:1]
+            for inputs, targets in map(_copied, (batches[0], batches[-1]))
         )
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
     firsts = _first_draws(chain, batches[0][0])
     losses = []
-    for step, (inputs, targets) in enumerate(batches):
+    for step, (inputs, targets) in enumerate(map(_copied, batches)):
         optimizer.zero_grad()
         with _Chance(firsts, streams, step) if firsts else nullcontext():
             outputs = _call(model, inputs)
@@ -75,6 +75,12 @@ def train_stock(
         optimizer.step()
         losses.append((loss.detach(), targets))
     return Truth(eval_loss, _mean_loss(losses))
+
+
+def _copied(batch: tuple[Batch, Tensor]) -> tuple[Batch, Tensor]:
+    """Copy a batch: a model may write into it."""
+    copy: tuple[Batch, Tensor] = tree_map(torch.clone, batch)
+    return copy
 
 
 def _call(model: nn.Module, inputs: Batch) -> Any:

@@ -312,7 +312,7 @@ def _own_batch(batch: Any) -> tuple[Batch, Tensor]:
             "by a collate_fn."
         )
     inputs, targets = batch
-    if isinstance(inputs, list):
+    if isinstance(inputs, tuple | list):
         inputs = tuple(inputs)
     elif isinstance(inputs, Mapping):
         inputs = dict(inputs)
@@ -324,8 +324,15 @@ def _packed(boundary: Boundary) -> tuple[WireTensor, ...]:
     return tuple(WireTensor.pack(tensor) for tensor in boundary)
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _own(tensor: Any) -> Tensor:
     """Copy a view of a larger tensor: a batch must not keep the data set alive."""
+    if not isinstance(tensor, Tensor):
+        raise InvalidTask(
+            f"the loader's inputs hold a {type(tensor).__name__} ({tensor!r:.40}); "
+            "let it yield tensors only, for instance by a collate_fn."
+        )
+    if tensor.layout is not torch.strided:
+        return tensor
     is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone() if is_view else tensor
 

@@ -14,7 +14,7 @@ class UnitCost:
     name : str
         The unit's name in its chain.
     parameter_bytes, buffer_bytes : int
-        Size of its parameters and buffers.
+        Size of its parameters, and of its buffers and other tensors.
     gradient_bytes, optimizer_state_bytes : int
         Size of its parameters' gradients, and of what the optimizer keeps for them.
     saved_bytes : int

@@ -384,11 +384,12 @@ def test_a_wrong_unit_is_caught_by_the_checker():
 
 
 def test_a_unit_that_is_wrong_in_evaluation_only_is_caught_there():
-    """Training is exact, so only the evaluation loss differs."""
+    """Training is exact, so only what evaluation gives differs."""
     task = task_of(ThreeLayers, careless_units)
     with RouteChecker(task, example_batches(task, batch_size=4)) as checker:
-        (difference,) = checker.check(Route.split(2)).differences
-    assert difference.startswith("evaluation loss ")
+        loss, outputs = checker.check(Route.split(2)).differences
+    assert loss.startswith("evaluation loss ")
+    assert outputs == "evaluation outputs"
 
 
 def test_copies_of_a_task_share_the_chain_of_their_units():

@@ -1,5 +1,7 @@
 """A profile on disk is found again exactly when nothing it depends on has changed."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -57,6 +59,46 @@ def scaled_loss(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda outputs, targets: functional.cross_entropy(outputs, targets) * scale
 
 
+def sgd_with(momentum: float) -> Callable[..., torch.optim.Optimizer]:
+    def build(parameters: Any, *, momentum: float = momentum) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1, momentum=momentum)
+
+    return build
+
+
+class Maker:
+    """An optimizer's settings in an object."""
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+
+    def build(self, parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1, momentum=self.momentum)
+
+
+class Leaf(nn.Module):
+    """A leaf with settings of every kind."""
+
+    def __init__(self, setting: Any) -> None:
+        super().__init__()
+        self.setting = setting
+        self.itself = Maker(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def leafy(setting: Any) -> nn.Module:
+    """Put such a leaf into the network."""
+    model = pooled()
+    model.add_module("leaf", Leaf(setting))
+    return model
+
+
+def helper(outputs: Tensor, targets: Tensor) -> Tensor:
+    return sum_loss(outputs, targets)
+
+
 TASK = task_of(pooled)
 OTHERS: dict[str, Task] = {
     "attribute": task_of(partial(pooled, 3)),
@@ -69,6 +111,19 @@ OTHERS: dict[str, Task] = {
     "loss": replace(TASK, loss_fn=sum_loss),
     "closure of the loss": replace(TASK, loss_fn=scaled_loss(2.0)),
     "other closure of the loss": replace(TASK, loss_fn=scaled_loss(3.0)),
+    "loss through a helper": replace(TASK, loss_fn=helper),
+    "setting of the loss": replace(TASK, loss_fn=nn.CrossEntropyLoss()),
+    "other setting of the loss": replace(
+        TASK, loss_fn=nn.CrossEntropyLoss(label_smoothing=0.1)
+    ),
+    "keyword default": replace(TASK, optimizer_fn=sgd_with(0.0)),
+    "other keyword default": replace(TASK, optimizer_fn=sgd_with(0.9)),
+    "method": replace(TASK, optimizer_fn=Maker(0.0).build),
+    "other method": replace(TASK, optimizer_fn=Maker(0.9).build),
+    "function in a leaf": task_of(partial(leafy, functional.relu)),
+    "other function in a leaf": task_of(partial(leafy, sum_loss)),
+    "list in a leaf": task_of(partial(leafy, [1, 1])),
+    "other list in a leaf": task_of(partial(leafy, [4, 1])),
     "targets": replace(TASK, example_targets=torch.zeros(1, 2, dtype=torch.int64)),
     "layout": task_of(lambda: pooled().to(memory_format=torch.channels_last)),
 }
@@ -86,6 +141,19 @@ def test_the_same_recipe_has_the_same_digest():
     """Two models built alike, and values of parameters, make no difference."""
     assert digest_of(task_of(small_cnn)) == digest_of(task_of(small_cnn))
     assert digest_of(TASK) == digest_of(task_of(pooled))
+
+
+IN_ANOTHER_PROCESS = """
+import tests.model.test_profile_cache as here
+print(*(here.digest_of(task) for task in here.OTHERS.values()))
+"""
+
+
+def test_another_process_finds_the_same_digests():
+    """No address gets into a digest: what one process keeps, another finds."""
+    run = [sys.executable, "-c", IN_ANOTHER_PROCESS]
+    found = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [digest_of(task) for task in OTHERS.values()]
 
 
 def test_a_profile_is_computed_once(tmp_path, monkeypatch):

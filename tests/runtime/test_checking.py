@@ -172,6 +172,55 @@ def test_a_wrong_list_of_units_is_found():
         )
 
 
+def shifted_units(model: nn.Module) -> list[Unit]:
+    """List units that shift all scores in evaluation, which no cross-entropy sees."""
+    del model
+
+    def shifted(root: Any, x: Tensor) -> Tensor:
+        return root.get_submodule("1")(x) + 7.0
+
+    return [
+        Unit("first", lambda root, x: getattr(root, "0")(x), ("0",)),
+        Unit("last", lambda root, x: getattr(root, "1")(x), ("1",), shifted),
+    ]
+
+
+def test_outputs_that_the_loss_does_not_tell_apart_are_found():
+    """Evaluation compares outputs, not only losses."""
+    task = replace(task_of(two_layers, shape=(4,)), units_fn=shifted_units)
+    task = replace(task, example_targets=torch.arange(3))
+    assert "evaluation outputs" in differences(task, Route.split(1))
+
+
+class Scaled(nn.Module):
+    """A parameter that is a number, sparse gradients, and work on the input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4, sparse=True)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.last = nn.Linear(4, 9)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.add_(1).remainder_(9)
+        return self.last(self.table(tokens) * self.scale)
+
+
+def test_numbers_sparse_gradients_and_written_inputs_raise_no_false_alarm():
+    """What the checker looks at may have any form."""
+    task = Task(
+        model_fn=Scaled,
+        loss_fn=nn.functional.cross_entropy,
+        optimizer_fn=OPTIMIZERS["sgd"],
+        example_inputs=torch.arange(9),
+        example_targets=torch.arange(9),
+    )
+    with RouteChecker(task, example_batches(task, batch_size=4)) as checker:
+        assert len(checker.chain) > 1
+        for route in (Route.whole(), Route.split(1)):
+            assert checker.check(route).differences == ()
+
+
 class Untraced(nn.Module):
     """A buffer that counts calls, which the traced model does not see."""
 
