@@ -5,9 +5,10 @@ which shape comes out, so shapes always fit. A drawn model can therefore fail on
 own only where an operator writes over what autograd still needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import hypothesis.strategies as st
 import torch
@@ -17,9 +18,13 @@ from torch.nn import functional
 from flwr_smartsplit.model.segment import Batch
 from flwr_smartsplit.task import Task
 from tests import random_containers as made
+from tests import random_operations as ops
 from tests.models import OPTIMIZERS, seeded
-from tests.random_containers import Build, Op, Part, Steps
+from tests.random_containers import Build, Part, Steps
+from tests.random_operations import Op
 
+YES_NO = (True, False)
+Choose = Callable[[Sequence[Any]], Any]
 Shape = tuple[int, ...]
 """Of one example: ``(features,)``, ``(length, features)`` or ``(channels, h, w)``."""
 
@@ -77,19 +82,19 @@ ANYWHERE: dict[str, list[Part]] = {
     ],
     "in-place operation": [
         Op(functional.relu_),
-        Op(made.raised),
-        Op(made.scaled),
+        Op(ops.raised),
+        Op(ops.scaled),
     ],
     "in-place on a view": [
-        Op(made.start_doubled),
-        Op(made.flat_rectified),
-        Op(made.slices_rejoined),
+        Op(ops.start_doubled),
+        Op(ops.flat_rectified),
+        Op(ops.slices_rejoined),
     ],
-    "in-place on a copy": [Op(made.copy_written)],
+    "in-place on a copy": [Op(ops.copy_written)],
     "dropout": [partial(nn.Dropout, 0.3)],
     "in-place dropout": [
         partial(nn.Dropout, 0.3, inplace=True),
-        Op(made.dropped_in_place, knows_mode=True),
+        Op(ops.dropped_in_place, knows_mode=True),
     ],
     "functional dropout": [Op(partial(functional.dropout, p=0.3), knows_mode=True)],
     "alpha dropout": [
@@ -97,11 +102,18 @@ ANYWHERE: dict[str, list[Part]] = {
         partial(nn.FeatureAlphaDropout, 0.3),
         Op(partial(functional.feature_alpha_dropout, p=0.3), knows_mode=True),
     ],
-    "noise": [Op(made.noisy, knows_mode=True), Op(made.masked, knows_mode=True)],
+    "noise": [
+        Op(ops.noisy, knows_mode=True),
+        Op(ops.masked, knows_mode=True),
+    ],
     "noisy activation": [nn.RReLU, partial(nn.RReLU, inplace=True)],
-    "other operations by mode": [Op(made.other_by_mode, knows_mode=True)],
-    "memory order": [Op(made.moved_round), Op(made.reversed_order)],
-    "other dtype": [Op(made.in_double), Op(made.in_bfloat16), Op(made.in_frequencies)],
+    "other operations by mode": [Op(ops.other_by_mode, knows_mode=True)],
+    "memory order": [Op(ops.moved_round), Op(ops.reversed_order)],
+    "other dtype": [
+        Op(ops.in_double),
+        Op(ops.in_bfloat16),
+        Op(ops.in_frequencies),
+    ],
 }
 """What fits any shape and keeps it."""
 
@@ -113,7 +125,7 @@ def sized(shape: Shape) -> list[Piece]:
         Piece("linear", partial(nn.Linear, shape[-1], shape[-1]), shape),
         Piece(
             "expanded",
-            Op(partial(made.expanded, sizes=(*[-1] * len(shape), shape[-1]))),
+            Op(partial(ops.expanded, sizes=(*[-1] * len(shape), shape[-1]))),
             shape,
         ),
         Piece(
@@ -124,10 +136,10 @@ def sized(shape: Shape) -> list[Piece]:
     ]
     if len(shape) > 1:
         moved = (*shape[:-2], shape[-1], shape[-2])
-        pieces.append(Piece("transpose", Op(made.transposed), moved))
+        pieces.append(Piece("transpose", Op(ops.transposed), moved))
     if shape[-1] > 4:
         fewer = (*shape[:-1], (shape[-1] + 1) // 2)
-        pieces.append(Piece("slice with gaps", Op(made.every_second), fewer))
+        pieces.append(Piece("slice with gaps", Op(ops.every_second), fewer))
     if len(shape) == 3:
         return pieces + _for_images(shape)
     return pieces + (_for_sequences(shape) if len(shape) == 2 else _for_vectors(shape))
@@ -135,29 +147,27 @@ def sized(shape: Shape) -> list[Piece]:
 
 def _for_images(shape: Shape) -> list[Piece]:
     channels, height, width = shape
-    pieces = [
-        Piece("convolution", partial(nn.Conv2d, channels, to, 3, padding=1), out)
-        for to in (channels, 4)
-        for out in [(to, height, width)]
-    ]
+    norm = partial(partial, nn.BatchNorm2d, channels)
+    convolution = partial(nn.Conv2d, channels, 4, 3, padding=1)
+    pieces = [Piece("convolution", convolution, (4, height, width))]
     pieces += [
-        Piece("batch norm", partial(nn.BatchNorm2d, channels, **options), shape)
+        Piece("batch norm", norm(**options), shape)
         for options in ({}, {"momentum": 0.3}, {"affine": False})
     ]
     pieces += [
-        Piece("batch norm without momentum", _norm(channels, momentum=None), shape),
-        Piece("batch norm untracked", _norm(channels, track_running_stats=False), shape),
+        Piece("batch norm without momentum", norm(momentum=None), shape),
+        Piece("batch norm untracked", norm(track_running_stats=False), shape),
         Piece("group norm", partial(nn.GroupNorm, 1, channels), shape),
         Piece("feature dropout", partial(nn.Dropout2d, 0.3), shape),
-        Piece("channels last", Op(made.channels_last), shape),
-        Piece("as sequence", Op(made.as_sequence), (height * width, channels)),
+        Piece("channels last", Op(ops.channels_last), shape),
+        Piece("as sequence", Op(ops.as_sequence), (height * width, channels)),
     ]
     if height * width > 1:
         for tracked in (False, True):
-            norm = partial(
+            part = partial(
                 nn.InstanceNorm2d, channels, affine=True, track_running_stats=tracked
             )
-            pieces.append(Piece("instance norm", norm, shape))
+            pieces.append(Piece("instance norm", part, shape))
     if min(height, width) > 1:
         half = (channels, height // 2, width // 2)
         pieces += [
@@ -165,10 +175,6 @@ def _for_images(shape: Shape) -> list[Piece]:
             Piece("pool", Op(partial(functional.avg_pool2d, kernel_size=2)), half),
         ]
     return pieces
-
-
-def _norm(channels: int, **options: object) -> Build:
-    return partial(nn.BatchNorm2d, channels, **options)  # type: ignore[arg-type]
 
 
 def _for_sequences(shape: Shape) -> list[Piece]:
@@ -186,7 +192,7 @@ def _for_sequences(shape: Shape) -> list[Piece]:
             partial(made.Recurrent, partial(nn.GRU, size, 4, **options), "gru"),
             (length, 4),
         ),
-        Piece("last of a sequence", Op(made.last_of_sequence), (size,)),
+        Piece("last of a sequence", Op(ops.last_of_sequence), (size,)),
     ]
     if size % 2 == 0:
         attention = partial(nn.MultiheadAttention, size, 2, dropout=0.2, **options)
@@ -224,19 +230,19 @@ def _for_vectors(shape: Shape) -> list[Piece]:
 class _Drawing:
     """Draws one model, and remembers what is in it."""
 
-    def __init__(self, draw: Callable[[st.SearchStrategy], object]) -> None:
-        self.draw = draw
+    def __init__(self, choose: Choose) -> None:
+        self.choose = choose
         self.features: set[str] = set()
 
-    def one_of(self, feature_to_parts: dict) -> tuple:
+    def one_of(self, examples: dict[str, list[Any]]) -> tuple[str, Any]:
         """Draw a feature and one of its examples."""
-        feature = self.draw(st.sampled_from(sorted(feature_to_parts)))
+        feature = self.choose(sorted(examples))
         self.features.add(feature)
-        return feature, self.draw(st.sampled_from(feature_to_parts[feature]))
+        return feature, self.choose(examples[feature])
 
     def piece(self, shape: Shape, *, depth: int, keeps_shape: bool = False) -> Piece:
         """Draw one piece, which may have pieces of its own."""
-        choices: dict[str, list] = {
+        choices: dict[str, list[Any]] = {
             name: [Piece(name, part, shape) for part in parts]
             for name, parts in ANYWHERE.items()
         }
@@ -258,33 +264,30 @@ class _Drawing:
 
     def body(self, shape: Shape, depth: int) -> Build:
         """Draw one or two pieces that keep the shape."""
-        count = self.draw(st.integers(1, 2))
-        pieces = [
-            self.piece(shape, depth=depth, keeps_shape=True) for _ in range(count)
-        ]
-        return partial(Steps, *(piece.part for piece in pieces))
+        count = self.choose((1, 2))
+        piece = partial(self.piece, shape, depth=depth, keeps_shape=True)
+        return partial(Steps, *(piece().part for _ in range(count)))
 
-    def _containers(
-        self, shape: Shape, depth: int
-    ) -> dict[str, Callable[[], Build]]:
+    def _containers(self, shape: Shape, depth: int) -> dict[str, Callable[[], Build]]:
         """List what has bodies; each is drawn when it is called."""
         body = partial(self.body, shape, depth)
         size = shape[-1]
-        layer = partial(nn.Linear, size, size)
+        choose, layer = self.choose, partial(nn.Linear, size, size)
         norms = [p.part for p in sized(shape) if p.feature == "batch norm"]
-        pick = lambda *values: self.draw(st.sampled_from(values))  # noqa: E731
         found: dict[str, Callable[[], Build]] = {
             "residual": lambda: partial(made.Residual, body(), "sum"),
             "in-place residual": lambda: partial(
-                made.Residual, body(), pick("into the body", "into the way around")
+                made.Residual,
+                body(),
+                self.choose(("into the body", "into the way around")),
             ),
             "stochastic depth": lambda: partial(
-                made.Residual, body(), pick("row", "batch")
+                made.Residual, body(), choose(("row", "batch"))
             ),
             "concat": lambda: partial(made.Concat, body(), body()),
             "shared": lambda: partial(made.Shared, body(), body()),
-            "tied": lambda: partial(made.Tied, layer, body(), pick(True, False)),
-            "direct": lambda: partial(made.Direct, body(), size, pick(True, False)),
+            "tied": lambda: partial(made.Tied, layer, body(), self.choose(YES_NO)),
+            "direct": lambda: partial(made.Direct, body(), size, self.choose(YES_NO)),
             "constant": lambda: partial(made.Constant, body(), size),
             "running mean": lambda: partial(made.RunningMean, body(), size),
             "other body by mode": lambda: partial(made.ByMode, body(), body()),
@@ -299,7 +302,7 @@ class _Drawing:
             found["chunks"] = lambda: partial(
                 made.Chunks,
                 self.body(half, depth),
-                pick("chunk", "split", "slices"),
+                choose(("chunk", "split", "slices")),
                 half[0],
             )
         return found
@@ -309,7 +312,7 @@ class _Drawing:
         if kind == "tokens":
             tokens = torch.arange(28).reshape(7, 4) % 7
             return tokens, [partial(nn.Embedding, 7, 4)], (*shape, 4)
-        prepared = {"raw inputs": [[]], "prepared inputs": [[Op(made.prepared)]]}
+        prepared = {"raw inputs": [[]], "prepared inputs": [[Op(ops.prepared)]]}
         first = list(self.one_of(prepared)[1])
         if kind == "image":
             first.append(partial(nn.Conv2d, shape[0], 4, 3, padding=1, bias=False))
@@ -320,7 +323,7 @@ class _Drawing:
     def steps(self, shape: Shape, *, most: int) -> tuple[list[Part], Shape]:
         """Draw several pieces, and return the shape after them."""
         parts = []
-        for _ in range(self.draw(st.integers(1, most))):
+        for _ in range(self.choose(range(1, most + 1))):
             piece = self.piece(shape, depth=2)
             parts.append(piece.part)
             shape = piece.shape
@@ -331,15 +334,15 @@ class _Drawing:
         parts: list[Part] = []
         if len(shape) == 3:
             flat = int(torch.Size(shape).numel())
-            means = self.draw(st.booleans())
-            parts.append(Op(made.image_mean) if means else nn.Flatten)
+            means = self.choose(YES_NO)
+            parts.append(Op(ops.image_mean) if means else nn.Flatten)
             size = shape[0] if means else flat
         elif len(shape) == 2:
-            parts.append(Op(made.last_of_sequence))
+            parts.append(Op(ops.last_of_sequence))
             size = shape[-1]
         else:
             (size,) = shape
-        if size < 2 or self.draw(st.integers(0, 3)):
+        if size < 2 or self.choose((True, True, True, False)):
             return [*parts, partial(nn.Linear, size, 3)]
         self.features.add("end without parameters")
         return parts
@@ -357,43 +360,41 @@ INPUTS: dict[str, list[Shape]] = {
 
 @st.composite
 def random_models(draw: st.DrawFn) -> RandomModel:
-    """Draw a model, its inputs and its optimizer."""
-    drawing = _Drawing(draw)
+    """Draw models that Hypothesis can make smaller."""
+    return random_model(lambda values: draw(st.sampled_from(values)))
+
+
+def random_model(choose: Choose) -> RandomModel:
+    """Draw a model, its inputs and its optimizer; ``Random(seed).choice`` does."""
+    drawing = _Drawing(choose)
     kind, shape = drawing.one_of(INPUTS)
     inputs, stem, shape = drawing.stem(kind, shape)
     parts, middle = drawing.steps(shape, most=3)
     front = partial(Steps, *stem, *parts)
     parts, last = drawing.steps(middle, most=3)
-    if draw(st.integers(0, 15)) == 15:
+    if choose(range(16)) == 15:
         drawing.features.add("branch on values")
-        parts.append(Op(made.branched_on_values))
+        parts.append(Op(ops.branched_on_values))
     back = partial(Steps, *parts, *drawing.ending(last))
-    structure, build = drawing.one_of(
-        {
-            "line": [partial(Steps, front, back)],
-            "auxiliary": [
-                partial(
-                    made.Auxiliary,
-                    front,
-                    partial(Steps, *drawing.ending(middle)),
-                    back,
-                )
-            ],
-            "two inputs": [partial(made.Joined, front, back)],
-        }
-    )
+    structure = choose(["line", "auxiliary", "tuple", "dict"])
+    drawing.features.add(structure)
     example: Batch = inputs
-    if structure == "two inputs":
+    if structure == "line":
+        build: Build = partial(Steps, front, back)
+    elif structure == "auxiliary":
+        aside = partial(Steps, *drawing.ending(middle))
+        build = partial(made.Auxiliary, front, aside, back)
+    else:
+        build = partial(made.Joined, front, back)
         second = torch.zeros(len(inputs), *middle)
-        example = {"y": second, "x": inputs}
-        if drawing.one_of({"tuple batch": [True], "dict batch": [False]})[1]:
-            example = (inputs, second)
-    if draw(st.integers(0, 4)) == 0:
+        named = {"y": second, "x": inputs}
+        example = named if structure == "dict" else (inputs, second)
+    if choose(range(5)) == 4:
         drawing.features.add("channels-last model")
         build = partial(made.in_channels_last, build)
     return RandomModel(
         build=build,
         example_inputs=example,
-        optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
+        optimizer=choose(sorted(OPTIMIZERS)),
         features=frozenset(drawing.features),
     )

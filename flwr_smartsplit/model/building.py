@@ -120,6 +120,14 @@ def _built(task: Task) -> nn.Module:
             "works elsewhere: here parameters have no values while a model is built; "
             "let model_fn compute nothing from them.)"
         ) from error
+    saved = model.state_dict().keys()
+    lost = [n for n, b in model.named_buffers() if b.is_meta and n not in saved]
+    if lost:
+        raise InvalidTask(
+            f"{', '.join(lost)}: these buffers are computed from parameters, which "
+            "have no values while a model is built here, and they are not part of its "
+            "state. Register them with persistent=True, or compute them in forward."
+        )
     narrow = [n for n, t in model.state_dict().items() if t.dtype is torch.bfloat16]
     if narrow:
         raise InvalidTask(

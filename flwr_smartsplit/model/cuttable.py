@@ -82,7 +82,7 @@ def find_facts(
     model : nn.Module
         The model the graph was traced from; it is not touched.
     graph : fx.Graph
-        Its graph in training mode.
+        Its graph in the mode that the model is in.
     example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
         One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
 
@@ -94,7 +94,7 @@ def find_facts(
     reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
     everything = Unit("", _identity, reads)
     mode = FakeTensorMode()
-    root = fake_copy(Segment([everything], 0, model), mode).train()
+    root = fake_copy(Segment([everything], 0, model), mode).train(model.training)
     recorder = Recorder()
     finder = _FactFinder(root, graph, recorder)
     # Two examples, since BatchNorm refuses to train on one value per channel.

@@ -6,6 +6,7 @@ run different code; a place counts only where both can be cut.
 
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +30,52 @@ from flwr_smartsplit.model.liveness import (
     read_sizes_early,
 )
 from flwr_smartsplit.model.modes import modes_restored
-from flwr_smartsplit.model.recorder import NodeFacts
+from flwr_smartsplit.model.recorder import NodeFacts, storages_of
 from flwr_smartsplit.model.segment import Batch, Unit
 from flwr_smartsplit.model.strict_trace import refuse_switches, trace_strictly
+
+AUGMENTED = "augmented assignment to"
+"""Where a node's ``meta`` names the value that Python would have changed."""
+
+
+class _NotingProxy(fx.Proxy):
+    """A stand-in that notes ``x += y``, which fx reads as ``x = x + y``."""
+
+    def _augmented(self, operation: Callable[..., Any], other: Any) -> Any:
+        result = operation(self, other)
+        if isinstance(result, fx.Proxy):
+            result.node.meta[AUGMENTED] = self.node
+        return result
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._augmented(operator.add, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._augmented(operator.sub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._augmented(operator.mul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._augmented(operator.truediv, other)
+
+    def __ifloordiv__(self, other: Any) -> Any:
+        return self._augmented(operator.floordiv, other)
+
+    def __imod__(self, other: Any) -> Any:
+        return self._augmented(operator.mod, other)
+
+    def __ipow__(self, other: Any) -> Any:
+        return self._augmented(operator.pow, other)
+
+    def __iand__(self, other: Any) -> Any:
+        return self._augmented(operator.and_, other)
+
+    def __ior__(self, other: Any) -> Any:
+        return self._augmented(operator.or_, other)
+
+    def __ixor__(self, other: Any) -> Any:
+        return self._augmented(operator.xor, other)
 
 
 class _Tracer(fx.Tracer):
@@ -48,6 +92,10 @@ class _Tracer(fx.Tracer):
         """Make a node, unless it would lose what is switched around it."""
         refuse_switches(f"{args[0]}" if args else kind)
         return super().create_proxy(kind, *args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Make the stand-in for a value; it notes augmented assignments."""
+        return _NotingProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` is one node of the graph."""
@@ -129,6 +177,11 @@ def trace_units(
         train_graph = _trace(model.train(), example_inputs)
         eval_graph = _trace(model.eval(), example_inputs)
         facts = find_facts(model.train(), train_graph, example_inputs)
+        _refuse_lost_writes(train_graph, facts)
+        if any(AUGMENTED in node.meta for node in eval_graph.nodes):
+            # A dropout may be an alias in evaluation only.
+            eval_facts = find_facts(model.eval(), eval_graph, example_inputs)
+            _refuse_lost_writes(eval_graph, eval_facts)
         if not is_reshaped(facts):
             read_sizes_early(train_graph)
             read_sizes_early(eval_graph)
@@ -146,6 +199,32 @@ def trace_units(
         refused = _needed_everywhere(train_graph)
     places = [order.index(train.name) for (train, _), _ in cuts]
     return units, with_nearest(refused, dict(zip(places, names, strict=False)))
+
+
+def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> None:
+    """Refuse ``x += y`` where something else looks at ``x``'s memory later.
+
+    Raises
+    ------
+    NotSplittable
+        Naming the operation.
+    """
+    nodes = list(graph.nodes)
+    order = {node: index for index, node in enumerate(nodes)}
+    for index, node in enumerate(nodes):
+        target = node.meta.get(AUGMENTED)
+        if target is None:
+            continue
+        written = storages_of(facts[target].value)
+        aliases = {n for n in nodes[:index] if storages_of(facts[n].value) & written}
+        later = {user for alias in aliases for user in alias.users}
+        users = [user for user in later if order[user] > index]
+        if users:
+            raise NotSplittable(
+                f"{node.name} is an augmented assignment, and {users[0].name} uses "
+                "what it should have changed; torch.fx would lose the change. Write "
+                "x = x + y, or x.add_(y)."
+            )
 
 
 def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:

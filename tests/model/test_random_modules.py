@@ -1,17 +1,17 @@
 """Whatever the module, every offered cut is exact, or the refusal explains itself."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from torch import Tensor, nn
-from torch.nn import functional
 
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.model import cuttable
@@ -19,20 +19,28 @@ from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.costs import profile_chain
 from flwr_smartsplit.model.segment import Batch, no_streams
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
-from flwr_smartsplit.runtime.checking import Batches, RouteChecker, example_batches
+from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.wire import WireTensor
 from flwr_smartsplit.types import Route
 from tests import random_containers as made
-from tests.random_containers import Op, Steps
-from tests.random_modules import RandomModel, random_models
+from tests import random_operations as ops
+from tests.random_containers import Part, Steps
+from tests.random_modules import RandomModel, random_model, random_models
+from tests.random_operations import Op
 
 BATCH_SIZE = 4
 UNPREDICTED = {
-    "lstm": "oneDNN's workspace, which torch's fake LSTM does not have",
-    "constant": "tensors that are neither parameters nor buffers are not counted",
+    # oneDNN has a workspace that torch's fake LSTM has not.
+    "lstm",
+    # Torch's fake batch norm keeps strides where the real one makes a contiguous
+    # tensor, so a later reshape may be a copy in one and a view in the other.
+    "batch norm",
+    "batch norm untracked",
+    "batch norm without momentum",
+    "kept in eval",
 }
-"""Features whose memory is not predicted to the byte, and why."""
+"""Features whose memory is not always predicted to the byte."""
 
 
 # --- the property ---------------------------------------------------------------------
@@ -61,7 +69,7 @@ def judged(model: RandomModel) -> Verdict:
                 problems += [f"{route}: {text}" for text in found.differences]
                 predicted = predicted_peak_bytes(profile, route)
                 measured = found.measured_peak_bytes
-                if predicted != measured and not model.features & UNPREDICTED.keys():
+                if measured != predicted and not model.features & UNPREDICTED:
                     problems.append(f"{route}: {measured} bytes, not {predicted}")
             if not problems:
                 chain.require_cuts()
@@ -70,7 +78,7 @@ def judged(model: RandomModel) -> Verdict:
         return Verdict(refusal=str(error))
 
 
-def batches_of(model: RandomModel) -> Batches:
+def batches_of(model: RandomModel) -> Sequence[tuple[Batch, Tensor]]:
     """Draw two batches of one size, and a smaller one."""
     return example_batches(model.task, batch_size=BATCH_SIZE)
 
@@ -170,21 +178,11 @@ def test_every_offered_cut_of_500_random_modules_is_exact(model):
 
 @cache
 def sample(num_models: int) -> tuple[RandomModel, ...]:
-    """Draw models, the same ones every time."""
-    models: list[RandomModel] = []
-
-    @settings(
-        REPRODUCIBLE, max_examples=num_models, phases=[Phase.generate], database=None
-    )
-    @given(random_models())
-    def collect(model: RandomModel) -> None:
-        models.append(model)
-
-    collect()
-    return tuple(models)
+    """Draw models, the same ones whatever Hypothesis finds in the sources."""
+    return tuple(random_model(Random(seed).choice) for seed in range(num_models))
 
 
-EVERY_FEATURE = 64
+EVERY_FEATURE = 63
 
 
 def test_every_feature_is_drawn():
@@ -215,34 +213,104 @@ def without_strides(tensor: Tensor) -> WireTensor:
 
 
 true_pack = WireTensor.pack
+IN_PLACE = {"in-place operation", "in-place on a view", "in-place module"}
 PLANTED = {
     "no refusal of in-place operators": (
         (cuttable, "overwritten", lambda *_: None),
-        {"in-place operation", "in-place on a view", "in-place module"},
+        (IN_PLACE, "being used in an in-place operation"),
     ),
     "no refusal of shared tensors": (
         (cuttable, "tied", lambda *_: None),
-        {"tied", "shared"},
+        ({"tied"}, "gradient"),
     ),
     "strides lost on the wire": (
         (WireTensor, "pack", without_strides),
-        {"channels last", "channels-last model", "transpose", "memory order"},
+        ({"lstm"}, "gradient"),
     ),
-    "streams of no seed": (
+    "streams that do not seed": (
         (UnitStreams, "__call__", lambda _, *where: no_streams(*where)),
-        {"dropout", "functional dropout", "noise"},
+        ({"dropout", "functional dropout", "noise"}, "gradient"),
     ),
 }
-"""What is broken, and features of models that must notice."""
+"""What is broken, features of models that must notice, and what they must say."""
 
 
-@pytest.mark.parametrize(("patch", "features"), PLANTED.values(), ids=PLANTED)
-def test_an_error_in_the_package_is_found_by_a_drawn_model(
-    monkeypatch, patch, features
-):
+@pytest.mark.parametrize(("patch", "noticed"), PLANTED.values(), ids=PLANTED)
+def test_an_error_in_the_package_is_found_by_a_drawn_model(monkeypatch, patch, noticed):
     """A model with such a feature fails with the error, and passes without it."""
-    models = [m for m in sample(400) if m.features & features and trains(m)]
+    features, says = noticed
+    models = [model for model in sample(400) if model.features & features]
     with monkeypatch.context() as patched:
         patched.setattr(*patch)
-        found = next(m for m in models[:40] if judged(m).problems)
+        found = next(
+            model
+            for model in models
+            if trains(model) and says in " ".join(judged(model).problems)
+        )
     assert judged(found).problems == ()
+
+
+# --- what is known to be wrong --------------------------------------------------------
+
+
+def between(*parts: Part) -> RandomModel:
+    """Put parts between two linear layers."""
+    layer = partial(nn.Linear, 4, 4)
+    return RandomModel(
+        build=partial(Steps, layer, *parts, layer),
+        example_inputs=torch.zeros(1, 4),
+        optimizer="sgd",
+        features=frozenset(),
+    )
+
+
+def in_sequence(recurrent: type[nn.RNNBase], *before: Part) -> RandomModel:
+    """Put a recurrent layer, and what comes before it, after a linear layer."""
+    layer = partial(recurrent, 4, 4, batch_first=True)
+    parts = (partial(nn.Linear, 4, 4), *before, partial(made.Recurrent, layer, "gru"))
+    return replace(
+        between(),
+        build=partial(Steps, *parts, Op(ops.last_of_sequence)),
+        example_inputs=torch.zeros(1, 4, 4),
+    )
+
+
+ONCE_WRONG = {
+    "torch.no_grad was lost in tracing": between(Op(ops.without_gradient)),
+    "torch.autocast was lost in tracing": between(Op(ops.in_autocast)),
+    "a conjugated boundary could not be packed": between(Op(ops.conjugated)),
+    "the checker's stock model wrote into its batches": replace(
+        between(), build=partial(Steps, Op(ops.raised), partial(nn.Linear, 4, 4))
+    ),
+    "memory of a constant was not counted": between(partial(made.Constant, nn.Tanh, 4)),
+    "y += x was traced as y = y + x": between(Op(ops.shifted)),
+    "a buffer outside the state, of a parameter": between(
+        partial(made.Derived, 4, is_drawn=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("model", ONCE_WRONG.values(), ids=ONCE_WRONG)
+def test_what_was_once_wrong_is_exact_or_refused(model):
+    """What random modules brought to light stays repaired."""
+    assert trains(model)
+    assert judged(model).problems == ()
+
+
+KNOWN = {
+    "a buffer outside the state, drawn after a parameter": between(
+        partial(made.Derived, 4, is_drawn=True)
+    ),
+    "memory of an LSTM": in_sequence(nn.LSTM),
+    "memory of a batch norm before what transposes": in_sequence(
+        nn.GRU, partial(nn.BatchNorm1d, 4)
+    ),
+}
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+@pytest.mark.parametrize("model", KNOWN.values(), ids=KNOWN)
+def test_known_to_be_wrong(model):
+    """What is not drawn, or not compared, because it is neither exact nor refused."""
+    assert trains(model)
+    assert judged(model).problems == ()
