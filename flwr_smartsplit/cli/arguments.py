@@ -55,7 +55,8 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     unit_bytes = _UNIT_BYTES.get(match[2].lower()) if match else None
-    size = math.floor(float(match[1]) * unit_bytes) if match and unit_bytes else 0
+    number = float(match[1]) if match and unit_bytes else 0.0
+    size = math.floor(number * unit_bytes) if unit_bytes and number < math.inf else 0
     if size < 1:
         raise BadArgument(
             f"--budget {text!r} is no size: write a positive number and B, KiB, MiB, "

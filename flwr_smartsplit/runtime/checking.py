@@ -221,7 +221,8 @@ def example_batches(task: Task, *, batch_size: int, seed: int = 0) -> Batches:
     """Draw batches like the task's examples: two of one size, then a smaller one.
 
     Floating-point inputs are drawn from a normal distribution; all else is drawn from
-    the values that the examples have, such as class numbers and tokens.
+    the values that the examples have, such as class numbers and tokens. So an example
+    of zeros only checks one class and one token: give examples with all of them.
     """
     rng = torch.Generator().manual_seed(seed)
 
