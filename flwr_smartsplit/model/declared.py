@@ -112,8 +112,7 @@ def _list_problems(model: nn.Module, units: Sequence[Unit]) -> list[str]:
 
 def _parameters_at(model: nn.Module, target: str) -> list[Tensor]:
     path, _, name = target.rpartition(".")
-    owner = model.get_submodule(path)
-    thing = getattr(owner, name) if name else owner
+    thing = getattr(model.get_submodule(path), name)
     return list(thing.parameters()) if isinstance(thing, nn.Module) else [thing]
 
 
@@ -123,11 +122,12 @@ def _dry_run(
     """Run the units one by one under fake tensors; each sees only what it reads."""
     mode, recorder = FakeTensorMode(), Recorder()
     whole = fake_copy(Segment(units, 0, model), mode)
+    odd = odd_modes(model)
     value: Any = fake_batch(inputs, mode, batch_size=2)
     found = []
     for index, unit in enumerate(units):
-        root = Segment([unit], index, whole, odd_modes(model)).train(training)
-        run = unit.forward if training else unit.eval_forward or unit.forward
+        root = Segment([unit], index, whole, odd).train(training)
+        run = unit.forward_in(training)
         recorder.facts = NodeFacts()
         try:
             with mode, recorder, torch.set_grad_enabled(training), torch_log_silenced():
@@ -195,8 +195,7 @@ def _as_one(units: Sequence[Unit]) -> Unit:
     def run(training: bool, root: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         value: Any = kwargs or args
         for unit in units:
-            forward = unit.forward if training else unit.eval_forward or unit.forward
-            value = run_unit(forward, root, value)
+            value = run_unit(unit.forward_in(training), root, value)
         return value
 
     return Unit(

@@ -67,6 +67,10 @@ class Unit:
     eval_forward: Callable[..., Any] | None = None
     is_random: bool = False
 
+    def forward_in(self, training: bool) -> Callable[..., Any]:
+        """Return what it does in one mode."""
+        return self.forward if training else self.eval_forward or self.forward
+
 
 class Segment(nn.Module):
     """Units ``[start, stop)`` of a chain, as a module with the model's own names.
@@ -132,7 +136,7 @@ class Segment(nn.Module):
         value: Any = inputs
         training = self.training
         for index, unit in enumerate(self.__units, start=self.__start):
-            run = unit.forward if training else unit.eval_forward or unit.forward
+            run = unit.forward_in(training)
             if training and unit.is_random:
                 with streams(step, index):
                     value = run_unit(run, self, value)
