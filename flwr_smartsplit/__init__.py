@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flwr_smartsplit.flower.client_app import build_client_app
+    from flwr_smartsplit.flower.legacy_strategy import LegacySmartSplit
     from flwr_smartsplit.flower.numpy_client import SmartSplitNumPyClient
     from flwr_smartsplit.flower.strategy import SmartSplit
     from flwr_smartsplit.model.cap import memory_cap
     from flwr_smartsplit.model.chain import Chain
     from flwr_smartsplit.model.costs import profile_chain
     from flwr_smartsplit.model.segment import Unit
+    from flwr_smartsplit.policy.cuts import deepest_split, deepest_u_shape
     from flwr_smartsplit.policy.predict import predicted_peak_bytes
     from flwr_smartsplit.runtime.ray_edge import RayEdge
     from flwr_smartsplit.task import Task
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chain",
+    "LegacySmartSplit",
     "RayEdge",
     "Route",
     "SmartSplit",
@@ -29,6 +32,8 @@ __all__ = [
     "Task",
     "Unit",
     "build_client_app",
+    "deepest_split",
+    "deepest_u_shape",
     "memory_cap",
     "predicted_peak_bytes",
     "profile_chain",
@@ -36,6 +41,7 @@ __all__ = [
 
 _HOMES = {
     "Chain": "model.chain",
+    "LegacySmartSplit": "flower.legacy_strategy",
     "RayEdge": "runtime.ray_edge",
     "Route": "types",
     "SmartSplit": "flower.strategy",
@@ -43,6 +49,8 @@ _HOMES = {
     "Task": "task",
     "Unit": "model.segment",
     "build_client_app": "flower.client_app",
+    "deepest_split": "policy.cuts",
+    "deepest_u_shape": "policy.cuts",
     "memory_cap": "model.cap",
     "predicted_peak_bytes": "policy.predict",
     "profile_chain": "model.costs",

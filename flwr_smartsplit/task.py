@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, dtype, nn
     from torch.optim import Optimizer
 
 
@@ -37,6 +37,20 @@ class Task:
         Batch means to report in evaluation, such as an accuracy.
     units_fn : Callable[[nn.Module], Sequence[Unit]], optional
         Lists the units of a model that torch.fx cannot trace. Importable, too.
+    schedule_fn : Callable[[Optimizer, Mapping], LRScheduler or None], optional
+        Sets up a new optimizer for a round: it may change learning rates by the
+        round's config (``train_config`` and ``"server-round"``), and may return a torch
+        scheduler, which is stepped after each training step. Called at every place.
+    max_gradient_norm : float, optional
+        Clip the norm of all gradients of a step, those at other places included, as
+        ``torch.nn.utils.clip_grad_norm_`` does.
+    autocast_dtype : torch.dtype, optional
+        Run forward and loss under ``torch.autocast`` with this type, such as
+        ``torch.bfloat16``.
+    is_local : Callable[[str], bool], optional
+        Says by its name which state stays on the device that trained it and is not
+        merged, such as BatchNorm's or a personal last layer. Its units are on the
+        device on every route.
 
     Examples
     --------
@@ -58,6 +72,10 @@ class Task:
     example_targets: "Tensor"
     metrics_fn: Callable[[Any, Any], Mapping[str, float]] | None = None
     units_fn: "Callable[[nn.Module], Sequence[Any]] | None" = None
+    schedule_fn: "Callable[[Optimizer, Mapping[str, Any]], Any] | None" = None
+    max_gradient_norm: float | None = None
+    autocast_dtype: "dtype | None" = None
+    is_local: Callable[[str], bool] | None = None
 
     def __post_init__(self) -> None:
         """Refuse objects where functions that make them are needed.
@@ -72,6 +90,9 @@ class Task:
             object.__setattr__(self, "example_inputs", dict(inputs))
         elif isinstance(inputs, tuple | list):
             object.__setattr__(self, "example_inputs", tuple(inputs))
+        norm = self.max_gradient_norm
+        if norm is not None and not norm > 0:
+            raise ValueError(f"max_gradient_norm is {norm}: give a number above 0.")
         made = {"model_fn": "parameters", "optimizer_fn": "param_groups"}
         problems = [
             f"{name} is a {type(getattr(self, name)).__name__}; give a function"

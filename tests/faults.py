@@ -172,7 +172,7 @@ def forged_seal(session: str, receipt: Receipt, *, delivers: bool) -> Hook:
                 deliver(request)
             except EdgeError:
                 pass
-        return replace(receipt, num_steps=request.num_steps)
+        return (replace(receipt, num_steps=request.num_steps),)
 
     return hook
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
     "Chain",
+    "LegacySmartSplit",
     "RayEdge",
     "Route",
     "SmartSplit",
@@ -29,6 +30,8 @@ PUBLIC_NAMES = [
     "Task",
     "Unit",
     "build_client_app",
+    "deepest_split",
+    "deepest_u_shape",
     "memory_cap",
     "predicted_peak_bytes",
     "profile_chain",

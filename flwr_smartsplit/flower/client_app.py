@@ -8,11 +8,14 @@ from flwr.clientapp import ClientApp
 
 from flwr_smartsplit.flower.numpy_client import SmartSplitNumPyClient
 from flwr_smartsplit.flower.records import (
+    LEGACY,
     OURS,
     PROFILE_ACTION,
-    evaluate_reply,
     from_array_record,
     profile_to_scalars,
+)
+from flwr_smartsplit.flower.replies import (
+    evaluate_reply,
     train_reply,
 )
 
@@ -23,7 +26,9 @@ def build_client_app(
     mods: Sequence[Any] = (),
     weighted_by_key: str = "num-examples",
 ) -> ClientApp:
-    """Make a ``ClientApp`` for ``SmartSplit`` or any stock Message-API strategy.
+    """Make a ``ClientApp`` for our strategies or any stock one.
+
+    It understands both of Flower's APIs, whichever the server speaks.
 
     Parameters
     ----------
@@ -34,7 +39,7 @@ def build_client_app(
     weighted_by_key : str
         The metric that replies are weighted by, as for ``FedAvg``.
     """
-    app = ClientApp(mods=list(mods))
+    _check_mods(mods)
 
     def make_client(context: Context) -> SmartSplitNumPyClient:
         client = client_fn(context)
@@ -43,7 +48,11 @@ def build_client_app(
                 f"client_fn returns a {type(client).__name__}; return the "
                 "SmartSplitNumPyClient itself, without .to_client()."
             )
+        if client.context is None:
+            client.context = context
         return client
+
+    app = _BothApis(make_client, mods)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -67,6 +76,52 @@ def build_client_app(
         return Message(RecordDict({OURS: ConfigRecord(scalars)}), reply_to=message)
 
     return app
+
+
+class _BothApis(ClientApp):
+    """A Message-API app that also answers as a ``NumPyClient`` app would."""
+
+    def __init__(
+        self, make_client: Callable[[Context], SmartSplitNumPyClient], mods: Any
+    ) -> None:
+        super().__init__(mods=list(mods))
+        self._legacy = ClientApp(lambda c: make_client(c).to_client(), list(mods))
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message of either API."""
+        is_legacy = any(key in message.content for key in _LEGACY_KEYS)
+        if is_legacy:
+            return self._legacy(message, context)
+        return super().__call__(message, context)
+
+
+_LEGACY_KEYS = (
+    LEGACY.train_config,
+    LEGACY.evaluate_config,
+    "getpropertiesins.config",
+    "getparametersins.config",
+)
+_ARRAY_MODS = ("centraldp_mods", "localdp_mod", "secagg_mod", "secaggplus_mod")
+
+
+def _check_mods(mods: Sequence[Any]) -> None:
+    """Refuse mods that would see half a model and take it for a whole one."""
+    refused = [mod for mod in mods if _changes_arrays(mod)]
+    if refused:
+        raise TypeError(
+            f"mods {', '.join(map(_name_of, refused))}: these clip, noise or mask a "
+            "client's whole model. A split client sends a part, and the edge the rest, "
+            "which they would not see; their guarantee would not hold."
+        )
+
+
+def _changes_arrays(mod: Any) -> bool:
+    """Say whether a mod is one of Flower's that change what a client sends."""
+    return str(getattr(mod, "__module__", "")).endswith(_ARRAY_MODS)
+
+
+def _name_of(mod: Any) -> str:
+    return str(getattr(mod, "__name__", type(mod).__name__))
 
 
 def _config(content: RecordDict) -> dict[str, Any]:

@@ -1,24 +1,11 @@
-"""Dispatch: the messages of one phase of a round, and what comes back."""
+"""Dispatch: one phase of a round, blind to which of Flower's APIs carries it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from flwr.app import ArrayRecord, Message, MessageType
 
 from flwr_smartsplit.errors import RefusedReply
-from flwr_smartsplit.flower.fleet import Member
-from flwr_smartsplit.flower.records import (
-    LEGACY,
-    instruction,
-    last_line,
-    plan_to_scalars,
-    record_bytes,
-    reply_from_content,
-)
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.types import (
-    DEVICE,
     ClientPlan,
     ClientReply,
     Expectation,
@@ -29,18 +16,51 @@ from flwr_smartsplit.types import (
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What one client was sent."""
+    """What one client is sent, and what its arrays are called.
+
+    Parameters
+    ----------
+    plan : ClientPlan
+        Its plan.
+    names : tuple[str, ...]
+        The state of its device segments.
+    returned_names : tuple[str, ...]
+        Those of them that it sends back: without what stays on the device.
+    predicted_peak_bytes : int
+        What its device should need.
+    """
 
     plan: ClientPlan
-    member: Member
     names: tuple[str, ...]
-    num_bytes: int
+    returned_names: tuple[str, ...]
     predicted_peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came from one client.
+
+    Parameters
+    ----------
+    client_key : str
+        Who was asked, or the node if nobody was.
+    read : Callable[[], ClientReply], optional
+        Reads the reply; may raise ``RefusedReply``.
+    num_bytes : int
+        Size of what came.
+    error : str
+        Why there is nothing to read.
+    """
+
+    client_key: str
+    read: Callable[[], ClientReply] | None = None
+    num_bytes: int = 0
+    error: str = ""
 
 
 @dataclass
 class Dispatch:
-    """One phase of one round: what went out, and how to read what comes back.
+    """One phase of one round: what went out, and what came back.
 
     Parameters
     ----------
@@ -56,98 +76,93 @@ class Dispatch:
     is_train: bool
     started_seconds: float
     sent: dict[str, Sent] = field(default_factory=dict)
+    sent_bytes: dict[str, int] = field(default_factory=dict)
     received_bytes: dict[str, int] = field(default_factory=dict)
-
-    def message(
-        self,
-        plan: ClientPlan,
-        member: Member,
-        *,
-        predicted_peak_bytes: int,
-        chain: Chain,
-        arrays: ArrayRecord,
-        config: Mapping[str, Any],
-    ) -> Message:
-        """Make one client's message: the state of its own segments and its plan."""
-        device = plan.route.legs(len(chain))[0]
-        names = chain.state_names(device.start, device.stop)
-        content = instruction(
-            member.dialect,
-            ArrayRecord({name: arrays[name] for name in names}),
-            {**config, **plan_to_scalars(plan)},
-            is_train=self.is_train,
-        )
-        size = record_bytes(content)
-        self.sent[plan.client_key] = Sent(
-            plan, member, names, size, predicted_peak_bytes
-        )
-        return Message(
-            content,
-            message_type=MessageType.TRAIN if self.is_train else MessageType.EVALUATE,
-            dst_node_id=member.node_id,
-        )
 
     def expectations(self, chain: Chain) -> dict[str, Expectation]:
         """Say what every chosen client's reply must contain."""
         return {
             key: Expectation(
                 client_key=key,
-                device_names=frozenset(sent.names),
+                device_names=frozenset(sent.returned_names),
                 tails={
                     leg.place: TailExpectation(
                         session=sent.plan.session(leg.place),
                         names=frozenset(chain.state_names(leg.start, leg.stop)),
                     )
-                    for leg in sent.plan.route.legs(len(chain))
-                    if leg.place != DEVICE
+                    for leg in sent.plan.route.edge_legs(len(chain))
                 },
             )
             for key, sent in self.sent.items()
         }
 
-    def read(
-        self, messages: Iterable[Message]
+    def collect(
+        self, answers: Iterable[Answer], *, unnamed: Sequence[str] = ()
     ) -> tuple[list[ClientReply], list[Failure]]:
         """Sort what came into replies and failures.
 
         Chosen clients of whom nothing came are failures too.
+
+        Parameters
+        ----------
+        answers : Iterable[Answer]
+            What came.
+        unnamed : Sequence[str]
+            Errors of which Flower does not say whose they are.
         """
-        by_node = {sent.member.node_id: key for key, sent in self.sent.items()}
         replies, failures = [], []
         silent = set(self.sent)
-        for message in messages:
-            node = message.metadata.src_node_id
-            key = by_node.get(node, f"node {node}")
+        for answer in answers:
+            key = answer.client_key
             silent.discard(key)
-            if message.has_error():
-                cause = last_line(message.error.reason)
-                failures.append(Failure(client_key=key, kind="failed", cause=cause))
+            if answer.read is None:
+                failure = Failure(client_key=key, kind="failed", cause=answer.error)
+                failures.append(failure)
                 continue
+            self.received_bytes[key] = answer.num_bytes
             try:
-                replies.append(self._read_one(key, message))
+                replies.append(_of(key, answer.read()))
             except RefusedReply as error:
                 failures.append(
                     Failure(client_key=key, kind=error.kind, cause=str(error))
                 )
-        failures += [_lost(key) for key in sorted(silent)]
+        failures += [_lost(key, unnamed) for key in sorted(silent)]
         return replies, failures
 
-    def _read_one(self, key: str, message: Message) -> ClientReply:
-        sent = self.sent.get(key)
-        is_legacy = sent is not None and sent.member.dialect is LEGACY
-        names = sent.names if sent is not None and is_legacy else None
-        content = message.content
-        self.received_bytes[key] = record_bytes(content)
-        reply = reply_from_content(content, names)
-        if reply.client_key != key:
-            raise RefusedReply(
-                f"the node of client {key!r} answers for {reply.client_key!r}.",
-                kind="refused",
-            )
-        return reply
+
+def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
+    """Name the state of a plan's device segments, in the chain's order."""
+    return tuple(
+        name
+        for leg in plan.route.device_legs(len(chain))
+        for name in chain.state_names(leg.start, leg.stop)
+    )
 
 
-def _lost(key: str) -> Failure:
+def returned(
+    names: Iterable[str], is_local: Callable[[str], bool] | None
+) -> tuple[str, ...]:
+    """Leave out the names of what stays on the device."""
+    return tuple(name for name in names if is_local is None or not is_local(name))
+
+
+def _of(key: str, reply: ClientReply) -> ClientReply:
+    if reply.client_key != key:
+        raise RefusedReply(
+            f"the node of client {key!r} answers for {reply.client_key!r}.",
+            kind="refused",
+        )
+    return reply
+
+
+def _lost(key: str, unnamed: Sequence[str]) -> Failure:
+    if unnamed:
+        return Failure(
+            client_key=key,
+            kind="failed",
+            cause="no reply; Flower's legacy API does not say whose errors came: "
+            + "; ".join(unnamed),
+        )
     return Failure(
         client_key=key,
         kind="lost",

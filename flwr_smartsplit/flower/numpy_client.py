@@ -6,15 +6,22 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.client import NumPyClient
 
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
+from flwr_smartsplit.flower.dispatch import device_names, returned
 from flwr_smartsplit.flower.records import (
     Arrays,
     Scalar,
-    metrics_of,
+    from_array_record,
     plan_from_config,
     profile_to_scalars,
+    to_array_record,
+)
+from flwr_smartsplit.flower.replies import (
+    evaluated,
+    metrics_of,
     reply_to_scalars,
 )
 from flwr_smartsplit.model.building import build_chain
@@ -31,6 +38,7 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientPlan, DeviceProfile, Route, StepReport
 
 _WEIGHT = "num-examples"
+_LOCAL = "smartsplit.local"
 
 
 class SmartSplitNumPyClient(NumPyClient):
@@ -65,6 +73,9 @@ class SmartSplitNumPyClient(NumPyClient):
         A sampled cap meters the first two steps of each shape, then one in so many.
     seed : int
         Root of the random streams under a stock strategy; ``SmartSplit`` sends its own.
+    context : Context, optional
+        Flower's, where ``Task.is_local`` keeps this client's own state from round to
+        round; ``build_client_app`` gives it by itself.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per thing a client owns
@@ -82,12 +93,14 @@ class SmartSplitNumPyClient(NumPyClient):
         cap_mode: CapMode | str = CapMode.SAMPLED,
         meter_every: int = 50,
         seed: int = 0,
+        context: Context | None = None,
     ) -> None:
         _check_budget(client_key, budget_bytes)
         self.task = task
         self.train_loader = train_loader
         self.eval_loader = eval_loader
         self._seed = seed
+        self.context = context
         self._edges = {edge.name: edge for edge in edges}
         sizes = _sizes(train_loader, num_examples, batch_size)
         self.profile = DeviceProfile(
@@ -106,15 +119,17 @@ class SmartSplitNumPyClient(NumPyClient):
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
+        state = {**state, **self._local(plan)}
         outcome = train_locally(plan, state, self.train_loader, self._conditions)
         if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
             return replace(outcome, state={**state, **outcome.state})
-        return outcome
+        return self._without_local(outcome)
 
     def test(self, plan: ClientPlan, state: Arrays) -> StepReport:
         """Do this client's part of an evaluation round."""
         loader = self.train_loader if self.eval_loader is None else self.eval_loader
+        state = {**state, **self._local(plan)}
         return evaluate_locally(plan, state, loader, self._conditions)
 
     def plan_for(self, config: Any) -> ClientPlan:
@@ -137,7 +152,7 @@ class SmartSplitNumPyClient(NumPyClient):
         chain = build_chain(self.task)
         if _is_stock(plan):
             return tuple(chain.model.state_dict())
-        return chain.state_names(0, plan.route.legs(len(chain))[0].stop)
+        return device_names(plan, chain)
 
     # --- NumPyClient --------------------------------------------------------------
 
@@ -155,7 +170,7 @@ class SmartSplitNumPyClient(NumPyClient):
         outcome = self.train(plan, dict(zip(names, parameters, strict=True)))
         scalars = {
             **metrics_of(outcome.report, _WEIGHT),
-            **reply_to_scalars(plan, outcome.report, outcome.receipts),
+            **reply_to_scalars(plan, outcome),
         }
         arrays = [outcome.state[name] for name in names if name in outcome.state]
         return arrays, outcome.report.num_examples, scalars
@@ -167,8 +182,40 @@ class SmartSplitNumPyClient(NumPyClient):
         plan = self.plan_for(config)
         names = self.device_names(plan)
         report = self.test(plan, dict(zip(names, parameters, strict=True)))
-        scalars = {**metrics_of(report, _WEIGHT), **reply_to_scalars(plan, report)}
+        scalars = {
+            **metrics_of(report, _WEIGHT),
+            **reply_to_scalars(plan, evaluated(report)),
+        }
         return report.loss, report.num_examples, scalars
+
+    # --- what stays on the device --------------------------------------------------
+
+    def _local(self, plan: ClientPlan) -> Arrays:
+        """Read this client's own state from Flower's context, if there is any yet."""
+        if self.task.is_local is None or _is_stock(plan):
+            return {}
+        record = self._records().get(_LOCAL)
+        names = set(self.device_names(plan))
+        kept = from_array_record(record) if isinstance(record, ArrayRecord) else {}
+        return {name: array for name, array in kept.items() if name in names}
+
+    def _without_local(self, outcome: Outcome) -> Outcome:
+        """Put this client's own state into Flower's context, and send the rest."""
+        if self.task.is_local is None or not outcome.state:
+            return outcome
+        sent = returned(outcome.state, self.task.is_local)
+        own = {n: a for n, a in outcome.state.items() if n not in sent}
+        self._records()[_LOCAL] = to_array_record(own)
+        return replace(outcome, state={name: outcome.state[name] for name in sent})
+
+    def _records(self) -> RecordDict:
+        """Return what Flower keeps for this node from message to message."""
+        if self.context is None:
+            raise InvalidTask(
+                f"client {self.profile.client_key!r}: the task's is_local keeps state "
+                "on the device, in Flower's context: give the client context=context."
+            )
+        return self.context.state
 
     def _connect(self, place: str, address: str) -> Transport:
         if place not in self._edges:

@@ -1,4 +1,4 @@
-"""Plans, profiles and outcomes to Flower records and back; every wire key is here.
+"""Plans and profiles to Flower records and back. What comes back is in replies.py.
 
 Two dialects carry the same contents: ``MESSAGE`` is Flower's Message API,
 ``LEGACY`` what a ``NumPyClient`` app understands. What is ours travels as scalars
@@ -7,24 +7,18 @@ in one record, because legacy clients take nothing else.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from flwr_smartsplit.errors import RefusedReply
-from flwr_smartsplit.runtime.training import Outcome
 from flwr_smartsplit.types import (
     ClientPlan,
-    ClientReply,
     DeviceProfile,
-    Receipt,
     Route,
-    Status,
-    StepReport,
 )
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -33,14 +27,11 @@ Scalars = dict[str, Any]  # Flower's own types are invariant.
 
 ARRAYS = "arrays"
 CONFIG = "config"
-METRICS = "metrics"
 OURS = "smartsplit"
 PROFILE_ACTION = "smartsplit_profile"
 
 _PLAN = "smartsplit.plan"
-_REPLY = "smartsplit.reply"
 _NO_BUDGET = -1
-_TOO_LARGE = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +139,17 @@ def profile_from_content(content: RecordDict) -> DeviceProfile:
     scalars: dict[str, Any] = {}
     for record in content.config_records.values():
         scalars |= dict(record)
+    return profile_from_scalars(scalars)
+
+
+def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
+    """Read a profile.
+
+    Raises
+    ------
+    RefusedReply
+        If the client does not say what is needed.
+    """
     try:
         budget = int(scalars["budget-bytes"])
         if budget < _NO_BUDGET or int(scalars["batch-size"]) < 1:
@@ -167,6 +169,11 @@ def profile_from_content(content: RecordDict) -> DeviceProfile:
 
 
 # --- plans ------------------------------------------------------------------------
+
+
+def plain_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Keep the numbers and texts of a config: what a plan can carry to an edge."""
+    return {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
 
 
 def plan_to_scalars(plan: ClientPlan) -> Scalars:
@@ -205,156 +212,3 @@ def profile_request(dialect: Dialect) -> RecordDict:
     if dialect is LEGACY:
         return RecordDict({"getpropertiesins.config": ConfigRecord()})
     return RecordDict()
-
-
-# --- replies ----------------------------------------------------------------------
-
-
-def metrics_of(report: StepReport, weighted_by_key: str) -> Scalars:
-    """List what a client measured, as the metrics that strategies average."""
-    return {
-        **report.metrics,  # First, so that none of them takes the place of ours.
-        weighted_by_key: report.num_examples,
-        "loss": report.loss,
-        "device-peak-bytes": report.peak_bytes,
-        "sent-bytes": report.sent_bytes,
-        "received-bytes": report.received_bytes,
-        "seconds": report.seconds,
-        "num-steps": report.num_steps,
-    }
-
-
-def reply_to_scalars(
-    plan: ClientPlan, report: StepReport, receipts: Sequence[Receipt] = ()
-) -> Scalars:
-    """Put a client's report and receipts into one text."""
-    reply = {
-        "client_key": plan.client_key,
-        "round_number": plan.round_number,
-        "report": {**asdict(report), "metrics": dict(report.metrics)},
-        "receipts": [asdict(receipt) for receipt in receipts],
-    }
-    return {_REPLY: json.dumps(reply), "client-key": plan.client_key}
-
-
-def train_reply(
-    plan: ClientPlan, outcome: Outcome, *, weighted_by_key: str
-) -> RecordDict:
-    """Make a Message-API reply to a training request."""
-    return RecordDict(
-        {
-            ARRAYS: to_array_record(outcome.state),
-            METRICS: MetricRecord(metrics_of(outcome.report, weighted_by_key)),
-            OURS: ConfigRecord(
-                reply_to_scalars(plan, outcome.report, outcome.receipts)
-            ),
-        }
-    )
-
-
-def evaluate_reply(
-    plan: ClientPlan, report: StepReport, *, weighted_by_key: str
-) -> RecordDict:
-    """Make a Message-API reply to an evaluation request."""
-    return RecordDict(
-        {
-            METRICS: MetricRecord(metrics_of(report, weighted_by_key)),
-            OURS: ConfigRecord(reply_to_scalars(plan, report)),
-        }
-    )
-
-
-def reply_from_content(
-    content: RecordDict, names: Sequence[str] | None = None
-) -> ClientReply:
-    """Read a reply in either dialect.
-
-    Parameters
-    ----------
-    content : RecordDict
-        What came.
-    names : Sequence[str], optional
-        The names of a legacy reply's arrays, which come without.
-
-    Raises
-    ------
-    RefusedReply
-        If the reply cannot be read.
-    """
-    try:
-        return _read_reply(content, names)
-    except RefusedReply:
-        raise
-    except Exception as error:
-        raise RefusedReply(
-            f"the reply cannot be read: {type(error).__name__}: {error}",
-            kind="refused",
-        ) from error
-
-
-def _read_reply(content: RecordDict, names: Sequence[str] | None) -> ClientReply:
-    text = next(
-        str(record[_REPLY])
-        for record in content.config_records.values()
-        if _REPLY in record
-    )
-    values = json.loads(text)
-    report = StepReport(
-        **{**values["report"], "status": Status(values["report"]["status"])}
-    )
-    _check_types(report)
-    receipts = tuple(
-        Receipt(**{**receipt, "names": tuple(receipt["names"])})
-        for receipt in values["receipts"]
-    )
-    for receipt in receipts:
-        _check_receipt(receipt)
-    state: dict[str, npt.NDArray[Any]] = {}
-    if report.status is Status.OK:  # Flower marks an empty legacy reply otherwise.
-        for record in content.array_records.values():
-            state |= from_array_record(record)
-    if names is not None and state:
-        if len(state) != len(names):
-            raise RefusedReply(
-                f"client {values['client_key']!r} sends {len(state)} arrays, its "
-                f"segments have {len(names)}.",
-                kind="refused",
-            )
-        state = dict(zip(names, state.values(), strict=True))
-    return ClientReply(
-        client_key=str(values["client_key"]),
-        round_number=int(values["round_number"]),
-        state={name: np.asarray(array) for name, array in state.items()},
-        receipts=receipts,
-        report=report,
-    )
-
-
-def _check_types(report: StepReport) -> None:
-    """Make sure that a report's numbers are numbers."""
-    for field in fields(report):
-        value, wanted = getattr(report, field.name), type(field.default)
-        if wanted in (int, float) and not _is_number(value, wanted):
-            raise TypeError(f"{field.name} is {value!r}, not {wanted.__name__}")
-    metrics: Any = report.metrics
-    if not isinstance(metrics, dict) or not all(
-        _is_number(value, float) for value in metrics.values()
-    ):
-        raise TypeError(f"metrics are {metrics!r}, not numbers by name")
-
-
-def _check_receipt(receipt: Receipt) -> None:
-    """Make sure that a receipt's names are texts and its counts numbers."""
-    texts = (receipt.place, receipt.incarnation, receipt.session, receipt.digest)
-    counts = (receipt.num_examples, receipt.num_steps)
-    if not all(isinstance(text, str) for text in (*texts, *receipt.names)) or not all(
-        _is_number(count, int) for count in counts
-    ):
-        raise TypeError(f"{receipt!r} does not have a receipt's types")
-
-
-def _is_number(value: Any, wanted: type) -> bool:
-    allowed = int if wanted is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        return False
-    return isinstance(value, float) or abs(value) < _TOO_LARGE

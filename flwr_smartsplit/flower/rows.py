@@ -71,7 +71,7 @@ def round_row(
     seconds, aggregation_seconds : float
         Wall-clock time of the round, and of settling it.
     """
-    messages = sum(sent.num_bytes for sent in dispatch.sent.values())
+    messages = sum(dispatch.sent_bytes.values())
     messages += sum(dispatch.received_bytes.values())
     reports = [reply.report for reply in accepted.values()]
     reports += [failure.report for failure in failures if failure.report is not None]
@@ -102,7 +102,7 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
         row |= {
             "route": str(sent.plan.route),
             "budget_bytes": sent.plan.budget_bytes,
-            "bytes_down": sent.num_bytes,
+            "bytes_down": dispatch.sent_bytes.get(key, 0),
             "bytes_up": dispatch.received_bytes.get(key, 0),
         }
         if dispatch.is_train:

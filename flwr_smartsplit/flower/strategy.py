@@ -4,43 +4,39 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, getLogger
 from pathlib import Path
-from random import Random
-from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
-from flwr_smartsplit.flower.dispatch import Dispatch
+from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.flower import messages
+from flwr_smartsplit.flower.central import (
+    CentralManager,
+    Phase,
+    Settings,
+    refuse_wrappers,
+)
 from flwr_smartsplit.flower.fleet import Fleet, Member
-from flwr_smartsplit.flower.journal import Journal
+from flwr_smartsplit.flower.journal import OnRow
 from flwr_smartsplit.flower.records import (
     from_array_record,
     message_dialect,
-    metrics_of,
     to_array_record,
 )
-from flwr_smartsplit.flower.round_log import RoundLog
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.policy.acceptance import check_evaluation, refusal
-from flwr_smartsplit.policy.rounds import plan_round
-from flwr_smartsplit.runtime.edge_pool import EdgePool
-from flwr_smartsplit.runtime.randomness import derived_seed
-from flwr_smartsplit.runtime.settling import settle_round
-from flwr_smartsplit.runtime.transport import Edge
-from flwr_smartsplit.runtime.wire import state_digest
-from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import (
-    Assignment,
-    ChainProfile,
-    ClientPlan,
-    ClientReply,
-    DeviceProfile,
-    Failure,
-    RoundPlan,
+from flwr_smartsplit.flower.replies import (
+    metrics_of,
 )
+from flwr_smartsplit.policy.cuts import ChooseRoute, deepest_split
+from flwr_smartsplit.runtime.transport import Edge
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
 
 _log = getLogger("flwr")
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
@@ -65,8 +61,15 @@ class SmartSplit(Strategy):
         Root of sampling and of every random stream of the clients.
     num_threads : int
         Torch threads at every place.
+    choose_route : Callable[[RouteRequest], Route]
+        Chooses each client's route: ``deepest_split`` (default), ``deepest_u_shape``
+        if labels must stay on the devices, or a function of one's own.
+    server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
+        Flower's strategy whose server step follows the merge.
     journal : str or Path, optional
         File for one JSON line per client and round.
+    on_row : Sequence[Callable[[Mapping], None]]
+        Told each of these lines as a mapping, such as ``TensorBoardRows(folder)``.
     clock : Callable[[], float]
         Seconds that only move forward.
     profile_timeout_seconds : float
@@ -77,11 +80,6 @@ class SmartSplit(Strategy):
 min_available_nodes, arrayrecord_key, configrecord_key, \
 train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         As for ``flwr.serverapp.strategy.FedAvg``.
-
-    Attributes
-    ----------
-    round_plans : list[RoundPlan]
-        Every training plan so far.
 
     References
     ----------
@@ -97,7 +95,10 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         *,
         seed: int = 0,
         num_threads: int = 1,
+        choose_route: ChooseRoute = deepest_split,
+        server_optimizer: FedAvg | None = None,
         journal: str | Path | None = None,
+        on_row: Sequence[OnRow] = (),
         clock: Callable[[], float] = time.perf_counter,
         fraction_train: float = 1.0,
         fraction_evaluate: float = 1.0,
@@ -124,35 +125,38 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
             train_metrics_aggr_fn=train_metrics_aggr_fn,
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn,
         )
-        self.task = task
-        self.seed = seed
-        self.num_threads = num_threads
-        self.round_plans: list[RoundPlan] = []
-        self._chain = build_chain(task)
-        self._edges = EdgePool(edges, task)
-        if edges:
-            self._chain.require_cuts()
+        self._central = CentralManager(
+            task,
+            edges,
+            Settings(
+                seed=seed,
+                num_threads=num_threads,
+                choose_route=choose_route,
+                server_optimizer=server_optimizer,
+                journal=journal,
+                on_row=on_row,
+                clock=clock,
+            ),
+        )
         self._fleet = Fleet(
             message_dialect(arrayrecord_key, configrecord_key),
             timeout_seconds=profile_timeout_seconds,
         )
-        self._rounds = RoundLog(Journal(journal), clock)
-        self._clock = clock
-        self._profiles: dict[int, ChainProfile] = {}
-        self._current: Mapping[str, Any] = {}
-        self._digest = ""
-        self._dispatch: Dispatch | None = None
+        self._members: dict[str, Member] = {}
 
     @property
     def failures(self) -> list[Failure]:
         """Every client's part that was not merged so far, and why."""
-        return self._rounds.failures
+        return self._central.rounds.failures
+
+    @property
+    def round_plans(self) -> list[RoundPlan]:
+        """Every training plan so far."""
+        return self._central.round_plans
 
     def summary(self) -> None:
         """Log the strategy's settings, in Flower's shape."""
-        _log.log(INFO, "\t├──> Splitting:")
-        _log.log(INFO, "\t│\t├──Units: %d", len(self._chain))
-        _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self._edges.names) or "none")
+        self._central.summary()
         self.fedavg.summary()
 
     def start(  # noqa: PLR0913, PLR0917 - Flower's signature
@@ -172,7 +176,7 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         InvalidTask
             If the initial arrays are not the state of the task's model.
         """
-        self._chain.check_state(
+        self._central.chain.check_state(
             {name: tuple(array.shape) for name, array in initial_arrays.items()}
         )
         try:
@@ -186,54 +190,53 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
                 evaluate_fn,
             )
         finally:
-            self._edges.stop()
+            self._central.edges.stop()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Plan the round and send each chosen client its segments and its plan."""
-        if self.fedavg.fraction_train == 0.0:
+        refuse_wrappers(self, (Strategy,))
+        average = self.fedavg
+        if average.fraction_train == 0.0:
             return []
-        return self._configure(server_round, arrays, config, grid, is_train=True)
+        phase = Phase(
+            round_number=server_round,
+            is_train=True,
+            fraction=average.fraction_train,
+            least=average.min_train_nodes,
+            config=config,
+        )
+        return self._configure(phase, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send each chosen client what it needs to evaluate along its route."""
-        if self.fedavg.fraction_evaluate == 0.0:
+        average = self.fedavg
+        if average.fraction_evaluate == 0.0:
             return []
-        return self._configure(server_round, arrays, config, grid, is_train=False)
+        phase = Phase(
+            round_number=server_round,
+            is_train=False,
+            fraction=average.fraction_evaluate,
+            least=average.min_evaluate_nodes,
+            config=config,
+        )
+        return self._configure(phase, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Settle the round: refuse, commit, drop, merge."""
-        dispatch, self._dispatch = self._dispatch, None
+        dispatch = self._central.take()
         if dispatch is None:
             return None, None
-        received = self._clock()
-        client_replies, failures = dispatch.read(replies)
-        settled = settle_round(
-            client_replies,
-            round_number=server_round,
-            expected=dispatch.expectations(self._chain),
-            current=self._current,
-            edges=self._edges,
-        )
-        failures += settled.failures
-        state = self._current if settled.state is None else settled.state
-        self._edges.release(server_round, state_digest(state))
-        self._rounds.write_replies(dispatch, settled.accepted, failures)
-        self._rounds.write_round(
-            dispatch,
-            settled.accepted,
-            failures,
-            edge_bytes_so_far=self._edges.traffic_bytes(),
-            received_seconds=received,
-        )
+        read = messages.read(dispatch, self._members, replies)
+        settled = self._central.settle(dispatch, *read)
         if settled.state is None:
             return None, None
-        return to_array_record(state), self._average(
+        return to_array_record(settled.state), self._average(
             settled.accepted, self.fedavg.train_metrics_aggr_fn
         )
 
@@ -241,20 +244,11 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average what the clients measured along their routes."""
-        dispatch, self._dispatch = self._dispatch, None
+        dispatch = self._central.take()
         if dispatch is None:
             return None
-        client_replies, failures = dispatch.read(replies)
-        accepted: dict[str, ClientReply] = {}
-        for reply in sorted(client_replies, key=lambda r: r.client_key):
-            try:
-                check_evaluation(reply, round_number=server_round)
-            except RefusedReply as error:
-                failures.append(refusal(reply, error))
-            else:
-                accepted[reply.client_key] = reply
-        self._edges.release(server_round, self._digest)
-        self._rounds.write_replies(dispatch, accepted, failures)
+        read = messages.read(dispatch, self._members, replies)
+        accepted = self._central.assess(dispatch, *read)
         if not accepted:
             return None
         return self._average(accepted, self.fedavg.evaluate_metrics_aggr_fn)
@@ -262,59 +256,18 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
     # --- one phase ----------------------------------------------------------------
 
     def _configure(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        grid: Grid,
-        *,
-        is_train: bool,
-    ) -> Iterable[Message]:
-        started = self._clock()
-        self._current = from_array_record(arrays)
-        members = self._members(grid, server_round, is_train=is_train)
-        self._digest = state_digest(self._current)
-        addresses, unready = self._edges.prepare(self._digest, self._current)
-        self._rounds.write_failures(unready, server_round, phase="edge")
-        plan = self._plan(server_round, members, tuple(addresses), is_train=is_train)
-        self._rounds.warn_of_unread(config)
-        config["server-round"] = server_round
-        self._dispatch = Dispatch(server_round, is_train, started)
-        self._rounds.write_plan(
-            plan, {k: m.profile for k, m in members.items()}, is_train=is_train
+        self, phase: Phase, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        self._members = self._present(grid, phase)
+        config["server-round"] = phase.round_number
+        dispatch = self._central.begin(
+            phase,
+            from_array_record(arrays),
+            {key: member.profile for key, member in self._members.items()},
         )
-        return [
-            self._dispatch.message(
-                self._client_plan(assignment, server_round, addresses),
-                members[assignment.client_key],
-                predicted_peak_bytes=assignment.predicted_peak_bytes,
-                chain=self._chain,
-                arrays=arrays,
-                config=dict(config),
-            )
-            for assignment in plan.assignments
-        ]
+        return messages.written(dispatch, self._members, arrays, config)
 
-    def _client_plan(
-        self,
-        assignment: Assignment,
-        server_round: int,
-        addresses: Mapping[str, str],
-    ) -> ClientPlan:
-        return ClientPlan(
-            client_key=assignment.client_key,
-            round_number=server_round,
-            route=assignment.route,
-            seed=self.seed,
-            num_threads=self.num_threads,
-            budget_bytes=assignment.budget_bytes,
-            state_digest=self._digest,
-            edge_addresses={e: addresses[e] for e in assignment.route.edges()},
-        )
-
-    def _members(
-        self, grid: Grid, server_round: int, *, is_train: bool
-    ) -> dict[str, Member]:
+    def _present(self, grid: Grid, phase: Phase) -> dict[str, Member]:
         """Wait for enough nodes, as FedAvg does, and learn who they are."""
         least = self.fedavg.min_available_nodes
         while len(nodes := list(grid.get_node_ids())) < least:
@@ -325,62 +278,15 @@ train_metrics_aggr_fn, evaluate_metrics_aggr_fn
                 least,
             )
             time.sleep(1)
-        members, failures = self._fleet.members(grid, nodes, ask_again=is_train)
-        self._rounds.write_failures(failures, server_round, phase="profile")
+        members, failures = self._fleet.members(grid, nodes, ask_again=phase.is_train)
+        rounds = self._central.rounds
+        rounds.write_failures(failures, phase.round_number, phase="profile")
         if failures and not members:
             raise SmartSplitError(
                 f"none of {len(nodes)} nodes says who it is; the first: "
                 f"{failures[0].cause}"
             )
         return members
-
-    def _plan(
-        self,
-        server_round: int,
-        members: Mapping[str, Member],
-        edges: Sequence[str],
-        *,
-        is_train: bool,
-    ) -> RoundPlan:
-        """Translate FedAvg's arguments into a call of the pure policy."""
-        average = self.fedavg
-        fraction = average.fraction_train if is_train else average.fraction_evaluate
-        least = average.min_train_nodes if is_train else average.min_evaluate_nodes
-        fleet = self._priced(server_round, members)
-        plan = plan_round(
-            fleet,
-            self._profiles,
-            round_number=server_round,
-            num_clients=max(int(len(fleet) * fraction), least),
-            edges=edges,
-            rng=Random(derived_seed(self.seed, server_round, int(is_train))),
-        )
-        if is_train:
-            self.round_plans.append(plan)
-        return plan
-
-    def _priced(
-        self, server_round: int, members: Mapping[str, Member]
-    ) -> list[DeviceProfile]:
-        """List the clients whose batch size works; without any, raise the reason."""
-        priced: list[DeviceProfile] = []
-        problems: list[InvalidTask] = []
-        for key, member in members.items():
-            size = member.profile.batch_size
-            try:
-                if size not in self._profiles:
-                    self._profiles[size] = profile_chain(
-                        self._chain, batch_size=size, task=self.task
-                    )
-            except InvalidTask as error:
-                problems.append(error)
-                failure = Failure(client_key=key, kind="failed", cause=str(error))
-                self._rounds.write_failures([failure], server_round, phase="profile")
-            else:
-                priced.append(member.profile)
-        if problems and not priced:
-            raise problems[0]
-        return priced
 
     def _average(
         self, accepted: Mapping[str, ClientReply], average: MetricsFn

@@ -99,6 +99,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
         units=_unit_costs(chain, log, optimizers, flops),
+        updates_last=task.max_gradient_norm is not None,
     )
 
 
@@ -109,6 +110,7 @@ def _unit_costs(
     flops: Sequence[int],
 ) -> tuple[UnitCost, ...]:
     """Put together what each unit costs, and what a device holds that ends with it."""
+    last = len(chain) - 1
     units = []
     static_bytes = log.batch_bytes
     for index, unit in enumerate(chain.units):
@@ -122,12 +124,7 @@ def _unit_costs(
         buffer_bytes = _total_bytes(segment.buffers()) + sum(constants.values())
         optimizer = optimizers[index]
         static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
-        is_last = index == len(chain) - 1
-        peak_bytes = (
-            log.peak_bytes
-            if is_last
-            else static_bytes + log.head_bytes(index, optimizer.head_temporary_bytes)
-        )
+        is_last = index == last
         units.append(
             UnitCost(
                 name=unit.name,
@@ -138,38 +135,56 @@ def _unit_costs(
                 saved_bytes=log.saved_bytes(index),
                 boundary_bytes=0 if is_last else log.boundary_bytes(index),
                 forward_flops=flops[index],
-                device_peak_bytes=peak_bytes,
+                device_peak_bytes=_peak(log, index, static_bytes, optimizer),
+                waiting_bytes=0 if is_last else log.waiting_bytes(index),
+                return_bytes=log.return_bytes(index, optimizer.tail_temporary_bytes),
             )
         )
     return tuple(units)
 
 
+def _peak(
+    log: StepLog, index: int, static_bytes: int, optimizer: "_OptimizerCost"
+) -> int:
+    """Find the most a device holds that ends with a unit."""
+    if index == log.num_units - 1:
+        return log.peak_bytes
+    return static_bytes + log.head_bytes(index, optimizer.head_temporary_bytes)
+
+
 @dataclass(frozen=True)
 class _OptimizerCost:
-    """What the optimizer holds for one unit, and needs for a step of all up to it."""
+    """What the optimizer holds for one unit.
+
+    And what it needs for a step of all units up to it, and of all from it on.
+    """
 
     gradient_bytes: int
     state_bytes: int
     head_temporary_bytes: int
+    tail_temporary_bytes: int
 
 
 def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerCost]:
     """Find what the optimizer of each unit costs, and of each device."""
     costs = OptimizerCosts(task)
-    heads = [_trained(chain.segment(0, stop + 1), log) for stop in range(len(chain))]
+    size = len(chain)
+    heads = [_trained(chain.segment(0, stop + 1), log) for stop in range(size)]
+    tails = [_trained(chain.segment(start, size), log) for start in range(size)]
     temporary_bytes = costs.temporary_bytes
     if temporary_bytes(heads[-1]) != log.optimizer_temporary_bytes:
         # It steps many parameters at once (foreach): only a step of all of them tells.
         temporary_bytes = costs.temporary_bytes_at_once
-    segments = [chain.segment(index, index + 1) for index in range(len(chain))]
+    segments = [chain.segment(index, index + 1) for index in range(size)]
     units = [(_trained(segment, log), _idle(segment, log)) for segment in segments]
     return [
         _OptimizerCost(
             gradient_bytes=_total_bytes(unit),
             state_bytes=costs.state_bytes(unit) + costs.early_state_bytes(idle),
             head_temporary_bytes=temporary_bytes(head),
+            tail_temporary_bytes=temporary_bytes(tail),
         )
-        for (unit, idle), head in zip(units, heads, strict=True)
+        for (unit, idle), head, tail in zip(units, heads, tails, strict=True)
     ]
 
 

@@ -11,7 +11,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.model.clipping import clip_gradients, gradient_norms
 from flwr_smartsplit.model.memory import phase
 from flwr_smartsplit.task import Task
 
@@ -205,16 +209,29 @@ class SegmentRunner:
         Supplies the loss and the optimizer.
     streams : Streams
         Opens the random stream of a unit.
+    config : Mapping[str, Any], optional
+        What the task's ``schedule_fn`` is told.
+
+    Notes
+    -----
+    A step ends with an update. If the task clips gradients by their common norm, the
+    update waits for ``update(norm)``, since part of that norm may lie elsewhere.
     """
 
     def __init__(
-        self, segment: nn.Module, task: Task, *, streams: Streams = no_streams
+        self,
+        segment: nn.Module,
+        task: Task,
+        *,
+        streams: Streams = no_streams,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.segment = segment
         self.task = task
         self._streams = streams
         parameters = [p for p in segment.parameters() if p.requires_grad]
         self.optimizer = task.optimizer_fn(parameters) if parameters else None
+        self._scheduler = _scheduler_of(self.optimizer, task, config or {})
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Tensor]] = []
         self._input_gradients: list[Tensor] = []
@@ -263,7 +280,7 @@ class SegmentRunner:
         with phase("backward"):
             entry.backward(torch.empty_like(entry))
         del entry
-        return self._update()
+        return self._end()
 
     def finish(
         self, inputs: Batch, targets: Tensor, *, step: int, inputs_are_boundary: bool
@@ -278,7 +295,7 @@ class SegmentRunner:
             The gradient of the incoming boundary, if there is one.
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
-        with phase("loss"):
+        with phase("loss"), self._autocast():
             loss = self.task.loss_fn(outputs, targets)
             if loss.untyped_storage().nbytes() > loss.nbytes:
                 # Some losses leave their mean where all of their terms were.
@@ -287,25 +304,66 @@ class SegmentRunner:
         with phase("backward"):
             loss.backward()
         loss = loss.detach()  # And with it the graph goes.
-        return loss, self._update()
+        return loss, self._end()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Take the norm of each gradient, where an update waits for all of them."""
+        waits = self.task.max_gradient_norm is not None
+        return gradient_norms(self.segment) if waits else {}
+
+    def update(self, norm: float | None = None) -> None:
+        """Do the optimizer's step; it comes by itself if the task clips nothing.
+
+        Parameters
+        ----------
+        norm : float, optional
+            The norm of all gradients of the model, to clip these by.
+        """
+        if self.optimizer is None:
+            return
+        with phase("optimizer"):
+            if norm is not None and self.task.max_gradient_norm is not None:
+                max_norm = self.task.max_gradient_norm
+                clip_gradients(self.segment, max_norm=max_norm, norm=norm)
+            self.optimizer.step()
+            if self._scheduler is not None:
+                self._scheduler.step()
+
+    def release_gradients(self) -> None:
+        """Free the gradients, where other work comes before the next step."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def evaluate(self, inputs: Batch) -> Any:
         """Run the segment forward in evaluation mode, without a graph."""
         self.segment.eval()
-        with phase("forward"):
+        with phase("forward"), self._autocast():
             return self.segment(inputs)
+
+    @torch.no_grad()
+    def assess(self, outputs: Any, targets: Tensor) -> dict[str, float]:
+        """Return loss and metrics of the outputs, in evaluation."""
+        with self._autocast():
+            values = {"loss": float(self.task.loss_fn(outputs, targets))}
+            if self.task.metrics_fn is not None:
+                # First, so that none of them takes the place of the loss.
+                values = {**self.task.metrics_fn(outputs, targets), **values}
+        return values
 
     def _run(self, inputs: Batch, step: int, inputs_are_boundary: bool) -> Any:
         self.segment.train()
         self._entry = None
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+        self.release_gradients()
         self._input_gradients.clear()
         if inputs_are_boundary:
             inputs = self._leaf(inputs)
-        with phase("forward"):
+        with phase("forward"), self._autocast():
             return self.segment(inputs, streams=self._streams, step=step)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = self.task.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
     def _leaf(self, inputs: Batch) -> Batch:
         """Catch the boundary's gradient by a hook: ``.grad`` would re-lay it out."""
@@ -316,8 +374,26 @@ class SegmentRunner:
         leaf.register_hook(self._input_gradients.append)
         return (leaf, *context) if context else leaf
 
-    def _update(self) -> Tensor | None:
-        if self.optimizer is not None:
-            with phase("optimizer"):
-                self.optimizer.step()
+    def _end(self) -> Tensor | None:
+        """Update, unless that has to wait; return the incoming boundary's gradient."""
+        if self.task.max_gradient_norm is None:
+            self.update()
         return self._input_gradients.pop() if self._input_gradients else None
+
+
+def _scheduler_of(
+    optimizer: Optimizer | None, task: Task, config: Mapping[str, Any]
+) -> LRScheduler | None:
+    """Set a new optimizer up as the task says."""
+    if optimizer is None or task.schedule_fn is None:
+        return None
+    scheduler = task.schedule_fn(optimizer, config)
+    if scheduler is not None and (
+        not isinstance(scheduler, LRScheduler)
+        or isinstance(scheduler, ReduceLROnPlateau)
+    ):
+        raise InvalidTask(
+            f"schedule_fn returns a {type(scheduler).__name__}: return None, or a "
+            "torch LRScheduler that is stepped after each step and needs no metric."
+        )
+    return scheduler

@@ -7,7 +7,7 @@ first, so all of the rest is done when a boundary's gradient is there, and
 every cut. What differs is added: how the gradient arrives, and whose optimizer runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,6 +63,8 @@ class _Passage:
 
     forward_end: int
     boundary_bytes: int
+    carrier_bytes: int
+    spanned_bytes: int
     packing_bytes: int
     backward_start: int = 0
     gradient_birth: int = _UNKNOWN
@@ -89,6 +91,11 @@ class _Observed(nn.Module):
         passage = _Passage(
             forward_end=self.meter.position,
             boundary_bytes=sum(t.numel() * t.element_size() for t in tensors),
+            carrier_bytes=sum(t.numel() * t.element_size() for t in tensors[:1]),
+            spanned_bytes=sum(
+                num_spanned(tuple(t.shape), t.stride()) * t.element_size()
+                for t in tensors
+            ),
             packing_bytes=sum(
                 t.numel() * t.element_size()
                 for t in tensors
@@ -165,6 +172,11 @@ class StepLog:
         self._backward_end = backward_end
         self.optimizer_temporary_bytes = _highest(self._changes[backward_end:])
 
+    @property
+    def num_units(self) -> int:
+        """The length of the chain."""
+        return len(self._passages)
+
     def boundary_bytes(self, index: int) -> int:
         """Size of what crosses the boundary after a unit."""
         return self._passages[index].boundary_bytes
@@ -178,6 +190,51 @@ class StepLog:
         mine = (births >= first) & (births < last)
         return int(self._changes[forward][mine].sum())
 
+    def waiting_bytes(self, index: int) -> int:
+        """Size of the activations that wait while the units after one do their step.
+
+        The boundary is dropped once sent; what backward needs of it is still held.
+        """
+        passage = self._passages[index]
+        until = slice(self._start, passage.backward_start)
+        births = self._births[until]
+        from_forward = (births >= self._start) & (births < passage.forward_end)
+        return int(self._changes[until][from_forward].sum())
+
+    def return_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
+        """Find the most a place holds that runs all units from one to the last.
+
+        What stays is not counted; the boundary that comes in is held to the end. No
+        route comes back for the first unit.
+        """
+        if index == 0:
+            return 0
+        passage = self._passages[index - 1]
+        start, end = passage.forward_end, passage.backward_start
+        changes = self._changes[start:end][self._births[start:end] >= start]
+        entered = passage.spanned_bytes
+        is_sparse = passage.packing_bytes > 0
+        arrived = entered + int(changes.sum())
+        left = entered + self._left_bytes(passage)
+        return max(
+            entered + (passage.boundary_bytes if is_sparse else 0),
+            entered + _highest(changes),
+            arrived + passage.carrier_bytes,  # Autograd copies the boundary's gradient.
+            left + optimizer_temporary_bytes,
+            left + passage.unpacking_bytes,
+        )
+
+    def _left_bytes(self, passage: _Passage) -> int:
+        """Size of what a place that ends the route has made when its backward is over.
+
+        That is the gradients, the boundary's with them, and the loss.
+        """
+        changes = self._changes[passage.forward_end : self._backward_end]
+        births = self._births[passage.forward_end : self._backward_end]
+        mine = (births >= passage.forward_end) & (births < passage.backward_start)
+        mine &= births != passage.gradient_birth
+        return int(changes[mine].sum()) + passage.gradient_bytes
+
     def head_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
         """Find the most a device that ends with a unit holds besides what stays.
 
@@ -188,9 +245,7 @@ class StepLog:
         forward = slice(self._start, passage.forward_end)
         births = self._births
         from_forward = (births >= self._start) & (births < passage.forward_end)
-        # Sent, the boundary is dropped; what backward needs of it is still held.
-        until = slice(self._start, passage.backward_start)
-        held = int(self._changes[until][from_forward[until]].sum())
+        held = self.waiting_bytes(index)
         sending = int(self._changes[forward][births[forward] >= self._start].sum())
         backward = slice(passage.backward_start, self._backward_end)
         from_backward = births >= passage.backward_start
@@ -223,6 +278,8 @@ def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
 
     The optimizer makes its state in the first.
     """
+    # Both look at values, and hold nothing that a plain step does not.
+    task = replace(task, max_gradient_norm=None, schedule_fn=None)
     mode, meter = FakeTensorMode(), _LoggingMeter()
     segment = _Observed(fake_copy(chain.segment(0, len(chain)), mode), meter)
     batch, targets = fake_batch(

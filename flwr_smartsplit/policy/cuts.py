@@ -1,56 +1,197 @@
-"""Which routes fit a memory budget, and which of them to take.
+"""Which routes fit a client's memory, and which of them to take.
 
-The first policy: the deepest route that fits, since it leaves most of the model
-and the least leaky boundary on the device. Peaks do not grow evenly with depth
-(a pooled boundary can cost less than the one before it), so every cut is tried.
+The first policies: the route that fits with the most units on the device, since it
+leaves the least leaky boundary. Peaks do not grow evenly with depth (a pooled boundary
+can cost less than the one before it), so every cut is tried.
 """
 
-from flwr_smartsplit.errors import NoFeasibleRoute, bytes_text
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from flwr_smartsplit.errors import InvalidRoute, NoFeasibleRoute, bytes_text
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
-from flwr_smartsplit.types import ChainProfile, Route
+from flwr_smartsplit.types import ChainProfile, DeviceProfile, Route
 
 
-def deepest_route(
-    profile: ChainProfile, *, budget_bytes: int | None, edge: str | None
-) -> Route:
-    """Choose the route that keeps the most units on the device within its budget.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteRequest:
+    """What there is to know when a client's route is chosen.
 
     Parameters
     ----------
+    device : DeviceProfile
+        The client.
     profile : ChainProfile
         Exact costs at the client's batch size.
-    budget_bytes : int or None
-        What its tensors may take; None means no limit.
-    edge : str or None
-        The edge that may host the rest; None allows whole models only.
+    edges : tuple[str, ...]
+        The edges that are ready, in the strategy's order.
+    index : int
+        The client's place in client_key order, to deal clients out to edges.
+    kept_units : frozenset[int]
+        Units that must be on the device, since their state is the client's own.
+    """
 
-    Returns
-    -------
-    Route
-        Whole if that fits, else the deepest split that does.
+    device: DeviceProfile
+    profile: ChainProfile
+    edges: tuple[str, ...] = ()
+    index: int = 0
+    kept_units: frozenset[int] = frozenset()
+
+    @property
+    def edge(self) -> str | None:
+        """The edge that is this client's turn; None if there is none."""
+        return self.edges[self.index % len(self.edges)] if self.edges else None
+
+    @property
+    def num_units(self) -> int:
+        """The length of the chain."""
+        return len(self.profile.units)
+
+    def keeps(self, route: Route) -> bool:
+        """Say whether the units that must be on the device are there."""
+        on_device: set[int] = set()
+        for leg in route.device_legs(self.num_units):
+            on_device |= set(range(leg.start, leg.stop))
+        return self.kept_units <= on_device
+
+
+ChooseRoute = Callable[[RouteRequest], Route]
+"""Chooses a client's route, or raises ``NoFeasibleRoute`` if it has none."""
+
+
+def deepest_split(request: RouteRequest) -> Route:
+    """Choose the whole model if it fits, else the deepest single cut that does.
+
+    Parameters
+    ----------
+    request : RouteRequest
+        The client, the costs and the edges.
 
     Raises
     ------
     NoFeasibleRoute
         With the least bytes that would do.
     """
-    if budget_bytes is None:
-        return Route.whole()
     routes = [Route.whole()]
-    if edge is not None:
-        deepest = len(profile.units) - 1
-        routes += [Route.split(cut, edge=edge) for cut in range(deepest, 0, -1)]
-    peaks = [predicted_peak_bytes(profile, route) for route in routes]
-    for route, peak in zip(routes, peaks, strict=True):
+    if request.edge is not None:
+        cuts = range(request.num_units - 1, 0, -1)
+        routes += [Route.split(cut, edge=request.edge) for cut in cuts]
+    return first_that_fits(routes, request)
+
+
+def deepest_route(
+    profile: ChainProfile, *, budget_bytes: int | None, edge: str | None
+) -> Route:
+    """Choose as ``deepest_split`` does, for a budget without a client.
+
+    Parameters
+    ----------
+    profile : ChainProfile
+        Exact costs at the batch size.
+    budget_bytes : int or None
+        What the device's tensors may take; None means no limit.
+    edge : str or None
+        The edge that may host the rest; None allows whole models only.
+    """
+    device = DeviceProfile(
+        client_key="",
+        budget_bytes=budget_bytes,
+        num_examples=0,
+        batch_size=profile.batch_size,
+    )
+    edges = () if edge is None else (edge,)
+    return deepest_split(RouteRequest(device=device, profile=profile, edges=edges))
+
+
+def deepest_u_shape(request: RouteRequest) -> Route:
+    """Choose a route whose labels stay on the device.
+
+    The whole model if it fits; else as few of the last units as possible, and then as
+    many of the first ones as fit.
+
+    Parameters
+    ----------
+    request : RouteRequest
+        The client, the costs and the edges.
+
+    Raises
+    ------
+    NoFeasibleRoute
+        With the least bytes that would do.
+    """
+    routes = [Route.whole()]
+    if request.edge is not None:
+        routes += _u_shapes(request, request.edge)
+    return first_that_fits(routes, request)
+
+
+def _u_shapes(request: RouteRequest, edge: str) -> Iterator[Route]:
+    for last in range(request.num_units - 1, 1, -1):
+        for first in range(last - 1, 0, -1):
+            yield Route.u_shape(first, last, edge=edge)
+
+
+def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
+    """Return the first of some routes that the client can take.
+
+    Raises
+    ------
+    NoFeasibleRoute
+        With the least bytes that would do.
+    """
+    budget_bytes = request.device.budget_bytes
+    least: tuple[int, str] | None = None
+    for route in filter(request.keeps, routes):
+        if budget_bytes is None:
+            return route
+        peak = predicted_peak_bytes(request.profile, route)
         if peak <= budget_bytes:
             return route
-    least = min(peaks)
-    cheapest = routes[peaks.index(least)]
+        if least is None or peak < least[0]:
+            least = (peak, str(route))
+    if least is None or budget_bytes is None:
+        raise NoFeasibleRoute(
+            "no route keeps all units on the device whose state is its own "
+            f"({sorted(request.kept_units)}): let fewer names be local.",
+        )
+    advice = ", give the strategy an edge" if request.edge is None else ""
     raise NoFeasibleRoute(
-        f"no route fits: the cheapest ({cheapest}) needs {bytes_text(least)} "
-        f"at batch size {profile.batch_size}, the budget is "
-        f"{bytes_text(budget_bytes)}. Lower the batch size"
-        f"{', give the strategy an edge' if edge is None else ''} or raise the budget.",
-        needed_bytes=least,
+        f"no route fits: the cheapest ({least[1]}) needs {bytes_text(least[0])} "
+        f"at batch size {request.profile.batch_size}, the budget is "
+        f"{bytes_text(budget_bytes)}. Lower the batch size{advice} or raise the "
+        "budget.",
+        needed_bytes=least[0],
         budget_bytes=budget_bytes,
     )
+
+
+def check_route(route: Route, request: RouteRequest) -> None:
+    """Make sure that a client can take a route that was chosen for it.
+
+    Raises
+    ------
+    InvalidRoute
+        If it cannot be laid along the chain, or edges feed one another in circles.
+    NoFeasibleRoute
+        If an edge is not there, the memory is not enough, or the device lacks units
+        that it must have.
+    """
+    if not isinstance(route, Route):
+        raise InvalidRoute(
+            f"choose_route returns a {type(route).__name__} for client "
+            f"{request.device.client_key!r}; return a Route."
+        )
+    route.legs(request.num_units)
+    missing = [edge for edge in route.edges() if edge not in request.edges]
+    if missing:
+        raise NoFeasibleRoute(
+            f"route {route} needs the edges {missing}; ready are {list(request.edges)}."
+        )
+    order = [request.edges.index(edge) for edge in route.edges()]
+    if order != sorted(order):
+        raise InvalidRoute(
+            f"route {route} visits edges against the strategy's order "
+            f"{list(request.edges)}: edges that wait for each other could wait for "
+            "ever. Reorder the strategy's edges, or the route."
+        )
+    first_that_fits([route], request)

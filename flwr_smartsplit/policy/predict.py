@@ -1,7 +1,6 @@
 """Read a route's memory off a chain's profile."""
 
-from flwr_smartsplit.errors import InvalidRoute
-from flwr_smartsplit.types import DEVICE, ChainProfile, Route
+from flwr_smartsplit.types import ChainProfile, Route
 
 
 def predicted_peak_bytes(profile: ChainProfile, route: Route) -> int:
@@ -12,7 +11,7 @@ def predicted_peak_bytes(profile: ChainProfile, route: Route) -> int:
     profile : ChainProfile
         Exact costs at the client's batch size and optimizer.
     route : Route
-        Whole, or one that leaves the device once.
+        Any route of the chain.
 
     Returns
     -------
@@ -23,12 +22,25 @@ def predicted_peak_bytes(profile: ChainProfile, route: Route) -> int:
     Raises
     ------
     InvalidRoute
-        If a cut lies outside the chain, or the route comes back to the device.
+        If a cut lies outside the chain.
+
+    Notes
+    -----
+    A device that gets the last segment back holds both segments all the time. The
+    first one's activations wait while the last one does its whole step; then the first
+    goes backward as if nothing else were there.
     """
-    if route.places.count(DEVICE) > 1:
-        raise InvalidRoute(
-            f"route {route} has several segments on the device; what they hold "
-            "together is not known yet. Choose a route that leaves the device once."
-        )
-    first = route.legs(len(profile.units))[0]
-    return profile.units[first.stop - 1].device_peak_bytes
+    first, *rest = route.device_legs(len(profile.units))
+    head = profile.units[first.stop - 1]
+    if not rest:
+        return head.device_peak_bytes
+    tail = profile.units[rest[0].start :]
+    resident_bytes = sum(unit.resident_bytes for unit in tail)
+    kept_bytes = sum(u.gradient_bytes for u in tail) if profile.updates_last else 0
+    before = profile.batch_bytes + sum(
+        unit.resident_bytes for unit in profile.units[: first.stop]
+    )
+    return resident_bytes + max(
+        head.device_peak_bytes + kept_bytes,
+        before + head.waiting_bytes + tail[0].return_bytes,
+    )

@@ -1,10 +1,16 @@
 """plan_round: who trains what where. The one entry that strategies call."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
 from flwr_smartsplit.errors import NoFeasibleRoute
-from flwr_smartsplit.policy.cuts import deepest_route
+from flwr_smartsplit.policy.cuts import (
+    ChooseRoute,
+    RouteRequest,
+    check_route,
+    deepest_split,
+)
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.policy.selection import sample_clients
 from flwr_smartsplit.types import (
@@ -17,13 +23,33 @@ from flwr_smartsplit.types import (
 NOT_SAMPLED = "not sampled in this round"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How routes are chosen in a round.
+
+    Parameters
+    ----------
+    edges : tuple[str, ...]
+        Names of the edges that are ready; clients are dealt out to them in
+        client_key order.
+    choose_route : Callable[[RouteRequest], Route]
+        Chooses the route of one client.
+    kept_units : frozenset[int]
+        Units that must be on the device on every route.
+    """
+
+    edges: tuple[str, ...] = ()
+    choose_route: ChooseRoute = deepest_split
+    kept_units: frozenset[int] = frozenset()
+
+
 def plan_round(
     fleet: Sequence[DeviceProfile],
     profiles: Mapping[int, ChainProfile],
     *,
     round_number: int,
     num_clients: int,
-    edges: Sequence[str],
+    routing: Routing,
     rng: Random,
 ) -> RoundPlan:
     """Plan one round: feasible routes first, then a sample of who has one.
@@ -38,9 +64,8 @@ def plan_round(
         The round, counted from 1.
     num_clients : int
         How many to choose.
-    edges : Sequence[str]
-        Names of the edges that can host tails; clients are dealt out to them in
-        client_key order.
+    routing : Routing
+        How each client's route is chosen.
     rng : random.Random
         Where chance comes from.
 
@@ -48,14 +73,25 @@ def plan_round(
     -------
     RoundPlan
         Assignments in client_key order, and for everybody else the reason.
+
+    Raises
+    ------
+    InvalidRoute
+        If ``choose_route`` returns a route that this chain cannot have.
     """
     assignments: dict[str, Assignment] = {}
     skipped: dict[str, str] = {}
     for index, device in enumerate(sorted(fleet, key=_client_key)):
-        edge = edges[index % len(edges)] if edges else None
-        profile = profiles[device.batch_size]
+        request = RouteRequest(
+            device=device,
+            profile=profiles[device.batch_size],
+            edges=routing.edges,
+            index=index,
+            kept_units=routing.kept_units,
+        )
         try:
-            route = deepest_route(profile, budget_bytes=device.budget_bytes, edge=edge)
+            route = routing.choose_route(request)
+            check_route(route, request)
         except NoFeasibleRoute as error:
             skipped[device.client_key] = str(error)
             continue
@@ -63,7 +99,7 @@ def plan_round(
             client_key=device.client_key,
             route=route,
             budget_bytes=device.budget_bytes,
-            predicted_peak_bytes=predicted_peak_bytes(profile, route),
+            predicted_peak_bytes=predicted_peak_bytes(request.profile, route),
         )
     chosen = sample_clients(list(assignments), num_clients=num_clients, rng=rng)
     skipped |= {key: NOT_SAMPLED for key in assignments if key not in chosen}

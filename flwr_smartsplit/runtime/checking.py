@@ -157,9 +157,14 @@ class RouteChecker:
 
     def _run(self, plan: ClientPlan, differences: list[str]) -> Outcome:
         """Train and evaluate; add what differs to the list."""
-        legs = plan.route.legs(len(self.chain))
-        names = self.chain.state_names(0, legs[0].stop)
-        state = {name: self._state[name] for name in names}
+        size = len(self.chain)
+        # In the order in which their optimizers are made.
+        legs = (*plan.route.device_legs(size), *plan.route.edge_legs(size))
+        state = {
+            name: self._state[name]
+            for leg in plan.route.device_legs(size)
+            for name in self.chain.state_names(leg.start, leg.stop)
+        }
         conditions = Conditions(
             task=self._task, connect=self._connect, cap_mode=CapMode.STRICT
         )

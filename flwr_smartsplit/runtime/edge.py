@@ -5,47 +5,28 @@ disk and frees it; ``Commit`` merges exactly the sealed tails the strategy names
 Until then nothing a client does can touch another one, or the global model.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import singledispatchmethod
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 
-from flwr_smartsplit.errors import (
-    EdgeError,
-    OutOfOrderStep,
-    RefusedTail,
-    StaleSession,
-)
+from flwr_smartsplit.errors import EdgeError, RefusedTail, StaleSession
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
-from flwr_smartsplit.model.segment import Batch, SegmentRunner
+from flwr_smartsplit.model.segment import SegmentRunner
 from flwr_smartsplit.policy.merging import add_states
 from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.runtime.link import Connect, EdgeLink, nowhere
 from flwr_smartsplit.runtime.randomness import UnitStreams
+from flwr_smartsplit.runtime.session import Session
 from flwr_smartsplit.runtime.spill import Spill, iterate_tails
 from flwr_smartsplit.runtime.threads import torch_threads
-from flwr_smartsplit.runtime.wire import WireTensor, state_digest
+from flwr_smartsplit.runtime.wire import state_digest
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Receipt
-
-
-@dataclass
-class _Session:
-    """One client's replica of its tail, while it trains."""
-
-    opened: wire.OpenSession
-    incarnation: str
-    runner: SegmentRunner
-    num_steps: int = 0
-    num_examples: int = 0
-    last_checksum: int = 0
-    last_reply: wire.Stepped | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
@@ -53,7 +34,8 @@ class _Sealed:
     """What is left of a session whose tail is on disk."""
 
     incarnation: str
-    receipt: Receipt
+    receipts: tuple[Receipt, ...]
+    onward: EdgeLink | None
 
 
 class EdgeService:
@@ -67,18 +49,28 @@ class EdgeService:
         Folder for held states and sealed tails; survives a restart of the edge.
     incarnation : str
         Names this life of the edge; requests of another life are refused.
+    connect : Callable[[place, address], Transport]
+        Reaches other edges, where routes go on.
 
     Notes
     -----
     Safe for concurrent requests: those of one session run one after another.
     """
 
-    def __init__(self, task: Task, *, spill_dir: Path, incarnation: str) -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        spill_dir: Path,
+        incarnation: str,
+        connect: Connect = nowhere,
+    ) -> None:
         self._task = task
+        self._connect = connect
         self._chain = build_chain(task)
         self._spill = Spill(spill_dir)
         self._incarnation = incarnation
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._sealed: dict[str, _Sealed] = {}
 
     def handle(self, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
@@ -118,54 +110,37 @@ class EdgeService:
         state = self._spill.read_state(request.state_digest, names)
         segment = materialise(self._chain, request.start, request.stop, state)
         streams = UnitStreams(request.seed, request.round_number, request.client_key)
-        runner = SegmentRunner(segment, self._task, streams=streams)
+        runner = SegmentRunner(
+            segment, self._task, streams=streams, config=request.config
+        )
+        onward = self._onward(request.onward)
         # Opening again starts over: whatever this session did before is void.
         self._forget(request.session)
         incarnation = f"{self._incarnation}{request.token}"
-        self._sessions[request.session] = _Session(request, incarnation, runner)
+        self._sessions[request.session] = Session(request, incarnation, runner, onward)
         return wire.Opened(incarnation)
 
     @_answer.register
-    def _(self, request: wire.TrainStep) -> wire.Stepped:
-        checksum = 0
-        for tensor in (request.boundary, *request.context, request.targets):
-            checksum = tensor.checksum(checksum)
+    def _(
+        self, request: wire.TrainStep | wire.ForwardStep | wire.BackwardStep
+    ) -> wire.Stepped | wire.Forwarded | wire.Returned:
         with self._held(request) as session:
-            is_repeated = request.step == session.num_steps - 1
-            if is_repeated and checksum == session.last_checksum:
-                return cast(wire.Stepped, session.last_reply)
-            if request.step != session.num_steps:
-                self._void(session)
-                raise OutOfOrderStep(
-                    f"session {request.session}: step {request.step} "
-                    f"{'was changed' if is_repeated else 'came'} after "
-                    f"{session.num_steps} steps. The session is void: this client "
-                    "sits the round out.",
-                    step=request.step,
-                    num_steps=session.num_steps,
-                )
-            session.last_reply = self._void_on_error(
-                session, lambda: _train(session, request)
-            )
-            session.last_checksum = checksum
-            session.num_steps += 1
-            session.num_examples += request.targets.shape[0]
-            return session.last_reply
+            reply: wire.Stepped | wire.Forwarded | wire.Returned
+            reply = self._void_on_error(session, lambda: session.answer(request))
+            return reply
 
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:
-        with self._held(request) as session, torch.no_grad():
-            outputs = session.runner.evaluate(_entering(request))
-            targets = request.targets.unpack()
-            loss = self._task.loss_fn(outputs, targets)
-            metrics = self._task.metrics_fn
-            return wire.Evaluated(
-                loss=float(loss),
-                metrics=dict(metrics(outputs, targets)) if metrics else {},
-            )
+        with self._held(request) as session:
+            return session.evaluate(request)
 
     @_answer.register
-    def _(self, request: wire.Seal) -> Receipt:
+    def _(self, request: wire.EvaluateForward) -> wire.Forwarded:
+        with self._held(request) as session:
+            return session.evaluate_forward(request)
+
+    @_answer.register
+    def _(self, request: wire.Seal) -> tuple[Receipt, ...]:
         try:
             with self._held(request) as session:
                 return self._void_on_error(
@@ -176,16 +151,16 @@ class EdgeService:
             known = self._sealed.get(request.session)
             if known is None or known.incarnation != request.incarnation:
                 raise
-            return known.receipt
+            return known.receipts
 
     @_answer.register
     def _(self, request: wire.Abandon) -> None:
-        session = self._sessions.get(request.session)
-        sealed = self._sealed.get(request.session)
-        for known in (session, sealed):
-            if known is not None and request.incarnation not in ("", known.incarnation):
-                return  # Another opening's.
-        self._forget(request.session)
+        name = request.session
+        known = self._sessions.get(name) or self._sealed.get(name)
+        if known is None or request.incarnation in ("", known.incarnation):
+            self._forget(name)  # It is not a later opening's.
+            if known is not None and known.onward is not None:
+                known.onward.abandon_quietly()
 
     @_answer.register
     def _(self, request: wire.Commit) -> wire.Committed:
@@ -201,10 +176,15 @@ class EdgeService:
         self._sealed.clear()
         self._spill.release(request.round_number, request.keep_digest)
 
+    def _onward(self, onward: wire.Onward | None) -> EdgeLink | None:
+        """Open the session at the next edge, if the route goes on."""
+        if onward is None:
+            return None
+        opening = onward.opening
+        return EdgeLink(self._connect(opening.place, onward.address), opening)
+
     @contextmanager
-    def _held(
-        self, request: wire.TrainStep | wire.EvaluateStep | wire.Seal
-    ) -> Iterator[_Session]:
+    def _held(self, request: Any) -> Iterator[Session]:
         """Have a session to oneself, if it is still this opening's.
 
         Raises
@@ -230,7 +210,7 @@ class EdgeService:
         )
 
     def _void_on_error(
-        self, session: _Session, do: Callable[[], wire.ReplyT]
+        self, session: Session, do: Callable[[], wire.ReplyT]
     ) -> wire.ReplyT:
         """Void a session whose part failed, so that it can never be sealed."""
         try:
@@ -239,18 +219,24 @@ class EdgeService:
             self._void(session)
             raise
 
-    def _void(self, session: _Session) -> None:
+    def _void(self, session: Session) -> None:
         """Forget a session, unless its name belongs to a later opening by now."""
         if self._sessions.get(session.opened.session) is session:
             self._forget(session.opened.session)
+        if session.onward is not None:
+            session.onward.abandon_quietly()
 
-    def _seal(self, session: _Session, request: wire.Seal) -> Receipt:
+    def _seal(self, session: Session, request: wire.Seal) -> tuple[Receipt, ...]:
         opened = session.opened
         if session.num_steps != request.num_steps:
             raise RefusedTail(
                 f"session {request.session}: the device counts {request.num_steps} "
                 f"steps, the edge {session.num_steps}. The tail is not sealed."
             )
+        session.update(request.norm)
+        after: tuple[Receipt, ...] = ()
+        if session.onward is not None:
+            after = session.onward.seal(request.num_steps, request.norm)
         state = state_of(session.runner.segment)
         broken = [name for name, a in state.items() if not np.isfinite(a).all()]
         if broken:
@@ -272,30 +258,13 @@ class EdgeService:
             # It was abandoned or opened again meanwhile; a later opening stays.
             self._spill.drop_tail(request.session)
             raise self._stale(request.session, request.incarnation)
-        self._sealed[request.session] = _Sealed(session.incarnation, receipt)
-        del self._sessions[request.session]
-        return receipt
+        receipts = (receipt, *after)
+        name, onward = request.session, session.onward
+        self._sealed[name] = _Sealed(session.incarnation, receipts, onward)
+        del self._sessions[name]
+        return receipts
 
     def _forget(self, name: str) -> None:
         self._sessions.pop(name, None)
         self._sealed.pop(name, None)
         self._spill.drop_tail(name)
-
-
-def _entering(request: wire.TrainStep | wire.EvaluateStep) -> Batch:
-    """Make the boundary that enters a tail, with its context if it has one."""
-    tensors = (request.boundary, *request.context)
-    values = tuple(tensor.unpack() for tensor in tensors)
-    return values if request.context else values[0]
-
-
-def _train(session: _Session, request: wire.TrainStep) -> wire.Stepped:
-    loss, gradient = session.runner.finish(
-        _entering(request),
-        request.targets.unpack(),
-        step=request.step,
-        inputs_are_boundary=True,
-    )
-    if gradient is None:
-        raise RuntimeError("the tail gave its boundary no gradient.")
-    return wire.Stepped(loss=float(loss), gradient=WireTensor.pack(gradient))

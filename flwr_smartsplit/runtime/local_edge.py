@@ -34,7 +34,10 @@ class LocalEdge:
         folder = Path(tempfile.mkdtemp(prefix="smartsplit-"))
         _folders[address] = folder
         _services[address] = EdgeService(
-            task, spill_dir=folder, incarnation=uuid.uuid4().hex
+            task,
+            spill_dir=folder,
+            incarnation=uuid.uuid4().hex,
+            connect=lambda place, address: LocalEdge(name=place).connect(address),
         )
         return address
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class RayEdge:
             max_concurrency=self.max_concurrency,
         )
         folder = parent / f"smartsplit-{address}"
-        handle = actor.remote(task, str(folder))
+        handle = actor.remote(task, str(folder), self)
         _actors[address] = (handle, folder)
         try:
             ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
@@ -194,10 +194,13 @@ class RayTransport:
 class _EdgeActor:
     """An ``EdgeService`` in a process of its own; each start is an incarnation."""
 
-    def __init__(self, task: Task, spill_dir: str) -> None:
+    def __init__(self, task: Task, spill_dir: str, edge: RayEdge) -> None:
         self._folder = Path(spill_dir)
         self._service = EdgeService(
-            task, spill_dir=self._folder, incarnation=uuid.uuid4().hex
+            task,
+            spill_dir=self._folder,
+            incarnation=uuid.uuid4().hex,
+            connect=lambda place, address: replace(edge, name=place).connect(address),
         )
 
     def ready(self) -> bool:

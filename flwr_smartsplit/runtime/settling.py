@@ -5,7 +5,7 @@ exactly the clients that were accepted everywhere. Both strategies call this one
 function, so the same replies give the same bits.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ def settle_round(
     expected: Mapping[str, Expectation],
     current: State,
     edges: EdgePool,
+    step: Callable[[State, State], State] | None = None,
 ) -> Settled:
     """Merge a round's replies into the next global state.
 
@@ -62,6 +63,9 @@ def settle_round(
         The global state that the round started from.
     edges : EdgePool
         Where the tails are sealed.
+    step : Callable[[state, mean], state], optional
+        Goes from the old state and the clients' mean to the new state, as a server
+        optimizer does.
     """
     accepted, failures = _accept(replies, round_number, expected, current)
     tail_sums, dropped = _commit(accepted, round_number, edges)
@@ -73,7 +77,9 @@ def settle_round(
     device_sums = add_states(
         (reply.state, reply.report.num_examples) for reply in accepted.values()
     )
-    state = merge(current, add_sums([device_sums, *tail_sums]))
+    state: State = merge(current, add_sums([device_sums, *tail_sums]))
+    if step is not None:
+        state = step(current, state)
     return Settled(state=state, accepted=accepted, failures=tuple(failures))
 
 

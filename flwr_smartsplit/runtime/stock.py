@@ -5,7 +5,7 @@ right before the operator where a unit's first random number is drawn.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -56,23 +57,32 @@ def train_stock(
     streams : UnitStreams
         The streams that the units of split training draw from.
     """
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if task.autocast_dtype is not None:
+        autocast = torch.autocast("cpu", task.autocast_dtype)
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast:
         eval_loss = _mean_loss(
             (task.loss_fn(_call(model, inputs), targets), targets)
             for inputs, targets in map(_copied, (batches[0], batches[-1]))
         )
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
+    scheduler = task.schedule_fn(optimizer, {}) if task.schedule_fn else None
     firsts = _first_draws(chain, batches[0][0])
     losses = []
     for step, (inputs, targets) in enumerate(map(_copied, batches)):
         optimizer.zero_grad()
-        with _Chance(firsts, streams, step) if firsts else nullcontext():
-            outputs = _call(model, inputs)
-        loss = task.loss_fn(outputs, targets)
+        with autocast:
+            with _Chance(firsts, streams, step) if firsts else nullcontext():
+                outputs = _call(model, inputs)
+            loss = task.loss_fn(outputs, targets)
         loss.backward()
+        if task.max_gradient_norm is not None:
+            clip_grad_norm_(model.parameters(), task.max_gradient_norm)
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
         losses.append((loss.detach(), targets))
     return Truth(eval_loss, _mean_loss(losses))
 

@@ -5,7 +5,7 @@ retrying, losing messages in a test) is a transport that wraps another.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -58,7 +58,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSession(Request[Opened]):
-    """Build one client's segment at the edge.
+    """Build one client's segment at the edge, and those at the edges after it.
 
     Parameters
     ----------
@@ -72,8 +72,10 @@ class OpenSession(Request[Opened]):
         The units to host.
     state_digest : str
         The held state to start from.
-    seed, num_threads : int
+    seed, num_threads, config : int, int, Mapping
         As in the client's plan.
+    onward : Onward, optional
+        The edge where the route goes on, which this one opens and talks to.
     token : str
         Tells a repeated request from a second opening, which starts over.
     """
@@ -87,20 +89,31 @@ class OpenSession(Request[Opened]):
     state_digest: str
     seed: int
     num_threads: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+    onward: "Onward | None" = None
     token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
+class Onward:
+    """Where the next edge of a route is, and what to ask it first."""
+
+    address: str
+    opening: OpenSession
+
+
+@dataclass(frozen=True, slots=True)
 class Stepped:
-    """Loss of a batch, and the gradient of the boundary."""
+    """Loss of a batch, the gradient of the boundary, and norms if they are clipped."""
 
     loss: float
     gradient: WireTensor
+    norms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainStep(Request[Stepped]):
-    """Do the edge's part of one training step, exactly once.
+    """Do all that is left of one training step, exactly once.
 
     Parameters
     ----------
@@ -112,6 +125,8 @@ class TrainStep(Request[Stepped]):
         What the device computed, and what the batch should give.
     context : tuple[WireTensor, ...]
         What goes along with the boundary and needs no gradient.
+    norm : float, optional
+        The norm of all gradients of the step before, whose update waited for it.
     """
 
     session: str
@@ -120,19 +135,62 @@ class TrainStep(Request[Stepped]):
     boundary: WireTensor
     targets: WireTensor
     context: tuple[WireTensor, ...] = ()
+    norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """The boundary that goes back to the device, with its context."""
+
+    boundary: WireTensor
+    context: tuple[WireTensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardStep(Request[Forwarded]):
+    """Do the edges' forward of a step whose end is on the device.
+
+    The parameters are those of ``TrainStep``, with the number of examples instead of
+    the labels, which stay where they are.
+    """
+
+    session: str
+    incarnation: str
+    step: int
+    boundary: WireTensor
+    num_examples: int
+    context: tuple[WireTensor, ...] = ()
+    norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The gradient of the boundary that came in, and norms if they are clipped."""
+
+    gradient: WireTensor
+    norms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardStep(Request[Returned]):
+    """Do the edges' backward of the step whose forward was last."""
+
+    session: str
+    incarnation: str
+    step: int
+    gradient: WireTensor
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
     """Mean loss and metrics of a batch."""
 
-    loss: float
-    metrics: Mapping[str, float]
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateStep(Request[Evaluated]):
-    """Do the edge's part of evaluating one batch; nothing is remembered."""
+    """Do all that is left of evaluating one batch; nothing is remembered."""
 
     session: str
     incarnation: str
@@ -141,13 +199,34 @@ class EvaluateStep(Request[Evaluated]):
     context: tuple[WireTensor, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateForward(Request[Forwarded]):
+    """Do the edges' part of evaluating a batch whose labels stay on the device."""
+
+    session: str
+    incarnation: str
+    boundary: WireTensor
+    context: tuple[WireTensor, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
-class Seal(Request[Receipt]):
-    """Finish a session: check its tail, put it aside, free its memory."""
+class Seal(Request[tuple[Receipt, ...]]):
+    """Finish a session: check its tail, put it aside, free its memory.
+
+    Parameters
+    ----------
+    session, incarnation : str
+        The session, and the life of the edge that opened it.
+    num_steps : int
+        How many steps the device counts.
+    norm : float, optional
+        As for ``TrainStep``.
+    """
 
     session: str
     incarnation: str
     num_steps: int
+    norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,12 @@ class UnitCost:
     device_peak_bytes : int
         The most a device holds during a training step when this is its last unit:
         parameters, gradients, optimizer state, batch, activations, boundary gradient.
+    waiting_bytes : int
+        What of that stays while the rest of the step runs elsewhere: activations.
+    return_bytes : int
+        The most that the rest of the step, from this unit on, takes where it comes
+        back to: its incoming boundary, activations, gradients, temporaries. The
+        parameters, buffers and optimizer state of these units come on top.
     """
 
     name: str
@@ -37,6 +43,13 @@ class UnitCost:
     boundary_bytes: int
     forward_flops: int
     device_peak_bytes: int
+    waiting_bytes: int
+    return_bytes: int
+
+    @property
+    def resident_bytes(self) -> int:
+        """What a place that trains this unit holds of it at any moment."""
+        return self.parameter_bytes + self.buffer_bytes + self.optimizer_state_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +64,8 @@ class ChainProfile:
         Size of a batch, its targets included.
     units : tuple[UnitCost, ...]
         The costs of each unit, in order.
+    updates_last : bool
+        Whether all gradients are kept until all are there, to be clipped together.
 
     Examples
     --------
@@ -62,6 +77,7 @@ class ChainProfile:
     batch_size: int
     batch_bytes: int
     units: tuple[UnitCost, ...]
+    updates_last: bool = False
 
     def to_json(self) -> str:
         """Write the profile as JSON, with the names of the fields as keys."""

@@ -1,7 +1,7 @@
 """Devices, plans, reports and replies: what one round says and is told."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -84,6 +84,8 @@ class ClientPlan:
         Digest under which the edges hold this round's global state.
     edge_addresses : Mapping[str, str]
         How to reach each edge of the route, by place.
+    config : Mapping[str, bool | int | float | str]
+        What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
     """
 
     client_key: str
@@ -94,6 +96,7 @@ class ClientPlan:
     budget_bytes: int | None = None
     state_digest: str = ""
     edge_addresses: Mapping[str, str]
+    config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def session(self, place: str) -> str:
         """Name this client's session at one place in this round."""

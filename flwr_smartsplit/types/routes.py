@@ -29,7 +29,8 @@ class Route:
         Strictly increasing indices of the first unit after each boundary; empty for
         a model that stays whole.
     places : tuple[str, ...]
-        One place per segment, ``"device"`` first; one more than there are cuts.
+        One place per segment, ``"device"`` first; one more than there are cuts. Each
+        edge once; the device again only at the end.
 
     Raises
     ------
@@ -44,6 +45,8 @@ class Route:
     [3, 8]
     >>> Route.whole().legs(8)
     (Leg(place='device', start=0, stop=8),)
+    >>> str(Route.u_shape(2, 6)), str(Route.hops((2, 6), edges=("near", "far")))
+    ('device[:2] > edge[2:6] > device[6:]', 'device[:2] > near[2:6] > far[6:]')
     """
 
     cuts: tuple[int, ...] = ()
@@ -61,6 +64,12 @@ class Route:
                 f"a route starts at {DEVICE!r}, where the data is, not at "
                 f"{self.places[0]!r}."
             )
+        middle = self.places[1:-1] if self.returns else self.places[1:]
+        if DEVICE in middle or len(set(middle)) != len(middle):
+            raise InvalidRoute(
+                f"places {self.places}: a route visits each edge once, and comes back "
+                "to the device only for its last segment."
+            )
         ordered = all(low < high for low, high in pairwise(self.cuts))
         if not ordered or any(cut < 1 for cut in self.cuts):
             raise InvalidRoute(
@@ -76,6 +85,29 @@ class Route:
     def split(cls, cut: int, *, edge: str = EDGE) -> Self:
         """Run units ``[0, cut)`` on the device and the rest at one edge."""
         return cls((cut,), (DEVICE, edge))
+
+    @classmethod
+    def u_shape(cls, first: int, last: int, *, edge: str = EDGE) -> Self:
+        """Run ``[first, last)`` at an edge and all else, loss and labels too, here."""
+        return cls((first, last), (DEVICE, edge, DEVICE))
+
+    @classmethod
+    def hops(cls, cuts: tuple[int, ...], *, edges: tuple[str, ...]) -> Self:
+        """Run the front on the device and the rest on several edges in turn."""
+        return cls(tuple(cuts), (DEVICE, *edges))
+
+    @property
+    def returns(self) -> bool:
+        """Whether the last segment, and with it the labels, is on the device."""
+        return len(self.places) > 2 and self.places[-1] == DEVICE  # noqa: PLR2004
+
+    def device_legs(self, num_units: int) -> tuple[Leg, ...]:
+        """Lay the route along a chain; return the segments on the device."""
+        return tuple(leg for leg in self.legs(num_units) if leg.place == DEVICE)
+
+    def edge_legs(self, num_units: int) -> tuple[Leg, ...]:
+        """Lay the route along a chain; return the segments at edges."""
+        return tuple(leg for leg in self.legs(num_units) if leg.place != DEVICE)
 
     def legs(self, num_units: int) -> tuple[Leg, ...]:
         """Lay the route along a chain of ``num_units`` units.
@@ -99,8 +131,8 @@ class Route:
         )
 
     def edges(self) -> tuple[str, ...]:
-        """Name the places other than the device, in route order, each once."""
-        return tuple(dict.fromkeys(p for p in self.places if p != DEVICE))
+        """Name the places other than the device, in route order."""
+        return tuple(place for place in self.places if place != DEVICE)
 
     def __str__(self) -> str:
         """Show each place with the units it runs."""

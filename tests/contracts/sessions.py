@@ -95,9 +95,10 @@ class Session:
 
     def seal(self, num_steps: int, *, incarnation: str = "") -> Receipt:
         """Finish the session."""
-        return self.send(
+        (receipt,) = self.send(
             wire.Seal(self.name, incarnation or self.incarnation, num_steps)
         )
+        return receipt
 
     def sealed(self, num_steps: int) -> Receipt:
         """Open, step so often, and seal."""

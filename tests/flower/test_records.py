@@ -12,20 +12,23 @@ from flwr_smartsplit import Route
 from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.flower.records import (
     LEGACY,
-    evaluate_reply,
     from_array_record,
     instruction,
     message_dialect,
-    metrics_of,
     plan_from_config,
     plan_to_scalars,
     profile_from_content,
     profile_request,
     profile_to_scalars,
     record_bytes,
+    to_array_record,
+)
+from flwr_smartsplit.flower.replies import (
+    evaluate_reply,
+    evaluated,
+    metrics_of,
     reply_from_content,
     reply_to_scalars,
-    to_array_record,
     train_reply,
 )
 from flwr_smartsplit.runtime.training import Outcome
@@ -217,7 +220,7 @@ def test_a_reply_comes_back_in_the_message_dialect() -> None:
 
 def test_a_reply_comes_back_in_the_legacy_dialect() -> None:
     """The names are those the strategy sent, in their order."""
-    scalars = reply_to_scalars(PLAN, REPORT, (RECEIPT,))
+    scalars = reply_to_scalars(PLAN, OUTCOME)
     content = legacy_reply(*STATE.values(), **scalars)
     reply = reply_from_content(content, list(STATE))
     assert differences(reply.state, STATE) == []
@@ -228,7 +231,7 @@ def test_a_reply_comes_back_in_the_legacy_dialect() -> None:
 def test_a_failed_part_comes_back_without_a_state(names: list[str] | None) -> None:
     """Its status and message are what counts."""
     report = StepReport(status=Status.OUT_OF_MEMORY, message="too big", metrics={})
-    scalars = reply_to_scalars(PLAN, report)
+    scalars = reply_to_scalars(PLAN, evaluated(report))
     reply = reply_from_content(legacy_reply(**scalars), names)
     assert reply.state == {}
     assert reply.report == report
@@ -255,7 +258,7 @@ def test_metrics_are_numbers_under_the_strategys_keys() -> None:
 
 def changed(**changes: Any) -> str:
     """Change fields of a reply's text; ``report__x`` is a field of the report."""
-    text = reply_to_scalars(PLAN, REPORT, (RECEIPT,))["smartsplit.reply"]
+    text = reply_to_scalars(PLAN, OUTCOME)["smartsplit.reply"]
     fields = json.loads(text)
     for key, value in changes.items():
         *outer, last = key.split("__")
@@ -327,9 +330,24 @@ def test_a_report_of_other_types_is_refused(case: str) -> None:
         reply_from_content(RecordDict({"smartsplit": record}))
 
 
+@pytest.mark.parametrize("names", [None, list(STATE)])
+def test_arrays_that_changed_on_the_way_are_refused(names: list[str] | None) -> None:
+    """One last bit is enough: mods and wrappers must not pass for the client."""
+    scalars = reply_to_scalars(PLAN, OUTCOME)
+    bent = {**STATE, "b.w": np.nextafter(STATE["b.w"], np.float32(9))}
+    content = RecordDict(
+        {
+            "arrays": to_array_record(bent),
+            "smartsplit": ConfigRecord(scalars),
+        }
+    )
+    with pytest.raises(RefusedReply, match="not those it sent"):
+        reply_from_content(content, names)
+
+
 def test_a_legacy_reply_with_other_arrays_is_refused() -> None:
     """The count must be that of the names that were sent."""
-    scalars = reply_to_scalars(PLAN, REPORT)
+    scalars = reply_to_scalars(PLAN, OUTCOME)
     content = legacy_reply(np.zeros(1), **scalars)
     with pytest.raises(RefusedReply, match="sends 1 arrays, its segments have 2"):
         reply_from_content(content, ["a", "b"])

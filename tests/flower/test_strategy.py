@@ -27,11 +27,8 @@ from flwr_smartsplit.errors import (
     SmartSplitError,
     bytes_text,
 )
-from flwr_smartsplit.flower.records import (
-    from_array_record,
-    reply_from_content,
-    to_array_record,
-)
+from flwr_smartsplit.flower.records import from_array_record, to_array_record
+from flwr_smartsplit.flower.replies import reply_from_content
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.local_edge import LocalEdge

@@ -21,6 +21,8 @@ def chain_of(peaks: Sequence[int], *, batch_size: int = 4) -> ChainProfile:
                 boundary_bytes=16,
                 forward_flops=32,
                 device_peak_bytes=peak,
+                waiting_bytes=16,
+                return_bytes=32,
             )
             for index, peak in enumerate(peaks)
         ),

@@ -1,5 +1,7 @@
 """Prediction: read off the profile, and equal to what a device measures."""
 
+from dataclasses import replace
+
 import pytest
 
 from flwr_smartsplit.errors import InvalidRoute
@@ -32,10 +34,26 @@ def test_a_whole_device_measures_what_was_predicted() -> None:
     assert reply.report.peak_bytes == predicted_peak_bytes(profile, Route.whole())
 
 
-def test_a_route_that_comes_back_to_the_device_is_refused() -> None:
-    """Its two segments live at the same time; one number would be too low."""
-    route = Route((1, 2), ("device", "edge", "device"))
-    with pytest.raises(InvalidRoute, match="several segments on the device"):
-        predicted_peak_bytes(chain_of([3, 5, 4]), route)
-    hops = Route((1, 2), ("device", "a", "b"))
+def test_a_route_over_several_edges_costs_what_its_front_costs() -> None:
+    """What lies at edges is not the device's."""
+    hops = Route.hops((1, 2), edges=("a", "b"))
     assert predicted_peak_bytes(chain_of([3, 5, 4]), hops) == 3
+
+
+@pytest.mark.parametrize(
+    ("peaks", "updates_last", "peak_bytes"),
+    [
+        # 8 of the tail, and then 4 batch + 8 front + 16 waiting + 32 of its step.
+        ([3, 5, 4], False, 8 + 60),
+        # The front's own peak is higher: 8 of the tail, and 100.
+        ([100, 5, 4], False, 8 + 100),
+        # The tail's 8 bytes of gradients wait for the front's.
+        ([100, 5, 4], True, 8 + 100 + 8),
+    ],
+)
+def test_a_route_that_comes_back_costs_both_of_its_parts(
+    peaks: list[int], updates_last: bool, peak_bytes: int
+) -> None:
+    """By hand: the larger of the last segment's step, and the first one's backward."""
+    profile = replace(chain_of(peaks), updates_last=updates_last)
+    assert predicted_peak_bytes(profile, Route.u_shape(1, 2)) == peak_bytes

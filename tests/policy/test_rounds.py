@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flwr_smartsplit.policy.rounds import NOT_SAMPLED, plan_round
+from flwr_smartsplit.policy.rounds import NOT_SAMPLED, Routing, plan_round
 from flwr_smartsplit.types import ChainProfile, DeviceProfile, RoundPlan, Route
 from tests.policy.profiles import chain_of, device
 
@@ -27,7 +27,7 @@ def plan(fleet: list[DeviceProfile] = FLEET, **changes: Any) -> RoundPlan:
     facts: dict[str, Any] = {
         "round_number": 3,
         "num_clients": 10,
-        "edges": ["x"],
+        "routing": Routing(edges=tuple(changes.pop("edges", ["x"]))),
         "rng": Random(0),
     }
     profiles: dict[int, ChainProfile] = PROFILES

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flwr_smartsplit.model import segment
 from flwr_smartsplit.model.segment import Unit
-from flwr_smartsplit.runtime import checking, edge, randomness, training
+from flwr_smartsplit.runtime import checking, edge, randomness, walk
 from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
 from flwr_smartsplit.runtime.wire import WireTensor
 from flwr_smartsplit.task import Task
@@ -130,14 +130,14 @@ def test_a_tail_that_is_sealed_wrong_is_found_by_name(monkeypatch):
 
 def test_a_front_that_is_returned_wrong_is_found_by_name(monkeypatch):
     """A changed last bit in the device's part is named."""
-    state_of = training.state_of
+    state_of = walk.state_of
 
     def spoilt(module: nn.Module) -> Any:
         state = state_of(module)
         state["norm1.running_mean"][0] = np.nextafter(state["norm1.running_mean"][0], 1)
         return state
 
-    monkeypatch.setattr(training, "state_of", spoilt)
+    monkeypatch.setattr(walk, "state_of", spoilt)
     assert differences(small_task()) == ["state norm1.running_mean"]
 
 

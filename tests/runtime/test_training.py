@@ -12,7 +12,6 @@ import torch
 from flwr_smartsplit import Route, Task
 from flwr_smartsplit.errors import (
     EdgeUnreachable,
-    InvalidRoute,
     InvalidTask,
     bytes_text,
 )
@@ -397,13 +396,6 @@ def test_counts_below_one_are_refused(client: Client, name: str) -> None:
     """Before anything is built."""
     with pytest.raises(ValueError, match=f"{name} is 0: give at least 1"):
         client.conditions(**{name: 0})
-
-
-def test_two_cuts_are_refused_for_now(client: Client) -> None:
-    """The error names the route."""
-    route = Route((2, 5), ("device", EDGE, EDGE))
-    with pytest.raises(InvalidRoute, match="3 segments"):
-        client.train(route)
 
 
 def test_a_state_of_another_model_is_refused(client: Client) -> None:

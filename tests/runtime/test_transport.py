@@ -38,7 +38,7 @@ def step() -> wire.TrainStep:
         (step(), 32),
         (wire.Stepped(0.5, PACKED), 24),
         (wire.HoldState("digest", {"a": FOUR}), 16),
-        (wire.Evaluated(0.5, {"accuracy": 0.5}), 0),
+        (wire.Evaluated({"loss": 0.5, "accuracy": 0.5}), 0),
         (wire.Committed({"a": WeightedSum.of(FOUR, 2)}), 64),
         (wire.Commit(1, (wire.Entry("s", "d", 1),)), 0),
     ],

@@ -1,0 +1,336 @@
+"""CentralManager: plan a round, settle a round. Both strategies are thin around it.
+
+It knows clients by their client_key and states by name; which of Flower's APIs brings
+the messages is the strategies' business. So the same replies give the same bits.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from logging import INFO, getLogger
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy.typing as npt
+from flwr.serverapp.strategy import FedAvg
+
+from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
+from flwr_smartsplit.flower.dispatch import Dispatch, Sent, device_names, returned
+from flwr_smartsplit.flower.journal import Journal, OnRow
+from flwr_smartsplit.flower.records import plain_values
+from flwr_smartsplit.flower.round_log import RoundLog
+from flwr_smartsplit.flower.server_optimizer import ServerOptimizer
+from flwr_smartsplit.model.building import build_chain
+from flwr_smartsplit.model.chain import Chain
+from flwr_smartsplit.model.costs import profile_chain
+from flwr_smartsplit.policy.acceptance import check_evaluation, refusal
+from flwr_smartsplit.policy.cuts import ChooseRoute, deepest_split
+from flwr_smartsplit.policy.rounds import Routing, plan_round
+from flwr_smartsplit.runtime.edge_pool import EdgePool
+from flwr_smartsplit.runtime.randomness import derived_seed
+from flwr_smartsplit.runtime.settling import Settled, settle_round
+from flwr_smartsplit.runtime.transport import Edge
+from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import (
+    Assignment,
+    ChainProfile,
+    ClientPlan,
+    ClientReply,
+    DeviceProfile,
+    Failure,
+    RoundPlan,
+)
+
+State = Mapping[str, npt.NDArray[Any]]
+_log = getLogger("flwr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What both strategies are given besides Flower's own arguments.
+
+    Parameters
+    ----------
+    seed : int
+        Root of sampling and of every random stream of the clients.
+    num_threads : int
+        Torch threads at every place.
+    choose_route : Callable[[RouteRequest], Route]
+        Chooses the route of one client.
+    server_optimizer : FedAvg, optional
+        One of Flower's adaptive strategies, applied after the merge.
+    journal : str or Path, optional
+        File for one JSON line per client and round.
+    on_row : Sequence[Callable[[Mapping], None]]
+        Told each of these lines, too.
+    clock : Callable[[], float]
+        Seconds that only move forward.
+    """
+
+    seed: int = 0
+    num_threads: int = 1
+    choose_route: ChooseRoute = deepest_split
+    server_optimizer: FedAvg | None = None
+    journal: str | Path | None = None
+    on_row: Sequence[OnRow] = ()
+    clock: Callable[[], float] = time.perf_counter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One phase of one round, as Flower asks for it.
+
+    Parameters
+    ----------
+    round_number : int
+        The round, counted from 1.
+    is_train : bool
+        Training or evaluation.
+    fraction : float
+        The share of the clients to choose.
+    least : int
+        The least number of clients to choose.
+    config : Mapping[str, Any]
+        What the user tells the clients.
+    """
+
+    round_number: int
+    is_train: bool
+    fraction: float
+    least: int
+    config: Mapping[str, Any]
+
+
+class CentralManager:
+    """Give each chosen client its route, and merge what comes back.
+
+    Parameters
+    ----------
+    task : Task
+        Model, loss and optimizer, the same as the clients'.
+    edges : Sequence[Edge]
+        Edges that host tails.
+    settings : Settings
+        All else.
+    """
+
+    def __init__(self, task: Task, edges: Sequence[Edge], settings: Settings) -> None:
+        self.task = task
+        self.settings = settings
+        self.chain = build_chain(task)
+        self.edges = EdgePool(edges, task)
+        self.rounds = RoundLog(
+            Journal(settings.journal, settings.on_row), settings.clock
+        )
+        self.round_plans: list[RoundPlan] = []
+        if edges:
+            self.chain.require_cuts()
+        self._kept_units = _kept_units(self.chain, task)
+        self._profiles: dict[int, ChainProfile] = {}
+        self._current: State = {}
+        self._digest = ""
+        self._dispatch: Dispatch | None = None
+        self._optimizer: ServerOptimizer | None = None
+        if settings.server_optimizer is not None:
+            trained = frozenset(n for n, _ in self.chain.model.named_parameters())
+            self._optimizer = ServerOptimizer(settings.server_optimizer, trained)
+
+    def summary(self) -> None:
+        """Log the settings, in Flower's shape."""
+        _log.log(INFO, "\t├──> Splitting:")
+        _log.log(INFO, "\t│\t├──Units: %d", len(self.chain))
+        _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self.edges.names) or "none")
+
+    def begin(
+        self, phase: Phase, state: State, clients: Mapping[str, DeviceProfile]
+    ) -> Dispatch:
+        """Plan a phase: who is sent what.
+
+        Parameters
+        ----------
+        phase : Phase
+            What Flower asks for.
+        state : Mapping[str, ndarray]
+            The global state.
+        clients : Mapping[str, DeviceProfile]
+            Who is there, by client_key.
+        """
+        started = self.settings.clock()
+        self._current, self._digest = state, state_digest(state)
+        addresses, unready = self.edges.prepare(self._digest, state)
+        self.rounds.write_failures(unready, phase.round_number, phase="edge")
+        plan = self._plan(phase, clients, tuple(addresses))
+        if self.task.schedule_fn is None:
+            self.rounds.warn_of_unread(phase.config)
+        self.rounds.write_plan(plan, clients, is_train=phase.is_train)
+        dispatch = Dispatch(phase.round_number, phase.is_train, started)
+        for assignment in plan.assignments:
+            client_plan = self._client_plan(assignment, phase, addresses)
+            names = device_names(client_plan, self.chain)
+            dispatch.sent[assignment.client_key] = Sent(
+                client_plan,
+                names,
+                returned(names, self.task.is_local),
+                assignment.predicted_peak_bytes,
+            )
+        self._dispatch = dispatch
+        return dispatch
+
+    def take(self) -> Dispatch | None:
+        """Return what went out in the running phase, once."""
+        dispatch, self._dispatch = self._dispatch, None
+        return dispatch
+
+    def settle(
+        self,
+        dispatch: Dispatch,
+        replies: Iterable[ClientReply],
+        failures: Sequence[Failure],
+    ) -> Settled:
+        """End a training phase: refuse, commit, drop, merge, step."""
+        received = self.settings.clock()
+        settled = settle_round(
+            replies,
+            round_number=dispatch.round_number,
+            expected=dispatch.expectations(self.chain),
+            current=self._current,
+            edges=self.edges,
+            step=self._step(dispatch.round_number),
+        )
+        failures = [*failures, *settled.failures]
+        state = self._current if settled.state is None else settled.state
+        self.edges.release(dispatch.round_number, state_digest(state))
+        self.rounds.write_replies(dispatch, settled.accepted, failures)
+        self.rounds.write_round(
+            dispatch,
+            settled.accepted,
+            failures,
+            edge_bytes_so_far=self.edges.traffic_bytes(),
+            received_seconds=received,
+        )
+        return settled
+
+    def assess(
+        self,
+        dispatch: Dispatch,
+        replies: Iterable[ClientReply],
+        failures: Sequence[Failure],
+    ) -> dict[str, ClientReply]:
+        """End an evaluation phase; return what counts, in client_key order."""
+        accepted: dict[str, ClientReply] = {}
+        failures = list(failures)
+        for reply in sorted(replies, key=lambda r: r.client_key):
+            try:
+                check_evaluation(reply, round_number=dispatch.round_number)
+            except RefusedReply as error:
+                failures.append(refusal(reply, error))
+            else:
+                accepted[reply.client_key] = reply
+        self.edges.release(dispatch.round_number, self._digest)
+        self.rounds.write_replies(dispatch, accepted, failures)
+        return accepted
+
+    # --- planning -----------------------------------------------------------------
+
+    def _plan(
+        self, phase: Phase, clients: Mapping[str, DeviceProfile], edges: Sequence[str]
+    ) -> RoundPlan:
+        """Translate FedAvg's arguments into a call of the pure policy."""
+        fleet = self._priced(phase.round_number, clients)
+        seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
+        plan = plan_round(
+            fleet,
+            self._profiles,
+            round_number=phase.round_number,
+            num_clients=max(int(len(fleet) * phase.fraction), phase.least),
+            routing=Routing(
+                edges=tuple(edges),
+                choose_route=self.settings.choose_route,
+                kept_units=self._kept_units,
+            ),
+            rng=Random(seed),
+        )
+        if phase.is_train:
+            self.round_plans.append(plan)
+        return plan
+
+    def _priced(
+        self, round_number: int, clients: Mapping[str, DeviceProfile]
+    ) -> list[DeviceProfile]:
+        """List the clients whose batch size works; without any, raise the reason."""
+        priced: list[DeviceProfile] = []
+        problems: list[InvalidTask] = []
+        for key, client in clients.items():
+            size = client.batch_size
+            try:
+                if size not in self._profiles:
+                    self._profiles[size] = profile_chain(
+                        self.chain, batch_size=size, task=self.task
+                    )
+            except InvalidTask as error:
+                problems.append(error)
+                failure = Failure(client_key=key, kind="failed", cause=str(error))
+                self.rounds.write_failures([failure], round_number, phase="profile")
+            else:
+                priced.append(client)
+        if problems and not priced:
+            raise problems[0]
+        return priced
+
+    def _client_plan(
+        self, assignment: Assignment, phase: Phase, addresses: Mapping[str, str]
+    ) -> ClientPlan:
+        return ClientPlan(
+            client_key=assignment.client_key,
+            round_number=phase.round_number,
+            route=assignment.route,
+            seed=self.settings.seed,
+            num_threads=self.settings.num_threads,
+            budget_bytes=assignment.budget_bytes,
+            state_digest=self._digest,
+            edge_addresses={e: addresses[e] for e in assignment.route.edges()},
+            config=plain_values(phase.config),
+        )
+
+    def _step(self, round_number: int) -> Callable[[State, State], State] | None:
+        """Return what follows the merge, if anything does."""
+        optimizer = self._optimizer
+        if optimizer is None:
+            return None
+        return lambda before, mean: optimizer.step(round_number, before, mean)
+
+
+def _kept_units(chain: Chain, task: Task) -> frozenset[int]:
+    """Find the units whose state, or part of it, stays on the device."""
+    is_local = task.is_local
+    if is_local is None:
+        return frozenset()
+    return frozenset(
+        index
+        for index in range(len(chain))
+        if any(map(is_local, chain.state_names(index, index + 1)))
+    )
+
+
+def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:
+    """Refuse to be driven by another strategy, such as differential privacy's.
+
+    Such wrappers clip and noise whole models of single clients, which are nowhere
+    whole when they are split; what they promise would silently not hold.
+
+    Raises
+    ------
+    SmartSplitError
+        If the method that calls this was called by another strategy.
+    """
+    owner = sys._getframe(2).f_locals.get("self")
+    if isinstance(owner, kinds) and owner is not strategy:
+        raise SmartSplitError(
+            f"{type(owner).__name__} drives {type(strategy).__name__}: strategies that "
+            "wrap others, as for differential privacy, change the whole models of "
+            "single clients, and those are nowhere whole when they are split. Run it "
+            "unwrapped."
+        )

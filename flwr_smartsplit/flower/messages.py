@@ -1,0 +1,78 @@
+"""A phase's messages in Flower's Message API: what is sent, and what comes back."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, MessageType
+
+from flwr_smartsplit.flower.dispatch import Answer, Dispatch
+from flwr_smartsplit.flower.fleet import Member
+from flwr_smartsplit.flower.records import (
+    LEGACY,
+    instruction,
+    last_line,
+    plan_to_scalars,
+    record_bytes,
+)
+from flwr_smartsplit.flower.replies import reply_from_content
+from flwr_smartsplit.types import ClientReply, Failure
+
+
+def written(
+    dispatch: Dispatch,
+    members: Mapping[str, Member],
+    arrays: ArrayRecord,
+    config: Mapping[str, Any],
+) -> list[Message]:
+    """Write to every chosen client: the state of its own segments, and its plan.
+
+    Parameters
+    ----------
+    dispatch : Dispatch
+        Who is sent what; learns how large it is.
+    members : Mapping[str, Member]
+        The clients by client_key.
+    arrays : ArrayRecord
+        The global state.
+    config : Mapping[str, Any]
+        What the user tells the clients.
+    """
+    kind = MessageType.TRAIN if dispatch.is_train else MessageType.EVALUATE
+    messages = []
+    for key, sent in dispatch.sent.items():
+        content = instruction(
+            members[key].dialect,
+            ArrayRecord({name: arrays[name] for name in sent.names}),
+            {**config, **plan_to_scalars(sent.plan)},
+            is_train=dispatch.is_train,
+        )
+        dispatch.sent_bytes[key] = record_bytes(content)
+        node = members[key].node_id
+        messages.append(Message(content, message_type=kind, dst_node_id=node))
+    return messages
+
+
+def read(
+    dispatch: Dispatch, members: Mapping[str, Member], messages: Iterable[Message]
+) -> tuple[list[ClientReply], list[Failure]]:
+    """Read what came back, each message in its client's dialect."""
+    chosen = {members[key].node_id: members[key] for key in dispatch.sent}
+    return dispatch.collect(_answer(dispatch, chosen, message) for message in messages)
+
+
+def _answer(
+    dispatch: Dispatch, chosen: Mapping[int, Member], message: Message
+) -> Answer:
+    node = message.metadata.src_node_id
+    member = chosen.get(node)
+    key = f"node {node}" if member is None else member.profile.client_key
+    if message.has_error():
+        return Answer(key, error=last_line(message.error.reason))
+    is_legacy = member is not None and member.dialect is LEGACY
+    names = dispatch.sent[key].returned_names if is_legacy else None
+    return Answer(
+        key,
+        read=partial(reply_from_content, message.content, names),
+        num_bytes=record_bytes(message.content),
+    )

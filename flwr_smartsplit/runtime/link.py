@@ -1,0 +1,189 @@
+"""EdgeLink: one client's session at an edge, seen from where the boundary comes from.
+
+That is the device, or the edge before on a route over several.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.model.segment import Batch, Boundary
+from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.types import ClientPlan, Leg, Receipt
+
+Connect = Callable[[str, str], wire.Transport]
+"""``connect(place, address)`` reaches an edge."""
+
+
+def nowhere(place: str, address: str) -> wire.Transport:
+    """Reach no edge: for one that routes end at."""
+    raise EdgeUnreachable(
+        f"edge {place!r} at {address!r} cannot be reached from an edge that was given "
+        "no way to others."
+    )
+
+
+def opening_of(
+    plan: ClientPlan, legs: tuple[Leg, ...], *, suffix: str, token: str
+) -> wire.OpenSession:
+    """Ask the first of the edges of a route for a session, and it the next.
+
+    Parameters
+    ----------
+    plan : ClientPlan
+        Whose session it is.
+    legs : tuple[Leg, ...]
+        The segments at edges, in order.
+    suffix : str
+        Ends the sessions' names, so that training and evaluation have their own.
+    token : str
+        Of this opening.
+    """
+    leg, *rest = legs
+    onward = None
+    if rest:
+        address = plan.edge_addresses[rest[0].place]
+        opening = opening_of(plan, tuple(rest), suffix=suffix, token=token)
+        onward = wire.Onward(address, opening)
+    return wire.OpenSession(
+        session=plan.session(leg.place) + suffix,
+        place=leg.place,
+        round_number=plan.round_number,
+        client_key=plan.client_key,
+        start=leg.start,
+        stop=leg.stop,
+        state_digest=plan.state_digest,
+        seed=plan.seed,
+        num_threads=plan.num_threads,
+        config=plan.config,
+        onward=onward,
+        token=token,
+    )
+
+
+class EdgeLink:
+    """Open a session at an edge, and talk to it.
+
+    Parameters
+    ----------
+    transport : Transport
+        Reaches the edge.
+    opening : OpenSession
+        The session to open.
+    """
+
+    def __init__(self, transport: wire.Transport, opening: wire.OpenSession) -> None:
+        self._transport = wire.CountingTransport(transport)
+        self._session = opening.session
+        self._incarnation = self._transport.send(opening).incarnation
+
+    def train(
+        self,
+        step: int,
+        boundary: tuple[WireTensor, ...],
+        targets: WireTensor,
+        norm: float | None,
+    ) -> wire.Stepped:
+        """Have the rest of a step done."""
+        return self._transport.send(
+            wire.TrainStep(
+                session=self._session,
+                incarnation=self._incarnation,
+                step=step,
+                boundary=boundary[0],
+                context=boundary[1:],
+                targets=targets,
+                norm=norm,
+            )
+        )
+
+    def forward(
+        self,
+        step: int,
+        boundary: tuple[WireTensor, ...],
+        num_examples: int,
+        norm: float | None,
+    ) -> wire.Forwarded:
+        """Have a step's forward done up to where the route comes back."""
+        return self._transport.send(
+            wire.ForwardStep(
+                session=self._session,
+                incarnation=self._incarnation,
+                step=step,
+                boundary=boundary[0],
+                context=boundary[1:],
+                num_examples=num_examples,
+                norm=norm,
+            )
+        )
+
+    def backward(self, step: int, gradient: WireTensor) -> wire.Returned:
+        """Have the backward of that step done."""
+        return self._transport.send(
+            wire.BackwardStep(
+                session=self._session,
+                incarnation=self._incarnation,
+                step=step,
+                gradient=gradient,
+            )
+        )
+
+    def evaluate(
+        self, boundary: tuple[WireTensor, ...], targets: WireTensor
+    ) -> Mapping[str, float]:
+        """Have the rest of a batch evaluated; return loss and metrics."""
+        request = wire.EvaluateStep(
+            session=self._session,
+            incarnation=self._incarnation,
+            boundary=boundary[0],
+            context=boundary[1:],
+            targets=targets,
+        )
+        return self._transport.send(request).values
+
+    def evaluate_forward(self, boundary: tuple[WireTensor, ...]) -> wire.Forwarded:
+        """Have a batch brought up to where the route comes back."""
+        return self._transport.send(
+            wire.EvaluateForward(
+                session=self._session,
+                incarnation=self._incarnation,
+                boundary=boundary[0],
+                context=boundary[1:],
+            )
+        )
+
+    def seal(self, num_steps: int, norm: float | None) -> tuple[Receipt, ...]:
+        """Finish the session here and at the edges after it."""
+        return self._transport.send(
+            wire.Seal(self._session, self._incarnation, num_steps, norm)
+        )
+
+    def abandon(self) -> None:
+        """Have the session forgotten, here and at the edges after it."""
+        self._transport.send(wire.Abandon(self._session, self._incarnation))
+
+    def abandon_quietly(self) -> None:
+        """Have it forgotten if the edge can be told; else the round's end does it."""
+        try:
+            self.abandon()
+        except EdgeError:
+            pass
+
+    def traffic(self) -> tuple[int, int]:
+        """Count the bytes that were sent, and those that were received."""
+        return self._transport.sent_bytes, self._transport.received_bytes
+
+
+def packed(boundary: Boundary) -> tuple[WireTensor, ...]:
+    """Make a boundary ready to cross."""
+    return tuple(WireTensor.pack(tensor) for tensor in boundary)
+
+
+def unpacked(message: Any) -> Batch:
+    """Read the boundary of a message, with its context if it has one."""
+    tensors: tuple[WireTensor, ...] = (message.boundary, *message.context)
+    values: tuple[Tensor, ...] = tuple(tensor.unpack() for tensor in tensors)
+    return values if message.context else values[0]

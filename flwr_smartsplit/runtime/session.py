@@ -1,0 +1,188 @@
+"""Session: one client's segment at an edge while it trains, step by step.
+
+If the route goes on, the session has a link to the next edge: a boundary goes from
+edge to edge and never back through the device, which may be too small to hold it.
+"""
+
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor
+
+from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
+from flwr_smartsplit.model.segment import Boundary, SegmentRunner
+from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.runtime.link import EdgeLink, packed, unpacked
+from flwr_smartsplit.runtime.wire import WireTensor
+
+_PER_STEP = 2  # A step has two places in the order of messages: there, and back.
+
+
+@dataclass
+class Session:
+    """One client's replica of its segment, and what it was last asked.
+
+    Parameters
+    ----------
+    opened : OpenSession
+        What it was opened with.
+    incarnation : str
+        Names this opening.
+    runner : SegmentRunner
+        Trains the segment.
+    onward : EdgeLink, optional
+        The edge where the route goes on.
+    """
+
+    opened: wire.OpenSession
+    incarnation: str
+    runner: SegmentRunner
+    onward: EdgeLink | None
+    num_examples: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _next: int = 0
+    _last: int = -1
+    _last_checksum: int = 0
+    _last_reply: Any = None
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps are done."""
+        return self._next // _PER_STEP
+
+    def answer(self, request: Any) -> Any:
+        """Do what a message of a step asks for, exactly once.
+
+        Raises
+        ------
+        OutOfOrderStep
+            If it is neither the next message nor a repetition of the last.
+        """
+        number = request.step * _PER_STEP + isinstance(request, wire.BackwardStep)
+        checksum = _checksum(request)
+        if number == self._last and checksum == self._last_checksum:
+            return self._last_reply
+        if number != self._next:
+            raise self._out_of_order(request, is_changed=number == self._last)
+        self._last_reply = self._do(request)
+        self._last, self._last_checksum = number, checksum
+        self._next += _PER_STEP if isinstance(request, wire.TrainStep) else 1
+        return self._last_reply
+
+    def _out_of_order(self, request: Any, *, is_changed: bool) -> OutOfOrderStep:
+        what = "was changed" if is_changed else "came"
+        return OutOfOrderStep(
+            f"session {self.opened.session}: step {request.step} {what} after "
+            f"{self.num_steps} steps, in a {type(request).__name__}. The session is "
+            "void: this client sits the round out.",
+            step=request.step,
+            num_steps=self.num_steps,
+        )
+
+    def update(self, norm: float | None) -> None:
+        """Do the update of the last step, if it waited for the common norm."""
+        waits = self.runner.task.max_gradient_norm is not None and self.num_steps > 0
+        if not waits:
+            return
+        if norm is None:
+            raise EdgeError(
+                f"session {self.opened.session}: the task clips gradients by their "
+                "common norm, and the message has none. Use one version everywhere."
+            )
+        self.runner.update(norm)
+
+    def evaluate(self, request: wire.EvaluateStep) -> wire.Evaluated:
+        """Evaluate one batch to the end of the route."""
+        outputs = self.runner.evaluate(unpacked(request))
+        if self.onward is not None:
+            values = self.onward.evaluate(packed(_boundary(outputs)), request.targets)
+            return wire.Evaluated(values)
+        return wire.Evaluated(self.runner.assess(outputs, request.targets.unpack()))
+
+    def evaluate_forward(self, request: wire.EvaluateForward) -> wire.Forwarded:
+        """Bring one batch to where the route goes back to the device."""
+        boundary = packed(_boundary(self.runner.evaluate(unpacked(request))))
+        if self.onward is not None:
+            return self.onward.evaluate_forward(boundary)
+        return wire.Forwarded(boundary[0], boundary[1:])
+
+    def _do(self, request: Any) -> Any:
+        if isinstance(request, wire.BackwardStep):
+            return self._backward(request)
+        self.update(request.norm)
+        if isinstance(request, wire.ForwardStep):
+            return self._forward(request)
+        return self._train(request)
+
+    def _train(self, request: wire.TrainStep) -> wire.Stepped:
+        self.num_examples += request.targets.shape[0]
+        if self.onward is None:
+            loss, gradient = self.runner.finish(
+                unpacked(request),
+                request.targets.unpack(),
+                step=request.step,
+                inputs_are_boundary=True,
+            )
+            norms = self.runner.gradient_norms()
+            return wire.Stepped(float(loss), _packed_gradient(gradient), norms)
+        boundary = packed(self._enter(request))
+        stepped = self.onward.train(
+            request.step, boundary, request.targets, request.norm
+        )
+        gradient = self.runner.backward(stepped.gradient.unpack)
+        norms = {**stepped.norms, **self.runner.gradient_norms()}
+        return wire.Stepped(stepped.loss, _packed_gradient(gradient), norms)
+
+    def _forward(self, request: wire.ForwardStep) -> wire.Forwarded:
+        self.num_examples += request.num_examples
+        boundary = packed(self._enter(request))
+        if self.onward is None:
+            return wire.Forwarded(boundary[0], boundary[1:])
+        return self.onward.forward(
+            request.step, boundary, request.num_examples, request.norm
+        )
+
+    def _backward(self, request: wire.BackwardStep) -> wire.Returned:
+        gradient, norms = request.gradient, {}
+        if self.onward is not None:
+            returned = self.onward.backward(request.step, gradient)
+            gradient, norms = returned.gradient, dict(returned.norms)
+        incoming = self.runner.backward(gradient.unpack)
+        norms |= self.runner.gradient_norms()
+        return wire.Returned(_packed_gradient(incoming), norms)
+
+    def _enter(self, request: wire.TrainStep | wire.ForwardStep) -> Boundary:
+        """Run the segment forward, so that the route can go on."""
+        return self.runner.forward(
+            unpacked(request), step=request.step, inputs_are_boundary=True
+        )
+
+
+def _boundary(outputs: Any) -> Boundary:
+    return outputs if type(outputs) is tuple else (outputs,)
+
+
+def _packed_gradient(gradient: Tensor | None) -> WireTensor:
+    if gradient is None:
+        raise RuntimeError("the segment gave its boundary no gradient.")
+    return WireTensor.pack(gradient)
+
+
+def _checksum(request: Any) -> int:
+    """Tell a repeated message from a changed one."""
+    checksum = zlib.crc32(repr(getattr(request, "norm", None)).encode())
+    for tensor in _tensors(request):
+        checksum = tensor.checksum(checksum)
+    return checksum
+
+
+def _tensors(request: Any) -> Iterator[WireTensor]:
+    fields = cast(Mapping[str, Any], type(request).__dataclass_fields__)
+    for name in fields:
+        value = getattr(request, name)
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, WireTensor):
+                yield tensor

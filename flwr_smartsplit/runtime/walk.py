@@ -1,0 +1,219 @@
+"""Walk: one client's way along its route in one round, step by step.
+
+The device has the first segment, and the last one too if the route comes back; edges
+have what lies between.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flwr_smartsplit.model.building import build_chain, materialise, state_of
+from flwr_smartsplit.model.cap import MemoryCap
+from flwr_smartsplit.model.clipping import total_norm
+from flwr_smartsplit.model.segment import Batch, SegmentRunner
+from flwr_smartsplit.runtime.link import (
+    Connect,
+    EdgeLink,
+    opening_of,
+    packed,
+    unpacked,
+)
+from flwr_smartsplit.runtime.randomness import UnitStreams
+from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import ClientPlan, Leg, Receipt, StepReport
+
+State = Mapping[str, npt.NDArray[Any]]
+
+
+class Walk:
+    """Train or evaluate batch after batch along a client's route.
+
+    Parameters
+    ----------
+    plan : ClientPlan
+        The route, the seeds, and how edges are reached.
+    task : Task
+        Model, loss and optimizer.
+    cap : MemoryCap
+        Watches what the device holds.
+    """
+
+    def __init__(self, plan: ClientPlan, task: Task, cap: MemoryCap) -> None:
+        self.plan = plan
+        self.cap = cap
+        self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
+        self._task = task
+        self._chain = build_chain(task)
+        self._runners: list[SegmentRunner] = []
+        self._link: EdgeLink | None = None
+        self._norm: float | None = None
+        self._num_steps = 0
+        self._num_examples = 0
+        self._sums: dict[str, float] = {"loss": 0.0}
+
+    def open(
+        self, state: State, connect: Connect, *, suffix: str = "", token: str = ""
+    ) -> None:
+        """Build the device's segments under the cap, and those at the edges.
+
+        Parameters
+        ----------
+        state : Mapping[str, ndarray]
+            The global state of the device segments.
+        connect : Callable[[place, address], Transport]
+            Reaches an edge.
+        suffix, token : str
+            As for ``opening_of``.
+        """
+        num_units = len(self._chain)
+        for leg in self.plan.route.device_legs(num_units):
+            self._runners.append(self._built(leg, state))
+        legs = self.plan.route.edge_legs(num_units)
+        if legs:
+            opening = opening_of(self.plan, legs, suffix=suffix, token=token)
+            address = self.plan.edge_addresses[legs[0].place]
+            self._link = EdgeLink(connect(legs[0].place, address), opening)
+
+    def train_step(self, inputs: Batch, targets: Tensor) -> None:
+        """Do one training step, metered if it is its turn."""
+        with self.cap.step((inputs, targets), *self._owners()):
+            loss = self._step(inputs, targets)
+        self._count(targets, {"loss": loss})
+        self._num_steps += 1
+
+    def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
+        """Evaluate one batch, metered if it is its turn."""
+        segments = [runner.segment for runner in self._runners]
+        with self.cap.step((inputs, targets), *segments):
+            values = self._evaluated(inputs, targets)
+        self._count(targets, values)
+        self._num_steps += 1
+
+    def seal(self) -> tuple[Receipt, ...]:
+        """Finish the sessions at the edges, if there are any."""
+        if self._link is None:
+            return ()
+        return self._link.seal(self._num_steps, self._norm)
+
+    def abandon(self) -> None:
+        """Tell the edges to forget this client, if they can still be told."""
+        if self._link is not None:
+            self._link.abandon_quietly()
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Copy the state of the device's segments, in the chain's order."""
+        state: dict[str, npt.NDArray[Any]] = {}
+        for runner in self._runners:
+            state |= state_of(runner.segment)
+        return state
+
+    def report(self, *, num_epochs: int) -> StepReport:
+        """Sum up what was done and measured."""
+        sent, received = (0, 0) if self._link is None else self._link.traffic()
+        means = {
+            name: total / max(self._num_examples, 1)
+            for name, total in self._sums.items()
+        }
+        return StepReport(
+            num_examples=self._num_examples // num_epochs,
+            num_epochs=num_epochs,
+            num_steps=self._num_steps,
+            loss=means.pop("loss"),
+            peak_bytes=self.cap.peak_bytes,
+            sent_bytes=sent,
+            received_bytes=received,
+            num_threads=torch.get_num_threads(),
+            metrics=means,
+        )
+
+    # --- one step -----------------------------------------------------------------
+
+    def _step(self, inputs: Batch, targets: Tensor) -> float:
+        """Train on one batch; what a step holds ends where it is used last."""
+        head, step = self._runners[0], self._num_steps
+        if self._link is None:
+            loss, _ = head.finish(inputs, targets, step=step, inputs_are_boundary=False)
+            self._update({})
+            return float(loss)
+        if self.plan.route.returns:
+            return self._returning_step(inputs, targets, self._link)
+        boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
+        stepped = self._link.train(step, boundary, WireTensor.pack(targets), self._norm)
+        del boundary  # It shares the memory of what was sent.
+        head.backward(stepped.gradient.unpack)
+        self._update(stepped.norms)
+        return stepped.loss
+
+    def _returning_step(self, inputs: Batch, targets: Tensor, link: EdgeLink) -> float:
+        """Train on one batch whose loss is here: the labels never leave the device."""
+        (head, tail), step = self._runners, self._num_steps
+        boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
+        num_examples = int(targets.shape[0])
+        forwarded = link.forward(step, boundary, num_examples, self._norm)
+        del boundary
+        loss, gradient = tail.finish(
+            unpacked(forwarded), targets, step=step, inputs_are_boundary=True
+        )
+        mean_loss = float(loss)
+        del loss
+        if gradient is None:
+            raise RuntimeError("the last segment gave its boundary no gradient.")
+        if self._task.max_gradient_norm is None:
+            tail.release_gradients()  # They have been used.
+        sent = WireTensor.pack(gradient)
+        del gradient
+        returned = link.backward(step, sent)
+        del sent
+        head.backward(returned.gradient.unpack)
+        self._update(returned.norms)
+        return mean_loss
+
+    def _update(self, norms: Mapping[str, float]) -> None:
+        """Update what waits for the norm of all gradients, those at edges too."""
+        if self._task.max_gradient_norm is None:
+            return
+        for runner in self._runners:
+            norms = {**norms, **runner.gradient_norms()}
+        self._norm = total_norm(norms, self._chain.model)
+        for runner in self._runners:
+            runner.update(self._norm)
+
+    def _evaluated(self, inputs: Batch, targets: Tensor) -> Mapping[str, float]:
+        """Return loss and metrics of one batch."""
+        head, *rest = self._runners
+        outputs = head.evaluate(inputs)
+        if self._link is None:
+            return head.assess(outputs, targets)
+        sent = packed(outputs if type(outputs) is tuple else (outputs,))
+        del outputs
+        if not rest:
+            return self._link.evaluate(sent, WireTensor.pack(targets))
+        forwarded = self._link.evaluate_forward(sent)
+        del sent
+        return rest[0].assess(rest[0].evaluate(unpacked(forwarded)), targets)
+
+    def _built(self, leg: Leg, state: State) -> SegmentRunner:
+        with self.cap.building():
+            segment = materialise(self._chain, leg.start, leg.stop, state)
+            self.cap.track(segment)
+        return SegmentRunner(
+            segment, self._task, streams=self.streams, config=self.plan.config
+        )
+
+    def _owners(self) -> list[Any]:
+        return [
+            owner
+            for runner in self._runners
+            for owner in (runner.segment, runner.optimizer)
+        ]
+
+    def _count(self, targets: Tensor, values: Mapping[str, float]) -> None:
+        examples = int(targets.shape[0])
+        self._num_examples += examples
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value) * examples
