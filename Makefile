@@ -15,9 +15,11 @@ export RAY_USAGE_STATS_ENABLED = 0
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
+# The theme would print a page about other software at each build.
+export NO_MKDOCS_2_WARNING = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate test lint format clean
+.PHONY: help install simulate test lint docs format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,13 +34,16 @@ $(INSTALLED): pyproject.toml
 simulate: $(INSTALLED) ## Run the quickstart simulation (ARGS="..." is passed on)
 	$(BIN)/python -m simulations run quickstart $(ARGS)
 
-test: lint ## Check everything, then run the tests (ARGS="-m slow" goes to pytest)
+test: lint docs ## Check everything, then run the tests (ARGS="-m slow" goes to pytest)
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED) ## Check format, style and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy --strict $(CHECKED)
+
+docs: $(INSTALLED) ## Build the documentation into out/site
+	$(BIN)/mkdocs build --strict
 
 format: $(INSTALLED) ## Format the code and repair what can be repaired
 	$(BIN)/ruff format

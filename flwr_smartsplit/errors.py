@@ -1,7 +1,5 @@
 """The exceptions of the package, split by what the reader can do about them.
 
-::
-
     SmartSplitError
     ├── InvalidRoute          the route does not fit the chain: choose another cut
     ├── NotSplittable         the model cannot be read as a chain: change the model

@@ -52,9 +52,10 @@ class SmartSplitNumPyClient(NumPyClient):
     ----------
     task : Task
         Model, loss and optimizer.
-    train_loader, eval_loader : Iterable
-        Batches ``(inputs, targets)``; they are iterated anew each round. Without an
-        ``eval_loader``, evaluation uses the training examples.
+    train_loader : Iterable
+        Batches ``(inputs, targets)``; they are iterated anew each round.
+    eval_loader : Iterable, optional
+        Batches for evaluation; without it, the training examples are used.
     client_key : str
         A name that stays the same from round to round and run to run: the partition
         id in simulation, a configured name in deployment.

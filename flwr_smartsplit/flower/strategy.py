@@ -47,8 +47,11 @@ class SmartSplit(Strategy):
 
     Each round it gives every chosen client the deepest route that its memory budget
     allows; an edge trains the rest. With everybody on the whole route this is
-    FedAvg. A reconstruction: of SmartSplit [1]_ only the abstract is public, and the
-    present policy is a first one.
+    FedAvg. A reconstruction: of SmartSplit (Tian et al., 2024) only the abstract
+    is public, and the present policy is a first one.
+
+    Arguments that are not explained here are those of
+    ``flwr.serverapp.strategy.FedAvg``.
 
     Parameters
     ----------
@@ -76,15 +79,11 @@ class SmartSplit(Strategy):
         How long to wait for clients that are asked who they are.
     weighted_by_key : str
         What the weight is called in metrics; it is the number of examples.
-    fraction_train, fraction_evaluate, min_train_nodes, min_evaluate_nodes, \
-min_available_nodes, arrayrecord_key, configrecord_key, \
-train_metrics_aggr_fn, evaluate_metrics_aggr_fn
-        As for ``flwr.serverapp.strategy.FedAvg``.
 
     References
     ----------
-    .. [1] Tian et al., "Breaking the Memory Wall for Heterogeneous Federated Learning
-       via Model Splitting", IEEE TPDS 35(12), 2024, arXiv:2410.11577.
+    Tian et al., "Breaking the Memory Wall for Heterogeneous Federated Learning
+    via Model Splitting", IEEE TPDS 35(12), 2024, arXiv:2410.11577.
     """
 
     # longer than 40 lines because FedAvg's arguments are kept

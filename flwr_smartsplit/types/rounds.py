@@ -121,8 +121,10 @@ class StepReport:
         How it ended.
     message : str
         The error's text when ``status`` is not OK.
-    num_examples, num_epochs, num_steps : int
-        Examples of one epoch (the client's weight), epochs, and optimizer steps.
+    num_examples, num_steps : int
+        Examples of one epoch, which is the client's weight, and all optimizer steps.
+    num_epochs : int
+        Passes over these examples.
     loss : float
         Mean loss over the examples.
     peak_bytes : int
