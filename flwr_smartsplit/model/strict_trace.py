@@ -5,6 +5,7 @@ besides happens only then: numbers drawn, counters counted, contexts entered.
 """
 
 import random
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -35,7 +36,9 @@ def trace_strictly(model: nn.Module, trace: Callable[[], ResultT]) -> ResultT:
     recorder = Recorder()
     with recorder, torch.enable_grad():
         traced = trace()
-    if recorder.facts.is_random or chance != _chance():
+    # The generators are the whole process's: look whether it was this thread.
+    is_random = chance != _chance() and _draws(trace)
+    if recorder.facts.is_random or is_random:
         raise _refused(model, "its forward draws random numbers outside of operators")
     after = _settings(model)
     changed = sorted(name for name in before if before[name] != after.get(name))
@@ -80,6 +83,26 @@ def _settings(model: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if isinstance(value, _PLAIN)
     }
+
+
+def _draws(run: Callable[[], object]) -> bool:
+    """Say whether a function draws from Python's or NumPy's generators, here."""
+    drawn = []
+
+    def look(frame: object, event: str, called: Any) -> None:
+        del frame
+        if event == "c_call" and isinstance(
+            getattr(called, "__self__", None), (random.Random, np.random.RandomState)
+        ):
+            drawn.append(called)
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return bool(drawn)
 
 
 def _chance() -> tuple[Any, ...]:

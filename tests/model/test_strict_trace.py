@@ -1,6 +1,7 @@
 """What torch.fx would lose without a word is refused, and what it keeps is not."""
 
 import random
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -208,3 +209,25 @@ def test_bfloat16_is_refused_before_it_is_sent():
     task = task_of(lambda: nn.Linear(8, 10).bfloat16(), shape=(8,))
     with pytest.raises(InvalidTask, match="bfloat16, which NumPy does not have"):
         build_chain(task)
+
+
+def test_what_another_thread_draws_is_not_the_models() -> None:
+    """Ray and Flower draw from the same generators while a model is read."""
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            random.random()
+            np.random.rand()  # noqa: NPY002
+            stop.wait(0.0005)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(20):
+            Chain.from_module(
+                nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.zeros(1, 4)
+            )
+    finally:
+        stop.set()
+        thread.join()
