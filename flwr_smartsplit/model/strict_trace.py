@@ -18,6 +18,7 @@ from flwr_smartsplit.model.recorder import Recorder
 
 ResultT = TypeVar("ResultT")
 _ADVICE = "Change that, or list its units by hand with Task(units_fn=...)."
+_TRIES = 5
 _PLAIN = (bool, int, float, str, bytes, tuple, type(None))
 
 
@@ -86,26 +87,37 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _draws(run: Callable[[], object]) -> bool:
-    """Say whether a function draws from Python's or NumPy's generators, here."""
+    """Say whether a function draws from Python's or NumPy's generators, here.
+
+    Python tells this thread of its own calls. Of NumPy's it does not, so a function
+    that draws is one that draws each time.
+    """
+    shared = random.random.__self__  # type: ignore[attr-defined]
     drawn = []
+    changes = []
 
     def look(frame: object, event: str, called: Any) -> None:
         del frame
-        if event == "c_call" and isinstance(
-            getattr(called, "__self__", None), (random.Random, np.random.RandomState)
-        ):
+        if event == "c_call" and getattr(called, "__self__", None) is shared:
             drawn.append(called)
 
     before = sys.getprofile()
     sys.setprofile(look)
     try:
-        run()
+        for _ in range(_TRIES):
+            numbers = _numpys_chance()
+            run()
+            changes.append(numbers != _numpys_chance())
     finally:
         sys.setprofile(before)
-    return bool(drawn)
+    return bool(drawn) or all(changes)
 
 
 def _chance() -> tuple[Any, ...]:
     """Read the state of Python's and of NumPy's generator."""
+    return random.getstate(), *_numpys_chance()
+
+
+def _numpys_chance() -> tuple[Any, ...]:
     numbers: Any = np.random.get_state()  # noqa: NPY002 - a forward may use it
-    return random.getstate(), numbers[1].tobytes(), numbers[2]
+    return numbers[1].tobytes(), numbers[2]

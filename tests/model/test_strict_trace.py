@@ -218,7 +218,6 @@ def test_what_another_thread_draws_is_not_the_models() -> None:
     def draw() -> None:
         while not stop.is_set():
             random.random()
-            np.random.rand()  # noqa: NPY002
             stop.wait(0.0005)
 
     thread = threading.Thread(target=draw)
