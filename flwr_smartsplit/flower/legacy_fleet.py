@@ -100,10 +100,17 @@ class LegacyFleet:
         except RefusedReply as error:
             cause = str(error)
         except Exception as error:  # Whatever a client's process can raise.
-            cause = last_line(error)
+            cause = reason_of(error)
         else:
             return None
         return Failure(client_key=f"client {proxy.cid}", kind="failed", cause=cause)
+
+
+def reason_of(error: BaseException) -> str:
+    """Take what a client's process said out of what Flower's server wraps it in."""
+    _, _, rest = str(error).partition("(reason: ")
+    reason, is_wrapped, _ = rest.rpartition("). It originated")
+    return last_line(reason if is_wrapped else error)
 
 
 def _twice(key: str, cid: str, other: str) -> Failure:

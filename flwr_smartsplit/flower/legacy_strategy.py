@@ -34,11 +34,8 @@ from flwr_smartsplit.flower.central import (
 )
 from flwr_smartsplit.flower.dispatch import Answer, Dispatch, Sent
 from flwr_smartsplit.flower.journal import OnRow
-from flwr_smartsplit.flower.legacy_fleet import LegacyFleet
-from flwr_smartsplit.flower.records import (
-    last_line,
-    plan_to_scalars,
-)
+from flwr_smartsplit.flower.legacy_fleet import LegacyFleet, reason_of
+from flwr_smartsplit.flower.records import plan_to_scalars
 from flwr_smartsplit.flower.replies import reply_from_scalars
 from flwr_smartsplit.policy.cuts import ChooseRoute, deepest_split
 from flwr_smartsplit.runtime.transport import Edge
@@ -60,15 +57,41 @@ class LegacySmartSplit(Strategy):
 
     Parameters
     ----------
-    task, edges, seed, num_threads, choose_route, server_optimizer, journal, on_row, \
-clock, profile_timeout_seconds
-        As for ``SmartSplit``.
-    fraction_fit, fraction_evaluate, min_fit_clients, min_evaluate_clients, \
-min_available_clients, evaluate_fn, on_fit_config_fn, on_evaluate_config_fn, \
-accept_failures, initial_parameters, fit_metrics_aggregation_fn, \
-evaluate_metrics_aggregation_fn
-        As for ``flwr.server.strategy.FedAvg``. Parameters are in the order of the
-        model's ``state_dict``.
+    task : Task
+        Model, loss and optimizer, the same as the clients'.
+    edges : Sequence[Edge]
+        Edges that host tails, such as ``(RayEdge(),)``.
+    seed : int
+        Root of sampling and of every random stream of the clients.
+    num_threads : int
+        Torch threads at every place.
+    choose_route : Callable[[RouteRequest], Route]
+        Chooses each client's route.
+    server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
+        The Message-API strategy whose server step follows the merge.
+    journal : str or Path, optional
+        File for one JSON line per client and round.
+    on_row : Sequence[Callable[[Mapping], None]]
+        Told each of these lines as a mapping.
+    clock : Callable[[], float]
+        Seconds that only move forward.
+    fraction_fit, fraction_evaluate : float
+        As for ``flwr.server.strategy.FedAvg``, like all that follow but the last.
+    min_fit_clients, min_evaluate_clients, min_available_clients : int
+        The least numbers of clients.
+    evaluate_fn : Callable[[int, NDArrays, dict], tuple[float, dict] or None], optional
+        Evaluates on the server; arrays are in the order of the model's
+        ``state_dict``.
+    on_fit_config_fn, on_evaluate_config_fn : Callable[[int], dict], optional
+        Make the config of a round.
+    accept_failures : bool
+        Whether a round counts in which somebody failed.
+    initial_parameters : Parameters, optional
+        In the order of the model's ``state_dict``; else Flower asks a client.
+    fit_metrics_aggregation_fn, evaluate_metrics_aggregation_fn : Callable, optional
+        Average the clients' metrics.
+    profile_timeout_seconds : float
+        How long to wait for clients that are asked who they are.
 
     Notes
     -----
@@ -295,7 +318,7 @@ evaluate_metrics_aggregation_fn
     ) -> tuple[list[ClientReply], list[Failure]]:
         """Read what came; of errors, Flower does not say whose they are."""
         answers = [self._answer(dispatch, proxy, result) for proxy, result in results]
-        unnamed = [last_line(f) for f in failures if isinstance(f, BaseException)]
+        unnamed = [reason_of(f) for f in failures if isinstance(f, BaseException)]
         return dispatch.collect(answers, unnamed=unnamed)
 
     def _answer(
