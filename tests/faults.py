@@ -59,6 +59,7 @@ class MortalEdge:
         self.name = name
         self.folder = folder
         self.hook = hook
+        self.neighbours: dict[str, MortalEdge] = {}
         self.num_starts = 0
         self.requests: list[Any] = []
         self._task: Task | None = None
@@ -94,7 +95,10 @@ class MortalEdge:
         assert self._task is not None
         self.num_starts += 1
         self._service = EdgeService(
-            self._task, spill_dir=self.folder, incarnation=f"life {self.num_starts}"
+            self._task,
+            spill_dir=self.folder,
+            incarnation=f"life {self.num_starts}",
+            connect=lambda place, address: self.neighbours[place].connect(address),
         )
 
     def _ask_hook(self, request: Any, deliver: Deliver) -> Any:
@@ -109,10 +113,9 @@ class MortalEdge:
 
 def _without_payload(request: Any) -> Any:
     """Leave tensors out: to remember them would keep the device's memory in use."""
-    if not isinstance(request, wire.TrainStep | wire.EvaluateStep):
-        return request
     nothing = WireTensor.pack(torch.empty(0))
-    return replace(request, boundary=nothing, targets=nothing)
+    payload = ("boundary", "targets", "gradient")
+    return replace(request, **{n: nothing for n in payload if hasattr(request, n)})
 
 
 def tail_files(folder: Path, session: str = "") -> list[Path]:

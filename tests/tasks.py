@@ -118,8 +118,11 @@ def loader(client: int) -> DataLoader[Any]:
 def device_part(state: State, route: Route) -> State:
     """Take what the device of a route is sent."""
     chain = tiny_chain()
-    head = route.legs(len(chain))[0]
-    return {name: state[name] for name in chain.state_names(head.start, head.stop)}
+    return {
+        name: state[name]
+        for leg in route.device_legs(len(chain))
+        for name in chain.state_names(leg.start, leg.stop)
+    }
 
 
 def client_plan(
