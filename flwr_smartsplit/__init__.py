@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.model.cap import memory_cap
     from flwr_smartsplit.model.chain import Chain
     from flwr_smartsplit.model.costs import profile_chain
+    from flwr_smartsplit.model.proximal import proximal
     from flwr_smartsplit.model.segment import Unit
     from flwr_smartsplit.policy.cuts import deepest_split, deepest_u_shape
     from flwr_smartsplit.policy.predict import predicted_peak_bytes
@@ -37,6 +38,7 @@ __all__ = [
     "memory_cap",
     "predicted_peak_bytes",
     "profile_chain",
+    "proximal",
 ]
 
 _HOMES = {
@@ -54,6 +56,7 @@ _HOMES = {
     "memory_cap": "model.cap",
     "predicted_peak_bytes": "policy.predict",
     "profile_chain": "model.costs",
+    "proximal": "model.proximal",
 }
 
 

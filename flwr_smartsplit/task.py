@@ -46,7 +46,7 @@ class Task:
         ``torch.nn.utils.clip_grad_norm_`` does.
     autocast_dtype : torch.dtype, optional
         Run forward and loss under ``torch.autocast`` with this type, such as
-        ``torch.bfloat16``.
+        ``torch.bfloat16``; not ``torch.float16``, which needs loss scaling.
     is_local : Callable[[str], bool], optional
         Says by its name which state stays on the device that trained it and is not
         merged, such as BatchNorm's or a personal last layer. Its units are on the
@@ -90,9 +90,7 @@ class Task:
             object.__setattr__(self, "example_inputs", dict(inputs))
         elif isinstance(inputs, tuple | list):
             object.__setattr__(self, "example_inputs", tuple(inputs))
-        norm = self.max_gradient_norm
-        if norm is not None and not norm > 0:
-            raise ValueError(f"max_gradient_norm is {norm}: give a number above 0.")
+        self._check_options()
         made = {"model_fn": "parameters", "optimizer_fn": "param_groups"}
         problems = [
             f"{name} is a {type(getattr(self, name)).__name__}; give a function"
@@ -106,3 +104,20 @@ class Task:
         ]
         if problems:
             raise TypeError(f"{'; '.join(problems)}.")
+
+    def _check_options(self) -> None:
+        """Refuse what no place could do."""
+        norm = self.max_gradient_norm
+        if norm is not None and not norm > 0:
+            raise ValueError(f"max_gradient_norm is {norm}: give a number above 0.")
+        if str(self.autocast_dtype) == "torch.float16":
+            raise ValueError(
+                "autocast_dtype is torch.float16, whose small gradients vanish without "
+                "loss scaling, and nothing scales across places: use torch.bfloat16."
+            )
+        loss: Any = self.loss_fn
+        if not isinstance(loss, type) and list(getattr(loss, "parameters", list)()):
+            raise TypeError(
+                f"loss_fn is a {type(loss).__name__} with parameters of its own, which "
+                "no place would train: make them part of the model."
+            )

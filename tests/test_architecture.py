@@ -35,6 +35,7 @@ PUBLIC_NAMES = [
     "memory_cap",
     "predicted_peak_bytes",
     "profile_chain",
+    "proximal",
 ]
 
 # A room may import the rooms below it and its own files. Rooms of one height are blind

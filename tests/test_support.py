@@ -1,0 +1,624 @@
+"""What is supported and what is refused: one test for each row of docs/support.md.
+
+Supported means: with any mix of routes the numbers are those of the whole model, bit
+for bit. Refused means: an error that says why.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.client.mod import secaggplus_mod
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import (
+    LocalDpMod,
+    adaptiveclipping_mod,
+    arrays_size_mod,
+    fixedclipping_mod,
+    message_size_mod,
+)
+from flwr.serverapp import strategy as flower
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from flwr_smartsplit import Route, Task, build_client_app, proximal
+from flwr_smartsplit.errors import InvalidTask, SmartSplitError
+from flwr_smartsplit.flower.records import from_array_record, to_array_record
+from flwr_smartsplit.policy.cuts import RouteRequest, deepest_split
+from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
+from flwr_smartsplit.runtime.local_edge import LocalEdge
+from tests.flower.apps import (
+    Run,
+    initial_arrays,
+    legacy_app,
+    make_client,
+    message_app,
+    peak_of,
+    run,
+    smart_split,
+)
+from tests.flower.legacy import legacy_smart_split, run_legacy
+from tests.tasks import (
+    BATCH_SIZE,
+    NUM_CLASSES,
+    SHAPE,
+    TASK,
+    differences,
+    initial_state,
+    tiny_chain,
+    tiny_cnn,
+)
+
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+EDGES = (LocalEdge(name="near"), LocalEdge(name="far"))
+ROUTES = (
+    Route.whole(),
+    Route.split(4, edge="near"),
+    Route.u_shape(2, 7, edge="far"),
+    Route.hops((3, 6), edges=("near", "far")),
+)
+
+
+def in_turn(request: RouteRequest) -> Route:
+    """Give the clients all four kinds of route."""
+    return ROUTES[request.index % len(ROUTES)]
+
+
+def check_every_kind(**changes: Any) -> None:
+    """Compare all four kinds of route with a plain loop over the stock module."""
+    task = replace(TASK, example_targets=torch.arange(NUM_CLASSES), **changes)
+    with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
+        for route in ROUTES:
+            assert checker.check(route).differences == (), route
+
+
+def train_mixed(
+    task: Task = TASK, *, make: Callable[..., ClientApp] = message_app, **changes: Any
+) -> Run:
+    """Train four clients on four kinds of route."""
+    return _trained(task, make, EDGES, choose_route=in_turn, **changes)
+
+
+def train_whole(
+    task: Task = TASK, *, make: Callable[..., ClientApp] = message_app, **changes: Any
+) -> Run:
+    """Train the same clients whole."""
+    return _trained(task, make, (), **changes)
+
+
+def _trained(task: Task, make: Any, edges: Any, **changes: Any) -> Run:
+    start = {"train_config": changes.pop("train_config", None)}
+    clients = [make(index, task=task, edges=EDGES) for index in range(len(ROUTES))]
+    strategy = smart_split(edges, **changes) if task is TASK else None
+    if strategy is None:
+        from flwr_smartsplit import SmartSplit  # noqa: PLC0415
+
+        facts = {"seed": 7, "fraction_evaluate": 0.0}
+        strategy = SmartSplit(task, edges, **{**facts, **changes})
+    made = run(clients, strategy, **start)
+    assert made.kinds() == []
+    return made
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def lower_rate(optimizer: Optimizer, config: Any) -> None:
+    """Set the learning rate that the strategy sends."""
+    for group in optimizer.param_groups:
+        group["lr"] = config["lr"] / config["server-round"]
+
+
+def test_learning_rate_by_round() -> None:
+    """``train_config`` reaches every place; without a rate nothing moves anywhere."""
+    task = replace(TASK, schedule_fn=lower_rate)
+    config = ConfigRecord({"lr": 0.05})
+    mixed = train_mixed(task, train_config=deepcopy(config))
+    whole = train_whole(task, train_config=deepcopy(config))
+    assert differences(mixed.state, whole.state) == []
+    assert differences(mixed.state, train_mixed().state) != []
+    still = train_mixed(task, train_config=ConfigRecord({"lr": 0.0}))
+    moved = set(differences(still.state, initial_state()))
+    trained = {name for name, _ in tiny_cnn().named_parameters()}
+    assert not moved & trained
+
+
+def warm_up(optimizer: Optimizer, config: Any) -> Any:
+    """Raise the learning rate over the first steps."""
+    del config
+    return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=2)
+
+
+def test_learning_rate_by_step() -> None:
+    """A torch scheduler, stepped at every place."""
+    check_every_kind(schedule_fn=warm_up)
+
+
+def plateau(optimizer: Optimizer, config: Any) -> Any:
+    """Ask for a metric that no place has."""
+    del config
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def test_learning_rate_by_metric() -> None:
+    """No place knows the metric."""
+    task = replace(TASK, schedule_fn=plateau)
+    clients = [message_app(index, task=task) for index in range(2)]
+    made = run(clients, smart_split_of(task), num_rounds=1)
+    assert made.kinds() == [("c0", "failed"), ("c1", "failed")]
+    assert "needs no metric" in made.strategy.failures[0].cause
+
+
+def test_class_weights() -> None:
+    """Anything that can be pickled and takes outputs and targets."""
+    weights = torch.tensor([1.0, 5.0, 0.1])
+    check_every_kind(loss_fn=partial(nn.functional.cross_entropy, weight=weights))
+    check_every_kind(loss_fn=nn.CrossEntropyLoss(weight=weights, label_smoothing=0.1))
+
+
+def focal(outputs: Tensor, targets: Tensor, *, gamma: float) -> Tensor:
+    """Weigh hard examples more (Lin et al., 2017)."""
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+    return ((1 - torch.exp(-losses)) ** gamma * losses).mean()
+
+
+def test_custom_losses() -> None:
+    """At the edge, or on the device where labels stay there."""
+    check_every_kind(loss_fn=partial(focal, gamma=2.0))
+
+
+class Trained(nn.Module):
+    """A loss that would have to be trained, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Scale the outputs."""
+        return nn.functional.cross_entropy(outputs * self.temperature, targets)
+
+
+def test_losses_with_parameters() -> None:
+    """They belong to the model."""
+    with pytest.raises(TypeError, match="parameters of its own"):
+        replace(TASK, loss_fn=Trained())
+
+
+class SignDescent(Optimizer):
+    """An optimizer of one's own that takes parameters one by one."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Move by the gradients' signs, with a counter as state."""
+        del closure
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["count"] = state.get("count", torch.zeros_like(parameter)) + 1
+                    rate = group["lr"] / state["count"]
+                    parameter.sub_(parameter.grad.sign() * rate)
+
+
+@pytest.mark.parametrize(
+    "optimizer_fn",
+    [
+        partial(SignDescent, lr=0.01),
+        partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+        partial(torch.optim.RMSprop, lr=0.01),
+        partial(torch.optim.SGD, lr=0.05, nesterov=True, momentum=0.9),
+    ],
+)
+def test_custom_optimizers(optimizer_fn: Any) -> None:
+    """torch's and one's own, as long as parameters are stepped one by one."""
+    check_every_kind(optimizer_fn=optimizer_fn)
+
+
+def test_optimizers_over_all_parameters() -> None:
+    """LBFGS looks at all parameters at once, and more than once."""
+    task = replace(TASK, optimizer_fn=torch.optim.LBFGS)
+    with pytest.raises(InvalidTask, match=r"LBFGS|closure"):
+        run([message_app(0, task=task)] * 2, smart_split_of(task))
+
+
+def smart_split_of(task: Task, **changes: Any) -> Any:
+    """Make a strategy for another task."""
+    from flwr_smartsplit import SmartSplit  # noqa: PLC0415
+
+    return SmartSplit(task, EDGES, fraction_evaluate=0.0, **changes)
+
+
+def test_clipping_by_norm() -> None:
+    """One norm over all places; the clip bites."""
+    check_every_kind(max_gradient_norm=0.1)
+    clipped = train_mixed(replace(TASK, max_gradient_norm=0.1))
+    assert differences(clipped.state, train_mixed().state) != []
+
+
+def clipped_by_value(parameters: Any) -> Optimizer:
+    """Clip each number of each gradient right before the step."""
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+    def clip(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_value_(group["params"], 0.01)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def test_clipping_by_value() -> None:
+    """A hook of the optimizer, since each number stands for itself."""
+    check_every_kind(optimizer_fn=clipped_by_value)
+
+
+def test_mixed_precision() -> None:
+    """bfloat16 crosses the wire as it is."""
+    check_every_kind(autocast_dtype=torch.bfloat16)
+
+
+def test_mixed_precision_with_loss_scaling() -> None:
+    """A scale that skips steps would have to be agreed between places."""
+    with pytest.raises(ValueError, match="loss scaling"):
+        replace(TASK, autocast_dtype=torch.float16)
+
+
+def test_fedprox() -> None:
+    """The term at every place; by hand for one parameter."""
+    sgd = partial(torch.optim.SGD, lr=0.5)
+    check_every_kind(optimizer_fn=partial(proximal, optimizer_fn=sgd, mu=0.1))
+    adam = partial(torch.optim.Adam, lr=0.01)
+    check_every_kind(optimizer_fn=partial(proximal, optimizer_fn=adam, mu=0.1))
+    weight = nn.Parameter(torch.tensor([1.0]))
+    optimizer = proximal([weight], optimizer_fn=sgd, mu=0.5)
+    for expected in (0.0, -0.75):  # 1 - 0.5 * 2; 0 - 0.5 * (2 + 0.5 * (0 - 1))
+        weight.grad = torch.tensor([2.0])
+        optimizer.step()
+        assert weight.item() == expected
+
+
+def test_fedprox_costs_what_is_predicted() -> None:
+    """The copy of the parameters is part of the price."""
+    sgd = partial(torch.optim.SGD, lr=0.5)
+    task = replace(TASK, optimizer_fn=partial(proximal, optimizer_fn=sgd, mu=0.1))
+    chain = tiny_chain()
+    from flwr_smartsplit import predicted_peak_bytes, profile_chain  # noqa: PLC0415
+
+    profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
+    with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
+        for route in ROUTES:
+            measured = checker.check(route).measured_peak_bytes
+            assert measured == predicted_peak_bytes(profile, route)
+
+
+# --- the server -----------------------------------------------------------------------
+
+
+SERVER_OPTIMIZERS = {
+    "FedAdam": flower.FedAdam(eta=0.01, tau=1e-3),
+    "FedYogi": flower.FedYogi(eta=0.01, tau=1e-3),
+    "FedAdagrad": flower.FedAdagrad(eta=0.01, tau=1e-3),
+    "FedAvgM": flower.FedAvgM(server_learning_rate=0.5, server_momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
+def test_server_optimizers(name: str) -> None:
+    """Mixed routes give whole routes' bits, and Flower's own numbers.
+
+    Flower's mean is rounded to float32 before its server step, ours is cast once; the
+    adaptive step divides by a root of small numbers, hence 1e-3 of the step's scale.
+    """
+    stock = deepcopy(SERVER_OPTIMIZERS[name])
+    stock.fraction_evaluate = 0.0
+    mixed = train_mixed(server_optimizer=SERVER_OPTIMIZERS[name], seed=0)
+    whole = train_whole(server_optimizer=SERVER_OPTIMIZERS[name], seed=0)
+    assert differences(mixed.state, whole.state) == []
+    assert differences(mixed.state, train_mixed(seed=0).state) != []
+    one = run([message_app(i) for i in range(4)], stock, num_rounds=1).state
+    ours = run(
+        [message_app(i) for i in range(4)],
+        smart_split((), server_optimizer=SERVER_OPTIMIZERS[name], seed=0),
+        num_rounds=1,
+    ).state
+    for parameter, _ in tiny_cnn().named_parameters():
+        np.testing.assert_allclose(ours[parameter], one[parameter], atol=2e-5)
+
+
+def test_server_optimizers_under_the_legacy_api() -> None:
+    """The same object, the same bits."""
+    adam = SERVER_OPTIMIZERS["FedAdam"]
+    clients = [legacy_app(i, edges=EDGES) for i in range(4)]
+    strategy = legacy_smart_split(EDGES, choose_route=in_turn, server_optimizer=adam)
+    found = run_legacy(clients, strategy).state
+    assert differences(found, train_mixed(server_optimizer=adam).state) == []
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        flower.Krum(num_malicious_nodes=1),
+        flower.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=1),
+        flower.FedMedian(),
+        flower.FedTrimmedAvg(),
+        flower.Bulyan(num_malicious_nodes=0),
+        flower.QFedAvg(client_learning_rate=0.1),
+        flower.FedProx(proximal_mu=0.1),
+    ],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_strategies_that_compare_whole_models(strategy: Any) -> None:
+    """Tails are merged at edges; no single client's model is anywhere whole."""
+    with pytest.raises(TypeError, match="nowhere whole when they are split"):
+        smart_split(server_optimizer=strategy)
+
+
+# --- what stays on the device ---------------------------------------------------------
+
+
+def is_normalisation(name: str) -> bool:
+    """BatchNorm stays local, as in FedBN."""
+    return name.startswith("1.")
+
+
+def is_head(name: str) -> bool:
+    """The classifier is personal."""
+    return name.startswith("8.")
+
+
+def kept(grid: Any) -> list[dict[str, Any]]:
+    """Read what each client keeps in Flower's context."""
+    return [
+        from_array_record(node.context.state["smartsplit.local"])
+        for node in grid._nodes.values()
+    ]
+
+
+@pytest.mark.parametrize("make", [message_app])
+def test_layers_kept_local(make: Any) -> None:
+    """They leave no device, are not merged, and are each client's own next round."""
+    task = replace(TASK, is_local=is_normalisation)
+
+    def choose(request: RouteRequest) -> Route:
+        return in_turn(request)
+
+    clients = [make(index, task=task, edges=EDGES) for index in range(4)]
+    mixed = run(clients, smart_split_of(task, seed=7, choose_route=choose))
+    assert mixed.kinds() == []
+    clients = [make(index, task=task, edges=EDGES) for index in range(4)]
+    whole = run(clients, smart_split_of(task, seed=7))
+    assert differences(mixed.state, whole.state) == []
+    local = [name for name in initial_state() if is_normalisation(name)]
+    start = initial_state()
+    assert all((mixed.state[n] == start[n]).all() for n in local)
+    for reply in mixed.grid.replied:
+        if reply.metadata.message_type == "train":
+            assert not set(reply.content["arrays"]) & set(local)
+    ours, theirs = kept(mixed.grid), kept(whole.grid)
+    assert all(differences(a, b) == [] for a, b in zip(ours, theirs, strict=True))
+    assert differences(ours[0], ours[1]) != []
+
+
+def test_a_personal_last_layer() -> None:
+    """Routes that would take it from the device are not taken."""
+    task = replace(TASK, is_local=is_head)
+    small = peak_of(Route.split(4))
+    clients = [message_app(0, task=task), message_app(1, small, task=task)]
+    strategy = smart_split_of(task, choose_route=deepest_split, min_train_nodes=1)
+    run(clients, strategy, num_rounds=1)
+    (plan,) = strategy.round_plans
+    assert [a.client_key for a in plan.assignments] == ["c0"]
+    assert "no route fits" in plan.skipped["c1"]
+
+
+def test_local_layers_need_flowers_context() -> None:
+    """A ``NumPyClient`` is not given it by itself; nothing is lost silently."""
+    task = replace(TASK, is_local=is_normalisation)
+    client = make_client(0, task=task)
+    with pytest.raises(InvalidTask, match="context=context"):
+        client.fit(list(initial_state().values()), plan_scalars())
+
+
+def plan_scalars() -> dict[str, Any]:
+    """Send a plan by hand."""
+    from flwr_smartsplit.flower.records import plan_to_scalars  # noqa: PLC0415
+    from tests.tasks import client_plan  # noqa: PLC0415
+
+    return plan_to_scalars(client_plan(0, Route.whole(), initial_state()))
+
+
+# --- data -----------------------------------------------------------------------------
+
+
+class Augmented(Dataset[Any]):
+    """Images that are flipped and noised anew each time."""
+
+    def __init__(self, client: int) -> None:
+        chance = torch.Generator().manual_seed(client)
+        self.images = torch.randn(9, *SHAPE, generator=chance)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index]
+        if torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        return image + 0.1 * torch.randn(SHAPE), index % NUM_CLASSES
+
+
+def augmented_app(index: int, **changes: Any) -> ClientApp:
+    """Make a client whose data are augmented, in an order of its own."""
+    loader = DataLoader(Augmented(index), batch_size=BATCH_SIZE, shuffle=True)
+    return message_app(index, train_loader=loader, **changes)
+
+
+def test_augmentation() -> None:
+    """torch's generator is derived for the loader, too: by round and client."""
+    mixed, whole = train_mixed(make=augmented_app), train_whole(make=augmented_app)
+    assert differences(mixed.state, whole.state) == []
+    torch.manual_seed(99)  # What happened before in the process is no matter.
+    assert differences(train_mixed(make=augmented_app).state, whole.state) == []
+    assert differences(train_mixed(make=augmented_app, seed=8).state, whole.state) != []
+
+
+def sized_app(index: int, **changes: Any) -> ClientApp:
+    """Make a client with a batch size of its own."""
+    loader = DataLoader(Augmented(index), batch_size=2 + index, shuffle=True)
+    return message_app(index, train_loader=loader, **changes)
+
+
+def test_batch_sizes_of_ones_own() -> None:
+    """Each client is priced at its own."""
+    mixed, whole = train_mixed(make=sized_app), train_whole(make=sized_app)
+    assert differences(mixed.state, whole.state) == []
+
+
+# --- Flower ---------------------------------------------------------------------------
+
+
+def counting_app(index: int, **changes: Any) -> ClientApp:
+    """Make a client that counts its messages in Flower's context."""
+
+    def client_fn(context: Context) -> Any:
+        record = context.state.setdefault("mine", ConfigRecord({"count": 0}))
+        assert isinstance(record, ConfigRecord)
+        record["count"] = int(str(record["count"])) + 1
+        return make_client(index, **changes)
+
+    return build_client_app(client_fn)
+
+
+def test_client_state() -> None:
+    """The client's own records in Flower's context stay from round to round."""
+    made = train_mixed(make=counting_app)
+    counts = [n.context.state["mine"]["count"] for n in made.grid._nodes.values()]
+    assert counts == [3, 3, 3, 3]  # its profile, and two rounds
+
+
+def mod_app(index: int, *mods: Any, **changes: Any) -> ClientApp:
+    """Make a client with mods."""
+    return build_client_app(lambda context: make_client(index, **changes), mods=mods)
+
+
+def test_mods_that_look() -> None:
+    """They see what the device sends and is sent."""
+    seen: list[str] = []
+
+    def note(message: Message, context: Context, call_next: Any) -> Message:
+        seen.append(message.metadata.message_type)
+        return call_next(message, context)
+
+    make = partial(mod_app, *())
+    mixed = train_mixed(
+        make=lambda index, **facts: mod_app(
+            index, message_size_mod, arrays_size_mod, note, **facts
+        )
+    )
+    assert differences(mixed.state, train_mixed(make=make).state) == []
+    assert seen.count("train") == 8
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        fixedclipping_mod,
+        adaptiveclipping_mod,
+        LocalDpMod(1.0, 1.0, 1.0, 1e-5),
+        secaggplus_mod,
+    ],
+    ids=["fixedclipping", "adaptiveclipping", "localdp", "secaggplus"],
+)
+def test_mods_that_change_whole_models(mod: Any) -> None:
+    """Differential privacy and secure aggregation would see a part."""
+    with pytest.raises(TypeError, match="guarantee would not hold"):
+        mod_app(0, mod)
+
+
+def noisy(message: Message, context: Context, call_next: Any) -> Message:
+    """Add noise to what a client sends, as a mod we do not know could."""
+    reply = call_next(message, context)
+    for key, record in reply.content.array_records.items():
+        state = from_array_record(record)
+        reply.content[key] = to_array_record(
+            {name: np.asarray(array + 1) for name, array in state.items()}
+        )
+    return reply
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+def test_changes_on_the_way(is_legacy: bool) -> None:
+    """A reply that is not what the client sent is refused; the others count."""
+
+    def make(index: int, *mods: Any) -> ClientApp:
+        if not is_legacy:
+            return mod_app(index, *mods)
+        return ClientApp(lambda context: make_client(index).to_client(), list(mods))
+
+    made = run([make(0), make(1), make(2, noisy)], num_rounds=1)
+    assert made.kinds() == [("c2", "refused")]
+    assert "not those it sent" in made.strategy.failures[0].cause
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        flower.DifferentialPrivacyServerSideFixedClipping,
+        flower.DifferentialPrivacyClientSideFixedClipping,
+    ],
+)
+def test_differential_privacys_wrappers(wrapper: Any) -> None:
+    """They clip and noise whole models of single clients."""
+    wrapped = wrapper(smart_split(), 1.0, 1.0, 2)
+    with pytest.raises(SmartSplitError, match="nowhere whole when they are split"):
+        run([message_app(0), message_app(1)], wrapped)
+
+
+def test_the_result_loads_into_the_stock_model() -> None:
+    """With ``strict=True``, from all kinds of route."""
+    made = train_mixed()
+    arrays = made.result.arrays
+    assert isinstance(arrays, ArrayRecord)
+    tiny_cnn().load_state_dict(arrays.to_torch_state_dict(), strict=True)
+    assert list(arrays) == list(initial_arrays())
+
+
+# --- the page -------------------------------------------------------------------------
+
+
+ROW = re.compile(r"^\| .* \| (?:yes|refused) \| .* \| `(test_\w+)` \|$", re.MULTILINE)
+
+
+def rows() -> Iterator[str]:
+    """List the tests that the page names."""
+    yield from ROW.findall(PAGE.read_text(encoding="utf-8"))
+
+
+def missing(named: list[str], defined: set[str]) -> list[str]:
+    """List rows without a test, and tests without a row."""
+    return sorted(set(named) ^ defined)
+
+
+def test_each_row_has_a_test_and_each_test_a_row() -> None:
+    """And a planted row without one is seen."""
+    defined = {
+        name
+        for name, value in globals().items()
+        if name.startswith("test_") and callable(value)
+    } - {"test_each_row_has_a_test_and_each_test_a_row"}
+    named = list(rows())
+    assert missing(named, defined) == []
+    assert missing([*named, "test_of_nothing"], defined) == ["test_of_nothing"]
