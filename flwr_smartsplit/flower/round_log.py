@@ -44,8 +44,8 @@ class RoundLog:
             self._unread |= set(unread)
             _log.log(
                 WARNING,
-                "%s of the config reach the clients, but SmartSplitNumPyClient reads "
-                "none: learning rate and epochs are set in the Task and the client.",
+                "%s of the config reach the clients, but nothing reads them: give the "
+                "Task a schedule_fn(optimizer, config) that does.",
                 unread,
             )
 

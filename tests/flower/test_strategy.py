@@ -476,6 +476,6 @@ def test_a_config_that_nobody_reads_is_warned_of_once(
 ) -> None:
     """A learning rate in ``train_config`` would otherwise be ignored in silence."""
     run(apps(MIXED), train_config=ConfigRecord({"lr": 0.1}))
-    warned = [r for r in caplog.records if "reads none" in r.getMessage()]
+    warned = [r for r in caplog.records if "nothing reads them" in r.getMessage()]
     assert len(warned) == 1
     assert "lr" in warned[0].getMessage()
