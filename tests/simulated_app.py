@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from flwr_smartsplit import RayEdge, SmartSplitNumPyClient, Task, build_client_app
 
 NUM_CLASSES = 5
+EDGES = (RayEdge(), RayEdge(name="far"))
 BATCH_SIZE = 8
 
 
@@ -64,7 +65,7 @@ def client_fn(
         DataLoader(examples, batch_size=BATCH_SIZE, shuffle=True),
         client_key=str(index),
         budget_bytes=budgets[index],
-        edges=(RayEdge(),),
+        edges=EDGES,
     )
 
 

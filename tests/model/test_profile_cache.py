@@ -124,6 +124,8 @@ OTHERS: dict[str, Task] = {
     "other function in a leaf": task_of(partial(leafy, sum_loss)),
     "list in a leaf": task_of(partial(leafy, [1, 1])),
     "other list in a leaf": task_of(partial(leafy, [4, 1])),
+    "autocast": replace(TASK, autocast_dtype=torch.bfloat16),
+    "clipping": replace(TASK, max_gradient_norm=1.0),
     "targets": replace(TASK, example_targets=torch.zeros(1, 2, dtype=torch.int64)),
     "layout": task_of(lambda: pooled().to(memory_format=torch.channels_last)),
 }
