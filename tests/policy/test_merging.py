@@ -119,6 +119,32 @@ def test_equal_states_merge_to_themselves() -> None:
     assert merged["w"].tobytes() == values.tobytes()
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("num_rows", [255, 256, 257, 1024])
+def test_large_arrays_are_summed_as_small_ones(num_rows: int, order: Any) -> None:
+    """Block by block and in place, whatever their order in memory: the same bits."""
+    chance = np.random.default_rng(0)
+    states = [
+        ({"w": normals(num_rows * 256, k).reshape(num_rows, 256).copy(order)}, weight)
+        for k, weight in enumerate(chance.integers(1, 2**20, size=5).tolist())
+    ]
+    expected = add_sums(
+        {"w": WeightedSum.of(state["w"], weight)} for state, weight in states
+    )["w"]
+    found = add_states(states)["w"]
+    assert found.high.tobytes() == expected.high.tobytes()
+    assert found.low.tobytes() == expected.low.tobytes()
+    assert found.low.any()
+    assert found.weight == expected.weight
+
+
+def test_large_arrays_of_other_shapes_are_refused() -> None:
+    """Also if they have as many values, or more."""
+    states = [({"w": np.ones(shape)}, 1) for shape in ((2**16, 2), (2**17,))]
+    with pytest.raises(ValueError, match=r"shapes \(131072,\) and \(65536, 2\) differ"):
+        add_states(states)
+
+
 # --- names ----------------------------------------------------------------------------
 
 
