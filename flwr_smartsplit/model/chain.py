@@ -56,6 +56,7 @@ class Chain:
         self.example_inputs = example_inputs
         self.refusals = refusals
         self._odd_modes = odd_modes(model)
+        self._state_names: dict[tuple[int, int], tuple[str, ...]] = {}
 
     @classmethod
     def from_module(cls, model: nn.Module, example_inputs: Batch) -> Self:
@@ -148,8 +149,12 @@ class Chain:
 
         Names that no unit uses are at no place: training cannot change them.
         """
-        names = set(self.segment(start, stop).state_dict())
-        return tuple(name for name in self.model.state_dict() if name in names)
+        if (start, stop) not in self._state_names:  # Every client of a round asks.
+            names = set(self.segment(start, stop).state_dict())
+            self._state_names[start, stop] = tuple(
+                name for name in self.model.state_dict() if name in names
+            )
+        return self._state_names[start, stop]
 
     def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Make sure that a state is one of this model, by names and shapes.

@@ -49,6 +49,8 @@ class RouteRequest:
 
     def keeps(self, route: Route) -> bool:
         """Say whether the units that must be on the device are there."""
+        if not self.kept_units:
+            return True
         on_device: set[int] = set()
         for leg in route.device_legs(self.num_units):
             on_device |= set(range(leg.start, leg.stop))
@@ -72,11 +74,14 @@ def deepest_split(request: RouteRequest) -> Route:
     NoFeasibleRoute
         With the least bytes that would do.
     """
-    routes = [Route.whole()]
+    return first_that_fits(_whole_or_split(request), request)
+
+
+def _whole_or_split(request: RouteRequest) -> Iterator[Route]:
+    yield Route.whole()
     if request.edge is not None:
-        cuts = range(request.num_units - 1, 0, -1)
-        routes += [Route.split(cut, edge=request.edge) for cut in cuts]
-    return first_that_fits(routes, request)
+        for cut in range(request.num_units - 1, 0, -1):
+            yield Route.split(cut, edge=request.edge)
 
 
 def deepest_route(
@@ -119,16 +124,15 @@ def deepest_u_shape(request: RouteRequest) -> Route:
     NoFeasibleRoute
         With the least bytes that would do.
     """
-    routes = [Route.whole()]
+    return first_that_fits(_whole_or_u_shape(request), request)
+
+
+def _whole_or_u_shape(request: RouteRequest) -> Iterator[Route]:
+    yield Route.whole()
     if request.edge is not None:
-        routes += _u_shapes(request, request.edge)
-    return first_that_fits(routes, request)
-
-
-def _u_shapes(request: RouteRequest, edge: str) -> Iterator[Route]:
-    for last in range(request.num_units - 1, 1, -1):
-        for first in range(last - 1, 0, -1):
-            yield Route.u_shape(first, last, edge=edge)
+        for last in range(request.num_units - 1, 1, -1):
+            for first in range(last - 1, 0, -1):
+                yield Route.u_shape(first, last, edge=request.edge)
 
 
 def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
@@ -140,7 +144,7 @@ def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
         With the least bytes that would do.
     """
     budget_bytes = request.device.budget_bytes
-    least: tuple[int, str] | None = None
+    least: tuple[int, Route] | None = None
     for route in filter(request.keeps, routes):
         if budget_bytes is None:
             return route
@@ -148,7 +152,7 @@ def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
         if peak <= budget_bytes:
             return route
         if least is None or peak < least[0]:
-            least = (peak, str(route))
+            least = (peak, route)
     if least is None or budget_bytes is None:
         raise NoFeasibleRoute(
             "no route keeps all units on the device whose state is its own "
