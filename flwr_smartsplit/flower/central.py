@@ -201,8 +201,9 @@ class CentralManager:
             step=self._step(dispatch.round_number),
         )
         failures = [*failures, *settled.failures]
-        state = self._current if settled.state is None else settled.state
-        self.edges.release(dispatch.round_number, state_digest(state))
+        if self.edges.names:
+            state = self._current if settled.state is None else settled.state
+            self.edges.release(dispatch.round_number, state_digest(state))
         self.rounds.write_replies(dispatch, settled.accepted, failures)
         self.rounds.write_round(
             dispatch,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit.flower.numpy_client import SmartSplitNumPyClient
@@ -13,6 +13,7 @@ from flwr_smartsplit.flower.records import (
     PROFILE_ACTION,
     from_array_record,
     profile_to_scalars,
+    records_of,
 )
 from flwr_smartsplit.flower.replies import (
     evaluate_reply,
@@ -127,7 +128,7 @@ def _name_of(mod: Any) -> str:
 def _config(content: RecordDict) -> dict[str, Any]:
     """Join the config records, whatever key the strategy keeps them under."""
     config: dict[str, Any] = {}
-    for record in content.config_records.values():
+    for record in records_of(content, ConfigRecord):
         config |= dict(record)
     return config
 
@@ -135,6 +136,6 @@ def _config(content: RecordDict) -> dict[str, Any]:
 def _arrays(content: RecordDict) -> dict[str, Any]:
     """Join the array records, whatever key the strategy keeps them under."""
     arrays: dict[str, Any] = {}
-    for record in content.array_records.values():
+    for record in records_of(content, ArrayRecord):
         arrays |= from_array_record(record)
     return arrays

@@ -275,27 +275,16 @@ class LegacySmartSplit(Strategy):
         state = self._state(parameters)
         profiles = {key: client.profile for key, client in clients.items()}
         dispatch = self._central.begin(phase, state, profiles)
-        return [
-            (
-                clients[key].proxy,
-                self._instruction(dispatch, key, state, phase, instruction),
-            )
-            for key in dispatch.sent
-        ]
-
-    def _instruction(  # noqa: PLR0917 - private
-        self,
-        dispatch: Dispatch,
-        key: str,
-        state: Mapping[str, npt.NDArray[Any]],
-        phase: Phase,
-        make: Callable[[Parameters, dict[str, Scalar]], Any],
-    ) -> Any:
-        sent = dispatch.sent[key]
-        parameters = ndarrays_to_parameters([state[name] for name in sent.names])
-        config = {**phase.config, **plan_to_scalars(sent.plan)}
-        dispatch.sent_bytes[key] = _size(parameters, config)
-        return make(parameters, config)
+        # What came as bytes goes on as bytes: no client's share is serialised anew.
+        tensors = dict(zip(self._names, parameters.tensors, strict=True))
+        instructions = []
+        for key, sent in dispatch.sent.items():
+            own = [tensors[name] for name in sent.names]
+            config = {**phase.config, **plan_to_scalars(sent.plan)}
+            share = Parameters(own, parameters.tensor_type)
+            dispatch.sent_bytes[key] = _size(share, config)
+            instructions.append((clients[key].proxy, instruction(share, config)))
+        return instructions
 
     def _state(self, parameters: Parameters) -> dict[str, npt.NDArray[Any]]:
         """Name the parameters as the model does."""

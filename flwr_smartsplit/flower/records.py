@@ -8,8 +8,8 @@ in one record, because legacy clients take nothing else.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -24,6 +24,7 @@ from flwr_smartsplit.types import (
 Arrays = Mapping[str, npt.NDArray[Any]]
 Scalar = bool | bytes | float | int | str
 Scalars = dict[str, Any]  # Flower's own types are invariant.
+RecordT = TypeVar("RecordT", ArrayRecord, ConfigRecord)
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -98,16 +99,24 @@ def from_array_record(record: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
     return {name: array.numpy() for name, array in record.items()}
 
 
+def records_of(content: RecordDict, kind: type[RecordT]) -> list[RecordT]:
+    """List a message's records of one kind.
+
+    Flower's ``content.array_records`` does so too, but checks each type anew.
+    """
+    return [record for record in content.values() if isinstance(record, kind)]
+
+
 def record_bytes(content: RecordDict) -> int:
     """Count the payload of a message: array bytes and the text we add."""
     arrays = sum(
         len(array.data)
-        for record in content.array_records.values()
+        for record in records_of(content, ArrayRecord)
         for array in record.values()
     )
     texts = sum(
         len(value)
-        for record in content.config_records.values()
+        for record in records_of(content, ConfigRecord)
         for value in record.values()
         if isinstance(value, str | bytes)
     )
@@ -137,7 +146,7 @@ def profile_from_content(content: RecordDict) -> DeviceProfile:
         If the client does not say what is needed.
     """
     scalars: dict[str, Any] = {}
-    for record in content.config_records.values():
+    for record in records_of(content, ConfigRecord):
         scalars |= dict(record)
     return profile_from_scalars(scalars)
 
@@ -178,7 +187,9 @@ def plain_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | st
 
 def plan_to_scalars(plan: ClientPlan) -> Scalars:
     """Put a plan into one text."""
-    return {_PLAN: json.dumps(asdict(plan))}
+    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    values["route"] = {"cuts": plan.route.cuts, "places": plan.route.places}
+    return {_PLAN: json.dumps(values)}
 
 
 def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.flower.records import (
@@ -16,6 +16,7 @@ from flwr_smartsplit.flower.records import (
     OURS,
     Scalars,
     from_array_record,
+    records_of,
     to_array_record,
 )
 from flwr_smartsplit.runtime.training import Outcome
@@ -104,15 +105,15 @@ def reply_from_content(
     """
     with _reading():
         texts: dict[str, Any] = {}
-        for record in content.config_records.values():
+        for record in records_of(content, ConfigRecord):
             texts |= dict(record)
         state: dict[str, npt.NDArray[Any]] = {}
-        reply = _read_reply(texts[_REPLY])
+        reply, digest = _read_reply(texts[_REPLY])
         if reply.report.status is Status.OK:  # Flower marks an empty legacy reply.
-            for arrays in content.array_records.values():
+            for arrays in records_of(content, ArrayRecord):
                 state |= from_array_record(arrays)
         named = state if names is None else _named(reply, list(state.values()), names)
-        return _whole_reply(reply, named, texts[_REPLY])
+        return _whole_reply(reply, named, digest)
 
 
 def reply_from_scalars(
@@ -137,10 +138,10 @@ def reply_from_scalars(
         If the reply cannot be read.
     """
     with _reading():
-        reply = _read_reply(scalars[_REPLY])
+        reply, digest = _read_reply(scalars[_REPLY])
         is_ok = reply.report.status is Status.OK
         named = _named(reply, arrays, names) if is_ok else {}
-        return _whole_reply(reply, named, scalars[_REPLY])
+        return _whole_reply(reply, named, digest)
 
 
 @contextmanager
@@ -157,7 +158,8 @@ def _reading() -> Iterator[None]:
         ) from error
 
 
-def _read_reply(text: Any) -> ClientReply:
+def _read_reply(text: Any) -> tuple[ClientReply, Any]:
+    """Read a reply, yet without its arrays, and what their digest should be."""
     values = json.loads(str(text))
     report = StepReport(
         **{**values["report"], "status": Status(values["report"]["status"])}
@@ -169,13 +171,14 @@ def _read_reply(text: Any) -> ClientReply:
     )
     for receipt in receipts:
         _check_receipt(receipt)
-    return ClientReply(
+    reply = ClientReply(
         client_key=str(values["client_key"]),
         round_number=int(values["round_number"]),
         state={},
         receipts=receipts,
         report=report,
     )
+    return reply, values["digest"]
 
 
 def _named(
@@ -192,11 +195,11 @@ def _named(
 
 
 def _whole_reply(
-    reply: ClientReply, state: Mapping[str, npt.NDArray[Any]], text: Any
+    reply: ClientReply, state: Mapping[str, npt.NDArray[Any]], digest: Any
 ) -> ClientReply:
     """Join a reply and its arrays, if these are what the client sent."""
     state = {name: np.asarray(array) for name, array in state.items()}
-    if state_digest(state) != json.loads(str(text))["digest"]:
+    if state_digest(state) != digest:
         raise RefusedReply(
             f"the arrays of client {reply.client_key!r} are not those it sent: "
             "something between client and strategy changed them, such as a mod or a "
