@@ -275,16 +275,28 @@ class LegacySmartSplit(Strategy):
         state = self._state(parameters)
         profiles = {key: client.profile for key, client in clients.items()}
         dispatch = self._central.begin(phase, state, profiles)
-        # What came as bytes goes on as bytes: no client's share is serialised anew.
+        written = self._written(dispatch, parameters, phase)
+        return [
+            (clients[key].proxy, instruction(share, config))
+            for key, (share, config) in written.items()
+        ]
+
+    def _written(
+        self, dispatch: Dispatch, parameters: Parameters, phase: Phase
+    ) -> dict[str, tuple[Parameters, dict[str, Scalar]]]:
+        """Write to every chosen client: the state of its own segments, and its plan.
+
+        What came as bytes goes on as bytes: no client's share is serialised anew.
+        """
         tensors = dict(zip(self._names, parameters.tensors, strict=True))
-        instructions = []
+        written = {}
         for key, sent in dispatch.sent.items():
             own = [tensors[name] for name in sent.names]
-            config = {**phase.config, **plan_to_scalars(sent.plan)}
             share = Parameters(own, parameters.tensor_type)
+            config = {**phase.config, **plan_to_scalars(sent.plan)}
             dispatch.sent_bytes[key] = _size(share, config)
-            instructions.append((clients[key].proxy, instruction(share, config)))
-        return instructions
+            written[key] = (share, config)
+        return written
 
     def _state(self, parameters: Parameters) -> dict[str, npt.NDArray[Any]]:
         """Name the parameters as the model does."""

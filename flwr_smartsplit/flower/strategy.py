@@ -189,7 +189,11 @@ class SmartSplit(Strategy):
                 evaluate_fn,
             )
         finally:
-            self._central.edges.stop()
+            self.close()
+
+    def close(self) -> None:
+        """End the edges; ``start`` does so by itself."""
+        self._central.edges.stop()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
