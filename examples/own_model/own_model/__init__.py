@@ -1,0 +1,1 @@
+"""own_model: a model of one's own, and labels that stay on the device."""

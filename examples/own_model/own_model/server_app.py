@@ -1,0 +1,28 @@
+"""The server: it has no data, so the hospitals evaluate."""
+
+import torch
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from flwr_smartsplit import RayEdge, SmartSplit, deepest_u_shape
+from own_model.task import BUDGETS_BYTES, Net, build_task
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train along routes that end where they began: with the labels."""
+    torch.manual_seed(0)
+    strategy = SmartSplit(
+        build_task(),
+        edges=(RayEdge(),),
+        choose_route=deepest_u_shape,
+        journal=context.run_config["journal"] or None,
+        min_available_nodes=len(BUDGETS_BYTES),
+    )
+    strategy.start(
+        grid,
+        ArrayRecord(Net().state_dict()),
+        num_rounds=context.run_config["num-server-rounds"],
+    )
