@@ -1,0 +1,1 @@
+"""legacy_client: a NumPyClient under a server of the legacy API."""
