@@ -1,0 +1,1 @@
+"""fedavg_app: A Flower / PyTorch app."""
