@@ -1,32 +1,369 @@
-"""The examples run as their first line says."""
+"""The examples do what their pages say, under ``flwr run``, and the pages say it right.
 
+One local SuperLink serves the whole module, as it would serve a user.
+"""
+
+import ast
 import json
 import os
+import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+PAGES = sorted(EXAMPLES.rglob("README.md"))
+BEFORE_AND_AFTER = EXAMPLES / "existing_fedavg_app"
+PAGES_WITH_THE_DIFF = (
+    BEFORE_AND_AFTER / "README.md",
+    ROOT / "docs" / "howto" / "existing-app.md",
+)
+
+# What each client's route is, by client_key; None sits out.
+ROUTES = {
+    "quickstart": {"0": "whole", "1": "whole", "2": "device[:3] > edge[3:]", "3": None},
+    "own_model": {
+        "0": "whole",
+        "1": "device[:4] > edge[4:5] > device[5:]",
+        "2": "device[:3] > edge[3:5] > device[5:]",
+        "3": "device[:2] > edge[2:5] > device[5:]",
+    },
+    "legacy_client": {
+        "0": "whole",
+        "1": "device[:4] > edge[4:]",
+        "2": "device[:2] > edge[2:]",
+    },
+    "multi_hop": {
+        "0": "whole",
+        "1": "device[:6] > near[6:]",
+        "2": "device[:6] > far[6:8] > device[8:]",
+        "3": "device[:4] > near[4:8] > far[8:]",
+        "4": "device[:2] > near[2:6] > far[6:]",
+        "5": "device[:2] > far[2:8] > device[8:]",
+    },
+}
+
+STOCK_AND_OURS = {
+    "existing_fedavg_app/before": set(),
+    "existing_fedavg_app/after": {"whole", "device[:7] > edge[7:]"},
+}
 
 
-@pytest.mark.ray
-def test_the_quickstart_runs_and_learns(tmp_path: Path) -> None:
-    """Costs are shown, three of four clients take part, and the model learns."""
+# --- the pages ------------------------------------------------------------------------
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Find the blocks of a page that are in one language."""
+    fenced = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return fenced.findall(page.read_text("utf-8"))
+
+
+def commands(page: Path) -> Iterator[tuple[Path, list[str]]]:
+    """List the commands of a page, with the folder that each is given in."""
+    folder = ROOT
+    for line in "".join(blocks(page, "sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "cd":
+            folder = ROOT / words[1]
+        yield folder, words
+
+
+def names(source: Path) -> set[str]:
+    """List what a module defines."""
+    defined = set()
+    for node in ast.parse(source.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign):
+            defined |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+        defined.add(getattr(node, "name", ""))
+    return defined
+
+
+def missing(folder: Path, words: list[str]) -> list[str]:
+    """List what a command names and is not there: folders, modules and their names."""
+    match words:
+        case ["cd", path]:
+            return [] if (ROOT / path).is_dir() else [path]
+        case ["flwr", "run", path, *_]:
+            project = folder / path / "pyproject.toml"
+            if not project.is_file():
+                return [path]
+            app = tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]
+            specs = app["components"].values()
+            return [spec for spec in specs if is_missing(folder / path, spec)]
+        case ["smartsplit", _, spec, *_]:
+            return [spec] if is_missing(folder, spec) else []
+        case ["diff", _, *paths]:
+            folders = paths[: paths.index("|")] if "|" in paths else paths
+            return [path for path in folders if not (folder / path).is_dir()]
+    return []
+
+
+def is_missing(folder: Path, spec: str) -> bool:
+    """Say whether there is no ``package.module:name`` below a folder."""
+    module, _, name = spec.partition(":")
+    source = folder.joinpath(*module.split(".")).with_suffix(".py")
+    return not source.is_file() or name not in names(source)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_what_the_commands_of_a_page_name_is_there(page):
+    found = list(commands(page))
+    assert any(words[:2] == ["flwr", "run"] for _, words in found)
+    assert [name for folder, words in found for name in missing(folder, words)] == []
+
+
+def test_every_example_has_its_page_and_is_in_the_list():
+    apps = [path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("pyproject.toml")]
+    examples = sorted({app.parts[0] for app in apps})
+    index = EXAMPLES / "README.md"
+    assert PAGES == sorted([index, *(EXAMPLES / name / index.name for name in examples)])
+    listed = re.findall(r"^\| \[`(\w+)`\]", index.read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == examples
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("cd examples/nowhere", "examples/nowhere"),
+        ("flwr run nowhere --stream", "nowhere"),
+        ("flwr run planted", "app.server_app:app"),
+        ("smartsplit check quickstart.task:nothing --cuts all", "quickstart.task:noth"),
+        ("diff -ru quickstart nowhere | wc -l", "nowhere"),
+    ],
+)
+def test_a_name_that_is_not_there_is_seen(tmp_path, command, name):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "task.py").write_text("def something(): ...")
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "pyproject.toml").write_text(
+        '[tool.flwr.app.components]\nserverapp = "app.server_app:app"'
+    )
+    (found,) = missing(tmp_path, shlex.split(command))
+    assert found.startswith(name)
+
+
+# --- before and after -----------------------------------------------------------------
+
+
+def true_diff() -> str:
+    """Compare the two apps as their page says, without the times of the files."""
+    command = "diff -ru -x __pycache__ before after"
+    environment = {**os.environ, "LC_ALL": "C"}
     run = subprocess.run(
-        [sys.executable, ROOT / "examples" / "quickstart.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        command.split(),
+        cwd=BEFORE_AND_AFTER,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "whole" in run.stdout
-    journal = (tmp_path / "out" / "example.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in journal]
-    rounds = [row for row in rows if row["kind"] == "round"]
-    assert [row["accepted"] for row in rounds] == [3] * 5
-    losses = [row["loss"] for row in rows if row.get("status") == "accepted"]
-    assert losses[-1] < losses[0] / 2
+    text = run.stdout.replace("diff -ru -x __pycache__ ", "diff -ru ")
+    return re.sub(r"^(---|\+\+\+) (\S+)\t.*$", r"\1 \2", text, flags=re.MULTILINE)
+
+
+def parts(diff: str) -> set[str]:
+    """Divide a diff by files, each without the line that names the command."""
+    found = re.split(r"^diff .*\n", diff, flags=re.MULTILINE)
+    return {part for part in found if part}
+
+
+def test_the_page_shows_the_whole_diff_and_its_size():
+    page = PAGES_WITH_THE_DIFF[0]
+    (shown,) = blocks(page, "diff")
+    assert shown == true_diff(), "put what `diff -ru before after` says into the page"
+    changed = re.findall(r"^([-+])(?:$|[^-+])", true_diff(), re.MULTILINE)
+    size = f"{len(changed)}, of which {changed.count('+')} are new and "
+    assert f"{size}{changed.count('-')} are gone" in page.read_text("utf-8")
+
+
+def test_the_how_to_shows_parts_of_the_true_diff():
+    shown = [
+        part
+        for block in blocks(PAGES_WITH_THE_DIFF[1], "diff")
+        for part in parts(block)
+    ]
+    assert len(shown) == 3  # task.py, client_app.py and server_app.py
+    assert set(shown) <= parts(true_diff())
+
+
+# --- under flwr run -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flower:
+    """A home and a local SuperLink of their own.
+
+    Parameters
+    ----------
+    environment : Mapping[str, str]
+        What ``flwr`` runs with.
+    home : Path
+        Where journals go, too.
+    """
+
+    environment: Mapping[str, str]
+    home: Path
+
+    def flwr(self, *words: str, cwd: Path = EXAMPLES, attempts: int = 1) -> str:
+        """Run ``flwr`` and return what it prints."""
+        for _ in range(attempts):
+            run = subprocess.run(
+                ["flwr", *words],
+                cwd=cwd,
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=400,
+                check=False,
+            )
+            if run.returncode == 0:
+                return run.stdout
+        raise AssertionError(run.stdout[-3000:])
+
+    def run(self, app: str) -> str:
+        """Run an app as its page says; return its log if it finished well."""
+        folder, words = flwr_run(app)
+        if app in ROUTES:
+            words += ["--run-config", f"journal='{self.journal(app)}'"]
+        log = self.flwr(*words, cwd=folder)
+        (run_id,) = re.findall(r"Successfully started run (\d+)", log)
+        listed = self.flwr("list", "--run-id", run_id, "--format", "json")
+        (run,) = json.loads(listed[listed.index("{") :])["runs"]
+        assert run["status"] == "finished:completed", log[-3000:]
+        return log
+
+    def journal(self, app: str) -> Path:
+        """Say where an app is told to write its journal."""
+        return self.home / f"{app}.jsonl"
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
+    """Prepare what ``flwr run`` needs, and end the SuperLink that it starts."""
+    home = tmp_path_factory.mktemp("flower")
+    tools = Path(sys.executable).parent
+    # `flwr run` starts this in place of the true one, which then has the same pid.
+    shim = home / "bin" / "flower-superlink"
+    shim.parent.mkdir()
+    pid_file = home / "superlink.pid"
+    shim.write_text(
+        f'#!/bin/sh\necho $$ > "{pid_file}"\nexec "{tools / shim.name}" "$@"\n'
+    )
+    shim.chmod(0o755)
+    yield Flower(
+        {
+            **os.environ,
+            "PATH": f"{shim.parent}:{tools}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "FLWR_HOME": str(home),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        },
+        home,
+    )
+    if pid_file.exists():
+        end(int(pid_file.read_text()))
+
+
+def end(pid: int) -> None:
+    """End a process that is nobody's child here, and those that it started."""
+    os.killpg(pid, signal.SIGTERM)
+    for _ in range(100):
+        try:
+            os.killpg(pid, 0)
+        except OSError:
+            return
+        time.sleep(0.1)
+    os.killpg(pid, signal.SIGKILL)
+
+
+def flwr_run(app: str) -> tuple[Path, list[str]]:
+    """Find the one command of an example's page that runs an app."""
+    example, _, path = app.partition("/")
+    (found,) = [
+        (folder, words[1:])
+        for folder, words in commands(EXAMPLES / example / "README.md")
+        if words[:3] == ["flwr", "run", path or "."]
+    ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def logs(
+    flower: Flower, request: pytest.FixtureRequest
+) -> Iterator[dict[str, Future[str]]]:
+    """Run every app that a selected test asks for, two at a time."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    apps = [call.params["app"] for call in calls if call and "app" in call.params]
+    # Any command starts the SuperLink; Flower gives it 15 seconds, busy or not.
+    flower.flwr("list", attempts=3)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {app: pool.submit(flower.run, app) for app in apps}
+        pool.shutdown(cancel_futures=True)
+
+
+def promised(page: Path) -> list[str]:
+    """List the routes and costs that a page says will be in the log."""
+    return re.findall(
+        r"^(\t> Route .* clients|.* bytes)$", "".join(blocks(page, "")), re.MULTILINE
+    )
+
+
+def accuracies(log: str) -> list[float]:
+    """Read what was measured from the log, in the order of the rounds."""
+    found = re.findall(
+        r"(?:Record|results|metrics\)|progress).*'accuracy': ([\d.]+)", log
+    )
+    return [float(number) for number in found]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("app", ROUTES)
+def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, logs):
+    log = logs[app].result()
+    assert all(line in log for line in promised(EXAMPLES / app / "README.md"))
+
+    lines = flower.journal(app).read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    num_rounds = sum(row["kind"] == "round" for row in rows)
+    assert num_rounds >= 3
+    for number in range(1, num_rounds + 1):
+        routes = {
+            row["client_key"]: row["route"] if row["status"] == "accepted" else None
+            for row in rows
+            if row.get("phase") == "train" and row["round"] == number
+        }
+        assert routes == ROUTES[app]
+    first, *_, last = accuracies(log)
+    assert last > max(0.8, first + 0.1)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("app", STOCK_AND_OURS)
+def test_the_stock_app_learns_before_and_after(app, logs):
+    log = logs[app].result()
+    routes = re.findall(r"> Route (.*): 1 clients", log)
+    assert set(routes) == STOCK_AND_OURS[app]
+    first, *_, last = accuracies(log)
+    assert last > max(0.6, first + 0.3)

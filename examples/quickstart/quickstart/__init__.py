@@ -1,0 +1,1 @@
+"""quickstart: four devices with different memory train one model."""
