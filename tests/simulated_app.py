@@ -16,7 +16,14 @@ from flwr.simulation import run_simulation
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flwr_smartsplit import RayEdge, SmartSplitNumPyClient, Task, build_client_app
+from flwr_smartsplit import (
+    RayEdge,
+    Route,
+    SmartSplitNumPyClient,
+    Task,
+    build_client_app,
+)
+from flwr_smartsplit.policy.cuts import RouteRequest
 
 NUM_CLASSES = 5
 EDGES = (RayEdge(), RayEdge(name="far"))
@@ -73,6 +80,18 @@ def initial_arrays() -> ArrayRecord:
     """Make the state that every run starts from."""
     torch.manual_seed(1)
     return ArrayRecord(small_cnn().state_dict())
+
+
+def all_kinds(request: RouteRequest) -> Route:
+    """Give six clients all kinds of route, over two edges."""
+    return (
+        Route.whole(),
+        Route.split(3, edge="far"),
+        Route.u_shape(2, 8),
+        Route.hops((4, 7), edges=("edge", "far")),
+        Route((1, 5, 9), ("device", "edge", "far", "device")),
+        Route.split(6),
+    )[request.index]
 
 
 def simulate(

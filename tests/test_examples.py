@@ -8,18 +8,17 @@ import json
 import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
-import sys
-import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.flwr_cli import Flower, flower
+
+__all__ = ["flower"]
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -127,7 +126,9 @@ def test_every_example_has_its_page_and_is_in_the_list():
     apps = [path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("pyproject.toml")]
     examples = sorted({app.parts[0] for app in apps})
     index = EXAMPLES / "README.md"
-    assert PAGES == sorted([index, *(EXAMPLES / name / index.name for name in examples)])
+    assert PAGES == sorted(
+        [index, *(EXAMPLES / name / index.name for name in examples)]
+    )
     listed = re.findall(r"^\| \[`(\w+)`\]", index.read_text("utf-8"), re.MULTILINE)
     assert sorted(listed) == examples
 
@@ -200,102 +201,17 @@ def test_the_how_to_shows_parts_of_the_true_diff():
 # --- under flwr run -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Flower:
-    """A home and a local SuperLink of their own.
-
-    Parameters
-    ----------
-    environment : Mapping[str, str]
-        What ``flwr`` runs with.
-    home : Path
-        Where journals go, too.
-    """
-
-    environment: Mapping[str, str]
-    home: Path
-
-    def flwr(self, *words: str, cwd: Path = EXAMPLES, attempts: int = 1) -> str:
-        """Run ``flwr`` and return what it prints."""
-        for _ in range(attempts):
-            run = subprocess.run(
-                ["flwr", *words],
-                cwd=cwd,
-                env=self.environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=400,
-                check=False,
-            )
-            if run.returncode == 0:
-                return run.stdout
-        raise AssertionError(run.stdout[-3000:])
-
-    def run(self, app: str) -> str:
-        """Run an app as its page says; return its log if it finished well."""
-        folder, words = flwr_run(app)
-        if app in ROUTES:
-            words += ["--run-config", f"journal='{self.journal(app)}'"]
-        log = self.flwr(*words, cwd=folder)
-        (run_id,) = re.findall(r"Successfully started run (\d+)", log)
-        listed = self.flwr("list", "--run-id", run_id, "--format", "json")
-        (run,) = json.loads(listed[listed.index("{") :])["runs"]
-        assert run["status"] == "finished:completed", log[-3000:]
-        return log
-
-    def journal(self, app: str) -> Path:
-        """Say where an app is told to write its journal."""
-        return self.home / f"{app}.jsonl"
+def run(flower: Flower, app: str) -> str:
+    """Run an app as its page says; return its log if it finished well."""
+    folder, words = flwr_run(app)
+    if app in ROUTES:
+        words += ["--run-config", f"journal='{journal(flower, app)}'"]
+    return flower.run(words, folder)
 
 
-def free_port() -> int:
-    """Find a port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
-    """Prepare what ``flwr run`` needs, and end the SuperLink that it starts."""
-    home = tmp_path_factory.mktemp("flower")
-    tools = Path(sys.executable).parent
-    # `flwr run` starts this in place of the true one, which then has the same pid.
-    shim = home / "bin" / "flower-superlink"
-    shim.parent.mkdir()
-    pid_file = home / "superlink.pid"
-    shim.write_text(
-        f'#!/bin/sh\necho $$ > "{pid_file}"\nexec "{tools / shim.name}" "$@"\n'
-    )
-    shim.chmod(0o755)
-    yield Flower(
-        {
-            **os.environ,
-            "PATH": f"{shim.parent}:{tools}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "FLWR_HOME": str(home),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        },
-        home,
-    )
-    if pid_file.exists():
-        end(int(pid_file.read_text()))
-
-
-def end(pid: int) -> None:
-    """End a process that is nobody's child here, and those that it started."""
-    os.killpg(pid, signal.SIGTERM)
-    for _ in range(100):
-        try:
-            os.killpg(pid, 0)
-        except OSError:
-            return
-        time.sleep(0.1)
-    os.killpg(pid, signal.SIGKILL)
+def journal(flower: Flower, app: str) -> Path:
+    """Say where an app is told to write its journal."""
+    return flower.home / f"{app}.jsonl"
 
 
 def flwr_run(app: str) -> tuple[Path, list[str]]:
@@ -319,7 +235,7 @@ def logs(
     # Any command starts the SuperLink; Flower gives it 15 seconds, busy or not.
     flower.flwr("list", attempts=3)
     with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {app: pool.submit(flower.run, app) for app in apps}
+        yield {app: pool.submit(run, flower, app) for app in apps}
         pool.shutdown(cancel_futures=True)
 
 
@@ -344,7 +260,7 @@ def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, lo
     log = logs[app].result()
     assert all(line in log for line in promised(EXAMPLES / app / "README.md"))
 
-    lines = flower.journal(app).read_text("utf-8").splitlines()
+    lines = journal(flower, app).read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     num_rounds = sum(row["kind"] == "round" for row in rows)
     assert num_rounds >= 3

@@ -12,8 +12,8 @@ from flwr_smartsplit import RayEdge, Route, SmartSplit, predicted_peak_bytes
 from flwr_smartsplit.flower.records import from_array_record, to_array_record
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.policy.cuts import RouteRequest, deepest_route
-from tests.simulated_app import BATCH_SIZE, EDGES, TASK, simulate
+from flwr_smartsplit.policy.cuts import deepest_route
+from tests.simulated_app import BATCH_SIZE, EDGES, TASK, all_kinds, simulate
 
 NUM_CLIENTS = 6
 NUM_ROUNDS = 3
@@ -97,18 +97,6 @@ def test_one_worker_and_two_give_the_same_bits(
         smart_split(), budgets_for_every_cut(), num_rounds=NUM_ROUNDS, num_workers=1
     )
     assert differences(arrays, alone.arrays) == []
-
-
-def all_kinds(request: RouteRequest) -> Route:
-    """Give six clients all kinds of route, over two edges."""
-    return (
-        Route.whole(),
-        Route.split(3, edge="far"),
-        Route.u_shape(2, 8),
-        Route.hops((4, 7), edges=("edge", "far")),
-        Route((1, 5, 9), ("device", "edge", "far", "device")),
-        Route.split(6),
-    )[request.index]
 
 
 def test_all_kinds_of_route_in_one_round_equal_the_whole_model(
