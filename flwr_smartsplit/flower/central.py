@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.dispatch import Dispatch, Sent, device_names, returned
-from flwr_smartsplit.flower.journal import Journal, OnRow
+from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, Journal, OnRow
 from flwr_smartsplit.flower.records import plain_values
 from flwr_smartsplit.flower.round_log import RoundLog
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer
@@ -63,7 +63,7 @@ class Settings:
     server_optimizer : FedAvg, optional
         One of Flower's adaptive strategies, applied after the merge.
     journal : str or Path, optional
-        File for one JSON line per client and round.
+        File for one JSON line per client and round, as ``Journal`` takes it.
     on_row : Sequence[Callable[[Mapping], None]]
         Told each of these lines, too.
     clock : Callable[[], float]
@@ -74,7 +74,7 @@ class Settings:
     num_threads: int = 1
     choose_route: ChooseRoute = deepest_split
     server_optimizer: FedAvg | None = None
-    journal: str | Path | None = None
+    journal: str | Path | None = DEFAULT_JOURNAL
     on_row: Sequence[OnRow] = ()
     clock: Callable[[], float] = time.perf_counter
 
@@ -204,14 +204,7 @@ class CentralManager:
         if self.edges.names:
             state = self._current if settled.state is None else settled.state
             self.edges.release(dispatch.round_number, state_digest(state))
-        self.rounds.write_replies(dispatch, settled.accepted, failures)
-        self.rounds.write_round(
-            dispatch,
-            settled.accepted,
-            failures,
-            edge_bytes_so_far=self.edges.traffic_bytes(),
-            received_seconds=received,
-        )
+        self._write(dispatch, settled.accepted, failures, received)
         return settled
 
     def assess(
@@ -221,6 +214,7 @@ class CentralManager:
         failures: Sequence[Failure],
     ) -> dict[str, ClientReply]:
         """End an evaluation phase; return what counts, in client_key order."""
+        received = self.settings.clock()
         accepted: dict[str, ClientReply] = {}
         failures = list(failures)
         for reply in sorted(replies, key=lambda r: r.client_key):
@@ -231,8 +225,25 @@ class CentralManager:
             else:
                 accepted[reply.client_key] = reply
         self.edges.release(dispatch.round_number, self._digest)
-        self.rounds.write_replies(dispatch, accepted, failures)
+        self._write(dispatch, accepted, failures, received)
         return accepted
+
+    def _write(
+        self,
+        dispatch: Dispatch,
+        accepted: Mapping[str, ClientReply],
+        failures: list[Failure],
+        received_seconds: float,
+    ) -> None:
+        """Log and write down how a phase ended."""
+        self.rounds.write_replies(dispatch, accepted, failures)
+        self.rounds.write_round(
+            dispatch,
+            accepted,
+            failures,
+            edge_bytes_so_far=self.edges.traffic_bytes(),
+            received_seconds=received_seconds,
+        )
 
     # --- planning -----------------------------------------------------------------
 

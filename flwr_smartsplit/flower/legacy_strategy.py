@@ -33,7 +33,7 @@ from flwr_smartsplit.flower.central import (
     refuse_wrappers,
 )
 from flwr_smartsplit.flower.dispatch import Answer, Dispatch, Sent
-from flwr_smartsplit.flower.journal import OnRow
+from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.legacy_fleet import LegacyFleet, reason_of
 from flwr_smartsplit.flower.records import plan_to_scalars
 from flwr_smartsplit.flower.replies import reply_from_scalars
@@ -70,9 +70,10 @@ class LegacySmartSplit(Strategy):
     server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
         The Message-API strategy whose server step follows the merge.
     journal : str or Path, optional
-        File for one JSON line per client and round.
+        File for one JSON line per client and round; ``{number}`` in its name becomes
+        the first number that is free. None writes no file.
     on_row : Sequence[Callable[[Mapping], None]]
-        Told each of these lines as a mapping.
+        Told each of these lines as a mapping, such as ``TensorBoardRows(folder)``.
     clock : Callable[[], float]
         Seconds that only move forward.
     fraction_fit, fraction_evaluate : float
@@ -109,7 +110,7 @@ class LegacySmartSplit(Strategy):
         num_threads: int = 1,
         choose_route: ChooseRoute = deepest_split,
         server_optimizer: ServerOptimizerStrategy | None = None,
-        journal: str | Path | None = None,
+        journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
         clock: Callable[[], float] = time.perf_counter,
         fraction_fit: float = 1.0,

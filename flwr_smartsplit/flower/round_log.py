@@ -120,7 +120,7 @@ class RoundLog:
         edge_bytes_so_far: int,
         received_seconds: float,
     ) -> None:
-        """Write one training round's sums."""
+        """Write the sums of a round's training, or of its evaluation."""
         now = self._clock()
         self._journal.write(
             round_row(

@@ -11,6 +11,13 @@ from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, StepRepor
 
 Row = dict[str, object]
 
+FACTS = frozenset(
+    """kind phase round client_key status cause route budget_bytes num_examples
+    predicted_peak_bytes peak_bytes num_steps num_threads loss seconds bytes_down
+    bytes_up edge_bytes_up edge_bytes_down""".split()
+)
+"""The keys of a client's row; all others are the task's metrics."""
+
 
 def client_rows(
     dispatch: Dispatch,
@@ -62,12 +69,12 @@ def round_row(
     seconds: float,
     aggregation_seconds: float,
 ) -> Row:
-    """Make the row of one training round.
+    """Make the row of one round's training, or of its evaluation.
 
     Parameters
     ----------
     edge_state_bytes : int
-        What went between the strategy and its edges in this round.
+        What went between the strategy and its edges since the row before.
     seconds, aggregation_seconds : float
         Wall-clock time of the round, and of settling it.
     """
@@ -77,7 +84,7 @@ def round_row(
     reports += [failure.report for failure in failures if failure.report is not None]
     boundaries = sum(report.sent_bytes + report.received_bytes for report in reports)
     return {
-        "kind": "round",
+        "kind": "round" if dispatch.is_train else "evaluation_round",
         "round": dispatch.round_number,
         "selected": len(dispatch.sent),
         "accepted": len(accepted),

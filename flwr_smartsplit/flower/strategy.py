@@ -24,7 +24,7 @@ from flwr_smartsplit.flower.central import (
     refuse_wrappers,
 )
 from flwr_smartsplit.flower.fleet import Fleet, Member
-from flwr_smartsplit.flower.journal import OnRow
+from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.records import (
     from_array_record,
     message_dialect,
@@ -70,7 +70,8 @@ class SmartSplit(Strategy):
     server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
         Flower's strategy whose server step follows the merge.
     journal : str or Path, optional
-        File for one JSON line per client and round.
+        File for one JSON line per client and round; ``{number}`` in its name becomes
+        the first number that is free. None writes no file.
     on_row : Sequence[Callable[[Mapping], None]]
         Told each of these lines as a mapping, such as ``TensorBoardRows(folder)``.
     clock : Callable[[], float]
@@ -96,7 +97,7 @@ class SmartSplit(Strategy):
         num_threads: int = 1,
         choose_route: ChooseRoute = deepest_split,
         server_optimizer: FedAvg | None = None,
-        journal: str | Path | None = None,
+        journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
         clock: Callable[[], float] = time.perf_counter,
         fraction_train: float = 1.0,

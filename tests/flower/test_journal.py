@@ -1,11 +1,14 @@
 """The journal: one row per client and round, whatever happens, and on disk at once."""
 
+import contextlib
 import itertools
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flwr.app import RecordDict
 
 from flwr_smartsplit import Route
@@ -25,6 +28,7 @@ from tests.flower.apps import (
     run,
     smart_split,
 )
+from tests.flower.legacy import legacy_smart_split, run_legacy
 from tests.in_process_grid import InProcessGrid
 from tests.tasks import initial_state
 
@@ -214,5 +218,106 @@ def test_rows_are_added_at_the_end(tmp_path: Path) -> None:
 
 def test_no_path_writes_nothing(tmp_path: Path) -> None:
     """And is no error."""
-    Journal(None).write({"x": 1})
+    with contextlib.chdir(tmp_path):
+        Journal(None).write({"x": 1})
+        run(apps(MIXED), smart_split(journal=None), num_rounds=1)
+        run_legacy(apps(MIXED), legacy_smart_split(journal=None), num_rounds=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_run_that_names_none_has_a_journal_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both strategies; it is made with the first row, and named once in the log."""
+    with contextlib.chdir(tmp_path):
+        strategy, legacy = smart_split(), legacy_smart_split()
+        assert list(tmp_path.iterdir()) == []
+        run(apps(MIXED), strategy, num_rounds=2)
+        run_legacy(apps(MIXED), legacy, num_rounds=2)
+    first, second = (tmp_path / f"smartsplit-{number}.jsonl" for number in (1, 2))
+    assert sorted(tmp_path.iterdir()) == [first, second]
+    assert [r["accepted"] for r in rows_of(first) if r["kind"] == "round"] == [4, 4]
+    keys = ("kind", "round", "client_key", "status", "loss", "route")
+    one, other = (
+        [[row.get(key) for key in keys] for row in rows_of(path)]
+        for path in (first, second)
+    )
+    assert one == other
+    named = [m for m in caplog.messages if m.startswith("The journal is")]
+    assert named == [f"The journal is smartsplit-{number}.jsonl" for number in (1, 2)]
+
+
+def test_journals_that_start_at_once_share_no_file(tmp_path: Path) -> None:
+    """The first free number goes to one of them."""
+    pattern = tmp_path / "runs" / "mine-{number}.jsonl"
+    journals = [Journal(pattern) for _ in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda pair: pair[1].write({"x": pair[0]}), enumerate(journals)))
+    for journal in journals:
+        journal.write({"x": -1})
+    found = [rows_of(path) for path in (tmp_path / "runs").iterdir()]
+    assert sorted(rows[0]["x"] for rows in found) == list(range(20))
+    assert all(rows[1:] == [{"x": -1}] for rows in found)
+
+
+def refuse(self: Path, mode: str = "r") -> Any:
+    """Open no file."""
+    raise PermissionError(f"not allowed: {self}")
+
+
+def test_a_folder_that_cannot_be_written_to_ends_no_run_that_named_no_journal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is warned of once. Who names one is told by the error."""
+    monkeypatch.setattr(Path, "open", refuse)
+    rows: list[Any] = []
+    journal = Journal("smartsplit-{number}.jsonl", [rows.append])
+    for _ in range(2):
+        journal.write({"x": 1})
+    assert rows == [{"x": 1}] * 2
+    (warning,) = caplog.messages
+    assert "No journal is written (not allowed: smartsplit-1.jsonl)" in warning
+    with pytest.raises(PermissionError):
+        Journal("mine-{number}.jsonl").write({"x": 1})
+
+
+def test_a_callback_that_raises_ends_nothing_and_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file and the other callbacks get every row; it is asked again, too."""
+    seen: list[Any] = []
+    asked: list[Any] = []
+
+    def spoil(row: Any) -> None:
+        asked.append(row)
+        raise ValueError("no such board")
+
+    path = tmp_path / "journal.jsonl"
+    strategy = smart_split(journal=path, on_row=[spoil, seen.append])
+    run(apps(MIXED), strategy, num_rounds=2)
+    assert seen == asked == rows_of(path)
+    assert len(seen) == 2 * (len(MIXED) + 1)
+    warnings = [record for record in caplog.records if "on_row" in record.message]
+    assert len(warnings) == 1
+    assert "spoil fails; the run goes on" in warnings[0].message
+    assert warnings[0].exc_info is not None
+
+
+# --- evaluation -----------------------------------------------------------------------
+
+
+def test_evaluation_has_a_row_of_its_own(tmp_path: Path) -> None:
+    """Under a kind of its own; bytes are counted once, where they were sent."""
+    path = tmp_path / "journal.jsonl"
+    run(apps(MIXED), smart_split(journal=path, fraction_evaluate=1.0), num_rounds=2)
+    rows = rows_of(path)
+    kinds = [row["kind"] for row in rows if row["kind"] != "client"]
+    assert kinds == ["round", "evaluation_round"] * 2
+    keys = ("bytes_down", "bytes_up", "edge_bytes_up", "edge_bytes_down")
+    added = sum(row[key] for row in rows if row["kind"] == "client" for key in keys)
+    sums = [row for row in rows if row["kind"] != "client"]
+    edge = sum(row["edge_state_bytes"] for row in sums)
+    assert sum(row["comm_bytes_total"] for row in sums) == added + edge
+    for row in sums:
+        assert (row["selected"], row["accepted"]) == (4, 4)
+        assert row["round_wall_clock_sec"] > row["server_aggregation_time_sec"] > 0
