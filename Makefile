@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CHECKED := flwr_smartsplit simulations
+# A file's tests stay together, since they share what they have set up.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # One thread: sums in a different order differ in their last bits.
 export OMP_NUM_THREADS = 1
@@ -35,7 +37,7 @@ simulate: $(INSTALLED) ## Run the quickstart simulation (ARGS="..." is passed on
 	$(BIN)/python -m simulations run quickstart $(ARGS)
 
 test: lint docs ## Check everything, then run the tests (ARGS="-m slow" goes to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(INSTALLED) ## Check format, style and types
 	$(BIN)/ruff format --check

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.model.costs import profile_chain
     from flwr_smartsplit.model.proximal import proximal
     from flwr_smartsplit.model.segment import Unit
-    from flwr_smartsplit.policy.cuts import deepest_split, deepest_u_shape
+    from flwr_smartsplit.policy.cuts import RouteRequest, deepest_split, deepest_u_shape
     from flwr_smartsplit.policy.predict import predicted_peak_bytes
     from flwr_smartsplit.runtime.ray_edge import RayEdge
     from flwr_smartsplit.task import Task
@@ -28,6 +28,7 @@ __all__ = [
     "LegacySmartSplit",
     "RayEdge",
     "Route",
+    "RouteRequest",
     "SmartSplit",
     "SmartSplitNumPyClient",
     "Task",
@@ -46,6 +47,7 @@ _HOMES = {
     "LegacySmartSplit": "flower.legacy_strategy",
     "RayEdge": "runtime.ray_edge",
     "Route": "types",
+    "RouteRequest": "policy.cuts",
     "SmartSplit": "flower.strategy",
     "SmartSplitNumPyClient": "flower.numpy_client",
     "Task": "task",

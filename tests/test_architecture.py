@@ -25,6 +25,7 @@ PUBLIC_NAMES = [
     "LegacySmartSplit",
     "RayEdge",
     "Route",
+    "RouteRequest",
     "SmartSplit",
     "SmartSplitNumPyClient",
     "Task",
