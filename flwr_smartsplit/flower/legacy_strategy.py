@@ -228,8 +228,6 @@ class LegacySmartSplit(Strategy):
         if dispatch is None:
             return None, {}
         replies, failed = self._collect(dispatch, results, failures)
-        if failed and not self.fedavg.accept_failures:
-            replies, failed = [], [*failed, *map(_given_up, replies)]
         settled = self._central.settle(dispatch, replies, failed)
         if settled.state is None:
             return None, {}
@@ -249,8 +247,6 @@ class LegacySmartSplit(Strategy):
         if dispatch is None:
             return None, {}
         replies, failed = self._collect(dispatch, results, failures)
-        if failed and not self.fedavg.accept_failures:
-            replies, failed = [], [*failed, *map(_given_up, replies)]
         accepted = self._central.assess(dispatch, replies, failed)
         if not accepted:
             return None, {}
@@ -321,7 +317,10 @@ class LegacySmartSplit(Strategy):
         """Read what came; of errors, Flower does not say whose they are."""
         answers = [self._answer(dispatch, proxy, result) for proxy, result in results]
         unnamed = [reason_of(f) for f in failures if isinstance(f, BaseException)]
-        return dispatch.collect(answers, unnamed=unnamed)
+        replies, failed = dispatch.collect(answers, unnamed=unnamed)
+        if failed and not self.fedavg.accept_failures:
+            return [], [*failed, *map(_given_up, replies)]
+        return replies, failed
 
     def _answer(
         self, dispatch: Dispatch, proxy: ClientProxy, result: FitRes | EvaluateRes

@@ -58,7 +58,7 @@ class EdgePool:
         Returns
         -------
         addresses : dict[str, str]
-            By name, of every edge that is ready.
+            By name, of every edge that is ready, in the order they were given.
         failures : list[Failure]
             The edges that are not; nobody is routed to them in this round.
 
@@ -82,7 +82,8 @@ class EdgePool:
         if self._edges and not self._was_ready:
             causes = " ".join(failure.cause for failure in failures)
             raise EdgeUnreachable(f"no edge could be started: {causes}")
-        return {name: link.address for name, link in self._links.items()}, failures
+        ready = [name for name in self._edges if name in self._links]
+        return {name: self._links[name].address for name in ready}, failures
 
     def commit(
         self, place: str, round_number: int, entries: tuple[wire.Entry, ...]

@@ -214,3 +214,16 @@ def test_an_edge_that_cannot_take_the_state_is_stopped(
     pool = EdgePool(edges, TASK)
     pool.prepare(DIGEST, STATE)
     assert not edges[0].folder.exists()
+
+
+def test_edges_keep_their_order_after_a_restart(
+    edges: tuple[MortalEdge, MortalEdge],
+) -> None:
+    """Clients are dealt out by it, and edges feed one another along it."""
+    pool = EdgePool(edges, TASK)
+    pool.prepare(DIGEST, STATE)
+    edges[0].kill()
+    newer = other_state()
+    addresses, failures = pool.prepare(state_digest(newer), newer)
+    assert failures == []
+    assert list(addresses) == ["a", "b"]
