@@ -230,10 +230,12 @@ def logs(
     flower: Flower, request: pytest.FixtureRequest
 ) -> Iterator[dict[str, Future[str]]]:
     """Run every app that a selected test asks for, two at a time."""
-    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    items = [item for item in request.session.items if item.path == request.path]
+    calls = [getattr(item, "callspec", None) for item in items]
     apps = [call.params["app"] for call in calls if call and "app" in call.params]
     # Any command starts the SuperLink; Flower gives it 15 seconds, busy or not.
-    flower.flwr("list", attempts=3)
+    # Journals without a name are written where it was started.
+    flower.flwr("list", cwd=flower.home, attempts=3)
     with ThreadPoolExecutor(max_workers=2) as pool:
         yield {app: pool.submit(run, flower, app) for app in apps}
         pool.shutdown(cancel_futures=True)
