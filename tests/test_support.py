@@ -132,6 +132,16 @@ def test_learning_rate_by_round() -> None:
     assert not moved & trained
 
 
+def test_learning_rate_that_nobody_sends() -> None:
+    """The error names what is missing and what there is."""
+    task = replace(TASK, schedule_fn=lower_rate)
+    clients = [message_app(index, task=task) for index in range(2)]
+    made = run(clients, smart_split_of(task), num_rounds=1)
+    cause = made.strategy.failures[0].cause
+    assert "schedule_fn reads 'lr' from the round's config" in cause
+    assert "which has ['server-round']" in cause
+
+
 def warm_up(optimizer: Optimizer, config: Any) -> Any:
     """Raise the learning rate over the first steps."""
     del config

@@ -231,7 +231,7 @@ class SegmentRunner:
         self._streams = streams
         parameters = [p for p in segment.parameters() if p.requires_grad]
         self.optimizer = task.optimizer_fn(parameters) if parameters else None
-        self._scheduler = _scheduler_of(self.optimizer, task, config or {})
+        self._scheduler = scheduler_of(self.optimizer, task, config or {})
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Tensor]] = []
         self._input_gradients: list[Tensor] = []
@@ -381,13 +381,26 @@ class SegmentRunner:
         return self._input_gradients.pop() if self._input_gradients else None
 
 
-def _scheduler_of(
+def scheduler_of(
     optimizer: Optimizer | None, task: Task, config: Mapping[str, Any]
 ) -> LRScheduler | None:
-    """Set a new optimizer up as the task says."""
+    """Set a new optimizer up as the task says.
+
+    Raises
+    ------
+    InvalidTask
+        If ``schedule_fn`` reads what the config lacks, or returns something else.
+    """
     if optimizer is None or task.schedule_fn is None:
         return None
-    scheduler = task.schedule_fn(optimizer, config)
+    try:
+        scheduler = task.schedule_fn(optimizer, config)
+    except KeyError as error:
+        raise InvalidTask(
+            f"schedule_fn reads {error} from the round's config, which has "
+            f"{sorted(config) or 'nothing'}: send it in train_config, or read it by "
+            "config.get with a default (smartsplit check sends nothing)."
+        ) from error
     if scheduler is not None and (
         not isinstance(scheduler, LRScheduler)
         or isinstance(scheduler, ReduceLROnPlateau)

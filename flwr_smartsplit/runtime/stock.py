@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
-from flwr_smartsplit.model.segment import Batch
+from flwr_smartsplit.model.segment import Batch, scheduler_of
 from flwr_smartsplit.runtime.randomness import UnitStreams, derived_seed
 from flwr_smartsplit.task import Task
 
@@ -68,7 +68,7 @@ def train_stock(
         )
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
-    scheduler = task.schedule_fn(optimizer, {}) if task.schedule_fn else None
+    scheduler = scheduler_of(optimizer, task, {})
     firsts = _first_draws(chain, batches[0][0])
     losses = []
     for step, (inputs, targets) in enumerate(map(_copied, batches)):
