@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from flwr_smartsplit.model.costs import profile_chain
     from flwr_smartsplit.model.proximal import proximal
     from flwr_smartsplit.model.segment import Unit
-    from flwr_smartsplit.policy.cuts import RouteRequest, deepest_split, deepest_u_shape
+    from flwr_smartsplit.policy.cuts import (
+        RouteRequest,
+        deepest_split,
+        deepest_u_shape,
+        first_that_fits,
+    )
     from flwr_smartsplit.policy.predict import predicted_peak_bytes
     from flwr_smartsplit.runtime.ray_edge import RayEdge
     from flwr_smartsplit.task import Task
@@ -36,6 +41,7 @@ __all__ = [
     "build_client_app",
     "deepest_split",
     "deepest_u_shape",
+    "first_that_fits",
     "memory_cap",
     "predicted_peak_bytes",
     "profile_chain",
@@ -55,6 +61,7 @@ _HOMES = {
     "build_client_app": "flower.client_app",
     "deepest_split": "policy.cuts",
     "deepest_u_shape": "policy.cuts",
+    "first_that_fits": "policy.cuts",
     "memory_cap": "model.cap",
     "predicted_peak_bytes": "policy.predict",
     "profile_chain": "model.costs",

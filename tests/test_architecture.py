@@ -33,6 +33,7 @@ PUBLIC_NAMES = [
     "build_client_app",
     "deepest_split",
     "deepest_u_shape",
+    "first_that_fits",
     "memory_cap",
     "predicted_peak_bytes",
     "profile_chain",

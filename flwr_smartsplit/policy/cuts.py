@@ -138,6 +138,13 @@ def _whole_or_u_shape(request: RouteRequest) -> Iterator[Route]:
 def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
     """Return the first of some routes that the client can take.
 
+    Parameters
+    ----------
+    routes : Iterable[Route]
+        In the order of preference.
+    request : RouteRequest
+        The client, the costs and the edges.
+
     Raises
     ------
     NoFeasibleRoute

@@ -4,8 +4,7 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from flwr_smartsplit import Route, RouteRequest, SmartSplit
-from flwr_smartsplit.policy.cuts import first_that_fits
+from flwr_smartsplit import Route, RouteRequest, SmartSplit, first_that_fits
 from multi_hop.task import (
     BUDGETS_BYTES,
     EDGES,
