@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
-from flwr_smartsplit.model.segment import Batch, scheduler_of
+from flwr_smartsplit.model.schedule import scheduler_of
+from flwr_smartsplit.model.segment import Batch
 from flwr_smartsplit.runtime.randomness import UnitStreams, derived_seed
 from flwr_smartsplit.task import Task
 
