@@ -116,7 +116,12 @@ class Task:
                 "loss scaling, and nothing scales across places: use torch.bfloat16."
             )
         loss: Any = self.loss_fn
-        if not isinstance(loss, type) and list(getattr(loss, "parameters", list)()):
+        if isinstance(loss, type):
+            raise TypeError(
+                f"loss_fn is the class {loss.__name__}; give an instance of it, such "
+                f"as {loss.__name__}(), or a function."
+            )
+        if list(getattr(loss, "parameters", list)()):
             raise TypeError(
                 f"loss_fn is a {type(loss).__name__} with parameters of its own, which "
                 "no place would train: make them part of the model."

@@ -122,7 +122,9 @@ def test_learning_rate_by_round() -> None:
     """``train_config`` reaches every place; without a rate nothing moves anywhere."""
     task = replace(TASK, schedule_fn=lower_rate)
     config = ConfigRecord({"lr": 0.05})
-    mixed = train_mixed(task, train_config=deepcopy(config))
+    # Evaluation has another config, no optimizer, and so no schedule.
+    facts: dict[str, Any] = {"fraction_evaluate": 1.0}
+    mixed = train_mixed(task, train_config=deepcopy(config), **facts)
     whole = train_whole(task, train_config=deepcopy(config))
     assert differences(mixed.state, whole.state) == []
     assert differences(mixed.state, train_mixed().state) != []

@@ -27,3 +27,9 @@ def test_what_is_not_a_function_is_named(name: str, value: object) -> None:
 def test_a_class_is_a_function_that_makes_its_objects() -> None:
     """``model_fn=Net`` is the usual form."""
     assert replace(TASK, model_fn=nn.Identity, optimizer_fn=torch.optim.SGD)
+
+
+def test_a_loss_that_is_a_class_is_refused():
+    """It would be built with outputs and targets instead of being called."""
+    with pytest.raises(TypeError, match="class CrossEntropyLoss; give an inst"):
+        replace(TASK, loss_fn=nn.CrossEntropyLoss)

@@ -118,6 +118,11 @@ class CentralManager:
     """
 
     def __init__(self, task: Task, edges: Sequence[Edge], settings: Settings) -> None:
+        if not callable(settings.choose_route):
+            raise TypeError(
+                f"choose_route is {settings.choose_route!r}; give a function of a "
+                "RouteRequest, such as deepest_split or deepest_u_shape."
+            )
         self.task = task
         self.settings = settings
         self.chain = build_chain(task)

@@ -116,7 +116,7 @@ class Fleet:
             Failure(
                 client_key=f"node {node}",
                 kind="failed",
-                cause="; ".join(reasons) or "no answer to the profile request",
+                cause=_joined(reasons) or "no answer to the profile request",
             )
             for node, reasons in causes.items()
         ]
@@ -138,6 +138,12 @@ class Fleet:
         self._by_node[node] = Member(node, dialect, profile)
         causes.pop(node, None)
         self._dialects.sort(key=lambda known: known is not dialect)
+
+
+def _joined(reasons: list[str]) -> str:
+    """Say once what a client answers in both dialects."""
+    said = {reason.partition(": ")[2] for reason in reasons}
+    return said.pop() if len(said) == 1 else "; ".join(reasons)
 
 
 def _twice(key: str, node: int, other: int) -> Failure:

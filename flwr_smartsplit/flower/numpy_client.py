@@ -102,7 +102,7 @@ class SmartSplitNumPyClient(NumPyClient):
         self.eval_loader = eval_loader
         self._seed = seed
         self.context = context
-        self._edges = {edge.name: edge for edge in edges}
+        self._edges = _by_name(edges)
         sizes = _sizes(train_loader, num_examples, batch_size)
         self.profile = DeviceProfile(
             client_key=client_key,
@@ -230,6 +230,13 @@ class SmartSplitNumPyClient(NumPyClient):
 def _is_stock(plan: ClientPlan) -> bool:
     """Say whether the plan is one that ``plan_for`` made up for a stock strategy."""
     return not plan.state_digest
+
+
+def _by_name(edges: Sequence[Edge]) -> dict[str, Edge]:
+    """Find the edges by their names."""
+    if not isinstance(edges, list | tuple):
+        raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
+    return {edge.name: edge for edge in edges}
 
 
 def _check_budget(client_key: str, budget_bytes: Any) -> None:

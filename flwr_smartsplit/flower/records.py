@@ -82,7 +82,7 @@ def message_dialect(arrays_key: str = ARRAYS, config_key: str = CONFIG) -> Diale
 def last_line(reason: object) -> str:
     """Take the line of an error's text that says what happened, without colours."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(reason))
-    lines = [line.strip(" '>") for line in text.splitlines()]
+    lines = [line.strip().removesuffix("'>") for line in text.splitlines()]
     return next(filter(None, reversed(lines)), "no reason given")
 
 

@@ -82,7 +82,7 @@ class RoundLog:
         """Write failures that belong to no message that was sent."""
         self.failures += failures
         for failure in failures:
-            _log.log(INFO, "\t> %s: %s", failure.client_key, failure.cause)
+            _log.log(WARNING, "\t> %s: %s", failure.client_key, failure.cause)
             self._journal.write(failure_row(failure, round_number, phase))
 
     def write_replies(
@@ -102,7 +102,7 @@ class RoundLog:
         self.failures += failures
         for failure in failures:
             _log.log(
-                INFO,
+                WARNING,
                 "\t> Client %s %s: %s",
                 failure.client_key,
                 failure.kind,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from logging import INFO, getLogger
+from logging import INFO, WARNING, getLogger
 from pathlib import Path
 
 from flwr.app import (
@@ -180,7 +180,7 @@ class SmartSplit(Strategy):
             {name: tuple(array.shape) for name, array in initial_arrays.items()}
         )
         try:
-            return super().start(
+            result = super().start(
                 grid,
                 initial_arrays,
                 num_rounds,
@@ -191,6 +191,10 @@ class SmartSplit(Strategy):
             )
         finally:
             self.close()
+        if not result.arrays and self.fedavg.fraction_train > 0:
+            _log.log(WARNING, "Nobody trained: the result is the initial model.")
+            result.arrays = initial_arrays
+        return result
 
     def close(self) -> None:
         """End the edges; ``start`` does so by itself."""

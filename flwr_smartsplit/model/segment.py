@@ -209,6 +209,8 @@ class SegmentRunner:
         Opens the random stream of a unit.
     config : Mapping[str, Any], optional
         What the task's ``schedule_fn`` is told.
+    is_trained : bool
+        Whether it needs an optimizer; evaluation does not.
 
     Notes
     -----
@@ -223,12 +225,14 @@ class SegmentRunner:
         *,
         streams: Streams = no_streams,
         config: Mapping[str, Any] | None = None,
+        is_trained: bool = True,
     ) -> None:
         self.segment = segment
         self.task = task
         self._streams = streams
         parameters = [p for p in segment.parameters() if p.requires_grad]
-        self.optimizer = task.optimizer_fn(parameters) if parameters else None
+        needs_one = is_trained and bool(parameters)
+        self.optimizer = task.optimizer_fn(parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Tensor]] = []

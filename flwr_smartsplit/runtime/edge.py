@@ -111,7 +111,11 @@ class EdgeService:
         segment = materialise(self._chain, request.start, request.stop, state)
         streams = UnitStreams(request.seed, request.round_number, request.client_key)
         runner = SegmentRunner(
-            segment, self._task, streams=streams, config=request.config
+            segment,
+            self._task,
+            streams=streams,
+            config=request.config,
+            is_trained=request.is_trained,
         )
         onward = self._onward(request.onward)
         # Opening again starts over: whatever this session did before is void.

@@ -27,7 +27,7 @@ def nowhere(place: str, address: str) -> wire.Transport:
 
 
 def opening_of(
-    plan: ClientPlan, legs: tuple[Leg, ...], *, suffix: str, token: str
+    plan: ClientPlan, legs: tuple[Leg, ...], *, is_trained: bool, token: str
 ) -> wire.OpenSession:
     """Ask the first of the edges of a route for a session, and it the next.
 
@@ -37,8 +37,8 @@ def opening_of(
         Whose session it is.
     legs : tuple[Leg, ...]
         The segments at edges, in order.
-    suffix : str
-        Ends the sessions' names, so that training and evaluation have their own.
+    is_trained : bool
+        Whether the segments are trained; sessions that only evaluate have other names.
     token : str
         Of this opening.
     """
@@ -46,10 +46,10 @@ def opening_of(
     onward = None
     if rest:
         address = plan.edge_addresses[rest[0].place]
-        opening = opening_of(plan, tuple(rest), suffix=suffix, token=token)
+        opening = opening_of(plan, tuple(rest), is_trained=is_trained, token=token)
         onward = wire.Onward(address, opening)
     return wire.OpenSession(
-        session=plan.session(leg.place) + suffix,
+        session=plan.session(leg.place) + ("" if is_trained else "/evaluate"),
         place=leg.place,
         round_number=plan.round_number,
         client_key=plan.client_key,
@@ -60,6 +60,7 @@ def opening_of(
         num_threads=plan.num_threads,
         config=plan.config,
         onward=onward,
+        is_trained=is_trained,
         token=token,
     )
 

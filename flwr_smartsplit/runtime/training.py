@@ -111,7 +111,7 @@ def train_locally(
         the numbers, not in an exception.
     """
     start = conditions.clock()
-    walk = _walk(plan, conditions)
+    walk = _walk(plan, conditions, is_trained=True)
     with torch_threads(plan.num_threads):
         try:
             walk.open(state, conditions.connect, token=uuid.uuid4().hex)
@@ -141,11 +141,11 @@ def evaluate_locally(
     Parameters and outcome are as for ``train_locally``; nothing is sealed.
     """
     start = conditions.clock()
-    walk = _walk(plan, conditions)
+    walk = _walk(plan, conditions, is_trained=False)
     token = uuid.uuid4().hex
     with torch_threads(plan.num_threads):
         try:
-            walk.open(state, conditions.connect, suffix="/evaluate", token=token)
+            walk.open(state, conditions.connect, token=token)
             for batch in walk.streams.batches(loader, 0):
                 walk.evaluate_step(*_own_batch(batch))
             report = walk.report(num_epochs=1)
@@ -156,14 +156,14 @@ def evaluate_locally(
     return replace(report, seconds=conditions.clock() - start)
 
 
-def _walk(plan: ClientPlan, conditions: Conditions) -> Walk:
+def _walk(plan: ClientPlan, conditions: Conditions, *, is_trained: bool) -> Walk:
     cap = MemoryCap(
         plan.budget_bytes,
         name=f"client {plan.client_key}",
         mode=conditions.cap_mode,
         every=conditions.meter_every,
     )
-    return Walk(plan, conditions.task, cap)
+    return Walk(plan, conditions.task, cap, is_trained=is_trained)
 
 
 def _failure(walk: Walk, error: SmartSplitError) -> StepReport:

@@ -76,6 +76,8 @@ class OpenSession(Request[Opened]):
         As in the client's plan.
     onward : Onward, optional
         The edge where the route goes on, which this one opens and talks to.
+    is_trained : bool
+        Whether the segments are trained, or only evaluated.
     token : str
         Tells a repeated request from a second opening, which starts over.
     """
@@ -91,6 +93,7 @@ class OpenSession(Request[Opened]):
     num_threads: int
     config: Mapping[str, Any] = field(default_factory=dict)
     onward: "Onward | None" = None
+    is_trained: bool = True
     token: str = ""
 
 

@@ -41,11 +41,16 @@ class Walk:
         Model, loss and optimizer.
     cap : MemoryCap
         Watches what the device holds.
+    is_trained : bool
+        Whether there are training steps to come, or only evaluation.
     """
 
-    def __init__(self, plan: ClientPlan, task: Task, cap: MemoryCap) -> None:
+    def __init__(
+        self, plan: ClientPlan, task: Task, cap: MemoryCap, *, is_trained: bool
+    ) -> None:
         self.plan = plan
         self.cap = cap
+        self._is_trained = is_trained
         self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
         self._task = task
         self._chain = build_chain(task)
@@ -56,9 +61,7 @@ class Walk:
         self._num_examples = 0
         self._sums: dict[str, float] = {"loss": 0.0}
 
-    def open(
-        self, state: State, connect: Connect, *, suffix: str = "", token: str = ""
-    ) -> None:
+    def open(self, state: State, connect: Connect, *, token: str) -> None:
         """Build the device's segments under the cap, and those at the edges.
 
         Parameters
@@ -67,15 +70,17 @@ class Walk:
             The global state of the device segments.
         connect : Callable[[place, address], Transport]
             Reaches an edge.
-        suffix, token : str
-            As for ``opening_of``.
+        token : str
+            Of this opening.
         """
         num_units = len(self._chain)
         for leg in self.plan.route.device_legs(num_units):
             self._runners.append(self._built(leg, state))
         legs = self.plan.route.edge_legs(num_units)
         if legs:
-            opening = opening_of(self.plan, legs, suffix=suffix, token=token)
+            opening = opening_of(
+                self.plan, legs, is_trained=self._is_trained, token=token
+            )
             address = self.plan.edge_addresses[legs[0].place]
             self._link = EdgeLink(connect(legs[0].place, address), opening)
 
@@ -202,7 +207,11 @@ class Walk:
             segment = materialise(self._chain, leg.start, leg.stop, state)
             self.cap.track(segment)
         return SegmentRunner(
-            segment, self._task, streams=self.streams, config=self.plan.config
+            segment,
+            self._task,
+            streams=self.streams,
+            config=self.plan.config,
+            is_trained=self._is_trained,
         )
 
     def _owners(self) -> list[Any]:

@@ -41,6 +41,7 @@ from tests.flower.apps import (
     failing_app,
     initial_arrays,
     legacy_app,
+    make_client,
     message_app,
     messages,
     overweight_app,
@@ -479,3 +480,24 @@ def test_a_config_that_nobody_reads_is_warned_of_once(
     warned = [r for r in caplog.records if "nothing reads them" in r.getMessage()]
     assert len(warned) == 1
     assert "lr" in warned[0].getMessage()
+
+
+def test_a_run_in_which_nobody_trains_ends_with_the_initial_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And says so: an empty result would look like a success."""
+    made = run(apps([1, 1]), num_rounds=1)
+    assert differences(made.state, initial_state()) == []
+    assert any("Nobody trained" in r.getMessage() for r in caplog.records)
+
+
+def test_a_choice_of_routes_that_is_no_function_is_refused_at_once() -> None:
+    """Not in the first round."""
+    with pytest.raises(TypeError, match="choose_route is 'u_shaped'"):
+        smart_split(choose_route="u_shaped")
+
+
+def test_a_clients_edges_that_are_no_tuple_are_named() -> None:
+    """As the strategy's."""
+    with pytest.raises(TypeError, match=r"give a tuple, such as \(RayEdge"):
+        make_client(0, edges=LocalEdge())
