@@ -278,7 +278,13 @@ def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, lo
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("app", STOCK_AND_OURS)
+@pytest.mark.parametrize(
+    "app",
+    [
+        pytest.param(app, marks=pytest.mark.slow if app.endswith("before") else ())
+        for app in STOCK_AND_OURS
+    ],
+)
 def test_the_stock_app_learns_before_and_after(app, logs):
     log = logs[app].result()
     routes = re.findall(r"> Route (.*): 1 clients", log)
