@@ -32,12 +32,16 @@ class Flower:
     environment: Mapping[str, str]
     home: Path
 
-    def flwr(self, *words: str, cwd: Path = ROOT, attempts: int = 1) -> str:
-        """Run ``flwr`` and return what it prints."""
+    def flwr(self, *words: str, cwd: Path | None = None, attempts: int = 1) -> str:
+        """Run ``flwr`` and return what it prints.
+
+        The SuperLink stays in the folder where the first call started it, and apps
+        leave their journals there.
+        """
         for _ in range(attempts):
             run = subprocess.run(
                 ["flwr", *words],
-                cwd=cwd,
+                cwd=self.home if cwd is None else cwd,
                 env=self.environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
