@@ -149,6 +149,11 @@ class Segment(nn.Module):
         return value
 
 
+def as_boundary(outputs: Any) -> Boundary:
+    """Take what a segment returns as a boundary, with its context if it has one."""
+    return outputs if type(outputs) is tuple else (outputs,)
+
+
 def run_unit(run: Callable[..., Any], root: nn.Module, value: Any) -> Any:
     """Hand a unit a batch or a boundary as arguments."""
     if type(value) is dict:
@@ -258,7 +263,7 @@ class SegmentRunner:
             The outgoing boundary, detached; the runner does not hold it.
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
-        boundary: Boundary = outputs if type(outputs) is tuple else (outputs,)
+        boundary = as_boundary(outputs)
         self._entry = _Entry.apply(boundary[0], self._receive)
         return tuple(tensor.detach() for tensor in boundary)
 

@@ -6,14 +6,14 @@ edge to edge and never back through the device, which may be too small to hold i
 
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
-from flwr_smartsplit.model.segment import Boundary, SegmentRunner
+from flwr_smartsplit.model.segment import Boundary, SegmentRunner, as_boundary
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import EdgeLink, packed, unpacked
 from flwr_smartsplit.runtime.wire import WireTensor
@@ -98,13 +98,14 @@ class Session:
         """Evaluate one batch to the end of the route."""
         outputs = self.runner.evaluate(unpacked(request))
         if self.onward is not None:
-            values = self.onward.evaluate(packed(_boundary(outputs)), request.targets)
+            boundary = packed(as_boundary(outputs))
+            values = self.onward.evaluate(boundary, request.targets)
             return wire.Evaluated(values)
         return wire.Evaluated(self.runner.assess(outputs, request.targets.unpack()))
 
     def evaluate_forward(self, request: wire.EvaluateForward) -> wire.Forwarded:
         """Bring one batch to where the route goes back to the device."""
-        boundary = packed(_boundary(self.runner.evaluate(unpacked(request))))
+        boundary = packed(as_boundary(self.runner.evaluate(unpacked(request))))
         if self.onward is not None:
             return self.onward.evaluate_forward(boundary)
         return wire.Forwarded(boundary[0], boundary[1:])
@@ -161,10 +162,6 @@ class Session:
         )
 
 
-def _boundary(outputs: Any) -> Boundary:
-    return outputs if type(outputs) is tuple else (outputs,)
-
-
 def _packed_gradient(gradient: Tensor | None) -> WireTensor:
     if gradient is None:
         raise RuntimeError("the segment gave its boundary no gradient.")
@@ -180,9 +177,8 @@ def _checksum(request: Any) -> int:
 
 
 def _tensors(request: Any) -> Iterator[WireTensor]:
-    fields = cast(Mapping[str, Any], type(request).__dataclass_fields__)
-    for name in fields:
-        value = getattr(request, name)
+    for each in fields(request):
+        value = getattr(request, each.name)
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, WireTensor):
                 yield tensor

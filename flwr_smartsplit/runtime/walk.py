@@ -14,7 +14,7 @@ from torch import Tensor
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
 from flwr_smartsplit.model.cap import MemoryCap
 from flwr_smartsplit.model.clipping import total_norm
-from flwr_smartsplit.model.segment import Batch, SegmentRunner
+from flwr_smartsplit.model.segment import Batch, SegmentRunner, as_boundary
 from flwr_smartsplit.runtime.link import (
     Connect,
     EdgeLink,
@@ -93,8 +93,7 @@ class Walk:
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
         """Evaluate one batch, metered if it is its turn."""
-        segments = [runner.segment for runner in self._runners]
-        with self.cap.step((inputs, targets), *segments):
+        with self.cap.step((inputs, targets), *self._owners()):
             values = self._evaluated(inputs, targets)
         self._count(targets, values)
         self._num_steps += 1
@@ -194,7 +193,7 @@ class Walk:
         outputs = head.evaluate(inputs)
         if self._link is None:
             return head.assess(outputs, targets)
-        sent = packed(outputs if type(outputs) is tuple else (outputs,))
+        sent = packed(as_boundary(outputs))
         del outputs
         if not rest:
             return self._link.evaluate(sent, WireTensor.pack(targets))
