@@ -4,7 +4,9 @@
     ├── InvalidRoute          the route does not fit the chain: choose another cut
     ├── NotSplittable         the model cannot be read as a chain: change the model
     ├── InvalidTask           the task's functions or examples do not fit together
+    ├── InvalidPlan           a recompute plan does not fit the route: plan anew
     ├── NoFeasibleRoute       no route fits a budget: more memory or a smaller batch
+    ├── NoFeasiblePlan        no recompute plan fits: another route, or more memory
     ├── MemoryCapExceeded     a step went over its cap: tighter plan or earlier cut
     ├── RefusedReply          one client's reply cannot be merged: look at that client
     └── EdgeError             something between a device and its edge
@@ -66,6 +68,23 @@ class InvalidTask(SmartSplitError):
 
 class NoFeasibleRoute(SmartSplitError):
     """No route fits the budget; carries ``needed_bytes`` and ``budget_bytes``."""
+
+    needed_bytes: int
+    budget_bytes: int
+
+
+class InvalidPlan(SmartSplitError):
+    """A recompute plan that cannot be run, or not on this route."""
+
+
+class NoFeasiblePlan(SmartSplitError):
+    """No recompute plan of a route fits the budget.
+
+    Attributes
+    ----------
+    needed_bytes, budget_bytes : int
+        The least that would do on this route, and what there is.
+    """
 
     needed_bytes: int
     budget_bytes: int

@@ -7,7 +7,7 @@ cut does what the whole chain does up to there (`model/step_log.py`).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.model.lean import early_ones
 from flwr_smartsplit.model.optimizer_costs import OptimizerCosts
 from flwr_smartsplit.model.profile_cache import (
     profile_digest,
@@ -25,6 +26,7 @@ from flwr_smartsplit.model.profile_cache import (
     write_profile,
 )
 from flwr_smartsplit.model.step_log import StepLog, log_step
+from flwr_smartsplit.model.unit_steps import step_bytes
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ChainProfile, UnitCost
 
@@ -87,6 +89,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         log = log_step(chain, batch_size=batch_size, task=task)
         optimizers = _optimizer_costs(chain, task, log)
         flops = _forward_flops(chain, batch_size=batch_size)
+        steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
@@ -98,7 +101,13 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     return ChainProfile(
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
-        units=_unit_costs(chain, log, optimizers, flops),
+        units=tuple(
+            replace(unit, step=step)
+            for unit, step in zip(
+                _unit_costs(chain, log, optimizers, flops), steps, strict=True
+            )
+        ),
+        loss=loss,
         updates_last=task.max_gradient_norm is not None,
     )
 
@@ -138,6 +147,8 @@ def _unit_costs(
                 device_peak_bytes=_peak(log, index, static_bytes, optimizer),
                 waiting_bytes=0 if is_last else log.waiting_bytes(index),
                 return_bytes=log.return_bytes(index, optimizer.tail_temporary_bytes),
+                head_update_bytes=optimizer.head_temporary_bytes,
+                tail_update_bytes=optimizer.tail_temporary_bytes,
             )
         )
     return tuple(units)
@@ -169,8 +180,8 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
     """Find what the optimizer of each unit costs, and of each device."""
     costs = OptimizerCosts(task)
     size = len(chain)
-    heads = [_trained(chain.segment(0, stop + 1), log) for stop in range(size)]
-    tails = [_trained(chain.segment(start, size), log) for start in range(size)]
+    heads = [_late(chain.segment(0, stop + 1), log) for stop in range(size)]
+    tails = [_late(chain.segment(start, size), log) for start in range(size)]
     temporary_bytes = costs.temporary_bytes
     if temporary_bytes(heads[-1]) != log.optimizer_temporary_bytes:
         # It steps many parameters at once (foreach): only a step of all of them tells.
@@ -191,6 +202,13 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
 def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:
     """List the parameters that get a gradient."""
     return [p for name, p in segment.named_parameters() if name in log.trained]
+
+
+def _late(segment: nn.Module, log: StepLog) -> list[Tensor]:
+    """List the parameters that are stepped when backward is over."""
+    trained = _trained(segment, log)
+    early = {id(p) for p in early_ones(trained)} if log.is_early else set()
+    return [parameter for parameter in trained if id(parameter) not in early]
 
 
 def _idle(segment: nn.Module, log: StepLog) -> list[Tensor]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flwr_smartsplit.model.lean import one_by_one
+
 _CENTRE = "proximal_centre"
 
 
@@ -65,8 +67,8 @@ def proximal(
             parameter, copy = copies.popitem()
             optimizer.state[parameter][_CENTRE] = copy
 
-    optimizer.register_step_pre_hook(pull)
-    optimizer.register_step_post_hook(keep)
+    optimizer.register_step_pre_hook(one_by_one(pull))
+    optimizer.register_step_post_hook(one_by_one(keep))
     return optimizer
 
 

@@ -11,17 +11,28 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from flwr_smartsplit.model.clipping import clip_gradients, gradient_norms
+from flwr_smartsplit.model.lean import (
+    GradientEntry,
+    GradientExit,
+    steps_one_by_one,
+    update_early,
+)
 from flwr_smartsplit.model.memory import phase
+from flwr_smartsplit.model.recompute import (
+    Observer,
+    Passage,
+    observe_nothing,
+    run_units,
+)
 from flwr_smartsplit.model.schedule import scheduler_of
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Streams = Callable[[int, int], AbstractContextManager[None]]
 """``streams(step, unit)`` opens the random stream that unit runs under."""
-
-Observer = Callable[[int, Any], None]
-"""``observe(unit, value)`` is told the value of each unit that has run."""
 
 Boundary = tuple[Tensor, ...]
 """The tensor that a gradient comes back for, then its context: tensors that travel
@@ -120,7 +131,8 @@ class Segment(nn.Module):
         *,
         streams: Streams = no_streams,
         step: int = 0,
-        observe: Observer | None = None,
+        observe: Observer = observe_nothing,
+        recompute: RecomputePlan = KEEP_ALL,
     ) -> Any:
         """Run the units in order, each random one under its own stream.
 
@@ -132,21 +144,25 @@ class Segment(nn.Module):
             Opens the random stream of a unit.
         step : int
             Number of the training step, from 0.
-        observe : Observer, optional
+        observe : Observer
             Is told the value of each unit.
+        recompute : RecomputePlan
+            What keeps nothing and runs again in backward.
         """
-        value: Any = inputs
-        training = self.training
-        for index, unit in enumerate(self.__units, start=self.__start):
-            run = unit.forward_in(training)
+        training, first = self.training, self.__start
+
+        def run(index: int, value: Any) -> Any:
+            unit = self.__units[index - first]
+            do = unit.forward_in(training)
             if training and unit.is_random:
                 with streams(step, index):
-                    value = run_unit(run, self, value)
-            else:
-                value = run_unit(run, self, value)
-            if observe is not None:
-                observe(index, value)
-        return value
+                    return run_unit(do, self, value)
+            return run_unit(do, self, value)
+
+        units = range(first, first + len(self.__units))
+        reruns = recompute.within(units.start, units.stop).reruns if training else ()
+        passage = Passage(run, self, observe, preserves_chance=streams is no_streams)
+        return run_units(inputs, units, reruns, passage)
 
 
 def as_boundary(outputs: Any) -> Boundary:
@@ -182,25 +198,6 @@ def _share(source: nn.Module, target: nn.Module, path: list[str]) -> None:
         setattr(target, last, getattr(source, last))
 
 
-class _Entry(torch.autograd.Function):
-    """End a graph with nothing where a gradient will come in later.
-
-    Neither the boundary nor its gradient is held by anyone but the graph and the
-    engine: the boundary goes once it is sent, the gradient once it is used.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, boundary: Tensor, receive: list[Callable[[], Tensor]]
-    ) -> Tensor:
-        ctx.receive = receive
-        return boundary.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.receive.pop()(), None
-
-
 class SegmentRunner:
     """Train or evaluate one segment at one place.
 
@@ -216,6 +213,14 @@ class SegmentRunner:
         What the task's ``schedule_fn`` is told.
     is_trained : bool
         Whether it needs an optimizer; evaluation does not.
+    is_lean : bool
+        Whether large parameters are stepped inside backward, which frees their
+        gradients at once and costs a little time. Only done where it is exact.
+
+    Attributes
+    ----------
+    recompute : RecomputePlan
+        What runs twice in a training step; may be set anew between two steps.
 
     Notes
     -----
@@ -231,14 +236,19 @@ class SegmentRunner:
         streams: Streams = no_streams,
         config: Mapping[str, Any] | None = None,
         is_trained: bool = True,
+        is_lean: bool = False,
     ) -> None:
         self.segment = segment
         self.task = task
+        self.recompute = KEEP_ALL
         self._streams = streams
         parameters = [p for p in segment.parameters() if p.requires_grad]
         needs_one = is_trained and bool(parameters)
         self.optimizer = task.optimizer_fn(parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
+        self.is_early = is_lean and _can_be_early(self.optimizer, task)
+        if self.is_early and self.optimizer is not None:
+            update_early(self.optimizer)
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Tensor]] = []
         self._input_gradients: list[Tensor] = []
@@ -264,7 +274,7 @@ class SegmentRunner:
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
         boundary = as_boundary(outputs)
-        self._entry = _Entry.apply(boundary[0], self._receive)
+        self._entry = GradientEntry.apply(boundary[0], self._receive)
         return tuple(tensor.detach() for tensor in boundary)
 
     def backward(self, receive: Callable[[], Tensor]) -> Tensor | None:
@@ -302,7 +312,7 @@ class SegmentRunner:
             The gradient of the incoming boundary, if there is one.
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
-        with phase("loss"), self._autocast():
+        with phase("loss"), autocast_of(self.task):
             loss = self.task.loss_fn(outputs, targets)
             if loss.untyped_storage().nbytes() > loss.nbytes:
                 # Some losses leave their mean where all of their terms were.
@@ -345,13 +355,13 @@ class SegmentRunner:
     def evaluate(self, inputs: Batch) -> Any:
         """Run the segment forward in evaluation mode, without a graph."""
         self.segment.eval()
-        with phase("forward"), self._autocast():
+        with phase("forward"), autocast_of(self.task):
             return self.segment(inputs)
 
     @torch.no_grad()
     def assess(self, outputs: Any, targets: Tensor) -> dict[str, float]:
         """Return loss and metrics of the outputs, in evaluation."""
-        with self._autocast():
+        with autocast_of(self.task):
             values = {"loss": float(self.task.loss_fn(outputs, targets))}
             if self.task.metrics_fn is not None:
                 # First, so that none of them takes the place of the loss.
@@ -365,20 +375,18 @@ class SegmentRunner:
         self._input_gradients.clear()
         if inputs_are_boundary:
             inputs = self._leaf(inputs)
-        with phase("forward"), self._autocast():
-            return self.segment(inputs, streams=self._streams, step=step)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.task.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+        with phase("forward"), autocast_of(self.task):
+            return self.segment(
+                inputs, streams=self._streams, step=step, recompute=self.recompute
+            )
 
     def _leaf(self, inputs: Batch) -> Batch:
-        """Catch the boundary's gradient by a hook: ``.grad`` would re-lay it out."""
+        """Let a boundary in, and have its gradient put aside."""
         if isinstance(inputs, dict):
             raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
         boundary, *context = inputs if isinstance(inputs, tuple) else (inputs,)
-        leaf = boundary.detach().requires_grad_()
-        leaf.register_hook(self._input_gradients.append)
+        trigger = torch.empty(0, requires_grad=True)
+        leaf = GradientExit.apply(trigger, boundary, self._input_gradients)
         return (leaf, *context) if context else leaf
 
     def _end(self) -> Tensor | None:
@@ -386,3 +394,15 @@ class SegmentRunner:
         if self.task.max_gradient_norm is None:
             self.update()
         return self._input_gradients.pop() if self._input_gradients else None
+
+
+def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:
+    """Say whether parameters may be stepped before all gradients are there."""
+    waits = task.max_gradient_norm is not None
+    return optimizer is not None and not waits and steps_one_by_one(optimizer)
+
+
+def autocast_of(task: Task) -> AbstractContextManager[Any]:
+    """Switch mixed precision on, if the task says so."""
+    dtype = task.autocast_dtype
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)

@@ -21,13 +21,14 @@ from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
 from flwr_smartsplit.model.layout import is_dense, num_spanned
 from flwr_smartsplit.model.memory import MemoryMeter
+from flwr_smartsplit.model.recompute import statistics_of
 from flwr_smartsplit.model.segment import SegmentRunner
 from flwr_smartsplit.task import Task
 
-_UNKNOWN = -1
+UNKNOWN = -1
 
 
-class _LoggingMeter(MemoryMeter):
+class LoggingMeter(MemoryMeter):
     """A meter that writes down every change, and which storage changed."""
 
     def __init__(self) -> None:
@@ -51,11 +52,11 @@ class _LoggingMeter(MemoryMeter):
     def birth_of(self, tensor: Tensor) -> int:
         """Find the change that first saw a tensor's storage."""
         known = self._storages.get(tensor.untyped_storage()._cdata)
-        return _UNKNOWN if known is None else known.born
+        return UNKNOWN if known is None else known.born
 
 
 @dataclass
-class _Passage:
+class Passage:
     """How the value of one unit goes out, and how its gradient comes back.
 
     Positions are numbers of changes; bytes are what the wire adds to them.
@@ -63,35 +64,37 @@ class _Passage:
 
     forward_end: int
     boundary_bytes: int
-    carrier_bytes: int
     spanned_bytes: int
     packing_bytes: int
     backward_start: int = 0
-    gradient_birth: int = _UNKNOWN
+    gradient_birth: int = UNKNOWN
     gradient_bytes: int = 0
     unpacking_bytes: int = 0
+    outputs: tuple[tuple[int, int], ...] = ()  # Birth and bytes of each storage.
+    changes_tensors: bool = False
 
 
 class _Observed(nn.Module):
     """A segment that tells a log of its units' values while it trains."""
 
-    def __init__(self, segment: nn.Module, meter: _LoggingMeter) -> None:
+    def __init__(self, segment: nn.Module, meter: LoggingMeter) -> None:
         super().__init__()
         self.segment = segment
         self.meter = meter
-        self.passages: list[_Passage] = []
+        self.passages: list[Passage] = []
+        self._versions: dict[str, int] = {}
 
     def forward(self, inputs: Any, **how: Any) -> Any:
         self.passages.clear()
+        self._versions = _versions(self.segment)
         return self.segment(inputs, observe=self._observe, **how)
 
     def _observe(self, index: int, value: Any) -> None:
         del index
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        passage = _Passage(
+        passage = Passage(
             forward_end=self.meter.position,
             boundary_bytes=sum(t.numel() * t.element_size() for t in tensors),
-            carrier_bytes=sum(t.numel() * t.element_size() for t in tensors[:1]),
             spanned_bytes=sum(
                 num_spanned(tuple(t.shape), t.stride()) * t.element_size()
                 for t in tensors
@@ -102,11 +105,20 @@ class _Observed(nn.Module):
                 if not is_dense(tuple(t.shape), t.stride())
             ),
         )
+        versions = _versions(self.segment)
+        passage.changes_tensors = versions != self._versions
+        self._versions = versions
+        passage.outputs = tuple(
+            {t.untyped_storage()._cdata: self._storage(t) for t in tensors}.values()
+        )
         self.passages.append(passage)
         if tensors and tensors[0].requires_grad:
             tensors[0].register_hook(partial(self._gradient_came, passage))
 
-    def _gradient_came(self, passage: _Passage, gradient: Tensor) -> None:
+    def _storage(self, tensor: Tensor) -> tuple[int, int]:
+        return self.meter.birth_of(tensor), tensor.untyped_storage().nbytes()
+
+    def _gradient_came(self, passage: Passage, gradient: Tensor) -> None:
         shape, strides = tuple(gradient.shape), gradient.stride()
         size = gradient.element_size()
         passage.backward_start = self.meter.position
@@ -116,23 +128,23 @@ class _Observed(nn.Module):
             passage.unpacking_bytes = gradient.numel() * size
 
 
+def _versions(segment: nn.Module) -> dict[str, int]:
+    """Take the version of each tensor that a forward may change.
+
+    Running statistics are left out: a unit that runs twice does not update them twice.
+    """
+    tensors = {**dict(segment.named_buffers()), **constants_of(segment)}
+    own = statistics_of(segment)
+    return {name: t._version for name, t in tensors.items() if name not in own}
+
+
 @dataclass(frozen=True)
-class _Used:
-    """Names of what a step used."""
+class Used:
+    """Names of what a step trained and of the constants it saw, and how it updated."""
 
     trained: frozenset[str]
     constants: frozenset[str]
-
-    @classmethod
-    def by(cls, segment: nn.Module, meter: _LoggingMeter) -> "_Used":
-        """Look which parameters have gradients, and which constants were seen."""
-        trained = {n for n, p in segment.named_parameters() if p.grad is not None}
-        seen = {
-            name
-            for name, constant in constants_of(segment).items()
-            if meter.birth_of(constant) != _UNKNOWN
-        }
-        return cls(frozenset(trained), frozenset(seen))
+    is_early: bool
 
 
 class StepLog:
@@ -148,58 +160,66 @@ class StepLog:
         Names of the parameters that got a gradient, and of the tensors that were used
         but are neither parameters nor buffers.
     optimizer_temporary_bytes : int
-        What the optimizer's step made beyond what was there before it.
+        What the optimizer's last step made beyond what was there before it.
+    is_early : bool
+        Whether large parameters were stepped inside backward.
+    changes, births : ndarray
+        Bytes of each change, and the change that first saw the storage.
+    passages : list[Passage]
+        How the value of each unit went out and its gradient came back.
+    start, backward_end : int
+        The changes where the step began and where its backward was over.
     """
 
     def __init__(
         self,
-        meter: _LoggingMeter,
-        passages: list[_Passage],
+        meter: LoggingMeter,
+        passages: list[Passage],
         *,
         start: int,
         backward_end: int,
         batch_bytes: int,
-        used: _Used,
+        used: Used,
     ) -> None:
         self.peak_bytes = meter.peak_bytes
         self.batch_bytes = batch_bytes
-        self.trained = used.trained
-        self.constants = used.constants
-        self._changes = np.array(meter.changes, dtype=np.int64)
-        self._births = np.array(meter.births, dtype=np.int64)
-        self._passages = passages
-        self._start = start
-        self._backward_end = backward_end
-        self.optimizer_temporary_bytes = _highest(self._changes[backward_end:])
+        self.trained, self.constants = used.trained, used.constants
+        self.is_early = used.is_early
+        self.changes = np.array(meter.changes, dtype=np.int64)
+        self.births = np.array(meter.births, dtype=np.int64)
+        self.passages = passages
+        self.start = start
+        self.backward_end = backward_end
+        self.optimizer_temporary_bytes = highest(self.changes[backward_end:])
 
     @property
     def num_units(self) -> int:
         """The length of the chain."""
-        return len(self._passages)
+        return len(self.passages)
 
     def boundary_bytes(self, index: int) -> int:
         """Size of what crosses the boundary after a unit."""
-        return self._passages[index].boundary_bytes
+        return self.passages[index].boundary_bytes
 
     def saved_bytes(self, index: int) -> int:
         """Size of what a unit's forward makes and backward finds."""
-        first = self._passages[index - 1].forward_end if index else self._start
-        last = self._passages[index].forward_end
-        forward = slice(self._start, self._passages[-1].forward_end)
-        births = self._births[forward]
+        first = self.passages[index - 1].forward_end if index else self.start
+        last = self.passages[index].forward_end
+        forward = slice(self.start, self.passages[-1].forward_end)
+        births = self.births[forward]
         mine = (births >= first) & (births < last)
-        return int(self._changes[forward][mine].sum())
+        return int(self.changes[forward][mine].sum())
 
     def waiting_bytes(self, index: int) -> int:
         """Size of the activations that wait while the units after one do their step.
 
         The boundary is dropped once sent; what backward needs of it is still held.
         """
-        passage = self._passages[index]
-        until = slice(self._start, passage.backward_start)
-        births = self._births[until]
-        from_forward = (births >= self._start) & (births < passage.forward_end)
-        return int(self._changes[until][from_forward].sum())
+        passage = self.passages[index]
+        until = slice(self.start, passage.backward_start)
+        births = self.births[until]
+        from_forward = (births >= self.start) & (births < passage.forward_end)
+        return int(self.changes[until][from_forward].sum())
 
     def return_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
         """Find the most a place holds that runs all units from one to the last.
@@ -209,28 +229,26 @@ class StepLog:
         """
         if index == 0:
             return 0
-        passage = self._passages[index - 1]
+        passage = self.passages[index - 1]
         start, end = passage.forward_end, passage.backward_start
-        changes = self._changes[start:end][self._births[start:end] >= start]
+        changes = self.changes[start:end][self.births[start:end] >= start]
         entered = passage.spanned_bytes
         is_sparse = passage.packing_bytes > 0
-        arrived = entered + int(changes.sum())
         left = entered + self._left_bytes(passage)
         return max(
             entered + (passage.boundary_bytes if is_sparse else 0),
-            entered + _highest(changes),
-            arrived + passage.carrier_bytes,  # Autograd copies the boundary's gradient.
+            entered + highest(changes),
             left + optimizer_temporary_bytes,
             left + passage.unpacking_bytes,
         )
 
-    def _left_bytes(self, passage: _Passage) -> int:
+    def _left_bytes(self, passage: Passage) -> int:
         """Size of what a place that ends the route has made when its backward is over.
 
         That is the gradients, the boundary's with them, and the loss.
         """
-        changes = self._changes[passage.forward_end : self._backward_end]
-        births = self._births[passage.forward_end : self._backward_end]
+        changes = self.changes[passage.forward_end : self.backward_end]
+        births = self.births[passage.forward_end : self.backward_end]
         mine = (births >= passage.forward_end) & (births < passage.backward_start)
         mine &= births != passage.gradient_birth
         return int(changes[mine].sum()) + passage.gradient_bytes
@@ -241,17 +259,17 @@ class StepLog:
         What stays, namely parameters, buffers, optimizer state and batch, is not
         counted.
         """
-        passage = self._passages[index]
-        forward = slice(self._start, passage.forward_end)
-        births = self._births
-        from_forward = (births >= self._start) & (births < passage.forward_end)
+        passage = self.passages[index]
+        forward = slice(self.start, passage.forward_end)
+        births = self.births
+        from_forward = (births >= self.start) & (births < passage.forward_end)
         held = self.waiting_bytes(index)
-        sending = int(self._changes[forward][births[forward] >= self._start].sum())
-        backward = slice(passage.backward_start, self._backward_end)
+        sending = int(self.changes[forward][births[forward] >= self.start].sum())
+        backward = slice(passage.backward_start, self.backward_end)
         from_backward = births >= passage.backward_start
         is_gradient = births == passage.gradient_birth
         changes = np.where(
-            is_gradient[backward], -passage.gradient_bytes, self._changes[backward]
+            is_gradient[backward], -passage.gradient_bytes, self.changes[backward]
         )
         changes = changes[(from_forward | from_backward | is_gradient)[backward]]
         arrived = held + passage.gradient_bytes
@@ -260,15 +278,15 @@ class StepLog:
             self._forward_highest(forward),
             sending + passage.packing_bytes,
             arrived + passage.unpacking_bytes,
-            arrived + _highest(changes),
+            arrived + highest(changes),
             left + optimizer_temporary_bytes,
         )
 
     def _forward_highest(self, forward: slice) -> int:
-        return _highest(self._changes[forward][self._births[forward] >= self._start])
+        return highest(self.changes[forward][self.births[forward] >= self.start])
 
 
-def _highest(changes: npt.NDArray[np.int64]) -> int:
+def highest(changes: npt.NDArray[np.int64]) -> int:
     """Find the highest sum of the first changes, or none of them."""
     return max(0, int(np.cumsum(changes).max(initial=0)))
 
@@ -280,14 +298,20 @@ def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
     """
     # Both look at values, and hold nothing that a plain step does not.
     task = replace(task, max_gradient_norm=None, schedule_fn=None)
-    mode, meter = FakeTensorMode(), _LoggingMeter()
+    mode, meter = FakeTensorMode(), LoggingMeter()
     segment = _Observed(fake_copy(chain.segment(0, len(chain)), mode), meter)
     batch, targets = fake_batch(
         (chain.example_inputs, task.example_targets), mode, batch_size=batch_size
     )
     ends: list[int] = []
+    trained: set[str] = set()
+    for name, parameter in segment.segment.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name: trained.add(name)
+            )
     with mode:
-        runner = SegmentRunner(segment, task)
+        runner = SegmentRunner(segment, task, is_lean=True)
         if runner.optimizer is not None:
             runner.optimizer.register_step_pre_hook(
                 lambda *_: ends.append(meter.position)
@@ -305,5 +329,14 @@ def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
         start=start,
         backward_end=ends[-1] if ends else meter.position,
         batch_bytes=batch_bytes,
-        used=_Used.by(segment.segment, meter),
+        used=Used(frozenset(trained), _seen(segment.segment, meter), runner.is_early),
+    )
+
+
+def _seen(segment: nn.Module, meter: LoggingMeter) -> frozenset[str]:
+    """Name the constants that a step used."""
+    return frozenset(
+        name
+        for name, constant in constants_of(segment).items()
+        if meter.birth_of(constant) != UNKNOWN
     )

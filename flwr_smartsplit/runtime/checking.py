@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.model.building import build_chain, state_of
 from flwr_smartsplit.model.cap import CapMode
+from flwr_smartsplit.model.lean import one_by_one
 from flwr_smartsplit.model.memory import unmetered
 from flwr_smartsplit.model.segment import Batch
 from flwr_smartsplit.runtime import transport as wire
@@ -260,33 +261,40 @@ class _GradientLog:
 
     def __init__(self, optimizer_fn: Callable[..., Optimizer]) -> None:
         self._optimizer_fn = optimizer_fn
-        self._steps: list[list[list[str]]] = []
+        self._taken: list[list[list[str]]] = []
         self._named: dict[str, str] = {}
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Build an optimizer, as a task's ``optimizer_fn`` does."""
         parameters = list(parameters)
         optimizer = self._optimizer_fn(parameters)
-        steps: list[list[str]] = []
-        self._steps.append(steps)
-        optimizer.register_step_pre_hook(
-            lambda *_: steps.append([_digest(p.grad) for p in parameters])
-        )
+        taken: list[list[str]] = [[] for _ in parameters]
+        self._taken.append(taken)
+        seen = {
+            id(parameter): own for parameter, own in zip(parameters, taken, strict=True)
+        }
+
+        def write(optimizer: Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        seen[id(parameter)].append(_digest(parameter.grad))
+
+        optimizer.register_step_pre_hook(one_by_one(write))
         return optimizer
 
     def name(self, owners: Sequence[Sequence[str]]) -> None:
         """Give what was written names, those of each optimizer's parameters."""
-        for names, steps in zip(owners, self._steps, strict=True):
-            for step, digests in enumerate(steps):
+        for names, taken in zip(owners, self._taken, strict=True):
+            for name, digests in zip(names, taken, strict=True):
                 self._named |= {
                     f"gradient {name} of step {step}": digest
-                    for name, digest in zip(names, digests, strict=True)
-                    if digest
+                    for step, digest in enumerate(digests)
                 }
 
     def take(self) -> dict[str, str]:
         """Return what was written, and start anew."""
-        named, self._named, self._steps = self._named, {}, []
+        named, self._named, self._taken = self._named, {}, []
         return named
 
 

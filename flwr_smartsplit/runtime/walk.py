@@ -211,6 +211,7 @@ class Walk:
             streams=self.streams,
             config=self.plan.config,
             is_trained=self._is_trained,
+            is_lean=True,
         )
 
     def _owners(self) -> list[Any]:

@@ -6,8 +6,10 @@ They stand apart so that deciding (``policy``) and carrying (``runtime``,
 
 from flwr_smartsplit.types.costs import (
     ChainProfile,
+    StepBytes,
     UnitCost,
 )
+from flwr_smartsplit.types.recompute import KEEP_ALL, RecomputePlan, Rerun
 from flwr_smartsplit.types.rounds import (
     Assignment,
     ClientPlan,
@@ -31,6 +33,7 @@ from flwr_smartsplit.types.routes import (
 __all__ = [
     "DEVICE",
     "EDGE",
+    "KEEP_ALL",
     "Assignment",
     "ChainProfile",
     "ClientPlan",
@@ -40,9 +43,12 @@ __all__ = [
     "Failure",
     "Leg",
     "Receipt",
+    "RecomputePlan",
+    "Rerun",
     "RoundPlan",
     "Route",
     "Status",
+    "StepBytes",
     "StepReport",
     "TailExpectation",
     "UnitCost",

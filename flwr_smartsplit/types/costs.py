@@ -2,7 +2,51 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBytes:
+    """What one unit makes and frees during a step, for plans that recompute.
+
+    Parameters
+    ----------
+    saved_bytes : int
+        What its forward leaves to backward, with its output if anyone keeps that.
+    kept_bytes : int
+        What of that is still there when its own backward begins.
+    forward_peak_bytes : int
+        The most that it makes in its forward.
+    passing_peak_bytes : int
+        The same where nothing is kept for backward.
+    backward_peak_bytes : int
+        The most in its backward: what it kept, both gradients of its boundaries,
+        temporaries, gradients of its parameters.
+    left_bytes : int
+        Gradients that its backward leaves until the end of the step.
+    output_bytes : int
+        Size of the storage of its output; 0 if its input's storage serves.
+    gradient_bytes : int
+        Size of the gradient of its output.
+    is_output_saved : bool
+        Whether ``saved_bytes`` has the output.
+    rerun_flops : int
+        Floating-point operations of its forward up to the last result that it saves.
+    can_rerun : bool
+        Whether it may run twice: not if it changes tensors, except a BatchNorm's.
+    """
+
+    saved_bytes: int = 0
+    kept_bytes: int = 0
+    forward_peak_bytes: int = 0
+    passing_peak_bytes: int = 0
+    backward_peak_bytes: int = 0
+    left_bytes: int = 0
+    output_bytes: int = 0
+    gradient_bytes: int = 0
+    is_output_saved: bool = True
+    rerun_flops: int = 0
+    can_rerun: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +76,13 @@ class UnitCost:
         The most that the rest of the step, from this unit on, takes where it comes
         back to: its incoming boundary, activations, gradients, temporaries. The
         parameters, buffers and optimizer state of these units come on top.
+    head_update_bytes, tail_update_bytes : int
+        Most that the optimizer makes and frees after backward where this unit is the
+        last on a device, and where it is the first.
+    step : StepBytes
+        What plans that recompute are made from.
+    light_step : StepBytes, optional
+        The same if its cheap operators run twice; None if it has none worth it.
     """
 
     name: str
@@ -45,6 +96,10 @@ class UnitCost:
     device_peak_bytes: int
     waiting_bytes: int
     return_bytes: int
+    head_update_bytes: int = 0
+    tail_update_bytes: int = 0
+    step: StepBytes = StepBytes()
+    light_step: StepBytes | None = None
 
     @property
     def resident_bytes(self) -> int:
@@ -66,6 +121,8 @@ class ChainProfile:
         The costs of each unit, in order.
     updates_last : bool
         Whether all gradients are kept until all are there, to be clipped together.
+    loss : StepBytes
+        What the loss makes and frees, after the last unit.
 
     Examples
     --------
@@ -78,6 +135,7 @@ class ChainProfile:
     batch_bytes: int
     units: tuple[UnitCost, ...]
     updates_last: bool = False
+    loss: StepBytes = StepBytes()
 
     def to_json(self) -> str:
         """Write the profile as JSON, with the names of the fields as keys."""
@@ -94,10 +152,15 @@ class ChainProfile:
         """
         try:
             read = json.loads(text)
-            units = tuple(UnitCost(**unit) for unit in read.pop("units"))
-            return cls(units=units, **read)
+            units = tuple(_unit(**unit) for unit in read.pop("units"))
+            return cls(units=units, loss=StepBytes(**read.pop("loss")), **read)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"this is not a chain's profile as JSON: {error}. Make one anew with "
                 "profile_chain(...).to_json()."
             ) from error
+
+
+def _unit(*, step: Any, light_step: Any, **costs: Any) -> UnitCost:
+    light = None if light_step is None else StepBytes(**light_step)
+    return UnitCost(step=StepBytes(**step), light_step=light, **costs)

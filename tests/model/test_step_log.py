@@ -88,7 +88,7 @@ def test_a_log_that_forgets_a_part_of_the_wire_predicts_too_little(monkeypatch, 
     head_bytes = StepLog.head_bytes
 
     def forgetful(self: StepLog, index: int, temporary_bytes: int) -> int:
-        setattr(self._passages[index], part, 0)
+        setattr(self.passages[index], part, 0)
         return head_bytes(self, index, temporary_bytes)
 
     monkeypatch.setattr(StepLog, "head_bytes", forgetful)
@@ -173,13 +173,13 @@ def test_a_gradient_that_repeats_one_value_is_one_value():
         example_targets=torch.zeros(1),
     )
     log = log_step(build_chain(task), batch_size=BATCH_SIZE, task=task)
-    passage = log._passages[-2]
+    passage = log.passages[-2]
     assert (passage.gradient_bytes, passage.unpacking_bytes) == (FLOAT, BOUNDARY)
 
 
 def test_the_log_numbers_each_storage_once():
     """Changes of one storage carry one number, and sum up to what is left of it."""
-    meter = step_log._LoggingMeter()
+    meter = step_log.LoggingMeter()
     with meter:
         first, second = torch.zeros(3), torch.zeros(5)
         first.resize_(4)

@@ -1,0 +1,147 @@
+"""Run units twice instead of keeping what they make, with the same numbers.
+
+Torch's checkpointing drops what a part of a graph saves and runs that part again when
+backward asks for it. What is ours: a running statistic is not updated twice, random
+units draw their own stream again, and parts may be nested as a plan says.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from flwr_smartsplit.types import Rerun
+
+RunUnit = Callable[[int, Any], Any]
+"""``run(index, value)`` runs one unit."""
+
+Observer = Callable[[int, Any], None]
+"""``observe(index, value)`` is told the value of each unit that has run."""
+
+
+def observe_nothing(index: int, value: Any) -> None:
+    """Look away."""
+    del index, value
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """How units are run.
+
+    Parameters
+    ----------
+    run : Callable[[int, value], value]
+        Runs one unit.
+    root : nn.Module
+        The module that they are part of.
+    observe : Callable[[int, value], None]
+        Is told the value of each unit.
+    preserves_chance : bool
+        Whether torch's generator has to be put back to draw the same numbers again;
+        not if each unit draws from a stream of its own.
+    """
+
+    run: RunUnit
+    root: nn.Module
+    observe: Observer = observe_nothing
+    preserves_chance: bool = False
+
+
+def run_units(
+    value: Any, units: range, reruns: Sequence[Rerun], passage: Passage
+) -> Any:
+    """Run units in order; those of ``reruns`` keep nothing and run again in backward.
+
+    Parameters
+    ----------
+    value : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+        What the first unit takes.
+    units : range
+        Which to run.
+    reruns : Sequence[Rerun]
+        Parts of them, in order.
+    passage : Passage
+        How they are run.
+    """
+    index = units.start
+    for part in reruns:
+        for unit in range(index, part.start):
+            value = passage.run(unit, value)
+            passage.observe(unit, value)
+        value = _run_again(value, part, passage)
+        index = part.stop
+    for unit in range(index, units.stop):
+        value = passage.run(unit, value)
+        passage.observe(unit, value)
+    return value
+
+
+def _run_again(value: Any, part: Rerun, passage: Passage) -> Any:
+    is_tuple = type(value) is tuple
+
+    def function(*values: Any) -> Any:
+        inputs = values if is_tuple else values[0]
+        return run_units(inputs, range(part.start, part.stop), part.inner, passage)
+
+    return run_twice(function, *(value if is_tuple else (value,)), passage=passage)
+
+
+def run_twice(function: Callable[..., Any], *values: Any, passage: Passage) -> Any:
+    """Run a function and keep nothing but its inputs; run it again for backward.
+
+    Parameters
+    ----------
+    function : Callable
+        Of the values.
+    *values : Any
+        Its inputs; tensors are kept.
+    passage : Passage
+        Whose running statistics must not be updated twice.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), statistics_kept(passage.root)
+
+    return checkpoint(
+        function,
+        *values,
+        use_reentrant=False,
+        preserve_rng_state=passage.preserves_chance,
+        context_fn=contexts,
+    )
+
+
+@contextmanager
+def statistics_kept(root: nn.Module) -> Iterator[None]:
+    """Let no BatchNorm of a module update its running statistics.
+
+    A momentum of 0 keeps them to the bit, and saves as many tensors as before, which
+    torch's checkpointing makes sure of.
+    """
+    norms: list[Any] = [each for each in root.modules() if _has_statistics(each)]
+    before = [(norm.momentum, norm._buffers["num_batches_tracked"]) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum, norm._buffers["num_batches_tracked"] = 0.0, None
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, before, strict=True):
+            norm.momentum, norm._buffers["num_batches_tracked"] = momentum, counter
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats
+
+
+def statistics_of(root: nn.Module) -> set[str]:
+    """Name the running statistics of a module, which are not updated twice."""
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in root.named_modules()
+        if _has_statistics(module)
+        for name in module._buffers
+    }

@@ -1,0 +1,198 @@
+"""What each unit makes and frees in a step, so that plans can be added up from it.
+
+Read off the same log of one step that tells the peak of every cut
+(``model/step_log.py``), and off a second forward in which nothing is kept.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from flwr_smartsplit.model.chain import Chain
+from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
+from flwr_smartsplit.model.segment import autocast_of
+from flwr_smartsplit.model.step_log import LoggingMeter, StepLog, highest
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import StepBytes
+
+
+def step_bytes(
+    chain: Chain, log: StepLog, *, batch_size: int, task: Task
+) -> tuple[list[StepBytes], StepBytes]:
+    """Find what each unit, and then the loss, makes and frees in a step.
+
+    Parameters
+    ----------
+    chain : Chain
+        The chain that was logged.
+    log : StepLog
+        One step of it.
+    batch_size : int
+        Examples per step.
+    task : Task
+        Says whether forward runs in mixed precision.
+    """
+    passing = _passing_peaks(chain, batch_size=batch_size, task=task)
+    reruns = _rerun_flops(chain, batch_size=batch_size)
+    units = [
+        replace(_unit(log, i), passing_peak_bytes=passing[i], rerun_flops=reruns[i])
+        for i in range(log.num_units)
+    ]
+    return units, _loss(log)
+
+
+def _unit(log: StepLog, index: int) -> StepBytes:
+    passage = log.passages[index]
+    first = log.passages[index - 1].forward_end if index else log.start
+    last = passage.forward_end
+    mine = (log.births >= first) & (log.births < last)
+    saved = _sum(log, slice(log.start, log.passages[-1].forward_end), mine)
+    kept = _sum(log, slice(log.start, passage.backward_start), mine)
+    new = {birth: size for birth, size in passage.outputs if first <= birth < last}
+    alive = {
+        birth
+        for birth in new
+        if _sum(log, slice(log.start, passage.backward_start), log.births == birth)
+        or _is_alive(log, birth, index)
+    }
+    # What travels along as context stays, whoever keeps it.
+    context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
+    output_bytes = next(iter(new.values()), 0)
+    is_saved = bool(new) and next(iter(new)) in alive
+    sent = _sum(log, slice(log.start, last), mine) + passage.packing_bytes
+    return StepBytes(
+        saved_bytes=saved + context,
+        kept_bytes=kept + context,
+        forward_peak_bytes=max(_forward_peak(log, first, last), sent),
+        backward_peak_bytes=_backward_peak(log, index, kept + context),
+        left_bytes=_left(log, index),
+        output_bytes=output_bytes,
+        gradient_bytes=passage.gradient_bytes,
+        is_output_saved=is_saved,
+        can_rerun=not passage.changes_tensors,
+    )
+
+
+def _is_alive(log: StepLog, birth: int, index: int) -> bool:
+    """Say whether a storage outlives the forward of the unit after its own."""
+    after = log.passages[min(index + 1, log.num_units - 1)]
+    until = after.forward_end if index + 1 < log.num_units else after.backward_start
+    return _sum(log, slice(log.start, until), log.births == birth) > 0
+
+
+def _sum(log: StepLog, until: slice, mine: npt.NDArray[np.bool_]) -> int:
+    return int(log.changes[until][mine[until]].sum())
+
+
+def _forward_peak(log: StepLog, first: int, last: int) -> int:
+    changes, births = log.changes[first:last], log.births[first:last]
+    return highest(changes[births >= first])
+
+
+def _backward(log: StepLog, index: int) -> slice:
+    """Find the changes of a unit's backward."""
+    end = log.passages[index - 1].backward_start if index else log.backward_end
+    return slice(log.passages[index].backward_start, end)
+
+
+def _backward_peak(log: StepLog, index: int, kept: int) -> int:
+    passage, during = log.passages[index], _backward(log, index)
+    first = log.passages[index - 1].forward_end if index else log.start
+    births, changes = log.births[during], log.changes[during]
+    is_gradient = births == passage.gradient_birth
+    changes = np.where(is_gradient, -passage.gradient_bytes, changes)
+    mine = (births >= first) & (births < passage.forward_end)
+    changes = changes[mine | is_gradient | (births >= during.start)]
+    arrived = kept + passage.gradient_bytes
+    return arrived + max(highest(changes), passage.unpacking_bytes)
+
+
+def _left(log: StepLog, index: int) -> int:
+    """Size of what a unit's backward makes and leaves, but for what goes on."""
+    during = _backward(log, index)
+    births = log.births[during]
+    onward = log.passages[index - 1].gradient_birth if index else -1
+    mine = (births >= during.start) & (births != onward)
+    return int(log.changes[during][mine].sum())
+
+
+def _loss(log: StepLog) -> StepBytes:
+    last = log.passages[-1]
+    during = slice(last.forward_end, last.backward_start)
+    births = log.births[during]
+    changes = log.changes[during][births >= during.start]
+    peak = highest(changes)
+    left = log.changes[during][
+        (births >= during.start) & (births != last.gradient_birth)
+    ]
+    return StepBytes(
+        forward_peak_bytes=peak,
+        passing_peak_bytes=peak,
+        backward_peak_bytes=peak,
+        left_bytes=int(left.sum()),
+        can_rerun=False,
+    )
+
+
+def _passing_peaks(chain: Chain, *, batch_size: int, task: Task) -> list[int]:
+    """Find the most that each unit makes in a forward that keeps nothing."""
+    mode, meter = FakeTensorMode(), LoggingMeter()
+    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
+    batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
+    ends = [0]
+    meter.track(segment, batch)
+    ends[0] = meter.position
+    with mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(task):
+        segment(batch, observe=lambda *_: ends.append(meter.position))
+    changes, births = np.array(meter.changes), np.array(meter.births)
+    return [
+        highest(changes[first:last][births[first:last] >= first])
+        for first, last in pairwise(ends)
+    ]
+
+
+def _rerun_flops(chain: Chain, *, batch_size: int) -> list[int]:
+    """Count each unit's forward up to the last tensor that it saves.
+
+    There checkpointing stops when it runs a unit again.
+    """
+    mode = FakeTensorMode()
+    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
+    batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
+    counter = FlopCounterMode(display=False)
+    notes = _Notes()
+
+    def saw(tensor: Tensor) -> None:
+        del tensor
+        notes.last_saved = int(counter.get_total_flops())
+
+    with mode, counter, saved_tensors_hooks(saw, _drop):
+        segment(batch, observe=lambda *_: notes.end(int(counter.get_total_flops())))
+    return notes.reruns
+
+
+@dataclass
+class _Notes:
+    """How many FLOPs were done at the last end of a unit, and at the last save."""
+
+    last_end: int = 0
+    last_saved: int = 0
+
+    def __post_init__(self) -> None:
+        self.reruns: list[int] = []
+
+    def end(self, total: int) -> None:
+        self.reruns.append(max(0, self.last_saved - self.last_end))
+        self.last_end = total
+
+
+def _drop(value: Any) -> Any:
+    """Keep nothing of what backward would need."""
+    del value
