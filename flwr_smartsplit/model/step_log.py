@@ -291,45 +291,73 @@ def highest(changes: npt.NDArray[np.int64]) -> int:
     return max(0, int(np.cumsum(changes).max(initial=0)))
 
 
+class DryStep:
+    """A whole chain under fake tensors and a log, ready for training steps.
+
+    Parameters
+    ----------
+    chain : Chain
+        The chain.
+    batch_size : int
+        Examples per step.
+    task : Task
+        Supplies loss and optimizer.
+    """
+
+    def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
+        is_lean = task.max_gradient_norm is None
+        # Both look at values, and hold nothing that a plain step does not.
+        task = replace(task, max_gradient_norm=None, schedule_fn=None)
+        self._mode, self.meter = FakeTensorMode(), LoggingMeter()
+        self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
+        self.observed = _Observed(self.segment, self.meter)
+        self._batch = fake_batch(
+            (chain.example_inputs, task.example_targets),
+            self._mode,
+            batch_size=batch_size,
+        )
+        with self._mode:
+            self.runner = SegmentRunner(self.observed, task, is_lean=is_lean)
+            self.meter.track(self._batch)
+            self.batch_bytes = self.meter.live_bytes
+            self.meter.track(self.segment, self.runner.optimizer)  # Some have a state.
+
+    def run(self, step: int) -> int:
+        """Do one step; return the change where it began."""
+        start = self.meter.position
+        with self._mode, self.meter:
+            self.runner.finish(*self._batch, step=step, inputs_are_boundary=False)
+        return start
+
+
 def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
     """Run two steps of a whole chain under fake tensors, and log the second.
 
     The optimizer makes its state in the first.
     """
-    # Both look at values, and hold nothing that a plain step does not.
-    task = replace(task, max_gradient_norm=None, schedule_fn=None)
-    mode, meter = FakeTensorMode(), LoggingMeter()
-    segment = _Observed(fake_copy(chain.segment(0, len(chain)), mode), meter)
-    batch, targets = fake_batch(
-        (chain.example_inputs, task.example_targets), mode, batch_size=batch_size
-    )
+    dry = DryStep(chain, batch_size=batch_size, task=task)
     ends: list[int] = []
     trained: set[str] = set()
-    for name, parameter in segment.segment.named_parameters():
+    for name, parameter in dry.segment.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(
                 lambda _, name=name: trained.add(name)
             )
-    with mode:
-        runner = SegmentRunner(segment, task, is_lean=True)
-        if runner.optimizer is not None:
-            runner.optimizer.register_step_pre_hook(
-                lambda *_: ends.append(meter.position)
-            )
-        meter.track(batch, targets)
-        batch_bytes = meter.live_bytes
-        meter.track(segment, runner.optimizer)  # Some make their state at once.
-        with meter:
-            for step in range(2):
-                start = meter.position
-                runner.finish(batch, targets, step=step, inputs_are_boundary=False)
+    if dry.runner.optimizer is not None:
+        dry.runner.optimizer.register_step_pre_hook(
+            lambda *_: ends.append(dry.meter.position)
+        )
+    dry.run(0)
+    start = dry.run(1)
     return StepLog(
-        meter,
-        segment.passages,
+        dry.meter,
+        dry.observed.passages,
         start=start,
-        backward_end=ends[-1] if ends else meter.position,
-        batch_bytes=batch_bytes,
-        used=Used(frozenset(trained), _seen(segment.segment, meter), runner.is_early),
+        backward_end=ends[-1] if ends else dry.meter.position,
+        batch_bytes=dry.batch_bytes,
+        used=Used(
+            frozenset(trained), _seen(dry.segment, dry.meter), dry.runner.is_early
+        ),
     )
 
 

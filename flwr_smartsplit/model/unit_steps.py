@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.segment import autocast_of
-from flwr_smartsplit.model.step_log import LoggingMeter, StepLog, highest
+from flwr_smartsplit.model.step_log import DryStep, LoggingMeter, StepLog, highest
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import StepBytes
 
@@ -40,10 +40,17 @@ def step_bytes(
         Says whether forward runs in mixed precision.
     """
     passing = _passing_peaks(chain, batch_size=batch_size, task=task)
-    reruns = _rerun_flops(chain, batch_size=batch_size)
+    reruns = _Reruns(chain, batch_size=batch_size, task=task)
+    flops = _rerun_flops(chain, batch_size=batch_size)
     units = [
-        replace(_unit(log, i), passing_peak_bytes=passing[i], rerun_flops=reruns[i])
-        for i in range(log.num_units)
+        replace(
+            _unit(log, index),
+            passing_peak_bytes=passing[index],
+            rerun_peak_bytes=reruns.peak_bytes(index),
+            arriving_bytes=reruns.arriving_bytes(index),
+            rerun_flops=flops[index],
+        )
+        for index in range(log.num_units)
     ]
     return units, _loss(log)
 
@@ -56,12 +63,10 @@ def _unit(log: StepLog, index: int) -> StepBytes:
     saved = _sum(log, slice(log.start, log.passages[-1].forward_end), mine)
     kept = _sum(log, slice(log.start, passage.backward_start), mine)
     new = {birth: size for birth, size in passage.outputs if first <= birth < last}
-    alive = {
-        birth
-        for birth in new
-        if _sum(log, slice(log.start, passage.backward_start), log.births == birth)
-        or _is_alive(log, birth, index)
-    }
+    end = log.passages[-1].forward_end
+    if index == log.num_units - 1:
+        end = passage.backward_start
+    alive = {b for b in new if _sum(log, slice(log.start, end), log.births == b)}
     # What travels along as context stays, whoever keeps it.
     context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
     output_bytes = next(iter(new.values()), 0)
@@ -78,13 +83,6 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         is_output_saved=is_saved,
         can_rerun=not passage.changes_tensors,
     )
-
-
-def _is_alive(log: StepLog, birth: int, index: int) -> bool:
-    """Say whether a storage outlives the forward of the unit after its own."""
-    after = log.passages[min(index + 1, log.num_units - 1)]
-    until = after.forward_end if index + 1 < log.num_units else after.backward_start
-    return _sum(log, slice(log.start, until), log.births == birth) > 0
 
 
 def _sum(log: StepLog, until: slice, mine: npt.NDArray[np.bool_]) -> int:
@@ -146,9 +144,8 @@ def _passing_peaks(chain: Chain, *, batch_size: int, task: Task) -> list[int]:
     mode, meter = FakeTensorMode(), LoggingMeter()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
-    ends = [0]
     meter.track(segment, batch)
-    ends[0] = meter.position
+    ends = [meter.position]
     with mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(task):
         segment(batch, observe=lambda *_: ends.append(meter.position))
     changes, births = np.array(meter.changes), np.array(meter.births)
@@ -156,6 +153,52 @@ def _passing_peaks(chain: Chain, *, batch_size: int, task: Task) -> list[int]:
         highest(changes[first:last][births[first:last] >= first])
         for first, last in pairwise(ends)
     ]
+
+
+class _Reruns:
+    """What a rerun finds and makes: it begins and ends where tensors are saved.
+
+    Checkpointing runs units again when backward first asks for what they saved, and
+    stops at the last tensor that they save.
+    """
+
+    def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
+        self._dry = DryStep(chain, batch_size=batch_size, task=task)
+        self._last_save: dict[int, int] = {}
+        self._first_use: dict[int, int] = {}
+        with saved_tensors_hooks(self._save, self._use):
+            self._start = self._dry.run(0)
+        self._changes = np.array(self._dry.meter.changes)
+        self._births = np.array(self._dry.meter.births)
+
+    def peak_bytes(self, index: int) -> int:
+        """Find the most that a unit makes up to the last tensor that it saves."""
+        passages = self._dry.observed.passages
+        first = passages[index - 1].forward_end if index else self._start
+        during = slice(first, self._last_save.get(index, first))
+        return highest(self._changes[during][self._births[during] >= first])
+
+    def arriving_bytes(self, index: int) -> int | None:
+        """Size of the gradients where backward first asks for what a unit saved."""
+        if index not in self._first_use:
+            return None
+        passage = self._dry.observed.passages[index]
+        during = slice(passage.backward_start, self._first_use[index])
+        births, changes = self._births[during], self._changes[during]
+        is_gradient = births == passage.gradient_birth
+        changes = np.where(is_gradient, -passage.gradient_bytes, changes)
+        mine = is_gradient | (births >= during.start)
+        return passage.gradient_bytes + int(changes[mine].sum())
+
+    def _save(self, tensor: Tensor) -> tuple[int, Tensor]:
+        index = len(self._dry.observed.passages)
+        self._last_save[index] = self._dry.meter.position
+        return index, tensor.detach()
+
+    def _use(self, saved: tuple[int, Tensor]) -> Tensor:
+        index, tensor = saved
+        self._first_use.setdefault(index, self._dry.meter.position)
+        return tensor
 
 
 def _rerun_flops(chain: Chain, *, batch_size: int) -> list[int]:

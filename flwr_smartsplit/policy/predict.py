@@ -1,9 +1,14 @@
 """Read a route's memory off a chain's profile."""
 
-from flwr_smartsplit.types import ChainProfile, Route
+from flwr_smartsplit.errors import InvalidPlan
+from flwr_smartsplit.policy.stages import stages_of
+from flwr_smartsplit.policy.step_memory import held_by
+from flwr_smartsplit.types import KEEP_ALL, ChainProfile, Leg, RecomputePlan, Route
 
 
-def predicted_peak_bytes(profile: ChainProfile, route: Route) -> int:
+def predicted_peak_bytes(
+    profile: ChainProfile, route: Route, recompute: RecomputePlan = KEEP_ALL
+) -> int:
     """Predict the most a device holds during a training step of its route.
 
     Parameters
@@ -12,17 +17,22 @@ def predicted_peak_bytes(profile: ChainProfile, route: Route) -> int:
         Exact costs at the client's batch size and optimizer.
     route : Route
         Any route of the chain.
+    recompute : RecomputePlan
+        What the device runs twice.
 
     Returns
     -------
     int
-        Bytes, equal to what the meter measures from the second step on
+        Bytes. If nothing runs twice, equal to what the meter measures from the second
+        step on; else never below it, and by at most 5 % above
         (`docs/memory-model.md`).
 
     Raises
     ------
     InvalidRoute
         If a cut lies outside the chain.
+    InvalidPlan
+        If a part of the plan does not lie within a device segment.
 
     Notes
     -----
@@ -31,6 +41,8 @@ def predicted_peak_bytes(profile: ChainProfile, route: Route) -> int:
     goes backward as if nothing else were there.
     """
     first, *rest = route.device_legs(len(profile.units))
+    if not recompute.is_empty:
+        return _with_recompute(profile, (first, *rest), recompute)
     head = profile.units[first.stop - 1]
     if not rest:
         return head.device_peak_bytes
@@ -44,3 +56,38 @@ def predicted_peak_bytes(profile: ChainProfile, route: Route) -> int:
         head.device_peak_bytes + kept_bytes,
         before + head.waiting_bytes + tail[0].return_bytes,
     )
+
+
+def _with_recompute(
+    profile: ChainProfile, legs: tuple[Leg, ...], plan: RecomputePlan
+) -> int:
+    """Follow the step through the stages of each device segment."""
+    parts = [plan.within(leg.start, leg.stop) for leg in legs]
+    if sum(len(p.reruns) + len(p.light) for p in parts) < len(plan.reruns) + len(
+        plan.light
+    ):
+        raise InvalidPlan(f"the plan {plan} has units that do not run on the device.")
+    static = profile.batch_bytes + sum(
+        unit.resident_bytes
+        for leg in legs
+        for unit in profile.units[leg.start : leg.stop]
+    )
+    first, *rest = legs
+    stages = stages_of(profile, first)
+    head = held_by(stages, parts[0])
+    left = sum(stage.left_bytes for stage in stages)
+    kept = 0
+    peaks = [
+        max(head.peak_bytes, left + profile.units[first.stop - 1].head_update_bytes)
+    ]
+    for leg, part in zip(rest, parts[1:], strict=True):
+        stages, before = stages_of(profile, leg), profile.units[leg.start - 1]
+        left = sum(stage.left_bytes for stage in stages) + before.step.gradient_bytes
+        kept = left if profile.updates_last else 0
+        own = max(
+            held_by(stages, part).peak_bytes,
+            left + profile.units[leg.start].tail_update_bytes,
+        )
+        peaks.append(head.waiting_bytes + before.boundary_bytes + own)
+    peaks[0] += kept
+    return static + max(peaks)

@@ -17,6 +17,8 @@ class StepBytes:
         What of that is still there when its own backward begins.
     forward_peak_bytes : int
         The most that it makes in its forward.
+    rerun_peak_bytes : int
+        The same up to the last tensor that it saves, where a rerun ends.
     passing_peak_bytes : int
         The same where nothing is kept for backward.
     backward_peak_bytes : int
@@ -28,6 +30,9 @@ class StepBytes:
         Size of the storage of its output; 0 if its input's storage serves.
     gradient_bytes : int
         Size of the gradient of its output.
+    arriving_bytes : int or None
+        Size of the gradients where its backward first asks for what it saved; None if
+        it saves nothing.
     is_output_saved : bool
         Whether ``saved_bytes`` has the output.
     rerun_flops : int
@@ -39,11 +44,13 @@ class StepBytes:
     saved_bytes: int = 0
     kept_bytes: int = 0
     forward_peak_bytes: int = 0
+    rerun_peak_bytes: int = 0
     passing_peak_bytes: int = 0
     backward_peak_bytes: int = 0
     left_bytes: int = 0
     output_bytes: int = 0
     gradient_bytes: int = 0
+    arriving_bytes: int | None = None
     is_output_saved: bool = True
     rerun_flops: int = 0
     can_rerun: bool = True

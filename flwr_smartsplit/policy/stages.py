@@ -1,0 +1,209 @@
+"""Stages: what plans of recomputation are made of, and what one of them holds.
+
+A stage is one unit, or several between which nothing is kept that a plan could start
+again from. Its numbers come from a logged step, so they add up to what a step holds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from flwr_smartsplit.types import ChainProfile, Leg, StepBytes, UnitCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to run a stage once and keep what backward needs.
+
+    Parameters
+    ----------
+    saved_bytes, kept_bytes : int
+        As in ``StepBytes``.
+    forward_peak_bytes, rerun_peak_bytes, backward_peak_bytes : int
+        As in ``StepBytes``.
+    extra_cost : float
+        What backward runs again.
+    light : tuple[int, ...]
+        The units that keep their costly results only.
+    """
+
+    saved_bytes: int
+    kept_bytes: int
+    forward_peak_bytes: int
+    rerun_peak_bytes: int
+    backward_peak_bytes: int
+    extra_cost: float = 0.0
+    light: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Units ``[start, stop)`` that are kept or run again together.
+
+    Parameters
+    ----------
+    start, stop : int
+        The units; none for the loss.
+    ways : tuple[Way, ...]
+        How it can be run, the plain way first.
+    passing_peak_bytes : int
+        The most that its forward makes where nothing is kept.
+    output_bytes, arriving_bytes : int
+        Size of its output, and of the gradients where a rerun of it begins.
+    left_bytes : int
+        Gradients that its backward leaves until the end.
+    cost : float
+        Of its forward, in FLOPs or milliseconds.
+    rerun_cost : float
+        The same up to the last tensor it saves.
+    can_rerun : bool
+        Whether it may run twice.
+    """
+
+    start: int
+    stop: int
+    ways: tuple[Way, ...]
+    passing_peak_bytes: int = 0
+    output_bytes: int = 0
+    arriving_bytes: int = 0
+    left_bytes: int = 0
+    cost: float = 0.0
+    rerun_cost: float = 0.0
+    can_rerun: bool = True
+
+
+def stages_of(
+    profile: ChainProfile, leg: Leg, costs: Sequence[float] | None = None
+) -> tuple[Stage, ...]:
+    """Divide a device's segment into stages; the loss is the last if it is there.
+
+    Parameters
+    ----------
+    profile : ChainProfile
+        Exact costs at the client's batch size and optimizer.
+    leg : Leg
+        The segment.
+    costs : Sequence[float], optional
+        What a forward of each unit of the chain costs, such as measured milliseconds;
+        without it, FLOPs count.
+    """
+    found: list[Stage] = []
+    pending: list[int] = []
+    for index in range(leg.start, leg.stop):
+        pending.append(index)
+        step = profile.units[index].step
+        if step.output_bytes and step.is_output_saved and index < leg.stop - 1:
+            found.append(_merged(profile, pending, costs))
+            pending = []
+    found.append(_merged(profile, pending, costs))
+    if leg.stop == len(profile.units):
+        last = profile.units[-1].step
+        if last.output_bytes and last.is_output_saved:
+            found.append(_loss(profile.loss, leg.stop))
+        else:
+            found[-1] = _with_loss(found[-1], profile.loss, last.output_bytes)
+    return tuple(found)
+
+
+def _merged(
+    profile: ChainProfile, indices: Sequence[int], costs: Sequence[float] | None
+) -> Stage:
+    units = [profile.units[index] for index in indices]
+    plain = [unit.step for unit in units]
+    ways = [_way(plain)]
+    light = [unit.light_step or unit.step for unit in units]
+    which = tuple(i for i, u in zip(indices, units, strict=True) if u.light_step)
+    own = [
+        unit.forward_flops if costs is None else costs[index]
+        for index, unit in zip(indices, units, strict=True)
+    ]
+    reruns = [_rerun_cost(unit, cost) for unit, cost in zip(units, own, strict=True)]
+    if which:
+        extra = sum(_light_cost(u, c) for u, c in zip(units, own, strict=True))
+        ways.append(replace(_way(light), extra_cost=extra, light=which))
+    passing = alive = 0
+    for step in plain:
+        passing = max(passing, alive + step.passing_peak_bytes)
+        alive = step.output_bytes or alive
+    arriving = (step.arriving_bytes for step in reversed(plain))
+    return Stage(
+        start=indices[0],
+        stop=indices[-1] + 1,
+        ways=tuple(ways),
+        passing_peak_bytes=passing,
+        output_bytes=alive,
+        arriving_bytes=next(filter(None, arriving), plain[-1].gradient_bytes),
+        left_bytes=sum(step.left_bytes for step in plain),
+        cost=sum(own),
+        rerun_cost=sum(own[:-1]) + reruns[-1],
+        can_rerun=all(step.can_rerun for step in plain),
+    )
+
+
+def _rerun_cost(unit: UnitCost, cost: float) -> float:
+    """Take the part of a forward's cost up to the last tensor that it saves."""
+    if not unit.forward_flops:
+        return cost
+    return cost * unit.step.rerun_flops / unit.forward_flops
+
+
+def _light_cost(unit: UnitCost, cost: float) -> float:
+    if unit.light_step is None or not unit.forward_flops:
+        return 0.0
+    return cost * unit.light_step.rerun_flops / unit.forward_flops
+
+
+def _way(steps: Sequence[StepBytes]) -> Way:
+    """Add up what units in a row hold, if all of them run once."""
+    saved = alive = forward = rerun = kept = 0
+    before: list[int] = []
+    for step in steps:
+        before.append(saved)
+        rerun = max(forward, saved + alive + step.rerun_peak_bytes)
+        forward = max(forward, saved + alive + step.forward_peak_bytes)
+        kept = saved + step.kept_bytes
+        saved += step.saved_bytes
+        if step.output_bytes:
+            alive = 0 if step.is_output_saved else step.output_bytes
+    backward = left = 0
+    for step, held in zip(reversed(steps), reversed(before), strict=True):
+        backward = max(backward, held + left + step.backward_peak_bytes)
+        left += step.left_bytes
+    return Way(
+        saved_bytes=saved,
+        kept_bytes=kept,
+        forward_peak_bytes=forward,
+        rerun_peak_bytes=rerun,
+        backward_peak_bytes=backward,
+    )
+
+
+def _loss(step: StepBytes, index: int) -> Stage:
+    return Stage(
+        start=index,
+        stop=index,
+        ways=(_way([step]),),
+        left_bytes=step.left_bytes,
+        can_rerun=False,
+    )
+
+
+def _with_loss(stage: Stage, loss: StepBytes, alive_bytes: int) -> Stage:
+    """Join the loss to the last stage, whose output it does not keep."""
+    peak = alive_bytes + loss.forward_peak_bytes
+
+    def joined(way: Way) -> Way:
+        held = way.saved_bytes + peak
+        return replace(
+            way,
+            forward_peak_bytes=max(way.forward_peak_bytes, held),
+            backward_peak_bytes=max(
+                way.backward_peak_bytes + loss.left_bytes, held + loss.left_bytes
+            ),
+        )
+
+    return replace(
+        stage,
+        ways=tuple(map(joined, stage.ways)),
+        left_bytes=stage.left_bytes + loss.left_bytes,
+        can_rerun=False,
+    )
