@@ -261,9 +261,13 @@ def _replay(runner: SegmentRunner, num_steps: int) -> None:
     """Bring a new optimizer and its schedule to this step.
 
     Both are stepped as often as elsewhere. There are no gradients, so all that moves
-    is what depends on the number of steps alone.
+    is what depends on the number of steps alone; and nothing else could, since the
+    parameters are empty meanwhile.
     """
     parameters = list(runner.segment.parameters())
+    values = [parameter.data for parameter in parameters]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value.new_empty(0)
     before = [parameter._version for parameter in parameters]
     try:
         for _ in range(num_steps):
@@ -275,7 +279,11 @@ def _replay(runner: SegmentRunner, num_steps: int) -> None:
             "the optimizer or its schedule cannot be stepped without gradients, so it "
             f"cannot be set up anew in a running round: {type(error).__name__}: {error}"
         ) from error
-    if [parameter._version for parameter in parameters] != before:
+    finally:
+        after = [parameter._version for parameter in parameters]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+    if after != before:
         raise RefusedMove(
             f"{type(runner.optimizer).__name__} changes parameters that have no "
             "gradient, so it cannot be set up anew in a running round."

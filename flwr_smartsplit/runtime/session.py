@@ -45,7 +45,7 @@ class Session:
     runner: SegmentRunner
     onward: EdgeLink | None
     num_examples: int = 0
-    start: int = -1
+    start: int = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _next: int = 0
     _last: int = -1
