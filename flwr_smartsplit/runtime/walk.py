@@ -267,6 +267,8 @@ class Walk:
         link, head, step = self._link, self._runners[0], self._num_steps
         if link is None or not self._is_trained:
             raise RefusedMove("a cut moves while a session at an edge is trained.")
+        for runner in self._runners:
+            runner.release_gradients()  # They have been used.
         remake = partial(rebuilt, head, self._chain, range(cut), make=self._runner)
         if cut < before:
             check_kept(self._chain, self._task, range(cut, before))

@@ -89,13 +89,20 @@ RUNS: list[Any] = [message_run, legacy_run]
 SIDES = list(zip(RUNS, KINDS, strict=True))
 
 
+@pytest.fixture(scope="module")
+def plain() -> Run:
+    """Train the same clients with their cuts as planned."""
+    return message_run(clients(build_client_app, None))
+
+
 @pytest.mark.parametrize("run_with", RUNS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_moved_clients_are_merged_bit_for_bit(run_with: Any, kind: Kind) -> None:
+def test_moved_clients_are_merged_bit_for_bit(
+    run_with: Any, kind: Kind, plain: Run
+) -> None:
     """Two rounds, three kinds of route, cuts that go up and down."""
     rows: list[Any] = []
     moved = run_with(clients(kind, move_along), on_row=(rows.append,))
-    plain = run_with(clients(kind, None))
     assert moved.kinds() == plain.kinds() == []
     assert differences(moved.state, plain.state) == []
     assert differences(moved.state, initial_state()) != []

@@ -182,7 +182,7 @@ def test_a_route_that_moves_trains_to_the_same_bits(
 
 
 @pytest.mark.parametrize("cut", range(1, len(tiny_chain())))
-@pytest.mark.parametrize("start", [1, 5, 8])
+@pytest.mark.parametrize("start", [1, 8])
 def test_every_cut_moves_to_every_other(pair: Moving, start: int, cut: int) -> None:
     """And back again before the next step, which changes nothing either."""
     plain = pair.run(SPLIT(cut))
@@ -203,8 +203,14 @@ def test_every_cut_moves_to_every_other(pair: Moving, start: int, cut: int) -> N
 # --- memory ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "clipped"])
-@pytest.mark.parametrize("cap_mode", [CapMode.STRICT, CapMode.SAMPLED])
+@pytest.mark.parametrize(
+    ("name", "cap_mode"),
+    [
+        ("momentum", CapMode.STRICT),
+        ("adam", CapMode.STRICT),
+        ("clipped", CapMode.SAMPLED),
+    ],
+)
 @pytest.mark.parametrize(
     ("route", "cuts"),
     [(SPLIT(8), (5, 2, 6)), (Route.u_shape(6, 7, edge=NEAR), (2, 4, 1))],
@@ -250,8 +256,10 @@ def test_moving_earlier_holds_nothing_twice(pair: Moving) -> None:
     assert after < before
 
 
-def test_units_that_do_not_fit_stay_where_they_are(pair: Moving) -> None:
+@pytest.mark.parametrize("name", ["momentum", "all"])
+def test_units_that_do_not_fit_stay_where_they_are(tmp_path: Path, name: str) -> None:
     """The cut goes back, and the round goes on to the same bits."""
+    pair = Moving(tmp_path, replace(TASK, **VARIANTS[name]))
     refused: list[str] = []
 
     def between(walk: Walk) -> None:
