@@ -8,6 +8,7 @@
     ├── NoFeasibleRoute       no route fits a budget: more memory or a smaller batch
     ├── NoFeasiblePlan        no recompute plan fits: another route, or more memory
     ├── MemoryCapExceeded     a step went over its cap: tighter plan or earlier cut
+    ├── RefusedMove           a cut cannot move now: the session goes on unmoved
     ├── RefusedReply          one client's reply cannot be merged: look at that client
     └── EdgeError             something between a device and its edge
         ├── EdgeUnreachable       the edge does not answer: wait, or use another
@@ -112,6 +113,10 @@ class MemoryCapExceeded(SmartSplitError):
     live_bytes: int
     budget_bytes: int
     bytes_by_kind: dict[str, int]
+
+
+class RefusedMove(SmartSplitError):
+    """A cut that cannot be moved between two steps; the session goes on as it was."""
 
 
 class RefusedReply(SmartSplitError):

@@ -115,7 +115,10 @@ def _without_payload(request: Any) -> Any:
     """Leave tensors out: to remember them would keep the device's memory in use."""
     nothing = WireTensor.pack(torch.empty(0))
     payload = ("boundary", "targets", "gradient")
-    return replace(request, **{n: nothing for n in payload if hasattr(request, n)})
+    parts = {n: nothing for n in payload if hasattr(request, n)}
+    if hasattr(request, "carried"):
+        parts["carried"] = None
+    return replace(request, **parts)
 
 
 def tail_files(folder: Path, session: str = "") -> list[Path]:

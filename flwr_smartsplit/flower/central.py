@@ -23,7 +23,7 @@ from flwr_smartsplit.flower.records import plain_values
 from flwr_smartsplit.flower.round_log import RoundLog
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer
 from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.chain import Chain
+from flwr_smartsplit.model.carrying import kept_units
 from flwr_smartsplit.model.costs import profile_chain
 from flwr_smartsplit.policy.acceptance import check_evaluation, refusal
 from flwr_smartsplit.policy.cuts import ChooseRoute, deepest_split
@@ -133,7 +133,7 @@ class CentralManager:
         self.round_plans: list[RoundPlan] = []
         if edges:
             self.chain.require_cuts()
-        self._kept_units = _kept_units(self.chain, task)
+        self._kept_units = kept_units(self.chain, task)
         self._profiles: dict[int, ChainProfile] = {}
         self._current: State = {}
         self._digest = ""
@@ -197,10 +197,11 @@ class CentralManager:
     ) -> Settled:
         """End a training phase: refuse, commit, drop, merge, step."""
         received = self.settings.clock()
+        replies = list(replies)
         settled = settle_round(
             replies,
             round_number=dispatch.round_number,
-            expected=dispatch.expectations(self.chain),
+            expected=dispatch.expectations(self.chain, replies),
             current=self._current,
             edges=self.edges,
             step=self._step(dispatch.round_number),
@@ -318,18 +319,6 @@ class CentralManager:
         if optimizer is None:
             return None
         return lambda before, mean: optimizer.step(round_number, before, mean)
-
-
-def _kept_units(chain: Chain, task: Task) -> frozenset[int]:
-    """Find the units whose state, or part of it, stays on the device."""
-    is_local = task.is_local
-    if is_local is None:
-        return frozenset()
-    return frozenset(
-        index
-        for index in range(len(chain))
-        if any(map(is_local, chain.state_names(index, index + 1)))
-    )
 
 
 def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:

@@ -1,15 +1,16 @@
 """Dispatch: one phase of a round, blind to which of Flower's APIs carries it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from flwr_smartsplit.errors import RefusedReply
+from flwr_smartsplit.errors import InvalidRoute, RefusedReply
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.types import (
     ClientPlan,
     ClientReply,
     Expectation,
     Failure,
+    Move,
     TailExpectation,
 )
 
@@ -17,6 +18,8 @@ from flwr_smartsplit.types import (
 @dataclass(frozen=True, slots=True)
 class Sent:
     """What one client is sent, and what its arrays are called.
+
+    If the client then moves its cut, ``after`` says what it sends back instead.
 
     Parameters
     ----------
@@ -34,6 +37,25 @@ class Sent:
     names: tuple[str, ...]
     returned_names: tuple[str, ...]
     predicted_peak_bytes: int
+
+    def after(self, moves: Sequence[Move], chain: Chain) -> "Sent":
+        """Say what a client sends back that moved its cut.
+
+        Moves that cannot have happened change nothing: such a reply is compared with
+        the plan, which it does not fit.
+        """
+        if not moves:
+            return self
+        try:
+            plan = moved_plan(self.plan, moves)
+            names = device_names(plan, chain)
+        except InvalidRoute:
+            return self
+        local = set(self.names) - set(self.returned_names)
+        if not local <= set(names):
+            return self
+        mine = tuple(name for name in names if name not in local)
+        return replace(self, plan=plan, names=names, returned_names=mine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +101,22 @@ class Dispatch:
     sent_bytes: dict[str, int] = field(default_factory=dict)
     received_bytes: dict[str, int] = field(default_factory=dict)
 
-    def expectations(self, chain: Chain) -> dict[str, Expectation]:
-        """Say what every chosen client's reply must contain."""
+    def expectations(
+        self, chain: Chain, replies: Sequence[ClientReply] = ()
+    ) -> dict[str, Expectation]:
+        """Say what every chosen client's reply must contain.
+
+        Parameters
+        ----------
+        chain : Chain
+            The model.
+        replies : Sequence[ClientReply]
+            What came: a client whose cut has moved sends what its last route has.
+        """
+        moves: dict[str, tuple[Move, ...]] = {}
+        for reply in replies:  # Only the first reply of a client can be accepted.
+            moves.setdefault(reply.client_key, reply.report.moves)
+        ended = {k: s.after(moves.get(k, ()), chain) for k, s in self.sent.items()}
         return {
             key: Expectation(
                 client_key=key,
@@ -93,7 +129,7 @@ class Dispatch:
                     for leg in sent.plan.route.edge_legs(len(chain))
                 },
             )
-            for key, sent in self.sent.items()
+            for key, sent in ended.items()
         }
 
     def collect(
@@ -137,6 +173,29 @@ def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
         for leg in plan.route.device_legs(len(chain))
         for name in chain.state_names(leg.start, leg.stop)
     )
+
+
+def moved_plan(plan: ClientPlan, moves: Sequence[Move]) -> ClientPlan:
+    """Follow a client's moves from its planned route to the one it ended on.
+
+    Raises
+    ------
+    InvalidRoute
+        If they do not begin at its cut, do not follow each other, or end at no cut.
+    """
+    route = plan.route
+    for move in moves:
+        if route.cuts[:1] != (move.before,):
+            raise InvalidRoute(f"a move from {move.before} on {route}.")
+        route = route.with_first_cut(move.after)
+    return replace(plan, route=route)
+
+
+def names_after(
+    sent: Sent | None, chain: Chain, moves: Sequence[Move]
+) -> tuple[str, ...]:
+    """Name a client's arrays in their order, wherever its cut has moved."""
+    return () if sent is None else sent.after(moves, chain).returned_names
 
 
 def returned(

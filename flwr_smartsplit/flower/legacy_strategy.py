@@ -32,11 +32,11 @@ from flwr_smartsplit.flower.central import (
     Settings,
     refuse_wrappers,
 )
-from flwr_smartsplit.flower.dispatch import Answer, Dispatch, Sent
+from flwr_smartsplit.flower.dispatch import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.legacy_fleet import LegacyFleet, reason_of
 from flwr_smartsplit.flower.records import plan_to_scalars
-from flwr_smartsplit.flower.replies import reply_from_scalars
+from flwr_smartsplit.flower.replies import NamesOf, reply_from_scalars
 from flwr_smartsplit.policy.cuts import ChooseRoute, deepest_split
 from flwr_smartsplit.runtime.transport import Edge
 from flwr_smartsplit.task import Task
@@ -327,10 +327,11 @@ class LegacySmartSplit(Strategy):
     ) -> Answer:
         key = self._fleet.key_of(proxy)
         sent = dispatch.sent.get(key)
+        names = partial(names_after, sent, self._central.chain)
         parameters = getattr(result, "parameters", Parameters([], ""))
         return Answer(
             key,
-            read=partial(_read, result, parameters, sent),
+            read=partial(_read, result, parameters, names),
             num_bytes=_size(parameters, result.metrics),
         )
 
@@ -348,9 +349,8 @@ class LegacySmartSplit(Strategy):
 
 
 def _read(
-    result: FitRes | EvaluateRes, parameters: Parameters, sent: Sent | None
+    result: FitRes | EvaluateRes, parameters: Parameters, names: NamesOf
 ) -> ClientReply:
-    names = () if sent is None else sent.returned_names
     return reply_from_scalars(result.metrics, parameters_to_ndarrays(parameters), names)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message, MessageType
 
-from flwr_smartsplit.flower.dispatch import Answer, Dispatch
+from flwr_smartsplit.flower.dispatch import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.fleet import Member
 from flwr_smartsplit.flower.records import (
     LEGACY,
@@ -16,6 +16,7 @@ from flwr_smartsplit.flower.records import (
     record_bytes,
 )
 from flwr_smartsplit.flower.replies import reply_from_content
+from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.types import ClientReply, Failure
 
 
@@ -54,15 +55,20 @@ def written(
 
 
 def read(
-    dispatch: Dispatch, members: Mapping[str, Member], messages: Iterable[Message]
+    dispatch: Dispatch,
+    members: Mapping[str, Member],
+    messages: Iterable[Message],
+    chain: Chain,
 ) -> tuple[list[ClientReply], list[Failure]]:
     """Read what came back, each message in its client's dialect."""
     chosen = {members[key].node_id: members[key] for key in dispatch.sent}
-    return dispatch.collect(_answer(dispatch, chosen, message) for message in messages)
+    return dispatch.collect(
+        _answer(dispatch, chosen, message, chain) for message in messages
+    )
 
 
 def _answer(
-    dispatch: Dispatch, chosen: Mapping[int, Member], message: Message
+    dispatch: Dispatch, chosen: Mapping[int, Member], message: Message, chain: Chain
 ) -> Answer:
     node = message.metadata.src_node_id
     member = chosen.get(node)
@@ -70,7 +76,7 @@ def _answer(
     if message.has_error():
         return Answer(key, error=last_line(message.error.reason))
     is_legacy = member is not None and member.dialect is LEGACY
-    names = dispatch.sent[key].returned_names if is_legacy else None
+    names = partial(names_after, dispatch.sent[key], chain) if is_legacy else None
     return Answer(
         key,
         read=partial(reply_from_content, message.content, names),

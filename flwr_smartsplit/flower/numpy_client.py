@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.client import NumPyClient
 
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
-from flwr_smartsplit.flower.dispatch import device_names, returned
+from flwr_smartsplit.flower.dispatch import device_names, moved_plan, returned
 from flwr_smartsplit.flower.records import (
     Arrays,
     Scalar,
@@ -173,6 +173,7 @@ class SmartSplitNumPyClient(NumPyClient):
             **metrics_of(outcome.report, _WEIGHT),
             **reply_to_scalars(plan, outcome),
         }
+        names = self.device_names(moved_plan(plan, outcome.report.moves))
         arrays = [outcome.state[name] for name in names if name in outcome.state]
         return arrays, outcome.report.num_examples, scalars
 

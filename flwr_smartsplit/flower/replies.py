@@ -1,7 +1,7 @@
 """Replies: what a client measured and confirms, to Flower records and back."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -21,9 +21,18 @@ from flwr_smartsplit.flower.records import (
 )
 from flwr_smartsplit.runtime.training import Outcome
 from flwr_smartsplit.runtime.wire import state_digest
-from flwr_smartsplit.types import ClientPlan, ClientReply, Receipt, Status, StepReport
+from flwr_smartsplit.types import (
+    ClientPlan,
+    ClientReply,
+    Move,
+    Receipt,
+    Status,
+    StepReport,
+)
 
 METRICS = "metrics"
+NamesOf = Callable[[tuple[Move, ...]], Sequence[str]]
+"""Names the arrays that come without names, if the client moved its cut like this."""
 
 _REPLY = "smartsplit.reply"
 _TOO_LARGE = 2**63
@@ -87,7 +96,7 @@ def evaluate_reply(
 
 
 def reply_from_content(
-    content: RecordDict, names: Sequence[str] | None = None
+    content: RecordDict, names: NamesOf | None = None
 ) -> ClientReply:
     """Read a reply in either dialect.
 
@@ -95,8 +104,8 @@ def reply_from_content(
     ----------
     content : RecordDict
         What came.
-    names : Sequence[str], optional
-        The names of a legacy reply's arrays, which come without.
+    names : Callable[[moves], Sequence[str]], optional
+        Names a legacy reply's arrays, which come without.
 
     Raises
     ------
@@ -119,7 +128,7 @@ def reply_from_content(
 def reply_from_scalars(
     scalars: Mapping[str, Any],
     arrays: Sequence[npt.NDArray[Any]],
-    names: Sequence[str],
+    names: NamesOf,
 ) -> ClientReply:
     """Read a reply as Flower's legacy API hands it on.
 
@@ -129,7 +138,7 @@ def reply_from_scalars(
         Its metrics, ours among them.
     arrays : Sequence[ndarray]
         Its arrays, in the order of the names.
-    names : Sequence[str]
+    names : Callable[[moves], Sequence[str]]
         What they are called.
 
     Raises
@@ -161,9 +170,10 @@ def _reading() -> Iterator[None]:
 def _read_reply(text: Any) -> tuple[ClientReply, Any]:
     """Read a reply, yet without its arrays, and what their digest should be."""
     values = json.loads(str(text))
-    report = StepReport(
-        **{**values["report"], "status": Status(values["report"]["status"])}
-    )
+    facts = values["report"]
+    facts["status"] = Status(facts["status"])
+    facts["moves"] = tuple(Move(**move) for move in facts.get("moves", ()))
+    report = StepReport(**facts)
     _check_types(report)
     receipts = tuple(
         Receipt(**{**receipt, "names": tuple(receipt["names"])})
@@ -182,9 +192,10 @@ def _read_reply(text: Any) -> tuple[ClientReply, Any]:
 
 
 def _named(
-    reply: ClientReply, arrays: Sequence[npt.NDArray[Any]], names: Sequence[str]
+    reply: ClientReply, arrays: Sequence[npt.NDArray[Any]], names_of: NamesOf
 ) -> dict[str, npt.NDArray[Any]]:
     """Give the arrays of a legacy reply their names; an evaluation has none."""
+    names = names_of(reply.report.moves)
     if arrays and len(arrays) != len(names):
         raise RefusedReply(
             f"client {reply.client_key!r} sends {len(arrays)} arrays, its "
@@ -221,6 +232,12 @@ def _check_types(report: StepReport) -> None:
         _is_number(value, float) for value in metrics.values()
     ):
         raise TypeError(f"metrics are {metrics!r}, not numbers by name")
+    for move in report.moves:
+        numbers = (move.step, move.before, move.after)
+        if not all(_is_number(number, int) for number in numbers) or not isinstance(
+            move.reason, str
+        ):
+            raise TypeError(f"{move!r} does not have a move's types")
 
 
 def _check_receipt(receipt: Receipt) -> None:

@@ -4,6 +4,7 @@ The names of sums are those of Flower's own benchmark where it has them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 from flwr_smartsplit.flower.dispatch import Dispatch
 from flwr_smartsplit.policy.rounds import NOT_SAMPLED
@@ -14,7 +15,7 @@ Row = dict[str, object]
 FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
     predicted_peak_bytes peak_bytes num_steps num_threads loss seconds bytes_down
-    bytes_up edge_bytes_up edge_bytes_down""".split()
+    bytes_up edge_bytes_up edge_bytes_down moves""".split()
 )
 """The keys of a client's row; all others are the task's metrics."""
 
@@ -118,7 +119,8 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
 
 
 def _measured(report: StepReport) -> Row:
-    return {
+    moves = [asdict(move) for move in report.moves]
+    return ({"moves": moves} if moves else {}) | {
         "peak_bytes": report.peak_bytes,
         "num_examples": report.num_examples,
         "num_steps": report.num_steps,

@@ -240,7 +240,7 @@ class SmartSplit(Strategy):
         dispatch = self._central.take()
         if dispatch is None:
             return None, None
-        read = messages.read(dispatch, self._members, replies)
+        read = messages.read(dispatch, self._members, replies, self._central.chain)
         settled = self._central.settle(dispatch, *read)
         if settled.state is None:
             return None, None
@@ -255,7 +255,7 @@ class SmartSplit(Strategy):
         dispatch = self._central.take()
         if dispatch is None:
             return None
-        read = messages.read(dispatch, self._members, replies)
+        read = messages.read(dispatch, self._members, replies, self._central.chain)
         accepted = self._central.assess(dispatch, *read)
         if not accepted:
             return None

@@ -88,6 +88,10 @@ class MemoryCap:
         if self.mode is not CapMode.OFF:
             self.meter.track(*things)
 
+    def start_over(self) -> None:
+        """Look at the next steps as at the first ones: what is trained has changed."""
+        self._steps_by_shape.clear()
+
     @contextmanager
     def building(self) -> Iterator[None]:
         """Meter what is built before the first step."""

@@ -123,10 +123,20 @@ class Chain:
         """Count the units."""
         return len(self.units)
 
-    def segment(self, start: int, stop: int) -> Segment:
+    def segment(
+        self, start: int, stop: int, *, source: nn.Module | None = None
+    ) -> Segment:
         """Take units ``[start, stop)``, sharing the model's own modules.
 
         Its ``state_dict`` uses the model's names, whatever the cut.
+
+        Parameters
+        ----------
+        start, stop : int
+            The units.
+        source : nn.Module, optional
+            Has their modules under the model's names, if they shall not be the model's
+            own.
 
         Raises
         ------
@@ -138,7 +148,8 @@ class Chain:
                 f"units [{start}, {stop}) are not a part of a chain of {len(self)} "
                 f"units: choose 0 <= start < stop <= {len(self)}."
             )
-        return Segment(self.units[start:stop], start, self.model, self._odd_modes)
+        root = self.model if source is None else source
+        return Segment(self.units[start:stop], start, root, self._odd_modes)
 
     def own_segment(self, start: int, stop: int) -> Segment:
         """Copy units ``[start, stop)``, so that their modules are nobody else's."""

@@ -112,7 +112,7 @@ class Segment(nn.Module):
         self.__units = tuple(units)
         self.__start = start
         for target in sorted({name for unit in units for name in unit.reads}):
-            _share(source, self, target.split("."))
+            share(source, self, target.split("."))
         mine = {name for name, _ in self.named_modules()}
         self.__odd_modes = {
             mode: names & mine for mode, names in (odd_modes or {}).items()
@@ -179,7 +179,7 @@ def run_unit(run: Callable[..., Any], root: nn.Module, value: Any) -> Any:
     return run(root, value)
 
 
-def _share(source: nn.Module, target: nn.Module, path: list[str]) -> None:
+def share(source: nn.Module, target: nn.Module, path: list[str]) -> None:
     """Register ``source``'s object at ``path`` under the same path of ``target``."""
     *parents, last = path
     for name in parents:

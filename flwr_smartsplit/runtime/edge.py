@@ -8,18 +8,19 @@ Until then nothing a client does can touch another one, or the global model.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from flwr_smartsplit.errors import EdgeError, RefusedTail, StaleSession
+from flwr_smartsplit.errors import EdgeError, RefusedMove, RefusedTail, StaleSession
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
-from flwr_smartsplit.model.segment import SegmentRunner
+from flwr_smartsplit.model.segment import Segment, SegmentRunner
 from flwr_smartsplit.policy.merging import add_states
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import Connect, EdgeLink, nowhere
+from flwr_smartsplit.runtime.moving import MoveCut, Moved
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.session import Session
 from flwr_smartsplit.runtime.spill import Spill, iterate_tails
@@ -109,14 +110,7 @@ class EdgeService:
         names = self._chain.state_names(request.start, request.stop)
         state = self._spill.read_state(request.state_digest, names)
         segment = materialise(self._chain, request.start, request.stop, state)
-        streams = UnitStreams(request.seed, request.round_number, request.client_key)
-        runner = SegmentRunner(
-            segment,
-            self._task,
-            streams=streams,
-            config=request.config,
-            is_trained=request.is_trained,
-        )
+        runner = self._runner(request, segment)
         onward = self._onward(request.onward)
         # Opening again starts over: whatever this session did before is void.
         self._forget(request.session)
@@ -132,6 +126,14 @@ class EdgeService:
             reply: wire.Stepped | wire.Forwarded | wire.Returned
             reply = self._void_on_error(session, lambda: session.answer(request))
             return reply
+
+    @_answer.register
+    def _(self, request: MoveCut) -> Moved:
+        with self._held(request) as session:
+            make = partial(self._runner, session.opened)
+            return self._void_on_error(
+                session, lambda: session.move(request, self._chain, make)
+            )
 
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:
@@ -180,6 +182,16 @@ class EdgeService:
         self._sealed.clear()
         self._spill.release(request.round_number, request.keep_digest)
 
+    def _runner(self, opened: wire.OpenSession, segment: Segment) -> SegmentRunner:
+        """Make a session's runner, at its opening or when its cut moves."""
+        return SegmentRunner(
+            segment,
+            self._task,
+            streams=UnitStreams(opened.seed, opened.round_number, opened.client_key),
+            config=opened.config,
+            is_trained=opened.is_trained,
+        )
+
     def _onward(self, onward: wire.Onward | None) -> EdgeLink | None:
         """Open the session at the next edge, if the route goes on."""
         if onward is None:
@@ -219,6 +231,8 @@ class EdgeService:
         """Void a session whose part failed, so that it can never be sealed."""
         try:
             return do()
+        except RefusedMove:  # It is as it was.
+            raise
         except Exception:
             self._void(session)
             raise

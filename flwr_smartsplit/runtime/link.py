@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.model.carrying import Carried
 from flwr_smartsplit.model.segment import Batch, Boundary
 from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.runtime.moving import MoveCut, on_wire
 from flwr_smartsplit.runtime.wire import WireTensor
 from flwr_smartsplit.types import ClientPlan, Leg, Receipt
 
@@ -79,6 +81,7 @@ class EdgeLink:
     def __init__(self, transport: wire.Transport, opening: wire.OpenSession) -> None:
         self._transport = wire.CountingTransport(transport)
         self._session = opening.session
+        self._num_moves = 0
         self._incarnation = self._transport.send(opening).incarnation
 
     def train(
@@ -131,6 +134,23 @@ class EdgeLink:
                 gradient=gradient,
             )
         )
+
+    def move(
+        self, step: int, start: int, units: Carried | None, norm: float | None
+    ) -> Carried | None:
+        """Have the session begin at another unit; return the units it gives away."""
+        request = MoveCut(
+            session=self._session,
+            incarnation=self._incarnation,
+            step=step,
+            number=self._num_moves,
+            start=start,
+            carried=None if units is None else on_wire(units),
+            norm=norm,
+        )
+        moved = self._transport.send(request)
+        self._num_moves += 1
+        return moved.carried
 
     def evaluate(
         self, boundary: tuple[WireTensor, ...], targets: WireTensor

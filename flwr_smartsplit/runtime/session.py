@@ -13,9 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
+from flwr_smartsplit.model.carrying import Make
+from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.segment import Boundary, SegmentRunner, as_boundary
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import EdgeLink, packed, unpacked
+from flwr_smartsplit.runtime.moving import MoveCut, Moved, checksum, moved_session
 from flwr_smartsplit.runtime.wire import WireTensor
 
 _PER_STEP = 2  # A step has two places in the order of messages: there, and back.
@@ -42,11 +45,19 @@ class Session:
     runner: SegmentRunner
     onward: EdgeLink | None
     num_examples: int = 0
+    start: int = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _next: int = 0
     _last: int = -1
     _last_checksum: int = 0
     _last_reply: Any = None
+    _num_updated: int = 0
+    _num_moves: int = 0
+    _last_move: tuple[int, Moved] | None = None
+
+    def __post_init__(self) -> None:
+        """Begin where the opening says; a move changes it."""
+        self.start = self.opened.start
 
     @property
     def num_steps(self) -> int:
@@ -68,6 +79,7 @@ class Session:
         if number != self._next:
             raise self._out_of_order(request, is_changed=number == self._last)
         self._last_reply = self._do(request)
+        self._last_move = None
         self._last, self._last_checksum = number, checksum
         self._next += _PER_STEP if isinstance(request, wire.TrainStep) else 1
         return self._last_reply
@@ -84,8 +96,8 @@ class Session:
 
     def update(self, norm: float | None) -> None:
         """Do the update of the last step, if it waited for the common norm."""
-        waits = self.runner.task.max_gradient_norm is not None and self.num_steps > 0
-        if not waits:
+        waits = self.runner.task.max_gradient_norm is not None
+        if not waits or self._num_updated == self.num_steps:
             return
         if norm is None:
             raise EdgeError(
@@ -93,6 +105,45 @@ class Session:
                 "common norm, and the message has none. Use one version everywhere."
             )
         self.runner.update(norm)
+        self._num_updated = self.num_steps
+
+    def move(self, request: MoveCut, chain: Chain, make: Make) -> Moved:
+        """Begin at another unit from the next step on, exactly once.
+
+        Parameters
+        ----------
+        request : MoveCut
+            What is asked.
+        chain : Chain
+            Whose units they are.
+        make : Callable[[Segment], SegmentRunner]
+            Makes this session's runners.
+
+        Raises
+        ------
+        OutOfOrderStep
+            If it is neither the next message nor a repetition of the last.
+        RefusedMove
+            If it cannot be done exactly; the session is as it was.
+        """
+        code = checksum(request)
+        is_next = request.step * _PER_STEP == self._next
+        if is_next and request.number == self._num_moves - 1 and self._last_move:
+            last_code, reply = self._last_move
+            if code == last_code:
+                return reply
+        if not is_next or request.number != self._num_moves:
+            is_changed = is_next and request.number == self._num_moves - 1
+            raise self._out_of_order(request, is_changed=is_changed)
+        self.update(request.norm)
+        units = range(self.start, self.opened.stop)
+        self.runner, reply = moved_session(
+            self.runner, chain, units, request, make=make
+        )
+        self.start = request.start
+        self._num_moves += 1
+        self._last_move = code, reply
+        return reply
 
     def evaluate(self, request: wire.EvaluateStep) -> wire.Evaluated:
         """Evaluate one batch to the end of the route."""

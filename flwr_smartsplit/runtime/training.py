@@ -52,6 +52,8 @@ class Conditions:
         Passes over the training loader.
     clock : Callable[[], float]
         Seconds that only move forward.
+    between_steps : Callable[[Walk], None], optional
+        Called before each training step; it may move the walk's cut.
     """
 
     task: Task
@@ -60,6 +62,7 @@ class Conditions:
     meter_every: int = 50
     local_epochs: int = 1
     clock: Callable[[], float] = time.perf_counter
+    between_steps: Callable[[Walk], None] | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
@@ -117,6 +120,8 @@ def train_locally(
             walk.open(state, conditions.connect, token=uuid.uuid4().hex)
             for epoch in range(conditions.local_epochs):
                 for batch in walk.streams.batches(loader, epoch):
+                    if conditions.between_steps is not None:
+                        conditions.between_steps(walk)
                     walk.train_step(*_own_batch(batch))
             outcome = Outcome(
                 receipts=walk.seal(),

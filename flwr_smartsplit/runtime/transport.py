@@ -326,7 +326,7 @@ def payload_bytes(message: Any) -> int:
         return int(message.nbytes)
     if isinstance(message, Mapping):
         return sum(payload_bytes(value) for value in message.values())
-    if isinstance(message, tuple):
+    if isinstance(message, tuple | list):
         return sum(payload_bytes(value) for value in message)
     if hasattr(message, "__dataclass_fields__"):
         return sum(payload_bytes(getattr(message, f.name)) for f in fields(message))

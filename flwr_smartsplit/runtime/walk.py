@@ -5,16 +5,19 @@ have what lies between.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
 from flwr_smartsplit.model.cap import MemoryCap
+from flwr_smartsplit.model.carrying import carried, check_kept, rebuilt
 from flwr_smartsplit.model.clipping import total_norm
-from flwr_smartsplit.model.segment import Batch, SegmentRunner, as_boundary
+from flwr_smartsplit.model.segment import Batch, Segment, SegmentRunner, as_boundary
 from flwr_smartsplit.runtime.link import (
     Connect,
     EdgeLink,
@@ -22,10 +25,11 @@ from flwr_smartsplit.runtime.link import (
     packed,
     unpacked,
 )
+from flwr_smartsplit.runtime.moving import off_wire
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.wire import WireTensor
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ClientPlan, Leg, Receipt, StepReport
+from flwr_smartsplit.types import ClientPlan, Leg, Move, Receipt, StepReport
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -49,6 +53,7 @@ class Walk:
         self, plan: ClientPlan, task: Task, cap: MemoryCap, *, is_trained: bool
     ) -> None:
         self.plan = plan
+        self.route = plan.route
         self.cap = cap
         self._is_trained = is_trained
         self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
@@ -57,6 +62,7 @@ class Walk:
         self._runners: list[SegmentRunner] = []
         self._link: EdgeLink | None = None
         self._norm: float | None = None
+        self._moves: list[Move] = []
         self._num_steps = 0
         self._num_examples = 0
         self._sums: dict[str, float] = {"loss": 0.0}
@@ -74,9 +80,9 @@ class Walk:
             Of this opening.
         """
         num_units = len(self._chain)
-        for leg in self.plan.route.device_legs(num_units):
+        for leg in self.route.device_legs(num_units):
             self._runners.append(self._built(leg, state))
-        legs = self.plan.route.edge_legs(num_units)
+        legs = self.route.edge_legs(num_units)
         if legs:
             opening = opening_of(
                 self.plan, legs, is_trained=self._is_trained, token=token
@@ -97,6 +103,43 @@ class Walk:
             values = self._evaluated(inputs, targets)
         self._count(targets, values)
         self._num_steps += 1
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps are done."""
+        return self._num_steps
+
+    def move(self, cut: int, *, reason: str = "") -> None:
+        """Move the cut between the device and the first edge, between two steps.
+
+        Parameters
+        ----------
+        cut : int
+            The first unit at the edge from now on.
+        reason : str
+            Why, for the report.
+
+        Raises
+        ------
+        RefusedMove
+            If it cannot be done exactly; training may go on with the cut as it is.
+        MemoryCapExceeded
+            If more units do not fit; training may go on with the cut as it is.
+        InvalidRoute
+            If there is no such cut.
+        EdgeError
+            If the edge fails, and with it this client's part of the round.
+        """
+        before, step = self.route, self._num_steps
+        route = before.with_first_cut(cut)
+        route.legs(len(self._chain))
+        if route == before:
+            return
+        self._runners[0] = self._moved(before.cuts[0], cut)
+        self.route = route
+        self.cap.start_over()
+        move = Move(step=step, before=before.cuts[0], after=cut, reason=reason)
+        self._moves.append(move)
 
     def seal(self) -> tuple[Receipt, ...]:
         """Finish the sessions at the edges, if there are any."""
@@ -133,6 +176,7 @@ class Walk:
             received_bytes=received,
             num_threads=torch.get_num_threads(),
             metrics=means,
+            moves=tuple(self._moves),
         )
 
     # --- one step -----------------------------------------------------------------
@@ -144,7 +188,7 @@ class Walk:
             loss, _ = head.finish(inputs, targets, step=step, inputs_are_boundary=False)
             self._update({})
             return float(loss)
-        if self.plan.route.returns:
+        if self.route.returns:
             return self._returning_step(inputs, targets, self._link)
         boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
         stepped = self._link.train(step, boundary, WireTensor.pack(targets), self._norm)
@@ -201,10 +245,15 @@ class Walk:
         del sent
         return rest[0].assess(rest[0].evaluate(unpacked(forwarded)), targets)
 
+    # --- what runs here -----------------------------------------------------------
+
     def _built(self, leg: Leg, state: State) -> SegmentRunner:
         with self.cap.building():
             segment = materialise(self._chain, leg.start, leg.stop, state)
             self.cap.track(segment)
+        return self._runner(segment)
+
+    def _runner(self, segment: Segment) -> SegmentRunner:
         return SegmentRunner(
             segment,
             self._task,
@@ -213,6 +262,32 @@ class Walk:
             is_trained=self._is_trained,
             is_lean=True,
         )
+
+    def _moved(self, before: int, cut: int) -> SegmentRunner:
+        """Give the first segment units, or take some; the edge has switched then."""
+        link, head, step = self._link, self._runners[0], self._num_steps
+        if link is None or not self._is_trained:
+            raise RefusedMove("a cut moves while a session at an edge is trained.")
+        for runner in self._runners:
+            runner.release_gradients()  # They have been used.
+        remake = partial(rebuilt, head, self._chain, range(cut), make=self._runner)
+        if cut < before:
+            check_kept(self._chain, self._task, range(cut, before))
+            fewer = remake(num_steps=step)
+            leaving = carried(head, self._chain, cut, before)
+            link.move(step, cut, leaving, self._norm)
+            return fewer
+        arriving = link.move(step, cut, None, self._norm)
+        if arriving is None:
+            raise RuntimeError("the edge gave units away and did not send them.")
+        try:
+            with self.cap.building():
+                more = remake(num_steps=step, arriving=off_wire(arriving))
+                self.cap.track(more.segment, more.optimizer)
+        except (MemoryCapExceeded, RefusedMove):
+            link.move(step, before, arriving, self._norm)
+            raise
+        return more
 
     def _owners(self) -> list[Any]:
         return [

@@ -112,6 +112,26 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """The first cut of a route, moved between two steps of a round.
+
+    Parameters
+    ----------
+    step : int
+        How many steps were done before.
+    before, after : int
+        The cut.
+    reason : str
+        Why, for the journal.
+    """
+
+    step: int
+    before: int
+    after: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """What a client measured while it did its part of a round.
 
@@ -137,6 +157,8 @@ class StepReport:
         Torch threads in force.
     metrics : Mapping[str, float]
         What ``Task.metrics_fn`` returned, averaged over the examples.
+    moves : tuple[Move, ...]
+        How the first cut moved since the round began, in order.
     """
 
     status: Status = Status.OK
@@ -151,6 +173,7 @@ class StepReport:
     seconds: float = 0.0
     num_threads: int = 1
     metrics: Mapping[str, float]
+    moves: tuple[Move, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Routes: where the segments of one client's model run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Self
 
@@ -100,6 +100,23 @@ class Route:
     def returns(self) -> bool:
         """Whether the last segment, and with it the labels, is on the device."""
         return len(self.places) > 2 and self.places[-1] == DEVICE  # noqa: PLR2004
+
+    def with_first_cut(self, cut: int) -> Self:
+        """Move the boundary between the device and the first edge.
+
+        Raises
+        ------
+        InvalidRoute
+            If there is none, or the next one is not beyond it.
+
+        Examples
+        --------
+        >>> str(Route.u_shape(2, 6).with_first_cut(4))
+        'device[:4] > edge[4:6] > device[6:]'
+        """
+        if not self.cuts:
+            raise InvalidRoute("a whole model has no cut that could move.")
+        return replace(self, cuts=(cut, *self.cuts[1:]))
 
     def device_legs(self, num_units: int) -> tuple[Leg, ...]:
         """Lay the route along a chain; return the segments on the device."""

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flwr_smartsplit.model.carrying import Carried
 from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.runtime.moving import MoveCut
 from flwr_smartsplit.runtime.wire import WireTensor, state_digest
 from flwr_smartsplit.types import EDGE, Receipt
 from tests.contracts.conftest import Place
@@ -81,6 +83,19 @@ class Session:
             "targets": WireTensor.pack(targets),
         }
         return self.send(wire.TrainStep(**{**parts, **changes}))
+
+    def move(
+        self, step: int, number: int, start: int, **changes: Any
+    ) -> Carried | None:
+        """Begin at another unit; ``changes`` replace parts of the request."""
+        parts = {
+            "session": self.name,
+            "incarnation": self.incarnation,
+            "step": step,
+            "number": number,
+            "start": start,
+        }
+        return self.send(MoveCut(**{**parts, **changes})).carried
 
     def evaluate(self, step: int = 0, **changes: Any) -> wire.Evaluated:
         """Evaluate one batch."""

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from flwr_smartsplit.errors import (
     EdgeError,
     OutOfOrderStep,
+    RefusedMove,
     RefusedTail,
     SpillLost,
     StaleSession,
@@ -22,6 +23,7 @@ from flwr_smartsplit.errors import (
 from flwr_smartsplit.model.building import materialise, state_of
 from flwr_smartsplit.model.segment import SegmentRunner
 from flwr_smartsplit.runtime import transport as wire
+from flwr_smartsplit.runtime.moving import MoveCut, checksum
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.wire import WireTensor, state_digest
 from flwr_smartsplit.types import Receipt
@@ -248,6 +250,107 @@ def test_an_abandoned_tail_cannot_be_committed(place: Place) -> None:
     with pytest.raises(SpillLost) as raised:
         session.commit(entry_of(receipt, 1))
     assert raised.value.sessions == (session.name,)
+
+
+# --- moving the cut -------------------------------------------------------------------
+
+LATER = 6  # Convolution and BatchNorm of the tail move.
+
+
+def test_a_cut_that_moves_there_and_back_changes_no_bit(place: Place) -> None:
+    """Parameters, buffers and momentum come along, both ways."""
+    session = Session(place).open()
+    plain = Session(place, round_number=session.round_number, suffix="/plain")
+    session.step(0)
+    units = session.move(1, 0, LATER)
+    assert units is not None
+    assert set(units.state) == set(tiny_chain().state_names(CUT, LATER))
+    assert session.move(1, 1, CUT, carried=units) is None
+    session.step(1)
+    assert session.seal(2).digest == plain.sealed(2).digest
+
+
+def test_a_moved_session_signs_for_what_it_has_left(place: Place) -> None:
+    """The other names are the device's."""
+    session = Session(place).open()
+    session.step(0)
+    session.move(1, 0, LATER)
+    assert session.seal(1).names == tiny_chain().state_names(LATER, 9)
+
+
+def test_a_repeated_move_gives_the_same_reply_and_moves_once(place: Place) -> None:
+    """A retry is answered from memory, as often as it comes."""
+    session = Session(place).open()
+    session.step(0)
+    replies = [session.move(1, 0, LATER) for _ in range(3)]
+    codes = {
+        checksum(
+            MoveCut(
+                session="", incarnation="", step=1, number=0, start=6, carried=units
+            )
+        )
+        for units in replies
+    }
+    assert len(codes) == 1
+    units = replies[0]
+    for _ in range(2):
+        session.move(1, 1, CUT, carried=units)
+    once = Session(place, round_number=session.round_number, suffix="/once")
+    assert session.seal(1).digest == once.sealed(1).digest
+
+
+@pytest.mark.parametrize(("step", "number"), [(0, 0), (2, 0), (1, 1), (1, -1)], ids=str)
+def test_a_move_out_of_order_voids_the_session(
+    place: Place, step: int, number: int
+) -> None:
+    """It belongs to one step, and moves are counted."""
+    session = Session(place).open()
+    session.step(0)
+    with pytest.raises(OutOfOrderStep):
+        session.move(step, number, LATER)
+    assert_void(session)
+
+
+def test_a_repeated_move_that_differs_voids_the_session(place: Place) -> None:
+    """In one bit of what it carries."""
+    session = Session(place).open()
+    session.step(0)
+    units = session.move(1, 0, LATER)
+    assert units is not None
+    session.move(1, 1, CUT, carried=units)
+    weight = units.state["4.weight"].copy()
+    weight.flat[0] = np.nextafter(weight.flat[0], np.float32(9))
+    bent = replace(units, state={**units.state, "4.weight": weight})
+    with pytest.raises(OutOfOrderStep, match="step 1 was changed after 1 steps"):
+        session.move(1, 1, CUT, carried=bent)
+    assert_void(session)
+
+
+def test_a_move_of_an_earlier_opening_is_stale_and_harms_nothing(place: Place) -> None:
+    """The later opening goes on as it is."""
+    session = Session(place).open(token="a")
+    before = session.incarnation
+    session.open(token="b")
+    session.step(0)
+    with pytest.raises(StaleSession):
+        session.move(1, 0, LATER, incarnation=before)
+    session.step(1)
+    plain = Session(place, round_number=session.round_number, suffix="/plain")
+    assert session.seal(2).digest == plain.sealed(2).digest
+
+
+@pytest.mark.parametrize("start", [-1, 0, 1, CUT, 9, 99])
+def test_a_move_that_cannot_be_is_refused_and_harms_nothing(
+    place: Place, start: int
+) -> None:
+    """Nothing would be left, or nobody says what the new units are."""
+    session = Session(place).open()
+    session.step(0)
+    with pytest.raises(RefusedMove, match=r"begin at"):
+        session.move(1, 0, start)
+    session.step(1)
+    plain = Session(place, round_number=session.round_number, suffix="/plain")
+    assert session.seal(2).digest == plain.sealed(2).digest
 
 
 # --- sealing --------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Round:
 
     def read(self, replies: list[Message]) -> tuple[list[ClientReply], list[Failure]]:
         """Read what came back."""
-        return read(self.dispatch, self.members, replies)
+        return read(self.dispatch, self.members, replies, CHAIN)
 
     def replies(self) -> list[Message]:
         """Write to all three, and collect what comes back."""

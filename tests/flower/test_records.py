@@ -24,6 +24,7 @@ from flwr_smartsplit.flower.records import (
     to_array_record,
 )
 from flwr_smartsplit.flower.replies import (
+    NamesOf,
     evaluate_reply,
     evaluated,
     metrics_of,
@@ -222,13 +223,13 @@ def test_a_reply_comes_back_in_the_legacy_dialect() -> None:
     """The names are those the strategy sent, in their order."""
     scalars = reply_to_scalars(PLAN, OUTCOME)
     content = legacy_reply(*STATE.values(), **scalars)
-    reply = reply_from_content(content, list(STATE))
+    reply = reply_from_content(content, lambda moves: list(STATE))
     assert differences(reply.state, STATE) == []
     assert (reply.receipts, reply.report) == ((RECEIPT,), REPORT)
 
 
-@pytest.mark.parametrize("names", [None, ["a", "b"]])
-def test_a_failed_part_comes_back_without_a_state(names: list[str] | None) -> None:
+@pytest.mark.parametrize("names", [None, lambda moves: ["a", "b"]])
+def test_a_failed_part_comes_back_without_a_state(names: NamesOf | None) -> None:
     """Its status and message are what counts."""
     report = StepReport(status=Status.OUT_OF_MEMORY, message="too big", metrics={})
     scalars = reply_to_scalars(PLAN, evaluated(report))
@@ -330,8 +331,8 @@ def test_a_report_of_other_types_is_refused(case: str) -> None:
         reply_from_content(RecordDict({"smartsplit": record}))
 
 
-@pytest.mark.parametrize("names", [None, list(STATE)])
-def test_arrays_that_changed_on_the_way_are_refused(names: list[str] | None) -> None:
+@pytest.mark.parametrize("names", [None, lambda moves: list(STATE)])
+def test_arrays_that_changed_on_the_way_are_refused(names: NamesOf | None) -> None:
     """One last bit is enough: mods and wrappers must not pass for the client."""
     scalars = reply_to_scalars(PLAN, OUTCOME)
     bent = {**STATE, "b.w": np.nextafter(STATE["b.w"], np.float32(9))}
@@ -350,7 +351,7 @@ def test_a_legacy_reply_with_other_arrays_is_refused() -> None:
     scalars = reply_to_scalars(PLAN, OUTCOME)
     content = legacy_reply(np.zeros(1), **scalars)
     with pytest.raises(RefusedReply, match="sends 1 arrays, its segments have 2"):
-        reply_from_content(content, ["a", "b"])
+        reply_from_content(content, lambda moves: ["a", "b"])
 
 
 def test_bytes_of_a_message_are_arrays_and_our_text() -> None:

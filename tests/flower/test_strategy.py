@@ -199,7 +199,7 @@ def test_a_client_over_its_cap_is_a_reply_and_touches_nobody(make: App) -> None:
     assert len(replies) == 3
     for message in replies:
         assert not message.has_error()
-        report = reply_from_content(message.content, []).report
+        report = reply_from_content(message.content, lambda moves: []).report
         assert report.status is Status.OUT_OF_MEMORY
         plan = with_it.strategy.round_plans[0].assignments[1]
         assert plan.budget_bytes is not None
