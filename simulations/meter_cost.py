@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flwr_smartsplit import Task
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
 from flwr_smartsplit.model.cap import CapMode, MemoryCap
-from flwr_smartsplit.model.segment import SegmentRunner
+from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from simulations.models import torchvision_model
 

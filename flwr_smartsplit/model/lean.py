@@ -5,8 +5,8 @@ gradient at the end of a segment, a copy of the boundary's gradient at its begin
 and all gradients at once until the optimizer runs.
 """
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -97,7 +97,8 @@ def steps_one_by_one(optimizer: Optimizer) -> bool:
     )
 
 
-def update_early(optimizer: Optimizer) -> None:
+@contextmanager
+def early_updates(optimizer: Optimizer) -> Iterator[None]:
     """Step each large parameter inside backward, and free its gradient at once.
 
     Parameters
@@ -105,23 +106,25 @@ def update_early(optimizer: Optimizer) -> None:
     optimizer : Optimizer
         One that steps parameters one by one.
     """
-    known = weakref.ref(optimizer)  # A parameter must not keep its optimizer alive.
-    for index, group in enumerate(optimizer.param_groups):
-        for parameter in early_ones(group["params"]):
-            hook = partial(_update, known, index)
-            parameter.register_post_accumulate_grad_hook(hook)
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(partial(_update, optimizer, group))
+        for group in optimizer.param_groups
+        for parameter in early_ones(group["params"])
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _update(known: "weakref.ref[Optimizer]", own_group: int, parameter: Tensor) -> None:
+def _update(optimizer: Optimizer, own: dict[str, Any], parameter: Tensor) -> None:
     """Have the optimizer see this parameter only."""
-    optimizer = known()
-    if optimizer is None:
-        return
     groups = optimizer.param_groups
     all_of_them = [group["params"] for group in groups]
     try:
-        for index, group in enumerate(groups):
-            group["params"] = [parameter] if index == own_group else []
+        for group in groups:
+            group["params"] = [parameter] if group is own else []
         with phase("optimizer"):
             optimizer.step()
     finally:

@@ -22,7 +22,7 @@ from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
 from flwr_smartsplit.model.layout import is_dense, num_spanned
 from flwr_smartsplit.model.memory import MemoryMeter
 from flwr_smartsplit.model.recompute import statistics_of
-from flwr_smartsplit.model.segment import SegmentRunner
+from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.task import Task
 
 UNKNOWN = -1

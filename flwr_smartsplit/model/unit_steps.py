@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
-from flwr_smartsplit.model.segment import autocast_of
+from flwr_smartsplit.model.runner import autocast_of
 from flwr_smartsplit.model.step_log import DryStep, LoggingMeter, StepLog, highest
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import StepBytes

@@ -16,7 +16,8 @@ import numpy as np
 
 from flwr_smartsplit.errors import EdgeError, RefusedMove, RefusedTail, StaleSession
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
-from flwr_smartsplit.model.segment import Segment, SegmentRunner
+from flwr_smartsplit.model.runner import SegmentRunner
+from flwr_smartsplit.model.segment import Segment
 from flwr_smartsplit.policy.merging import add_states
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import Connect, EdgeLink, nowhere

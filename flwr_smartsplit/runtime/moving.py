@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.model.carrying import Carried, Make, carried, rebuilt
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.segment import SegmentRunner
+from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.runtime.transport import Request
 from flwr_smartsplit.runtime.wire import WireTensor
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.model.carrying import Make
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.segment import Boundary, SegmentRunner, as_boundary
+from flwr_smartsplit.model.runner import SegmentRunner
+from flwr_smartsplit.model.segment import Boundary, as_boundary
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import EdgeLink, packed, unpacked
 from flwr_smartsplit.runtime.moving import MoveCut, Moved, checksum, moved_session

@@ -17,7 +17,8 @@ from flwr_smartsplit.model.building import build_chain, materialise, state_of
 from flwr_smartsplit.model.cap import MemoryCap
 from flwr_smartsplit.model.carrying import carried, check_kept, rebuilt
 from flwr_smartsplit.model.clipping import total_norm
-from flwr_smartsplit.model.segment import Batch, Segment, SegmentRunner, as_boundary
+from flwr_smartsplit.model.runner import SegmentRunner
+from flwr_smartsplit.model.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.runtime.link import (
     Connect,
     EdgeLink,

@@ -21,7 +21,7 @@ from flwr_smartsplit.errors import (
     StateNotHeld,
 )
 from flwr_smartsplit.model.building import materialise, state_of
-from flwr_smartsplit.model.segment import SegmentRunner
+from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.moving import MoveCut, checksum
 from flwr_smartsplit.runtime.randomness import UnitStreams

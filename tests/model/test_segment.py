@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from flwr_smartsplit.model.cap import memory_cap
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.segment import SegmentRunner
+from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.runtime.randomness import stream
 from flwr_smartsplit.task import Task
 from tests.models import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flwr_smartsplit.model import segment
+from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import Unit
 from flwr_smartsplit.runtime import checking, edge, randomness, walk
 from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
@@ -102,7 +102,7 @@ def test_a_wrong_stream_is_found(monkeypatch):
 
 def test_a_step_that_is_left_out_is_found(monkeypatch):
     """A tail that is not updated ends with the state it began with."""
-    finish = segment.SegmentRunner.finish
+    finish = SegmentRunner.finish
 
     def without_update(self: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer, self.optimizer = self.optimizer, None
@@ -110,7 +110,7 @@ def test_a_step_that_is_left_out_is_found(monkeypatch):
         self.optimizer = optimizer
         return result
 
-    monkeypatch.setattr(segment.SegmentRunner, "finish", without_update)
+    monkeypatch.setattr(SegmentRunner, "finish", without_update)
     found = differences(small_task())
     assert "state classify.weight" in found
 
