@@ -308,6 +308,7 @@ class CentralManager:
             seed=self.settings.seed,
             num_threads=self.settings.num_threads,
             budget_bytes=assignment.budget_bytes,
+            recompute=assignment.recompute,
             state_digest=self._digest,
             edge_addresses={e: addresses[e] for e in assignment.route.edges()},
             config=plain_values(phase.config),

@@ -18,6 +18,7 @@ from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.types import (
     ClientPlan,
     DeviceProfile,
+    RecomputePlan,
     Route,
 )
 
@@ -189,6 +190,7 @@ def plan_to_scalars(plan: ClientPlan) -> Scalars:
     """Put a plan into one text."""
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
     values["route"] = {"cuts": plan.route.cuts, "places": plan.route.places}
+    values["recompute"] = plan.recompute.to_lists()
     return {_PLAN: json.dumps(values)}
 
 
@@ -199,7 +201,9 @@ def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
     values = json.loads(str(config[_PLAN]))
     route = values.pop("route")
     return ClientPlan(
-        route=Route(tuple(route["cuts"]), tuple(route["places"])), **values
+        route=Route(tuple(route["cuts"]), tuple(route["places"])),
+        recompute=RecomputePlan.from_lists(values.pop("recompute")),
+        **values,
     )
 
 

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 
 from flwr_smartsplit.errors import InvalidRoute, NoFeasibleRoute, bytes_text
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
-from flwr_smartsplit.types import ChainProfile, DeviceProfile, Route
+from flwr_smartsplit.policy.recompute_plan import (
+    floor_bytes,
+    least_bytes,
+    plan_recompute,
+)
+from flwr_smartsplit.types import (
+    KEEP_ALL,
+    ChainProfile,
+    DeviceProfile,
+    RecomputePlan,
+    Route,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +40,8 @@ class RouteRequest:
         The client's place in client_key order, to deal clients out to edges.
     kept_units : frozenset[int]
         Units that must be on the device, since their state is the client's own.
+    recompute : bool
+        Whether the device may recompute activations where nothing else fits.
     """
 
     device: DeviceProfile
@@ -36,6 +49,7 @@ class RouteRequest:
     edges: tuple[str, ...] = ()
     index: int = 0
     kept_units: frozenset[int] = frozenset()
+    recompute: bool = True
 
     @property
     def edge(self) -> str | None:
@@ -138,6 +152,9 @@ def _whole_or_u_shape(request: RouteRequest) -> Iterator[Route]:
 def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
     """Return the first of some routes that the client can take.
 
+    Without running anything twice, if that is possible; else with, unless the request
+    forbids it.
+
     Parameters
     ----------
     routes : Iterable[Route]
@@ -151,12 +168,13 @@ def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
         With the least bytes that would do.
     """
     budget_bytes = request.device.budget_bytes
+    kept = list(filter(request.keeps, routes))
+    if budget_bytes is None and kept:
+        return kept[0]
+    needs = _least_first(kept, request)
     least: tuple[int, Route] | None = None
-    for route in filter(request.keeps, routes):
-        if budget_bytes is None:
-            return route
-        peak = predicted_peak_bytes(request.profile, route)
-        if peak <= budget_bytes:
+    for peak, route in needs:
+        if budget_bytes is not None and peak <= budget_bytes:
             return route
         if least is None or peak < least[0]:
             least = (peak, route)
@@ -174,6 +192,27 @@ def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
         needed_bytes=least[0],
         budget_bytes=budget_bytes,
     )
+
+
+def _least_first(
+    routes: Iterable[Route], request: RouteRequest
+) -> Iterator[tuple[int, Route]]:
+    """Say what each route needs: as it is, and then with what can run twice."""
+    for route in routes:
+        yield predicted_peak_bytes(request.profile, route), route
+    if request.recompute:
+        budget_bytes = request.device.budget_bytes or 0
+        for route in routes:
+            if floor_bytes(request.profile, route) <= budget_bytes:
+                yield least_bytes(request.profile, route), route
+
+
+def plan_of(route: Route, request: RouteRequest) -> RecomputePlan:
+    """Choose what a client recomputes on a route that was checked."""
+    budget_bytes = request.device.budget_bytes
+    if budget_bytes is None:
+        return KEEP_ALL
+    return plan_recompute(request.profile, route, budget_bytes=budget_bytes)
 
 
 def check_route(route: Route, request: RouteRequest) -> None:

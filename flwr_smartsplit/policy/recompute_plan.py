@@ -137,6 +137,19 @@ def least_bytes(profile: ChainProfile, route: Route) -> int:
     return predicted_peak_bytes(profile, route, _leanest(profile, route))
 
 
+@lru_cache(maxsize=4096)
+def floor_bytes(profile: ChainProfile, route: Route) -> int:
+    """Find what no plan of a route can go below: it is quick, and may be too low."""
+    segments = _segments(profile, route, None)
+    needs = [0]
+    for stages in (segments.head, segments.tail):
+        for before, stage in zip((None, *stages), stages, strict=False):
+            held = before.output_bytes if before is not None else 0
+            least = min(way.backward_peak_bytes for way in stage.ways)
+            needs.append(held + least)
+    return min(segments.static_bytes + max(needs), predicted_peak_bytes(profile, route))
+
+
 def extra_flops(profile: ChainProfile, route: Route, plan: RecomputePlan) -> int:
     """Count the floating-point operations that a plan adds to a step's forward."""
     return round(_extra(_segments(profile, route, None), plan))

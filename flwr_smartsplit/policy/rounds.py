@@ -10,6 +10,7 @@ from flwr_smartsplit.policy.cuts import (
     RouteRequest,
     check_route,
     deepest_split,
+    plan_of,
 )
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.policy.selection import sample_clients
@@ -36,11 +37,14 @@ class Routing:
         Chooses the route of one client.
     kept_units : frozenset[int]
         Units that must be on the device on every route.
+    recompute : bool
+        Whether a device may recompute activations where nothing else fits.
     """
 
     edges: tuple[str, ...] = ()
     choose_route: ChooseRoute = deepest_split
     kept_units: frozenset[int] = frozenset()
+    recompute: bool = True
 
 
 def plan_round(
@@ -88,6 +92,7 @@ def plan_round(
             edges=routing.edges,
             index=index,
             kept_units=routing.kept_units,
+            recompute=routing.recompute,
         )
         try:
             route = routing.choose_route(request)
@@ -95,11 +100,15 @@ def plan_round(
         except NoFeasibleRoute as error:
             skipped[device.client_key] = str(error)
             continue
+        recompute = plan_of(route, request)
         assignments[device.client_key] = Assignment(
             client_key=device.client_key,
             route=route,
             budget_bytes=device.budget_bytes,
-            predicted_peak_bytes=predicted_peak_bytes(request.profile, route),
+            predicted_peak_bytes=predicted_peak_bytes(
+                request.profile, route, recompute
+            ),
+            recompute=recompute,
         )
     chosen = sample_clients(list(assignments), num_clients=num_clients, rng=rng)
     skipped |= {key: NOT_SAMPLED for key in assignments if key not in chosen}

@@ -55,6 +55,7 @@ class Walk:
     ) -> None:
         self.plan = plan
         self.route = plan.route
+        self.recompute = plan.recompute
         self.cap = cap
         self._is_trained = is_trained
         self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
@@ -262,6 +263,7 @@ class Walk:
             config=self.plan.config,
             is_trained=self._is_trained,
             is_lean=True,
+            recompute=self.recompute,
         )
 
     def _moved(self, before: int, cut: int) -> SegmentRunner:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from flwr_smartsplit.types.recompute import KEEP_ALL, RecomputePlan
 from flwr_smartsplit.types.routes import Route
 
 
@@ -40,6 +41,7 @@ class Assignment:
     route: Route
     budget_bytes: int | None
     predicted_peak_bytes: int
+    recompute: RecomputePlan = KEEP_ALL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,8 @@ class ClientPlan:
         Digest under which the edges hold this round's global state.
     edge_addresses : Mapping[str, str]
         How to reach each edge of the route, by place.
+    recompute : RecomputePlan
+        What the device runs twice.
     config : Mapping[str, bool | int | float | str]
         What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
     """
@@ -96,6 +100,7 @@ class ClientPlan:
     budget_bytes: int | None = None
     state_digest: str = ""
     edge_addresses: Mapping[str, str]
+    recompute: RecomputePlan = KEEP_ALL
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def session(self, place: str) -> str:
