@@ -214,6 +214,8 @@ def _check_types(report: StepReport) -> None:
     """Make sure that a report's numbers are numbers."""
     for field in fields(report):
         value, wanted = getattr(report, field.name), type(field.default)
+        if field.name == "resident_growth_bytes" and value is not None:
+            wanted = int
         if wanted in (int, float) and not _is_number(value, wanted):
             raise TypeError(f"{field.name} is {value!r}, not {wanted.__name__}")
     metrics: Any = report.metrics

@@ -13,8 +13,8 @@ Row = dict[str, object]
 
 FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
-    predicted_peak_bytes peak_bytes num_steps num_threads loss seconds bytes_down
-    bytes_up edge_bytes_up edge_bytes_down""".split()
+    predicted_peak_bytes peak_bytes resident_growth_bytes num_steps num_threads loss
+    seconds bytes_down bytes_up edge_bytes_up edge_bytes_down""".split()
 )
 """The keys of a client's row; all others are the task's metrics."""
 
@@ -120,6 +120,7 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
 def _measured(report: StepReport) -> Row:
     return {
         "peak_bytes": report.peak_bytes,
+        "resident_growth_bytes": report.resident_growth_bytes,
         "num_examples": report.num_examples,
         "num_steps": report.num_steps,
         "num_threads": report.num_threads,

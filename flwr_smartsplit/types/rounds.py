@@ -129,6 +129,9 @@ class StepReport:
         Mean loss over the examples.
     peak_bytes : int
         The most the device held in the metered steps.
+    resident_growth_bytes : int or None
+        Growth of the process's resident set, where the client is alone in its process;
+        None where it is not, or the system does not say.
     sent_bytes, received_bytes : int
         Traffic between the device and its edges.
     seconds : float
@@ -146,6 +149,7 @@ class StepReport:
     num_steps: int = 0
     loss: float = 0.0
     peak_bytes: int = 0
+    resident_growth_bytes: int | None = None
     sent_bytes: int = 0
     received_bytes: int = 0
     seconds: float = 0.0
