@@ -3,14 +3,12 @@
 Nothing here needs torch, so a slip of the pen is answered at once.
 """
 
-import math
 import re
 from random import Random
 
 from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.types.sizes import parse_size
 
-_UNIT_BYTES = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]+)", re.ASCII)
 _CUTS_SYNTAX = "all, or with commas: first, middle, last, a number, random:N"
 
 
@@ -53,16 +51,10 @@ def parse_bytes(text: str) -> int:
     >>> parse_bytes("64MiB"), parse_bytes("1.5 kib")
     (67108864, 1536)
     """
-    match = _SIZE.fullmatch(text.strip())
-    unit_bytes = _UNIT_BYTES.get(match[2].lower()) if match else None
-    number = float(match[1]) if match and unit_bytes else 0.0
-    size = math.floor(number * unit_bytes) if unit_bytes and number < math.inf else 0
-    if size < 1:
-        raise BadArgument(
-            f"--budget {text!r} is no size: write a positive number and B, KiB, MiB, "
-            "GiB or TiB, such as 64MiB."
-        )
-    return size
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise BadArgument(f"--budget {error}") from None
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -309,6 +309,7 @@ class CentralManager:
             num_threads=self.settings.num_threads,
             budget_bytes=assignment.budget_bytes,
             recompute=assignment.recompute,
+            predicted_peak_bytes=assignment.predicted_peak_bytes,
             state_digest=self._digest,
             edge_addresses={e: addresses[e] for e in assignment.route.edges()},
             config=plain_values(phase.config),

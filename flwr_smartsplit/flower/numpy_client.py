@@ -72,6 +72,10 @@ class SmartSplitNumPyClient(NumPyClient):
         none (``"off"``).
     meter_every : int
         A sampled cap meters the first two steps of each shape, then one in so many.
+    owns_process : bool
+        Whether nothing but this client uses its process's memory. Training then also
+        measures the resident set, and lets the system refuse what goes over the
+        plan's budget and a slack of 32 MiB.
     seed : int
         Root of the random streams under a stock strategy; ``SmartSplit`` sends its own.
     context : Context, optional
@@ -93,6 +97,7 @@ class SmartSplitNumPyClient(NumPyClient):
         local_epochs: int = 1,
         cap_mode: CapMode | str = CapMode.SAMPLED,
         meter_every: int = 50,
+        owns_process: bool = False,
         seed: int = 0,
         context: Context | None = None,
     ) -> None:
@@ -116,6 +121,7 @@ class SmartSplitNumPyClient(NumPyClient):
             cap_mode=cap_mode,
             meter_every=meter_every,
             local_epochs=local_epochs,
+            owns_process=owns_process,
         )
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:

@@ -26,6 +26,7 @@ from flwr_smartsplit.types import (
     ClientReply,
     Move,
     Receipt,
+    Replan,
     Status,
     StepReport,
 )
@@ -173,6 +174,7 @@ def _read_reply(text: Any) -> tuple[ClientReply, Any]:
     facts = values["report"]
     facts["status"] = Status(facts["status"])
     facts["moves"] = tuple(Move(**move) for move in facts.get("moves", ()))
+    facts["replans"] = tuple(Replan(**each) for each in facts.get("replans", ()))
     report = StepReport(**facts)
     _check_types(report)
     receipts = tuple(
@@ -225,6 +227,8 @@ def _check_types(report: StepReport) -> None:
     """Make sure that a report's numbers are numbers."""
     for field in fields(report):
         value, wanted = getattr(report, field.name), type(field.default)
+        if field.name == "resident_growth_bytes" and value is not None:
+            wanted = int
         if wanted in (int, float) and not _is_number(value, wanted):
             raise TypeError(f"{field.name} is {value!r}, not {wanted.__name__}")
     metrics: Any = report.metrics
@@ -238,6 +242,12 @@ def _check_types(report: StepReport) -> None:
             move.reason, str
         ):
             raise TypeError(f"{move!r} does not have a move's types")
+    for replan in report.replans:
+        texts = (replan.before, replan.after, replan.reason)
+        if not _is_number(replan.step, int) or not all(
+            isinstance(text, str) for text in texts
+        ):
+            raise TypeError(f"{replan!r} does not have a replan's types")
 
 
 def _check_receipt(receipt: Receipt) -> None:

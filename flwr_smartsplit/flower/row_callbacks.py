@@ -28,6 +28,7 @@ _OF_CLIENT = (
     "loss",
     "seconds",
     "peak_bytes",
+    "resident_growth_bytes",
     "bytes_down",
     "bytes_up",
     "edge_bytes_down",
@@ -127,7 +128,7 @@ def client_scalars(rows: Sequence[Row]) -> Scalars:
         f"{row['phase']}/client/{row['client_key']}/{name}": float(row[name])
         for row in rows
         for name in (*_OF_CLIENT, *_metric_names(row))
-        if name in row
+        if row.get(name) is not None
     }
 
 

@@ -14,8 +14,9 @@ Row = dict[str, object]
 
 FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
-    predicted_peak_bytes peak_bytes num_steps num_threads loss seconds bytes_down
-    bytes_up edge_bytes_up edge_bytes_down moves""".split()
+    predicted_peak_bytes peak_bytes resident_growth_bytes num_steps num_threads loss
+    seconds bytes_down bytes_up edge_bytes_up edge_bytes_down moves replans
+    recompute""".split()
 )
 """The keys of a client's row; all others are the task's metrics."""
 
@@ -109,6 +110,7 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
     if sent is not None:
         row |= {
             "route": str(sent.plan.route),
+            "recompute": str(sent.plan.recompute),
             "budget_bytes": sent.plan.budget_bytes,
             "bytes_down": dispatch.sent_bytes.get(key, 0),
             "bytes_up": dispatch.received_bytes.get(key, 0),
@@ -119,9 +121,13 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
 
 
 def _measured(report: StepReport) -> Row:
-    moves = [asdict(move) for move in report.moves]
-    return ({"moves": moves} if moves else {}) | {
+    changes = {
+        "moves": [asdict(move) for move in report.moves],
+        "replans": [asdict(replan) for replan in report.replans],
+    }
+    return {name: rows for name, rows in changes.items() if rows} | {
         "peak_bytes": report.peak_bytes,
+        "resident_growth_bytes": report.resident_growth_bytes,
         "num_examples": report.num_examples,
         "num_steps": report.num_steps,
         "num_threads": report.num_threads,

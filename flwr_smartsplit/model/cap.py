@@ -88,6 +88,10 @@ class MemoryCap:
         if self.mode is not CapMode.OFF:
             self.meter.track(*things)
 
+    def limit(self, budget_bytes: int | None) -> None:
+        """Set another cap from now on; None only measures."""
+        self.meter.budget_bytes = budget_bytes
+
     def start_over(self) -> None:
         """Look at the next steps as at the first ones: what is trained has changed."""
         self._steps_by_shape.clear()

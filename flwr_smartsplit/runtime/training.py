@@ -6,6 +6,7 @@ Both Flower APIs call these two functions; neither knows that the other exists.
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,18 @@ from flwr_smartsplit.errors import (
     EdgeError,
     InvalidTask,
     MemoryCapExceeded,
+    NoFeasiblePlan,
     SmartSplitError,
 )
 from flwr_smartsplit.model.cap import CapMode, MemoryCap
 from flwr_smartsplit.model.segment import Batch
 from flwr_smartsplit.runtime.link import Connect
+from flwr_smartsplit.runtime.process_memory import (
+    KERNEL_SLACK_BYTES,
+    MemoryGrowth,
+    data_fence,
+    resident_growth,
+)
 from flwr_smartsplit.runtime.threads import torch_threads
 from flwr_smartsplit.runtime.walk import Walk
 from flwr_smartsplit.task import Task
@@ -50,10 +58,15 @@ class Conditions:
         A sampled cap meters the first two steps, then one in so many.
     local_epochs : int
         Passes over the training loader.
+    owns_process : bool
+        Whether nothing but this client uses its process's memory. Training then also
+        measures the resident set, and lets the system refuse what goes over the
+        plan's budget and a slack of 32 MiB.
     clock : Callable[[], float]
         Seconds that only move forward.
     between_steps : Callable[[Walk], None], optional
-        Called before each training step; it may move the walk's cut.
+        Called before each training step; it may move the walk's cut or have more run
+        twice, as an ``Adapter`` does.
     """
 
     task: Task
@@ -61,6 +74,7 @@ class Conditions:
     cap_mode: CapMode | str = CapMode.SAMPLED
     meter_every: int = 50
     local_epochs: int = 1
+    owns_process: bool = False
     clock: Callable[[], float] = time.perf_counter
     between_steps: Callable[[Walk], None] | None = None
 
@@ -115,27 +129,52 @@ def train_locally(
     """
     start = conditions.clock()
     walk = _walk(plan, conditions, is_trained=True)
-    with torch_threads(plan.num_threads):
+    with torch_threads(plan.num_threads), _resident_growth(conditions) as resident:
         try:
-            walk.open(state, conditions.connect, token=uuid.uuid4().hex)
-            for epoch in range(conditions.local_epochs):
-                for batch in walk.streams.batches(loader, epoch):
-                    if conditions.between_steps is not None:
-                        conditions.between_steps(walk)
-                    walk.train_step(*_own_batch(batch))
-            outcome = Outcome(
-                receipts=walk.seal(),
-                state=walk.state(),
-                report=walk.report(num_epochs=conditions.local_epochs),
-            )
-        except (MemoryCapExceeded, EdgeError) as error:
+            with _fence(plan, conditions):
+                outcome = _trained(walk, state, loader, conditions)
+        except (MemoryCapExceeded, NoFeasiblePlan, EdgeError) as error:
             walk.abandon()
             outcome = Outcome(state={}, receipts=(), report=_failure(walk, error))
         except BaseException:
             walk.abandon()
             raise
-    seconds = conditions.clock() - start
-    return replace(outcome, report=replace(outcome.report, seconds=seconds))
+    report = replace(
+        outcome.report,
+        resident_growth_bytes=resident.growth_bytes,
+        seconds=conditions.clock() - start,
+    )
+    return replace(outcome, report=report)
+
+
+def _trained(
+    walk: Walk, state: State, loader: Loader, conditions: Conditions
+) -> Outcome:
+    """Take all steps of a round, or raise."""
+    walk.open(state, conditions.connect, token=uuid.uuid4().hex)
+    for epoch in range(conditions.local_epochs):
+        for batch in walk.streams.batches(loader, epoch):
+            if conditions.between_steps is not None:
+                conditions.between_steps(walk)
+            walk.train_step(*_own_batch(batch))
+    return Outcome(
+        receipts=walk.seal(),
+        state=walk.state(),
+        report=walk.report(num_epochs=conditions.local_epochs),
+    )
+
+
+def _resident_growth(conditions: Conditions) -> AbstractContextManager[MemoryGrowth]:
+    """Measure the process, if it is this client's."""
+    return resident_growth() if conditions.owns_process else nullcontext(MemoryGrowth())
+
+
+def _fence(plan: ClientPlan, conditions: Conditions) -> AbstractContextManager[None]:
+    """Fence the process, if it is this client's and there is a budget."""
+    extra_bytes = None
+    if conditions.owns_process and plan.budget_bytes is not None:
+        extra_bytes = plan.budget_bytes + KERNEL_SLACK_BYTES
+    return data_fence(extra_bytes, client=f"client {plan.client_key}")
 
 
 def evaluate_locally(
@@ -173,7 +212,7 @@ def _walk(plan: ClientPlan, conditions: Conditions, *, is_trained: bool) -> Walk
 
 def _failure(walk: Walk, error: SmartSplitError) -> StepReport:
     """Sum up what was done before it ended in ``error``."""
-    over = isinstance(error, MemoryCapExceeded)
+    over = isinstance(error, MemoryCapExceeded | NoFeasiblePlan)
     return replace(
         walk.report(num_epochs=1),
         status=Status.OUT_OF_MEMORY if over else Status.EDGE_FAILED,

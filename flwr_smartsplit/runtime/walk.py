@@ -30,7 +30,16 @@ from flwr_smartsplit.runtime.moving import off_wire
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.wire import WireTensor
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ClientPlan, Leg, Move, Receipt, StepReport
+from flwr_smartsplit.types import (
+    KEEP_ALL,
+    ClientPlan,
+    Leg,
+    Move,
+    Receipt,
+    RecomputePlan,
+    Replan,
+    StepReport,
+)
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -65,6 +74,7 @@ class Walk:
         self._link: EdgeLink | None = None
         self._norm: float | None = None
         self._moves: list[Move] = []
+        self._replans: list[Replan] = []
         self._num_steps = 0
         self._num_examples = 0
         self._sums: dict[str, float] = {"loss": 0.0}
@@ -111,13 +121,48 @@ class Walk:
         """How many steps are done."""
         return self._num_steps
 
-    def move(self, cut: int, *, reason: str = "") -> None:
+    def replan(self, recompute: RecomputePlan, *, reason: str = "") -> None:
+        """Run other units twice from the next step on.
+
+        Parameters
+        ----------
+        recompute : RecomputePlan
+            What the device runs twice.
+        reason : str
+            Why, for the report.
+
+        Raises
+        ------
+        InvalidPlan
+            If it does not lie within the device's segments.
+        """
+        if recompute == self.recompute:
+            return
+        for leg in self.route.device_legs(len(self._chain)):
+            recompute.within(leg.start, leg.stop)
+        replan = Replan(
+            step=self._num_steps,
+            before=str(self.recompute),
+            after=str(recompute),
+            reason=reason,
+        )
+        self._replans.append(replan)
+        self.recompute = recompute
+        for runner in self._runners:
+            runner.recompute = recompute
+        self.cap.start_over()
+
+    def move(
+        self, cut: int, *, recompute: RecomputePlan = KEEP_ALL, reason: str = ""
+    ) -> None:
         """Move the cut between the device and the first edge, between two steps.
 
         Parameters
         ----------
         cut : int
             The first unit at the edge from now on.
+        recompute : RecomputePlan
+            What the device runs twice from now on.
         reason : str
             Why, for the report.
 
@@ -142,6 +187,7 @@ class Walk:
         self.cap.start_over()
         move = Move(step=step, before=before.cuts[0], after=cut, reason=reason)
         self._moves.append(move)
+        self.replan(recompute, reason=reason)
 
     def seal(self) -> tuple[Receipt, ...]:
         """Finish the sessions at the edges, if there are any."""
@@ -179,6 +225,7 @@ class Walk:
             num_threads=torch.get_num_threads(),
             metrics=means,
             moves=tuple(self._moves),
+            replans=tuple(self._replans),
         )
 
     # --- one step -----------------------------------------------------------------
@@ -256,15 +303,16 @@ class Walk:
         return self._runner(segment)
 
     def _runner(self, segment: Segment) -> SegmentRunner:
-        return SegmentRunner(
+        runner = SegmentRunner(
             segment,
             self._task,
             streams=self.streams,
             config=self.plan.config,
             is_trained=self._is_trained,
             is_lean=True,
-            recompute=self.recompute,
         )
+        runner.recompute = self.recompute
+        return runner
 
     def _moved(self, before: int, cut: int) -> SegmentRunner:
         """Give the first segment units, or take some; the edge has switched then."""

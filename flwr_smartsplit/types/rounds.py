@@ -88,6 +88,8 @@ class ClientPlan:
         How to reach each edge of the route, by place.
     recompute : RecomputePlan
         What the device runs twice.
+    predicted_peak_bytes : int, optional
+        What the device should hold at most under route and plan.
     config : Mapping[str, bool | int | float | str]
         What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
     """
@@ -101,6 +103,7 @@ class ClientPlan:
     state_digest: str = ""
     edge_addresses: Mapping[str, str]
     recompute: RecomputePlan = KEEP_ALL
+    predicted_peak_bytes: int | None = None
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def session(self, place: str) -> str:
@@ -137,6 +140,26 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replan:
+    """A change of what a device runs twice, between two steps of a round.
+
+    Parameters
+    ----------
+    step : int
+        How many steps were done before.
+    before, after : str
+        The recompute plan, as text.
+    reason : str
+        Why, for the journal.
+    """
+
+    step: int
+    before: str
+    after: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """What a client measured while it did its part of a round.
 
@@ -154,6 +177,9 @@ class StepReport:
         Mean loss over the examples.
     peak_bytes : int
         The most the device held in the metered steps.
+    resident_growth_bytes : int or None
+        Growth of the process's resident set, where the client is alone in its process;
+        None where it is not, or the system does not say.
     sent_bytes, received_bytes : int
         Traffic between the device and its edges.
     seconds : float
@@ -164,6 +190,8 @@ class StepReport:
         What ``Task.metrics_fn`` returned, averaged over the examples.
     moves : tuple[Move, ...]
         How the first cut moved since the round began, in order.
+    replans : tuple[Replan, ...]
+        How what runs twice changed since then, in order.
     """
 
     status: Status = Status.OK
@@ -173,12 +201,14 @@ class StepReport:
     num_steps: int = 0
     loss: float = 0.0
     peak_bytes: int = 0
+    resident_growth_bytes: int | None = None
     sent_bytes: int = 0
     received_bytes: int = 0
     seconds: float = 0.0
     num_threads: int = 1
     metrics: Mapping[str, float]
     moves: tuple[Move, ...] = ()
+    replans: tuple[Replan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

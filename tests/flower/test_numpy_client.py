@@ -1,5 +1,6 @@
 """SmartSplitNumPyClient: a plain ``NumPyClient`` that follows a plan if one comes."""
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,17 @@ def test_any_iterable_will_do_with_its_numbers() -> None:
         TASK, batches, client_key="a", num_examples=9, batch_size=4
     )
     assert client.profile.num_examples == 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("owns_process", [False, True])
+def test_a_client_that_owns_its_process_measures_it(owns_process: bool) -> None:
+    """Another one does not know whose memory it would measure."""
+    client = SmartSplitNumPyClient(
+        TASK, loader(0), client_key="a", owns_process=owns_process
+    )
+    outcome = client.train(client.plan_for({}), initial_state())
+    assert (outcome.report.resident_growth_bytes is not None) == owns_process
 
 
 def test_a_negative_budget_is_refused() -> None:

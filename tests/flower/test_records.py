@@ -1,7 +1,7 @@
 """Records: what is written is what is read, in both dialects; nonsense is refused."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,7 @@ REPORT = StepReport(
     num_steps=3,
     loss=0.1 + 0.2,
     peak_bytes=2**33,
+    resident_growth_bytes=2**34,
     sent_bytes=5,
     received_bytes=6,
     seconds=1.25,
@@ -238,6 +239,15 @@ def test_a_failed_part_comes_back_without_a_state(names: NamesOf | None) -> None
     assert reply.report == report
 
 
+@pytest.mark.parametrize("growth_bytes", [None, 0, 2**34])
+def test_what_the_process_grew_by_comes_back(growth_bytes: int | None) -> None:
+    """Not known and nothing are two things; it is no metric, since some lack it."""
+    report = replace(REPORT, resident_growth_bytes=growth_bytes)
+    content = train_reply(PLAN, replace(OUTCOME, report=report), weighted_by_key="n")
+    assert reply_from_content(content).report == report
+    assert not [name for name in content["metrics"] if "resident" in name]
+
+
 def test_an_evaluation_comes_back() -> None:
     """Without arrays; a loss that is not a number survives."""
     report = StepReport(num_examples=4, loss=float("nan"), metrics={"a": 1.0})
@@ -294,6 +304,8 @@ def test_what_cannot_be_read_is_refused(case: str) -> None:
 NONSENSE = {
     "examples in words": changed(report__num_examples="many"),
     "no number of examples": changed(report__num_examples=None),
+    "a resident set in words": changed(report__resident_growth_bytes="large"),
+    "a resident set of truth": changed(report__resident_growth_bytes=True),
     "no loss": changed(report__loss=None),
     "metrics in words": changed(report__metrics={"accuracy": "good"}),
     "a list of metrics": changed(report__metrics=[1, 2]),

@@ -136,10 +136,11 @@ def test_who_could_not_be_asked_is_counted_apart() -> None:
 def test_clients_have_curves_of_their_own_if_asked() -> None:
     """Measurements and metrics, no texts."""
     row = {**CLIENT, "client_key": "c7", "loss": 2.0, "route": "whole", "f1": 0.25}
-    assert client_scalars([row]) == {
-        "train/client/c7/loss": 2.0,
-        "train/client/c7/f1": 0.25,
-    }
+    expected = {"train/client/c7/loss": 2.0, "train/client/c7/f1": 0.25}
+    assert client_scalars([row]) == expected
+    assert client_scalars([{**row, "resident_growth_bytes": None}]) == expected
+    measured = client_scalars([{**row, "resident_growth_bytes": 4096}])
+    assert measured == {**expected, "train/client/c7/resident_growth_bytes": 4096.0}
 
 
 # --- on real rounds -------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Training: a client's part ends in a report, whatever happens, and in right bits."""
 
 import itertools
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -268,6 +270,35 @@ def test_a_client_that_failed_can_train_again(client: Client) -> None:
     again = client.train(route)
     assert differences(again.state, first.state) == []
     assert again.receipts == first.receipts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("owns_process", [False, True])
+@pytest.mark.parametrize("has_budget", [False, True])
+def test_a_client_that_owns_its_process_is_fenced_by_its_budget(
+    client: Client, owns_process: bool, has_budget: bool
+) -> None:
+    """What the meter does not see is refused too: 32 MiB are the slack, 34 too much."""
+    hidden: list[bytearray] = []
+
+    def batches() -> Iterator[Any]:
+        for batch in loader(0):
+            hidden.append(bytearray(peak_of(Route.whole()) + 34 * 2**20))
+            yield batch
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    report = client.train(
+        Route.whole(),
+        budget_bytes=peak_of(Route.whole()) if has_budget else None,
+        batches=batches(),
+        owns_process=owns_process,
+    ).report
+    is_refused = owns_process and has_budget
+    assert report.status is (Status.OUT_OF_MEMORY if is_refused else Status.OK)
+    if is_refused:
+        assert report.message.startswith("client c0: the system's allocator refuses")
+    assert (report.resident_growth_bytes is not None) == owns_process
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_evaluating_over_the_cap_is_a_report_too(client: Client) -> None:

@@ -1,0 +1,104 @@
+"""Adapter: keeps a client within a budget that moves, between its steps."""
+
+from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
+from flwr_smartsplit.model.building import build_chain
+from flwr_smartsplit.model.costs import profile_chain
+from flwr_smartsplit.model.profile_cache import profile_digest
+from flwr_smartsplit.policy.adapting import Change, Standing, adapted, is_calm
+from flwr_smartsplit.runtime.budget import MemoryBudget
+from flwr_smartsplit.runtime.walk import Walk
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import ChainProfile
+
+_profiles: dict[str, ChainProfile] = {}
+
+
+class Adapter:
+    """Read a budget before each step, and change plan and cut as it says.
+
+    Parameters
+    ----------
+    budget : MemoryBudget
+        What the device's tensors may take.
+    task : Task
+        What is trained.
+    batch_size : int
+        Examples per step.
+    """
+
+    def __init__(self, budget: MemoryBudget, task: Task, *, batch_size: int) -> None:
+        self._budget = budget
+        self._task = task
+        self._batch_size = batch_size
+        self._calm_steps = 0
+        self._is_fixed = False
+
+    def __call__(self, walk: Walk) -> None:
+        """Adapt a walk before its next step.
+
+        Raises
+        ------
+        NoFeasiblePlan
+            If nothing fits.
+        """
+        budget_bytes = self._budget.read(
+            step=walk.num_steps, live_bytes=walk.cap.live_bytes
+        )
+        walk.cap.limit(budget_bytes)
+        if self._is_at_ease(walk, budget_bytes):
+            return
+        profile = profile_of(self._task, batch_size=self._batch_size)
+        standing = self._standing(walk)
+        change = adapted(profile, standing, budget_bytes)
+        if change is not None and not self._is_done(walk, change):
+            # The cut stays where it is; what is left are tighter plans.
+            self._is_fixed = True
+            change = adapted(profile, self._standing(walk), budget_bytes)
+            if change is not None:
+                walk.replan(change.recompute, reason=change.reason)
+        standing = self._standing(walk)
+        is_room = change is None and is_calm(profile, standing, budget_bytes)
+        self._calm_steps = self._calm_steps + 1 if is_room else 0
+
+    def _is_at_ease(self, walk: Walk, budget_bytes: int | None) -> bool:
+        """Say whether all is as planned and fits, so that no costs are needed."""
+        is_planned = (walk.route, walk.recompute) == (
+            walk.plan.route,
+            walk.plan.recompute,
+        )
+        needed = walk.plan.predicted_peak_bytes
+        fits = budget_bytes is None or (needed is not None and needed <= budget_bytes)
+        return is_planned and fits
+
+    def _standing(self, walk: Walk) -> Standing:
+        return Standing(
+            planned=walk.plan.route,
+            route=walk.route,
+            recompute=walk.recompute,
+            calm_steps=self._calm_steps,
+            is_fixed=self._is_fixed,
+        )
+
+    def _is_done(self, walk: Walk, change: Change) -> bool:
+        """Change; say whether the cut could be moved where it had to."""
+        if change.route.cuts != walk.route.cuts:
+            try:
+                walk.move(
+                    change.route.cuts[0],
+                    recompute=change.recompute,
+                    reason=change.reason,
+                )
+            except (RefusedMove, MemoryCapExceeded):
+                return False
+            return True
+        walk.replan(change.recompute, reason=change.reason)
+        return True
+
+
+def profile_of(task: Task, *, batch_size: int) -> ChainProfile:
+    """Find the costs of a task's chain, once in a process."""
+    chain = build_chain(task)
+    digest = profile_digest(chain, batch_size=batch_size, task=task)
+    if digest not in _profiles:
+        _profiles[digest] = profile_chain(chain, batch_size=batch_size, task=task)
+    return _profiles[digest]

@@ -1,0 +1,287 @@
+"""What the system says of a process's memory, beside what the meter counts.
+
+The meter counts tensors; the system counts all a process holds, and refuses more.
+These are numbers of a process, so they are one client's only if it is alone there. For
+Linux, and for CUDA; elsewhere nothing is measured and nothing is refused.
+"""
+
+import errno
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flwr_smartsplit.errors import MemoryCapExceeded, bytes_text
+from flwr_smartsplit.types.sizes import parse_size
+
+KERNEL_SLACK_BYTES = 32 * 2**20
+"""What a step takes besides its tensors: scratch inside kernels, compiled kernels, the
+interpreter, what malloc keeps. With malloc told to give back what is free, the resident
+set of whole steps was 10 to 30 MiB above the meter."""
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER_MARK = "5"
+_TORCH_GRAIN = 32_768  # Torch gives another thread work from so many elements on.
+
+_KERNEL_REFUSED = "could not create a primitive"
+_REFUSALS = ("DefaultCPUAllocator", "std::bad_alloc", _KERNEL_REFUSED)
+_ASKED = re.compile(r"allocate ([1-9]\d*(?:\.\d+)?)\.? ([KMGT]iB|B|bytes)")
+
+
+@dataclass(slots=True)
+class MemoryGrowth:
+    """How much something grew by; known once its block has ended.
+
+    Attributes
+    ----------
+    growth_bytes : int or None
+        The most above the start; None if it cannot be known.
+    """
+
+    growth_bytes: int | None = None
+
+
+def process_bytes(key: str) -> int | None:
+    """Read a size from this process's status: VmRSS, VmHWM, VmData.
+
+    Returns
+    -------
+    int or None
+        Bytes; None where the system does not say.
+    """
+    try:
+        text = _STATUS.read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{key}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+@contextmanager
+def resident_growth() -> Iterator[MemoryGrowth]:
+    """Measure the most that the process's resident set grew by inside.
+
+    The kernel keeps a high-water mark, which is set back at the start. Where that is
+    not allowed, the mark tells only if it rises inside; otherwise the growth is None.
+    There is one mark in a process: do not nest, and do not measure in two threads.
+
+    Yields
+    ------
+    MemoryGrowth
+        Filled when the block ends, also by an error.
+    """
+    growth = MemoryGrowth()
+    mark_bytes = 0 if _is_mark_reset() else process_bytes("VmHWM")
+    before_bytes = process_bytes("VmRSS")
+    try:
+        yield growth
+    finally:
+        peak_bytes = process_bytes("VmHWM")
+        if before_bytes is None or mark_bytes is None or peak_bytes is None:
+            pass  # Not Linux.
+        elif peak_bytes > mark_bytes:
+            growth.growth_bytes = max(0, peak_bytes - before_bytes)
+
+
+@contextmanager
+def data_fence(extra_bytes: int | None, *, client: str = "") -> Iterator[None]:
+    """Let the system refuse what this process takes above ``extra_bytes`` more.
+
+    A second fence behind ``memory_cap``, which also sees what is no tensor: it lowers
+    the process's soft ``RLIMIT_DATA``, and restores it.
+
+    Parameters
+    ----------
+    extra_bytes : int or None
+        Growth that is allowed from here on; None sets no fence.
+    client : str
+        Whose memory it is, for the error.
+
+    Raises
+    ------
+    MemoryCapExceeded
+        When torch, numpy or Python is refused memory inside.
+
+    Notes
+    -----
+    Kernels that ask for little get refused too, and not all bear it: with oneDNN, less
+    than a MiB below the fence, the process can lose the ability to make convolutions,
+    or crash. Fence only a process whose loss is affordable, and leave it slack. Malloc
+    keeps what was freed: it counts unless malloc was told to give it back.
+
+    Threads need a stack each, and OpenMP ends the process if there is no room for one:
+    torch's own are started before the fence is set.
+    """
+    if extra_bytes is not None and extra_bytes < 0:
+        raise ValueError(f"extra_bytes is {extra_bytes}: give at least 0, or None.")
+    if extra_bytes is None or process_bytes("VmData") is None:
+        yield
+        return
+    import resource  # noqa: PLC0415 - not on Windows
+
+    _start_torch_threads()
+    start_bytes = process_bytes("VmData") or 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = (start_bytes + extra_bytes, soft, hard)
+    limit = min(n for n in limits if n != resource.RLIM_INFINITY)
+
+    def grown_bytes() -> int:
+        return (process_bytes("VmData") or 0) - start_bytes
+
+    # The error is made outside, where Python has memory for it.
+    with _naming_refusals(client, limit - start_bytes, grown_bytes):
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@contextmanager
+def cuda_growth(device: torch.device | int | None = None) -> Iterator[MemoryGrowth]:
+    """Measure the most that CUDA tensors of this process grew by inside.
+
+    Parameters
+    ----------
+    device : torch.device or int, optional
+        The current one if not given. Its peak statistics are set back.
+
+    Yields
+    ------
+    MemoryGrowth
+        Filled when the block ends; None without CUDA.
+    """
+    growth = MemoryGrowth()
+    if not torch.cuda.is_available():
+        yield growth
+        return
+    before_bytes = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield growth
+    finally:
+        stats = torch.cuda.memory_stats(device)
+        growth.growth_bytes = stats["allocated_bytes.all.peak"] - before_bytes
+
+
+@contextmanager
+def cuda_fence(
+    extra_bytes: int | None,
+    *,
+    client: str = "",
+    device: torch.device | int | None = None,
+) -> Iterator[None]:
+    """Let torch's CUDA allocator refuse what it takes above ``extra_bytes`` more.
+
+    The allocator counts the segments that it reserves, of 2 MiB and more, and not the
+    tensors in them: leave slack. Its cache is emptied first.
+
+    Parameters
+    ----------
+    extra_bytes : int or None
+        Growth that is allowed from here on; None sets no fence.
+    client : str
+        Whose memory it is, for the error.
+    device : torch.device or int, optional
+        The current one if not given.
+
+    Raises
+    ------
+    MemoryCapExceeded
+        When the allocator refuses.
+    """
+    if extra_bytes is not None and extra_bytes < 0:
+        raise ValueError(f"extra_bytes is {extra_bytes}: give at least 0, or None.")
+    if extra_bytes is None or not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.empty_cache()
+    start_bytes = torch.cuda.memory_reserved(device)
+    index = torch.cuda.current_device() if device is None else device
+    total_bytes = torch.cuda.get_device_properties(index).total_memory
+    fraction = min(1.0, (start_bytes + extra_bytes) / total_bytes)
+    read = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.7
+    before = 1.0 if read is None else read(device)
+
+    def grown_bytes() -> int:
+        return torch.cuda.memory_reserved(device) - start_bytes
+
+    with _naming_refusals(client, extra_bytes, grown_bytes):
+        torch.cuda.set_per_process_memory_fraction(min(fraction, before), device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _is_mark_reset() -> bool:
+    """Set the resident set's high-water mark to what it is now, if that is allowed."""
+    try:
+        _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
+    except OSError:
+        return False
+    return True
+
+
+def _start_torch_threads() -> None:
+    """Let torch start the threads of its first large operator and first backward."""
+    num_threads = torch.get_num_threads()
+    if num_threads > 1:
+        torch.ones(num_threads * _TORCH_GRAIN)
+    with torch.enable_grad():
+        torch.ones(1, requires_grad=True).sum().backward()
+
+
+@contextmanager
+def _naming_refusals(
+    client: str, allowed_bytes: int, grown_bytes: Callable[[], int]
+) -> Iterator[None]:
+    """Turn an allocator's refusal into the cap's error."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _is_refusal(error):
+            raise
+        raise _exceeded(error, client, grown_bytes(), allowed_bytes) from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in _REFUSALS
+    )
+
+
+def _exceeded(
+    error: Exception, client: str, grown_bytes: int, allowed_bytes: int
+) -> MemoryCapExceeded:
+    """Say what was refused, at which growth, and what to do.
+
+    By now some of it may be free again, so only the least that it was is known.
+    """
+    asked = _ASKED.search(str(error))
+    asked_bytes = parse_size(asked[1] + asked[2].replace("bytes", "B")) if asked else 0
+    live_bytes = max(grown_bytes + asked_bytes, allowed_bytes + 1)
+    kinds = {"taken since the fence": live_bytes - asked_bytes}
+    if asked_bytes:
+        kinds["asked for"] = asked_bytes
+    restart = " This process may not recover: restart it."
+    return MemoryCapExceeded(
+        f"{client or 'this step'}: the system's allocator refuses "
+        f"{bytes_text(asked_bytes) if asked_bytes else 'memory'}: the process would "
+        f"have taken at least {bytes_text(live_bytes)} since its fence was set, which "
+        f"allows {bytes_text(allowed_bytes)} ({str(error) or type(error).__name__:.200}"
+        "). Cut earlier, lower the batch size, or raise the budget."
+        f"{restart if _KERNEL_REFUSED in str(error) else ''}",
+        client=client,
+        operator="the system's allocator",
+        phase="",
+        live_bytes=live_bytes,
+        budget_bytes=allowed_bytes,
+        bytes_by_kind=dict(sorted(kinds.items(), key=lambda item: -item[1])),
+    )

@@ -1,0 +1,32 @@
+"""Sizes as people write them: ``64MiB``. What they are printed as is in errors.py."""
+
+import math
+import re
+
+_UNIT_BYTES = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]+)", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Read a size with its unit, in bytes.
+
+    Raises
+    ------
+    ValueError
+        If it is not a number with a binary unit, or less than one byte.
+
+    Examples
+    --------
+    >>> parse_size("64MiB"), parse_size("1.5 kib")
+    (67108864, 1536)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit_bytes = _UNIT_BYTES.get(match[2].lower()) if match else None
+    number = float(match[1]) if match and unit_bytes else 0.0
+    size = math.floor(number * unit_bytes) if unit_bytes and number < math.inf else 0
+    if size < 1:
+        raise ValueError(
+            f"{text!r} is no size: write a positive number and B, KiB, MiB, GiB or "
+            "TiB, such as 64MiB."
+        )
+    return size
