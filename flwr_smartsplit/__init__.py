@@ -24,14 +24,18 @@ if TYPE_CHECKING:
         first_that_fits,
     )
     from flwr_smartsplit.policy.predict import predicted_peak_bytes
+    from flwr_smartsplit.policy.recompute_plan import plan_recompute
+    from flwr_smartsplit.runtime.budget import MemoryBudget
     from flwr_smartsplit.runtime.ray_edge import RayEdge
     from flwr_smartsplit.task import Task
-    from flwr_smartsplit.types import Route
+    from flwr_smartsplit.types import RecomputePlan, Route
 
 __all__ = [
     "Chain",
     "LegacySmartSplit",
+    "MemoryBudget",
     "RayEdge",
+    "RecomputePlan",
     "Route",
     "RouteRequest",
     "SmartSplit",
@@ -43,6 +47,7 @@ __all__ = [
     "deepest_u_shape",
     "first_that_fits",
     "memory_cap",
+    "plan_recompute",
     "predicted_peak_bytes",
     "profile_chain",
     "proximal",
@@ -51,7 +56,9 @@ __all__ = [
 _HOMES = {
     "Chain": "model.chain",
     "LegacySmartSplit": "flower.legacy_strategy",
+    "MemoryBudget": "runtime.budget",
     "RayEdge": "runtime.ray_edge",
+    "RecomputePlan": "types",
     "Route": "types",
     "RouteRequest": "policy.cuts",
     "SmartSplit": "flower.strategy",
@@ -63,6 +70,7 @@ _HOMES = {
     "deepest_u_shape": "policy.cuts",
     "first_that_fits": "policy.cuts",
     "memory_cap": "model.cap",
+    "plan_recompute": "policy.recompute_plan",
     "predicted_peak_bytes": "policy.predict",
     "profile_chain": "model.costs",
     "proximal": "model.proximal",

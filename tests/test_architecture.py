@@ -23,7 +23,9 @@ PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
     "Chain",
     "LegacySmartSplit",
+    "MemoryBudget",
     "RayEdge",
+    "RecomputePlan",
     "Route",
     "RouteRequest",
     "SmartSplit",
@@ -35,6 +37,7 @@ PUBLIC_NAMES = [
     "deepest_u_shape",
     "first_that_fits",
     "memory_cap",
+    "plan_recompute",
     "predicted_peak_bytes",
     "profile_chain",
     "proximal",

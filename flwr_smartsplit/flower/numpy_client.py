@@ -26,6 +26,8 @@ from flwr_smartsplit.flower.replies import (
 )
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.cap import CapMode
+from flwr_smartsplit.runtime.adapting import Adapter
+from flwr_smartsplit.runtime.budget import MemoryBudget, as_budget
 from flwr_smartsplit.runtime.training import (
     Conditions,
     Loader,
@@ -59,8 +61,9 @@ class SmartSplitNumPyClient(NumPyClient):
     client_key : str
         A name that stays the same from round to round and run to run: the partition
         id in simulation, a configured name in deployment.
-    budget_bytes : int, optional
-        What this device's tensors may take; None means no limit.
+    budget_bytes : int or MemoryBudget, optional
+        What this device's tensors may take; None means no limit. A ``MemoryBudget``
+        is read between batches, and what the device does follows it.
     edges : Sequence[Edge]
         The edges this client can reach, such as ``(RayEdge(),)``.
     num_examples, batch_size : int, optional
@@ -90,7 +93,7 @@ class SmartSplitNumPyClient(NumPyClient):
         eval_loader: Loader | None = None,
         *,
         client_key: str,
-        budget_bytes: int | None = None,
+        budget_bytes: int | MemoryBudget | None = None,
         edges: Sequence[Edge] = (),
         num_examples: int | None = None,
         batch_size: int | None = None,
@@ -101,17 +104,18 @@ class SmartSplitNumPyClient(NumPyClient):
         seed: int = 0,
         context: Context | None = None,
     ) -> None:
-        _check_budget(client_key, budget_bytes)
         self.task = task
+        self._budget = _budget_of(client_key, budget_bytes)
+        self._moves = isinstance(budget_bytes, MemoryBudget)
         self.train_loader = train_loader
         self.eval_loader = eval_loader
         self._seed = seed
         self.context = context
         self._edges = _by_name(edges)
         sizes = _sizes(train_loader, num_examples, batch_size)
-        self.profile = DeviceProfile(
+        self._profile = DeviceProfile(
             client_key=client_key,
-            budget_bytes=budget_bytes,
+            budget_bytes=None,
             num_examples=sizes[0],
             batch_size=sizes[1],
         )
@@ -124,10 +128,21 @@ class SmartSplitNumPyClient(NumPyClient):
             owns_process=owns_process,
         )
 
+    @property
+    def profile(self) -> DeviceProfile:
+        """What this client says of itself, with its budget as it is now."""
+        budget_bytes = self._budget.read(step=0, live_bytes=0)
+        return replace(self._profile, budget_bytes=budget_bytes)
+
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
         state = {**state, **self._local(plan)}
-        outcome = train_locally(plan, state, self.train_loader, self._conditions)
+        conditions = self._conditions
+        if self._moves and not _is_stock(plan):
+            size = self._profile.batch_size
+            adapter = Adapter(self._budget, self.task, batch_size=size)
+            conditions = replace(conditions, between_steps=adapter)
+        outcome = train_locally(plan, state, self.train_loader, conditions)
         if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
             return replace(outcome, state={**state, **outcome.state})
@@ -145,7 +160,7 @@ class SmartSplitNumPyClient(NumPyClient):
         if plan is None:
             round_number = int(config.get("server-round", 0))
             plan = ClientPlan(
-                client_key=self.profile.client_key,
+                client_key=self._profile.client_key,
                 round_number=round_number,
                 route=Route.whole(),
                 # Without a number, all rounds would shuffle alike.
@@ -220,7 +235,7 @@ class SmartSplitNumPyClient(NumPyClient):
         """Return what Flower keeps for this node from message to message."""
         if self.context is None:
             raise InvalidTask(
-                f"client {self.profile.client_key!r}: the task's is_local keeps state "
+                f"client {self._profile.client_key!r}: the task's is_local keeps state "
                 "on the device, in Flower's context: give the client context=context."
             )
         return self.context.state
@@ -228,7 +243,7 @@ class SmartSplitNumPyClient(NumPyClient):
     def _connect(self, place: str, address: str) -> Transport:
         if place not in self._edges:
             raise EdgeUnreachable(
-                f"client {self.profile.client_key!r} knows no edge {place!r}, only "
+                f"client {self._profile.client_key!r} knows no edge {place!r}, only "
                 f"{sorted(self._edges)}: give it the strategy's edges."
             )
         return self._edges[place].connect(address)
@@ -246,16 +261,18 @@ def _by_name(edges: Sequence[Edge]) -> dict[str, Edge]:
     return {edge.name: edge for edge in edges}
 
 
-def _check_budget(client_key: str, budget_bytes: Any) -> None:
-    """Refuse what is not a number of bytes."""
-    if budget_bytes is None:
-        return
-    is_count = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
-    if not is_count or budget_bytes < 0:
-        raise ValueError(
-            f"client {client_key!r}: budget_bytes is {budget_bytes!r}; give a whole "
-            "number of bytes of at least 0, such as 64 * 2**20, or None for no limit."
-        )
+def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:
+    """Read what a user gives as a budget.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    try:
+        return as_budget(budget_bytes)
+    except ValueError as error:
+        raise ValueError(f"client {client_key!r}: {error}") from error
 
 
 def _sizes(

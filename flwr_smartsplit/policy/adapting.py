@@ -140,9 +140,9 @@ def _first_fit(
     if least is None:
         raise RuntimeError("a route has itself to fall back on.")
     raise NoFeasiblePlan(
-        f"nothing fits: the cheapest ({least[1]}) needs {bytes_text(least[0])} at batch "
-        f"size {profile.batch_size}, whatever runs twice, and the budget has become "
-        f"{bytes_text(budget_bytes)}. This client sits the round out.",
+        f"nothing fits: the cheapest ({least[1]}) needs {bytes_text(least[0])} at "
+        f"batch size {profile.batch_size}, whatever runs twice, and the budget has "
+        f"become {bytes_text(budget_bytes)}. This client sits the round out.",
         needed_bytes=least[0],
         budget_bytes=budget_bytes,
     )
