@@ -240,17 +240,21 @@ def _lean_ones(segments: _Segments, free_bytes: int) -> list[RecomputePlan]:
 
 def _extra(segments: _Segments, plan: RecomputePlan) -> float:
     """Add up the cost of what runs again."""
-    total = 0.0
-    for leg, stages in zip(segments.legs, (segments.head, segments.tail), strict=False):
-        part = plan.within(leg.start, leg.stop)
-        total += sum(_rerun_cost(stages, each) for each in part.reruns)
-        total += sum(
-            way.extra_cost
-            for stage in stages
-            for way in stage.ways[1:]
-            if set(way.light) <= set(part.light)
-        )
-    return total
+    pairs = zip(segments.legs, (segments.head, segments.tail), strict=False)
+    return sum(
+        cost_of(stages, plan.within(leg.start, leg.stop)) for leg, stages in pairs
+    )
+
+
+def cost_of(stages: Sequence[Stage], plan: RecomputePlan) -> float:
+    """Add up the cost of what a plan of one segment runs again."""
+    light = sum(
+        way.extra_cost
+        for stage in stages
+        for way in stage.ways[1:]
+        if set(way.light) <= set(plan.light)
+    )
+    return light + sum(_rerun_cost(stages, part) for part in plan.reruns)
 
 
 def _rerun_cost(stages: Sequence[Stage], part: Rerun) -> float:

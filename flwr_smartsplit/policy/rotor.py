@@ -40,6 +40,11 @@ class Rotor:
         Into how many parts the budget is divided; sizes are rounded up to them.
     is_rerun : bool
         Whether the whole segment is run again when its gradient arrives.
+
+    Notes
+    -----
+    Column ``t`` of a table is for stages that end with stage ``t`` inside a rerun; the
+    last column is for those that end the segment and run for the first time.
     """
 
     def __init__(
@@ -51,7 +56,9 @@ class Rotor:
         is_rerun: bool = False,
     ) -> None:
         self._stages = stages
+        self._top = len(stages)
         self._is_rerun = is_rerun
+        self._column = self._top - 1 if is_rerun else self._top
         self.slot_bytes = max(1, -(-budget_bytes // slots))
         self._slots = max(0, budget_bytes // self.slot_bytes)
         lefts = [stage.left_bytes for stage in reversed(stages)]
@@ -62,7 +69,7 @@ class Rotor:
     @property
     def least_slots(self) -> int | None:
         """The fewest slots that some plan does with; None if no plan fits."""
-        feasible = np.flatnonzero(np.isfinite(self._best[0, -1]))
+        feasible = np.flatnonzero(np.isfinite(self._best[0, self._column]))
         return int(feasible[0]) if feasible.size else None
 
     def plan(self, slots: int | None = None) -> RecomputePlan | None:
@@ -74,11 +81,10 @@ class Rotor:
             How many of the slots it may use; all by default.
         """
         slots = self._slots if slots is None else slots
-        last = len(self._stages) - 1
-        if not np.isfinite(self._best[0, last, slots]):
+        if not np.isfinite(self._best[0, self._column, slots]):
             return None
         light: list[int] = []
-        reruns = self._read(0, last, slots, light)
+        reruns = self._read(0, self._column, slots, light)
         if self._is_rerun:
             stages = self._stages
             whole = Rerun(stages[0].start, stages[-1].stop, tuple(reruns))
@@ -89,7 +95,7 @@ class Rotor:
 
     def _fill(self) -> None:
         size, slots = len(self._stages), self._slots
-        shape = (size, size, slots + 1)
+        shape = (size, size + 1, slots + 1)
         self._best: _Costs = np.full(shape, _NEVER)
         self._shifted: _Costs = np.full(shape, _NEVER)
         self._choice = np.zeros(shape, dtype=np.int16)
@@ -97,10 +103,12 @@ class Rotor:
         for length in range(size):
             for start in range(size - length):
                 self._fill_one(start, start + length)
+        for start in reversed(range(size)):
+            self._fill_one(start, self._top)
 
     def _fill_one(self, start: int, last: int) -> None:
         """Find the best of keeping the first stage, and of rerunning up to each."""
-        keep = [self._kept(start, last, way) for way in self._ways(start)]
+        keep = [self._kept(start, last, way) for way in self._stages[start].ways]
         rows = [np.stack(keep), self._rerun(start, last)]
         table = np.concatenate([row for row in rows if row.size])
         choice = table.argmin(axis=0)
@@ -118,14 +126,15 @@ class Rotor:
     def _kept(self, start: int, last: int, way: Way) -> _Costs:
         """Cost of keeping the first stage one way, and the best of the rest."""
         stage = self._stages[start]
-        arriving = self._late[last + 1] + self._arriving(last)
-        ends = start == last and self._runs_again(last)
+        arriving = self._arriving(last)
+        is_last = start == min(last, self._top - 1)
+        ends = is_last and last < self._top
         forward = way.rerun_peak_bytes if ends else way.forward_peak_bytes
         needed = max(
             self._slots_of(arriving + forward),
             self._slots_of(self._late[start + 1] + way.backward_peak_bytes),
         )
-        if start < last:
+        if not is_last:
             after = _shifted(
                 self._best[start + 1, last], self._slots_of(way.saved_bytes)
             )
@@ -134,26 +143,26 @@ class Rotor:
             after = np.zeros(self._slots + 1)
             share = stage.rerun_cost / stage.cost if stage.cost else 1.0
             cost = self._cost(start, start + 1) * share
-        cost = way.extra_cost + (cost if self._runs_again(last) else 0.0)
+        cost = way.extra_cost + (cost if last < self._top else 0.0)
         costs: _Costs = np.where(self._range >= needed, after + cost, _NEVER)
         return costs
 
     def _rerun(self, start: int, last: int) -> _Costs:
         """Costs of running stages up to each later one again, a row for each."""
-        stages, rows = self._stages, self._rerunnable(start, last)
+        rows = self._rerunnable(start, last)
         if not rows:
             return np.empty((0, self._slots + 1))
-        arriving = self._late[last + 1] + self._arriving(last)
+        arriving = self._arriving(last)
         needed, most, before = [], 0, 0
-        for stage in stages[start : start + rows]:
+        for stage in self._stages[start : start + rows]:
             most = max(most, before + stage.passing_peak_bytes)
             before = stage.output_bytes
             needed.append(self._slots_of(arriving + most))
-        costs = (
-            self._best[start, start : start + rows]
-            + self._shifted[start + 1 : start + rows + 1, last]
-        )
-        if self._runs_again(last):
+        after = self._shifted[start + 1 : start + rows + 1, last]
+        if start + rows == self._top:  # Nothing comes after the last of them.
+            after = np.concatenate([after, np.zeros((1, self._slots + 1))])
+        costs = self._best[start, start : start + rows] + after
+        if last < self._top:
             passing = [self._cost(start, start + i + 1) for i in range(rows)]
             costs = costs + np.array(passing)[:, None]
         fits = self._range >= np.array(needed)[:, None]
@@ -161,22 +170,20 @@ class Rotor:
         return masked
 
     def _rerunnable(self, start: int, last: int) -> int:
-        """Count how many stages from one on may run twice, the last left out."""
+        """Count how many stages from one on may run twice.
+
+        Inside a rerun not the last: it would only be run once more.
+        """
         count = 0
         while start + count < last and self._stages[start + count].can_rerun:
             count += 1
         return count
 
-    def _ways(self, index: int) -> Sequence[Way]:
-        return self._stages[index].ways
-
-    def _runs_again(self, last: int) -> bool:
-        """Say whether stages that end with one are in a rerun already."""
-        return self._is_rerun or last < len(self._stages) - 1
-
     def _arriving(self, last: int) -> int:
         """Size of the gradients that are there while stages run forward."""
-        return self._stages[last].arriving_bytes if self._runs_again(last) else 0
+        if last == self._top:
+            return 0
+        return self._late[last + 1] + self._stages[last].arriving_bytes
 
     def _cost(self, start: int, stop: int) -> float:
         return self._costs_before[stop] - self._costs_before[start]
@@ -187,7 +194,7 @@ class Rotor:
     def _read(self, start: int, last: int, slots: int, light: list[int]) -> list[Rerun]:
         """Read the choices back as a plan."""
         reruns: list[Rerun] = []
-        while start <= last:
+        while start < min(last + 1, self._top):
             choice = int(self._choice[start, last, slots])
             stage = self._stages[start]
             if choice < 0:
