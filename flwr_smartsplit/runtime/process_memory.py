@@ -110,8 +110,8 @@ def data_fence(extra_bytes: int | None, *, client: str = "") -> Iterator[None]:
     -----
     Kernels that ask for little get refused too, and not all bear it: with oneDNN, less
     than a MiB below the fence, the process can lose the ability to make convolutions,
-    or crash. Fence only a process whose loss is affordable, and leave it slack. Malloc
-    keeps what was freed: it counts unless malloc was told to give it back.
+    or crash. Fence only a process whose loss is affordable, and leave it slack. What
+    malloc keeps can be used again and is not refused: tell it to give all back.
 
     Threads need a stack each, and OpenMP ends the process if there is no room for one:
     torch's own are started before the fence is set.

@@ -128,8 +128,8 @@ def train_locally(
         the numbers, not in an exception.
     """
     start = conditions.clock()
-    walk = _walk(plan, conditions, is_trained=True)
     with torch_threads(plan.num_threads), _resident_growth(conditions) as resident:
+        walk = _walk(plan, conditions, is_trained=True)
         try:
             with _fence(plan, conditions):
                 outcome = _trained(walk, state, loader, conditions)
