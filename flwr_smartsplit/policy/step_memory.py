@@ -128,9 +128,13 @@ class _Ledger:
                 way = self._way(first)
                 self._see(base + self._late[first] + way.backward_peak_bytes)
             else:
-                arriving = self._late[last] + self._stages[last].arriving_bytes
+                arriving = self._arriving(last)
                 again = self.forward(inner, base + arriving, is_rerun=True)
                 self.backward(inner, [each - arriving for each in again])
+
+    def _arriving(self, last: int) -> int:
+        """Size of the gradients that are there when a rerun of stages begins."""
+        return self._late[last] + self._stages[last].arriving_bytes
 
     def stays(self, item: Item) -> int:
         """Say what the last item of a segment keeps while the rest runs elsewhere."""

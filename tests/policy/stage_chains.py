@@ -54,7 +54,7 @@ def _light(plain: Way, index: int, rng: Random) -> Way:
 
 def every_plan(stages: tuple[Stage, ...]) -> Iterator[RecomputePlan]:
     """List all nested plans of a chain, light stages included."""
-    for reruns in _nested(0, len(stages)):
+    for reruns in nested(0, len(stages)):
         for light in _subsets([w.light[0] for s in stages for w in s.ways[1:]]):
             yield RecomputePlan(reruns, light)
 
@@ -68,18 +68,18 @@ def _subsets(items: list[int]) -> Iterator[tuple[int, ...]]:
         yield (items[0], *rest)
 
 
-def _nested(
+def nested(
     start: int, stop: int, *, inside: tuple[int, int] | None = None
 ) -> Iterator[tuple[Rerun, ...]]:
-    """List the ways to rerun parts of ``[start, stop)``, which may be in a rerun."""
+    """List the ways to rerun parts of units, which may be the inside of a rerun."""
     if start == stop:
         yield ()
         return
-    for rest in _nested(start + 1, stop):
+    for rest in nested(start + 1, stop):
         yield rest
     for end in range(start + 1, stop + 1):
         if (start, end) == inside:
             continue  # The same units twice in a row.
-        for inner in _nested(start, end, inside=(start, end)):
-            for rest in _nested(end, stop):
+        for inner in nested(start, end, inside=(start, end)):
+            for rest in nested(end, stop):
                 yield (Rerun(start, end, inner), *rest)
