@@ -18,6 +18,7 @@ from flwr_smartsplit.errors import EdgeError, RefusedTail, StaleSession
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
 from flwr_smartsplit.model.segment import SegmentRunner
 from flwr_smartsplit.policy.merging import add_states
+from flwr_smartsplit.runtime import part_messages as messages
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import Connect, EdgeLink, nowhere
 from flwr_smartsplit.runtime.randomness import UnitStreams
@@ -132,6 +133,17 @@ class EdgeService:
             reply: wire.Stepped | wire.Forwarded | wire.Returned
             reply = self._void_on_error(session, lambda: session.answer(request))
             return reply
+
+    @_answer.register
+    def _(
+        self,
+        request: messages.BoundaryPart
+        | messages.TrainParts
+        | messages.GradientPart
+        | messages.EvaluateParts,
+    ) -> Any:
+        with self._held(request) as session:
+            return self._void_on_error(session, lambda: session.answer(request))
 
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:

@@ -86,6 +86,8 @@ class ClientPlan:
         How to reach each edge of the route, by place.
     config : Mapping[str, bool | int | float | str]
         What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
+    slice_size : int or None
+        Samples that the front runs at a time, each twice; None runs the whole batch.
     """
 
     client_key: str
@@ -97,6 +99,7 @@ class ClientPlan:
     state_digest: str = ""
     edge_addresses: Mapping[str, str]
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    slice_size: int | None = None
 
     def session(self, place: str) -> str:
         """Name this client's session at one place in this round."""
