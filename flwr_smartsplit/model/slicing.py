@@ -73,8 +73,7 @@ class SlicedRunner:
         """End the step from the gradients; update, unless that has to wait."""
         for start, stop in self._bounds(inputs):
             part = sliced(inputs, start, stop)
-            self._part.forward(part, step=step, inputs_are_boundary=False)
-            self._part.backward(partial(receive, start, stop))
+            self._part_step(part, partial(receive, start, stop), step)
         if self._whole.task.max_gradient_norm is None:
             self._whole.update()
 
@@ -85,6 +84,11 @@ class SlicedRunner:
             outputs = self._part.evaluate(part)
             send(start, _checked(as_boundary(outputs), stop - start))
             del outputs
+
+    def _part_step(self, part: Batch, receive: Callable[[], Tensor], step: int) -> None:
+        """Run a slice forward again and backward, to add to the gradients."""
+        self._part.forward(part, step=step, inputs_are_boundary=False)
+        self._part.backward(receive)
 
     def _light(self, inputs: Batch, start: int, stop: int, step: int) -> Boundary:
         with torch.no_grad():

@@ -14,6 +14,8 @@ from flwr_smartsplit.runtime.wire import WireTensor
 
 PER_STEP = 2  # A step has two halves in the order of messages: there, and back.
 
+WHOLE = -1  # Stands for the sample at which a gradient begins that comes whole.
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -103,8 +105,14 @@ class EvaluateParts(wire.Request[wire.Evaluated]):
 
 def place_of(request: Any) -> tuple[int, int]:
     """Tell a message's place in the order of its session."""
-    is_back = isinstance(request, wire.BackwardStep | GradientPart)
-    offset = getattr(request, "start", 0)
-    if isinstance(request, TrainParts | EvaluateParts):
-        offset = request.targets.shape[0]  # After all of the batch's parts.
-    return request.step * PER_STEP + is_back, offset
+    number = request.step * PER_STEP
+    match request:
+        case BoundaryPart():
+            return number, request.start
+        case TrainParts() | EvaluateParts():
+            return number, request.targets.shape[0]  # After all of the batch's parts.
+        case GradientPart():
+            return number + 1, request.start
+        case wire.BackwardStep():
+            return number + 1, WHOLE
+    return number, 0

@@ -101,6 +101,6 @@ class Parts:
             case messages.GradientPart():
                 self.offset = request.stop if self._gradient is not None else 0
                 return int(self._gradient is None)
-        self.offset = 0
+        self.offset = messages.WHOLE if isinstance(request, wire.ForwardStep) else 0
         is_whole = isinstance(request, wire.TrainStep | messages.EvaluateParts)
         return messages.PER_STEP if is_whole else 1

@@ -1,7 +1,7 @@
 """Records: what is written is what is read, in both dialects; nonsense is refused."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -166,6 +166,7 @@ def test_each_dialect_is_asked_as_it_expects() -> None:
             seed=0,
             edge_addresses={"x": "y"},
         ),
+        replace(PLAN, slice_size=8),
     ],
 )
 def test_a_plan_comes_back(plan: ClientPlan) -> None:
