@@ -198,7 +198,7 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 # After three steps, relative to each array's scale: sums in another order differ by
 # some units in the last place, more where terms cancel. Measured: 2e-14 and 2.3e-5.
-FLOAT64, FLOAT32 = 1e-12, 1e-3
+FLOAT64, FLOAT32, BFLOAT16 = 1e-12, 1e-3, 0.1
 
 
 ALL = [(route, "momentum") for route in (*map(split, CUTS), HOPS)]
@@ -290,6 +290,15 @@ def test_clipping_and_schedules_work_as_ever(
     assert distance(found, expected) < FLOAT64
     plain = Pair(tmp_path / "plain", task_of())
     assert distance(plain.whole_state(plain.train(route)), expected) > 1e-4
+
+
+def test_under_autocast_slices_agree_to_bfloat16s_digits(tmp_path: Path) -> None:
+    """Each slice's gradient is rounded to bfloat16 before it is added."""
+    task = task_of(dtype=torch.float32, autocast_dtype=torch.bfloat16)
+    pair = Pair(tmp_path, task)
+    expected = pair.whole_state(pair.train(split(3)))
+    found = pair.whole_state(pair.train(split(3), 2))
+    assert 0 < distance(found, expected) < BFLOAT16
 
 
 # --- planted errors -------------------------------------------------------------------
