@@ -50,6 +50,9 @@ class Unit:
         What it does in evaluation mode, if that is other code.
     is_random : bool
         Whether it draws random numbers in training.
+    is_samplewise : bool
+        Whether it treats samples one by one and writes nothing; dimension 0 of all it
+        takes and returns is the samples. Found out for a traced model.
 
     Examples
     --------
@@ -63,6 +66,7 @@ class Unit:
     reads: tuple[str, ...]
     eval_forward: Callable[..., Any] | None = None
     is_random: bool = False
+    is_samplewise: bool = False
 
     def forward_in(self, training: bool) -> Callable[..., Any]:
         """Return what it does in one mode."""

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from flwr_smartsplit.model.liveness import (
 )
 from flwr_smartsplit.model.modes import modes_restored
 from flwr_smartsplit.model.recorder import NodeFacts, storages_of
+from flwr_smartsplit.model.samplewise import SampleReader, same_code
 from flwr_smartsplit.model.segment import Batch, Unit
 from flwr_smartsplit.model.strict_trace import refuse_switches, trace_strictly
 
@@ -189,8 +190,12 @@ def trace_units(
         train_parts = _pieces(train_graph, [train for train, _ in cuts])
         eval_parts = _pieces(eval_graph, [evaluate for _, evaluate in cuts])
         names = _unit_names(train_parts)
+        reader = SampleReader(model, facts)
         units = tuple(
-            _make_unit(model, name, parts, facts)
+            replace(
+                _make_unit(model, name, parts, facts),
+                is_samplewise=_is_samplewise(reader, *parts),
+            )
             for name, *parts in zip(names, train_parts, eval_parts, strict=True)
         )
     order = [node.name for node in train_graph.nodes]
@@ -298,6 +303,13 @@ def _make_unit(
         reads=tuple(sorted(reads)),
         is_random=any(facts[n].is_random for n in train.nodes if n in facts),
     )
+
+
+def _is_samplewise(reader: SampleReader, train: _Piece, evaluate: _Piece) -> bool:
+    """Say whether a piece provably treats samples one by one, in both modes."""
+    entering = None if train.entering is None else train.entering[0]
+    is_apart = reader.treats_apart(train.nodes, entering)
+    return is_apart and same_code(train.nodes, evaluate.nodes)
 
 
 def _function(model: nn.Module, piece: _Piece) -> Callable[..., Any]:

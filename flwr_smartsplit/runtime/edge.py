@@ -19,6 +19,7 @@ from flwr_smartsplit.model.building import build_chain, materialise, state_of
 from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import Segment
 from flwr_smartsplit.policy.merging import add_states
+from flwr_smartsplit.runtime import part_messages as messages
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import Connect, EdgeLink, nowhere
 from flwr_smartsplit.runtime.moving import MoveCut, Moved
@@ -135,6 +136,17 @@ class EdgeService:
             return self._void_on_error(
                 session, lambda: session.move(request, self._chain, make)
             )
+
+    @_answer.register
+    def _(
+        self,
+        request: messages.BoundaryPart
+        | messages.TrainParts
+        | messages.GradientPart
+        | messages.EvaluateParts,
+    ) -> Any:
+        with self._held(request) as session:
+            return self._void_on_error(session, lambda: session.answer(request))
 
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:

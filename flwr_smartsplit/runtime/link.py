@@ -11,6 +11,7 @@ from torch import Tensor
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.model.carrying import Carried
 from flwr_smartsplit.model.segment import Batch, Boundary
+from flwr_smartsplit.runtime import part_messages as messages
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.moving import MoveCut, on_wire
 from flwr_smartsplit.runtime.wire import WireTensor
@@ -151,6 +152,62 @@ class EdgeLink:
         moved = self._transport.send(request)
         self._num_moves += 1
         return moved.carried
+
+    def put_part(
+        self,
+        step: int,
+        boundary: tuple[WireTensor, ...],
+        *,
+        start: int,
+        num_examples: int,
+    ) -> None:
+        """Send the boundary of some samples."""
+        self._transport.send(
+            messages.BoundaryPart(
+                session=self._session,
+                incarnation=self._incarnation,
+                step=step,
+                start=start,
+                num_examples=num_examples,
+                boundary=boundary[0],
+                context=boundary[1:],
+            )
+        )
+
+    def train_parts(
+        self, step: int, targets: WireTensor, norm: float | None
+    ) -> messages.PartsStepped:
+        """Have the rest of a step done whose boundary was sent in parts."""
+        return self._transport.send(
+            messages.TrainParts(
+                session=self._session,
+                incarnation=self._incarnation,
+                step=step,
+                targets=targets,
+                norm=norm,
+            )
+        )
+
+    def gradient_part(self, step: int, start: int, stop: int) -> WireTensor:
+        """Fetch the gradient of some samples' boundary."""
+        request = messages.GradientPart(
+            session=self._session,
+            incarnation=self._incarnation,
+            step=step,
+            start=start,
+            stop=stop,
+        )
+        return self._transport.send(request).gradient
+
+    def evaluate_parts(self, step: int, targets: WireTensor) -> Mapping[str, float]:
+        """Have the rest of a batch evaluated whose boundary was sent in parts."""
+        request = messages.EvaluateParts(
+            session=self._session,
+            incarnation=self._incarnation,
+            step=step,
+            targets=targets,
+        )
+        return self._transport.send(request).values
 
     def evaluate(
         self, boundary: tuple[WireTensor, ...], targets: WireTensor

@@ -16,13 +16,14 @@ from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.model.carrying import Make
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.runner import SegmentRunner
-from flwr_smartsplit.model.segment import Boundary, as_boundary
+from flwr_smartsplit.model.segment import Batch, Boundary, as_boundary
+from flwr_smartsplit.runtime import part_messages as messages
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import EdgeLink, packed, unpacked
 from flwr_smartsplit.runtime.moving import MoveCut, Moved, checksum, moved_session
+from flwr_smartsplit.runtime.part_messages import PER_STEP, place_of
+from flwr_smartsplit.runtime.parts import Parts
 from flwr_smartsplit.runtime.wire import WireTensor
-
-_PER_STEP = 2  # A step has two places in the order of messages: there, and back.
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Session:
     start: int = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _next: int = 0
-    _last: int = -1
+    _parts: Parts = field(default_factory=Parts)
+    _last: tuple[int, int] = (-1, 0)
     _last_checksum: int = 0
     _last_reply: Any = None
     _num_updated: int = 0
@@ -63,7 +65,7 @@ class Session:
     @property
     def num_steps(self) -> int:
         """How many steps are done."""
-        return self._next // _PER_STEP
+        return self._next // PER_STEP
 
     def answer(self, request: Any) -> Any:
         """Do what a message of a step asks for, exactly once.
@@ -73,16 +75,15 @@ class Session:
         OutOfOrderStep
             If it is neither the next message nor a repetition of the last.
         """
-        number = request.step * _PER_STEP + isinstance(request, wire.BackwardStep)
-        checksum = _checksum(request)
-        if number == self._last and checksum == self._last_checksum:
+        place, checksum = place_of(request), _checksum(request)
+        if place == self._last and checksum == self._last_checksum:
             return self._last_reply
-        if number != self._next:
-            raise self._out_of_order(request, is_changed=number == self._last)
+        if place != (self._next, self._parts.offset):
+            raise self._out_of_order(request, is_changed=place == self._last)
         self._last_reply = self._do(request)
         self._last_move = None
-        self._last, self._last_checksum = number, checksum
-        self._next += _PER_STEP if isinstance(request, wire.TrainStep) else 1
+        self._last, self._last_checksum = place, checksum
+        self._next += self._parts.advance(request)
         return self._last_reply
 
     def _out_of_order(self, request: Any, *, is_changed: bool) -> OutOfOrderStep:
@@ -128,7 +129,7 @@ class Session:
             If it cannot be done exactly; the session is as it was.
         """
         code = checksum(request)
-        is_next = request.step * _PER_STEP == self._next
+        is_next = request.step * PER_STEP == self._next
         if is_next and request.number == self._num_moves - 1 and self._last_move:
             last_code, reply = self._last_move
             if code == last_code:
@@ -146,9 +147,11 @@ class Session:
         self._last_move = code, reply
         return reply
 
-    def evaluate(self, request: wire.EvaluateStep) -> wire.Evaluated:
+    def evaluate(
+        self, request: wire.EvaluateStep | messages.EvaluateParts
+    ) -> wire.Evaluated:
         """Evaluate one batch to the end of the route."""
-        outputs = self.runner.evaluate(unpacked(request))
+        outputs = self.runner.evaluate(self._entering(request))
         if self.onward is not None:
             boundary = packed(as_boundary(outputs))
             values = self.onward.evaluate(boundary, request.targets)
@@ -165,16 +168,24 @@ class Session:
     def _do(self, request: Any) -> Any:
         if isinstance(request, wire.BackwardStep):
             return self._backward(request)
+        if isinstance(request, messages.BoundaryPart | messages.GradientPart):
+            return self._parts.answer(request)
+        if isinstance(request, messages.EvaluateParts):
+            return self.evaluate(request)
         self.update(request.norm)
         if isinstance(request, wire.ForwardStep):
             return self._forward(request)
-        return self._train(request)
+        stepped = self._train(request)
+        if isinstance(request, wire.TrainStep):
+            return stepped
+        self._parts.keep(stepped.gradient)
+        return messages.PartsStepped(stepped.loss, stepped.norms)
 
-    def _train(self, request: wire.TrainStep) -> wire.Stepped:
+    def _train(self, request: wire.TrainStep | messages.TrainParts) -> wire.Stepped:
         self.num_examples += request.targets.shape[0]
         if self.onward is None:
             loss, gradient = self.runner.finish(
-                unpacked(request),
+                self._entering(request),
                 request.targets.unpack(),
                 step=request.step,
                 inputs_are_boundary=True,
@@ -207,11 +218,17 @@ class Session:
         norms |= self.runner.gradient_norms()
         return wire.Returned(_packed_gradient(incoming), norms)
 
-    def _enter(self, request: wire.TrainStep | wire.ForwardStep) -> Boundary:
+    def _enter(self, request: Any) -> Boundary:
         """Run the segment forward, so that the route can go on."""
         return self.runner.forward(
-            unpacked(request), step=request.step, inputs_are_boundary=True
+            self._entering(request), step=request.step, inputs_are_boundary=True
         )
+
+    def _entering(self, request: Any) -> Batch:
+        """Read the boundary, which may have come in parts before."""
+        if isinstance(request, messages.TrainParts | messages.EvaluateParts):
+            return self._parts.take()
+        return unpacked(request)
 
 
 def _packed_gradient(gradient: Tensor | None) -> WireTensor:
@@ -222,7 +239,9 @@ def _packed_gradient(gradient: Tensor | None) -> WireTensor:
 
 def _checksum(request: Any) -> int:
     """Tell a repeated message from a changed one."""
-    checksum = zlib.crc32(repr(getattr(request, "norm", None)).encode())
+    names = ("norm", "num_examples", "stop")
+    values = [getattr(request, name, None) for name in names]
+    checksum = zlib.crc32(f"{type(request).__name__} {values}".encode())
     for tensor in _tensors(request):
         checksum = tensor.checksum(checksum)
     return checksum

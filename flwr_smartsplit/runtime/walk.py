@@ -19,6 +19,8 @@ from flwr_smartsplit.model.carrying import carried, check_kept, rebuilt
 from flwr_smartsplit.model.clipping import total_norm
 from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import Batch, Segment, as_boundary
+from flwr_smartsplit.model.slicing import SlicedRunner
+from flwr_smartsplit.policy.slicing import require_sliceable
 from flwr_smartsplit.runtime.link import (
     Connect,
     EdgeLink,
@@ -28,6 +30,7 @@ from flwr_smartsplit.runtime.link import (
 )
 from flwr_smartsplit.runtime.moving import off_wire
 from flwr_smartsplit.runtime.randomness import UnitStreams
+from flwr_smartsplit.runtime.slices import Slices
 from flwr_smartsplit.runtime.wire import WireTensor
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import (
@@ -72,6 +75,7 @@ class Walk:
         self._chain = build_chain(task)
         self._runners: list[SegmentRunner] = []
         self._link: EdgeLink | None = None
+        self._slices: Slices | None = None
         self._norm: float | None = None
         self._moves: list[Move] = []
         self._replans: list[Replan] = []
@@ -91,6 +95,9 @@ class Walk:
         token : str
             Of this opening.
         """
+        if self.plan.slice_size is not None:
+            apart = [unit.is_samplewise for unit in self._chain.units]
+            require_sliceable(self.plan.route, self.plan.slice_size, apart)
         num_units = len(self._chain)
         for leg in self.route.device_legs(num_units):
             self._runners.append(self._built(leg, state))
@@ -101,6 +108,11 @@ class Walk:
             )
             address = self.plan.edge_addresses[legs[0].place]
             self._link = EdgeLink(connect(legs[0].place, address), opening)
+            if self.plan.slice_size is not None:
+                front = SlicedRunner(
+                    self._runners[0], self.plan.slice_size, streams=self.streams
+                )
+                self._slices = Slices(front, self._link)
 
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
@@ -239,6 +251,10 @@ class Walk:
             return float(loss)
         if self.route.returns:
             return self._returning_step(inputs, targets, self._link)
+        if self._slices is not None and self._slices.covers(targets):
+            done = self._slices.train(inputs, targets, step=step, norm=self._norm)
+            self._update(done.norms)
+            return done.loss
         boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
         stepped = self._link.train(step, boundary, WireTensor.pack(targets), self._norm)
         del boundary  # It shares the memory of what was sent.
@@ -282,6 +298,8 @@ class Walk:
 
     def _evaluated(self, inputs: Batch, targets: Tensor) -> Mapping[str, float]:
         """Return loss and metrics of one batch."""
+        if self._slices is not None and self._slices.covers(targets):
+            return self._slices.evaluate(inputs, targets)
         head, *rest = self._runners
         outputs = head.evaluate(inputs)
         if self._link is None:
@@ -317,8 +335,10 @@ class Walk:
     def _moved(self, before: int, cut: int) -> SegmentRunner:
         """Give the first segment units, or take some; the edge has switched then."""
         link, head, step = self._link, self._runners[0], self._num_steps
-        if link is None or not self._is_trained:
-            raise RefusedMove("a cut moves while a session at an edge is trained.")
+        if link is None or not self._is_trained or self._slices is not None:
+            raise RefusedMove(
+                "a cut moves while a session at an edge is trained, and not in slices."
+            )
         for runner in self._runners:
             runner.release_gradients()  # They have been used.
         remake = partial(rebuilt, head, self._chain, range(cut), make=self._runner)

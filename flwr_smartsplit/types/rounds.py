@@ -92,6 +92,8 @@ class ClientPlan:
         What the device should hold at most under route and plan.
     config : Mapping[str, bool | int | float | str]
         What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
+    slice_size : int or None
+        Samples that the front runs at a time, each twice; None runs the whole batch.
     """
 
     client_key: str
@@ -105,6 +107,7 @@ class ClientPlan:
     recompute: RecomputePlan = KEEP_ALL
     predicted_peak_bytes: int | None = None
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    slice_size: int | None = None
 
     def session(self, place: str) -> str:
         """Name this client's session at one place in this round."""

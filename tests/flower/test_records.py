@@ -168,6 +168,7 @@ def test_each_dialect_is_asked_as_it_expects() -> None:
             seed=0,
             edge_addresses={"x": "y"},
         ),
+        replace(PLAN, slice_size=8),
     ],
 )
 def test_a_plan_comes_back(plan: ClientPlan) -> None:
