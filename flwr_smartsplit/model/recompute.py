@@ -87,10 +87,20 @@ def _run_again(value: Any, part: Rerun, passage: Passage) -> Any:
         inputs = values if is_tuple else values[0]
         return run_units(inputs, range(part.start, part.stop), part.inner, passage)
 
-    return run_twice(function, *(value if is_tuple else (value,)), passage=passage)
+    return run_twice(
+        function,
+        *(value if is_tuple else (value,)),
+        root=passage.root,
+        preserves_chance=passage.preserves_chance,
+    )
 
 
-def run_twice(function: Callable[..., Any], *values: Any, passage: Passage) -> Any:
+def run_twice(
+    function: Callable[..., Any],
+    *values: Any,
+    root: nn.Module,
+    preserves_chance: bool = False,
+) -> Any:
     """Run a function and keep nothing but its inputs; run it again for backward.
 
     Parameters
@@ -99,18 +109,20 @@ def run_twice(function: Callable[..., Any], *values: Any, passage: Passage) -> A
         Of the values.
     *values : Any
         Its inputs; tensors are kept.
-    passage : Passage
+    root : nn.Module
         Whose running statistics must not be updated twice.
+    preserves_chance : bool
+        Whether torch's generator has to be put back to draw the same numbers again.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), statistics_kept(passage.root)
+        return nullcontext(), statistics_kept(root)
 
     return checkpoint(
         function,
         *values,
         use_reentrant=False,
-        preserve_rng_state=passage.preserves_chance,
+        preserve_rng_state=preserves_chance,
         context_fn=contexts,
     )
 

@@ -24,6 +24,7 @@ from flwr_smartsplit.model.memory import MemoryMeter
 from flwr_smartsplit.model.recompute import statistics_of
 from flwr_smartsplit.model.segment import SegmentRunner
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 UNKNOWN = -1
 
@@ -291,10 +292,23 @@ def highest(changes: npt.NDArray[np.int64]) -> int:
     return max(0, int(np.cumsum(changes).max(initial=0)))
 
 
-def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
+def log_step(
+    chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan = KEEP_ALL
+) -> StepLog:
     """Run two steps of a whole chain under fake tensors, and log the second.
 
     The optimizer makes its state in the first.
+
+    Parameters
+    ----------
+    chain : Chain
+        What to run.
+    batch_size : int
+        Examples per step.
+    task : Task
+        Supplies the optimizer, the loss and the shape of the targets.
+    recompute : RecomputePlan
+        What runs twice in it.
     """
     # Both look at values, and hold nothing that a plain step does not.
     task = replace(task, max_gradient_norm=None, schedule_fn=None)
@@ -312,6 +326,7 @@ def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
             )
     with mode:
         runner = SegmentRunner(segment, task, is_lean=True)
+        runner.recompute = recompute
         if runner.optimizer is not None:
             runner.optimizer.register_step_pre_hook(
                 lambda *_: ends.append(meter.position)

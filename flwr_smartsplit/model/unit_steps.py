@@ -20,11 +20,16 @@ from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
 from flwr_smartsplit.model.segment import autocast_of
 from flwr_smartsplit.model.step_log import LoggingMeter, StepLog, highest
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import StepBytes
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes
 
 
 def step_bytes(
-    chain: Chain, log: StepLog, *, batch_size: int, task: Task
+    chain: Chain,
+    log: StepLog,
+    *,
+    batch_size: int,
+    task: Task,
+    recompute: RecomputePlan = KEEP_ALL,
 ) -> tuple[list[StepBytes], StepBytes]:
     """Find what each unit, and then the loss, makes and frees in a step.
 
@@ -38,9 +43,15 @@ def step_bytes(
         Examples per step.
     task : Task
         Says whether forward runs in mixed precision.
+    recompute : RecomputePlan
+        What ran twice in the step. Its FLOPs are left at 0 if anything did.
     """
-    passing = _passing_peaks(chain, batch_size=batch_size, task=task)
-    reruns = _rerun_flops(chain, batch_size=batch_size)
+    passing = _passing_peaks(
+        chain, batch_size=batch_size, task=task, recompute=recompute
+    )
+    reruns = [0] * log.num_units
+    if recompute.is_empty:
+        reruns = _rerun_flops(chain, batch_size=batch_size)
     units = [
         replace(_unit(log, i), passing_peak_bytes=passing[i], rerun_flops=reruns[i])
         for i in range(log.num_units)
@@ -141,7 +152,9 @@ def _loss(log: StepLog) -> StepBytes:
     )
 
 
-def _passing_peaks(chain: Chain, *, batch_size: int, task: Task) -> list[int]:
+def _passing_peaks(
+    chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
+) -> list[int]:
     """Find the most that each unit makes in a forward that keeps nothing."""
     mode, meter = FakeTensorMode(), LoggingMeter()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
@@ -150,7 +163,11 @@ def _passing_peaks(chain: Chain, *, batch_size: int, task: Task) -> list[int]:
     meter.track(segment, batch)
     ends[0] = meter.position
     with mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(task):
-        segment(batch, observe=lambda *_: ends.append(meter.position))
+        segment(
+            batch,
+            observe=lambda *_: ends.append(meter.position),
+            recompute=recompute,
+        )
     changes, births = np.array(meter.changes), np.array(meter.births)
     return [
         highest(changes[first:last][births[first:last] >= first])
