@@ -19,7 +19,7 @@ from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
 from flwr_smartsplit.model.lean import early_ones
-from flwr_smartsplit.model.light_steps import light_steps
+from flwr_smartsplit.model.light_steps import light_steps, with_light_step
 from flwr_smartsplit.model.optimizer_costs import OptimizerCosts
 from flwr_smartsplit.model.profile_cache import (
     profile_digest,
@@ -91,7 +91,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         optimizers = _optimizer_costs(chain, task, log)
         flops = _forward_flops(chain, batch_size=batch_size)
         steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
-        lights = light_steps(chain, steps, batch_size=batch_size, task=task)
+        lights = light_steps(chain, log, batch_size=batch_size, task=task)
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
@@ -104,7 +104,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
         units=tuple(
-            replace(unit, step=step, light_step=light)
+            with_light_step(replace(unit, step=step), light)
             for unit, step, light in zip(
                 _unit_costs(chain, log, optimizers, flops), steps, lights, strict=True
             )

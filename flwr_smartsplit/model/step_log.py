@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
@@ -30,12 +32,34 @@ UNKNOWN = -1
 
 
 class LoggingMeter(MemoryMeter):
-    """A meter that writes down every change, and which storage changed."""
+    """A meter that writes down every change, and which storage changed.
+
+    Attributes
+    ----------
+    forward_flops : int
+        Floating-point operations so far that a graph was made of; in backward these
+        are what runs again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.forward_flops = 0
         self.changes: list[int] = []
         self.births: list[int] = []  # The change that first saw the storage.
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator as a meter does, and count its FLOPs in forward."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None and torch.is_grad_enabled():
+            self.forward_flops += int(count(*args, **(kwargs or {}), out_val=result))
+        return result
 
     def _made(self, storage: Any) -> None:
         storage.born = len(self.changes)
@@ -68,6 +92,7 @@ class Passage:
     spanned_bytes: int
     packing_bytes: int
     backward_start: int = 0
+    flops_before: int | None = None  # Forward's, when its gradient came.
     gradient_birth: int = UNKNOWN
     gradient_bytes: int = 0
     unpacking_bytes: int = 0
@@ -123,6 +148,7 @@ class _Observed(nn.Module):
         shape, strides = tuple(gradient.shape), gradient.stride()
         size = gradient.element_size()
         passage.backward_start = self.meter.position
+        passage.flops_before = self.meter.forward_flops
         passage.gradient_birth = self.meter.birth_of(gradient)
         passage.gradient_bytes = num_spanned(shape, strides) * size
         if not is_dense(shape, strides):
@@ -191,6 +217,7 @@ class StepLog:
         self.passages = passages
         self.start = start
         self.backward_end = backward_end
+        self._all_flops = meter.forward_flops
         self.optimizer_temporary_bytes = highest(self.changes[backward_end:])
 
     @property
@@ -221,6 +248,15 @@ class StepLog:
         births = self.births[until]
         from_forward = (births >= self.start) & (births < passage.forward_end)
         return int(self.changes[until][from_forward].sum())
+
+    def rerun_flops(self, index: int) -> int:
+        """Count what ran forward again in a unit's backward, in FLOPs."""
+        marks = [passage.flops_before for passage in self.passages[: index + 1]]
+        first, last = (
+            self._all_flops if mark is None else mark
+            for mark in (marks[-1], marks[-2] if index else None)
+        )
+        return last - first
 
     def return_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
         """Find the most a place holds that runs all units from one to the last.
