@@ -19,7 +19,8 @@ from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.model.building import materialise
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.runner import SegmentRunner
-from flwr_smartsplit.model.segment import Segment, share
+from flwr_smartsplit.model.segment import Segment
+from flwr_smartsplit.model.sharing import share
 from flwr_smartsplit.task import Task
 
 State = Mapping[str, npt.NDArray[Any]]

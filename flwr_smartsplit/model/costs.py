@@ -18,14 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.model.dry_step import log_step
 from flwr_smartsplit.model.lean import early_ones
+from flwr_smartsplit.model.light_steps import light_steps, with_light_step
 from flwr_smartsplit.model.optimizer_costs import OptimizerCosts
 from flwr_smartsplit.model.profile_cache import (
     profile_digest,
     read_profile,
     write_profile,
 )
-from flwr_smartsplit.model.step_log import StepLog, log_step
+from flwr_smartsplit.model.step_log import StepLog
 from flwr_smartsplit.model.unit_steps import step_bytes
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ChainProfile, UnitCost
@@ -90,6 +92,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         optimizers = _optimizer_costs(chain, task, log)
         flops = _forward_flops(chain, batch_size=batch_size)
         steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
+        lights = light_steps(chain, log, batch_size=batch_size, task=task)
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
@@ -102,9 +105,9 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
         units=tuple(
-            replace(unit, step=step)
-            for unit, step in zip(
-                _unit_costs(chain, log, optimizers, flops), steps, strict=True
+            with_light_step(replace(unit, step=step), light)
+            for unit, step, light in zip(
+                _unit_costs(chain, log, optimizers, flops), steps, lights, strict=True
             )
         ),
         loss=loss,

@@ -14,12 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
+from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
 from flwr_smartsplit.model.liveness import live_places
-from flwr_smartsplit.model.recorder import NodeFacts, Recorder, storages_of
+from flwr_smartsplit.model.recorder import (
+    NodeFacts,
+    Recorder,
+    attributes_of,
+    storages_of,
+)
 from flwr_smartsplit.model.segment import Batch, Segment, Unit
 
 _READS_MODEL = ("call_module", "get_attr")
@@ -35,6 +41,9 @@ class _FactFinder(fx.Interpreter):
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.recorder = recorder
         self.facts: dict[fx.Node, NodeFacts] = {}
+        self.own = recorder.own = storages_of(
+            [*root.parameters(), *root.buffers(), *constants_of(root).values()]
+        )
 
     def fetch_args_kwargs_from_env(
         self, n: fx.Node
@@ -45,10 +54,16 @@ class _FactFinder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep what the recorder saw."""
-        self.recorder.facts = self.facts[n] = NodeFacts()
-        value = super().run_node(n)
-        self.facts[n].value = value
-        self.facts[n].shape = _shape(value)
+        self.recorder.facts = facts = self.facts[n] = NodeFacts()
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        before = attributes_of(module)
+        facts.value = value = super().run_node(n)
+        facts.shape = _shape(value)
+        after = attributes_of(module)
+        is_rebound = before.keys() != after.keys() or any(
+            after[key] is not old for key, old in before.items()
+        )
+        facts.changes_model = is_rebound or not self.own.isdisjoint(facts.written)
         return value
 
 
@@ -101,7 +116,8 @@ def find_facts(
     inputs = fake_batch(example_inputs, mode, batch_size=2)
     try:
         with mode, recorder, torch.enable_grad(), torch_log_silenced():
-            finder.run(*tree_leaves(inputs))
+            with saved_tensors_hooks(recorder.note_saved, _itself):
+                finder.run(*tree_leaves(inputs))
     except Exception as error:
         raise cannot_run(model, example_inputs, error) from error
     return finder.facts
@@ -132,6 +148,10 @@ def torch_log_silenced() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _identity(root: nn.Module, value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.checkpoint import checkpoint
 
 from flwr_smartsplit.types import Rerun
@@ -87,10 +88,20 @@ def _run_again(value: Any, part: Rerun, passage: Passage) -> Any:
         inputs = values if is_tuple else values[0]
         return run_units(inputs, range(part.start, part.stop), part.inner, passage)
 
-    return run_twice(function, *(value if is_tuple else (value,)), passage=passage)
+    return run_twice(
+        function,
+        *(value if is_tuple else (value,)),
+        root=passage.root,
+        preserves_chance=passage.preserves_chance,
+    )
 
 
-def run_twice(function: Callable[..., Any], *values: Any, passage: Passage) -> Any:
+def run_twice(
+    function: Callable[..., Any],
+    *values: Any,
+    root: nn.Module,
+    preserves_chance: bool = False,
+) -> Any:
     """Run a function and keep nothing but its inputs; run it again for backward.
 
     Parameters
@@ -99,18 +110,20 @@ def run_twice(function: Callable[..., Any], *values: Any, passage: Passage) -> A
         Of the values.
     *values : Any
         Its inputs; tensors are kept.
-    passage : Passage
+    root : nn.Module
         Whose running statistics must not be updated twice.
+    preserves_chance : bool
+        Whether torch's generator has to be put back to draw the same numbers again.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), statistics_kept(passage.root)
+        return nullcontext(), statistics_kept(root)
 
     return checkpoint(
         function,
         *values,
         use_reentrant=False,
-        preserve_rng_state=passage.preserves_chance,
+        preserve_rng_state=preserves_chance,
         context_fn=contexts,
     )
 
@@ -120,17 +133,22 @@ def statistics_kept(root: nn.Module) -> Iterator[None]:
     """Let no BatchNorm of a module update its running statistics.
 
     A momentum of 0 keeps them to the bit, and saves as many tensors as before, which
-    torch's checkpointing makes sure of.
+    torch's checkpointing makes sure of. Instance norms take a mean over the batch even
+    so; theirs are copied.
     """
     norms: list[Any] = [each for each in root.modules() if _has_statistics(each)]
-    before = [(norm.momentum, norm._buffers["num_batches_tracked"]) for norm in norms]
+    before = [(norm.momentum, dict(norm._buffers)) for norm in norms]
     try:
         for norm in norms:
             norm.momentum, norm._buffers["num_batches_tracked"] = 0.0, None
+            if isinstance(norm, _InstanceNorm):
+                for name in ("running_mean", "running_var"):
+                    norm._buffers[name] = getattr(norm, name).clone()
         yield
     finally:
-        for norm, (momentum, counter) in zip(norms, before, strict=True):
-            norm.momentum, norm._buffers["num_batches_tracked"] = momentum, counter
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm._buffers.update(buffers)
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -1,31 +1,71 @@
-"""What operators do: the storages they write, and whether they draw numbers."""
+"""What operators do: what they write and save, what they cost, whether they draw."""
 
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_UNDECLARED = ("running_mean", "running_var")
+"""Arguments that a BatchNorm writes, though its schema does not say so."""
 
 
 @dataclass
 class NodeFacts:
-    """What the dry run saw of one node of a graph."""
+    """What the dry run saw of one node of a graph.
+
+    Parameters
+    ----------
+    value : Any
+        What it returned.
+    shape : tuple[int, ...]
+        The value's shape when it was made.
+    written : set[int]
+        The storages that it wrote.
+    is_random : bool
+        Whether it drew random numbers.
+    changes_model : bool
+        Whether it changed a tensor or an attribute of the model.
+    operators : list
+        The operators it consists of.
+    flops : int
+        Their floating-point operations.
+    saved : dict[int, int]
+        The bytes of each storage that it left to backward, but for the model's own.
+    num_before_saved : int
+        How many of the operators were done when it saved last.
+    """
 
     value: Any = None
     shape: tuple[int, ...] = ()
     written: set[int] = field(default_factory=set)
     is_random: bool = False
+    changes_model: bool = False
+    operators: list[Any] = field(default_factory=list)
+    flops: int = 0
+    saved: dict[int, int] = field(default_factory=dict)
+    num_before_saved: int = 0
 
 
 class Recorder(TorchDispatchMode):
-    """Note the storages that operators write, and the random operators."""
+    """Note what operators do to storages, what they cost, and the random ones.
+
+    Attributes
+    ----------
+    facts : NodeFacts
+        Where it is noted.
+    own : set[int]
+        The storages that are the model's.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.facts = NodeFacts()
+        self.own: set[int] = set()
 
     def __torch_dispatch__(
         self,
@@ -38,14 +78,30 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         given = itertools.zip_longest(func._schema.arguments, args)
         for argument, value in given:
-            if argument is None or argument.alias_info is None:
+            if argument is None or not _is_written(argument):
                 continue
-            if argument.alias_info.is_write:
-                named = kwargs.get(argument.name) if value is None else value
-                self.facts.written |= storages_of(named)
+            named = kwargs.get(argument.name) if value is None else value
+            self.facts.written |= storages_of(named)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.facts.is_random = True
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.facts.operators.append(func)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.facts.flops += int(count(*args, **kwargs, out_val=result))
+        return result
+
+    def note_saved(self, tensor: Tensor) -> Tensor:
+        """Note that backward is left a tensor; keep it as it is."""
+        for key in storages_of(tensor) - self.own:
+            self.facts.saved[key] = tensor.untyped_storage().nbytes()
+        self.facts.num_before_saved = len(self.facts.operators)
+        return tensor
+
+
+def _is_written(argument: Any) -> bool:
+    alias = argument.alias_info
+    return argument.name in _UNDECLARED or (alias is not None and alias.is_write)
 
 
 def storages_of(value: Any) -> set[int]:
@@ -54,4 +110,16 @@ def storages_of(value: Any) -> set[int]:
         leaf.untyped_storage()._cdata
         for leaf in tree_leaves(value)
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided
+    }
+
+
+def attributes_of(module: nn.Module | None) -> dict[tuple[str, str], Any]:
+    """List what a module and its parts hold, by name."""
+    if module is None:
+        return {}
+    return {
+        (prefix, name): value
+        for prefix, part in module.named_modules()
+        for values in (vars(part), part._parameters, part._buffers)
+        for name, value in values.items()
     }

@@ -13,6 +13,7 @@ from flwr_smartsplit.model.recompute import (
     observe_nothing,
     run_units,
 )
+from flwr_smartsplit.model.sharing import share
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Streams = Callable[[int, int], AbstractContextManager[None]]
@@ -53,6 +54,9 @@ class Unit:
     is_samplewise : bool
         Whether it treats samples one by one and writes nothing; dimension 0 of all it
         takes and returns is the samples. Found out for a traced model.
+    light_forward : Callable, optional
+        What it does in training if its cheap operators run twice: the same values,
+        gradients and buffers, with less kept for backward.
 
     Examples
     --------
@@ -67,10 +71,15 @@ class Unit:
     eval_forward: Callable[..., Any] | None = None
     is_random: bool = False
     is_samplewise: bool = False
+    light_forward: Callable[..., Any] | None = None
 
-    def forward_in(self, training: bool) -> Callable[..., Any]:
+    def forward_in(
+        self, training: bool, *, is_light: bool = False
+    ) -> Callable[..., Any]:
         """Return what it does in one mode."""
-        return self.forward if training else self.eval_forward or self.forward
+        if not training:
+            return self.eval_forward or self.forward
+        return (self.light_forward if is_light else None) or self.forward
 
 
 class Segment(nn.Module):
@@ -135,20 +144,21 @@ class Segment(nn.Module):
         observe : Observer
             Is told the value of each unit.
         recompute : RecomputePlan
-            What keeps nothing and runs again in backward.
+            What keeps nothing, or less, and runs again in backward.
         """
         training, first = self.training, self.__start
+        plan = recompute.within(first, first + len(self.__units))
 
         def run(index: int, value: Any) -> Any:
             unit = self.__units[index - first]
-            do = unit.forward_in(training)
+            do = unit.forward_in(training, is_light=index in plan.light)
             if training and unit.is_random:
                 with streams(step, index):
                     return run_unit(do, self, value)
             return run_unit(do, self, value)
 
         units = range(first, first + len(self.__units))
-        reruns = recompute.within(units.start, units.stop).reruns if training else ()
+        reruns = plan.reruns if training else ()
         passage = Passage(run, self, observe, preserves_chance=streams is no_streams)
         return run_units(inputs, units, reruns, passage)
 
@@ -165,22 +175,3 @@ def run_unit(run: Callable[..., Any], root: nn.Module, value: Any) -> Any:
     if type(value) is tuple:
         return run(root, *value)
     return run(root, value)
-
-
-def share(source: nn.Module, target: nn.Module, path: list[str]) -> None:
-    """Register ``source``'s object at ``path`` under the same path of ``target``."""
-    *parents, last = path
-    for name in parents:
-        source = source.get_submodule(name)
-        if not hasattr(target, name):
-            target.add_module(name, nn.Module())
-        target = target.get_submodule(name)
-    if last in source._modules:
-        target.add_module(last, source._modules[last])
-    elif last in source._parameters:
-        target.register_parameter(last, source._parameters[last])
-    elif last in source._buffers:
-        persistent = last not in source._non_persistent_buffers_set
-        target.register_buffer(last, source._buffers[last], persistent=persistent)
-    else:
-        setattr(target, last, getattr(source, last))

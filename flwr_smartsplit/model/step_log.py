@@ -1,4 +1,4 @@
-"""One step of a whole chain under fake tensors, with every change of its memory.
+"""What a step of a whole chain does to memory: every change, and what adds up.
 
 A device that holds units ``[0, cut)`` makes and frees the same storages in the same
 order as the whole chain does in those units: autograd runs what was recorded last
@@ -7,34 +7,54 @@ first, so all of the rest is done when a boundary's gradient is there, and
 every cut. What differs is added: how the gradient arrives, and whose optimizer runs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.model.dry_run import constants_of
 from flwr_smartsplit.model.layout import is_dense, num_spanned
 from flwr_smartsplit.model.memory import MemoryMeter
 from flwr_smartsplit.model.recompute import statistics_of
-from flwr_smartsplit.model.runner import SegmentRunner
-from flwr_smartsplit.task import Task
 
 UNKNOWN = -1
 
 
 class LoggingMeter(MemoryMeter):
-    """A meter that writes down every change, and which storage changed."""
+    """A meter that writes down every change, and which storage changed.
+
+    Attributes
+    ----------
+    forward_flops : int
+        Floating-point operations so far that a graph was made of; in backward these
+        are what runs again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.forward_flops = 0
         self.changes: list[int] = []
         self.births: list[int] = []  # The change that first saw the storage.
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator as a meter does, and count its FLOPs in forward."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None and torch.is_grad_enabled():
+            self.forward_flops += int(count(*args, **(kwargs or {}), out_val=result))
+        return result
 
     def _made(self, storage: Any) -> None:
         storage.born = len(self.changes)
@@ -67,6 +87,7 @@ class Passage:
     spanned_bytes: int
     packing_bytes: int
     backward_start: int = 0
+    flops_before: int | None = None  # Forward's, when its gradient came.
     gradient_birth: int = UNKNOWN
     gradient_bytes: int = 0
     unpacking_bytes: int = 0
@@ -74,7 +95,7 @@ class Passage:
     changes_tensors: bool = False
 
 
-class _Observed(nn.Module):
+class Observed(nn.Module):
     """A segment that tells a log of its units' values while it trains."""
 
     def __init__(self, segment: nn.Module, meter: LoggingMeter) -> None:
@@ -82,9 +103,10 @@ class _Observed(nn.Module):
         self.segment = segment
         self.meter = meter
         self.passages: list[Passage] = []
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def forward(self, inputs: Any, **how: Any) -> Any:
+        """Run the segment."""
         self.passages.clear()
         self._versions = _versions(self.segment)
         return self.segment(inputs, observe=self._observe, **how)
@@ -122,20 +144,21 @@ class _Observed(nn.Module):
         shape, strides = tuple(gradient.shape), gradient.stride()
         size = gradient.element_size()
         passage.backward_start = self.meter.position
+        passage.flops_before = self.meter.forward_flops
         passage.gradient_birth = self.meter.birth_of(gradient)
         passage.gradient_bytes = num_spanned(shape, strides) * size
         if not is_dense(shape, strides):
             passage.unpacking_bytes = gradient.numel() * size
 
 
-def _versions(segment: nn.Module) -> dict[str, int]:
-    """Take the version of each tensor that a forward may change.
+def _versions(segment: nn.Module) -> dict[str, tuple[int, int]]:
+    """Take each tensor that a forward may change, or put another in its place.
 
     Running statistics are left out: a unit that runs twice does not update them twice.
     """
     tensors = {**dict(segment.named_buffers()), **constants_of(segment)}
     own = statistics_of(segment)
-    return {name: t._version for name, t in tensors.items() if name not in own}
+    return {n: (id(t), t._version) for n, t in tensors.items() if n not in own}
 
 
 @dataclass(frozen=True)
@@ -190,6 +213,7 @@ class StepLog:
         self.passages = passages
         self.start = start
         self.backward_end = backward_end
+        self._all_flops = meter.forward_flops
         self.optimizer_temporary_bytes = highest(self.changes[backward_end:])
 
     @property
@@ -220,6 +244,15 @@ class StepLog:
         births = self.births[until]
         from_forward = (births >= self.start) & (births < passage.forward_end)
         return int(self.changes[until][from_forward].sum())
+
+    def rerun_flops(self, index: int) -> int:
+        """Count what ran forward again in a unit's backward, in FLOPs."""
+        marks = [passage.flops_before for passage in self.passages[: index + 1]]
+        first, last = (
+            self._all_flops if mark is None else mark
+            for mark in (marks[-1], marks[-2] if index else None)
+        )
+        return last - first
 
     def return_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
         """Find the most a place holds that runs all units from one to the last.
@@ -289,82 +322,3 @@ class StepLog:
 def highest(changes: npt.NDArray[np.int64]) -> int:
     """Find the highest sum of the first changes, or none of them."""
     return max(0, int(np.cumsum(changes).max(initial=0)))
-
-
-class DryStep:
-    """A whole chain under fake tensors and a log, ready for training steps.
-
-    Parameters
-    ----------
-    chain : Chain
-        The chain.
-    batch_size : int
-        Examples per step.
-    task : Task
-        Supplies loss and optimizer.
-    """
-
-    def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
-        is_lean = task.max_gradient_norm is None
-        # Both look at values, and hold nothing that a plain step does not.
-        task = replace(task, max_gradient_norm=None, schedule_fn=None)
-        self._mode, self.meter = FakeTensorMode(), LoggingMeter()
-        self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
-        self.observed = _Observed(self.segment, self.meter)
-        self._batch = fake_batch(
-            (chain.example_inputs, task.example_targets),
-            self._mode,
-            batch_size=batch_size,
-        )
-        with self._mode:
-            self.runner = SegmentRunner(self.observed, task, is_lean=is_lean)
-            self.meter.track(self._batch)
-            self.batch_bytes = self.meter.live_bytes
-            self.meter.track(self.segment, self.runner.optimizer)  # Some have a state.
-
-    def run(self, step: int) -> int:
-        """Do one step; return the change where it began."""
-        start = self.meter.position
-        with self._mode, self.meter:
-            self.runner.finish(*self._batch, step=step, inputs_are_boundary=False)
-        return start
-
-
-def log_step(chain: Chain, *, batch_size: int, task: Task) -> StepLog:
-    """Run two steps of a whole chain under fake tensors, and log the second.
-
-    The optimizer makes its state in the first.
-    """
-    dry = DryStep(chain, batch_size=batch_size, task=task)
-    ends: list[int] = []
-    trained: set[str] = set()
-    for name, parameter in dry.segment.named_parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(
-                lambda _, name=name: trained.add(name)
-            )
-    if dry.runner.optimizer is not None:
-        dry.runner.optimizer.register_step_pre_hook(
-            lambda *_: ends.append(dry.meter.position)
-        )
-    dry.run(0)
-    start = dry.run(1)
-    return StepLog(
-        dry.meter,
-        dry.observed.passages,
-        start=start,
-        backward_end=ends[-1] if ends else dry.meter.position,
-        batch_bytes=dry.batch_bytes,
-        used=Used(
-            frozenset(trained), _seen(dry.segment, dry.meter), dry.runner.is_early
-        ),
-    )
-
-
-def _seen(segment: nn.Module, meter: LoggingMeter) -> frozenset[str]:
-    """Name the constants that a step used."""
-    return frozenset(
-        name
-        for name, constant in constants_of(segment).items()
-        if meter.birth_of(constant) != UNKNOWN
-    )

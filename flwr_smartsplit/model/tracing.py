@@ -8,7 +8,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,13 +23,10 @@ from flwr_smartsplit.model.cuttable import (
     used_by,
     with_nearest,
 )
-from flwr_smartsplit.model.liveness import (
-    as_size,
-    as_tensor,
-    longest_needed,
-    read_sizes_early,
-)
+from flwr_smartsplit.model.light import light_function
+from flwr_smartsplit.model.liveness import longest_needed, read_sizes_early
 from flwr_smartsplit.model.modes import modes_restored
+from flwr_smartsplit.model.pieces import Piece, compiled
 from flwr_smartsplit.model.recorder import NodeFacts, storages_of
 from flwr_smartsplit.model.samplewise import SampleReader, same_code
 from flwr_smartsplit.model.segment import Batch, Unit
@@ -254,29 +251,20 @@ def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """The nodes between two places, and what enters and leaves."""
-
-    nodes: list[fx.Node]
-    entering: Place | None
-    leaving: Place | None
-
-
-def _pieces(graph: fx.Graph, cuts: list[Place]) -> list[_Piece]:
+def _pieces(graph: fx.Graph, cuts: list[Place]) -> list[Piece]:
     """Divide the graph's nodes after each cut; the last piece ends the model."""
     nodes = list(graph.nodes)
     bounds = [0, *(nodes.index(cut) + 1 for cut, _ in cuts), len(nodes)]
     places = [None, *cuts, None]
     return [
-        _Piece(nodes[low:high], entering, leaving)
+        Piece(nodes[low:high], entering, leaving)
         for (low, high), (entering, leaving) in zip(
             itertools.pairwise(bounds), itertools.pairwise(places), strict=True
         )
     ]
 
 
-def _unit_names(pieces: list[_Piece]) -> list[str]:
+def _unit_names(pieces: list[Piece]) -> list[str]:
     """Name each piece by its last module, or else its last node; each name once."""
     names: list[str] = []
     for piece in pieces:
@@ -290,7 +278,7 @@ def _unit_names(pieces: list[_Piece]) -> list[str]:
 def _make_unit(
     model: nn.Module,
     name: str,
-    parts: Sequence[_Piece],
+    parts: Sequence[Piece],
     facts: dict[fx.Node, NodeFacts],
 ) -> Unit:
     train, evaluate = parts
@@ -298,51 +286,16 @@ def _make_unit(
     reads = {str(used.target) for node in nodes for used in used_by(node)}
     return Unit(
         name=name,
-        forward=_function(model, train),
-        eval_forward=_function(model, evaluate),
+        forward=compiled(model, train),
+        eval_forward=compiled(model, evaluate),
         reads=tuple(sorted(reads)),
         is_random=any(facts[n].is_random for n in train.nodes if n in facts),
+        light_forward=light_function(model, train, facts),
     )
 
 
-def _is_samplewise(reader: SampleReader, train: _Piece, evaluate: _Piece) -> bool:
+def _is_samplewise(reader: SampleReader, train: Piece, evaluate: Piece) -> bool:
     """Say whether a piece provably treats samples one by one, in both modes."""
     entering = None if train.entering is None else train.entering[0]
     is_apart = reader.treats_apart(train.nodes, entering)
     return is_apart and same_code(train.nodes, evaluate.nodes)
-
-
-def _function(model: nn.Module, piece: _Piece) -> Callable[..., Any]:
-    """Compile one piece of a graph into ``forward(root, *inputs)``."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-
-    def copy_of(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            copies[node] = graph.node_copy(node, copy_of)
-        return copies[node]
-
-    if piece.entering is not None:
-        boundary, sizes = piece.entering
-        copies[boundary] = graph.placeholder("boundary")
-        carriers = [graph.placeholder(f"size_{i}") for i in range(len(sizes))]
-        for size, carrier in zip(sizes, carriers, strict=True):
-            copies[size] = graph.call_function(as_size, (carrier,))
-    for node in piece.nodes:
-        if node.op not in ("output", "get_attr"):
-            copy_of(node)
-    if piece.leaving is None:
-        graph.output(fx.map_arg(piece.nodes[-1].args[0], copy_of))
-    else:
-        boundary, sizes = piece.leaving
-        carried = [graph.call_function(as_tensor, (copy_of(s),)) for s in sizes]
-        result = copy_of(boundary)
-        graph.output((result, *carried) if carried else result)
-    try:
-        return type(fx.GraphModule(model, graph)).forward
-    except SyntaxError as error:
-        targets = sorted(str(n.target) for n in piece.nodes if n.op == "call_module")
-        raise NotSplittable(
-            f"torch.fx makes no code of {', '.join(targets)}: a name of a module must "
-            "not be a word of Python's own. Rename it."
-        ) from error

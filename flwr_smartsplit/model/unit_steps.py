@@ -17,14 +17,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
+from flwr_smartsplit.model.dry_step import DryStep
 from flwr_smartsplit.model.runner import autocast_of
-from flwr_smartsplit.model.step_log import DryStep, LoggingMeter, StepLog, highest
+from flwr_smartsplit.model.step_log import LoggingMeter, StepLog, highest
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import StepBytes
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes
 
 
 def step_bytes(
-    chain: Chain, log: StepLog, *, batch_size: int, task: Task
+    chain: Chain,
+    log: StepLog,
+    *,
+    batch_size: int,
+    task: Task,
+    recompute: RecomputePlan = KEEP_ALL,
 ) -> tuple[list[StepBytes], StepBytes]:
     """Find what each unit, and then the loss, makes and frees in a step.
 
@@ -38,10 +44,16 @@ def step_bytes(
         Examples per step.
     task : Task
         Says whether forward runs in mixed precision.
+    recompute : RecomputePlan
+        What ran twice in the step. Its FLOPs are left at 0 if anything did.
     """
-    passing = _passing_peaks(chain, batch_size=batch_size, task=task)
-    reruns = _Reruns(chain, batch_size=batch_size, task=task)
-    flops = _rerun_flops(chain, batch_size=batch_size)
+    passing = _passing_peaks(
+        chain, batch_size=batch_size, task=task, recompute=recompute
+    )
+    reruns = _Reruns(chain, batch_size=batch_size, task=task, recompute=recompute)
+    flops = [0] * log.num_units
+    if recompute.is_empty:
+        flops = _rerun_flops(chain, batch_size=batch_size)
     units = [
         replace(
             _unit(log, index),
@@ -139,7 +151,9 @@ def _loss(log: StepLog) -> StepBytes:
     )
 
 
-def _passing_peaks(chain: Chain, *, batch_size: int, task: Task) -> list[int]:
+def _passing_peaks(
+    chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
+) -> list[int]:
     """Find the most that each unit makes in a forward that keeps nothing."""
     mode, meter = FakeTensorMode(), LoggingMeter()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
@@ -147,7 +161,11 @@ def _passing_peaks(chain: Chain, *, batch_size: int, task: Task) -> list[int]:
     meter.track(segment, batch)
     ends = [meter.position]
     with mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(task):
-        segment(batch, observe=lambda *_: ends.append(meter.position))
+        segment(
+            batch,
+            observe=lambda *_: ends.append(meter.position),
+            recompute=recompute,
+        )
     changes, births = np.array(meter.changes), np.array(meter.births)
     return [
         highest(changes[first:last][births[first:last] >= first])
@@ -162,8 +180,11 @@ class _Reruns:
     stops at the last tensor that they save.
     """
 
-    def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
+    def __init__(
+        self, chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
+    ) -> None:
         self._dry = DryStep(chain, batch_size=batch_size, task=task)
+        self._dry.runner.recompute = recompute
         self._last_save: dict[int, int] = {}
         self._first_use: dict[int, int] = {}
         with saved_tensors_hooks(self._save, self._use):

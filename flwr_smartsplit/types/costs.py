@@ -37,6 +37,8 @@ class StepBytes:
         Whether ``saved_bytes`` has the output.
     rerun_flops : int
         Floating-point operations of its forward up to the last result that it saves.
+        In a light step: of what its backward runs again. A ``Rerun`` of a light unit
+        costs both.
     can_rerun : bool
         Whether it may run twice: not if it changes tensors, except a BatchNorm's.
     """

@@ -39,6 +39,7 @@ class ByChannel(nn.Module):
 LAYERS: dict[str, Callable[[], Sequence[nn.Module]]] = {
     "batch norm": lambda: [nn.BatchNorm2d(4)],
     "average of all batches": lambda: [nn.BatchNorm2d(4, momentum=None)],
+    "instance norm": lambda: [nn.InstanceNorm2d(4, track_running_stats=True)],
     "group norm": lambda: [nn.GroupNorm(2, 4)],
     "layer norm": lambda: [ByChannel(4)],
     "dropout": lambda: [nn.Dropout(0.4)],

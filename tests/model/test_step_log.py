@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_smartsplit.model import step_log
+from flwr_smartsplit.model import dry_step, step_log
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.model.step_log import StepLog, log_step
+from flwr_smartsplit.model.dry_step import log_step
+from flwr_smartsplit.model.step_log import StepLog
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
 from flwr_smartsplit.task import Task
@@ -70,13 +71,13 @@ def test_one_log_gives_the_measured_peak_of_every_cut():
 
 def test_a_log_that_keeps_the_boundary_predicts_too_much(monkeypatch):
     """A device drops what it has sent; a log must not hold it either."""
-    kept, observe = [], step_log._Observed._observe
+    kept, observe = [], step_log.Observed._observe
 
     def keep(self: object, index: int, value: Tensor) -> None:
         kept.append(value)
         observe(self, index, value)
 
-    monkeypatch.setattr(step_log._Observed, "_observe", keep)
+    monkeypatch.setattr(step_log.Observed, "_observe", keep)
     wrong = predicted(WIDE)
     assert all(w >= m for w, m in zip(wrong, measured(), strict=True))
     assert wrong != measured()
@@ -101,9 +102,9 @@ def test_a_log_of_the_first_step_would_miss_the_state(monkeypatch):
     """Momentum is there from the second step on: the whole route's peak has it."""
     chain = build_chain(WIDE)
     logged = log_step(chain, batch_size=BATCH_SIZE, task=WIDE).peak_bytes
-    run = step_log.DryStep.run
+    run = dry_step.DryStep.run
     monkeypatch.setattr(
-        step_log.DryStep, "run", lambda dry, step: run(dry, step) if step == 0 else 0
+        dry_step.DryStep, "run", lambda dry, step: run(dry, step) if step == 0 else 0
     )
     assert log_step(chain, batch_size=BATCH_SIZE, task=WIDE).peak_bytes < logged
 
