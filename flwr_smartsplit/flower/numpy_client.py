@@ -113,12 +113,7 @@ class SmartSplitNumPyClient(NumPyClient):
         self.context = context
         self._edges = _by_name(edges)
         sizes = _sizes(train_loader, num_examples, batch_size)
-        self._profile = DeviceProfile(
-            client_key=client_key,
-            budget_bytes=None,
-            num_examples=sizes[0],
-            batch_size=sizes[1],
-        )
+        self._profile = _profile_of(client_key, *sizes)
         self._conditions = Conditions(
             task=task,
             connect=self._connect,
@@ -259,6 +254,16 @@ def _by_name(edges: Sequence[Edge]) -> dict[str, Edge]:
     if not isinstance(edges, list | tuple):
         raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
     return {edge.name: edge for edge in edges}
+
+
+def _profile_of(client_key: str, num_examples: int, batch_size: int) -> DeviceProfile:
+    """Describe a client, but for its budget, which may move."""
+    return DeviceProfile(
+        client_key=client_key,
+        budget_bytes=None,
+        num_examples=num_examples,
+        batch_size=batch_size,
+    )
 
 
 def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:

@@ -80,10 +80,11 @@ def find_regions(
     """
     unit = _UnitGraph(model, piece, facts)
     choice = _least_kept(unit)
-    return [
+    regions = (
         Region.of(unit.nodes[start:stop], unit.norms(start, stop))
         for start, stop in choice
-    ]
+    )
+    return [region for region in regions if region.outputs]
 
 
 class _UnitGraph:

@@ -86,36 +86,50 @@ def plan_round(
     assignments: dict[str, Assignment] = {}
     skipped: dict[str, str] = {}
     for index, device in enumerate(sorted(fleet, key=_client_key)):
-        request = RouteRequest(
-            device=device,
-            profile=profiles[device.batch_size],
-            edges=routing.edges,
-            index=index,
-            kept_units=routing.kept_units,
-            recompute=routing.recompute,
-        )
+        request = _request(device, profiles[device.batch_size], index, routing)
         try:
-            route = routing.choose_route(request)
-            check_route(route, request)
+            assignments[device.client_key] = _assigned(request, routing)
         except NoFeasibleRoute as error:
             skipped[device.client_key] = str(error)
-            continue
-        recompute = plan_of(route, request)
-        assignments[device.client_key] = Assignment(
-            client_key=device.client_key,
-            route=route,
-            budget_bytes=device.budget_bytes,
-            predicted_peak_bytes=predicted_peak_bytes(
-                request.profile, route, recompute
-            ),
-            recompute=recompute,
-        )
     chosen = sample_clients(list(assignments), num_clients=num_clients, rng=rng)
     skipped |= {key: NOT_SAMPLED for key in assignments if key not in chosen}
     return RoundPlan(
         round_number=round_number,
         assignments=tuple(a for key, a in assignments.items() if key in chosen),
         skipped=skipped,
+    )
+
+
+def _request(
+    device: DeviceProfile, profile: ChainProfile, index: int, routing: Routing
+) -> RouteRequest:
+    return RouteRequest(
+        device=device,
+        profile=profile,
+        edges=routing.edges,
+        index=index,
+        kept_units=routing.kept_units,
+        recompute=routing.recompute,
+    )
+
+
+def _assigned(request: RouteRequest, routing: Routing) -> Assignment:
+    """Choose a client's route, and what it runs twice on it.
+
+    Raises
+    ------
+    NoFeasibleRoute
+        If it can take none.
+    """
+    route = routing.choose_route(request)
+    check_route(route, request)
+    recompute = plan_of(route, request)
+    return Assignment(
+        client_key=request.device.client_key,
+        route=route,
+        budget_bytes=request.device.budget_bytes,
+        predicted_peak_bytes=predicted_peak_bytes(request.profile, route, recompute),
+        recompute=recompute,
     )
 
 

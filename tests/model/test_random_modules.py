@@ -217,7 +217,7 @@ IN_PLACE = {"in-place operation", "in-place on a view", "in-place module"}
 PLANTED = {
     "no refusal of in-place operators": (
         (cuttable, "overwritten", lambda *_: None),
-        (IN_PLACE, "being used in an in-place operation"),
+        (IN_PLACE, "bytes, not"),  # The numbers stay right; the prediction does not.
     ),
     "no refusal of shared tensors": (
         (cuttable, "tied", lambda *_: None),
