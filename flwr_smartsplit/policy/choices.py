@@ -61,8 +61,12 @@ class Choice:
 
         Compared are ``peak_bytes``, ``work`` and ``boundary_bytes``.
         """
-        mine, others = self._costs, other._costs
-        return mine != others and all(a <= b for a, b in zip(mine, others, strict=True))
+        return (
+            self._costs != other._costs
+            and self.peak_bytes <= other.peak_bytes
+            and self.work <= other.work
+            and self.boundary_bytes <= other.boundary_bytes
+        )
 
     @property
     def _costs(self) -> tuple[int, tuple[int, bool], int]:
