@@ -47,7 +47,7 @@ def plan_figure(report: FrontReport) -> Figure:
     _draw_budget(axes, report)
     _scale(axes, report)
     figure.suptitle(report.subject.heading(), x=0.01, ha="left", weight="bold")
-    axes.set_title("What a cut and recomputation trade: memory, work and traffic")
+    axes.set_title("Memory against work, a line per cut; filled: nothing recomputed")
     axes.set_xlabel("peak of the device")
     axes.set_ylabel("extra FLOPs, of the whole model's forward")
     figure.legend(
@@ -77,10 +77,22 @@ def _draw_route(
         color=colour,
         lw=1.8,
         marker="o",
-        ms=5,
+        ms=5.5,
+        markerfacecolor="white",
         drawstyle="steps-post",
         label=label,
         clip_on=False,
+    )
+    plain = [choice for choice in choices if choice.recompute.is_empty]
+    axes.plot(
+        [choice.peak_bytes for choice in plain],
+        [extra_share(choice) for choice in plain],
+        color=colour,
+        ls="none",
+        marker="o",
+        ms=5.5,
+        clip_on=False,
+        zorder=4,
     )
 
 
