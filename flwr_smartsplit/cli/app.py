@@ -1,4 +1,4 @@
-"""The command line: ``smartsplit profile MODEL`` and ``smartsplit check MODEL``.
+"""The command line: ``smartsplit profile``, ``plan`` and ``check MODEL``.
 
 Torch is loaded by what a command needs, inside it, so that help and most mistakes are
 answered at once.
@@ -20,17 +20,20 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from flwr_smartsplit.cli.arguments import (
     BadArgument,
     check_batch_size,
+    choose_cut,
     choose_cuts,
     parse_bytes,
     parse_shape,
 )
-from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.errors import NoFeasiblePlan, SmartSplitError
 
 if TYPE_CHECKING:
     from flwr_smartsplit.cli.check_report import RouteResult
+    from flwr_smartsplit.cli.plan_report import FrontReport, RouteReport
     from flwr_smartsplit.cli.subject import Subject
 
-DIFFERENT, MISUSE = 1, 2
+DIFFERENT = INFEASIBLE = 1
+MISUSE = 2
 PIPED_WIDTH = 10_000
 MAX_SEED = 2**63
 
@@ -108,13 +111,56 @@ def profile(  # noqa: PLR0913 - one argument per option of the command line
         if plot is not None:
             from flwr_smartsplit.cli.profile_plot import save_plot  # noqa: PLC0415
 
-            try:
+            with _written(plot):
                 save_plot(report, plot)
-            except OSError as error:
-                raise BadArgument(
-                    f"--plot {plot} cannot be written: {error}"
-                ) from error
-            typer.echo(f"Wrote {plot}.", err=True)
+
+
+@app.command()
+def plan(  # noqa: PLR0913 - one argument per option of the command line
+    model: ModelArgument,
+    *,
+    input_shape: InputOption = None,
+    batch_size: BatchSizeOption = 32,
+    optimizer: OptimizerOption = None,
+    budget: BudgetOption = None,
+    cut: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CUT",
+            help="Plan this one for the budget: a number, its last unit, or whole.",
+        ),
+    ] = None,
+    cache_dir: CacheDirOption = None,
+    as_json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
+    """Show which cuts and recomputations are worth it, and which to take.
+
+    MODEL is torchvision:NAME, or package.module:function; the function returns an
+    nn.Module or a flwr_smartsplit.Task. Nothing is trained. Ends with 1 if nothing fits
+    the budget.
+    """
+    with _explained_errors():
+        budget_bytes = parse_bytes(budget) if budget is not None else None
+        _check_plan_options(cut, budget=budget, plot=plot)
+        subject = _subject(
+            model,
+            input_shape,
+            batch_size,
+            optimizer=optimizer,
+            cache_dir=_folder(cache_dir),
+        )
+        if cut is not None and budget_bytes is not None:
+            report: FrontReport | RouteReport = _planned(subject, cut, budget_bytes)
+            _print(report.as_json() if as_json else report.for_people())
+            return
+        report = _front(subject, budget_bytes)
+        _print(report.as_json() if as_json else report.for_people())
+        if plot is not None:
+            from flwr_smartsplit.cli.plan_plot import save_plot  # noqa: PLC0415
+
+            with _written(plot):
+                save_plot(report, plot)
 
 
 @app.command()
@@ -193,13 +239,7 @@ def _check(
         trained_checker,
     )
 
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Elapsed(),
-        console=Console(stderr=True),
-    )
+    progress = _bar()
     with redirect_stdout(sys.stderr), _waiting("training the stock model"):
         checker = trained_checker(subject, seed=seed)
     found = check_routes(subject, cuts, checker, tolerance=tolerance)
@@ -207,6 +247,65 @@ def _check(
     # Closed, or an interruption would leave the edge's folder behind.
     with closing(found), redirect_stdout(sys.stderr), progress:
         return list(progress.track(found, total=total, description="routes"))
+
+
+def _check_plan_options(
+    cut: str | None, *, budget: str | None, plot: Path | None
+) -> None:
+    """Refuse options of ``plan`` that do not go together, or no picture."""
+    if cut is not None and (budget is None or plot is not None):
+        raise BadArgument("--cut needs --budget, and has no --plot.")
+    if plot is not None:
+        _check_picture(plot)
+
+
+def _planned(subject: "Subject", cut: str, budget_bytes: int) -> "RouteReport":
+    """Plan the one route that was asked for."""
+    from flwr_smartsplit.cli.plan_report import route_report  # noqa: PLC0415
+
+    names = [unit.name for unit in subject.profile.units]
+    chosen = choose_cut(cut, unit_names=names)
+    with _waiting("planning"):
+        return route_report(subject, chosen, budget_bytes=budget_bytes)
+
+
+def _front(subject: "Subject", budget_bytes: int | None) -> "FrontReport":
+    """Plan all routes with a progress bar on stderr."""
+    from flwr_smartsplit.cli.plan_report import (  # noqa: PLC0415
+        front_report,
+        planned_choices,
+        planned_routes,
+    )
+
+    routes = planned_routes(subject)
+    with _bar() as progress:
+        choices = [
+            choice
+            for route in progress.track(routes, description="routes")
+            for choice in planned_choices(subject, route)
+        ]
+    return front_report(subject, tuple(choices), budget_bytes=budget_bytes)
+
+
+def _bar() -> Progress:
+    """Make a progress bar on stderr."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Elapsed(),
+        console=Console(stderr=True),
+    )
+
+
+@contextmanager
+def _written(picture: Path) -> Iterator[None]:
+    """Say that a picture was written, or why not."""
+    try:
+        yield
+    except OSError as error:
+        raise BadArgument(f"--plot {picture} cannot be written: {error}") from error
+    typer.echo(f"Wrote {picture}.", err=True)
 
 
 @contextmanager
@@ -259,12 +358,13 @@ def _explained_errors() -> Iterator[None]:
     try:
         yield
     except SmartSplitError as error:
-        _fail(" ".join(str(error).split()))
+        is_infeasible = isinstance(error, NoFeasiblePlan)
+        _fail(" ".join(str(error).split()), INFEASIBLE if is_infeasible else MISUSE)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(MISUSE)
+    raise typer.Exit(code)
 
 
 def main() -> None:

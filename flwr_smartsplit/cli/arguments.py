@@ -3,7 +3,9 @@
 Nothing here needs torch, so a slip of the pen is answered at once.
 """
 
+import difflib
 import re
+from collections.abc import Sequence
 from random import Random
 
 from flwr_smartsplit.errors import SmartSplitError
@@ -113,3 +115,43 @@ def choose_cuts(text: str, *, num_units: int, rng: Random) -> tuple[int, ...]:
         else:
             chosen.update(named.get(word, [number]))
     return tuple(sorted(cut for cut in chosen if 1 <= cut <= last))
+
+
+def choose_cut(text: str, *, unit_names: Sequence[str]) -> int:
+    """Read one cut, as its number or as the last unit before it.
+
+    Parameters
+    ----------
+    text : str
+        A number, the name of a unit, or ``whole``. A number is never a name.
+    unit_names : Sequence[str]
+        The units of the chain.
+
+    Returns
+    -------
+    int
+        How many units the device has; all of them if the model stays whole.
+
+    Raises
+    ------
+    BadArgument
+        If there is no such cut; names the closest.
+
+    Examples
+    --------
+    >>> names = ["conv", "relu", "fc"]
+    >>> [choose_cut(text, unit_names=names) for text in ("2", "conv", "fc", "whole")]
+    [2, 1, 3, 3]
+    """
+    last = len(unit_names) - 1
+    if re.fullmatch("[0-9]{1,9}", text, re.ASCII):
+        if 1 <= int(text) <= last:
+            return int(text)
+    elif text in unit_names:
+        return unit_names.index(text) + 1
+    elif text.lower() == "whole":
+        return len(unit_names)
+    close = difflib.get_close_matches(text, unit_names)
+    known = f"close: {', '.join(close)}" if close else "write whole or a unit's name"
+    numbers = f", or a number in 1..{last}" if last else ""
+    raise BadArgument(f"--cut {text!r} is none of this model: {known}{numbers}.")

@@ -22,8 +22,8 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     unit_bytes = _UNIT_BYTES.get(match[2].lower()) if match else None
-    number = float(match[1]) if match and unit_bytes else 0.0
-    size = math.floor(number * unit_bytes) if unit_bytes and number < math.inf else 0
+    exact = float(match[1]) * unit_bytes if match and unit_bytes else 0.0
+    size = math.floor(exact) if exact < math.inf else 0
     if size < 1:
         raise ValueError(
             f"{text!r} is no size: write a positive number and B, KiB, MiB, GiB or "

@@ -32,6 +32,17 @@ PROFILE_OPTIONS = [
     "as_json",
     "plot",
 ]
+PLAN_OPTIONS = [
+    "model",
+    "input_shape",
+    "batch_size",
+    "optimizer",
+    "budget",
+    "cut",
+    "cache_dir",
+    "as_json",
+    "plot",
+]
 CHECK_OPTIONS = [
     "model",
     "input_shape",
@@ -375,8 +386,8 @@ def test_what_is_no_option_at_all_ends_in_usage(arguments):
 
 
 def test_help_lists_the_commands_and_loads_no_torch():
-    assert {"profile", "check"} <= set(call("--help").stdout.split())
-    for command in ("profile", "check"):
+    assert {"profile", "plan", "check"} <= set(call("--help").stdout.split())
+    for command in ("profile", "plan", "check"):
         assert "package.module:function" in call(command, "--help").stdout
     show = "import sys, flwr_smartsplit.cli.app; print('torch' in sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", show], cwd=ROOT, text=True)
@@ -385,4 +396,5 @@ def test_help_lists_the_commands_and_loads_no_torch():
 
 def test_no_option_is_added_by_accident():
     assert list(inspect.signature(module.profile).parameters) == PROFILE_OPTIONS
+    assert list(inspect.signature(module.plan).parameters) == PLAN_OPTIONS
     assert list(inspect.signature(module.check).parameters) == CHECK_OPTIONS

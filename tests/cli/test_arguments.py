@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from flwr_smartsplit.cli.arguments import (
     BadArgument,
+    choose_cut,
     choose_cuts,
     parse_bytes,
     parse_shape,
@@ -43,7 +44,11 @@ def test_a_size_is_read_with_its_unit(text, num_bytes):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "64", "MiB", "-1MiB", "0MiB", "0.1B", "64MB", "1e3KiB", "infMiB", "٣B"]
+    "text",
+    [
+        *("", "64", "MiB", "-1MiB", "0MiB", "0.1B", "64MB", "1e3KiB", "infMiB", "٣B"),
+        *("nan", "nanMiB", "9" * 308 + "TiB", "9" * 400 + "B"),
+    ],
 )
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(BadArgument, match="such as 64MiB"):
@@ -88,3 +93,36 @@ def test_what_names_no_cuts_is_refused(text):
 def test_a_cut_beyond_the_last_is_refused_with_what_there_is():
     with pytest.raises(BadArgument, match=r"names 5, but .* 1\.\.4 only"):
         choose_cuts("1,5", num_units=5, rng=Random(0))
+
+
+NAMES = ["conv", "1", "block.relu", "fc"]
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [("1", 1), ("03", 3), ("conv", 1), ("block.relu", 3), ("fc", 4), ("WHOLE", 4)],
+)
+def test_a_cut_is_a_number_first_or_the_unit_before_it(text, cut):
+    assert choose_cut(text, unit_names=NAMES) == cut
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0", r"write whole or a unit's name, or a number in 1\.\.3"),
+        ("4", r"a number in 1\.\.3"),
+        ("-1", r"a number in 1\.\.3"),
+        ("nan", "write whole"),
+        ("", "write whole"),
+        ("block.rely", r"close: block\.relu"),
+        ("٣", "write whole"),
+    ],
+)
+def test_what_names_no_cut_is_refused_with_what_there_is(text, words):
+    with pytest.raises(BadArgument, match=words):
+        choose_cut(text, unit_names=NAMES)
+
+
+def test_a_model_of_one_unit_has_no_cut_to_name():
+    with pytest.raises(BadArgument, match=r"write whole or a unit's name\.$"):
+        choose_cut("1", unit_names=["all"])

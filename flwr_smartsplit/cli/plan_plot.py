@@ -1,0 +1,146 @@
+"""A picture of the choices: device memory against extra work, a line per route.
+
+matplotlib is needed for this file and ``profile_plot`` only.
+"""
+
+import math
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+from flwr_smartsplit.cli.plan_report import FrontReport, last_unit
+from flwr_smartsplit.cli.profile_plot import STYLE
+from flwr_smartsplit.errors import bytes_text
+from flwr_smartsplit.policy.choices import Choice
+from flwr_smartsplit.types import Route
+
+WIDTH_INCHES, HEIGHT_INCHES = 10.0, 5.2
+MAX_ROUTES, MAX_LETTERS = 14, 26
+COLOURS = "viridis"
+MARGIN, FAR = 1.25, 8
+
+
+def save_plot(report: FrontReport, path: Path) -> None:
+    """Draw a report and write it as the kind of picture that the path names."""
+    with mpl.rc_context(STYLE):
+        plan_figure(report).savefig(path, dpi=120)
+
+
+def plan_figure(report: FrontReport) -> Figure:
+    """Draw extra work over device memory: a stair per route, and the budget."""
+    figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES))
+    axes = figure.subplots()
+    by_route: dict[Route, list[Choice]] = {}
+    for choice in report.choices:
+        by_route.setdefault(choice.route, []).append(choice)
+    size = len(report.subject.profile.units)
+    routes = sorted(by_route, key=lambda route: route.cuts or (size,))
+    named = set(routes[:: math.ceil(len(routes) / MAX_ROUTES)])
+    palette = mpl.colormaps[COLOURS]
+    for index, route in enumerate(routes):
+        colour = palette(0.92 * index / max(1, len(routes) - 1))
+        label = _label(report, route) if route in named else None
+        _draw_route(axes, by_route[route], colour=colour, label=label)
+    _draw_budget(axes, report)
+    _scale(axes, report)
+    figure.suptitle(report.subject.heading(), x=0.01, ha="left", weight="bold")
+    axes.set_title("Memory against work, a line per cut; filled: nothing recomputed")
+    axes.set_xlabel("peak of the device")
+    axes.set_ylabel("extra FLOPs, of the whole model's forward")
+    figure.legend(
+        loc="outside right upper", title="last unit on the device, cut · boundary"
+    )
+    return figure
+
+
+def extra_share(choice: Choice) -> float:
+    """Give extra FLOPs as a fraction of the whole model's forward."""
+    return choice.extra_flops_fraction * choice.device_flops_fraction
+
+
+def _draw_route(
+    axes: Axes,
+    choices: list[Choice],
+    *,
+    colour: tuple[float, float, float, float],
+    label: str | None,
+) -> None:
+    """Draw a route's choices; what needs less memory serves until the next one."""
+    memory = [choice.peak_bytes for choice in choices]
+    extra = [extra_share(choice) for choice in choices]
+    axes.plot(
+        memory,
+        extra,
+        color=colour,
+        lw=1.8,
+        marker="o",
+        ms=5.5,
+        markerfacecolor="white",
+        drawstyle="steps-post",
+        label=label,
+        clip_on=False,
+    )
+    plain = [choice for choice in choices if choice.recompute.is_empty]
+    axes.plot(
+        [choice.peak_bytes for choice in plain],
+        [extra_share(choice) for choice in plain],
+        color=colour,
+        ls="none",
+        marker="o",
+        ms=5.5,
+        clip_on=False,
+        zorder=4,
+    )
+
+
+def _draw_budget(axes: Axes, report: FrontReport) -> None:
+    """Draw the budget, and a ring around what to take."""
+    if report.budget_bytes is None:
+        return
+    text = f"budget, {bytes_text(report.budget_bytes)}"
+    axes.axvline(report.budget_bytes, color="k", lw=1.4, ls="--", label=text)
+    best = report.recommended
+    if best is not None:
+        axes.plot(
+            [best.peak_bytes],
+            [extra_share(best)],
+            color="k",
+            ls="none",
+            marker="o",
+            ms=12,
+            mew=1.6,
+            fillstyle="none",
+            label="recommended",
+            clip_on=False,
+            zorder=5,
+        )
+
+
+def _scale(axes: Axes, report: FrontReport) -> None:
+    """Scale memory by logarithm, in readable sizes; extra work from 0."""
+    sizes = [choice.peak_bytes for choice in report.choices]
+    low, high = min(sizes) / MARGIN, max(sizes) * MARGIN
+    budget_bytes = report.budget_bytes
+    # A budget far from all choices would press them together.
+    if budget_bytes is not None and low / FAR < budget_bytes < high * FAR:
+        low, high = min(low, budget_bytes / MARGIN), max(high, budget_bytes * MARGIN)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: bytes_text(int(size))))
+    most = max(map(extra_share, report.choices))
+    axes.set_ylim(0, 1.08 * most or 0.1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _label(report: FrontReport, route: Route) -> str:
+    if not route.cuts:
+        return "whole model"
+    name = last_unit(report.subject, route)
+    short = name if len(name) <= MAX_LETTERS else f"…{name[1 - MAX_LETTERS :]}"
+    size = report.subject.profile.units[route.cuts[0] - 1].boundary_bytes
+    return f"{short}, {route.cuts[0]} · {bytes_text(size)}"
