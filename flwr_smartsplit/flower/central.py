@@ -60,6 +60,8 @@ class Settings:
         Torch threads at every place.
     choose_route : Callable[[RouteRequest], Route]
         Chooses the route of one client.
+    recompute : bool
+        Whether a device may recompute activations where no route fits otherwise.
     server_optimizer : FedAvg, optional
         One of Flower's adaptive strategies, applied after the merge.
     journal : str or Path, optional
@@ -73,6 +75,7 @@ class Settings:
     seed: int = 0
     num_threads: int = 1
     choose_route: ChooseRoute = deepest_split
+    recompute: bool = True
     server_optimizer: FedAvg | None = None
     journal: str | Path | None = DEFAULT_JOURNAL
     on_row: Sequence[OnRow] = ()
@@ -267,6 +270,7 @@ class CentralManager:
             routing=Routing(
                 edges=tuple(edges),
                 choose_route=self.settings.choose_route,
+                recompute=self.settings.recompute,
                 kept_units=self._kept_units,
             ),
             rng=Random(seed),

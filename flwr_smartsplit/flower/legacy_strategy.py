@@ -67,6 +67,8 @@ class LegacySmartSplit(Strategy):
         Torch threads at every place.
     choose_route : Callable[[RouteRequest], Route]
         Chooses each client's route.
+    recompute : bool
+        Whether a device may recompute activations where no route fits otherwise.
     server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
         The Message-API strategy whose server step follows the merge.
     journal : str or Path, optional
@@ -109,6 +111,7 @@ class LegacySmartSplit(Strategy):
         seed: int = 0,
         num_threads: int = 1,
         choose_route: ChooseRoute = deepest_split,
+        recompute: bool = True,
         server_optimizer: ServerOptimizerStrategy | None = None,
         journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
@@ -150,6 +153,7 @@ class LegacySmartSplit(Strategy):
                 seed=seed,
                 num_threads=num_threads,
                 choose_route=choose_route,
+                recompute=recompute,
                 server_optimizer=server_optimizer,
                 journal=journal,
                 on_row=on_row,

@@ -67,6 +67,8 @@ class SmartSplit(Strategy):
     choose_route : Callable[[RouteRequest], Route]
         Chooses each client's route: ``deepest_split`` (default), ``deepest_u_shape``
         if labels must stay on the devices, or a function of one's own.
+    recompute : bool
+        Whether a device may recompute activations where no route fits otherwise.
     server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
         Flower's strategy whose server step follows the merge.
     journal : str or Path, optional
@@ -96,6 +98,7 @@ class SmartSplit(Strategy):
         seed: int = 0,
         num_threads: int = 1,
         choose_route: ChooseRoute = deepest_split,
+        recompute: bool = True,
         server_optimizer: FedAvg | None = None,
         journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
@@ -132,6 +135,7 @@ class SmartSplit(Strategy):
                 seed=seed,
                 num_threads=num_threads,
                 choose_route=choose_route,
+                recompute=recompute,
                 server_optimizer=server_optimizer,
                 journal=journal,
                 on_row=on_row,
