@@ -148,8 +148,10 @@ def routes_worth_a_plan(
     Notes
     -----
     A route is left out if another sends as little and, with nothing recomputed, holds
-    as little. Of 62 cuts of EfficientNet-B0, seven remain. That such a route holds more
-    with recomputation, too, is an assumption; a test compares with all routes.
+    as little: of EfficientNet-B0's 62 routes, seven remain. That it then holds more
+    with recomputation, too, is nearly always true, and saves minutes. Of seven profiles
+    of torchvision models planned on all routes, one (MobileNetV3-Large, 224×224) had a
+    better choice among those left out, with 4 % less memory.
     """
     routes = list(_routes(profile, with_u_shapes=with_u_shapes))
     costs = {
