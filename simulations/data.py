@@ -217,6 +217,17 @@ def train_loader(experiment: Experiment, client: int) -> DataLoader[Batch]:
     )
 
 
+def whole_train_loader(experiment: Experiment) -> DataLoader[Batch]:
+    """Batch all training examples, in order; a last small batch is dropped."""
+    images = load_images(experiment)
+    return DataLoader(
+        _Examples(images.x_train, images.y_train),
+        batch_size=experiment.batch_size,
+        drop_last=True,
+        collate_fn=_batch_maker(images, experiment),
+    )
+
+
 def evaluation_loader(
     experiment: Experiment, *, batch_size: int = 256
 ) -> DataLoader[Batch]:
