@@ -216,8 +216,12 @@ def drawn(moved: Followed) -> Figure:
         label="budget",
         linewidth=1.5,
     )
-    axes.plot(
-        [p / 2**20 for p in moved.peaks], color="tab:blue", label="peak of a step"
+    axes.step(
+        range(len(moved.peaks)),
+        [p / 2**20 for p in moved.peaks],
+        where="post",
+        color="tab:blue",
+        label="peak of a step",
     )
     for move in moved.outcome.report.moves:
         axes.axvline(move.step, color="0.7", linewidth=0.8, zorder=0)
