@@ -113,15 +113,12 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
     given = {name: value for name, value in given.items() if value is not None}
     folder = out or Path("out") / suite
     with _explained_errors():
-        start = _measurement if suite in MEASUREMENTS else _experiment
-        go_on = start(suite, given)
+        go_on = _prepared(suite, given)
         with _only_ours_on_stdout():
             finished = go_on(folder, verbose)
         _show(folder, as_json=as_json)
     if not finished:
-        # Flower's server thread waits for replies that will not come.
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)
+        _leave_at_once()
 
 
 @app.command()
@@ -145,6 +142,11 @@ def list_names() -> None:
     for name, method in METHODS.items():
         table.add_row("method", name, method.summary)
     Console().print(table)
+
+
+def _prepared(suite: str, given: dict[str, Any]) -> Run:
+    """Check what was asked of a suite, and make it ready to run."""
+    return (_measurement if suite in MEASUREMENTS else _experiment)(suite, given)
 
 
 def _measurement(suite: str, given: dict[str, Any]) -> Run:
@@ -280,6 +282,12 @@ def _show_rounds(folder: Path, *, as_json: bool) -> None:
     console = Console()
     console.print(f"{results.config['experiment']['name']}: {headline(results)}\n")
     console.print(comparison_table(results))
+
+
+def _leave_at_once() -> NoReturn:
+    """End an interrupted run; Flower's server thread waits for replies for ever."""
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ MAX_DEVICE_FLOPS = 10**12
 MAX_WHOLE_BYTES = 2 * 2**30
 MAX_WHOLE_FLOPS = 50 * 10**9
 """The whole model is run for real, and steps are timed, up to here."""
-NUM_TIMED_STEPS = 5
+NUM_TIMED_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,11 +228,7 @@ def measure_case(case: MemoryCase, *, cache_dir: Path | None = None) -> MemoryRo
     useful = least_choice(profile, useful_cuts(profile, batch[0].nbytes))
     figures = _figures(subject, least)
     whole_bytes = dry_whole_peak_bytes(chain, task, batch_size=BATCH_SIZE)
-    is_run = whole_bytes <= MAX_WHOLE_BYTES and subject.forward_flops <= MAX_WHOLE_FLOPS
     parts = floor_parts(profile)
-    whole_seconds, split_seconds = (
-        _times(subject, useful) if is_run and useful else (None, None)
-    )
     return MemoryRow(
         model=case.model,
         family=case.family,
@@ -245,17 +241,13 @@ def measure_case(case: MemoryCase, *, cache_dir: Path | None = None) -> MemoryRo
         forward_flops=subject.forward_flops,
         whole_peak_bytes=whole_bytes,
         whole_lean_bytes=profile.units[-1].device_peak_bytes,
-        whole_measured_bytes=(
-            measured_whole_peak_bytes(chain, task, batch) if is_run else None
-        ),
         least=figures,
         useful=None if useful is None else _figures(subject, useful),
         floor_bytes=sum(parts.values()),
         floor_parts=parts,
         floor_text=floor_text(profile, cut=least.cut, peak_bytes=figures.peak_bytes),
-        whole_seconds=whole_seconds,
-        split_seconds=split_seconds,
         curves=plan_curves(profile, useful.cut) if useful and case.has_curves else {},
+        **_whole_runs(subject, useful, whole_bytes),
         case_seconds=time.perf_counter() - started,
     )
 
@@ -292,12 +284,29 @@ def _measured(subject: _Subject, choice: Choice) -> int:
     return measured_peak_bytes(runner, subject.batch, gradient)
 
 
-def _times(subject: _Subject, choice: Choice) -> tuple[float, float]:
-    return median_seconds(
-        subject.chain,
-        subject.task,
-        subject.batch,
-        cut=choice.cut,
-        plan=choice.plan,
-        num_steps=NUM_TIMED_STEPS,
-    )
+def _whole_runs(
+    subject: _Subject, useful: Choice | None, whole_bytes: int
+) -> dict[str, Any]:
+    """Run the whole model and time it beside the useful route, if it is small enough.
+
+    Returns
+    -------
+    dict[str, int or float or None]
+        Fields of a ``MemoryRow``; None for what was not run.
+    """
+    chain, task, batch = subject.chain, subject.task, subject.batch
+    names = "whole_measured_bytes", "whole_seconds", "split_seconds"
+    runs: dict[str, Any] = dict.fromkeys(names)
+    if whole_bytes > MAX_WHOLE_BYTES or subject.forward_flops > MAX_WHOLE_FLOPS:
+        return runs
+    runs["whole_measured_bytes"] = measured_whole_peak_bytes(chain, task, batch)
+    if useful is not None:
+        runs["whole_seconds"], runs["split_seconds"] = median_seconds(
+            chain,
+            task,
+            batch,
+            cut=useful.cut,
+            plan=useful.plan,
+            num_steps=NUM_TIMED_STEPS,
+        )
+    return runs

@@ -18,9 +18,9 @@ from simulations.plots import STYLE, WIDTH_INCHES
 
 LEAST_COLOUR, USEFUL_COLOUR, CLAIM_COLOUR = "#0b67b2", "#d1700c", "#c0392b"
 RULE_STYLES = {
-    PROGRAMME: ("#0b67b2", "o", "-"),
-    GREEDY: ("#d1700c", "s", "-"),
     SEQUENTIAL: ("#6b7280", "x", ""),
+    GREEDY: ("#d1700c", "s", "-"),
+    PROGRAMME: ("#0b67b2", "o", "-"),
 }
 CLAIM = 100
 """The paper's "up to 100 times less memory"."""
@@ -110,8 +110,8 @@ def _draw_curves(axes: Axes, row: MemoryRow) -> None:
     """Draw the rules' plans at one model's useful cut."""
     # A few plans repeat the forward many times; an axis for them hides the others.
     top = 100 * _top(row)
-    for rule, points in row.curves.items():
-        colour, marker, line = RULE_STYLES[rule]
+    for rule, (colour, marker, line) in RULE_STYLES.items():  # The optimum on top.
+        points = row.curves.get(rule, [])
         peaks = np.array([peak for peak, _ in points]) / 2**20
         extra = np.array([100 * fraction for _, fraction in points])
         seen = extra <= top
@@ -121,7 +121,8 @@ def _draw_curves(axes: Axes, row: MemoryRow) -> None:
             color=colour,
             marker=marker,
             ls=line,
-            ms=5,
+            ms=4 if rule == PROGRAMME else 6,
+            lw=1.4,
             drawstyle="steps-post",
             alpha=0.85,
             clip_on=False,

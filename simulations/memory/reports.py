@@ -53,7 +53,7 @@ def memory_rows(rows: Sequence[MemoryRow]) -> list[tuple[str, ...]]:
             f"{row.model}, {row.input_side}",
             _mebibytes(row.whole_peak_bytes),
             _mark(row.least.is_measured) + _mebibytes(row.least.peak_bytes),
-            f"{row.ratio:.0f}",
+            _times(row.ratio),
             _mebibytes(row.floor_bytes),
             *_useful_cells(row),
         )
@@ -69,7 +69,7 @@ def _useful_cells(row: MemoryRow) -> tuple[str, ...]:
     return (
         percent_text(useful.flops_fraction),
         _mark(useful.is_measured) + _mebibytes(useful.peak_bytes),
-        f"{ratio:.1f}",
+        _times(ratio),
         percent_text(useful.extra_flops_fraction),
         "–" if time_ratio is None else f"{time_ratio:.2f}",
     )
@@ -85,6 +85,11 @@ def _mebibytes(num_bytes: int) -> str:
     """
     size = num_bytes / 2**20
     return f"{size:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"  # noqa: PLR2004
+
+
+def _times(ratio: float) -> str:
+    """Print a ratio; below ten, its first decimal counts."""
+    return f"{ratio:.{1 if ratio < 10 else 0}f}"  # noqa: PLR2004
 
 
 def _mark(is_measured: bool) -> str:
