@@ -118,14 +118,13 @@ def floor_text(profile: ChainProfile, *, cut: int, peak_bytes: int) -> str:
     first = profile.units[0]
     gaps = max(0, first.step.gradient_bytes - first.boundary_bytes)
     known = {
-        "that the first unit keeps activations": first.step.kept_bytes,
-        "that a gradient arrives with gaps": gaps,
+        "activations that the first unit keeps": first.step.kept_bytes,
+        "gaps in the gradient that arrives": gaps,
         "parameters and state of later units": sum(
             unit.resident_bytes for unit in profile.units[1:cut]
         ),
     }
-    known["temporaries of backward"] = max(0, above - sum(known.values()))
-    names = [name for name in known if known[name] > 0]
-    names.sort(key=lambda name: -known[name])
-    reasons = ", ".join(f"{name} ({bytes_text(known[name])})" for name in names)
+    known["temporaries in backward"] = max(0, above - sum(known.values()))
+    names = sorted(filter(known.get, known), key=lambda name: -known[name])
+    reasons = ", ".join(f"{bytes_text(known[name])} of {name}" for name in names)
     return f"{bytes_text(above)} above the floor: {reasons}."

@@ -34,10 +34,10 @@ from simulations.memory.stepping import (
 )
 
 MAX_DEVICE_BYTES = 3 * 2**30
-MAX_DEVICE_FLOPS = 10**12
+MAX_DEVICE_FLOPS = 300 * 10**9
 """A device's part of a step is run for real up to here; beyond, it is predicted."""
 MAX_WHOLE_BYTES = 2 * 2**30
-MAX_WHOLE_FLOPS = 50 * 10**9
+MAX_WHOLE_FLOPS = 30 * 10**9
 """The whole model is run for real, and steps are timed, up to here."""
 NUM_TIMED_STEPS = 3
 

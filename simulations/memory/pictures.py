@@ -78,7 +78,8 @@ def _draw_ratios(axes: Axes, rows: Sequence[MemoryRow]) -> None:
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlim(1, None)
+    widest = max(max(row.ratio, CLAIM) for row in rows)
+    axes.set_xlim(1, max(axes.get_xlim()[1], 1.6 * widest))  # Room for the numbers.
     axes.grid(visible=False, axis="y")
     above = sum(row.ratio >= CLAIM for row in ordered)
     best = ordered[0]
