@@ -1,6 +1,7 @@
 """Measure one case: the row of a results file."""
 
 import json
+import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,9 +29,9 @@ from simulations.memory.stepping import (
     dry_whole_peak_bytes,
     measured_peak_bytes,
     measured_whole_peak_bytes,
-    median_seconds,
     random_batch,
     runner_of,
+    timed_steps,
 )
 
 MAX_DEVICE_BYTES = 3 * 2**30
@@ -39,7 +40,7 @@ MAX_DEVICE_FLOPS = 300 * 10**9
 MAX_WHOLE_BYTES = 2 * 2**30
 MAX_WHOLE_FLOPS = 30 * 10**9
 """The whole model is run for real, and steps are timed, up to here."""
-NUM_TIMED_STEPS = 3
+MAX_TIMED_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +105,9 @@ class MemoryRow:
         What it is made of.
     floor_text : str
         Why the least is above it.
-    whole_seconds, split_seconds : float or None
-        Median CPU time of a plain whole step, and of a split one along ``useful``.
+    step_seconds : list[tuple[float, float]]
+        CPU time of a plain whole step and of the split one along ``useful`` that was
+        done next to it; empty if none was.
     curves : dict[str, list[Point]]
         Of each rule: predicted peaks and extra FLOPs at the useful cut.
     case_seconds : float
@@ -129,8 +131,7 @@ class MemoryRow:
     floor_bytes: int
     floor_parts: dict[str, int]
     floor_text: str
-    whole_seconds: float | None = None
-    split_seconds: float | None = None
+    step_seconds: list[tuple[float, float]] = field(default_factory=list)
     curves: dict[str, list[Point]] = field(default_factory=dict)
     case_seconds: float = 0.0
 
@@ -158,10 +159,11 @@ class MemoryRow:
 
     @property
     def step_time_ratio(self) -> float | None:
-        """How many times as long a split step takes."""
-        if self.whole_seconds is None or self.split_seconds is None:
+        """How many times as long a split step takes, by the medians of both."""
+        if not self.step_seconds:
             return None
-        return self.split_seconds / self.whole_seconds
+        whole, split = map(statistics.median, zip(*self.step_seconds, strict=True))
+        return split / whole
 
     def values(self) -> dict[str, Any]:
         """Return all of it as JSON values, with the figures that follow from others."""
@@ -182,6 +184,7 @@ class MemoryRow:
         kept = {name: read[name] for name in cls.__dataclass_fields__}
         kept["least"] = RouteFigures(**kept["least"])
         kept["useful"] = kept["useful"] and RouteFigures(**kept["useful"])
+        kept["step_seconds"] = [tuple(pair) for pair in kept["step_seconds"]]
         kept["curves"] = {
             rule: [(int(peak), float(extra)) for peak, extra in points]
             for rule, points in kept["curves"].items()
@@ -291,22 +294,22 @@ def _whole_runs(
 
     Returns
     -------
-    dict[str, int or float or None]
-        Fields of a ``MemoryRow``; None for what was not run.
+    dict[str, Any]
+        Fields of a ``MemoryRow``.
     """
     chain, task, batch = subject.chain, subject.task, subject.batch
-    names = "whole_measured_bytes", "whole_seconds", "split_seconds"
-    runs: dict[str, Any] = dict.fromkeys(names)
     if whole_bytes > MAX_WHOLE_BYTES or subject.forward_flops > MAX_WHOLE_FLOPS:
-        return runs
-    runs["whole_measured_bytes"] = measured_whole_peak_bytes(chain, task, batch)
+        return {"whole_measured_bytes": None}
+    runs: dict[str, Any] = {
+        "whole_measured_bytes": measured_whole_peak_bytes(chain, task, batch)
+    }
     if useful is not None:
-        runs["whole_seconds"], runs["split_seconds"] = median_seconds(
+        runs["step_seconds"] = timed_steps(
             chain,
             task,
             batch,
             cut=useful.cut,
             plan=useful.plan,
-            num_steps=NUM_TIMED_STEPS,
+            max_seconds=MAX_TIMED_SECONDS,
         )
     return runs

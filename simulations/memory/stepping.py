@@ -4,7 +4,6 @@ The device's segment runs as it does along a route, without the messages: the bo
 and its gradient cross as the bytes of the wire.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,6 +28,7 @@ from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Batch = tuple[Tensor, Tensor]
 State = Mapping[str, npt.NDArray[Any]]
+MIN_PAIRS, MAX_PAIRS = 3, 15
 NUM_STEPS = 2
 """Optimizer state is made in the first; the second is the one that counts."""
 
@@ -194,16 +194,16 @@ def whole_seconds(runner: SegmentRunner, batch: Batch, step: int) -> float:
     return time.process_time() - started
 
 
-def median_seconds(
+def timed_steps(
     chain: Chain,
     task: Task,
     batch: Batch,
     *,
     cut: int,
     plan: RecomputePlan = KEEP_ALL,
-    num_steps: int,
-) -> tuple[float, float]:
-    """Time plain whole steps and split ones in turn.
+    max_seconds: float,
+) -> list[tuple[float, float]]:
+    """Time plain whole steps and split ones in turn, after a pair that warms caches up.
 
     Parameters
     ----------
@@ -217,21 +217,26 @@ def median_seconds(
         Where the device ends; the rest runs in this process.
     plan : RecomputePlan
         What the device runs twice.
-    num_steps : int
-        How many of each, after one that warms caches up.
+    max_seconds : float
+        CPU time to spend; there are 3 to 15 pairs in any case.
 
     Returns
     -------
-    tuple[float, float]
-        Median CPU seconds of a whole step and of a split one.
+    list[tuple[float, float]]
+        CPU seconds of a whole step and of the split one next to it.
     """
     make = partial(runner_of, chain, task, seed=0)
     whole = make(range(len(chain)), is_lean=False)
     head = make(range(cut), is_lean=True)
     head.recompute = plan
     tail = make(range(cut, len(chain)), is_lean=False)
-    plain, split = [], []
-    for step in range(num_steps + 1):
-        plain.append(whole_seconds(whole, batch, step))
-        split.append(split_seconds(head, tail, batch, step))
-    return statistics.median(plain[1:]), statistics.median(split[1:])
+
+    def pair(step: int) -> tuple[float, float]:
+        if step % 2:  # Whoever comes second finds the caches full of the other's.
+            split = split_seconds(head, tail, batch, step)
+            return whole_seconds(whole, batch, step), split
+        return whole_seconds(whole, batch, step), split_seconds(head, tail, batch, step)
+
+    num_pairs = int(max_seconds / max(sum(pair(0)), 1e-9))
+    bounded = min(max(num_pairs, MIN_PAIRS), MAX_PAIRS)
+    return [pair(step) for step in range(1, bounded + 1)]

@@ -162,7 +162,14 @@ def test_the_useful_ratio_is_that_of_the_best_useful_cut(row, profile):
     assert row.useful.peak_bytes == row.useful.predicted_bytes == min(useful.values())
     assert row.useful_ratio == row.whole_peak_bytes / min(useful.values())
     assert row.useful_ratio < row.ratio
-    assert row.step_time_ratio == row.split_seconds / row.whole_seconds
+
+
+def test_the_time_ratio_is_that_of_the_medians(row):
+    """One slow step of three changes nothing."""
+    assert row.step_time_ratio > 0
+    slow = replace(row, step_seconds=[(2.0, 3.0), (2.0, 90.0), (1.0, 2.0)])
+    assert slow.step_time_ratio == 1.5
+    assert replace(row, step_seconds=[]).step_time_ratio is None
 
 
 def test_the_floor_is_batch_first_unit_and_two_gradients(row):
