@@ -162,8 +162,8 @@ class MemoryRow:
         """How many times as long a split step takes, by the medians of both."""
         if not self.step_seconds:
             return None
-        whole, split = map(statistics.median, zip(*self.step_seconds, strict=True))
-        return split / whole
+        whole = statistics.median(pair[0] for pair in self.step_seconds)
+        return statistics.median(pair[1] for pair in self.step_seconds) / whole
 
     def values(self) -> dict[str, Any]:
         """Return all of it as JSON values, with the figures that follow from others."""
