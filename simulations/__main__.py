@@ -3,9 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,15 +19,19 @@ from rich.table import Table
 from flwr_smartsplit.errors import SmartSplitError
 from simulations.errors import ExperimentError
 from simulations.experiment import Experiment
+from simulations.measurement import MeasurementOptions, measurement_in
 from simulations.methods import METHODS
 from simulations.provenance import Provenance
 from simulations.reporting import REPORT, comparison_table, headline, write_reports
 from simulations.rows import EvaluationRow
 from simulations.runner import prepare, quiet_libraries, run_methods
-from simulations.suites import SUITES
+from simulations.suites import MEASUREMENTS, SUITES
 from simulations.summary import percent_text, read_results
 
 MISUSE, INTERRUPTED = 2, 130
+
+Run = Callable[[Path, bool], bool]
+"""``run(folder, verbose)`` runs a suite and returns False if it was interrupted."""
 
 app = typer.Typer(
     help="Simulate fleets of weak devices and compare methods to train them.",
@@ -38,10 +42,12 @@ app = typer.Typer(
 
 
 DataOption = Annotated[
-    str, typer.Option(help="digits, fashion_mnist, cifar10 or FILE.npz.")
+    str | None,
+    typer.Option(help="digits (if not given), fashion_mnist, cifar10 or FILE.npz."),
 ]
 DataDirOption = Annotated[
-    Path, typer.Option(help="Where torchvision's data sets are, or go.")
+    Path | None,
+    typer.Option(help="Where torchvision's data sets are, or go; data if not given."),
 ]
 ModelOption = Annotated[str | None, typer.Option(help="small or torchvision:NAME.")]
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds of training.")]
@@ -56,6 +62,12 @@ WorkersOption = Annotated[
 MethodsOption = Annotated[
     str | None, typer.Option(help="Names that `list` shows, with commas.")
 ]
+ModelsOption = Annotated[
+    str | None, typer.Option(help="Suites without rounds: some models, with commas.")
+]
+SmallOption = Annotated[
+    bool, typer.Option("--small", help="Suites without rounds: a look, in minutes.")
+]
 OutOption = Annotated[
     Path | None, typer.Option(help="Results folder; out/SUITE if not given.")
 ]
@@ -69,8 +81,8 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Let Flower log."
 def run(  # noqa: PLR0913 - one argument per option of the command line
     suite: Annotated[str, typer.Argument(help="A suite that `list` names.")],
     *,
-    data: DataOption = "digits",
-    data_dir: DataDirOption = Path("data"),
+    data: DataOption = None,
+    data_dir: DataDirOption = None,
     model: ModelOption = None,
     rounds: RoundsOption = None,
     clients: ClientsOption = None,
@@ -78,34 +90,35 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
     seed: SeedOption = None,
     workers: WorkersOption = None,
     methods: MethodsOption = None,
+    models: ModelsOption = None,
+    small: SmallOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run a suite; write journals, summary.json and report.html; print a table."""
+    """Run a suite; write its results, summary.json and report.html; print a table."""
+    given: dict[str, Any] = {
+        "data": data,
+        "data_dir": data_dir,
+        "model": model,
+        "rounds": rounds,
+        "clients": clients,
+        "train_examples": train_examples,
+        "seed": seed,
+        "workers": workers,
+        "methods": methods,
+        "models": models,
+        "small": small or None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    folder = out or Path("out") / suite
     with _explained_errors():
-        given: dict[str, Any] = {
-            "model": model,
-            "num_rounds": rounds,
-            "num_clients": clients,
-            "max_train_examples": train_examples,
-            "seed": seed,
-            "num_workers": workers,
-            "methods": _method_names(methods) if methods is not None else None,
-            "data_dir": data_dir.resolve(),
-        }
-        experiment = replace(
-            _suite(suite, data),
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        folder = out or Path("out") / suite
+        go_on = _prepared(suite, given)
         with _only_ours_on_stdout():
-            finished = _run(experiment, folder, verbose=verbose)
+            finished = go_on(folder, verbose)
         _show(folder, as_json=as_json)
     if not finished:
-        # Flower's server thread waits for replies that will not come.
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)
+        _leave_at_once()
 
 
 @app.command()
@@ -124,23 +137,77 @@ def list_names() -> None:
     table = Table("kind", "name", "what it is", box=None)
     for name, suite in SUITES.items():
         table.add_row("suite", name, (suite.__doc__ or "").splitlines()[0])
+    for name, measurement in MEASUREMENTS.items():
+        table.add_row("suite", name, (measurement.__doc__ or "").splitlines()[0])
     for name, method in METHODS.items():
         table.add_row("method", name, method.summary)
     Console().print(table)
+
+
+def _prepared(suite: str, given: dict[str, Any]) -> Run:
+    """Check what was asked of a suite, and make it ready to run."""
+    return (_measurement if suite in MEASUREMENTS else _experiment)(suite, given)
+
+
+def _measurement(suite: str, given: dict[str, Any]) -> Run:
+    """Make a measurement ready to run; it measures models, and has no rounds."""
+    _refuse(suite, given, set(given) - {"models", "small", "seed"})
+    models = given.get("models")
+    options = MeasurementOptions(
+        models=None if models is None else tuple(_names(models)),
+        is_small="small" in given,
+        seed=given.get("seed", 0),
+        provenance=asdict(_provenance()),
+    )
+    return lambda folder, _: MEASUREMENTS[suite].run(folder, options)
+
+
+def _experiment(suite: str, given: dict[str, Any]) -> Run:
+    """Make an experiment with rounds ready to run."""
+    data = given.get("data", "digits")
+    experiment = _suite(suite, data)
+    _refuse(suite, given, {"models", "small"} & set(given))
+    fields = {
+        "model": "model",
+        "rounds": "num_rounds",
+        "clients": "num_clients",
+        "train_examples": "max_train_examples",
+        "seed": "seed",
+        "workers": "num_workers",
+    }
+    changes = {fields[name]: given[name] for name in fields if name in given}
+    if "methods" in given:
+        changes["methods"] = _method_names(given["methods"])
+    changes["data_dir"] = given.get("data_dir", Path("data")).resolve()
+    experiment = replace(experiment, **changes)
+    return lambda folder, verbose: _run(experiment, folder, verbose=verbose)
+
+
+def _refuse(suite: str, given: dict[str, Any], names: set[str]) -> None:
+    """Refuse options that a suite would not heed."""
+    if names:
+        flags = ", ".join(
+            f"--{name.replace('_', '-')}" for name in given if name in names
+        )
+        kind = "measures models and has no rounds"
+        if suite in SUITES:
+            kind = "trains one model in rounds"
+        raise ExperimentError(f"suite {suite!r} {kind}: leave out {flags}.")
 
 
 def _suite(name: str, data: str) -> Experiment:
     """Return the suite's experiment on a data set; a file's path is made absolute."""
     if name not in SUITES:
         raise ExperimentError(
-            f"suite {name!r} is unknown: choose one of {', '.join(SUITES)}."
+            f"suite {name!r} is unknown: choose one of "
+            f"{', '.join([*SUITES, *MEASUREMENTS])}."
         )
     return SUITES[name](str(Path(data).resolve()) if data.endswith(".npz") else data)
 
 
 def _method_names(text: str) -> tuple[str, ...]:
     """Split a comma-separated list and check every name in it."""
-    names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    names = _names(text)
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise ExperimentError(
@@ -150,10 +217,18 @@ def _method_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list; each name counts once."""
+    return tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+
+
+def _provenance() -> Provenance:
+    return Provenance.of_this_process(sys.argv[1:], now=datetime.now(UTC))
+
+
 def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
     """Run with a progress bar; return False if interrupted."""
-    provenance = Provenance.of_this_process(sys.argv[1:], now=datetime.now(UTC))
-    budgets = prepare(experiment, folder, provenance=provenance)
+    budgets = prepare(experiment, folder, provenance=_provenance())
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -189,15 +264,30 @@ def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
 
 def _show(folder: Path, *, as_json: bool) -> None:
     """Write the reports of a results folder and print what was found."""
+    measurement = MEASUREMENTS.get(measurement_in(folder))
+    if measurement is not None:
+        measurement.show(folder, as_json=as_json)
+    else:
+        _show_rounds(folder, as_json=as_json)
+    Console(stderr=True).print(f"[dim]open {folder / REPORT} for the pictures[/dim]")
+
+
+def _show_rounds(folder: Path, *, as_json: bool) -> None:
+    """Do so for an experiment with rounds."""
     results = read_results(folder)
     write_reports(results, folder)
     if as_json:
         sys.stdout.write(json.dumps(results.summary()) + "\n")
-    else:
-        console = Console()
-        console.print(f"{results.config['experiment']['name']}: {headline(results)}\n")
-        console.print(comparison_table(results))
-    Console(stderr=True).print(f"[dim]open {folder / REPORT} for the pictures[/dim]")
+        return
+    console = Console()
+    console.print(f"{results.config['experiment']['name']}: {headline(results)}\n")
+    console.print(comparison_table(results))
+
+
+def _leave_at_once() -> NoReturn:
+    """End an interrupted run; Flower's server thread waits for replies for ever."""
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)
 
 
 @contextmanager

@@ -1,9 +1,14 @@
-"""The suites: one file per table or figure, each a function returning an Experiment."""
+"""The suites: experiments with rounds, one file each, and measurements without."""
 
 from collections.abc import Callable
 
 from simulations.experiment import Experiment
+from simulations.measurement import Measurement
+from simulations.memory import suite as memory
 from simulations.suites.quickstart import quickstart
 
 SUITES: dict[str, Callable[[str], Experiment]] = {"quickstart": quickstart}
-"""Every suite by its name; it is given the name of a data set."""
+"""Every suite of rounds by its name; it is given the name of a data set."""
+
+MEASUREMENTS: dict[str, Measurement] = {"memory": memory}
+"""Every suite without rounds by its name."""

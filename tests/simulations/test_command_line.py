@@ -20,6 +20,8 @@ OPTIONS = [
     "seed",
     "workers",
     "methods",
+    "models",
+    "small",
     "out",
     "as_json",
     "verbose",
@@ -92,7 +94,7 @@ def test_the_list_names_suites_and_methods():
     result = call("list")
 
     assert result.exit_code == 0
-    for name in ("quickstart", "fedavg", "drop_weak", "smartsplit"):
+    for name in ("quickstart", "memory", "fedavg", "drop_weak", "smartsplit"):
         assert name in result.stdout
 
 

@@ -1,0 +1,1 @@
+"""How small the device's part of a training step gets, for models of torchvision."""

@@ -1,0 +1,143 @@
+"""How small the device's part of a step gets, model by model, against the whole step.
+
+A results folder has ``config.json``, a line of ``rows.jsonl`` for each model and size
+of image, and what is made from them. A run goes on where an earlier one stopped.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+
+from simulations.errors import ExperimentError
+from simulations.measurement import MEASUREMENT, MeasurementOptions
+from simulations.memory.cases import MemoryCase, memory_cases
+from simulations.memory.measuring import MemoryRow, measure_case
+from simulations.memory.reports import headline, html_page, memory_table
+from simulations.reporting import REPORT, SUMMARY
+from simulations.summary import CONFIG
+
+ROWS = "rows.jsonl"
+PROFILES = "profiles"
+
+
+def run(folder: Path, options: MeasurementOptions) -> bool:
+    """Measure the cases that the folder does not have; return False if interrupted."""
+    cases = memory_cases(options.models, is_small=options.is_small, seed=options.seed)
+    _prepare(folder, options.provenance)
+    known = {row.key for row in read_rows(folder)}
+    wanted = [c for c in cases if (c.model, c.input_side, c.seed) not in known]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _measure(folder, wanted)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted: run it again to go on from here.\n")
+        return False
+    finally:
+        torch.set_num_threads(threads)
+    return True
+
+
+def show(folder: Path, *, as_json: bool) -> None:
+    """Write summary and page again from the rows, and print the table."""
+    config = read_config(folder)
+    rows = read_rows(folder)
+    summary = {"rows": [row.values() for row in rows]}
+    _write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    _write(folder / REPORT, html_page(rows, config))
+    if as_json:
+        sys.stdout.write(json.dumps(summary) + "\n")
+    else:
+        console = Console()
+        console.print(f"{headline(rows)}\n")
+        console.print(memory_table(rows))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read what a results folder says of its origin; empty if it has nothing."""
+    try:
+        read = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def read_rows(folder: Path) -> list[MemoryRow]:
+    """Read the finished rows; a line that an interrupt cut short is not one."""
+    path = folder / ROWS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [MemoryRow.from_json(line) for line in lines if line]
+
+
+def _prepare(folder: Path, provenance: Any) -> None:
+    """Start a results folder, or make sure that it is one to go on with.
+
+    Raises
+    ------
+    ExperimentError
+        If it holds other results, or cannot be written to.
+    """
+    before = read_config(folder)
+    versions = provenance["versions"]
+    if before and before.get(MEASUREMENT) != "memory":
+        raise ExperimentError(
+            f"{str(folder)!r} holds results of another suite: name another folder with "
+            "--out."
+        )
+    if before and before["versions"] != versions:
+        raise ExperimentError(
+            f"{str(folder)!r} was begun with {before['versions']}, this is {versions}: "
+            "name another folder with --out, or remove it."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {MEASUREMENT: "memory", **provenance}
+        if not before:
+            _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        path = folder / ROWS
+        if path.exists():  # An interrupt may have left half a line.
+            whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+            _write(path, whole + "\n" if whole else "")
+    except OSError as error:
+        raise ExperimentError(
+            f"results cannot be written to {str(folder)!r} ({error}): name another "
+            "folder with --out."
+        ) from error
+
+
+def _measure(folder: Path, cases: Sequence[MemoryCase]) -> None:
+    """Measure one case after the other, and write each down at once."""
+    with _progress() as progress:
+        bar = progress.add_task("models", total=len(cases))
+        for case in cases:
+            progress.update(bar, description=case.title)
+            row = measure_case(case, cache_dir=folder / PROFILES)
+            with (folder / ROWS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row.values()) + "\n")
+            progress.advance(bar)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Elapsed(),
+        console=Console(stderr=True),
+    ) as progress:
+        yield progress
