@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 from flwr_smartsplit.errors import NoFeasiblePlan, bytes_text
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
-from flwr_smartsplit.policy.recompute_plan import cheapest_plan, least_bytes
+from flwr_smartsplit.policy.recompute_plan import (
+    cheapest_plan,
+    extra_flops,
+    least_bytes,
+)
 from flwr_smartsplit.types import KEEP_ALL, ChainProfile, RecomputePlan, Route
 
 PATIENCE_STEPS = 5
@@ -103,7 +107,7 @@ def is_calm(
 def _cheaper(
     profile: ChainProfile, standing: Standing, budget_bytes: int | None
 ) -> tuple[Route, RecomputePlan] | None:
-    """Find what the device would do if it began anew, if that is something else."""
+    """Find what the device would do if it began anew, if that is better."""
     if standing.route == standing.planned and standing.recompute.is_empty:
         return None
     if budget_bytes is None:
@@ -114,9 +118,15 @@ def _cheaper(
             fit = _first_fit(profile, standing.planned, standing, room)
         except NoFeasiblePlan:
             return None
-    is_same = fit == (standing.route, standing.recompute)
-    is_earlier = fit[0].cuts[:1] < standing.route.cuts[:1]
-    return None if is_same or is_earlier else fit
+    if fit[0].cuts != standing.route.cuts:
+        return fit if fit[0].cuts > standing.route.cuts else None
+    now = _work(profile, standing.route, standing.recompute)
+    return fit if _work(profile, *fit) < now else None
+
+
+def _work(profile: ChainProfile, route: Route, plan: RecomputePlan) -> tuple[int, bool]:
+    """Say what a plan adds: FLOPs, and then whether it adds anything."""
+    return extra_flops(profile, route, plan), not plan.is_empty
 
 
 def _first_fit(
