@@ -17,7 +17,7 @@ from simulations.memory.pictures import (
     ratio_bars,
     svg_text,
 )
-from simulations.summary import bytes_text, percent_text
+from simulations.summary import bytes_text
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 COLUMNS = (
@@ -67,10 +67,10 @@ def _useful_cells(row: MemoryRow) -> tuple[str, ...]:
         return ("no cut",) + ("–",) * 4
     time_ratio = row.step_time_ratio
     return (
-        percent_text(useful.flops_fraction),
+        f"{100 * useful.flops_fraction:.0f} %",
         _mark(useful.is_measured) + _mebibytes(useful.peak_bytes),
         _times(ratio),
-        percent_text(useful.extra_flops_fraction),
+        f"{100 * useful.extra_flops_fraction:.0f} %",
         "–" if time_ratio is None else f"{time_ratio:.2f}",
     )
 
