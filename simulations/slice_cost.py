@@ -28,6 +28,7 @@ from flwr_smartsplit.runtime.training import Conditions, Outcome, train_locally
 from flwr_smartsplit.runtime.transport import HoldState
 from flwr_smartsplit.runtime.wire import state_digest
 from flwr_smartsplit.types import ClientPlan, Status
+from simulations.memory.stepping import dry_whole_peak_bytes
 from simulations.models import torchvision_model
 
 SHAPE = (3, 64, 64)
@@ -35,8 +36,8 @@ NUM_CLASSES = 10
 BATCH_SIZE = 32
 SIZES = (1, 4, 8, 16)
 NUM_TIMED = 3
-# Of each model the cut after its first pooling, and a late one.
-CUTS = {"squeezenet1_1": (2, 20), "vgg11": (2, 8)}
+# Of each model the first cut, that after its first pooling, and a late one.
+CUTS = {"squeezenet1_1": (1, 2, 20), "vgg11": (1, 2, 8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class SliceCost:
         Samples per slice.
     predicted_bytes, measured_bytes : int
         The device's peak.
+    ratio : float
+        A plain step of the whole model's peak, found by a dry run, to the measured.
     distance_fraction : float
         The largest difference of a parameter after two steps, relative to the largest
         value of its tensor.
@@ -64,6 +67,7 @@ class SliceCost:
     slice_size: int | None
     predicted_bytes: int
     measured_bytes: int
+    ratio: float
     distance_fraction: float
     differing_fraction: float
     front_seconds: float
@@ -91,6 +95,7 @@ def measure(task: Task, cut: int, *, batch_size: int) -> list[SliceCost]:
     ]
     front = {name: state[name] for name in chain.state_names(0, cut)}
     profile = profile_chain(chain, batch_size=batch_size, task=task)
+    whole_bytes = dry_whole_peak_bytes(chain, task, batch_size=batch_size)
     results = _Front(task, cut, front, batches[0][0])
     sizes = [None, *(size for size in SIZES if size < batch_size)]
     differing = {size: results.differing_fraction(size) for size in sizes}
@@ -105,6 +110,7 @@ def measure(task: Task, cut: int, *, batch_size: int) -> list[SliceCost]:
                 chain, task, cut=cut, batch_size=batch_size, slice_size=size
             ),
             measured_bytes=outcome.report.peak_bytes,
+            ratio=whole_bytes / outcome.report.peak_bytes,
             distance_fraction=_distance(outcome, outcomes[0]),
             differing_fraction=differing[size],
             front_seconds=results.seconds(size),
@@ -193,7 +199,7 @@ class _Front:
 def cost_table(model: str, costs: list[SliceCost]) -> Table:
     """Lay the costs out for people."""
     table = Table(title=model, box=None)
-    for column in ("cut after", "slice", "predicted, MiB", "measured, MiB"):
+    for column in ("cut after", "slice", "predicted, MiB", "measured, MiB", "ratio"):
         table.add_column(column, justify="right")
     for column in ("parameters differ by", "boundary differs", "front, ms/step"):
         table.add_column(column, justify="right")
@@ -203,6 +209,7 @@ def cost_table(model: str, costs: list[SliceCost]) -> Table:
             "whole" if cost.slice_size is None else str(cost.slice_size),
             f"{cost.predicted_bytes / 2**20:.2f}",
             f"{cost.measured_bytes / 2**20:.2f}",
+            f"{cost.ratio:.1f}",
             f"{cost.distance_fraction:.1e}",
             f"{cost.differing_fraction:.0%}",
             f"{1e3 * cost.front_seconds:.0f}",

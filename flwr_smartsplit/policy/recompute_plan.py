@@ -186,19 +186,26 @@ def _candidates(segments: _Segments, budget_bytes: int) -> list[RecomputePlan]:
     free = budget_bytes - segments.static_bytes
     if free <= 0:
         return []
-    plans = [Rotor(segments.head, free, slots=_SLOTS).plan()]
+    plans = [_best(segments.head, free)]
     if not segments.tail:
         return [plan for plan in plans if plan is not None]
     plans.append(KEEP_ALL)
-    plans.append(Rotor(segments.head, free, slots=_SLOTS, is_rerun=True).plan())
+    plans.append(_best(segments.head, free, is_rerun=True))
     joined = []
     for head in filter(None, dict.fromkeys(plans)):
         waiting = held_by(segments.head, head).waiting_bytes
         room = free - waiting - segments.entered_bytes
-        tail = Rotor(segments.tail, room, slots=_SLOTS).plan() if room > 0 else None
+        tail = _best(segments.tail, room) if room > 0 else None
         if tail is not None:
             joined.append(_joined(head, tail))
     return joined
+
+
+def _best(
+    stages: Sequence[Stage], free_bytes: int, *, is_rerun: bool = False
+) -> RecomputePlan | None:
+    rotor = Rotor(stages, free_bytes, slots=_SLOTS, is_rerun=is_rerun)
+    return rotor.best_within(free_bytes)
 
 
 def _joined(head: RecomputePlan, tail: RecomputePlan) -> RecomputePlan:

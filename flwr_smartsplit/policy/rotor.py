@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.policy.stages import Stage, Way
+from flwr_smartsplit.policy.step_memory import held_by
 from flwr_smartsplit.types import RecomputePlan, Rerun
 
 _NEVER = float("inf")
@@ -61,6 +62,7 @@ class Rotor:
         self._column = self._top - 1 if is_rerun else self._top
         self.slot_bytes = max(1, -(-budget_bytes // slots))
         self._slots = max(0, budget_bytes // self.slot_bytes)
+        self._all_slots = self._slots + len(stages) + 1
         lefts = [stage.left_bytes for stage in reversed(stages)]
         self._late = list(accumulate(lefts, initial=0))[::-1]
         self._costs_before = [0.0, *accumulate(_weighed(stages))]
@@ -71,6 +73,20 @@ class Rotor:
         """The fewest slots that some plan does with; None if no plan fits."""
         feasible = np.flatnonzero(np.isfinite(self._best[0, self._column]))
         return int(feasible[0]) if feasible.size else None
+
+    def best_within(self, budget_bytes: int) -> RecomputePlan | None:
+        """Return the best plan whose exact peak is within the budget.
+
+        Sizes that are rounded up may add up to a slot more for each stage, so plans
+        that seem to take a little too much are looked at, too.
+        """
+        for slots in range(self._all_slots, self._slots - 1, -1):
+            plan = self.plan(slots)
+            if plan is not None and held_by(self._stages, plan).peak_bytes <= (
+                budget_bytes
+            ):
+                return plan
+        return None
 
     def plan(self, slots: int | None = None) -> RecomputePlan | None:
         """Return the plan of least extra cost; None if none fits.
@@ -94,7 +110,7 @@ class Rotor:
     # --- the recurrence -------------------------------------------------------------
 
     def _fill(self) -> None:
-        size, slots = len(self._stages), self._slots
+        size, slots = len(self._stages), self._all_slots
         shape = (size, size + 1, slots + 1)
         self._best: _Costs = np.full(shape, _NEVER)
         self._shifted: _Costs = np.full(shape, _NEVER)
@@ -140,7 +156,7 @@ class Rotor:
             )
             cost = self._cost(start, start + 1)
         else:
-            after = np.zeros(self._slots + 1)
+            after = np.zeros(self._all_slots + 1)
             share = stage.rerun_cost / stage.cost if stage.cost else 1.0
             cost = self._cost(start, start + 1) * share
         cost = way.extra_cost + (cost if last < self._top else 0.0)
@@ -151,7 +167,7 @@ class Rotor:
         """Costs of running stages up to each later one again, a row for each."""
         rows = self._rerunnable(start, last)
         if not rows:
-            return np.empty((0, self._slots + 1))
+            return np.empty((0, self._all_slots + 1))
         arriving = self._arriving(last)
         needed, most, before = [], 0, 0
         for stage in self._stages[start : start + rows]:
@@ -160,7 +176,7 @@ class Rotor:
             needed.append(self._slots_of(arriving + most))
         after = self._shifted[start + 1 : start + rows + 1, last]
         if start + rows == self._top:  # Nothing comes after the last of them.
-            after = np.concatenate([after, np.zeros((1, self._slots + 1))])
+            after = np.concatenate([after, np.zeros((1, self._all_slots + 1))])
         costs = self._best[start, start : start + rows] + after
         if last < self._top:
             passing = [self._cost(start, start + i + 1) for i in range(rows)]
