@@ -118,7 +118,10 @@ def _merged(
     ]
     reruns = [_rerun_cost(unit, cost) for unit, cost in zip(units, own, strict=True)]
     if which:
-        extra = sum(_light_cost(u, c) for u, c in zip(units, own, strict=True))
+        extra = sum(
+            _light_cost(unit, None if costs is None else cost)
+            for unit, cost in zip(units, own, strict=True)
+        )
         ways.append(replace(_way(light), extra_cost=extra, light=which))
     passing = alive = 0
     for step in plain:
@@ -146,10 +149,11 @@ def _rerun_cost(unit: UnitCost, cost: float) -> float:
     return cost * unit.step.rerun_flops / unit.forward_flops
 
 
-def _light_cost(unit: UnitCost, cost: float) -> float:
-    if unit.light_step is None or not unit.forward_flops:
+def _light_cost(unit: UnitCost, cost: float | None) -> float:
+    """Say what a light unit adds; of measured times at most all of its forward."""
+    if unit.light_step is None:
         return 0.0
-    return cost * unit.light_step.rerun_flops / unit.forward_flops
+    return unit.light_step.rerun_flops if cost is None else cost
 
 
 def _way(steps: Sequence[StepBytes]) -> Way:

@@ -23,6 +23,7 @@ def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strateg
     return SmartSplit(
         task=task,
         edges=(),
+        recompute=False,
         seed=experiment.seed,
         journal=journal,
         fraction_train=experiment.fraction_train,

@@ -19,7 +19,8 @@ from flwr_smartsplit.model.cap import memory_cap
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.costs import profile_chain
 from flwr_smartsplit.model.dry_step import log_step
-from flwr_smartsplit.model.segment import Segment, SegmentRunner
+from flwr_smartsplit.model.runner import SegmentRunner
+from flwr_smartsplit.model.segment import Segment
 from flwr_smartsplit.model.unit_steps import step_bytes
 from flwr_smartsplit.runtime.randomness import stream
 from flwr_smartsplit.types import (

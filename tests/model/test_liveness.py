@@ -174,7 +174,7 @@ def test_a_lost_size_would_be_seen(monkeypatch):
         size = as_size(carrier)
         return size if isinstance(size, int) else torch.Size([size[0], size[1] - 1])
 
-    monkeypatch.setattr("flwr_smartsplit.model.tracing.as_size", shrunk)
+    monkeypatch.setattr("flwr_smartsplit.model.pieces.as_size", shrunk)
     model = Segmenter()
     chain = Chain.from_module(model, torch.zeros(1, 3, 13, 17))
     out = chain.segment(0, len(chain))(torch.zeros(2, 3, 13, 17))["out"]

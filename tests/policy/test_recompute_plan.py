@@ -171,7 +171,7 @@ def test_measured_times_can_decide_instead_of_flops():
     route = Route.split(6)
     budget = budgets_between(profile, route)[2]
     plan = plan_recompute(profile, route, budget_bytes=budget)
-    again = [unit for unit in range(6) if plan.num_runs(unit) > 1]
+    again = [u for u in range(6) if plan.num_runs(u) > 1 or u in plan.light]
     costs = [1000.0 if unit in again else 1.0 for unit in range(len(profile.units))]
     other = plan_recompute(profile, route, budget_bytes=budget, unit_costs=costs)
     assert other != plan
