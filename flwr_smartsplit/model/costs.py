@@ -8,16 +8,13 @@ cut does what the whole chain does up to there (`model/step_log.py`).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.dry_run import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.model.dry_run import constants_of
 from flwr_smartsplit.model.dry_step import log_step
 from flwr_smartsplit.model.lean import early_ones
 from flwr_smartsplit.model.light_steps import light_steps, with_light_step
@@ -28,7 +25,7 @@ from flwr_smartsplit.model.profile_cache import (
     write_profile,
 )
 from flwr_smartsplit.model.step_log import StepLog
-from flwr_smartsplit.model.unit_steps import step_bytes
+from flwr_smartsplit.model.unit_steps import step_bytes, unit_flops
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ChainProfile, UnitCost
 
@@ -90,7 +87,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     try:
         log = log_step(chain, batch_size=batch_size, task=task)
         optimizers = _optimizer_costs(chain, task, log)
-        flops = _forward_flops(chain, batch_size=batch_size)
+        flops = unit_flops(chain, batch_size=batch_size)
         steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
         lights = light_steps(chain, log, batch_size=batch_size, task=task)
     except Exception as error:
@@ -105,9 +102,16 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
         units=tuple(
-            with_light_step(replace(unit, step=step), light)
-            for unit, step, light in zip(
-                _unit_costs(chain, log, optimizers, flops), steps, lights, strict=True
+            with_light_step(
+                replace(
+                    unit,
+                    forward_flops=forward,
+                    step=replace(step, rerun_flops=rerun),
+                ),
+                light,
+            )
+            for unit, (forward, rerun), step, light in zip(
+                _unit_costs(chain, log, optimizers), flops, steps, lights, strict=True
             )
         ),
         loss=loss,
@@ -119,7 +123,6 @@ def _unit_costs(
     chain: Chain,
     log: StepLog,
     optimizers: Sequence["_OptimizerCost"],
-    flops: Sequence[int],
 ) -> tuple[UnitCost, ...]:
     """Put together what each unit costs, and what a device holds that ends with it."""
     last = len(chain) - 1
@@ -146,7 +149,7 @@ def _unit_costs(
                 optimizer_state_bytes=optimizer.state_bytes,
                 saved_bytes=log.saved_bytes(index),
                 boundary_bytes=0 if is_last else log.boundary_bytes(index),
-                forward_flops=flops[index],
+                forward_flops=0,  # Counted apart.
                 device_peak_bytes=_peak(log, index, static_bytes, optimizer),
                 waiting_bytes=0 if is_last else log.waiting_bytes(index),
                 return_bytes=log.return_bytes(index, optimizer.tail_temporary_bytes),
@@ -221,18 +224,6 @@ def _idle(segment: nn.Module, log: StepLog) -> list[Tensor]:
         for name, parameter in segment.named_parameters()
         if parameter.requires_grad and name not in log.trained
     ]
-
-
-def _forward_flops(chain: Chain, *, batch_size: int) -> list[int]:
-    """Count each unit's forward, apart from the meter, which a counter disturbs."""
-    mode = FakeTensorMode()
-    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
-    batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
-    counter = FlopCounterMode(display=False)
-    totals = [0]
-    with mode, counter:
-        segment(batch, observe=lambda *_: totals.append(int(counter.get_total_flops())))
-    return [after - before for before, after in pairwise(totals)]
 
 
 def _total_bytes(tensors: Iterable[Tensor]) -> int:

@@ -4,7 +4,7 @@ Read off the same log of one step that tells the peak of every cut
 (``model/step_log.py``), and off a second forward in which nothing is kept.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -45,22 +45,25 @@ def step_bytes(
     task : Task
         Says whether forward runs in mixed precision.
     recompute : RecomputePlan
-        What ran twice in the step. Its FLOPs are left at 0 if anything did.
+        What ran twice in the step.
+
+    Returns
+    -------
+    units : list[StepBytes]
+        Their FLOPs are 0; ``unit_flops`` counts them.
+    loss : StepBytes
+        The loss.
     """
     passing = _passing_peaks(
         chain, batch_size=batch_size, task=task, recompute=recompute
     )
     reruns = _Reruns(chain, batch_size=batch_size, task=task, recompute=recompute)
-    flops = [0] * log.num_units
-    if recompute.is_empty:
-        flops = _rerun_flops(chain, batch_size=batch_size)
     units = [
         replace(
             _unit(log, index),
             passing_peak_bytes=passing[index],
             rerun_peak_bytes=reruns.peak_bytes(index),
             arriving_bytes=reruns.arriving_bytes(index),
-            rerun_flops=flops[index],
         )
         for index in range(log.num_units)
     ]
@@ -222,39 +225,35 @@ class _Reruns:
         return tensor
 
 
-def _rerun_flops(chain: Chain, *, batch_size: int) -> list[int]:
-    """Count each unit's forward up to the last tensor that it saves.
+def unit_flops(chain: Chain, *, batch_size: int) -> list[tuple[int, int]]:
+    """Count each unit's forward, and that up to the last tensor that it saves.
 
-    There checkpointing stops when it runs a unit again.
+    There checkpointing stops when it runs a unit again. This is apart from the meter,
+    which a counter disturbs.
     """
     mode = FakeTensorMode()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
     counter = FlopCounterMode(display=False)
-    notes = _Notes()
+    found: list[tuple[int, int]] = []
+    before, saved = 0, 0
 
-    def saw(tensor: Tensor) -> None:
+    def total() -> int:
+        return int(counter.get_total_flops())
+
+    def save(tensor: Tensor) -> None:
+        nonlocal saved
         del tensor
-        notes.last_saved = int(counter.get_total_flops())
+        saved = total()
 
-    with mode, counter, saved_tensors_hooks(saw, _drop):
-        segment(batch, observe=lambda *_: notes.end(int(counter.get_total_flops())))
-    return notes.reruns
+    def end(*_: Any) -> None:
+        nonlocal before
+        found.append((total() - before, max(0, saved - before)))
+        before = total()
 
-
-@dataclass
-class _Notes:
-    """How many FLOPs were done at the last end of a unit, and at the last save."""
-
-    last_end: int = 0
-    last_saved: int = 0
-
-    def __post_init__(self) -> None:
-        self.reruns: list[int] = []
-
-    def end(self, total: int) -> None:
-        self.reruns.append(max(0, self.last_saved - self.last_end))
-        self.last_end = total
+    with mode, counter, saved_tensors_hooks(save, _drop):
+        segment(batch, observe=end)
+    return found
 
 
 def _drop(value: Any) -> Any:

@@ -58,7 +58,9 @@ def test_devices_that_recompute_change_no_bit(
     assert made.kinds() == []
     assert differences(made.state, unlimited.state) == []
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
-    mine = [row for row in rows if row.get("client_key") == "c1" and "peak_bytes" in row]
+    mine = [
+        row for row in rows if row.get("client_key") == "c1" and "peak_bytes" in row
+    ]
     assert mine
     for row in mine:
         assert row["recompute"] == str(plans["c1"])
