@@ -136,7 +136,7 @@ def statistics_kept(root: nn.Module) -> Iterator[None]:
     torch's checkpointing makes sure of. Instance norms take a mean over the batch even
     so; theirs are copied.
     """
-    norms: list[Any] = [each for each in root.modules() if _has_statistics(each)]
+    norms: list[Any] = [each for each in root.modules() if has_statistics(each)]
     before = [(norm.momentum, dict(norm._buffers)) for norm in norms]
     try:
         for norm in norms:
@@ -151,15 +151,6 @@ def statistics_kept(root: nn.Module) -> Iterator[None]:
             norm._buffers.update(buffers)
 
 
-def _has_statistics(module: nn.Module) -> bool:
+def has_statistics(module: nn.Module) -> bool:
+    """Say whether a module keeps statistics that a rerun leaves alone."""
     return isinstance(module, _NormBase) and module.track_running_stats
-
-
-def statistics_of(root: nn.Module) -> set[str]:
-    """Name the running statistics of a module, which are not updated twice."""
-    return {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in root.named_modules()
-        if _has_statistics(module)
-        for name in module._buffers
-    }

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from flwr_smartsplit.model.dry_run import constants_of
 from flwr_smartsplit.model.layout import is_dense, num_spanned
 from flwr_smartsplit.model.memory import MemoryMeter
-from flwr_smartsplit.model.recompute import statistics_of
+from flwr_smartsplit.model.recompute import has_statistics
 
 UNKNOWN = -1
 
@@ -103,12 +102,13 @@ class Observed(nn.Module):
         self.segment = segment
         self.meter = meter
         self.passages: list[Passage] = []
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._changeable = _changeable(segment)
+        self._versions: list[tuple[int, int]] = []
 
     def forward(self, inputs: Any, **how: Any) -> Any:
         """Run the segment."""
         self.passages.clear()
-        self._versions = _versions(self.segment)
+        self._versions = _versions(self._changeable)
         return self.segment(inputs, observe=self._observe, **how)
 
     def _observe(self, index: int, value: Any) -> None:
@@ -127,7 +127,7 @@ class Observed(nn.Module):
                 if not is_dense(tuple(t.shape), t.stride())
             ),
         )
-        versions = _versions(self.segment)
+        versions = _versions(self._changeable)
         passage.changes_tensors = versions != self._versions
         self._versions = versions
         passage.outputs = tuple(
@@ -151,14 +151,28 @@ class Observed(nn.Module):
             passage.unpacking_bytes = gradient.numel() * size
 
 
-def _versions(segment: nn.Module) -> dict[str, tuple[int, int]]:
-    """Take each tensor that a forward may change, or put another in its place.
+_Place = tuple[dict[str, Any], str]
+
+
+def _changeable(segment: nn.Module) -> list[_Place]:
+    """Find where the tensors are that a forward may change, or put others in place.
 
     Running statistics are left out: a unit that runs twice does not update them twice.
     """
-    tensors = {**dict(segment.named_buffers()), **constants_of(segment)}
-    own = statistics_of(segment)
-    return {n: (id(t), t._version) for n, t in tensors.items() if n not in own}
+    return [
+        (values, name)
+        for module in segment.modules()
+        for values in (module._buffers, vars(module))
+        if values is not module._buffers or not has_statistics(module)
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    ]
+
+
+def _versions(places: list[_Place]) -> list[tuple[int, int]]:
+    """Take which tensor each is, and how often it was changed."""
+    tensors = [values.get(name) for values, name in places]
+    return [(id(tensor), getattr(tensor, "_version", 0)) for tensor in tensors]
 
 
 @dataclass(frozen=True)

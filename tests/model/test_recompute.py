@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from flwr_smartsplit import Route, plan_recompute, predicted_peak_bytes, profile_chain
+from flwr_smartsplit.errors import InvalidPlan
 from flwr_smartsplit.model import recompute
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
 from flwr_smartsplit.model.memory import MemoryMeter
 from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import no_streams
+from flwr_smartsplit.policy.recompute_plan import least_bytes
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, Rerun
@@ -189,3 +193,44 @@ def test_a_random_stream_that_is_lost_is_seen(monkeypatch):
     calls.clear()
     twice = trained(task, TWICE, streams=lost)
     assert differences(once[1], twice[1]) != []
+
+
+# --- what must not run twice ----------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Count batches in a buffer, which it changes or replaces."""
+
+    def __init__(self, *, replaces: bool) -> None:
+        super().__init__()
+        self.replaces = replaces
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replaces:
+            self.seen = self.seen + 1
+        else:
+            self.seen.add_(1)
+        return x * 2
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_unit_that_counts_is_never_run_twice(replaces):
+    """Its costs say so, and no plan has it; a BatchNorm may be run again."""
+
+    def model() -> nn.Module:
+        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
+        return nn.Sequential(*layers, Counting(replaces=replaces), nn.Conv2d(4, 4, 3))
+
+    task = task_of(partial(seeded, model), shape=SHAPE)
+    task = replace(task, loss_fn=lambda outputs, targets: outputs.mean())
+    chain = build_chain(task)
+    profile = profile_chain(chain, batch_size=4, task=task)
+    able = [unit.step.can_rerun for unit in profile.units]
+    counting = chain.unit_names.index("3")
+    assert able == [index != counting for index in range(len(chain))]
+    route = Route.split(len(chain) - 1)
+    plan = plan_recompute(profile, route, budget_bytes=least_bytes(profile, route))
+    assert plan.num_runs(counting) == 1
+    with pytest.raises(InvalidPlan, match="must not run twice"):
+        predicted_peak_bytes(profile, route, RecomputePlan((Rerun(0, len(chain) - 1),)))
