@@ -7,7 +7,7 @@ import pytest
 
 from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.model.cap import CapMode
-from flwr_smartsplit.policy.adapting import MARGIN, PATIENCE_STEPS
+from flwr_smartsplit.policy.adapting import MARGIN, PATIENCE_STEPS, is_calm
 from flwr_smartsplit.policy.recompute_plan import least_bytes
 from flwr_smartsplit.runtime import adapting
 from flwr_smartsplit.runtime.adapting import Adapter, profile_of
@@ -195,6 +195,34 @@ def test_a_little_more_room_than_needed_is_not_enough_to_loosen(edge):
     report = run(edge, plenty)[0].report
     assert report.replans == ()
     assert report.moves[-1].after == PLANNED.cuts[0]
+
+
+def wobbling(num_steps: int) -> list[int]:
+    """Leave a little more or less than a late cut needs, never the same twice."""
+    return [at(4) + (step * 7 % 24) * 2 + 1 for step in range(num_steps)]
+
+
+def test_a_look_at_one_budget_tells_of_others(edge, monkeypatch):
+    """What is free is another number at every step, and a look plans for many cuts."""
+    looks = []
+    monkeypatch.setattr(
+        adapting, "is_calm", lambda *args: looks.append(args[2]) or is_calm(*args)
+    )
+    budgets = [NEEDED, *wobbling(NUM_STEPS - 1)]
+    report = run(edge, budgets)[0].report
+    assert (report.status, len(report.moves)) == (Status.OK, 1)
+    assert looks
+    assert looks == sorted(set(looks))
+
+
+def test_a_loss_that_cannot_be_described_is_profiled_once_a_round(edge, monkeypatch):
+    """Its digest never comes again, so no profile is found by it."""
+    calls = []
+    monkeypatch.setattr(
+        adapting, "profile_of", lambda *_, **__: calls.append(1) or PROFILE
+    )
+    assert run(edge, FALLS_AND_RISES)[0].report.moves
+    assert calls == [1]
 
 
 def test_costs_are_found_once_in_a_process(monkeypatch):
