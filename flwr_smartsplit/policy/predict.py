@@ -86,12 +86,14 @@ def _with_recompute(
     peaks = [max(head.peak_bytes, head_left + update)]
     for leg, part in zip(rest, parts[1:], strict=True):
         stages, before = stages_of(profile, leg), profile.units[leg.start - 1]
-        left = sum(stage.left_bytes for stage in stages) + before.step.gradient_bytes
+        left = sum(stage.left_bytes for stage in stages)
         update = profile.units[leg.start].tail_update_bytes
-        own = max(held_by(stages, part).peak_bytes, left + update)
-        peaks.append(head.waiting_bytes + before.boundary_bytes + own)
+        own = held_by(stages, part).peak_bytes
         if profile.updates_last:
             kept = left
             peaks.append(head_left + left + update)
+        else:
+            own = max(own, left + before.step.gradient_bytes + update)
+        peaks.append(head.waiting_bytes + before.boundary_bytes + own)
     peaks[0] += kept
     return static + max(peaks)
