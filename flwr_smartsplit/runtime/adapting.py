@@ -55,7 +55,7 @@ class Adapter:
             If nothing fits.
         """
         budget_bytes = self._budget.read(
-            step=walk.num_steps, live_bytes=walk.cap.live_bytes
+            step=walk.num_steps, live_bytes=walk.live_bytes
         )
         walk.cap.limit(budget_bytes)
         if self._is_at_ease(walk, budget_bytes):

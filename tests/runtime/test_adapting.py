@@ -225,6 +225,34 @@ def test_a_loss_that_cannot_be_described_is_profiled_once_a_round(edge, monkeypa
     assert calls == [1]
 
 
+@dataclass(frozen=True)
+class Noting(MemoryBudget):
+    """No limit; it writes down what it was told."""
+
+    told: list[int]
+
+    def read(self, *, step: int, live_bytes: int) -> int | None:
+        del step
+        self.told.append(live_bytes)
+        return None
+
+
+@pytest.mark.parametrize("mode", CapMode)
+def test_a_budget_is_told_what_is_in_use_whatever_the_cap_looks_at(mode):
+    """Else free memory would leave out what this client's own tensors take."""
+    told: list[int] = []
+    adapter = Adapter(as_budget(Noting(told)), TASK, batch_size=BATCH_SIZE)
+    conditions = Conditions(
+        task=TASK, connect=lambda *_: None, cap_mode=mode, between_steps=adapter
+    )
+    plan = client_plan(0, Route.whole(), initial_state())
+    batches = list(batches_for(2))
+    train_locally(plan, initial_state(), batches, conditions)
+    parameters = sum(unit.parameter_bytes for unit in PROFILE.units)
+    assert told[0] >= parameters
+    assert told[1] >= 3 * parameters  # With gradients and momentum.
+
+
 def test_costs_are_found_once_in_a_process(monkeypatch):
     """Also where every message brings its own copy of the task."""
     calls = []
