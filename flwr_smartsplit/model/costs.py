@@ -152,7 +152,7 @@ def _unit_costs(
                 forward_flops=0,  # Counted apart.
                 device_peak_bytes=_peak(log, index, static_bytes, optimizer),
                 waiting_bytes=0 if is_last else log.waiting_bytes(index),
-                return_bytes=log.return_bytes(index, optimizer.tail_temporary_bytes),
+                return_bytes=log.return_bytes(index, optimizer.return_temporary_bytes),
                 head_update_bytes=optimizer.head_temporary_bytes,
                 tail_update_bytes=optimizer.tail_temporary_bytes,
             )
@@ -173,13 +173,15 @@ def _peak(
 class _OptimizerCost:
     """What the optimizer holds for one unit.
 
-    And what it needs for a step of all units up to it, and of all from it on.
+    And what it needs for a step of all units up to it, and of all from it on; that of
+    a returned segment is nothing before the end, if gradients are clipped.
     """
 
     gradient_bytes: int
     state_bytes: int
     head_temporary_bytes: int
     tail_temporary_bytes: int
+    return_temporary_bytes: int
 
 
 def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerCost]:
@@ -194,12 +196,14 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
         temporary_bytes = costs.temporary_bytes_at_once
     segments = [chain.segment(index, index + 1) for index in range(size)]
     units = [(_trained(segment, log), _idle(segment, log)) for segment in segments]
+    waits = task.max_gradient_norm is not None
     return [
         _OptimizerCost(
             gradient_bytes=_total_bytes(unit),
             state_bytes=costs.state_bytes(unit) + costs.early_state_bytes(idle),
             head_temporary_bytes=temporary_bytes(head),
             tail_temporary_bytes=temporary_bytes(tail),
+            return_temporary_bytes=0 if waits else temporary_bytes(tail),
         )
         for (unit, idle), head, tail in zip(units, heads, tails, strict=True)
     ]

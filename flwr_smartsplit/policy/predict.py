@@ -48,13 +48,18 @@ def predicted_peak_bytes(
         return head.device_peak_bytes
     tail = profile.units[rest[0].start :]
     resident_bytes = sum(unit.resident_bytes for unit in tail)
-    kept_bytes = sum(u.gradient_bytes for u in tail) if profile.updates_last else 0
     before = profile.batch_bytes + sum(
         unit.resident_bytes for unit in profile.units[: first.stop]
     )
+    kept_bytes = updated = 0
+    if profile.updates_last:
+        kept_bytes = sum(unit.gradient_bytes for unit in tail)
+        gradients = sum(unit.gradient_bytes for unit in profile.units[: first.stop])
+        updated = before + gradients + kept_bytes + tail[0].tail_update_bytes
     return resident_bytes + max(
         head.device_peak_bytes + kept_bytes,
         before + head.waiting_bytes + tail[0].return_bytes,
+        updated,
     )
 
 
@@ -75,19 +80,20 @@ def _with_recompute(
     first, *rest = legs
     stages = stages_of(profile, first)
     head = held_by(stages, parts[0])
-    left = sum(stage.left_bytes for stage in stages)
+    head_left = sum(stage.left_bytes for stage in stages)
     kept = 0
-    peaks = [
-        max(head.peak_bytes, left + profile.units[first.stop - 1].head_update_bytes)
-    ]
+    update = profile.units[first.stop - 1].head_update_bytes
+    peaks = [max(head.peak_bytes, head_left + update)]
     for leg, part in zip(rest, parts[1:], strict=True):
         stages, before = stages_of(profile, leg), profile.units[leg.start - 1]
-        left = sum(stage.left_bytes for stage in stages) + before.step.gradient_bytes
-        kept = left if profile.updates_last else 0
-        own = max(
-            held_by(stages, part).peak_bytes,
-            left + profile.units[leg.start].tail_update_bytes,
-        )
+        left = sum(stage.left_bytes for stage in stages)
+        update = profile.units[leg.start].tail_update_bytes
+        own = held_by(stages, part).peak_bytes
+        if profile.updates_last:
+            kept = left
+            peaks.append(head_left + left + update)
+        else:
+            own = max(own, left + before.step.gradient_bytes + update)
         peaks.append(head.waiting_bytes + before.boundary_bytes + own)
     peaks[0] += kept
     return static + max(peaks)

@@ -1,5 +1,7 @@
 """Adapter: keeps a client within a budget that moves, between its steps."""
 
+from dataclasses import dataclass, replace
+
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.costs import profile_chain
@@ -11,6 +13,15 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ChainProfile
 
 _profiles: dict[str, ChainProfile] = {}
+
+
+@dataclass
+class _Known:
+    """Between which budgets it is not known whether there is room for less work."""
+
+    standing: Standing | None = None
+    no_room_bytes: float = -1
+    room_bytes: float = float("inf")
 
 
 class Adapter:
@@ -32,6 +43,8 @@ class Adapter:
         self._batch_size = batch_size
         self._calm_steps = 0
         self._is_fixed = False
+        self._profile: ChainProfile | None = None
+        self._known = _Known()
 
     def __call__(self, walk: Walk) -> None:
         """Adapt a walk before its next step.
@@ -42,13 +55,14 @@ class Adapter:
             If nothing fits.
         """
         budget_bytes = self._budget.read(
-            step=walk.num_steps, live_bytes=walk.cap.live_bytes
+            step=walk.num_steps, live_bytes=walk.live_bytes
         )
         walk.cap.limit(budget_bytes)
         if self._is_at_ease(walk, budget_bytes):
             return
-        profile = profile_of(self._task, batch_size=self._batch_size)
-        standing = self._standing(walk)
+        if self._profile is None:
+            self._profile = profile_of(self._task, batch_size=self._batch_size)
+        profile, standing = self._profile, self._standing(walk)
         change = adapted(profile, standing, budget_bytes)
         if change is not None and not self._is_done(walk, change):
             # The cut stays where it is; what is left are tighter plans.
@@ -57,7 +71,7 @@ class Adapter:
             if change is not None:
                 walk.replan(change.recompute, reason=change.reason)
         standing = self._standing(walk)
-        is_room = change is None and is_calm(profile, standing, budget_bytes)
+        is_room = change is None and self._is_calm(profile, standing, budget_bytes)
         self._calm_steps = self._calm_steps + 1 if is_room else 0
 
     def _is_at_ease(self, walk: Walk, budget_bytes: int | None) -> bool:
@@ -69,6 +83,30 @@ class Adapter:
         needed = walk.plan.predicted_peak_bytes
         fits = budget_bytes is None or (needed is not None and needed <= budget_bytes)
         return is_planned and fits
+
+    def _is_calm(
+        self, profile: ChainProfile, standing: Standing, budget_bytes: int | None
+    ) -> bool:
+        """Look whether there is room, unless a look at another budget has told.
+
+        A look plans for many cuts, and what is free changes from step to step.
+        """
+        standing = replace(standing, calm_steps=0)
+        if standing != self._known.standing:
+            self._known = _Known(standing)
+        known = self._known
+        if budget_bytes is None:
+            return is_calm(profile, standing, None)
+        if budget_bytes <= known.no_room_bytes:
+            return False
+        if budget_bytes >= known.room_bytes:
+            return True
+        is_room = is_calm(profile, standing, budget_bytes)
+        if is_room:
+            known.room_bytes = budget_bytes
+        else:
+            known.no_room_bytes = budget_bytes
+        return is_room
 
     def _standing(self, walk: Walk) -> Standing:
         return Standing(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.model.building import build_chain, materialise, state_of
-from flwr_smartsplit.model.cap import MemoryCap
+from flwr_smartsplit.model.cap import CapMode, MemoryCap
 from flwr_smartsplit.model.carrying import carried, check_kept, rebuilt
 from flwr_smartsplit.model.clipping import total_norm
+from flwr_smartsplit.model.memory import MemoryMeter
 from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.model.slicing import SlicedRunner
@@ -132,6 +133,15 @@ class Walk:
     def num_steps(self) -> int:
         """How many steps are done."""
         return self._num_steps
+
+    @property
+    def live_bytes(self) -> int:
+        """What this client's tensors take now, also where its cap looks at none."""
+        if self.cap.mode is not CapMode.OFF:
+            return self.cap.live_bytes
+        meter = MemoryMeter(None)
+        meter.track(*self._owners())
+        return meter.live_bytes
 
     def replan(self, recompute: RecomputePlan, *, reason: str = "") -> None:
         """Run other units twice from the next step on.

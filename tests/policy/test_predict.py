@@ -1,13 +1,19 @@
 """Prediction: read off the profile, and equal to what a device measures."""
 
+import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
+from torch import nn
 
 from flwr_smartsplit.errors import InvalidRoute
 from flwr_smartsplit.model.costs import profile_chain
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
-from flwr_smartsplit.types import Route
+from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import RecomputePlan, Rerun, Route
 from tests.policy.profiles import chain_of
 from tests.runtime.one_round import train
 from tests.tasks import BATCH_SIZE, TASK, initial_state, tiny_chain
@@ -57,3 +63,35 @@ def test_a_route_that_comes_back_costs_both_of_its_parts(
     """By hand: the larger of the last segment's step, and the first one's backward."""
     profile = replace(chain_of(peaks), updates_last=updates_last)
     assert predicted_peak_bytes(profile, Route.u_shape(1, 2)) == peak_bytes
+
+
+def with_a_wide_end() -> nn.Sequential:
+    """Make a model whose last segment has its largest parameter."""
+    return nn.Sequential(
+        *(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()),
+        *(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 512), nn.Linear(512, 4)),
+    )
+
+
+def test_where_gradients_are_clipped_the_last_segment_updates_among_all_of_them() -> (
+    None
+):
+    """Its optimizer works while the first segment's gradients are still there."""
+    task = Task(
+        model_fn=with_a_wide_end,
+        loss_fn=nn.functional.cross_entropy,
+        optimizer_fn=partial(torch.optim.Adam, lr=1e-3),
+        example_inputs=torch.zeros(1, 16),
+        example_targets=torch.zeros(1, dtype=torch.int64),
+        max_gradient_norm=1.0,
+    )
+    with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
+        size = len(checker.chain)
+        profile = profile_chain(checker.chain, batch_size=BATCH_SIZE, task=task)
+        for cuts in itertools.combinations(range(1, size), 2):
+            route = Route.u_shape(*cuts)
+            measured = checker.check(route).measured_peak_bytes
+            assert predicted_peak_bytes(profile, route) == measured, route
+            plan = RecomputePlan((Rerun(0, cuts[0]),))
+            bound = predicted_peak_bytes(profile, route, plan)
+            assert bound <= 1.05 * measured, route

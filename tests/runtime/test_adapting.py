@@ -7,7 +7,7 @@ import pytest
 
 from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.model.cap import CapMode
-from flwr_smartsplit.policy.adapting import MARGIN, PATIENCE_STEPS
+from flwr_smartsplit.policy.adapting import MARGIN, PATIENCE_STEPS, is_calm
 from flwr_smartsplit.policy.recompute_plan import least_bytes
 from flwr_smartsplit.runtime import adapting
 from flwr_smartsplit.runtime.adapting import Adapter, profile_of
@@ -195,6 +195,62 @@ def test_a_little_more_room_than_needed_is_not_enough_to_loosen(edge):
     report = run(edge, plenty)[0].report
     assert report.replans == ()
     assert report.moves[-1].after == PLANNED.cuts[0]
+
+
+def wobbling(num_steps: int) -> list[int]:
+    """Leave a little more or less than a late cut needs, never the same twice."""
+    return [at(4) + (step * 7 % 24) * 2 + 1 for step in range(num_steps)]
+
+
+def test_a_look_at_one_budget_tells_of_others(edge, monkeypatch):
+    """What is free is another number at every step, and a look plans for many cuts."""
+    looks = []
+    monkeypatch.setattr(
+        adapting, "is_calm", lambda *args: looks.append(args[2]) or is_calm(*args)
+    )
+    budgets = [NEEDED, *wobbling(NUM_STEPS - 1)]
+    report = run(edge, budgets)[0].report
+    assert (report.status, len(report.moves)) == (Status.OK, 1)
+    assert looks
+    assert looks == sorted(set(looks))
+
+
+def test_a_loss_that_cannot_be_described_is_profiled_once_a_round(edge, monkeypatch):
+    """Its digest never comes again, so no profile is found by it."""
+    calls = []
+    monkeypatch.setattr(
+        adapting, "profile_of", lambda *_, **__: calls.append(1) or PROFILE
+    )
+    assert run(edge, FALLS_AND_RISES)[0].report.moves
+    assert calls == [1]
+
+
+@dataclass(frozen=True)
+class Noting(MemoryBudget):
+    """No limit; it writes down what it was told."""
+
+    told: list[int]
+
+    def read(self, *, step: int, live_bytes: int) -> int | None:
+        del step
+        self.told.append(live_bytes)
+        return None
+
+
+@pytest.mark.parametrize("mode", CapMode)
+def test_a_budget_is_told_what_is_in_use_whatever_the_cap_looks_at(mode):
+    """Else free memory would leave out what this client's own tensors take."""
+    told: list[int] = []
+    adapter = Adapter(as_budget(Noting(told)), TASK, batch_size=BATCH_SIZE)
+    conditions = Conditions(
+        task=TASK, connect=lambda *_: None, cap_mode=mode, between_steps=adapter
+    )
+    plan = client_plan(0, Route.whole(), initial_state())
+    batches = list(batches_for(2))
+    train_locally(plan, initial_state(), batches, conditions)
+    parameters = sum(unit.parameter_bytes for unit in PROFILE.units)
+    assert told[0] >= parameters
+    assert told[1] >= 3 * parameters  # With gradients and momentum.
 
 
 def test_costs_are_found_once_in_a_process(monkeypatch):
