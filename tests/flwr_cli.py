@@ -108,7 +108,10 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
 
 def end(pid: int) -> None:
     """End a process that is nobody's child here, and those that it started."""
-    os.killpg(pid, signal.SIGTERM)
+    try:
+        os.killpg(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
     for _ in range(100):
         try:
             os.killpg(pid, 0)

@@ -235,7 +235,15 @@ PLANTED = {
 """What is broken, features of models that must notice, and what they must say."""
 
 
-@pytest.mark.parametrize(("patch", "noticed"), PLANTED.values(), ids=PLANTED)
+@pytest.mark.parametrize(
+    ("patch", "noticed"),
+    [
+        # It takes many models to find one whose prediction is wrong.
+        pytest.param(*each, marks=[pytest.mark.slow] if "in-place" in name else [])
+        for name, each in PLANTED.items()
+    ],
+    ids=PLANTED,
+)
 def test_an_error_in_the_package_is_found_by_a_drawn_model(monkeypatch, patch, noticed):
     """A model with such a feature fails with the error, and passes without it."""
     features, says = noticed

@@ -86,7 +86,13 @@ def budgets_between(profile: ChainProfile, route: Route) -> list[int]:
     return [least + (most - least) * part // 4 for part in range(5)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if "shuffle" in name else [])
+        for name in MODELS
+    ],
+)
 def test_a_plan_holds_what_was_predicted(name):
     """Never more, and at most a twentieth less; within the budget in any case."""
     task, profile = made(name)

@@ -34,6 +34,8 @@ FENCE = 256 * MIB
 CHUNK = 40 * MIB  # Malloc has nothing so large at hand.
 HUGE = 2**35  # Refused before a page of it is touched.
 
+alone = pytest.mark.slow
+"""Memory that other tests freed in this process may hide a growth or a refusal."""
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 cuda = [
     pytest.mark.gpu,
@@ -64,6 +66,7 @@ def grown_by(num_bytes: int) -> MemoryGrowth:
 # --- the resident set -----------------------------------------------------------------
 
 
+@alone
 @linux
 def test_growth_is_the_peak_inside_and_not_what_is_left() -> None:
     """Memory that is free again at the end was there."""
@@ -72,6 +75,7 @@ def test_growth_is_the_peak_inside_and_not_what_is_left() -> None:
     assert SIZE - MARGIN < growth < SIZE + MARGIN
 
 
+@alone
 @linux
 def test_a_peak_of_before_does_not_count() -> None:
     """The kernel's mark is set back at the start."""
@@ -81,6 +85,7 @@ def test_a_peak_of_before_does_not_count() -> None:
     assert growth < MARGIN
 
 
+@alone
 @linux
 def test_growth_is_known_after_an_error_too() -> None:
     """The error comes through."""
@@ -99,6 +104,7 @@ def test_growth_is_known_after_an_error_too() -> None:
     assert growth.growth_bytes > SIZE - MARGIN
 
 
+@alone
 @linux
 def test_a_mark_that_cannot_be_set_back_tells_only_if_it_rises(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -184,6 +190,7 @@ def test_who_asks_for_more_than_the_fence_is_refused(allocator: str) -> None:
     assert "Cut earlier, lower the batch size, or raise the budget." in str(error)
 
 
+@alone
 @linux
 @pytest.mark.usefixtures("_same_limits_afterwards")
 def test_the_fence_counts_the_sum_of_what_is_held() -> None:

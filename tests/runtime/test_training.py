@@ -272,6 +272,7 @@ def test_a_client_that_failed_can_train_again(client: Client) -> None:
     assert again.receipts == first.receipts
 
 
+@pytest.mark.slow  # Memory that other tests freed in this process may hide a refusal.
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("owns_process", [False, True])
 @pytest.mark.parametrize("has_budget", [False, True])

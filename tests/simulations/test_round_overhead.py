@@ -304,6 +304,7 @@ def test_what_cannot_be_measured_is_explained(arguments, words):
     assert words in " ".join(result.stderr.replace("│", " ").split())
 
 
+@pytest.mark.slow  # Three Ray clusters, one after the other.
 @pytest.mark.ray
 def test_it_measures_under_flowers_simulation():
     """Both APIs and all ways, those over Ray too, with two clients for a round."""

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from flwr_smartsplit import Task
 
 BATCH_SIZE = 16
-BUDGETS_BYTES = (None, 325 * 2**10, 200 * 2**10)  # one per client; None is no limit
+BUDGETS_BYTES = (None, 315 * 2**10, 200 * 2**10)  # one per client; None is no limit
 NUM_TRAIN, NUM_VALIDATE = 1200, 1500  # after these, the server's test images
 
 
