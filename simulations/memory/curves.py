@@ -57,13 +57,17 @@ def plan_curves(profile: ChainProfile, cut: int) -> dict[str, list[Point]]:
         return sorted(found)
 
     limits = budgets(profile, route)
-    return {
-        PROGRAMME: points(cheapest_plan(profile, route, limit) for limit in limits),
+    others = {
         GREEDY: points(
             greedy_plan(profile, route, budget_bytes=limit) for limit in limits
         ),
         SEQUENTIAL: points(sequential_plans(profile, route)),
     }
+    # At the others' own peaks, too: between two budgets it would look worse.
+    reached = {peak for own in others.values() for peak, _ in own}
+    limits = sorted({*limits, *(peak for peak in reached if peak <= limits[-1])})
+    plans = (cheapest_plan(profile, route, limit) for limit in limits)
+    return {PROGRAMME: points(plans), **others}
 
 
 def budgets(profile: ChainProfile, route: Route) -> list[int]:
