@@ -7,6 +7,7 @@ It looks at the whole step's peak, not at one unit's bytes, and never nests reru
 from collections.abc import Iterator, Sequence
 
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
+from flwr_smartsplit.policy.recompute_plan import cost_of
 from flwr_smartsplit.policy.stages import Stage, stages_of
 from flwr_smartsplit.policy.step_memory import held_by
 from flwr_smartsplit.types import ChainProfile, RecomputePlan, Rerun, Route
@@ -68,11 +69,11 @@ def greedy_plan(
 
 def _next(stages: Sequence[Stage], plan: RecomputePlan) -> RecomputePlan | None:
     """Find the rerun that lowers the peak most per FLOP; None if none lowers it."""
-    peak, cost = held_by(stages, plan).peak_bytes, _cost(stages, plan)
+    peak, cost = held_by(stages, plan).peak_bytes, cost_of(stages, plan)
     best, most = None, (0.0, 0)
     for candidate in _extended(stages, plan):
         gain = peak - held_by(stages, candidate).peak_bytes
-        score = gain / max(_cost(stages, candidate) - cost, 1.0), gain
+        score = gain / max(cost_of(stages, candidate) - cost, 1.0), gain
         if gain > 0 and score > most:
             best, most = candidate, score
     return best
@@ -91,12 +92,3 @@ def _extended(stages: Sequence[Stage], plan: RecomputePlan) -> Iterator[Recomput
             high = max([high, *(p.stop for p in met)])
             reruns = sorted([*others, Rerun(low, high)], key=lambda p: p.start)
             yield RecomputePlan(tuple(reruns))
-
-
-def _cost(stages: Sequence[Stage], plan: RecomputePlan) -> float:
-    """Add up what runs again; a rerun ends at the last tensor that it saves."""
-    total = 0.0
-    for part in plan.reruns:
-        inside = [s for s in stages if part.start <= s.start < s.stop <= part.stop]
-        total += sum(s.cost for s in inside[:-1]) + inside[-1].rerun_cost
-    return total

@@ -1,7 +1,7 @@
 """Read a route's memory off a chain's profile."""
 
 from flwr_smartsplit.errors import InvalidPlan
-from flwr_smartsplit.policy.stages import stages_of
+from flwr_smartsplit.policy.stages import always_held_bytes, stages_of
 from flwr_smartsplit.policy.step_memory import held_by
 from flwr_smartsplit.types import KEEP_ALL, ChainProfile, Leg, RecomputePlan, Route
 
@@ -72,11 +72,7 @@ def _with_recompute(
         plan.light
     ):
         raise InvalidPlan(f"the plan {plan} has units that do not run on the device.")
-    static = profile.batch_bytes + sum(
-        unit.resident_bytes
-        for leg in legs
-        for unit in profile.units[leg.start : leg.stop]
-    )
+    static = always_held_bytes(profile, legs)
     first, *rest = legs
     stages = stages_of(profile, first)
     head = held_by(stages, parts[0])

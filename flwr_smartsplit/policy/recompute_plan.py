@@ -7,7 +7,7 @@ from functools import lru_cache
 from flwr_smartsplit.errors import NoFeasiblePlan, bytes_text
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.policy.rotor import Rotor
-from flwr_smartsplit.policy.stages import Stage, stages_of
+from flwr_smartsplit.policy.stages import Stage, always_held_bytes, stages_of
 from flwr_smartsplit.policy.step_memory import held_by
 from flwr_smartsplit.types import (
     KEEP_ALL,
@@ -172,11 +172,7 @@ def _segments(
 ) -> _Segments:
     legs = route.device_legs(len(profile.units))
     head, *tail = (stages_of(profile, leg, costs) for leg in legs)
-    static = profile.batch_bytes + sum(
-        unit.resident_bytes
-        for leg in legs
-        for unit in profile.units[leg.start : leg.stop]
-    )
+    static = always_held_bytes(profile, legs)
     entered = profile.units[legs[1].start - 1].boundary_bytes if tail else 0
     return _Segments(head, tail[0] if tail else (), static, entered, legs)
 
@@ -279,12 +275,9 @@ def _nearest_that_fits(
 ) -> Route | None:
     """Find the deepest first cut, before this one, at which some plan fits."""
     size = len(profile.units)
-    edges = route.edges() or ("edge",)
     first = route.cuts[0] if route.cuts else size
     for cut in range(first - 1, 0, -1):
-        cuts = (cut, *route.cuts[1:])
-        places = route.places if route.cuts else ("device", *edges)
-        nearer = Route(cuts, places)
+        nearer = route.with_first_cut(cut) if route.cuts else Route.split(cut)
         if least_bytes(profile, nearer) <= budget_bytes:
             return nearer
     return None

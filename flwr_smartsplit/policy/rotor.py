@@ -20,7 +20,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from flwr_smartsplit.policy.stages import Stage, Way
+from flwr_smartsplit.policy.stages import Stage, Way, left_from, passing_peaks
 from flwr_smartsplit.policy.step_memory import held_by
 from flwr_smartsplit.types import RecomputePlan, Rerun
 
@@ -63,8 +63,7 @@ class Rotor:
         self.slot_bytes = max(1, -(-budget_bytes // slots))
         self._slots = max(0, budget_bytes // self.slot_bytes)
         self._all_slots = self._slots + len(stages) + 1
-        lefts = [stage.left_bytes for stage in reversed(stages)]
-        self._late = list(accumulate(lefts, initial=0))[::-1]
+        self._left = left_from(stages)
         self._costs_before = [0.0, *accumulate(_weighed(stages))]
         self._fill()
 
@@ -148,7 +147,7 @@ class Rotor:
         forward = way.rerun_peak_bytes if ends else way.forward_peak_bytes
         needed = max(
             self._slots_of(arriving + forward),
-            self._slots_of(self._late[start + 1] + way.backward_peak_bytes),
+            self._slots_of(self._left[start + 1] + way.backward_peak_bytes),
         )
         if not is_last:
             after = _shifted(
@@ -169,11 +168,8 @@ class Rotor:
         if not rows:
             return np.empty((0, self._all_slots + 1))
         arriving = self._arriving(last)
-        needed, most, before = [], 0, 0
-        for stage in self._stages[start : start + rows]:
-            most = max(most, before + stage.passing_peak_bytes)
-            before = stage.output_bytes
-            needed.append(self._slots_of(arriving + most))
+        peaks = passing_peaks(self._stages[start : start + rows])
+        needed = [self._slots_of(arriving + peak) for peak in peaks]
         after = self._shifted[start + 1 : start + rows + 1, last]
         if start + rows == self._top:  # Nothing comes after the last of them.
             after = np.concatenate([after, np.zeros((1, self._all_slots + 1))])
@@ -199,7 +195,7 @@ class Rotor:
         """Size of the gradients that are there while stages run forward."""
         if last == self._top:
             return 0
-        return self._late[last + 1] + self._stages[last].arriving_bytes
+        return self._left[last + 1] + self._stages[last].arriving_bytes
 
     def _cost(self, start: int, stop: int) -> float:
         return self._costs_before[stop] - self._costs_before[start]

@@ -6,6 +6,7 @@ again from. Its numbers come from a logged step, so they add up to what a step h
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from flwr_smartsplit.types import ChainProfile, Leg, StepBytes, UnitCost
 
@@ -211,3 +212,28 @@ def _with_loss(stage: Stage, loss: StepBytes, alive_bytes: int) -> Stage:
         left_bytes=stage.left_bytes + loss.left_bytes,
         can_rerun=False,
     )
+
+
+def always_held_bytes(profile: ChainProfile, legs: Sequence[Leg]) -> int:
+    """Add up what a device with these segments holds at any moment of a step."""
+    return profile.batch_bytes + sum(
+        unit.resident_bytes
+        for leg in legs
+        for unit in profile.units[leg.start : leg.stop]
+    )
+
+
+def left_from(stages: Sequence[Stage]) -> list[int]:
+    """Say of each stage, and of the end, what the backward from there on leaves."""
+    lefts = [stage.left_bytes for stage in reversed(stages)]
+    return list(accumulate(lefts, initial=0))[::-1]
+
+
+def passing_peaks(stages: Sequence[Stage]) -> list[int]:
+    """Find the most that stages up to each of these make if nothing is kept."""
+    most, before, peaks = 0, 0, []
+    for stage in stages:
+        most = max(most, before + stage.passing_peak_bytes)
+        before = stage.output_bytes
+        peaks.append(most)
+    return peaks

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from flwr_smartsplit.errors import InvalidPlan
-from flwr_smartsplit.policy.stages import Stage, Way
+from flwr_smartsplit.policy.stages import Stage, Way, left_from, passing_peaks
 from flwr_smartsplit.types import RecomputePlan, Rerun
 
 
@@ -95,8 +94,7 @@ class _Ledger:
         self.peak_bytes = 0
         self._stages = stages
         self._light = light
-        lefts = [stage.left_bytes for stage in reversed(stages)]
-        self._late = list(accumulate(lefts, initial=0))[-2::-1] if stages else []
+        self._left = left_from(stages)
 
     def forward(
         self, items: Sequence[Item], base: int, *, is_rerun: bool = False
@@ -115,7 +113,8 @@ class _Ledger:
                 self._see(live + peak)
                 live += way.saved_bytes
             elif not ends:
-                self._see(live + passing_peak(self._stages, first, last))
+                passing = passing_peaks(self._stages[first : last + 1])
+                self._see(live + passing[-1])
                 live += self._stages[last].output_bytes
         return held
 
@@ -126,7 +125,7 @@ class _Ledger:
         ):
             if inner is None:
                 way = self._way(first)
-                self._see(base + self._late[first] + way.backward_peak_bytes)
+                self._see(base + self._left[first + 1] + way.backward_peak_bytes)
             else:
                 arriving = self._arriving(last)
                 again = self.forward(inner, base + arriving, is_rerun=True)
@@ -134,7 +133,7 @@ class _Ledger:
 
     def _arriving(self, last: int) -> int:
         """Size of the gradients that are there when a rerun of stages begins."""
-        return self._late[last] + self._stages[last].arriving_bytes
+        return self._left[last + 1] + self._stages[last].arriving_bytes
 
     def stays(self, item: Item) -> int:
         """Say what the last item of a segment keeps while the rest runs elsewhere."""
@@ -150,12 +149,3 @@ class _Ledger:
 
     def _see(self, num_bytes: int) -> None:
         self.peak_bytes = max(self.peak_bytes, num_bytes)
-
-
-def passing_peak(stages: Sequence[Stage], first: int, last: int) -> int:
-    """Find the most that stages ``[first, last]`` make if nothing is kept."""
-    most = before = 0
-    for stage in stages[first : last + 1]:
-        most = max(most, before + stage.passing_peak_bytes)
-        before = stage.output_bytes
-    return most
