@@ -37,7 +37,14 @@ from flwr_smartsplit.runtime.training import (
 )
 from flwr_smartsplit.runtime.transport import Edge, Transport
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ClientPlan, DeviceProfile, Route, StepReport
+from flwr_smartsplit.types import (
+    NO_TRAITS,
+    ClientPlan,
+    DeviceProfile,
+    DeviceTraits,
+    Route,
+    StepReport,
+)
 
 _WEIGHT = "num-examples"
 _LOCAL = "smartsplit.local"
@@ -66,6 +73,8 @@ class SmartSplitNumPyClient(NumPyClient):
         is read between batches, and what the device does follows it.
     edges : Sequence[Edge]
         The edges this client can reach, such as ``(RayEdge(),)``.
+    traits : DeviceTraits
+        What the strategy may know of this device besides: speed, links, label counts.
     num_examples, batch_size : int, optional
         Read off ``train_loader`` (a ``DataLoader``) if not given.
     local_epochs : int
@@ -95,6 +104,7 @@ class SmartSplitNumPyClient(NumPyClient):
         client_key: str,
         budget_bytes: int | MemoryBudget | None = None,
         edges: Sequence[Edge] = (),
+        traits: DeviceTraits = NO_TRAITS,
         num_examples: int | None = None,
         batch_size: int | None = None,
         local_epochs: int = 1,
@@ -113,7 +123,14 @@ class SmartSplitNumPyClient(NumPyClient):
         self.context = context
         self._edges = _by_name(edges)
         sizes = _sizes(train_loader, num_examples, batch_size)
-        self._profile = _profile_of(client_key, *sizes)
+        self._profile = DeviceProfile(
+            client_key=client_key,
+            budget_bytes=None,  # It may move.
+            num_examples=sizes[0],
+            batch_size=sizes[1],
+            num_epochs=local_epochs,
+            traits=traits,
+        )
         self._conditions = Conditions(
             task=task,
             connect=self._connect,
@@ -254,16 +271,6 @@ def _by_name(edges: Sequence[Edge]) -> dict[str, Edge]:
     if not isinstance(edges, list | tuple):
         raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
     return {edge.name: edge for edge in edges}
-
-
-def _profile_of(client_key: str, num_examples: int, batch_size: int) -> DeviceProfile:
-    """Describe a client, but for its budget, which may move."""
-    return DeviceProfile(
-        client_key=client_key,
-        budget_bytes=None,
-        num_examples=num_examples,
-        batch_size=batch_size,
-    )
 
 
 def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:

@@ -8,7 +8,7 @@ in one record, because legacy clients take nothing else.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.types import (
     ClientPlan,
     DeviceProfile,
+    DeviceTraits,
+    Link,
     RecomputePlan,
     Route,
 )
@@ -135,6 +137,8 @@ def profile_to_scalars(profile: DeviceProfile) -> Scalars:
         "budget-bytes": _NO_BUDGET if budget is None else budget,
         "num-examples": profile.num_examples,
         "batch-size": profile.batch_size,
+        "num-epochs": profile.num_epochs,
+        "traits": json.dumps(asdict(profile.traits)),
     }
 
 
@@ -169,13 +173,33 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
             budget_bytes=None if budget == _NO_BUDGET else budget,
             num_examples=int(scalars["num-examples"]),
             batch_size=int(scalars["batch-size"]),
+            num_epochs=int(scalars.get("num-epochs", 1)),
+            traits=_traits(json.loads(str(scalars.get("traits", "{}")))),
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:
         raise RefusedReply(
             f"the client's profile lacks or misspells {error}; it has "
             f"{sorted(scalars)}. Wrap the client in SmartSplitNumPyClient.",
             kind="refused",
         ) from error
+
+
+def _traits(values: dict[str, Any]) -> DeviceTraits:
+    """Read what a device says of itself; whatever is no such thing is an error."""
+    link, counts = values.pop("link", None), values.pop("label_counts", None)
+    links = dict(values.pop("edge_links", {}))
+    return DeviceTraits(
+        link=None if link is None else Link(**link),
+        edge_links={str(edge): Link(**each) for edge, each in links.items()},
+        label_counts=None if counts is None else tuple(map(int, counts)),
+        **values,
+    )
 
 
 # --- plans ------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The device has the first segment, and the last one too if the route comes back; 
 have what lies between.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -83,6 +84,7 @@ class Walk:
         self._num_steps = 0
         self._num_examples = 0
         self._sums: dict[str, float] = {"loss": 0.0}
+        self._squared_loss = 0.0
 
     def open(self, state: State, connect: Connect, *, token: str) -> None:
         """Build the device's segments under the cap, and those at the edges.
@@ -241,6 +243,7 @@ class Walk:
             num_epochs=num_epochs,
             num_steps=self._num_steps,
             loss=means.pop("loss"),
+            loss_rms=math.sqrt(self._squared_loss / max(self._num_examples, 1)),
             peak_bytes=self.cap.peak_bytes,
             sent_bytes=sent,
             received_bytes=received,
@@ -380,5 +383,6 @@ class Walk:
     def _count(self, targets: Tensor, values: Mapping[str, float]) -> None:
         examples = int(targets.shape[0])
         self._num_examples += examples
+        self._squared_loss += float(values["loss"]) ** 2 * examples
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * examples

@@ -9,6 +9,7 @@ from flwr_smartsplit.types.costs import (
     StepBytes,
     UnitCost,
 )
+from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits, EdgeProfile, Link
 from flwr_smartsplit.types.recompute import KEEP_ALL, RecomputePlan, Rerun
 from flwr_smartsplit.types.rounds import (
     Assignment,
@@ -36,14 +37,18 @@ __all__ = [
     "DEVICE",
     "EDGE",
     "KEEP_ALL",
+    "NO_TRAITS",
     "Assignment",
     "ChainProfile",
     "ClientPlan",
     "ClientReply",
     "DeviceProfile",
+    "DeviceTraits",
+    "EdgeProfile",
     "Expectation",
     "Failure",
     "Leg",
+    "Link",
     "Move",
     "Receipt",
     "RecomputePlan",

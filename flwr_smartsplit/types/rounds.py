@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits
 from flwr_smartsplit.types.recompute import KEEP_ALL, RecomputePlan
 from flwr_smartsplit.types.routes import Route
 
@@ -25,12 +26,23 @@ class DeviceProfile:
         Size of its training set.
     batch_size : int
         Examples per training step.
+    num_epochs : int
+        Passes over its training set in a round.
+    traits : DeviceTraits
+        What else it says.
     """
 
     client_key: str
     budget_bytes: int | None
     num_examples: int
     batch_size: int
+    num_epochs: int = 1
+    traits: DeviceTraits = NO_TRAITS
+
+    @property
+    def num_steps(self) -> int:
+        """How many optimizer steps it takes in a round, a last small batch included."""
+        return -(-self.num_examples // self.batch_size) * self.num_epochs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +190,8 @@ class StepReport:
         Passes over these examples.
     loss : float
         Mean loss over the examples.
+    loss_rms : float
+        Root of the mean over the examples of their batch's loss, squared.
     peak_bytes : int
         The most the device held in the metered steps.
     resident_growth_bytes : int or None
@@ -203,6 +217,7 @@ class StepReport:
     num_epochs: int = 1
     num_steps: int = 0
     loss: float = 0.0
+    loss_rms: float = 0.0
     peak_bytes: int = 0
     resident_growth_bytes: int | None = None
     sent_bytes: int = 0

@@ -1,11 +1,14 @@
 """build_client_app: a Message-API app around the same client, mods and all."""
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from flwr_smartsplit import build_client_app
 from flwr_smartsplit.flower.records import PROFILE_ACTION, to_array_record
+from flwr_smartsplit.types import NO_TRAITS
 from tests.flower.apps import arrays_of, initial_arrays, make_client, message_app
 from tests.in_process_grid import InProcessGrid
 from tests.tasks import differences, initial_state
@@ -52,11 +55,14 @@ def test_a_profile_is_given_on_request() -> None:
     """In scalars."""
     grid = InProcessGrid([message_app(0, 77)])
     reply = ask(grid, f"query.{PROFILE_ACTION}", RecordDict())
-    assert dict(reply.content["smartsplit"]) == {
+    told = dict(reply.content["smartsplit"])
+    assert json.loads(told.pop("traits")) == asdict(NO_TRAITS)
+    assert told == {
         "client-key": "c0",
         "budget-bytes": 77,
         "num-examples": 9,
         "batch-size": 4,
+        "num-epochs": 1,
     }
 
 

@@ -1,0 +1,108 @@
+"""What devices, links and edges can do, as far as anybody says so."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A connection of a device.
+
+    Parameters
+    ----------
+    up_bytes_per_second, down_bytes_per_second : float
+        From the device, and to it.
+    latency_seconds : float
+        One way, for each message.
+
+    Raises
+    ------
+    ValueError
+        If a rate is not above 0, or the latency below 0.
+    """
+
+    up_bytes_per_second: float = inf
+    down_bytes_per_second: float = inf
+    latency_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a link over which nothing arrives."""
+        rates = self.up_bytes_per_second, self.down_bytes_per_second
+        if not (min(rates) > 0 and 0 <= self.latency_seconds < inf):
+            raise ValueError(
+                f"a link of {rates[0]} and {rates[1]} B/s with a latency of "
+                f"{self.latency_seconds} s: give rates above 0, and no negative time."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTraits:
+    """What a device says of itself besides its memory, all of it by choice.
+
+    Parameters
+    ----------
+    flops_per_second : float or None
+        Floating-point operations it does in a second of training; None if unknown.
+    link : Link or None
+        To the server, and to edges that ``edge_links`` does not name; None if unknown.
+    edge_links : Mapping[str, Link]
+        To some edges, by name.
+    label_counts : tuple[int, ...] or None
+        How many examples of each class it has. They tell about the data, so nothing
+        sends them unless the user does; None keeps them at home.
+
+    Raises
+    ------
+    ValueError
+        If a number means nothing.
+    """
+
+    flops_per_second: float | None = None
+    link: Link | None = None
+    edge_links: Mapping[str, Link] = field(default_factory=dict)
+    label_counts: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        flops = self.flops_per_second
+        if flops is not None and not 0 < flops < inf:
+            raise ValueError(
+                f"flops_per_second is {flops}: give a number above 0, or None."
+            )
+        counts = self.label_counts
+        if counts is not None and (min(counts, default=-1) < 0 or sum(counts) == 0):
+            raise ValueError(
+                f"label_counts is {counts}: give how many examples there are of each "
+                "class, or None."
+            )
+
+    def link_to(self, edge: str) -> Link | None:
+        """Return the link to an edge; None if unknown."""
+        return self.edge_links.get(edge, self.link)
+
+
+NO_TRAITS = DeviceTraits()
+"""Of a device that says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeProfile:
+    """What an edge offers.
+
+    Parameters
+    ----------
+    name : str
+        The place's name in routes.
+    memory_bytes : int or None
+        What its replicas may take; None means no limit.
+    disk_bytes : int or None
+        What its sealed tails may take; None means no limit.
+    flops_per_second : float or None
+        Floating-point operations it does in a second, for one client; None if unknown.
+    """
+
+    name: str
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    flops_per_second: float | None = None
