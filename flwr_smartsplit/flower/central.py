@@ -5,29 +5,29 @@ the messages is the strategies' business. So the same replies give the same bits
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, getLogger
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy.typing as npt
-from flwr.serverapp.strategy import FedAvg
 
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.dispatch import Dispatch, Sent, device_names, returned
-from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, Journal, OnRow
+from flwr_smartsplit.flower.journal import Journal
+from flwr_smartsplit.flower.observing import observed
 from flwr_smartsplit.flower.records import plain_values
 from flwr_smartsplit.flower.round_log import RoundLog
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer
+from flwr_smartsplit.flower.settings import Settings, check_settings
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.carrying import kept_units
 from flwr_smartsplit.model.costs import profile_chain
 from flwr_smartsplit.policy.acceptance import check_evaluation, refusal
-from flwr_smartsplit.policy.cuts import ChooseRoute, deepest_split
+from flwr_smartsplit.policy.history import NO_HISTORY
 from flwr_smartsplit.policy.rounds import Routing, plan_round
+from flwr_smartsplit.policy.selection import select_at_random
 from flwr_smartsplit.runtime.edge_pool import EdgePool
 from flwr_smartsplit.runtime.randomness import derived_seed
 from flwr_smartsplit.runtime.settling import Settled, settle_round
@@ -46,40 +46,6 @@ from flwr_smartsplit.types import (
 
 State = Mapping[str, npt.NDArray[Any]]
 _log = getLogger("flwr")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What both strategies are given besides Flower's own arguments.
-
-    Parameters
-    ----------
-    seed : int
-        Root of sampling and of every random stream of the clients.
-    num_threads : int
-        Torch threads at every place.
-    choose_route : Callable[[RouteRequest], Route]
-        Chooses the route of one client.
-    recompute : bool
-        Whether a device may recompute activations where no route fits otherwise.
-    server_optimizer : FedAvg, optional
-        One of Flower's adaptive strategies, applied after the merge.
-    journal : str or Path, optional
-        File for one JSON line per client and round, as ``Journal`` takes it.
-    on_row : Sequence[Callable[[Mapping], None]]
-        Told each of these lines, too.
-    clock : Callable[[], float]
-        Seconds that only move forward.
-    """
-
-    seed: int = 0
-    num_threads: int = 1
-    choose_route: ChooseRoute = deepest_split
-    recompute: bool = True
-    server_optimizer: FedAvg | None = None
-    journal: str | Path | None = DEFAULT_JOURNAL
-    on_row: Sequence[OnRow] = ()
-    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +87,7 @@ class CentralManager:
     """
 
     def __init__(self, task: Task, edges: Sequence[Edge], settings: Settings) -> None:
-        if not callable(settings.choose_route):
-            raise TypeError(
-                f"choose_route is {settings.choose_route!r}; give a function of a "
-                "RouteRequest, such as deepest_split or deepest_u_shape."
-            )
+        check_settings(settings)
         self.task = task
         self.settings = settings
         self.chain = build_chain(task)
@@ -134,6 +96,7 @@ class CentralManager:
             Journal(settings.journal, settings.on_row), settings.clock
         )
         self.round_plans: list[RoundPlan] = []
+        self.history = NO_HISTORY
         if edges:
             self.chain.require_cuts()
         self._kept_units = kept_units(self.chain, task)
@@ -182,7 +145,7 @@ class CentralManager:
                 client_plan,
                 names,
                 returned(names, self.task.is_local),
-                assignment.predicted_peak_bytes,
+                assignment,
             )
         self._dispatch = dispatch
         return dispatch
@@ -210,6 +173,9 @@ class CentralManager:
             step=self._step(dispatch.round_number),
         )
         failures = [*failures, *settled.failures]
+        self.history = self.history.after(
+            observed(dispatch, settled.accepted, self.settings.client_seconds)
+        )
         if self.edges.names:
             state = self._current if settled.state is None else settled.state
             self.edges.release(dispatch.round_number, state_digest(state))
@@ -268,12 +234,15 @@ class CentralManager:
             round_number=phase.round_number,
             num_clients=max(int(len(fleet) * phase.fraction), phase.least),
             routing=Routing(
-                edges=tuple(edges),
+                edges=self.edges.profiles(edges),
+                select=self.settings.select if phase.is_train else select_at_random,
                 choose_route=self.settings.choose_route,
+                min_device_units=self.settings.min_device_units,
                 recompute=self.settings.recompute,
                 kept_units=self._kept_units,
             ),
             rng=Random(seed),
+            history=self.history,
         )
         if phase.is_train:
             self.round_plans.append(plan)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from flwr_smartsplit.errors import InvalidRoute, RefusedReply
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.types import (
+    Assignment,
     ClientPlan,
     ClientReply,
     Expectation,
@@ -29,14 +30,14 @@ class Sent:
         The state of its device segments.
     returned_names : tuple[str, ...]
         Those of them that it sends back: without what stays on the device.
-    predicted_peak_bytes : int
-        What its device should need.
+    assignment : Assignment
+        What the policy gave it.
     """
 
     plan: ClientPlan
     names: tuple[str, ...]
     returned_names: tuple[str, ...]
-    predicted_peak_bytes: int
+    assignment: Assignment
 
     def after(self, moves: Sequence[Move], chain: Chain) -> "Sent":
         """Say what a client sends back that moved its cut.

@@ -29,15 +29,18 @@ from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.flower.central import (
     CentralManager,
     Phase,
-    Settings,
     refuse_wrappers,
 )
 from flwr_smartsplit.flower.dispatch import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.legacy_fleet import LegacyFleet, reason_of
+from flwr_smartsplit.flower.observing import ClientSeconds
 from flwr_smartsplit.flower.records import plan_to_scalars
 from flwr_smartsplit.flower.replies import NamesOf, reply_from_scalars
-from flwr_smartsplit.policy.cuts import ChooseRoute, deepest_split
+from flwr_smartsplit.flower.settings import Settings
+from flwr_smartsplit.policy.by_utility import BY_UTILITY
+from flwr_smartsplit.policy.cuts import ChooseRoute
+from flwr_smartsplit.policy.selection import Select
 from flwr_smartsplit.runtime.transport import Edge
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
@@ -110,8 +113,11 @@ class LegacySmartSplit(Strategy):
         *,
         seed: int = 0,
         num_threads: int = 1,
-        choose_route: ChooseRoute = deepest_split,
+        select: Select = BY_UTILITY,
+        choose_route: ChooseRoute | None = None,
+        min_device_units: int = 1,
         recompute: bool = True,
+        client_seconds: ClientSeconds | None = None,
         server_optimizer: ServerOptimizerStrategy | None = None,
         journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
@@ -152,8 +158,11 @@ class LegacySmartSplit(Strategy):
             Settings(
                 seed=seed,
                 num_threads=num_threads,
+                select=select,
                 choose_route=choose_route,
+                min_device_units=min_device_units,
                 recompute=recompute,
+                client_seconds=client_seconds,
                 server_optimizer=server_optimizer,
                 journal=journal,
                 on_row=on_row,

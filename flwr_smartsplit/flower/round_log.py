@@ -12,7 +12,6 @@ from flwr_smartsplit.flower.rows import (
     round_row,
     skipped_row,
 )
-from flwr_smartsplit.policy.rounds import NOT_SAMPLED
 from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, RoundPlan
 
 _log = getLogger("flwr")
@@ -69,12 +68,10 @@ class RoundLog:
         for route, num_clients in routes.items():
             _log.log(INFO, "\t> Route %s: %s clients", route, num_clients)
         for key, reason in plan.skipped.items():
-            if reason not in (NOT_SAMPLED, self._sitting_out.get(key)):
+            if key in plan.unfit and reason != self._sitting_out.get(key):
                 self._sitting_out[key] = reason
                 _log.log(INFO, "\t> Client %s sits out: %s", key, reason)
-            self._journal.write(
-                skipped_row(profiles[key], reason, plan.round_number, phase)
-            )
+            self._journal.write(skipped_row(profiles[key], plan, phase))
 
     def write_failures(
         self, failures: list[Failure], round_number: int, *, phase: str

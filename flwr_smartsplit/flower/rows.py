@@ -7,16 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from flwr_smartsplit.flower.dispatch import Dispatch
-from flwr_smartsplit.policy.rounds import NOT_SAMPLED
-from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, StepReport
+from flwr_smartsplit.types import (
+    ClientReply,
+    DeviceProfile,
+    Failure,
+    RoundPlan,
+    StepReport,
+)
 
 Row = dict[str, object]
 
 FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
-    predicted_peak_bytes peak_bytes resident_growth_bytes num_steps num_threads loss
-    seconds bytes_down bytes_up edge_bytes_up edge_bytes_down moves replans
-    recompute""".split()
+    predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
+    num_steps num_threads loss loss_rms loss_drop seconds bytes_down bytes_up
+    edge_bytes_up edge_bytes_down moves replans recompute""".split()
 )
 """The keys of a client's row; all others are the task's metrics."""
 
@@ -34,17 +39,16 @@ def client_rows(
         yield row | {"status": failure.kind, "cause": failure.cause}
 
 
-def skipped_row(
-    profile: DeviceProfile, reason: str, round_number: int, phase: str
-) -> Row:
+def skipped_row(profile: DeviceProfile, plan: RoundPlan, phase: str) -> Row:
     """Make the row of a client that was not chosen."""
+    key = profile.client_key
     return {
         "kind": "client",
         "phase": phase,
-        "round": round_number,
-        "client_key": profile.client_key,
-        "status": "not_sampled" if reason == NOT_SAMPLED else "sat_out",
-        "cause": reason,
+        "round": plan.round_number,
+        "client_key": key,
+        "status": "sat_out" if key in plan.unfit else "not_sampled",
+        "cause": plan.skipped[key],
         "budget_bytes": profile.budget_bytes,
         "num_examples": profile.num_examples,
     }
@@ -116,7 +120,9 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
             "bytes_up": dispatch.received_bytes.get(key, 0),
         }
         if dispatch.is_train:
-            row["predicted_peak_bytes"] = sent.predicted_peak_bytes
+            row["predicted_peak_bytes"] = sent.assignment.predicted_peak_bytes
+            row["predicted_seconds"] = sent.assignment.predicted_seconds
+            row["why"] = sent.assignment.why
     return row
 
 
@@ -132,6 +138,8 @@ def _measured(report: StepReport) -> Row:
         "num_steps": report.num_steps,
         "num_threads": report.num_threads,
         "loss": report.loss,
+        "loss_rms": report.loss_rms,
+        "loss_drop": report.loss_drop,
         "edge_bytes_up": report.sent_bytes,
         "edge_bytes_down": report.received_bytes,
         "seconds": report.seconds,

@@ -20,11 +20,11 @@ from flwr_smartsplit.flower import messages
 from flwr_smartsplit.flower.central import (
     CentralManager,
     Phase,
-    Settings,
     refuse_wrappers,
 )
 from flwr_smartsplit.flower.fleet import Fleet, Member
 from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, OnRow
+from flwr_smartsplit.flower.observing import ClientSeconds
 from flwr_smartsplit.flower.records import (
     from_array_record,
     message_dialect,
@@ -33,7 +33,10 @@ from flwr_smartsplit.flower.records import (
 from flwr_smartsplit.flower.replies import (
     metrics_of,
 )
-from flwr_smartsplit.policy.cuts import ChooseRoute, deepest_split
+from flwr_smartsplit.flower.settings import Settings
+from flwr_smartsplit.policy.by_utility import BY_UTILITY
+from flwr_smartsplit.policy.cuts import ChooseRoute
+from flwr_smartsplit.policy.selection import Select
 from flwr_smartsplit.runtime.transport import Edge
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
@@ -64,11 +67,20 @@ class SmartSplit(Strategy):
         Root of sampling and of every random stream of the clients.
     num_threads : int
         Torch threads at every place.
-    choose_route : Callable[[RouteRequest], Route]
-        Chooses each client's route: ``deepest_split`` (default), ``deepest_u_shape``
+    select : Callable[[SelectionRequest], Selection]
+        Chooses the clients that train, each with one of the routes and plans that its
+        memory allows: ``SelectByUtility()`` (default), ``select_at_random``, or a
+        function of one's own.
+    choose_route : Callable[[RouteRequest], Route], optional
+        Chooses each client's route beforehand: ``deepest_split``, ``deepest_u_shape``
         if labels must stay on the devices, or a function of one's own.
+    min_device_units : int
+        How many units a cut leaves on the device at least: shallow boundaries leak.
     recompute : bool
-        Whether a device may recompute activations where no route fits otherwise.
+        Whether a device may recompute activations.
+    client_seconds : Callable[[ClientPlan, StepReport], float], optional
+        How long a client's part took, for the selections to come, such as
+        ``measured_seconds``; by default as long as was predicted from its traits.
     server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
         Flower's strategy whose server step follows the merge.
     journal : str or Path, optional
@@ -97,8 +109,11 @@ class SmartSplit(Strategy):
         *,
         seed: int = 0,
         num_threads: int = 1,
-        choose_route: ChooseRoute = deepest_split,
+        select: Select = BY_UTILITY,
+        choose_route: ChooseRoute | None = None,
+        min_device_units: int = 1,
         recompute: bool = True,
+        client_seconds: ClientSeconds | None = None,
         server_optimizer: FedAvg | None = None,
         journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
@@ -134,8 +149,11 @@ class SmartSplit(Strategy):
             Settings(
                 seed=seed,
                 num_threads=num_threads,
+                select=select,
                 choose_route=choose_route,
+                min_device_units=min_device_units,
                 recompute=recompute,
+                client_seconds=client_seconds,
                 server_optimizer=server_optimizer,
                 journal=journal,
                 on_row=on_row,

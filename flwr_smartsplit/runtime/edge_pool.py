@@ -1,6 +1,6 @@
 """EdgePool: the strategy's side of all edges of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.policy.merging import Sums
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import Failure
+from flwr_smartsplit.types import EdgeProfile, Failure
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -49,6 +49,13 @@ class EdgePool:
     def names(self) -> tuple[str, ...]:
         """The edges' names."""
         return tuple(self._edges)
+
+    def profiles(self, names: Iterable[str]) -> tuple[EdgeProfile, ...]:
+        """Say what some edges offer; one that does not say has no limits."""
+        return tuple(
+            getattr(self._edges[name], "profile", EdgeProfile(name=name))
+            for name in names
+        )
 
     def prepare(
         self, digest: str, state: State

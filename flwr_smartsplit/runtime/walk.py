@@ -4,7 +4,6 @@ The device has the first segment, and the last one too if the route comes back; 
 have what lies between.
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from flwr_smartsplit.runtime.link import (
     packed,
     unpacked,
 )
+from flwr_smartsplit.runtime.losses import Losses
 from flwr_smartsplit.runtime.moving import off_wire
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.slices import Slices
@@ -84,7 +84,7 @@ class Walk:
         self._num_steps = 0
         self._num_examples = 0
         self._sums: dict[str, float] = {"loss": 0.0}
-        self._squared_loss = 0.0
+        self._losses = Losses()
 
     def open(self, state: State, connect: Connect, *, token: str) -> None:
         """Build the device's segments under the cap, and those at the edges.
@@ -243,7 +243,8 @@ class Walk:
             num_epochs=num_epochs,
             num_steps=self._num_steps,
             loss=means.pop("loss"),
-            loss_rms=math.sqrt(self._squared_loss / max(self._num_examples, 1)),
+            loss_rms=self._losses.rms,
+            loss_drop=self._losses.drop,
             peak_bytes=self.cap.peak_bytes,
             sent_bytes=sent,
             received_bytes=received,
@@ -383,6 +384,6 @@ class Walk:
     def _count(self, targets: Tensor, values: Mapping[str, float]) -> None:
         examples = int(targets.shape[0])
         self._num_examples += examples
-        self._squared_loss += float(values["loss"]) ** 2 * examples
+        self._losses.add(float(values["loss"]), examples)
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * examples

@@ -47,13 +47,36 @@ class DeviceProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """The route the policy gives one chosen client, and what it should cost."""
+    """The route the policy gives one chosen client, and what it should cost.
+
+    Parameters
+    ----------
+    client_key : str
+        The client.
+    route : Route
+        Where its segments run.
+    budget_bytes : int or None
+        The cap of the device; None for no cap.
+    predicted_peak_bytes : int
+        What the device should hold at most.
+    recompute : RecomputePlan
+        What the device runs twice.
+    predicted_seconds : float or None
+        How long its part should take; None if its speed is unknown.
+    why : str
+        Why it was chosen.
+    features : tuple[float, ...]
+        What a surrogate knew of it, to learn from what the round brings.
+    """
 
     client_key: str
     route: Route
     budget_bytes: int | None
     predicted_peak_bytes: int
     recompute: RecomputePlan = KEEP_ALL
+    predicted_seconds: float | None = None
+    why: str = ""
+    features: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +91,14 @@ class RoundPlan:
         The chosen clients in client_key order.
     skipped : Mapping[str, str]
         For every other client the reason, by client_key.
+    unfit : frozenset[str]
+        Those of them that have no route at all.
     """
 
     round_number: int
     assignments: tuple[Assignment, ...]
     skipped: Mapping[str, str]
+    unfit: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +218,8 @@ class StepReport:
         Mean loss over the examples.
     loss_rms : float
         Root of the mean over the examples of their batch's loss, squared.
+    loss_drop : float
+        Mean loss of the first half of the steps, less that of the second half.
     peak_bytes : int
         The most the device held in the metered steps.
     resident_growth_bytes : int or None
@@ -218,6 +246,7 @@ class StepReport:
     num_steps: int = 0
     loss: float = 0.0
     loss_rms: float = 0.0
+    loss_drop: float = 0.0
     peak_bytes: int = 0
     resident_growth_bytes: int | None = None
     sent_bytes: int = 0

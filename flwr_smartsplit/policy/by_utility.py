@@ -1,0 +1,222 @@
+"""SelectByUtility: SmartSplit's choice of devices and routes, as we rebuild it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isnan
+
+import numpy as np
+import numpy.typing as npt
+
+from flwr_smartsplit.policy.candidates import Candidate
+from flwr_smartsplit.policy.coverage import coverage_gains
+from flwr_smartsplit.policy.placing import Places
+from flwr_smartsplit.policy.selection import (
+    EDGES_FULL,
+    Chosen,
+    Selection,
+    SelectionRequest,
+    place,
+)
+from flwr_smartsplit.policy.surrogate import Surrogate
+from flwr_smartsplit.policy.utility import factors_of, normalised
+
+Floats = npt.NDArray[np.float64]
+OFFERS_PER_CLIENT = 3
+LEAST_SHORTLIST = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectByUtility:
+    """Choose whose utility is highest, one by one, with the route that serves best.
+
+    The utility is the weighted sum of the normalised logarithms of these factors, so
+    their product; a weight of 0 switches one off. What a device does not say counts as
+    average.
+
+    Parameters
+    ----------
+    loss : float
+        Weight of statistical utility: examples times the root mean squared loss.
+    memory : float
+        Weight of the share of the model's memory that a device has.
+    speed : float
+        Weight of one over the time that the client's part takes.
+    coverage : float
+        Weight of how much closer a client brings the labels of those chosen to the
+        labels of all; only of clients that share their label counts.
+    waiting : float
+        Weight of the rounds since a client took part: fairness.
+    surrogate : Surrogate or None
+        Adds what a Gaussian process expects a client and a cut to bring; None: nothing.
+    surrogate_weight : float
+        Its weight.
+
+    Examples
+    --------
+    >>> SelectByUtility(coverage=0.0).coverage
+    0.0
+    """
+
+    loss: float = 0.5
+    memory: float = 0.0
+    speed: float = 0.5
+    coverage: float = 2.0
+    waiting: float = 0.5
+    surrogate: Surrogate | None = None
+    surrogate_weight: float = 0.3
+
+    def __call__(self, request: SelectionRequest) -> Selection:
+        """Choose a round's clients."""
+        return _Choosing(self, request).selection()
+
+
+BY_UTILITY = SelectByUtility()
+"""With its usual weights."""
+
+
+class _Choosing:
+    """One selection: the candidates as arrays, and who is chosen so far."""
+
+    def __init__(self, rule: SelectByUtility, request: SelectionRequest) -> None:
+        self._order = list(range(len(request.candidates)))
+        request.rng.shuffle(self._order)  # Among equals, chance decides.
+        self._candidates = [request.candidates[index] for index in self._order]
+        self._rule = rule
+        self._request = request
+        self._places = Places(request.edges)
+        factors = factors_of(self._candidates, request.history, request.round_number)
+        self._parts = {
+            "loss": rule.loss * normalised(factors.loss),
+            "memory": rule.memory * normalised(factors.memory),
+            "speed": rule.speed * normalised(factors.speed),
+            "waiting": rule.waiting * normalised(factors.waiting),
+        }
+        self._counts, self._target, self._has_counts = _labels(self._candidates)
+        self._covered = np.zeros_like(self._target)
+        self._prior = np.sum(list(self._parts.values()), axis=0)
+        self._wanted: list[Sequence[int]] = [
+            [each.best, *each.fits] for each in self._candidates
+        ]
+        self._features: list[tuple[float, ...]] = [()] * len(self._candidates)
+        if rule.surrogate is not None:
+            self._learn(rule.surrogate, factors.speed)
+
+    def selection(self) -> Selection:
+        """Choose greedily: each choice changes what the labels of the others add."""
+        utility, gains = self._prior, np.zeros_like(self._prior)
+        is_left = np.ones(len(self._candidates), bool)
+        chosen: list[Chosen] = []
+        passed: dict[str, str] = {}
+        while is_left.any() and len(chosen) < self._request.num_clients:
+            gains = self._gains(is_left)
+            utility = self._prior + gains
+            index = int(np.where(is_left, utility, -np.inf).argmax())
+            is_left[index] = False
+            candidate = self._candidates[index]
+            placed = place(
+                candidate,
+                self._wanted[index],
+                self._places,
+                self._request.home(self._order[index]),
+            )
+            if placed is None:
+                passed[candidate.device.client_key] = EDGES_FULL
+                continue
+            self._covered = self._covered + self._counts[index]
+            chosen.append(
+                Chosen(
+                    candidate=candidate,
+                    offer=placed.offer,
+                    edge=placed.edge,
+                    why=self._why(index, utility, gains),
+                    features=self._features[index],
+                )
+            )
+        for rank, index in enumerate(np.argsort(-utility[is_left], kind="stable")):
+            key = int(is_left.nonzero()[0][index])
+            passed[self._candidates[key].device.client_key] = (
+                f"not chosen: number {len(chosen) + rank + 1} of "
+                f"{len(self._candidates)}, {self._request.num_clients} were wanted; "
+                f"{self._why(key, utility, gains)}"
+            )
+        return Selection(chosen=chosen, passed=passed)
+
+    def _gains(self, is_left: npt.NDArray[np.bool_]) -> Floats:
+        """Say what the labels of each client would add to those chosen."""
+        gains = np.zeros(len(self._candidates))
+        rows = (is_left & self._has_counts).nonzero()[0]
+        if self._rule.coverage and len(rows):
+            found = coverage_gains(self._covered, self._counts[rows], self._target)
+            gains[rows] = self._rule.coverage * normalised(found)
+        return gains
+
+    def _why(self, index: int, utility: Floats, gains: Floats) -> str:
+        parts = {name: part[index] for name, part in self._parts.items()}
+        parts["labels"] = gains[index]
+        said = ", ".join(f"{name} {value:+.2f}" for name, value in parts.items())
+        return f"utility {utility[index]:+.2f} ({said})"
+
+    # --- the surrogate ------------------------------------------------------------
+
+    def _learn(self, surrogate: Surrogate, speed: Floats) -> None:
+        """Add what the surrogate expects of the clients that promise most."""
+        del speed
+        request = self._request
+        size = max(3 * request.num_clients, LEAST_SHORTLIST)
+        shortlist = np.argsort(-self._prior, kind="stable")[:size]
+        pairs = [
+            (int(index), offer)
+            for index in shortlist
+            for offer in _distinct(self._candidates[int(index)])
+        ]
+        features = np.array([self._pair_features(*pair) for pair in pairs], np.float64)
+        window = [seen for seen in request.history.window if seen.features]
+        bonus = np.zeros(len(pairs))
+        if len(window) >= 2 * request.num_clients:
+            bonus = surrogate.bonus(window, features, request.round_number)
+        learned = np.full(len(self._candidates), float(bonus.min(initial=0.0)))
+        best: dict[int, int] = {}
+        for place_, (index, _) in enumerate(pairs):
+            if index not in best or bonus[place_] > bonus[best[index]]:
+                best[index] = place_
+        for index, place_ in best.items():
+            learned[index] = bonus[place_]
+            offer = pairs[place_][1]
+            self._wanted[index] = [offer, *self._wanted[index]]
+            self._features[index] = tuple(features[place_].tolist())
+        self._parts["learned"] = self._rule.surrogate_weight * learned
+        self._prior = self._prior + self._parts["learned"]
+
+    def _pair_features(self, index: int, offer: int) -> tuple[float, ...]:
+        """Describe a client and a cut: the factors, the device's share, the time."""
+        candidate = self._candidates[index]
+        work = candidate.menu.offers[offer].work
+        total = work.device_flops + work.edge_flops
+        share = work.device_flops / total if total else 1.0
+        seconds = float(candidate.seconds[(candidate.fits == offer).argmax()])
+        longer = 0.0 if isnan(seconds) else np.log(seconds / candidate.best_seconds)
+        own = [float(self._parts[name][index]) for name in self._parts]
+        return (*own, share, float(longer))
+
+
+def _distinct(candidate: Candidate) -> list[int]:
+    """Take the fastest offers of a client; the first ones if nobody knows."""
+    order = candidate.fits
+    if not isnan(candidate.best_seconds):
+        order = order[np.argsort(candidate.seconds, kind="stable")]
+    return [int(index) for index in order[:OFFERS_PER_CLIENT]]
+
+
+def _labels(
+    candidates: Sequence[Candidate],
+) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    """Return each client's label counts, the distribution of all, and who says so."""
+    told = [each.device.traits.label_counts for each in candidates]
+    num_classes = max((len(counts) for counts in told if counts is not None), default=1)
+    table = np.zeros((len(candidates), num_classes))
+    for row, counts in zip(table, told, strict=True):
+        if counts is not None:
+            row[: len(counts)] = counts
+    totals = table.sum(axis=0)
+    has_counts = np.array([counts is not None for counts in told], bool)
+    return table, totals / max(totals.sum(), 1.0), has_counts

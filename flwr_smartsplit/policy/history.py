@@ -1,0 +1,96 @@
+"""History: what earlier rounds brought, for the rounds to come."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+WINDOW = 400
+"""So many observations are kept for the surrogate: what is older says little."""
+
+EMA = 0.7
+"""Share of the old value in a client's importance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What one client's part of a round brought.
+
+    Parameters
+    ----------
+    client_key : str
+        The client.
+    round_number : int
+        The round, counted from 1.
+    num_examples : int
+        Examples it trained on.
+    loss_rms : float
+        Root of the mean squared loss during the round.
+    loss_drop : float
+        How much lower the loss was in the second half of its steps than in the first.
+    seconds : float or None
+        How long it took; None if nobody says so.
+    edge : str or None
+        The first edge on its route.
+    features : tuple[float, ...]
+        What the surrogate knew when the client was chosen; empty without one.
+    """
+
+    client_key: str
+    round_number: int
+    num_examples: int
+    loss_rms: float
+    loss_drop: float = 0.0
+    seconds: float | None = None
+    edge: str | None = None
+    features: tuple[float, ...] = ()
+
+    @property
+    def importance(self) -> float:
+        """Statistical importance: examples times the root of the mean squared loss.
+
+        As Oort's statistical utility (Lai et al., OSDI 2021).
+        """
+        return self.num_examples * self.loss_rms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What a strategy remembers; frozen, so that a plan can be made again from it.
+
+    Parameters
+    ----------
+    latest : Mapping[str, Observation]
+        Each client's last one, by client_key.
+    importance : Mapping[str, float]
+        Each client's importance, smoothed over its rounds.
+    window : tuple[Observation, ...]
+        The last observations of all clients, the oldest first.
+    """
+
+    latest: Mapping[str, Observation] = field(default_factory=dict)
+    importance: Mapping[str, float] = field(default_factory=dict)
+    window: tuple[Observation, ...] = ()
+
+    def after(self, observations: Iterable[Observation]) -> Self:
+        """Add what a round brought.
+
+        Examples
+        --------
+        >>> seen = Observation(client_key="a", round_number=1, num_examples=10,
+        ...                    loss_rms=2.0)
+        >>> History().after([seen]).importance
+        {'a': 20.0}
+        """
+        seen = list(observations)
+        importance = dict(self.importance)
+        for each in seen:
+            before = importance.get(each.client_key, each.importance)
+            importance[each.client_key] = EMA * before + (1 - EMA) * each.importance
+        return type(self)(
+            latest={**self.latest, **{each.client_key: each for each in seen}},
+            importance=importance,
+            window=(*self.window, *seen)[-WINDOW:],
+        )
+
+
+NO_HISTORY = History()
