@@ -1,8 +1,8 @@
 """SelectByUtility: SmartSplit's choice of devices and routes, as we rebuild it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isnan
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isnan, log
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,10 @@ from flwr_smartsplit.policy.utility import factors_of, normalised
 Floats = npt.NDArray[np.float64]
 OFFERS_PER_CLIENT = 3
 LEAST_SHORTLIST = 64
+LEAST_POOL = 256
+"""Among so many, or ten times those wanted, the choice is made; no less than all of a
+small fleet, and the most promising of a large one."""
+MOST_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,75 +96,129 @@ class _Choosing:
             "waiting": rule.waiting * normalised(factors.waiting),
         }
         self._counts, self._target, self._has_counts = _labels(self._candidates)
-        self._covered = np.zeros_like(self._target)
+        self._coverage = rule.coverage * request.num_clients / log(2.0)
         self._prior = np.sum(list(self._parts.values()), axis=0)
         self._wanted: list[Sequence[int]] = [
             [each.best, *each.fits] for each in self._candidates
         ]
         self._features: list[tuple[float, ...]] = [()] * len(self._candidates)
         if rule.surrogate is not None:
-            self._learn(rule.surrogate, factors.speed)
+            self._learn(rule.surrogate)
+        size = max(10 * request.num_clients, LEAST_POOL)
+        everybody = np.ones(len(self._candidates), bool)
+        first = self._prior + self._gains([], everybody)
+        self._promising = np.argsort(-first, kind="stable")[:size]
 
     def selection(self) -> Selection:
-        """Choose greedily: each choice changes what the labels of the others add."""
-        utility, gains = self._prior, np.zeros_like(self._prior)
-        is_left = np.ones(len(self._candidates), bool)
+        """Choose greedily, exchange, and see who finds room at an edge."""
         chosen: list[Chosen] = []
         passed: dict[str, str] = {}
-        while is_left.any() and len(chosen) < self._request.num_clients:
-            gains = self._gains(is_left)
-            utility = self._prior + gains
-            index = int(np.where(is_left, utility, -np.inf).argmax())
+        is_left = self._pool()
+        queue = self._exchanged(self._greedy(self._request.num_clients))
+        taken: list[int] = []
+        while len(chosen) < self._request.num_clients and is_left.any():
+            index = queue.pop(0) if queue else self._next(taken, is_left)
             is_left[index] = False
-            candidate = self._candidates[index]
             placed = place(
-                candidate,
+                self._candidates[index],
                 self._wanted[index],
                 self._places,
                 self._request.home(self._order[index]),
             )
             if placed is None:
-                passed[candidate.device.client_key] = EDGES_FULL
-                continue
-            self._covered = self._covered + self._counts[index]
-            chosen.append(
-                Chosen(
-                    candidate=candidate,
-                    offer=placed.offer,
-                    edge=placed.edge,
-                    why=self._why(index, utility, gains),
-                    features=self._features[index],
-                )
-            )
-        for rank, index in enumerate(np.argsort(-utility[is_left], kind="stable")):
-            key = int(is_left.nonzero()[0][index])
-            passed[self._candidates[key].device.client_key] = (
-                f"not chosen: number {len(chosen) + rank + 1} of "
-                f"{len(self._candidates)}, {self._request.num_clients} were wanted; "
-                f"{self._why(key, utility, gains)}"
-            )
-        return Selection(chosen=chosen, passed=passed)
+                passed[self._key(index)] = EDGES_FULL
+            else:
+                taken.append(index)
+                chosen.append(placed)
+        said = [
+            replace(each, why=self._why(index, taken), features=self._features[index])
+            for index, each in zip(taken, chosen, strict=True)
+        ]
+        return Selection(chosen=said, passed=passed | self._others(taken, passed))
 
-    def _gains(self, is_left: npt.NDArray[np.bool_]) -> Floats:
-        """Say what the labels of each client would add to those chosen."""
+    def _pool(self) -> npt.NDArray[np.bool_]:
+        """Mark the candidates among whom the choice is made."""
+        is_in = np.zeros(len(self._candidates), bool)
+        is_in[self._promising] = True
+        return is_in
+
+    def _greedy(self, num_clients: int) -> list[int]:
+        """Take one by one who adds most: each changes what others' labels add."""
+        taken: list[int] = []
+        is_left = self._pool()
+        for _ in range(min(num_clients, int(is_left.sum()))):
+            taken.append(self._next(taken, is_left))
+            is_left[taken[-1]] = False
+        return taken
+
+    def _next(self, taken: Sequence[int], is_left: npt.NDArray[np.bool_]) -> int:
+        added = self._prior + self._gains(taken, is_left)
+        return int(np.where(is_left, added, -np.inf).argmax())
+
+    def _exchanged(self, taken: list[int]) -> list[int]:
+        """Exchange one chosen client for another while that adds, for a few passes."""
+        if not self._coverage or len(taken) == len(self._candidates):
+            return taken
+        for _ in range(MOST_PASSES):
+            before = list(taken)
+            for position, index in enumerate(taken):
+                rest = taken[:position] + taken[position + 1 :]
+                is_left = self._pool()
+                is_left[rest] = False
+                best = self._next(rest, is_left)
+                if best != index:
+                    taken[position] = best
+            if taken == before:
+                break
+        return taken
+
+    def _gains(self, taken: Sequence[int], asked: npt.NDArray[np.bool_]) -> Floats:
+        """Say what the labels of some clients would add to those of others."""
         gains = np.zeros(len(self._candidates))
-        rows = (is_left & self._has_counts).nonzero()[0]
-        if self._rule.coverage and len(rows):
-            found = coverage_gains(self._covered, self._counts[rows], self._target)
-            gains[rows] = self._rule.coverage * normalised(found)
+        rows = (asked & self._has_counts).nonzero()[0]
+        if self._coverage and len(rows):
+            covered = self._counts[list(taken)].sum(axis=0)
+            found = coverage_gains(covered, self._counts[rows], self._target)
+            gains[rows] = self._coverage * found
         return gains
 
-    def _why(self, index: int, utility: Floats, gains: Floats) -> str:
-        parts = {name: part[index] for name, part in self._parts.items()}
-        parts["labels"] = gains[index]
-        said = ", ".join(f"{name} {value:+.2f}" for name, value in parts.items())
-        return f"utility {utility[index]:+.2f} ({said})"
+    def _others(
+        self, taken: Sequence[int], passed: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Say of everybody who was not chosen how far down the list it is."""
+        is_left = np.array(
+            [self._key(i) not in passed for i in range(len(self._order))]
+        )
+        is_left[list(taken)] = False
+        gains = self._gains(taken, is_left)
+        left = is_left.nonzero()[0]
+        ranked = left[np.argsort(-(self._prior + gains)[left], kind="stable")]
+        wanted, total = self._request.num_clients, len(self._candidates)
+        return {
+            self._key(index): f"not chosen: number {len(taken) + rank} of {total}, "
+            f"{wanted} were wanted; {self._said(index, gains[index])}"
+            for rank, index in enumerate(ranked, start=1)
+        }
+
+    def _why(self, index: int, taken: Sequence[int]) -> str:
+        """Say what a chosen client adds to the others."""
+        asked = np.zeros(len(self._candidates), bool)
+        asked[index] = True
+        rest = [other for other in taken if other != index]
+        return self._said(index, self._gains(rest, asked)[index])
+
+    def _said(self, index: int, gain: float) -> str:
+        parts = [f"{name} {part[index]:+.2f}" for name, part in self._parts.items()]
+        total = self._prior[index] + gain
+        return f"utility {total:+.2f} ({', '.join(parts)}, labels {gain:+.2f})"
+
+    def _key(self, index: int) -> str:
+        return self._candidates[index].device.client_key
 
     # --- the surrogate ------------------------------------------------------------
 
-    def _learn(self, surrogate: Surrogate, speed: Floats) -> None:
+    def _learn(self, surrogate: Surrogate) -> None:
         """Add what the surrogate expects of the clients that promise most."""
-        del speed
         request = self._request
         size = max(3 * request.num_clients, LEAST_SHORTLIST)
         shortlist = np.argsort(-self._prior, kind="stable")[:size]
