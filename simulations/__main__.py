@@ -228,7 +228,7 @@ def _provenance() -> Provenance:
 
 def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
     """Run with a progress bar; return False if interrupted."""
-    budgets = prepare(experiment, folder, provenance=_provenance())
+    prepared = prepare(experiment, folder, provenance=_provenance())
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -255,7 +255,7 @@ def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
 
     try:
         with progress, quiet_libraries(verbose=verbose):
-            run_methods(experiment, folder, budgets=budgets, on_round=on_round)
+            run_methods(experiment, folder, prepared=prepared, on_round=on_round)
     except KeyboardInterrupt:
         typer.echo("Interrupted: what was done so far is reported.", err=True)
         return False

@@ -12,6 +12,9 @@ from simulations.errors import ExperimentError
 from simulations.rows import ACCEPTED, ClientRow, MethodRun, read_run
 
 CONFIG = "config.json"
+PROFILE = "profile.json"
+"""What the model's units cost, in a results folder."""
+
 NUM_LAST_EVALUATIONS = 5
 MEGABYTE = 10**6
 
