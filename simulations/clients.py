@@ -14,8 +14,8 @@ from flwr.app import Context
 from flwr_smartsplit import MemoryBudget, RayEdge, SmartSplitNumPyClient, Task
 from flwr_smartsplit.types import DeviceTraits
 from simulations.data import client_indices, input_shape, load_images, train_loader
+from simulations.devices import FleetDevice
 from simulations.experiment import Experiment
-from simulations.fleets import FleetDevice
 from simulations.models import model_fn
 
 EDGES = (RayEdge(),)

@@ -10,7 +10,7 @@ device's links, and a latency for each message. A round takes as long as the slo
 of its clients; what the server does, and what passes between edges, takes no time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,17 +24,17 @@ from flwr_smartsplit.types import (
     Route,
     StepReport,
 )
-from simulations.fleets import Devices, FleetDevice
+from simulations.devices import Devices, FleetDevice
 from simulations.plan_text import recompute_of, route_of
 from simulations.rows import ClientRow
 
 NOMINAL_FLOPS_PER_SECOND = 1e10
-"""Of a device that does not say how fast it is."""
+"""Of a device that does not say how fast it is: about the median of the phones."""
 
 NOMINAL_LINK = Link(
-    up_bytes_per_second=4e5, down_bytes_per_second=5e5, latency_seconds=0.03
+    up_bytes_per_second=4.1e5, down_bytes_per_second=5.4e5, latency_seconds=0.035
 )
-"""Of a device that does not say how it is connected."""
+"""Of a device that does not say how it is connected: the median of the links."""
 
 EDGE_FLOPS_PER_SECOND = 2e11
 """What an edge does for one client, however many it serves."""
@@ -176,10 +176,6 @@ class Clock:
         stretches = stretches_of(planned, moves=row.moves, replans=row.replans)
         device = self.devices[int(row.client_key)]
         return self._spent(device, row.round, stretches, traffic)
-
-    def round_seconds(self, rows: Iterable[ClientRow]) -> float:
-        """Say how long the slowest of a round's clients took."""
-        return max((self.spent(row).seconds for row in rows), default=0.0)
 
     def _spent(
         self,

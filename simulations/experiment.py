@@ -7,8 +7,8 @@ every process sees the same experiment and none has to be sent its data.
 from dataclasses import dataclass
 from pathlib import Path
 
+from simulations.devices import Fleet
 from simulations.errors import ExperimentError
-from simulations.fleets import Fleet
 from simulations.partitions import Partition
 
 TORCHVISION = "torchvision:"

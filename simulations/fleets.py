@@ -4,15 +4,16 @@ Budgets are worked out from the predicted peaks of the model at hand, so one fle
 makes sense for a network of 40 thousand parameters and for one of 40 million. The
 first half of the clients is the weak one, here and in ``partitions``.
 
-These fleets say nothing of speed, so that the clock takes every device for the same
-``NOMINAL`` one. ``phones`` has devices that differ.
+``half_weak`` and ``unlimited`` say nothing of speed and links, and the clock takes all
+their devices for the same, nominal phone. ``phones`` and ``phones_near_edge`` are
+measured phones, each with a speed and links of its own.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
-from flwr_smartsplit.types import EDGE, NO_TRAITS, DeviceTraits
+from flwr_smartsplit.types import Link
+from simulations.devices import Devices, Fleet, FleetDevice, Needs
+from simulations.phones.fleet import Phones
 
 HOPELESS_FRACTION = 0.5
 """Budget of the weakest client, as a share of the smallest possible peak."""
@@ -24,98 +25,9 @@ MARGIN_FRACTION = 1.02
 """Room above a peak that a client is meant to be able to hold."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watts:
-    """What a device takes while it works, above what it takes when idle.
-
-    Parameters
-    ----------
-    compute : float
-        While it trains.
-    radio : float
-        While it sends or receives.
-    """
-
-    compute: float = 4.0
-    radio: float = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """What a fleet is made for.
-
-    Parameters
-    ----------
-    whole_peak_bytes : int
-        The most a device holds in a training step of the whole model.
-    smallest_peak_bytes : int
-        The least it can get by with, at the best cut.
-    edges : tuple[str, ...]
-        Names of the edges, to which devices may have links of their own.
-    """
-
-    whole_peak_bytes: int
-    smallest_peak_bytes: int
-    edges: tuple[str, ...] = (EDGE,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetDevice:
-    """One simulated device.
-
-    Parameters
-    ----------
-    name : str
-        What kind of device it is.
-    budget_bytes : int or None
-        What its tensors may take when a round begins; None is no limit.
-    traits : DeviceTraits
-        The speed and the links that it declares.
-    free_memory : tuple[float, ...]
-        Its budget over ``budget_bytes`` from step to step of a round, over and over;
-        empty for a budget that stays. The first is 1.
-    speed : tuple[float, ...]
-        Its true speed over the declared one from round to round, over and over; empty
-        for a device that is always as fast as it says.
-    watts : Watts
-        What it takes.
-    """
-
-    name: str
-    budget_bytes: int | None
-    traits: DeviceTraits = NO_TRAITS
-    free_memory: tuple[float, ...] = ()
-    speed: tuple[float, ...] = ()
-    watts: Watts = Watts()
-
-    def speed_in(self, round_number: int) -> float:
-        """Return its true speed in a round, over the declared one.
-
-        Examples
-        --------
-        >>> FleetDevice(name="old", budget_bytes=None, speed=(1.0, 0.5)).speed_in(2)
-        0.5
-        """
-        if not self.speed:
-            return 1.0
-        return self.speed[(round_number - 1) % len(self.speed)]
-
-
-Devices = tuple[FleetDevice, ...]
-
-Fleet = Callable[[Needs, int, int], Devices]
-"""``fleet(needs, num_clients, seed)`` makes the devices, the least memory first."""
-
-
 def weak_clients(num_clients: int) -> range:
     """Name the clients whose devices cannot hold the whole model: the first half."""
     return range(num_clients // 2)
-
-
-def is_weak(device: FleetDevice, needs: Needs) -> bool:
-    """Say whether a device cannot hold the whole model."""
-    budget_bytes = device.budget_bytes
-    return budget_bytes is not None and budget_bytes < needs.whole_peak_bytes
 
 
 def half_weak(needs: Needs, num_clients: int, seed: int = 0) -> Devices:
@@ -166,6 +78,38 @@ def unlimited(needs: Needs, num_clients: int, seed: int = 0) -> Devices:
     """
     del needs, seed
     return _nominal((None,) * num_clients)
+
+
+phones = Phones()
+"""Measured phones and links; edges are reached over the same link as the server."""
+
+NEAR_LINK = Link(
+    up_bytes_per_second=6.25e6, down_bytes_per_second=6.25e6, latency_seconds=0.005
+)
+"""An assumption: 50 Mbit/s of a wireless network with the edge in it."""
+
+phones_near_edge = Phones(edge_link=NEAR_LINK)
+"""The same phones with an edge nearby."""
+
+FLEETS: dict[str, Fleet] = {
+    "half_weak": half_weak,
+    "unlimited": unlimited,
+    "phones": phones,
+    "phones_near_edge": phones_near_edge,
+}
+"""Every fleet that has a name."""
+
+
+def name_of(fleet: Fleet) -> str:
+    """Return a fleet's name, or all its settings if it has none.
+
+    Examples
+    --------
+    >>> name_of(Phones()), name_of(Phones(weak_fraction=None))[:26]
+    ('phones', 'Phones(weak_fraction=None,')
+    """
+    names = [name for name, known in FLEETS.items() if known == fleet]
+    return names[0] if names else getattr(fleet, "__name__", repr(fleet))
 
 
 def _nominal(budgets_bytes: tuple[int | None, ...]) -> Devices:

@@ -8,8 +8,8 @@ from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import Task
 from simulations.clock import Clock
+from simulations.devices import Devices
 from simulations.experiment import Experiment
-from simulations.fleets import Devices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,9 +30,10 @@ from flwr_smartsplit.runtime.threads import torch_threads
 from simulations.clients import EDGES, build_client, build_task
 from simulations.clock import Clock
 from simulations.data import client_indices, evaluation_loader, load_images
+from simulations.devices import Devices, Needs, is_weak
 from simulations.errors import ExperimentError
 from simulations.experiment import Experiment
-from simulations.fleets import Devices, Needs, is_weak
+from simulations.fleets import name_of
 from simulations.method import Method, Setting
 from simulations.methods import METHODS
 from simulations.provenance import Provenance
@@ -120,7 +121,7 @@ def describe(experiment: Experiment, prepared: Prepared) -> dict[str, Any]:
     return {
         "experiment": {
             **asdict(experiment),
-            "fleet": getattr(experiment.fleet, "__name__", repr(experiment.fleet)),
+            "fleet": name_of(experiment.fleet),
             "partition": repr(experiment.partition),
             "data_dir": str(experiment.data_dir),
         },

@@ -2,8 +2,9 @@
 
 import pytest
 
+from simulations.devices import Needs
 from simulations.experiment import Experiment
-from simulations.fleets import Needs, half_weak, unlimited, weak_clients
+from simulations.fleets import half_weak, unlimited, weak_clients
 from simulations.partitions import Iid
 from simulations.runner import prepared_fleet
 

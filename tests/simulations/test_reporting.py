@@ -8,7 +8,12 @@ import pytest
 from rich.console import Console
 
 from simulations import plots
-from simulations.reporting import comparison_table, html_page, write_reports
+from simulations.reporting import (
+    TABLE_COLUMNS,
+    comparison_table,
+    html_page,
+    write_reports,
+)
 from simulations.sections import SECTIONS
 from simulations.summary import read_results
 from tests.simulations.journals import FEDAVG_ROWS, SMARTSPLIT_ROWS, write_results
@@ -104,7 +109,7 @@ def test_labels_that_would_overlap_are_moved_apart():
 
 
 def test_the_table_fits_a_terminal_and_holds_the_figures(results):
-    console = Console(width=80, record=True, file=None, quiet=False)
+    console = Console(width=TABLE_COLUMNS, record=True, file=None, quiet=False)
     with console.capture() as capture:
         console.print(comparison_table(results))
     text = capture.get()
