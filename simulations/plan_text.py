@@ -57,15 +57,17 @@ def recompute_of(text: str) -> RecomputePlan:
     stack: list[tuple[int, int, list[Rerun]]] = [(0, 0, [])]
     light: tuple[int, ...] = ()
     position = 0
-    while position < len(text) and (token := _TOKEN.match(text, position)):
-        position = token.end()
+    while token := _TOKEN.match(text, position):
         if token[1]:
             stack.append((int(token[1]), int(token[2]), []))
         elif token[3]:
             light = tuple(map(int, token[3].split()))
-        elif token[0] == "]" and len(stack) > 1:
+        elif token[0] == "]" and len(stack) == 1:
+            break
+        elif token[0] == "]":
             start, stop, inner = stack.pop()
             stack[-1][2].append(Rerun(start, stop, tuple(inner)))
+        position = token.end()
     if position < len(text) or len(stack) > 1:
         raise ExperimentError(
             f"{text!r} is no recompute plan: a journal has 'none', or parts such as "

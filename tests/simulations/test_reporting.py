@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from simulations import plots
+from simulations import plots, time_plots
 from simulations.reporting import (
     TABLE_COLUMNS,
     comparison_table,
@@ -16,13 +16,25 @@ from simulations.reporting import (
 )
 from simulations.sections import SECTIONS
 from simulations.summary import read_results
-from tests.simulations.journals import FEDAVG_ROWS, SMARTSPLIT_ROWS, write_results
+from tests.simulations.journals import (
+    FEDAVG_ROWS,
+    SMARTSPLIT_ROWS,
+    add_clock,
+    write_results,
+)
+from tests.simulations.test_clock import PROFILE
 
 
 @pytest.fixture
 def results(tmp_path):
-    rows = {"fedavg": FEDAVG_ROWS, "smartsplit": SMARTSPLIT_ROWS}
-    return read_results(write_results(tmp_path, **rows))
+    rows = {"fedavg": with_steps(FEDAVG_ROWS), "smartsplit": SMARTSPLIT_ROWS}
+    return read_results(add_clock(write_results(tmp_path, **rows), PROFILE))
+
+
+def with_steps(rows):
+    """Let every client make so many steps that a round takes it 0.18 s and latency."""
+    steps = {"route": "whole", "num_steps": 10**6}
+    return [{**row, **steps} if row["kind"] == "client" else row for row in rows]
 
 
 def pictures(page):
@@ -101,6 +113,9 @@ def test_titles_say_what_was_found(results):
         assert titles(plots.who_took_part) == [
             "fedavg: 3 of 3 clients",
             "smartsplit: 1 of 3 clients",
+        ]
+        assert titles(time_plots.accuracy_by_simulated_time) == [
+            "Simulated time to 60.0 %: fedavg 0.50 s, smartsplit 0.00 s"
         ]
 
 
