@@ -22,7 +22,13 @@ from simulations.experiment import Experiment
 from simulations.measurement import MeasurementOptions, measurement_in
 from simulations.methods import METHODS
 from simulations.provenance import Provenance
-from simulations.reporting import REPORT, comparison_table, headline, write_reports
+from simulations.reporting import (
+    REPORT,
+    TABLE_COLUMNS,
+    comparison_table,
+    headline,
+    write_reports,
+)
 from simulations.rows import EvaluationRow
 from simulations.runner import prepare, quiet_libraries, run_methods
 from simulations.suites import MEASUREMENTS, SUITES
@@ -228,7 +234,7 @@ def _provenance() -> Provenance:
 
 def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
     """Run with a progress bar; return False if interrupted."""
-    budgets = prepare(experiment, folder, provenance=_provenance())
+    prepared = prepare(experiment, folder, provenance=_provenance())
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -255,7 +261,7 @@ def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
 
     try:
         with progress, quiet_libraries(verbose=verbose):
-            run_methods(experiment, folder, budgets=budgets, on_round=on_round)
+            run_methods(experiment, folder, prepared=prepared, on_round=on_round)
     except KeyboardInterrupt:
         typer.echo("Interrupted: what was done so far is reported.", err=True)
         return False
@@ -280,6 +286,7 @@ def _show_rounds(folder: Path, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(results.summary()) + "\n")
         return
     console = Console()
+    console.width = max(console.width, TABLE_COLUMNS)
     console.print(f"{results.config['experiment']['name']}: {headline(results)}\n")
     console.print(comparison_table(results))
 

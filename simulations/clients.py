@@ -4,13 +4,17 @@ It runs in Ray's workers, which get the experiment as a value and rebuild the re
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from flwr.app import Context
 
-from flwr_smartsplit import RayEdge, SmartSplitNumPyClient, Task
-from simulations.data import input_shape, train_loader
+from flwr_smartsplit import MemoryBudget, RayEdge, SmartSplitNumPyClient, Task
+from flwr_smartsplit.types import DeviceTraits
+from simulations.data import client_indices, input_shape, load_images, train_loader
+from simulations.devices import FleetDevice
 from simulations.experiment import Experiment
 from simulations.models import model_fn
 
@@ -32,8 +36,28 @@ def build_task(experiment: Experiment) -> Task:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CycledBudget(MemoryBudget):
+    """A budget that goes through the same factors over and over, one for each step.
+
+    Examples
+    --------
+    >>> budget = CycledBudget(budget_bytes=100, factors=(1.0, 0.5))
+    >>> [budget.read(step=step, live_bytes=0) for step in range(3)]
+    [100, 50, 100]
+    """
+
+    budget_bytes: int
+    factors: tuple[float, ...]
+
+    def read(self, *, step: int, live_bytes: int) -> int | None:
+        """Say what the tensors may take from now on."""
+        del live_bytes
+        return int(self.budget_bytes * self.factors[step % len(self.factors)])
+
+
 def build_client(
-    context: Context, *, experiment: Experiment, budgets_bytes: Sequence[int | None]
+    context: Context, *, experiment: Experiment, devices: Sequence[FleetDevice]
 ) -> SmartSplitNumPyClient:
     """Build the client of one partition.
 
@@ -43,16 +67,34 @@ def build_client(
         Flower's; its node_config holds the partition's number.
     experiment : Experiment
         What is run.
-    budgets_bytes : Sequence[int or None]
-        The cap of each client's device; None for no cap. A strategy that knows no
-        budgets, such as Flower's FedAvg, has whole models trained without a cap.
+    devices : Sequence[FleetDevice]
+        Every client's. A strategy that knows no budgets, such as Flower's FedAvg, has
+        whole models trained without a cap.
     """
     client = int(context.node_config["partition-id"])
     return SmartSplitNumPyClient(
         build_task(experiment),
         train_loader(experiment, client),
         client_key=str(client),
-        budget_bytes=budgets_bytes[client],
+        budget_bytes=budget_of(devices[client]),
         edges=EDGES,
+        traits=traits_of(experiment, client, devices[client]),
         seed=experiment.seed,
     )
+
+
+def budget_of(device: FleetDevice) -> int | MemoryBudget | None:
+    """Return what a device's tensors may take, step by step if that moves."""
+    if device.budget_bytes is None or not device.free_memory:
+        return device.budget_bytes
+    return CycledBudget(budget_bytes=device.budget_bytes, factors=device.free_memory)
+
+
+def traits_of(experiment: Experiment, client: int, device: FleetDevice) -> DeviceTraits:
+    """Return what a client says of itself, its labels only if they are shared."""
+    if not experiment.share_labels:
+        return device.traits
+    images = load_images(experiment)
+    labels = images.y_train[client_indices(experiment)[client]]
+    counts = np.bincount(labels, minlength=images.num_classes)
+    return replace(device.traits, label_counts=tuple(map(int, counts)))

@@ -4,15 +4,12 @@ It travels to Ray's workers, which rebuild data, partitions and models from it, 
 every process sees the same experiment and none has to be sent its data.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from simulations.devices import Fleet
 from simulations.errors import ExperimentError
 from simulations.partitions import Partition
-
-Fleet = Callable[[int, int, int], tuple[int | None, ...]]
-"""``fleet(whole_peak_bytes, smallest_peak_bytes, num_clients)`` -> budgets in bytes."""
 
 TORCHVISION = "torchvision:"
 """What the name of one of torchvision's models begins with."""
@@ -40,8 +37,8 @@ class Experiment:
     methods : tuple[str, ...]
         Names of the methods to compare, in order.
     fleet : Fleet
-        Gives each client its memory budget; a function of a module, so that
-        experiments sent to another process stay equal.
+        Gives each client its device; a function of a module or a frozen value, so
+        that experiments sent to another process stay equal.
     partition : Partition
         Which client holds which examples.
     data : str
@@ -64,6 +61,8 @@ class Experiment:
         Root of every random choice.
     num_workers : int
         Clients that train at the same time, one process and one CPU each.
+    share_labels : bool
+        Whether clients tell the strategy how many examples of each class they have.
 
     Raises
     ------
@@ -88,6 +87,7 @@ class Experiment:
     momentum: float = 0.9
     seed: int = 0
     num_workers: int = 2
+    share_labels: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no run could have, all problems at once."""

@@ -3,9 +3,17 @@
 Budgets are worked out from the predicted peaks of the model at hand, so one fleet
 makes sense for a network of 40 thousand parameters and for one of 40 million. The
 first half of the clients is the weak one, here and in ``partitions``.
+
+``half_weak`` and ``unlimited`` say nothing of speed and links, and the clock takes all
+their devices for the same, nominal phone. ``phones`` and ``phones_near_edge`` are
+measured phones, each with a speed and links of its own.
 """
 
 import math
+
+from flwr_smartsplit.types import Link
+from simulations.devices import Devices, Fleet, FleetDevice, Needs
+from simulations.phones.fleet import Phones
 
 HOPELESS_FRACTION = 0.5
 """Budget of the weakest client, as a share of the smallest possible peak."""
@@ -22,9 +30,7 @@ def weak_clients(num_clients: int) -> range:
     return range(num_clients // 2)
 
 
-def half_weak(
-    whole_peak_bytes: int, smallest_peak_bytes: int, num_clients: int
-) -> tuple[int | None, ...]:
+def half_weak(needs: Needs, num_clients: int, seed: int = 0) -> Devices:
     """Spread the budgets from hopeless over tight to ample.
 
     Client 0 has half of what the smallest possible part of the model needs, so it
@@ -34,47 +40,81 @@ def half_weak(
 
     Parameters
     ----------
-    whole_peak_bytes : int
-        The most a device holds in a training step of the whole model.
-    smallest_peak_bytes : int
-        The least it can get by with, at the best cut.
+    needs : Needs
+        What the model takes.
     num_clients : int
         Size of the fleet.
-
-    Returns
-    -------
-    tuple[int or None, ...]
-        One budget per client, in bytes and in rising order.
+    seed : int
+        Not used: nothing here is chance.
 
     Examples
     --------
-    >>> half_weak(1000, 100, 6)
-    (50, 102, 980, 1020, 2020, 4000)
+    >>> needs = Needs(whole_peak_bytes=1000, smallest_peak_bytes=100)
+    >>> [device.budget_bytes for device in half_weak(needs, 6)]
+    [50, 102, 980, 1020, 2020, 4000]
     """
+    del seed
     num_weak = len(weak_clients(num_clients))
-    lowest = smallest_peak_bytes * MARGIN_FRACTION
-    highest = max(whole_peak_bytes / MARGIN_FRACTION, lowest)
+    lowest = needs.smallest_peak_bytes * MARGIN_FRACTION
+    highest = max(needs.whole_peak_bytes / MARGIN_FRACTION, lowest)
     weak = _ratios(lowest, highest, num_weak - 1)
     strong = _ratios(
-        whole_peak_bytes * MARGIN_FRACTION,
-        whole_peak_bytes * STRONGEST_FRACTION,
+        needs.whole_peak_bytes * MARGIN_FRACTION,
+        needs.whole_peak_bytes * STRONGEST_FRACTION,
         num_clients - num_weak,
     )
-    return (int(smallest_peak_bytes * HOPELESS_FRACTION), *weak, *strong)
+    hopeless = int(needs.smallest_peak_bytes * HOPELESS_FRACTION)
+    return _nominal((hopeless, *weak, *strong))
 
 
-def unlimited(
-    whole_peak_bytes: int, smallest_peak_bytes: int, num_clients: int
-) -> tuple[int | None, ...]:
+def unlimited(needs: Needs, num_clients: int, seed: int = 0) -> Devices:
     """Give nobody a limit: the control in which every method is FedAvg.
 
     Examples
     --------
-    >>> unlimited(1000, 100, 3)
-    (None, None, None)
+    >>> needs = Needs(whole_peak_bytes=1000, smallest_peak_bytes=100)
+    >>> [device.budget_bytes for device in unlimited(needs, 3)]
+    [None, None, None]
     """
-    del whole_peak_bytes, smallest_peak_bytes
-    return (None,) * num_clients
+    del needs, seed
+    return _nominal((None,) * num_clients)
+
+
+phones = Phones()
+"""Measured phones and links; edges are reached over the same link as the server."""
+
+NEAR_LINK = Link(
+    up_bytes_per_second=6.25e6, down_bytes_per_second=6.25e6, latency_seconds=0.005
+)
+"""An assumption: 50 Mbit/s of a wireless network with the edge in it."""
+
+phones_near_edge = Phones(edge_link=NEAR_LINK)
+"""The same phones with an edge nearby."""
+
+FLEETS: dict[str, Fleet] = {
+    "half_weak": half_weak,
+    "unlimited": unlimited,
+    "phones": phones,
+    "phones_near_edge": phones_near_edge,
+}
+"""Every fleet that has a name."""
+
+
+def name_of(fleet: Fleet) -> str:
+    """Return a fleet's name, or all its settings if it has none.
+
+    Examples
+    --------
+    >>> name_of(Phones()), name_of(Phones(weak_fraction=None))[:26]
+    ('phones', 'Phones(weak_fraction=None,')
+    """
+    names = [name for name, known in FLEETS.items() if known == fleet]
+    return names[0] if names else getattr(fleet, "__name__", repr(fleet))
+
+
+def _nominal(budgets_bytes: tuple[int | None, ...]) -> Devices:
+    """Make devices that say nothing of themselves but their budgets."""
+    return tuple(FleetDevice(name="nominal", budget_bytes=b) for b in budgets_bytes)
 
 
 def _ratios(lowest: float, highest: float, count: int) -> tuple[int, ...]:

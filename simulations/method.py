@@ -7,10 +7,38 @@ from pathlib import Path
 from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import Task
+from simulations.clock import Clock
+from simulations.devices import Devices
 from simulations.experiment import Experiment
 
-StrategyFn = Callable[[Experiment, Task, Path], Strategy]
-"""``strategy_fn(experiment, task, journal)`` builds the server's side."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """All that a method is told.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What is run.
+    task : Task
+        What every place needs to build its part of the training.
+    journal : Path
+        Where the JSON lines go.
+    devices : Devices
+        The fleet, by the clients' numbers.
+    clock : Clock
+        Says how long it would have taken on these devices.
+    """
+
+    experiment: Experiment
+    task: Task
+    journal: Path
+    devices: Devices
+    clock: Clock
+
+
+StrategyFn = Callable[[Setting], Strategy]
+"""``strategy_fn(setting)`` builds the server's side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

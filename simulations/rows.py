@@ -25,6 +25,10 @@ class ClientRow:
     status: str = ACCEPTED
     cause: str = ""
     route: str = ""
+    recompute: str = "none"
+    num_steps: int = 0
+    moves: tuple[dict[str, Any], ...] = ()
+    replans: tuple[dict[str, Any], ...] = ()
     budget_bytes: int | None = None
     predicted_peak_bytes: int | None = None
     peak_bytes: int = 0

@@ -27,16 +27,18 @@ from flwr_smartsplit.flower.journal import Journal
 from flwr_smartsplit.flower.records import message_dialect
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.runtime.threads import torch_threads
-from simulations.clients import build_client, build_task
+from simulations.clients import EDGES, build_client, build_task
+from simulations.clock import Clock
 from simulations.data import client_indices, evaluation_loader, load_images
+from simulations.devices import Devices, Needs, is_weak
 from simulations.errors import ExperimentError
 from simulations.experiment import Experiment
-from simulations.fleets import weak_clients
-from simulations.method import Method
+from simulations.fleets import name_of
+from simulations.method import Method, Setting
 from simulations.methods import METHODS
 from simulations.provenance import Provenance
 from simulations.rows import EvaluationRow
-from simulations.summary import CONFIG
+from simulations.summary import CONFIG, PROFILE
 
 WAKING_TIMEOUT_SECONDS = 600.0
 
@@ -45,16 +47,16 @@ OnRound = Callable[[str, EvaluationRow], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budgets:
-    """What each device may hold, and what the model needs."""
+class Prepared:
+    """What the model needs, the devices made for it, and their clock."""
 
-    budgets_bytes: tuple[int | None, ...]
-    whole_peak_bytes: int
-    smallest_peak_bytes: int
+    needs: Needs
+    devices: Devices
+    clock: Clock
 
 
-def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Budgets:
-    """Work out the budgets and start a results folder.
+def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Prepared:
+    """Make the fleet and start a results folder.
 
     Parameters
     ----------
@@ -70,19 +72,20 @@ def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Bud
     ExperimentError
         If the experiment cannot be run, or the folder not be written to.
     """
-    budgets = measured_budgets(experiment)
-    config = describe(experiment, budgets) | asdict(provenance)
+    prepared = prepared_fleet(experiment)
+    config = describe(experiment, prepared) | asdict(provenance)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in METHODS:
             journal_path(out, name).unlink(missing_ok=True)
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (out / PROFILE).write_text(prepared.clock.profile.to_json(), encoding="utf-8")
     except OSError as error:
         raise ExperimentError(
             f"results cannot be written to {str(out)!r} ({error}): name another folder "
             f"with --out."
         ) from error
-    return budgets
+    return prepared
 
 
 def journal_path(out: Path, method_name: str) -> Path:
@@ -90,8 +93,8 @@ def journal_path(out: Path, method_name: str) -> Path:
     return out / f"{method_name}.jsonl"
 
 
-def measured_budgets(experiment: Experiment) -> Budgets:
-    """Find out what the model needs on a device, and share out the budgets.
+def prepared_fleet(experiment: Experiment) -> Prepared:
+    """Find out what the model needs on a device, and make the fleet.
 
     The peaks come from a dry run of every cut; nothing is allocated.
     """
@@ -100,44 +103,48 @@ def measured_budgets(experiment: Experiment) -> Budgets:
     profile = profile_chain(chain, batch_size=experiment.batch_size, task=task)
     routes = [Route.whole(), *(Route.split(cut) for cut in range(1, len(chain)))]
     whole, *split = (predicted_peak_bytes(profile, route) for route in routes)
-    smallest = min([whole, *split])
-    return Budgets(
-        budgets_bytes=experiment.fleet(whole, smallest, experiment.num_clients),
+    needs = Needs(
         whole_peak_bytes=whole,
-        smallest_peak_bytes=smallest,
+        smallest_peak_bytes=min([whole, *split]),
+        edges=tuple(edge.name for edge in EDGES),
+    )
+    devices = experiment.fleet(needs, experiment.num_clients, experiment.seed)
+    return Prepared(
+        needs=needs, devices=devices, clock=Clock(profile=profile, devices=devices)
     )
 
 
-def describe(experiment: Experiment, budgets: Budgets) -> dict[str, Any]:
+def describe(experiment: Experiment, prepared: Prepared) -> dict[str, Any]:
     """Write an experiment and its fleet down as JSON values."""
-    weak = weak_clients(experiment.num_clients)
+    needs = prepared.needs
     indices = client_indices(experiment)
     return {
         "experiment": {
             **asdict(experiment),
-            "fleet": experiment.fleet.__name__,
+            "fleet": name_of(experiment.fleet),
             "partition": repr(experiment.partition),
             "data_dir": str(experiment.data_dir),
         },
         "methods": {name: METHODS[name].summary for name in experiment.methods},
         "num_train_examples": sum(map(len, indices)),
         "num_test_examples": len(load_images(experiment).y_test),
-        "whole_peak_bytes": budgets.whole_peak_bytes,
-        "smallest_peak_bytes": budgets.smallest_peak_bytes,
+        "whole_peak_bytes": needs.whole_peak_bytes,
+        "smallest_peak_bytes": needs.smallest_peak_bytes,
         "clients": [
             {
                 "client_key": str(client),
-                "is_weak": client in weak,
-                "budget_bytes": budget_bytes,
+                "is_weak": is_weak(device, needs),
+                "budget_bytes": device.budget_bytes,
                 "num_examples": len(indices[client]),
+                "device": asdict(device),
             }
-            for client, budget_bytes in enumerate(budgets.budgets_bytes)
+            for client, device in enumerate(prepared.devices)
         ],
     }
 
 
 def run_methods(
-    experiment: Experiment, out: Path, *, budgets: Budgets, on_round: OnRound
+    experiment: Experiment, out: Path, *, prepared: Prepared, on_round: OnRound
 ) -> None:
     """Run the methods one after the other and leave their journals behind.
 
@@ -150,7 +157,7 @@ def run_methods(
         What to run.
     out : Path
         The results folder.
-    budgets : Budgets
+    prepared : Prepared
         What ``prepare`` worked out.
     on_round : OnRound
         Told how good the model is after every round.
@@ -162,11 +169,16 @@ def run_methods(
         del context
         _wake_clients(grid, experiment.num_clients)
         for name in experiment.methods:
-            run_method(METHODS[name], experiment, grid, out=out, on_round=on_round)
+            setting = Setting(
+                experiment=experiment,
+                task=build_task(experiment),
+                journal=journal_path(out, name),
+                devices=prepared.devices,
+                clock=prepared.clock,
+            )
+            run_method(METHODS[name], setting, grid, on_round=on_round)
 
-    client_fn = partial(
-        build_client, experiment=experiment, budgets_bytes=budgets.budgets_bytes
-    )
+    client_fn = partial(build_client, experiment=experiment, devices=prepared.devices)
     run_simulation(
         server_app=server_app,
         client_app=build_client_app(client_fn),
@@ -200,18 +212,17 @@ def _wake_clients(grid: Grid, num_clients: int) -> None:
 
 
 def run_method(
-    method: Method, experiment: Experiment, grid: Grid, *, out: Path, on_round: OnRound
+    method: Method, setting: Setting, grid: Grid, *, on_round: OnRound
 ) -> None:
     """Run one method from the common initial model."""
-    task = build_task(experiment)
-    journal = journal_path(out, method.name)
-    model = initial_model(task.model_fn, experiment.seed)
-    method.strategy_fn(experiment, task, journal).start(
+    experiment = setting.experiment
+    model = initial_model(setting.task.model_fn, experiment.seed)
+    method.strategy_fn(setting).start(
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=experiment.num_rounds,
         evaluate_fn=_evaluate_fn(
-            model, experiment, Journal(journal), partial(on_round, method.name)
+            model, experiment, Journal(setting.journal), partial(on_round, method.name)
         ),
     )
 

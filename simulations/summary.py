@@ -8,20 +8,32 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from flwr_smartsplit.types import ChainProfile
+from simulations.clock import Clock
+from simulations.devices import device_from
 from simulations.errors import ExperimentError
 from simulations.rows import ACCEPTED, ClientRow, MethodRun, read_run
+from simulations.timeline import Timeline, timeline_of
 
 CONFIG = "config.json"
+PROFILE = "profile.json"
+"""What the model's units cost, in a results folder."""
+
 NUM_LAST_EVALUATIONS = 5
 MEGABYTE = 10**6
+MANY_SECONDS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """What a results folder holds: the configuration and one journal per method."""
+    """What a results folder holds: configuration, clock and one journal per method.
+
+    Folders of older versions have no clock.
+    """
 
     config: dict[str, Any]
     runs: tuple[MethodRun, ...]
+    clock: Clock | None = None
 
     @property
     def client_keys(self) -> list[str]:
@@ -39,7 +51,16 @@ class Results:
 
     def figures(self) -> dict[str, "Figures"]:
         """Work out every method's figures."""
-        return {run.method: figures_of(run, self.budgets_bytes) for run in self.runs}
+        return {
+            run.method: figures_of(run, self.budgets_bytes, self.clock)
+            for run in self.runs
+        }
+
+    def timelines(self) -> dict[str, Timeline]:
+        """Lay every method's rounds along the clock; nothing without one."""
+        if self.clock is None:
+            return {}
+        return {run.method: timeline_of(run, self.clock) for run in self.runs}
 
     def summary(self) -> dict[str, Any]:
         """Return the figures as JSON values; a number that is not finite is null."""
@@ -81,13 +102,22 @@ class Figures:
     comm_bytes_total : int
         What crossed any link, those between server and edges included.
     seconds_per_round : float or None
-        Median over the rounds without the first, in which workers and edges warm up.
+        Wall-clock time, as all seconds that are not called simulated. Median over the
+        rounds without the first, in which workers and edges warm up.
     first_round_seconds : float or None
         Time of the first round.
     round_wall_clock_sec, server_aggregation_time_sec : float or None
         Means over the rounds.
     client_peak_cpu_memory_mb : float
         ``device_peak_bytes`` in megabytes of a million bytes.
+    simulated_seconds : float or None
+        What all rounds would have taken on the fleet.
+    simulated_seconds_per_round : float or None
+        The slowest selected device's time: median over the rounds.
+    simulated_seconds_slowest_round : float or None
+        The same in the slowest round: the peak latency.
+    simulated_device_joules, simulated_edge_joules : float or None
+        Energy of all rounds, all devices, and what the edges did for them.
     """
 
     num_rounds: int
@@ -107,6 +137,11 @@ class Figures:
     round_wall_clock_sec: float | None
     server_aggregation_time_sec: float | None
     client_peak_cpu_memory_mb: float
+    simulated_seconds: float | None = None
+    simulated_seconds_per_round: float | None = None
+    simulated_seconds_slowest_round: float | None = None
+    simulated_device_joules: float | None = None
+    simulated_edge_joules: float | None = None
 
 
 def read_results(folder: Path) -> Results:
@@ -128,10 +163,23 @@ def read_results(folder: Path) -> Results:
     return Results(
         config=config,
         runs=tuple(read_run(journal) for journal in journals if journal.exists()),
+        clock=_clock(folder / PROFILE, config),
     )
 
 
-def figures_of(run: MethodRun, budgets_bytes: Mapping[str, int]) -> Figures:
+def _clock(profile: Path, config: dict[str, Any]) -> Clock | None:
+    """Build the clock of a results folder; older ones have none."""
+    if not profile.exists():
+        return None
+    return Clock(
+        profile=ChainProfile.from_json(profile.read_text(encoding="utf-8")),
+        devices=tuple(device_from(client["device"]) for client in config["clients"]),
+    )
+
+
+def figures_of(
+    run: MethodRun, budgets_bytes: Mapping[str, int], clock: Clock | None = None
+) -> Figures:
     """Work out the figures of one method.
 
     Parameters
@@ -140,6 +188,8 @@ def figures_of(run: MethodRun, budgets_bytes: Mapping[str, int]) -> Figures:
         Its journal.
     budgets_bytes : Mapping[str, int]
         The budget of every client that has one.
+    clock : Clock, optional
+        Without it there are no simulated seconds.
     """
     trained = [row for row in run.evaluations if row.round > 0]
     last = trained[-1] if trained else None
@@ -174,7 +224,23 @@ def figures_of(run: MethodRun, budgets_bytes: Mapping[str, int]) -> Figures:
             [row.server_aggregation_time_sec for row in run.rounds]
         ),
         client_peak_cpu_memory_mb=device_peak_bytes / MEGABYTE,
+        **_simulated(run, clock),
     )
+
+
+def _simulated(run: MethodRun, clock: Clock | None) -> dict[str, float]:
+    """Work out the figures that need a clock, if there are a clock and a round."""
+    if clock is None or not run.rounds:
+        return {}
+    timeline = timeline_of(run, clock)
+    by_round = timeline.seconds_by_round.values()
+    return {
+        "simulated_seconds": timeline.seconds,
+        "simulated_seconds_per_round": median(by_round),
+        "simulated_seconds_slowest_round": max(by_round),
+        "simulated_device_joules": timeline.device_joules,
+        "simulated_edge_joules": timeline.edge_joules,
+    }
 
 
 def peaks_by_client(training: tuple[ClientRow, ...]) -> dict[str, int]:
@@ -228,8 +294,29 @@ def percent_text(fraction: float | None) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Print seconds, or a dash where there are none."""
-    return "–" if seconds is None else f"{seconds:.2f} s"
+    """Print seconds, or a dash where there are none.
+
+    Examples
+    --------
+    >>> seconds_text(0.5), seconds_text(12345.6), seconds_text(None)
+    ('0.50 s', '12346 s', '–')
+    """
+    if seconds is None:
+        return "–"
+    return f"{seconds:.{0 if seconds >= MANY_SECONDS else 2}f} s"
+
+
+def joules_text(joules: float | None) -> str:
+    """Print joules, or a dash where there are none.
+
+    Examples
+    --------
+    >>> joules_text(12.345), joules_text(123456), joules_text(None)
+    ('12.3 J', '123 kJ', '–')
+    """
+    if joules is None:
+        return "–"
+    return f"{joules / 1000:.3g} kJ" if joules >= 1000 else f"{joules:.3g} J"  # noqa: PLR2004
 
 
 def ratio_text(ratio: float | None) -> str:

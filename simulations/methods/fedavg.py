@@ -18,11 +18,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from flwr_smartsplit import Task
 from flwr_smartsplit.flower.journal import Journal
 from flwr_smartsplit.flower.records import OURS, record_bytes
 from simulations.experiment import Experiment
-from simulations.method import Method
+from simulations.method import Method, Setting
 from simulations.rows import ACCEPTED, TRAIN
 
 
@@ -106,6 +105,7 @@ class JournalledFedAvg(FedAvg):
             "cause": "",
             "peak_bytes": metrics["device-peak-bytes"],
             "num_examples": metrics["num-examples"],
+            "num_steps": metrics["num-steps"],
             "loss": metrics["loss"],
             "edge_bytes_up": metrics["sent-bytes"],
             "edge_bytes_down": metrics["received-bytes"],
@@ -126,10 +126,9 @@ def payload_bytes(message: Message) -> int:
     return 0 if message.has_error() else record_bytes(message.content)
 
 
-def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strategy:
+def build_strategy(setting: Setting) -> Strategy:
     """Build Flower's FedAvg over everybody."""
-    del task
-    return JournalledFedAvg(experiment, journal=journal)
+    return JournalledFedAvg(setting.experiment, journal=setting.journal)
 
 
 FEDAVG = Method(

@@ -1,6 +1,10 @@
 """A results folder written by hand: two methods, three clients, two rounds."""
 
 import json
+from dataclasses import asdict
+
+from simulations.devices import FleetDevice
+from simulations.summary import PROFILE
 
 KIB = 1024
 BUDGETS_BYTES = {"0": 100, "1": 400 * KIB, "2": None}
@@ -94,4 +98,15 @@ def write_results(folder, **rows_of_methods):
     for method, rows in rows_of_methods.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{method}.jsonl").write_text(lines)
+    return folder
+
+
+def add_clock(folder, profile):
+    """Add the profile and the devices that a clock is made from."""
+    (folder / PROFILE).write_text(profile.to_json())
+    config = json.loads((folder / "config.json").read_text())
+    for client in config["clients"]:
+        device = FleetDevice(name="device", budget_bytes=client["budget_bytes"])
+        client["device"] = asdict(device)
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

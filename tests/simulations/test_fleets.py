@@ -2,12 +2,18 @@
 
 import pytest
 
+from simulations.devices import Needs
 from simulations.experiment import Experiment
 from simulations.fleets import half_weak, unlimited, weak_clients
 from simulations.partitions import Iid
-from simulations.runner import measured_budgets
+from simulations.runner import prepared_fleet
 
 PEAKS = [(1_000_000, 100_000), (1_328_896, 269_824), (134_455_840, 256_384)]
+
+
+def budgets_of(fleet, whole, smallest, num_clients):
+    needs = Needs(whole_peak_bytes=whole, smallest_peak_bytes=smallest)
+    return [device.budget_bytes for device in fleet(needs, num_clients, 0)]
 
 
 def fleet_problems(budgets, whole, smallest):
@@ -32,7 +38,7 @@ def fleet_problems(budgets, whole, smallest):
 def test_half_of_the_fleet_is_weak_and_one_client_fits_nothing(
     whole, smallest, num_clients
 ):
-    budgets = half_weak(whole, smallest, num_clients)
+    budgets = budgets_of(half_weak, whole, smallest, num_clients)
 
     assert len(budgets) == num_clients
     assert fleet_problems(budgets, whole, smallest) == []
@@ -50,18 +56,18 @@ def test_half_of_the_fleet_is_weak_and_one_client_fits_nothing(
     ],
 )
 def test_a_wrong_budget_would_be_noticed(client, budget, words):
-    budgets = list(half_weak(1_000_000, 100_000, 20))
+    budgets = budgets_of(half_weak, 1_000_000, 100_000, 20)
     budgets[client] = budget
 
     assert words in fleet_problems(budgets, 1_000_000, 100_000)
 
 
 def test_two_clients_are_one_hopeless_and_one_strong():
-    assert half_weak(1000, 100, 2) == (50, 1020)
+    assert budgets_of(half_weak, 1000, 100, 2) == [50, 1020]
 
 
 def test_an_unlimited_fleet_has_no_budgets():
-    assert unlimited(1000, 100, 3) == (None, None, None)
+    assert budgets_of(unlimited, 1000, 100, 3) == [None, None, None]
 
 
 def test_budgets_follow_the_predicted_peaks_of_the_model_at_hand():
@@ -69,9 +75,8 @@ def test_budgets_follow_the_predicted_peaks_of_the_model_at_hand():
         name="test", methods=("smartsplit",), fleet=half_weak, partition=Iid()
     )
 
-    budgets = measured_budgets(experiment)
+    prepared = prepared_fleet(experiment)
 
-    assert budgets.smallest_peak_bytes < budgets.whole_peak_bytes
-    assert budgets.budgets_bytes == half_weak(
-        budgets.whole_peak_bytes, budgets.smallest_peak_bytes, 20
-    )
+    assert prepared.needs.smallest_peak_bytes < prepared.needs.whole_peak_bytes
+    assert prepared.devices == half_weak(prepared.needs, 20)
+    assert prepared.clock.devices == prepared.devices

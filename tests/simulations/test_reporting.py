@@ -7,17 +7,34 @@ import re
 import pytest
 from rich.console import Console
 
-from simulations import plots
-from simulations.reporting import comparison_table, html_page, write_reports
+from simulations import plots, time_plots
+from simulations.reporting import (
+    TABLE_COLUMNS,
+    comparison_table,
+    html_page,
+    write_reports,
+)
 from simulations.sections import SECTIONS
 from simulations.summary import read_results
-from tests.simulations.journals import FEDAVG_ROWS, SMARTSPLIT_ROWS, write_results
+from tests.simulations.journals import (
+    FEDAVG_ROWS,
+    SMARTSPLIT_ROWS,
+    add_clock,
+    write_results,
+)
+from tests.simulations.test_clock import PROFILE
 
 
 @pytest.fixture
 def results(tmp_path):
-    rows = {"fedavg": FEDAVG_ROWS, "smartsplit": SMARTSPLIT_ROWS}
-    return read_results(write_results(tmp_path, **rows))
+    rows = {"fedavg": with_steps(FEDAVG_ROWS), "smartsplit": SMARTSPLIT_ROWS}
+    return read_results(add_clock(write_results(tmp_path, **rows), PROFILE))
+
+
+def with_steps(rows):
+    """Let every client make so many steps that a round takes it 0.18 s and latency."""
+    steps = {"route": "whole", "num_steps": 10**6}
+    return [{**row, **steps} if row["kind"] == "client" else row for row in rows]
 
 
 def pictures(page):
@@ -97,6 +114,9 @@ def test_titles_say_what_was_found(results):
             "fedavg: 3 of 3 clients",
             "smartsplit: 1 of 3 clients",
         ]
+        assert titles(time_plots.accuracy_by_simulated_time) == [
+            "Simulated time to 60.0 %: fedavg 0.50 s, smartsplit 0.00 s"
+        ]
 
 
 def test_labels_that_would_overlap_are_moved_apart():
@@ -104,7 +124,7 @@ def test_labels_that_would_overlap_are_moved_apart():
 
 
 def test_the_table_fits_a_terminal_and_holds_the_figures(results):
-    console = Console(width=80, record=True, file=None, quiet=False)
+    console = Console(width=TABLE_COLUMNS, record=True, file=None, quiet=False)
     with console.capture() as capture:
         console.print(comparison_table(results))
     text = capture.get()

@@ -68,7 +68,7 @@ def test_a_new_run_removes_the_journals_of_the_last_and_nothing_else(tmp_path):
 
 
 def test_the_configuration_says_everything_a_run_depends_on(tmp_path):
-    budgets = prepare(DIGITS, tmp_path, provenance=PROVENANCE)
+    prepared = prepare(DIGITS, tmp_path, provenance=PROVENANCE)
 
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["command"] == "python -m simulations run 'a b'"
@@ -76,7 +76,9 @@ def test_the_configuration_says_everything_a_run_depends_on(tmp_path):
     assert config["experiment"]["fleet"] == "half_weak"
     assert config["experiment"]["partition"] == "OwnLabels(num_own=5)"
     assert config["experiment"]["learning_rate"] == DIGITS.learning_rate
-    assert [c["budget_bytes"] for c in config["clients"]] == list(budgets.budgets_bytes)
+    assert [c["budget_bytes"] for c in config["clients"]] == [
+        device.budget_bytes for device in prepared.devices
+    ]
     assert [c["is_weak"] for c in config["clients"]] == [True, True, False, False]
     assert sum(c["num_examples"] for c in config["clients"]) == 1437
     assert config["experiment"].keys() == vars_of(DIGITS)

@@ -9,7 +9,15 @@ from simulations.errors import ExperimentError
 from simulations.rows import MethodRun, read_run
 from simulations.summary import figures_of, read_results, reasons_to_stay_out
 from tests.simulations import journals
-from tests.simulations.journals import FEDAVG_ROWS, KIB, SMARTSPLIT_ROWS, write_results
+from tests.simulations.journals import (
+    FEDAVG_ROWS,
+    KIB,
+    SMARTSPLIT_ROWS,
+    add_clock,
+    client_row,
+    write_results,
+)
+from tests.simulations.test_clock import PROFILE
 
 BUDGETS_BYTES = {k: b for k, b in journals.BUDGETS_BYTES.items() if b is not None}
 
@@ -124,6 +132,34 @@ def test_results_hold_the_methods_that_have_a_journal(tmp_path):
     assert [run.method for run in results.runs] == ["smartsplit"]
     assert results.client_keys == ["0", "1", "2"]
     assert results.budgets_bytes == BUDGETS_BYTES
+
+
+def test_a_folder_with_a_profile_has_simulated_figures(tmp_path):
+    """Only latencies and messages cost much here: 0.07 s, 540,000 B/s, 410,000 B/s."""
+    rows = [
+        client_row(1, "0", route="whole", num_steps=1, bytes_down=540_000),
+        client_row(1, "1", route="whole", num_steps=1, bytes_up=820_000),
+        journals.round_row(1, 9.0, 0),
+        client_row(2, "0", route="whole", num_steps=1, bytes_down=5_400_000),
+        journals.round_row(2, 9.0, 0),
+    ]
+    folder = add_clock(write_results(tmp_path, fedavg=rows), PROFILE)
+
+    found = read_results(folder).figures()["fedavg"]
+
+    assert found.simulated_seconds == pytest.approx(2.07 + 10.07, rel=1e-5)
+    assert found.simulated_seconds_per_round == pytest.approx(6.07, rel=1e-5)
+    assert found.simulated_seconds_slowest_round == pytest.approx(10.07, rel=1e-5)
+    assert found.simulated_device_joules == pytest.approx(2 * 13, rel=1e-5)
+    assert found.simulated_edge_joules == 0.0
+    assert found.seconds_per_round == 9.0
+
+
+def test_a_folder_without_a_profile_has_no_simulated_figures(tmp_path):
+    results = read_results(write_results(tmp_path, fedavg=FEDAVG_ROWS))
+
+    assert results.timelines() == {}
+    assert results.figures()["fedavg"].simulated_seconds is None
 
 
 def test_a_folder_without_results_is_named(tmp_path):

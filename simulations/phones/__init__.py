@@ -1,0 +1,1 @@
+"""A fleet of measured phones, and the tables it is drawn from."""
