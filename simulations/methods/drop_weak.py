@@ -11,23 +11,14 @@ Deep Networks from Decentralized Data. AISTATS 2017. arXiv:1602.05629.
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit import SmartSplit
+from flwr_smartsplit.policy.selection import select_at_random
 from simulations.method import Method, Setting
+from simulations.methods.splitting import split_strategy
 
 
 def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that leaves weak devices out."""
-    experiment = setting.experiment
-    return SmartSplit(
-        task=setting.task,
-        edges=(),
-        recompute=False,
-        seed=experiment.seed,
-        journal=setting.journal,
-        fraction_train=experiment.fraction_train,
-        fraction_evaluate=0.0,
-        min_available_nodes=experiment.num_clients,
-    )
+    return split_strategy(setting, edges=(), recompute=False, select=select_at_random)
 
 
 DROP_WEAK = Method(

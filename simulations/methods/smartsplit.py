@@ -1,8 +1,8 @@
 """SmartSplit: weak devices train the front of the model, an edge the rest.
 
-A reconstruction: the formulas of the paper are not public to us. This file lets every
-sampled client that has a route within its budget take part, on the deepest cut that
-fits.
+A reconstruction: the formulas of the paper are not public to us. Each round it chooses
+clients and routes together, by memory, speed, loss, labels and fairness; an edge moves
+cuts and lets slow, unimportant clients go. The variants leave one part out each.
 
 References
 ----------
@@ -10,25 +10,29 @@ Tian, Li, Tam, Wu, Xu: Breaking the Memory Wall for Heterogeneous Federated Lear
 via Model Splitting. IEEE TPDS 35(12), 2024. arXiv:2410.11577.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit import SmartSplit
-from simulations.clients import EDGES
+from flwr_smartsplit.policy.by_utility import BY_UTILITY, SelectByUtility
+from flwr_smartsplit.policy.surrogate import Surrogate
 from simulations.method import Method, Setting
+from simulations.methods.splitfed import one_cut_for_all
+from simulations.methods.splitting import split_strategy
+
+Change = Callable[[Setting], dict[str, Any]]
 
 
-def build_strategy(setting: Setting) -> Strategy:
+def build_strategy(setting: Setting, *, change: Change | None = None) -> Strategy:
     """Build the strategy that splits models over the devices and one Ray edge."""
-    experiment = setting.experiment
-    return SmartSplit(
-        task=setting.task,
-        edges=EDGES,
-        seed=experiment.seed,
-        journal=setting.journal,
-        fraction_train=experiment.fraction_train,
-        fraction_evaluate=0.0,
-        min_available_nodes=experiment.num_clients,
-    )
+    return split_strategy(setting, **({} if change is None else change(setting)))
+
+
+def _select(rule: SelectByUtility) -> Change:
+    return lambda setting: {"select": rule}
 
 
 SMARTSPLIT = Method(
@@ -36,3 +40,41 @@ SMARTSPLIT = Method(
     summary="who cannot hold the model trains its front, an edge the rest",
     strategy_fn=build_strategy,
 )
+
+VARIANTS = tuple(
+    Method(
+        name=f"smartsplit_{name}",
+        summary=f"smartsplit {summary}",
+        strategy_fn=partial(build_strategy, change=change),
+    )
+    for name, summary, change in (
+        (
+            "surrogate",
+            "with a Gaussian process that learns what choices bring",
+            _select(replace(BY_UTILITY, surrogate=Surrogate())),
+        ),
+        (
+            "no_loss",
+            "without statistical utility",
+            _select(replace(BY_UTILITY, loss=0.0)),
+        ),
+        (
+            "no_speed",
+            "without the speed of devices",
+            _select(replace(BY_UTILITY, speed=0.0)),
+        ),
+        (
+            "no_labels",
+            "without label coverage",
+            _select(replace(BY_UTILITY, coverage=0.0)),
+        ),
+        ("no_fairness", "without fairness", _select(replace(BY_UTILITY, waiting=0.0))),
+        ("no_recompute", "without recomputation", lambda setting: {"recompute": False}),
+        (
+            "one_cut",
+            "with one cut for all devices",
+            lambda setting: {"choose_route": one_cut_for_all(setting)},
+        ),
+    )
+)
+"""SmartSplit with one part less, or more, for the ablation."""
