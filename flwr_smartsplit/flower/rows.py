@@ -16,7 +16,7 @@ FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
     predicted_peak_bytes peak_bytes resident_growth_bytes num_steps num_threads loss
     seconds bytes_down bytes_up edge_bytes_up edge_bytes_down moves replans
-    recompute""".split()
+    released recompute""".split()
 )
 """The keys of a client's row; all others are the task's metrics."""
 
@@ -121,7 +121,8 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
 
 
 def _measured(report: StepReport) -> Row:
-    changes = {
+    changes: Row = {
+        "released": report.released,
         "moves": [asdict(move) for move in report.moves],
         "replans": [asdict(replan) for replan in report.replans],
     }

@@ -1,0 +1,69 @@
+"""Tally: what adds up while a client goes through its batches."""
+
+import math
+from collections.abc import Mapping
+
+from flwr_smartsplit.types import StepReport
+
+
+class Tally:
+    """Count a client's steps, examples, losses and metrics."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.num_examples = 0
+        self.released = ""
+        self._by_epoch: list[int] = []
+        self._sums: dict[str, float] = {"loss": 0.0}
+        self._squared_loss = 0.0
+
+    def begin_epoch(self) -> None:
+        """Count what comes to another pass over the examples."""
+        self._by_epoch.append(0)
+
+    def count(self, num_examples: int, values: Mapping[str, float]) -> None:
+        """Count one step.
+
+        Parameters
+        ----------
+        num_examples : int
+            Its examples.
+        values : Mapping[str, float]
+            Means over them: the loss, and metrics by name.
+        """
+        self.num_steps += 1
+        self.num_examples += num_examples
+        if self._by_epoch:
+            self._by_epoch[-1] += num_examples
+        self._squared_loss += float(values["loss"]) ** 2 * num_examples
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value) * num_examples
+
+    @property
+    def loss_sum(self) -> float:
+        """The losses of all examples."""
+        return self._sums["loss"]
+
+    def report(self, *, num_epochs: int) -> StepReport:
+        """Sum up; a client that was released counts the passes it began.
+
+        Parameters
+        ----------
+        num_epochs : int
+            Passes over the examples that were planned.
+        """
+        num_examples = self.num_examples // num_epochs
+        if self.released:
+            begun = [each for each in self._by_epoch if each]
+            num_examples, num_epochs = begun[0], len(begun)
+        total = max(self.num_examples, 1)
+        means = {name: summed / total for name, summed in self._sums.items()}
+        return StepReport(
+            num_examples=num_examples,
+            num_epochs=num_epochs,
+            num_steps=self.num_steps,
+            loss=means.pop("loss"),
+            loss_rms=math.sqrt(self._squared_loss / total),
+            metrics=means,
+            released=self.released,
+        )
