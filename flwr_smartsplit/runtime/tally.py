@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from flwr_smartsplit.types import StepReport
+from flwr_smartsplit.types import Advice, Move, Replan, StepReport, Wish
 
 
 class Tally:
@@ -13,6 +13,8 @@ class Tally:
         self.num_steps = 0
         self.num_examples = 0
         self.released = ""
+        self._moves: list[Move] = []
+        self._replans: list[Replan] = []
         self._by_epoch: list[int] = []
         self._sums: dict[str, float] = {"loss": 0.0}
         self._squared_loss = 0.0
@@ -38,6 +40,22 @@ class Tally:
         self._squared_loss += float(values["loss"]) ** 2 * num_examples
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * num_examples
+
+    def move(self, before: int, after: int, reason: str) -> None:
+        """Note that the cut has moved."""
+        move = Move(step=self.num_steps, before=before, after=after, reason=reason)
+        self._moves.append(move)
+
+    def replan(self, before: str, after: str, reason: str) -> None:
+        """Note that other units run twice from now on."""
+        replan = Replan(step=self.num_steps, before=before, after=after, reason=reason)
+        self._replans.append(replan)
+
+    def is_released(self, advice: Advice | None) -> bool:
+        """Say whether the edge has let this client stop, and note why."""
+        if advice is not None and advice.wish is Wish.RELEASE:
+            self.released = advice.reason
+        return bool(self.released)
 
     @property
     def loss_sum(self) -> float:
@@ -65,5 +83,7 @@ class Tally:
             loss=means.pop("loss"),
             loss_rms=math.sqrt(self._squared_loss / total),
             metrics=means,
+            moves=tuple(self._moves),
+            replans=tuple(self._replans),
             released=self.released,
         )

@@ -160,7 +160,7 @@ def _trained(
     for epoch in range(conditions.local_epochs):
         walk.tally.begin_epoch()
         for batch in walk.streams.batches(loader, epoch):
-            if walk.is_released():
+            if walk.tally.is_released(walk.advice):
                 break
             if conditions.between_steps is not None:
                 conditions.between_steps(walk)

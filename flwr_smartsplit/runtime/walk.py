@@ -43,12 +43,9 @@ from flwr_smartsplit.types import (
     Advice,
     ClientPlan,
     Leg,
-    Move,
     Receipt,
     RecomputePlan,
-    Replan,
     StepReport,
-    Wish,
 )
 
 State = Mapping[str, npt.NDArray[Any]]
@@ -95,8 +92,6 @@ class Walk:
         self._link: EdgeLink | None = None
         self._slices: Slices | None = None
         self._norm: float | None = None
-        self._moves: list[Move] = []
-        self._replans: list[Replan] = []
 
     def open(self, state: State, connect: Connect, *, token: str) -> None:
         """Build the device's segments under the cap, and those at the edges.
@@ -147,12 +142,6 @@ class Walk:
         """How many steps are done."""
         return self.tally.num_steps
 
-    def is_released(self) -> bool:
-        """Say whether the edge has let this client stop, and note why."""
-        if self.advice is not None and self.advice.wish is Wish.RELEASE:
-            self.tally.released = self.advice.reason
-        return bool(self.tally.released)
-
     @property
     def live_bytes(self) -> int:
         """What this client's tensors take now, also where its cap looks at none."""
@@ -181,13 +170,7 @@ class Walk:
             return
         for leg in self.route.device_legs(len(self._chain)):
             recompute.within(leg.start, leg.stop)
-        replan = Replan(
-            step=self.num_steps,
-            before=str(self.recompute),
-            after=str(recompute),
-            reason=reason,
-        )
-        self._replans.append(replan)
+        self.tally.replan(str(self.recompute), str(recompute), reason)
         self.recompute = recompute
         for runner in self._runners:
             runner.recompute = recompute
@@ -218,7 +201,7 @@ class Walk:
         EdgeError
             If the edge fails, and with it this client's part of the round.
         """
-        before, step = self.route, self.num_steps
+        before = self.route
         route = before.with_first_cut(cut)
         route.legs(len(self._chain))
         if route == before:
@@ -226,8 +209,7 @@ class Walk:
         self._runners[0] = self._moved(before.cuts[0], cut)
         self.route = route
         self.cap.start_over()
-        move = Move(step=step, before=before.cuts[0], after=cut, reason=reason)
-        self._moves.append(move)
+        self.tally.move(before.cuts[0], cut, reason)
         self.replan(recompute, reason=reason)
 
     def seal(self) -> tuple[Receipt, ...]:
@@ -257,8 +239,6 @@ class Walk:
             sent_bytes=sent,
             received_bytes=received,
             num_threads=torch.get_num_threads(),
-            moves=tuple(self._moves),
-            replans=tuple(self._replans),
             step_seconds=self.pace.mean(self.route, self.recompute) or 0.0,
         )
 

@@ -3,6 +3,7 @@
 import pytest
 
 from flwr_smartsplit.runtime.tally import Tally
+from flwr_smartsplit.types import Advice, Move, Replan, Wish
 
 
 def counted(*sizes: list[int], released: str = "") -> Tally:
@@ -47,6 +48,27 @@ def test_who_is_released_counts_what_it_trained_on(
     report = counted(*sizes, released="slow").report(num_epochs=5)
     assert (report.num_examples, report.num_epochs) == expected
     assert report.released == "slow"
+
+
+def test_what_changed_is_noted_with_the_step() -> None:
+    """In order."""
+    tally = counted([4, 4])
+    tally.move(5, 3, "slow")
+    tally.replan("none", "[0:3]", "tight")
+    report = tally.report(num_epochs=1)
+    assert report.moves == (Move(step=2, before=5, after=3, reason="slow"),)
+    after = Replan(step=2, before="none", after="[0:3]", reason="tight")
+    assert report.replans == (after,)
+
+
+def test_only_one_kind_of_advice_is_a_release() -> None:
+    """It stays one, and its reason is kept."""
+    tally = counted([4])
+    assert not tally.is_released(None)
+    assert not tally.is_released(Advice(Wish.EARLIER, "slow"))
+    assert tally.is_released(Advice(Wish.RELEASE, "too slow"))
+    assert tally.is_released(None)
+    assert tally.report(num_epochs=1).released == "too slow"
 
 
 def test_nothing_is_no_reason_to_divide_by_it() -> None:
