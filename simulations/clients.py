@@ -13,6 +13,7 @@ from flwr.app import Context
 
 from flwr_smartsplit import MemoryBudget, RayEdge, SmartSplitNumPyClient, Task
 from flwr_smartsplit.types import DeviceTraits
+from simulations.clock import Clock
 from simulations.data import client_indices, input_shape, load_images, train_loader
 from simulations.devices import FleetDevice
 from simulations.experiment import Experiment
@@ -57,7 +58,11 @@ class CycledBudget(MemoryBudget):
 
 
 def build_client(
-    context: Context, *, experiment: Experiment, devices: Sequence[FleetDevice]
+    context: Context,
+    *,
+    experiment: Experiment,
+    devices: Sequence[FleetDevice],
+    clock: Clock,
 ) -> SmartSplitNumPyClient:
     """Build the client of one partition.
 
@@ -70,6 +75,8 @@ def build_client(
     devices : Sequence[FleetDevice]
         Every client's. A strategy that knows no budgets, such as Flower's FedAvg, has
         whole models trained without a cap.
+    clock : Clock
+        Says how long a step takes on its device.
     """
     client = int(context.node_config["partition-id"])
     return SmartSplitNumPyClient(
@@ -79,6 +86,7 @@ def build_client(
         budget_bytes=budget_of(devices[client]),
         edges=EDGES,
         traits=traits_of(experiment, client, devices[client]),
+        step_seconds=clock.step_seconds,
         seed=experiment.seed,
     )
 

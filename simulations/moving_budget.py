@@ -79,7 +79,7 @@ class Follower:
 
     def __call__(self, walk: Walk) -> None:
         """Note how the last step went; then adapt."""
-        self.losses.append(walk._sums["loss"])
+        self.losses.append(walk.tally.loss_sum)
         self.peaks.append(walk.cap.peak_bytes)
         if self._adapter is not None:
             self._adapter(walk)

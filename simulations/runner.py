@@ -178,7 +178,12 @@ def run_methods(
             )
             run_method(METHODS[name], setting, grid, on_round=on_round)
 
-    client_fn = partial(build_client, experiment=experiment, devices=prepared.devices)
+    client_fn = partial(
+        build_client,
+        experiment=experiment,
+        devices=prepared.devices,
+        clock=prepared.clock,
+    )
     run_simulation(
         server_app=server_app,
         client_app=build_client_app(client_fn),

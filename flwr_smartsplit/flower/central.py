@@ -6,7 +6,7 @@ the messages is the strategies' business. So the same replies give the same bits
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO, getLogger
 from random import Random
 from typing import Any
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.dispatch import Dispatch, Sent, device_names, returned
 from flwr_smartsplit.flower.journal import Journal
-from flwr_smartsplit.flower.observing import observed
+from flwr_smartsplit.flower.observing import cohort_in, observed
 from flwr_smartsplit.flower.records import plain_values
 from flwr_smartsplit.flower.round_log import RoundLog
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer
@@ -138,10 +138,19 @@ class CentralManager:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
         dispatch = Dispatch(phase.round_number, phase.is_train, started)
+        cohort = None
+        if phase.is_train and self.settings.refine:
+            cohort = cohort_in(plan.assignments, clients, self.history)
         for assignment in plan.assignments:
-            client_plan = self._client_plan(assignment, phase, addresses)
+            key = assignment.client_key
+            client_plan = replace(
+                self._client_plan(assignment, phase, addresses),
+                cohort=cohort,
+                importance=self.history.importance.get(key, 0.0),
+                num_examples=clients[key].num_examples,
+            )
             names = device_names(client_plan, self.chain)
-            dispatch.sent[assignment.client_key] = Sent(
+            dispatch.sent[key] = Sent(
                 client_plan,
                 names,
                 returned(names, self.task.is_local),

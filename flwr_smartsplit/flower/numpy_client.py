@@ -28,6 +28,7 @@ from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.cap import CapMode
 from flwr_smartsplit.runtime.adapting import Adapter
 from flwr_smartsplit.runtime.budget import MemoryBudget, as_budget
+from flwr_smartsplit.runtime.pace import StepSeconds
 from flwr_smartsplit.runtime.training import (
     Conditions,
     Loader,
@@ -88,6 +89,9 @@ class SmartSplitNumPyClient(NumPyClient):
         Whether nothing but this client uses its process's memory. Training then also
         measures the resident set, and lets the system refuse what goes over the
         plan's budget and a slack of 32 MiB.
+    step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
+        Says what a training step takes this device, as a simulation knows it; without
+        it, the steps are measured. Edges compare it with other clients'.
     seed : int
         Root of the random streams under a stock strategy; ``SmartSplit`` sends its own.
     context : Context, optional
@@ -112,6 +116,7 @@ class SmartSplitNumPyClient(NumPyClient):
         cap_mode: CapMode | str = CapMode.SAMPLED,
         meter_every: int = 50,
         owns_process: bool = False,
+        step_seconds: StepSeconds | None = None,
         seed: int = 0,
         context: Context | None = None,
     ) -> None:
@@ -139,6 +144,7 @@ class SmartSplitNumPyClient(NumPyClient):
             meter_every=meter_every,
             local_epochs=local_epochs,
             owns_process=owns_process,
+            step_seconds=step_seconds,
         )
 
     @property
@@ -151,7 +157,7 @@ class SmartSplitNumPyClient(NumPyClient):
         """Do this client's part of a training round."""
         state = {**state, **self._local(plan)}
         conditions = self._conditions
-        if self._moves and not _is_stock(plan):
+        if not _is_stock(plan) and (self._moves or plan.cohort is not None):
             size = self._profile.batch_size
             adapter = Adapter(self._budget, self.task, batch_size=size)
             conditions = replace(conditions, between_steps=adapter)

@@ -1,10 +1,18 @@
-"""What a round's replies teach the selections to come."""
+"""What a round's replies teach the selections to come, and edges about cohorts."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from flwr_smartsplit.flower.dispatch import Dispatch
-from flwr_smartsplit.policy.history import Observation
-from flwr_smartsplit.types import ClientPlan, ClientReply, StepReport
+from flwr_smartsplit.policy.history import History, Observation
+from flwr_smartsplit.policy.refine import cohort_of
+from flwr_smartsplit.types import (
+    Assignment,
+    ClientPlan,
+    ClientReply,
+    Cohort,
+    DeviceProfile,
+    StepReport,
+)
 
 ClientSeconds = Callable[[ClientPlan, StepReport], float]
 """Says how long a client's part of a round took."""
@@ -48,6 +56,35 @@ def observed(
             loss_rms=report.loss_rms,
             loss_drop=report.loss_drop,
             seconds=seconds,
+            step_seconds=report.step_seconds if client_seconds is not None else None,
             edge=edges[0] if edges else None,
             features=sent.assignment.features,
         )
+
+
+def cohort_in(
+    assignments: Iterable[Assignment],
+    devices: Mapping[str, DeviceProfile],
+    history: History,
+) -> Cohort | None:
+    """Sum up who was chosen, for edges to compare with; None without any speeds.
+
+    Parameters
+    ----------
+    assignments : Iterable[Assignment]
+        Who was chosen.
+    devices : Mapping[str, DeviceProfile]
+        What they say of themselves, by client_key.
+    history : History
+        What they did before.
+    """
+    pairs = []
+    for each in assignments:
+        key, seconds = each.client_key, each.predicted_seconds
+        seen = history.latest.get(key)
+        if seconds is not None:
+            seconds /= max(devices[key].num_steps, 1)
+        elif seen is not None:
+            seconds = seen.step_seconds
+        pairs.append((seconds, history.importance.get(key)))
+    return cohort_of(pairs)

@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.types import (
     ClientPlan,
+    Cohort,
     DeviceProfile,
     DeviceTraits,
     Link,
@@ -215,6 +216,7 @@ def plan_to_scalars(plan: ClientPlan) -> Scalars:
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
     values["route"] = {"cuts": plan.route.cuts, "places": plan.route.places}
     values["recompute"] = plan.recompute.to_lists()
+    values["cohort"] = None if plan.cohort is None else asdict(plan.cohort)
     return {_PLAN: json.dumps(values)}
 
 
@@ -223,10 +225,11 @@ def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
     if _PLAN not in config:
         return None
     values = json.loads(str(config[_PLAN]))
-    route = values.pop("route")
+    route, cohort = values.pop("route"), values.pop("cohort", None)
     return ClientPlan(
         route=Route(tuple(route["cuts"]), tuple(route["places"])),
         recompute=RecomputePlan.from_lists(values.pop("recompute")),
+        cohort=None if cohort is None else Cohort(**cohort),
         **values,
     )
 

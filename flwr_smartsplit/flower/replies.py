@@ -229,6 +229,8 @@ def _check_types(report: StepReport) -> None:
         value, wanted = getattr(report, field.name), type(field.default)
         if field.name == "resident_growth_bytes" and value is not None:
             wanted = int
+        if wanted is str and not isinstance(value, str):
+            raise TypeError(f"{field.name} is {value!r}, not text")
         if wanted in (int, float) and not _is_number(value, wanted):
             raise TypeError(f"{field.name} is {value!r}, not {wanted.__name__}")
     metrics: Any = report.metrics

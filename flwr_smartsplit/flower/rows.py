@@ -21,7 +21,7 @@ FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
     predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
     num_steps num_threads loss loss_rms loss_drop seconds bytes_down bytes_up
-    edge_bytes_up edge_bytes_down moves replans recompute""".split()
+    edge_bytes_up edge_bytes_down moves replans released recompute""".split()
 )
 """The keys of a client's row; all others are the task's metrics."""
 
@@ -127,7 +127,8 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
 
 
 def _measured(report: StepReport) -> Row:
-    changes = {
+    changes: Row = {
+        "released": report.released,
         "moves": [asdict(move) for move in report.moves],
         "replans": [asdict(replan) for replan in report.replans],
     }

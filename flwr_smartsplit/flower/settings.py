@@ -32,6 +32,8 @@ class Settings:
         How many units a cut leaves on the device at least.
     recompute : bool
         Whether a device may recompute activations.
+    refine : bool
+        Whether edges may move cuts and release slow, unimportant clients in a round.
     client_seconds : Callable[[ClientPlan, StepReport], float], optional
         How long a client's part took, for the selections to come.
     server_optimizer : FedAvg, optional
@@ -50,6 +52,7 @@ class Settings:
     choose_route: ChooseRoute | None = None
     min_device_units: int = 1
     recompute: bool = True
+    refine: bool = True
     client_seconds: ClientSeconds | None = None
     server_optimizer: FedAvg | None = None
     journal: str | Path | None = DEFAULT_JOURNAL

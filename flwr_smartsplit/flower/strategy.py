@@ -78,6 +78,8 @@ class SmartSplit(Strategy):
         How many units a cut leaves on the device at least: shallow boundaries leak.
     recompute : bool
         Whether a device may recompute activations.
+    refine : bool
+        Whether edges may move cuts and release slow, unimportant clients in a round.
     client_seconds : Callable[[ClientPlan, StepReport], float], optional
         How long a client's part took, for the selections to come, such as
         ``measured_seconds``; by default as long as was predicted from its traits.
@@ -113,6 +115,7 @@ class SmartSplit(Strategy):
         choose_route: ChooseRoute | None = None,
         min_device_units: int = 1,
         recompute: bool = True,
+        refine: bool = True,
         client_seconds: ClientSeconds | None = None,
         server_optimizer: FedAvg | None = None,
         journal: str | Path | None = DEFAULT_JOURNAL,
@@ -153,6 +156,7 @@ class SmartSplit(Strategy):
                 choose_route=choose_route,
                 min_device_units=min_device_units,
                 recompute=recompute,
+                refine=refine,
                 client_seconds=client_seconds,
                 server_optimizer=server_optimizer,
                 journal=journal,

@@ -7,7 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.errors import RefusedReply
-from flwr_smartsplit.types import ClientReply, Expectation, Failure, Status
+from flwr_smartsplit.types import (
+    ClientReply,
+    Expectation,
+    Failure,
+    Status,
+    StepReport,
+)
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -135,8 +141,7 @@ def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:
                 f"{len(receipt.names)} names; {tail.session} with {len(tail.names)} "
                 "was expected.",
             )
-        stepped = reply.report.num_examples * reply.report.num_epochs
-        if receipt.num_examples != stepped:
+        if not _are_steps_of(reply.report, receipt.num_examples):
             raise _refused(
                 "refused",
                 f"client {key!r} claims {reply.report.num_examples} examples in "
@@ -149,6 +154,17 @@ def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:
                 f"client {key!r} did {reply.report.num_steps} steps, its tail at "
                 f"{place!r} did {receipt.num_steps}.",
             )
+
+
+def _are_steps_of(report: StepReport, num_stepped: int) -> bool:
+    """Say whether passes over a client's examples come to so many in all.
+
+    The last pass of a client that was released may have ended early.
+    """
+    all_passes = report.num_examples * report.num_epochs
+    if not report.released or report.num_epochs == 1:
+        return num_stepped == all_passes
+    return all_passes - report.num_examples < num_stepped <= all_passes
 
 
 def _refused(kind: str, message: str) -> RefusedReply:

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
+from flwr_smartsplit.policy.refine import importance_of
+
 WINDOW = 400
 """So many observations are kept for the surrogate: what is older says little."""
-
-EMA = 0.7
-"""Share of the old value in a client's importance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +28,8 @@ class Observation:
         How much lower the loss was in the second half of its steps than in the first.
     seconds : float or None
         How long it took; None if nobody says so.
+    step_seconds : float or None
+        How long one of its steps took at the end; None if nobody says so.
     edge : str or None
         The first edge on its route.
     features : tuple[float, ...]
@@ -41,6 +42,7 @@ class Observation:
     loss_rms: float
     loss_drop: float = 0.0
     seconds: float | None = None
+    step_seconds: float | None = None
     edge: str | None = None
     features: tuple[float, ...] = ()
 
@@ -84,8 +86,11 @@ class History:
         seen = list(observations)
         importance = dict(self.importance)
         for each in seen:
-            before = importance.get(each.client_key, each.importance)
-            importance[each.client_key] = EMA * before + (1 - EMA) * each.importance
+            importance[each.client_key] = importance_of(
+                each.num_examples,
+                each.loss_rms,
+                before=importance.get(each.client_key, 0.0),
+            )
         return type(self)(
             latest={**self.latest, **{each.client_key: each for each in seen}},
             importance=importance,

@@ -1,4 +1,4 @@
-"""Adapter: keeps a client within a budget that moves, between its steps."""
+"""Adapter: follows a budget that moves, and the edge's wishes, between two steps."""
 
 from dataclasses import dataclass, replace
 
@@ -7,10 +7,12 @@ from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.model.costs import profile_chain
 from flwr_smartsplit.model.profile_cache import profile_digest
 from flwr_smartsplit.policy.adapting import Change, Standing, adapted, is_calm
+from flwr_smartsplit.policy.following import Way, followed, scaled
+from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.runtime.budget import MemoryBudget
 from flwr_smartsplit.runtime.walk import Walk
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile
+from flwr_smartsplit.types import ChainProfile, Wish
 
 _profiles: dict[str, ChainProfile] = {}
 
@@ -24,8 +26,19 @@ class _Known:
     room_bytes: float = float("inf")
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """What a device does as long as its budget allows it, and needs for it."""
+
+    way: Way
+    peak_bytes: int | None
+
+
 class Adapter:
-    """Read a budget before each step, and change plan and cut as it says.
+    """Change plan and cut between steps, as a budget and the edge's advice say.
+
+    The budget says what is possible, the edge what is planned: where a cut has moved
+    by its advice, that is the route which the device goes back to.
 
     Parameters
     ----------
@@ -45,6 +58,7 @@ class Adapter:
         self._is_fixed = False
         self._profile: ChainProfile | None = None
         self._known = _Known()
+        self._planned: _Planned | None = None
 
     def __call__(self, walk: Walk) -> None:
         """Adapt a walk before its next step.
@@ -58,11 +72,10 @@ class Adapter:
             step=walk.num_steps, live_bytes=walk.live_bytes
         )
         walk.cap.limit(budget_bytes)
+        self._follow(walk, budget_bytes)
         if self._is_at_ease(walk, budget_bytes):
             return
-        if self._profile is None:
-            self._profile = profile_of(self._task, batch_size=self._batch_size)
-        profile, standing = self._profile, self._standing(walk)
+        profile, standing = self._costs(), self._standing(walk)
         change = adapted(profile, standing, budget_bytes)
         if change is not None and not self._is_done(walk, change):
             # The cut stays where it is; what is left are tighter plans.
@@ -74,15 +87,51 @@ class Adapter:
         is_room = change is None and self._is_calm(profile, standing, budget_bytes)
         self._calm_steps = self._calm_steps + 1 if is_room else 0
 
+    def _costs(self) -> ChainProfile:
+        """Find the chain's costs the first time that they are needed."""
+        if self._profile is None:
+            self._profile = profile_of(self._task, batch_size=self._batch_size)
+        return self._profile
+
+    def _follow(self, walk: Walk, budget_bytes: int | None) -> None:
+        """Move the cut where the edge would have it, if it can go there."""
+        advice, cohort = walk.advice, walk.plan.cohort
+        if advice is None or advice.wish is Wish.RELEASE or cohort is None:
+            return
+        profile, way = self._costs(), (walk.route, walk.recompute)
+        seconds_of = walk.pace.given or scaled(
+            profile, way, walk.pace.latest(*way) or 0.0
+        )
+        found = followed(
+            profile,
+            way,
+            advice.wish,
+            budget_bytes=budget_bytes,
+            cohort=cohort,
+            seconds_of=seconds_of,
+        )
+        if found is None:
+            return
+        change = Change(route=found[0], recompute=found[1], reason=advice.reason)
+        is_new = advice.wish is Wish.EARLIER or (
+            found[0].cuts > self._plan(walk).way[0].cuts
+        )
+        if self._is_done(walk, change) and is_new:
+            self._planned = _Planned(found, predicted_peak_bytes(profile, *found))
+
+    def _plan(self, walk: Walk) -> _Planned:
+        """Say what is planned: what the strategy did, or the edge since."""
+        plan = walk.plan
+        return self._planned or _Planned(
+            (plan.route, plan.recompute), plan.predicted_peak_bytes
+        )
+
     def _is_at_ease(self, walk: Walk, budget_bytes: int | None) -> bool:
         """Say whether all is as planned and fits, so that no costs are needed."""
-        is_planned = (walk.route, walk.recompute) == (
-            walk.plan.route,
-            walk.plan.recompute,
-        )
-        needed = walk.plan.predicted_peak_bytes
+        planned = self._plan(walk)
+        needed = planned.peak_bytes
         fits = budget_bytes is None or (needed is not None and needed <= budget_bytes)
-        return is_planned and fits
+        return (walk.route, walk.recompute) == planned.way and fits
 
     def _is_calm(
         self, profile: ChainProfile, standing: Standing, budget_bytes: int | None
@@ -110,7 +159,7 @@ class Adapter:
 
     def _standing(self, walk: Walk) -> Standing:
         return Standing(
-            planned=walk.plan.route,
+            planned=self._plan(walk).way[0],
             route=walk.route,
             recompute=walk.recompute,
             calm_steps=self._calm_steps,

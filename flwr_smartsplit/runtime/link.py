@@ -65,6 +65,9 @@ def opening_of(
         onward=onward,
         is_trained=is_trained,
         token=token,
+        cohort=plan.cohort if is_trained and leg.start == plan.route.cuts[0] else None,
+        importance=plan.importance,
+        num_examples=plan.num_examples,
     )
 
 
@@ -91,6 +94,8 @@ class EdgeLink:
         boundary: tuple[WireTensor, ...],
         targets: WireTensor,
         norm: float | None,
+        *,
+        step_seconds: float | None = None,
     ) -> wire.Stepped:
         """Have the rest of a step done."""
         return self._transport.send(
@@ -102,6 +107,7 @@ class EdgeLink:
                 context=boundary[1:],
                 targets=targets,
                 norm=norm,
+                step_seconds=step_seconds,
             )
         )
 
@@ -175,7 +181,12 @@ class EdgeLink:
         )
 
     def train_parts(
-        self, step: int, targets: WireTensor, norm: float | None
+        self,
+        step: int,
+        targets: WireTensor,
+        norm: float | None,
+        *,
+        step_seconds: float | None = None,
     ) -> messages.PartsStepped:
         """Have the rest of a step done whose boundary was sent in parts."""
         return self._transport.send(
@@ -185,6 +196,7 @@ class EdgeLink:
                 step=step,
                 targets=targets,
                 norm=norm,
+                step_seconds=step_seconds,
             )
         )
 

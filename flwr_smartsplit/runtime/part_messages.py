@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.types import Advice
 
 PER_STEP = 2  # A step has two halves in the order of messages: there, and back.
 
@@ -59,6 +60,7 @@ class PartsStepped:
 
     loss: float
     norms: Mapping[str, float] = field(default_factory=dict)
+    advice: Advice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ class TrainParts(wire.Request[PartsStepped]):
     step: int
     targets: WireTensor
     norm: float | None = None
+    step_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

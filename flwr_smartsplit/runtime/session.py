@@ -17,6 +17,7 @@ from flwr_smartsplit.model.carrying import Make
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import Batch, Boundary, as_boundary
+from flwr_smartsplit.policy.refine import Progress, advised, changed, updated
 from flwr_smartsplit.runtime import part_messages as messages
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.link import EdgeLink, packed, unpacked
@@ -24,6 +25,7 @@ from flwr_smartsplit.runtime.moving import MoveCut, Moved, checksum, moved_sessi
 from flwr_smartsplit.runtime.part_messages import PER_STEP, place_of
 from flwr_smartsplit.runtime.parts import Parts
 from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.types import Advice
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Session:
     onward: EdgeLink | None
     num_examples: int = 0
     start: int = field(init=False)
+    progress: Progress = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _next: int = 0
     _parts: Parts = field(default_factory=Parts)
@@ -61,6 +64,10 @@ class Session:
     def __post_init__(self) -> None:
         """Begin where the opening says; a move changes it."""
         self.start = self.opened.start
+        self.progress = Progress(
+            num_examples=self.opened.num_examples,
+            importance_before=self.opened.importance,
+        )
 
     @property
     def num_steps(self) -> int:
@@ -143,6 +150,7 @@ class Session:
             self.runner, chain, units, request, make=make
         )
         self.start = request.start
+        self.progress = changed(self.progress)
         self._num_moves += 1
         self._last_move = code, reply
         return reply
@@ -179,7 +187,26 @@ class Session:
         if isinstance(request, wire.TrainStep):
             return stepped
         self._parts.keep(stepped.gradient)
-        return messages.PartsStepped(stepped.loss, stepped.norms)
+        return messages.PartsStepped(stepped.loss, stepped.norms, stepped.advice)
+
+    def _advice(
+        self, request: wire.TrainStep | messages.TrainParts, loss: float
+    ) -> Advice | None:
+        """Judge the client by this step too, and say what it should change."""
+        cohort = self.opened.cohort
+        if cohort is None:
+            return None
+        self.progress = updated(
+            self.progress,
+            cohort,
+            loss=loss,
+            num_examples=request.targets.shape[0],
+            step_seconds=request.step_seconds,
+        )
+        advice = advised(self.progress, cohort)
+        if advice is not None:
+            self.progress = changed(self.progress)
+        return advice
 
     def _train(self, request: wire.TrainStep | messages.TrainParts) -> wire.Stepped:
         self.num_examples += request.targets.shape[0]
@@ -190,15 +217,17 @@ class Session:
                 step=request.step,
                 inputs_are_boundary=True,
             )
-            norms = self.runner.gradient_norms()
-            return wire.Stepped(float(loss), _packed_gradient(gradient), norms)
+            mean_loss, norms = float(loss), self.runner.gradient_norms()
+            advice = self._advice(request, mean_loss)
+            return wire.Stepped(mean_loss, _packed_gradient(gradient), norms, advice)
         boundary = packed(self._enter(request))
         stepped = self.onward.train(
             request.step, boundary, request.targets, request.norm
         )
         gradient = self.runner.backward(stepped.gradient.unpack)
         norms = {**stepped.norms, **self.runner.gradient_norms()}
-        return wire.Stepped(stepped.loss, _packed_gradient(gradient), norms)
+        advice = self._advice(request, stepped.loss)
+        return wire.Stepped(stepped.loss, _packed_gradient(gradient), norms, advice)
 
     def _forward(self, request: wire.ForwardStep) -> wire.Forwarded:
         self.num_examples += request.num_examples
@@ -239,7 +268,7 @@ def _packed_gradient(gradient: Tensor | None) -> WireTensor:
 
 def _checksum(request: Any) -> int:
     """Tell a repeated message from a changed one."""
-    names = ("norm", "num_examples", "stop")
+    names = ("norm", "num_examples", "stop", "step_seconds")
     values = [getattr(request, name, None) for name in names]
     checksum = zlib.crc32(f"{type(request).__name__} {values}".encode())
     for tensor in _tensors(request):

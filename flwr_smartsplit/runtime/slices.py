@@ -32,7 +32,13 @@ class Slices:
         return self._runner.covers(targets)
 
     def train(
-        self, inputs: Batch, targets: Tensor, *, step: int, norm: float | None
+        self,
+        inputs: Batch,
+        targets: Tensor,
+        *,
+        step: int,
+        norm: float | None,
+        step_seconds: float | None = None,
     ) -> PartsStepped:
         """Do one training step; the front's update may have to wait for its norm."""
         link, num_examples = self._link, int(targets.shape[0])
@@ -46,7 +52,8 @@ class Slices:
             return link.gradient_part(step, start, stop).unpack()
 
         self._runner.forward(inputs, step=step, send=send)
-        stepped = link.train_parts(step, WireTensor.pack(targets), norm)
+        labels = WireTensor.pack(targets)
+        stepped = link.train_parts(step, labels, norm, step_seconds=step_seconds)
         self._runner.backward(inputs, step=step, receive=receive)
         return stepped
 

@@ -25,6 +25,7 @@ from flwr_smartsplit.errors import (
 from flwr_smartsplit.model.cap import CapMode, MemoryCap
 from flwr_smartsplit.model.segment import Batch
 from flwr_smartsplit.runtime.link import Connect
+from flwr_smartsplit.runtime.pace import Pace, StepSeconds
 from flwr_smartsplit.runtime.process_memory import (
     KERNEL_SLACK_BYTES,
     MemoryGrowth,
@@ -67,6 +68,9 @@ class Conditions:
     between_steps : Callable[[Walk], None], optional
         Called before each training step; it may move the walk's cut or have more run
         twice, as an ``Adapter`` does.
+    step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
+        Says what a training step takes, as a simulation knows it; without it, the
+        clock measures.
     """
 
     task: Task
@@ -77,6 +81,7 @@ class Conditions:
     owns_process: bool = False
     clock: Callable[[], float] = time.perf_counter
     between_steps: Callable[[Walk], None] | None = None
+    step_seconds: StepSeconds | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
@@ -150,10 +155,13 @@ def train_locally(
 def _trained(
     walk: Walk, state: State, loader: Loader, conditions: Conditions
 ) -> Outcome:
-    """Take all steps of a round, or raise."""
+    """Take all steps of a round, or those until the edge has enough, or raise."""
     walk.open(state, conditions.connect, token=uuid.uuid4().hex)
     for epoch in range(conditions.local_epochs):
+        walk.tally.begin_epoch()
         for batch in walk.streams.batches(loader, epoch):
+            if walk.tally.is_released(walk.advice):
+                break
             if conditions.between_steps is not None:
                 conditions.between_steps(walk)
             walk.train_step(*_own_batch(batch))
@@ -207,7 +215,8 @@ def _walk(plan: ClientPlan, conditions: Conditions, *, is_trained: bool) -> Walk
         mode=conditions.cap_mode,
         every=conditions.meter_every,
     )
-    return Walk(plan, conditions.task, cap, is_trained=is_trained)
+    pace = Pace(plan, clock=conditions.clock, given=conditions.step_seconds)
+    return Walk(plan, conditions.task, cap, is_trained=is_trained, pace=pace)
 
 
 def _failure(walk: Walk, error: SmartSplitError) -> StepReport:

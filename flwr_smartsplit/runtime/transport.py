@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr_smartsplit.model.memory import unmetered
 from flwr_smartsplit.policy.merging import WeightedSum
 from flwr_smartsplit.runtime.wire import WireTensor
-from flwr_smartsplit.types import Receipt
+from flwr_smartsplit.types import Advice, Cohort, Receipt
 
 ReplyT = TypeVar("ReplyT")
 State = Mapping[str, npt.NDArray[Any]]
@@ -80,6 +80,9 @@ class OpenSession(Request[Opened]):
         Whether the segments are trained, or only evaluated.
     token : str
         Tells a repeated request from a second opening, which starts over.
+    cohort, importance, num_examples : Cohort or None, float, int
+        As in the client's plan, at the edge that advises the device; no other one is
+        given a cohort.
     """
 
     session: str
@@ -95,6 +98,9 @@ class OpenSession(Request[Opened]):
     onward: "Onward | None" = None
     is_trained: bool = True
     token: str = ""
+    cohort: Cohort | None = None
+    importance: float = 0.0
+    num_examples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +113,15 @@ class Onward:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """Loss of a batch, the gradient of the boundary, and norms if they are clipped."""
+    """Loss of a batch, the gradient of the boundary, and norms if they are clipped.
+
+    ``advice`` is what the edge would have changed before the next step.
+    """
 
     loss: float
     gradient: WireTensor
     norms: Mapping[str, float] = field(default_factory=dict)
+    advice: Advice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +140,8 @@ class TrainStep(Request[Stepped]):
         What goes along with the boundary and needs no gradient.
     norm : float, optional
         The norm of all gradients of the step before, whose update waited for it.
+    step_seconds : float, optional
+        What a step takes the device, as the route is now.
     """
 
     session: str
@@ -139,6 +151,7 @@ class TrainStep(Request[Stepped]):
     targets: WireTensor
     context: tuple[WireTensor, ...] = ()
     norm: float | None = None
+    step_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

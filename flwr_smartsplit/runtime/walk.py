@@ -4,7 +4,9 @@ The device has the first segment, and the last one too if the route comes back; 
 have what lies between.
 """
 
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,20 +31,20 @@ from flwr_smartsplit.runtime.link import (
     packed,
     unpacked,
 )
-from flwr_smartsplit.runtime.losses import Losses
 from flwr_smartsplit.runtime.moving import off_wire
+from flwr_smartsplit.runtime.pace import Pace
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.slices import Slices
+from flwr_smartsplit.runtime.tally import Tally
 from flwr_smartsplit.runtime.wire import WireTensor
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import (
     KEEP_ALL,
+    Advice,
     ClientPlan,
     Leg,
-    Move,
     Receipt,
     RecomputePlan,
-    Replan,
     StepReport,
 )
 
@@ -62,15 +64,26 @@ class Walk:
         Watches what the device holds.
     is_trained : bool
         Whether there are training steps to come, or only evaluation.
+    pace : Pace, optional
+        Knows what a step takes; without it, the steps are measured.
     """
 
     def __init__(
-        self, plan: ClientPlan, task: Task, cap: MemoryCap, *, is_trained: bool
+        self,
+        plan: ClientPlan,
+        task: Task,
+        cap: MemoryCap,
+        *,
+        is_trained: bool,
+        pace: Pace | None = None,
     ) -> None:
         self.plan = plan
         self.route = plan.route
         self.recompute = plan.recompute
         self.cap = cap
+        self.pace = pace or Pace(plan, clock=time.perf_counter)
+        self.tally = Tally()
+        self.advice: Advice | None = None
         self._is_trained = is_trained
         self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
         self._task = task
@@ -79,12 +92,6 @@ class Walk:
         self._link: EdgeLink | None = None
         self._slices: Slices | None = None
         self._norm: float | None = None
-        self._moves: list[Move] = []
-        self._replans: list[Replan] = []
-        self._num_steps = 0
-        self._num_examples = 0
-        self._sums: dict[str, float] = {"loss": 0.0}
-        self._losses = Losses()
 
     def open(self, state: State, connect: Connect, *, token: str) -> None:
         """Build the device's segments under the cap, and those at the edges.
@@ -120,21 +127,20 @@ class Walk:
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
         with self.cap.step((inputs, targets), *self._owners()):
-            loss = self._step(inputs, targets)
-        self._count(targets, {"loss": loss})
-        self._num_steps += 1
+            with self.pace.step(self.route, self.recompute):
+                loss = self._step(inputs, targets)
+        self.tally.count(int(targets.shape[0]), {"loss": loss})
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
         """Evaluate one batch, metered if it is its turn."""
         with self.cap.step((inputs, targets), *self._owners()):
             values = self._evaluated(inputs, targets)
-        self._count(targets, values)
-        self._num_steps += 1
+        self.tally.count(int(targets.shape[0]), values)
 
     @property
     def num_steps(self) -> int:
         """How many steps are done."""
-        return self._num_steps
+        return self.tally.num_steps
 
     @property
     def live_bytes(self) -> int:
@@ -164,13 +170,7 @@ class Walk:
             return
         for leg in self.route.device_legs(len(self._chain)):
             recompute.within(leg.start, leg.stop)
-        replan = Replan(
-            step=self._num_steps,
-            before=str(self.recompute),
-            after=str(recompute),
-            reason=reason,
-        )
-        self._replans.append(replan)
+        self.tally.replan(str(self.recompute), str(recompute), reason)
         self.recompute = recompute
         for runner in self._runners:
             runner.recompute = recompute
@@ -201,7 +201,7 @@ class Walk:
         EdgeError
             If the edge fails, and with it this client's part of the round.
         """
-        before, step = self.route, self._num_steps
+        before = self.route
         route = before.with_first_cut(cut)
         route.legs(len(self._chain))
         if route == before:
@@ -209,15 +209,14 @@ class Walk:
         self._runners[0] = self._moved(before.cuts[0], cut)
         self.route = route
         self.cap.start_over()
-        move = Move(step=step, before=before.cuts[0], after=cut, reason=reason)
-        self._moves.append(move)
+        self.tally.move(before.cuts[0], cut, reason)
         self.replan(recompute, reason=reason)
 
     def seal(self) -> tuple[Receipt, ...]:
         """Finish the sessions at the edges, if there are any."""
         if self._link is None:
             return ()
-        return self._link.seal(self._num_steps, self._norm)
+        return self._link.seal(self.num_steps, self._norm)
 
     def abandon(self) -> None:
         """Tell the edges to forget this client, if they can still be told."""
@@ -234,31 +233,21 @@ class Walk:
     def report(self, *, num_epochs: int) -> StepReport:
         """Sum up what was done and measured."""
         sent, received = (0, 0) if self._link is None else self._link.traffic()
-        means = {
-            name: total / max(self._num_examples, 1)
-            for name, total in self._sums.items()
-        }
-        return StepReport(
-            num_examples=self._num_examples // num_epochs,
-            num_epochs=num_epochs,
-            num_steps=self._num_steps,
-            loss=means.pop("loss"),
-            loss_rms=self._losses.rms,
-            loss_drop=self._losses.drop,
+        return replace(
+            self.tally.report(num_epochs=num_epochs),
             peak_bytes=self.cap.peak_bytes,
             sent_bytes=sent,
             received_bytes=received,
             num_threads=torch.get_num_threads(),
-            metrics=means,
-            moves=tuple(self._moves),
-            replans=tuple(self._replans),
+            step_seconds=self.pace.mean(self.route, self.recompute) or 0.0,
         )
 
     # --- one step -----------------------------------------------------------------
 
     def _step(self, inputs: Batch, targets: Tensor) -> float:
         """Train on one batch; what a step holds ends where it is used last."""
-        head, step = self._runners[0], self._num_steps
+        head, step = self._runners[0], self.num_steps
+        seconds = self.pace.latest(self.route, self.recompute)
         if self._link is None:
             loss, _ = head.finish(inputs, targets, step=step, inputs_are_boundary=False)
             self._update({})
@@ -266,19 +255,26 @@ class Walk:
         if self.route.returns:
             return self._returning_step(inputs, targets, self._link)
         if self._slices is not None and self._slices.covers(targets):
-            done = self._slices.train(inputs, targets, step=step, norm=self._norm)
+            done = self._slices.train(
+                inputs, targets, step=step, norm=self._norm, step_seconds=seconds
+            )
+            self.advice = done.advice
             self._update(done.norms)
             return done.loss
         boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
-        stepped = self._link.train(step, boundary, WireTensor.pack(targets), self._norm)
+        labels = WireTensor.pack(targets)
+        stepped = self._link.train(
+            step, boundary, labels, self._norm, step_seconds=seconds
+        )
         del boundary  # It shares the memory of what was sent.
+        self.advice = stepped.advice
         head.backward(stepped.gradient.unpack)
         self._update(stepped.norms)
         return stepped.loss
 
     def _returning_step(self, inputs: Batch, targets: Tensor, link: EdgeLink) -> float:
         """Train on one batch whose loss is here: the labels never leave the device."""
-        (head, tail), step = self._runners, self._num_steps
+        (head, tail), step = self._runners, self.num_steps
         boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
         num_examples = int(targets.shape[0])
         forwarded = link.forward(step, boundary, num_examples, self._norm)
@@ -348,7 +344,7 @@ class Walk:
 
     def _moved(self, before: int, cut: int) -> SegmentRunner:
         """Give the first segment units, or take some; the edge has switched then."""
-        link, head, step = self._link, self._runners[0], self._num_steps
+        link, head, step = self._link, self._runners[0], self.num_steps
         if link is None or not self._is_trained or self._slices is not None:
             raise RefusedMove(
                 "a cut moves while a session at an edge is trained, and not in slices."
@@ -380,10 +376,3 @@ class Walk:
             for runner in self._runners
             for owner in (runner.segment, runner.optimizer)
         ]
-
-    def _count(self, targets: Tensor, values: Mapping[str, float]) -> None:
-        examples = int(targets.shape[0])
-        self._num_examples += examples
-        self._losses.add(float(values["loss"]), examples)
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value) * examples

@@ -11,6 +11,7 @@ from flwr_smartsplit.types.costs import (
 )
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits, EdgeProfile, Link
 from flwr_smartsplit.types.recompute import KEEP_ALL, RecomputePlan, Rerun
+from flwr_smartsplit.types.refining import Advice, Cohort, Wish
 from flwr_smartsplit.types.rounds import (
     Assignment,
     ClientPlan,
@@ -38,10 +39,12 @@ __all__ = [
     "EDGE",
     "KEEP_ALL",
     "NO_TRAITS",
+    "Advice",
     "Assignment",
     "ChainProfile",
     "ClientPlan",
     "ClientReply",
+    "Cohort",
     "DeviceProfile",
     "DeviceTraits",
     "EdgeProfile",
@@ -61,4 +64,5 @@ __all__ = [
     "StepReport",
     "TailExpectation",
     "UnitCost",
+    "Wish",
 ]

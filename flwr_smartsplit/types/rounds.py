@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 from typing import Any
 
 import numpy.typing as npt
 
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits
 from flwr_smartsplit.types.recompute import KEEP_ALL, RecomputePlan
+from flwr_smartsplit.types.refining import Cohort
 from flwr_smartsplit.types.routes import Route
 
 
@@ -132,6 +134,18 @@ class ClientPlan:
         What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
     slice_size : int or None
         Samples that the front runs at a time, each twice; None runs the whole batch.
+    cohort : Cohort or None
+        What the edge compares this client with, to move its cut or release it; None
+        leaves it alone.
+    importance : float
+        How important the client was after its last round; 0 if that is not known.
+    num_examples : int
+        Its examples, as far as the strategy knows.
+
+    Raises
+    ------
+    ValueError
+        If there is a cohort, and the client's own numbers mean nothing.
     """
 
     client_key: str
@@ -146,6 +160,19 @@ class ClientPlan:
     predicted_peak_bytes: int | None = None
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     slice_size: int | None = None
+    cohort: Cohort | None = None
+    importance: float = 0.0
+    num_examples: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse to compare a client of whom nothing is known."""
+        is_known = self.num_examples >= 1 and 0 <= self.importance < inf
+        if self.cohort is not None and not is_known:
+            raise ValueError(
+                f"client {self.client_key!r} has a cohort, {self.num_examples} "
+                f"examples and importance {self.importance}: give at least one "
+                "example, and an importance of at least 0."
+            )
 
     def session(self, place: str) -> str:
         """Name this client's session at one place in this round."""
@@ -237,6 +264,12 @@ class StepReport:
         How the first cut moved since the round began, in order.
     replans : tuple[Replan, ...]
         How what runs twice changed since then, in order.
+    step_seconds : float
+        Mean time of a training step as the route ended, by the client's clock or its
+        ``step_seconds``; 0 if nobody knows.
+    released : str
+        Why the edge let it stop early; empty if it did not. Then ``num_examples`` are
+        those it trained on, and ``num_epochs`` counts the last, unfinished pass too.
     """
 
     status: Status = Status.OK
@@ -256,6 +289,8 @@ class StepReport:
     metrics: Mapping[str, float]
     moves: tuple[Move, ...] = ()
     replans: tuple[Replan, ...] = ()
+    step_seconds: float = 0.0
+    released: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,7 @@ VARIANTS = tuple(
             _select(replace(BY_UTILITY, coverage=0.0)),
         ),
         ("no_fairness", "without fairness", _select(replace(BY_UTILITY, waiting=0.0))),
+        ("no_refining", "without the edge manager", lambda setting: {"refine": False}),
         ("no_recompute", "without recomputation", lambda setting: {"recompute": False}),
         (
             "one_cut",

@@ -26,6 +26,7 @@ def split_strategy(setting: Setting, **arguments: Any) -> SmartSplit:
         "fraction_evaluate": 0.0,
         "min_train_nodes": 1,
         "min_available_nodes": experiment.num_clients,
-        "client_seconds": setting.clock.client_seconds,
     }
+    if any(device.traits.flops_per_second for device in setting.devices):
+        usual["client_seconds"] = setting.clock.client_seconds
     return SmartSplit(setting.task, **{**usual, **arguments})

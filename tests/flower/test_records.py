@@ -35,6 +35,7 @@ from flwr_smartsplit.flower.replies import (
 from flwr_smartsplit.runtime.training import Outcome
 from flwr_smartsplit.types import (
     ClientPlan,
+    Cohort,
     DeviceProfile,
     Receipt,
     Status,
@@ -78,7 +79,10 @@ REPORT = StepReport(
     seconds=1.25,
     num_threads=2,
     metrics={"accuracy": 1 / 3},
+    step_seconds=0.1,
+    released="slow",
 )
+COHORT = Cohort(median_step_seconds=0.7, median_importance=1 / 3, low_importance=0.2)
 OUTCOME = Outcome(state=STATE, receipts=(RECEIPT,), report=REPORT)
 
 
@@ -169,12 +173,25 @@ def test_each_dialect_is_asked_as_it_expects() -> None:
             edge_addresses={"x": "y"},
         ),
         replace(PLAN, slice_size=8),
+        replace(PLAN, cohort=COHORT, importance=0.1 + 0.2, num_examples=9),
     ],
 )
 def test_a_plan_comes_back(plan: ClientPlan) -> None:
     """Through the scalars of a config record, beside the user's own."""
     config = ConfigRecord({"lr": 0.1, **plan_to_scalars(plan)})
     assert plan_from_config(config) == plan
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"num_examples": 5, "importance": -1.0}, {"importance": 1.0}],
+)
+def test_a_client_of_whom_nothing_is_known_is_not_compared(
+    facts: dict[str, Any],
+) -> None:
+    """Its importance would be made up."""
+    with pytest.raises(ValueError, match="has a cohort"):
+        replace(PLAN, cohort=COHORT, **facts)
 
 
 def test_a_stock_strategy_sends_no_plan() -> None:
@@ -307,6 +324,7 @@ NONSENSE = {
     "no number of examples": changed(report__num_examples=None),
     "a resident set in words": changed(report__resident_growth_bytes="large"),
     "a resident set of truth": changed(report__resident_growth_bytes=True),
+    "no reason in words": changed(report__released=True),
     "no loss": changed(report__loss=None),
     "metrics in words": changed(report__metrics={"accuracy": "good"}),
     "a list of metrics": changed(report__metrics=[1, 2]),

@@ -84,6 +84,29 @@ def test_good_replies_are_accepted_in_silence() -> None:
     check(replace(GOOD, client_key="c2", state=whole, receipts=()))
 
 
+RELEASED = {
+    "in the first pass": (8, 1, 8),
+    "early in the second": (8, 2, 9),
+    "late in the second": (8, 2, 15),
+    "at the end of the second": (8, 2, 16),
+}
+
+
+@pytest.mark.parametrize("case", RELEASED)
+def test_who_was_released_counts_with_what_it_trained_on(case: str) -> None:
+    """Its last pass may be a part of one."""
+    num_examples, num_epochs, stepped = RELEASED[case]
+    facts = {"num_examples": num_examples, "num_epochs": num_epochs}
+    receipt = replace(RECEIPT, num_examples=stepped)
+    reply = replace(with_report(**facts, released="slow"), receipts=(receipt,))
+    check(reply)
+    is_whole = num_examples * num_epochs == stepped
+    if not is_whole:
+        report = replace(reply.report, released="")
+        with pytest.raises(RefusedReply, match=f"saw {stepped}"):
+            check(replace(reply, report=report))
+
+
 def test_others_who_were_accepted_are_no_matter() -> None:
     """Only a second reply of the same client is a duplicate."""
     check(GOOD, accepted={"c2": GOOD})
@@ -176,6 +199,21 @@ REFUSALS: dict[str, tuple[ClientReply, str, str]] = {
         with_receipt(num_steps=1),
         "refused",
         "did 2 steps, its tail at 'edge' did 1",
+    ),
+    "released, with more than it trained on": (
+        with_report(num_examples=9, released="slow"),
+        "refused",
+        "claims 9 examples in 1 epochs, its tail at 'edge' saw 8",
+    ),
+    "released in a pass it did not begin": (
+        with_report(num_examples=4, num_epochs=3, released="slow"),
+        "refused",
+        "claims 4 examples in 3 epochs, its tail at 'edge' saw 8",
+    ),
+    "released, with less than it trained on": (
+        with_report(num_examples=3, num_epochs=2, released="slow"),
+        "refused",
+        "claims 3 examples in 2 epochs, its tail at 'edge' saw 8",
     ),
     "over its cap": (
         with_report(status=Status.OUT_OF_MEMORY, message="3.00 MiB over the cap"),

@@ -80,7 +80,7 @@ def run(
     losses: list[float] = []
 
     def between(walk: Walk) -> None:
-        losses.append(walk._sums["loss"])
+        losses.append(walk.tally.loss_sum)
         if adapter is not None:
             adapter(walk)
 

@@ -176,10 +176,14 @@ def test_traffic_is_boundaries_and_targets(client: Client) -> None:
 
 
 def test_seconds_and_threads_are_those_that_were_given(client: Client) -> None:
-    """The clock is passed in; the number of threads is set, reported and restored."""
+    """The clock is passed in; the number of threads is set, reported and restored.
+
+    The clock is read at both ends of the round and of its three steps.
+    """
     ticks = itertools.count(100.0, 2.5)
     report = client.train(Route.split(4), clock=lambda: next(ticks)).report
-    assert report.seconds == 2.5
+    assert report.seconds == 7 * 2.5
+    assert report.step_seconds == 2.5
     assert report.num_threads == 1
     torch.set_num_threads(2)
     try:

@@ -1,0 +1,59 @@
+"""What an edge knows of the others when it judges a client, and what it then says."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import inf
+
+
+class Wish(StrEnum):
+    """What an edge would have a device do from its next step on."""
+
+    EARLIER = "earlier"
+    LATER = "later"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A wish, and why, for the journal."""
+
+    wish: Wish
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cohort:
+    """What is usual among the clients of a round.
+
+    Parameters
+    ----------
+    median_step_seconds : float
+        What a training step takes.
+    median_importance : float
+        Half of the clients are at least as important (see ``importance_of``).
+    low_importance : float
+        A quarter of them are at most as important.
+
+    Raises
+    ------
+    ValueError
+        If a number means nothing.
+    """
+
+    median_step_seconds: float
+    median_importance: float
+    low_importance: float
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        if not 0 < self.median_step_seconds < inf:
+            raise ValueError(
+                f"median_step_seconds is {self.median_step_seconds}: give a time "
+                "above 0."
+            )
+        if not 0 <= self.low_importance <= self.median_importance < inf:
+            raise ValueError(
+                f"low_importance is {self.low_importance}, median_importance "
+                f"{self.median_importance}: give finite numbers of at least 0, the "
+                "low one not above the median."
+            )
