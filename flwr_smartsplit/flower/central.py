@@ -6,7 +6,7 @@ the messages is the strategies' business. So the same replies give the same bits
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from logging import INFO, getLogger
 from random import Random
 from typing import Any
@@ -39,6 +39,7 @@ from flwr_smartsplit.types import (
     ChainProfile,
     ClientPlan,
     ClientReply,
+    Cohort,
     DeviceProfile,
     Failure,
     RoundPlan,
@@ -143,11 +144,8 @@ class CentralManager:
             cohort = cohort_in(plan.assignments, clients, self.history)
         for assignment in plan.assignments:
             key = assignment.client_key
-            client_plan = replace(
-                self._client_plan(assignment, phase, addresses),
-                cohort=cohort,
-                importance=self.history.importance.get(key, 0.0),
-                num_examples=clients[key].num_examples,
+            client_plan = self._client_plan(
+                assignment, phase, clients[key], addresses=addresses, cohort=cohort
             )
             names = device_names(client_plan, self.chain)
             dispatch.sent[key] = Sent(
@@ -281,7 +279,13 @@ class CentralManager:
         return priced
 
     def _client_plan(
-        self, assignment: Assignment, phase: Phase, addresses: Mapping[str, str]
+        self,
+        assignment: Assignment,
+        phase: Phase,
+        device: DeviceProfile,
+        *,
+        addresses: Mapping[str, str],
+        cohort: Cohort | None,
     ) -> ClientPlan:
         return ClientPlan(
             client_key=assignment.client_key,
@@ -295,6 +299,9 @@ class CentralManager:
             state_digest=self._digest,
             edge_addresses={e: addresses[e] for e in assignment.route.edges()},
             config=plain_values(phase.config),
+            cohort=cohort,
+            importance=self.history.importance.get(device.client_key, 0.0),
+            num_examples=device.num_examples,
         )
 
     def _step(self, round_number: int) -> Callable[[State, State], State] | None:

@@ -60,8 +60,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cohort], None]:
     plan_of = CentralManager._client_plan
 
     def compare(cohort: Cohort) -> None:
-        def planned(self: CentralManager, *args: Any) -> ClientPlan:
-            return replace(plan_of(self, *args), cohort=cohort, num_examples=9)
+        def planned(self: CentralManager, *args: Any, **more: Any) -> ClientPlan:
+            return replace(plan_of(self, *args, **more), cohort=cohort, num_examples=9)
 
         monkeypatch.setattr(CentralManager, "_client_plan", planned)
 
