@@ -143,8 +143,13 @@ class Clock:
             moves=[asdict(move) for move in report.moves],
             replans=[asdict(replan) for replan in report.replans],
         )
-        device = self.devices[int(plan.client_key)]
-        return self._spent(device, plan.round_number, stretches, traffic).seconds
+        return self._spent(
+            self.devices[int(plan.client_key)],
+            plan.round_number,
+            self._works_of(stretches),
+            traffic=traffic,
+            edge=_first_edge(plan.route),
+        ).seconds
 
     def step_seconds(
         self, plan: ClientPlan, route: Route, recompute: RecomputePlan
@@ -174,19 +179,31 @@ class Clock:
             edge_up=row.edge_bytes_up,
         )
         stretches = stretches_of(planned, moves=row.moves, replans=row.replans)
-        device = self.devices[int(row.client_key)]
-        return self._spent(device, row.round, stretches, traffic)
+        works = self._works_of(stretches)
+        if row.step_flops is not None:
+            flops = row.step_flops
+            works = [(n, replace(work, device_flops=flops)) for n, work in works]
+        return self._spent(
+            self.devices[int(row.client_key)],
+            row.round,
+            works,
+            traffic=traffic,
+            edge=_first_edge(planned.route),
+        )
+
+    def _works_of(self, stretches: Sequence[Stretch]) -> list[tuple[int, Work]]:
+        return [(s.num_steps, self._work(s.route, s.recompute)) for s in stretches]
 
     def _spent(
         self,
         device: FleetDevice,
         round_number: int,
-        stretches: Sequence[Stretch],
+        works: Sequence[tuple[int, Work]],
+        *,
         traffic: Traffic,
+        edge: str | None,
     ) -> Spent:
         """Add up a client's part of a round."""
-        works = [(s.num_steps, self._work(s.route, s.recompute)) for s in stretches]
-        edge = _first_edge(stretches[0].route) if stretches else None
         far, near = link_to(device, None), link_to(device, edge)
         device_seconds = sum(
             num_steps * work.device_flops for num_steps, work in works

@@ -17,7 +17,11 @@ TRAIN = "train"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientRow:
-    """What happened to one client in one round."""
+    """What happened to one client in one round.
+
+    ``step_flops`` is for methods that train other models than the task's: the
+    floating-point operations of a training step on the device.
+    """
 
     round: int
     client_key: str
@@ -27,6 +31,7 @@ class ClientRow:
     route: str = ""
     recompute: str = "none"
     num_steps: int = 0
+    step_flops: float | None = None
     moves: tuple[dict[str, Any], ...] = ()
     replans: tuple[dict[str, Any], ...] = ()
     budget_bytes: int | None = None

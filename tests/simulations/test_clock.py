@@ -240,6 +240,13 @@ def test_a_strategy_is_told_of_moves_and_new_plans_too():
     assert seconds == pytest.approx(work + 30 / 20 + 10 / 10 + 1.0 + 5 * 0.5)
 
 
+def test_a_model_of_the_methods_own_takes_the_work_that_it_says():
+    spent = CLOCK.spent(replace(WHOLE, step_flops=250.0))
+
+    assert spent.device_seconds == 0.5
+    assert spent.seconds == pytest.approx(13.6 - 3.6 + 0.5)
+
+
 @pytest.mark.parametrize("status", ["sat_out", "not_sampled", "lost"])
 def test_who_made_no_step_took_nothing(status):
     row = ClientRow(round=1, client_key="node 7", status=status, bytes_down=60)
@@ -259,6 +266,7 @@ def test_who_made_no_step_took_nothing(status):
         {"recompute": "[0:1]"},
         {"round": 2},
         {"client_key": "1"},
+        {"step_flops": 301},
     ],
 )
 def test_whatever_a_row_says_changes_its_time(change):

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
+from flwr_smartsplit.types import ChainProfile
+from simulations.devices import device_from
 from simulations.experiment import Experiment
 from simulations.fleets import half_weak
 from simulations.models import digits_network
@@ -82,6 +84,11 @@ def test_the_configuration_says_everything_a_run_depends_on(tmp_path):
     assert [c["is_weak"] for c in config["clients"]] == [True, True, False, False]
     assert sum(c["num_examples"] for c in config["clients"]) == 1437
     assert config["experiment"].keys() == vars_of(DIGITS)
+    assert tuple(device_from(c["device"]) for c in config["clients"]) == (
+        prepared.devices
+    )
+    written = ChainProfile.from_json((tmp_path / "profile.json").read_text())
+    assert written == prepared.clock.profile
 
 
 def vars_of(experiment):
