@@ -64,8 +64,8 @@ class SelectByUtility:
     loss: float = 0.5
     memory: float = 0.0
     speed: float = 0.5
-    coverage: float = 2.0
-    waiting: float = 0.5
+    coverage: float = 1.0
+    waiting: float = 0.3
     surrogate: Surrogate | None = None
     surrogate_weight: float = 0.3
 
@@ -186,9 +186,8 @@ class _Choosing:
         self, taken: Sequence[int], passed: Mapping[str, str]
     ) -> dict[str, str]:
         """Say of everybody who was not chosen how far down the list it is."""
-        is_left = np.array(
-            [self._key(i) not in passed for i in range(len(self._order))]
-        )
+        keys = map(self._key, range(len(self._candidates)))
+        is_left = np.array([key not in passed for key in keys], bool)
         is_left[list(taken)] = False
         gains = self._gains(taken, is_left)
         left = is_left.nonzero()[0]
