@@ -11,7 +11,7 @@ from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.policy.merging import Sums
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import Failure
+from flwr_smartsplit.types import EdgeProfile, Failure
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -49,6 +49,19 @@ class EdgePool:
     def names(self) -> tuple[str, ...]:
         """The edges' names."""
         return tuple(self._edges)
+
+    def profiles(self, names: Sequence[str]) -> tuple[EdgeProfile, ...]:
+        """Say what some edges offer; one that does not say has no limits.
+
+        Parameters
+        ----------
+        names : Sequence[str]
+            The edges, in the order in which they are wanted.
+        """
+        return tuple(
+            getattr(self._edges[name], "profile", EdgeProfile(name=name))
+            for name in names
+        )
 
     def prepare(
         self, digest: str, state: State

@@ -80,6 +80,8 @@ class OpenSession(Request[Opened]):
         Whether the segments are trained, or only evaluated.
     token : str
         Tells a repeated request from a second opening, which starts over.
+    batch_size : int, optional
+        The most examples that a batch will have, if the device knows.
     """
 
     session: str
@@ -95,6 +97,7 @@ class OpenSession(Request[Opened]):
     onward: "Onward | None" = None
     is_trained: bool = True
     token: str = ""
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +321,14 @@ class CountingTransport:
         reply = self.inner.send(request)
         self.received_bytes += payload_bytes(reply)
         return reply
+
+
+def num_examples_of(request: Any) -> int:
+    """Count the examples of a step's message; 0 if it brings none."""
+    if hasattr(request, "num_examples"):
+        return int(request.num_examples)
+    tensor = getattr(request, "targets", None) or getattr(request, "boundary", None)
+    return 0 if tensor is None else int(tensor.shape[0])
 
 
 def payload_bytes(message: Any) -> int:
