@@ -41,9 +41,8 @@ def tail_bytes(profile: ChainProfile, start: int, stop: int) -> TailBytes:
 
     Notes
     -----
-    Messages that are being received or sent are not part of it. The copy that a seal
-    writes down is, and so are the states that a session is opened with: at these two
-    moments there are no activations.
+    Messages that are being received or sent are not part of it. At its opening a
+    session has its state twice, as it was read and as it was built.
     """
     if not 0 < start < stop <= len(profile.units):
         raise ValueError(
@@ -59,7 +58,7 @@ def tail_bytes(profile: ChainProfile, start: int, stop: int) -> TailBytes:
     else:
         step = _passing_bytes(profile, start, stop)
     update = gradients + units[0].tail_update_bytes if profile.updates_last else 0
-    return TailBytes(resident + max(step, update, state), state)
+    return TailBytes(max(resident + max(step, update), 2 * state), state)
 
 
 def _passing_bytes(profile: ChainProfile, start: int, stop: int) -> int:

@@ -131,7 +131,7 @@ def test_a_chain_of_numbers_by_hand() -> None:
     units = tuple(replace(unit, gradient_bytes=100) for unit in profile.units)
     clipped = replace(profile, units=units, updates_last=True)
     assert tail_bytes(clipped, 1, 3) == (2 * 8 + 2 * 100, 2 * 8)
-    # The copy that a seal writes is 2 * 500, and more than the step.
+    # An opening has the state of 2 * 500 twice, and that is more than the step.
     units = tuple(replace(unit, parameter_bytes=500) for unit in profile.units)
     large = replace(profile, units=units)
     assert tail_bytes(large, 1, 3) == (2 * 500 + 2 * 500, 2 * 500)
