@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from simulations.plots import STYLE, WIDTH_INCHES
 
@@ -47,7 +47,8 @@ def edge_memory_picture(cases: dict[str, Any]) -> Figure:
         axes.set_title(f"{title}, {case['clients_at_once']} training at a time")
         axes.set_xlabel("clients selected and sealed")
         axes.set_ylabel("MiB")
-    panels[0].legend(loc="best", fontsize=9)
+    handles, _ = panels[0].get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=9)
     return figure
 
 
@@ -86,6 +87,7 @@ def rounds_picture(rounds: dict[str, Any]) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(plain)
         axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     axes.set_xlabel("clients in a round")
