@@ -1,8 +1,16 @@
-"""A simulated training with a thousand clients, of which fifty are asked in a round."""
+"""A simulated training with a thousand clients, of which fifty are asked in a round.
 
+There are too few digits for so many clients, so each training image is there three
+times: as it is, and shifted by a pixel to either side. The test set is as it was.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from simulations.data import NPZ_KEYS, load_images
 from simulations.experiment import Experiment
 from simulations.fleets import half_weak
 from simulations.partitions import Iid
@@ -14,7 +22,7 @@ NUM_CLIENTS, NUM_PER_ROUND, NUM_ROUNDS = 1000, 50, 10
 
 
 def thousand_clients(seed: int) -> Experiment:
-    """Describe the training: digits, one or two examples for each client."""
+    """Describe the training: digits, four or five examples for each client."""
     return Experiment(
         name="scale",
         methods=("smartsplit",),
@@ -42,6 +50,7 @@ def measure_training(
         Stored with it.
     """
     seen: list[EvaluationRow] = []
+    experiment = replace(experiment, data=str(_with_shifted_digits(folder)))
     budgets = prepare(experiment, folder, provenance=provenance)
     with quiet_libraries(verbose=False):
         run_methods(
@@ -59,3 +68,18 @@ def measure_training(
         "seconds_per_round": [row.round_wall_clock_sec for row in rounds],
         "accepted": [row.accepted for row in rounds],
     }
+
+
+def _with_shifted_digits(folder: Path) -> Path:
+    """Write the digits and their shifted copies to a file; return its path."""
+    images = load_images(thousand_clients(0))
+    width = images.x_train.shape[2]
+    padded = np.pad(images.x_train, ((0, 0), (0, 0), (1, 1)))
+    copies = [padded[:, :, left : left + width] for left in (1, 0, 2)]
+    arrays = {name: getattr(images, name) for name in NPZ_KEYS}
+    arrays["x_train"] = np.concatenate(copies)
+    arrays["y_train"] = np.tile(images.y_train, len(copies))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / "digits.npz"
+    np.savez(path, **arrays)
+    return path

@@ -5,11 +5,13 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import nn
 from typer.testing import CliRunner
 
 from simulations.__main__ import app
+from simulations.data import load_images
 from simulations.errors import ExperimentError
 from simulations.measurement import MeasurementOptions
 from simulations.scale import items, suite, training
@@ -197,6 +199,19 @@ def test_the_training_asks_fifty_of_a_thousand():
     experiment = training.thousand_clients(3)
     asked = experiment.num_clients * experiment.fraction_train
     assert (experiment.num_clients, asked, experiment.seed) == (1000, 50, 3)
+
+
+def test_each_digit_is_there_three_times_for_training(tmp_path):
+    """As it is, and a pixel to either side; the test set is as it was."""
+    plain = load_images(training.thousand_clients(0))
+    with np.load(training._with_shifted_digits(tmp_path)) as found:
+        same, left, right = np.split(found["x_train"], 3)
+        assert np.array_equal(same, plain.x_train)
+        assert np.array_equal(right[:, :, :-1], plain.x_train[:, :, 1:])
+        assert np.array_equal(left[:, :, 1:], plain.x_train[:, :, :-1])
+        assert not right[:, :, -1].any() and not left[:, :, 0].any()
+        assert np.array_equal(found["y_train"][len(same) :][:9], plain.y_train[:9])
+        assert np.array_equal(found["x_test"], plain.x_test)
 
 
 def test_every_part_has_a_name_of_its_own():
