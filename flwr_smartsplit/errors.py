@@ -15,6 +15,7 @@
         ├── StaleSession          the edge restarted or closed the session: start over
         ├── OutOfOrderStep        a step was skipped or changed: the session is lost
         ├── StateNotHeld          the edge lacks a global state: send it again
+        ├── EdgeFull              the edge has no room: wait, or use another
         ├── RefusedTail           a tail cannot be sealed: its client sits out
         └── SpillLost             sealed tails are gone: their clients are dropped
 
@@ -143,6 +144,23 @@ class OutOfOrderStep(EdgeError):
 
 class StateNotHeld(EdgeError):
     """The edge holds no global state under the digest asked for."""
+
+
+class EdgeFull(EdgeError):
+    """An edge has no room for a session within its budgets.
+
+    Attributes
+    ----------
+    needed_bytes, free_bytes, budget_bytes : int
+        What the session takes, what is left, and what there is for all of them.
+    retry_after_seconds : float or None
+        When to ask again; None where waiting does not help in this round.
+    """
+
+    needed_bytes: int
+    free_bytes: int
+    budget_bytes: int
+    retry_after_seconds: float | None
 
 
 class RefusedTail(EdgeError):

@@ -24,9 +24,10 @@ from rich.table import Table
 from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes
 from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.model.building import build_chain, state_of
-from flwr_smartsplit.runtime.adapting import Adapter, profile_of
+from flwr_smartsplit.runtime.adapting import Adapter
 from flwr_smartsplit.runtime.budget import as_budget
 from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.runtime.profiles import profile_of
 from flwr_smartsplit.runtime.training import Conditions, Outcome, train_locally
 from flwr_smartsplit.runtime.transport import HoldState
 from flwr_smartsplit.runtime.walk import Walk

@@ -116,6 +116,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         ),
         loss=loss,
         updates_last=task.max_gradient_norm is not None,
+        targets_bytes=batch_size * task.example_targets[:1].nbytes,
     )
 
 

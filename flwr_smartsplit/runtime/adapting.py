@@ -3,18 +3,14 @@
 from dataclasses import dataclass, replace
 
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.model.profile_cache import profile_digest
 from flwr_smartsplit.policy.adapting import Change, Standing, adapted, is_calm
 from flwr_smartsplit.policy.following import Way, followed, scaled
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.runtime.budget import MemoryBudget
+from flwr_smartsplit.runtime.profiles import profile_of
 from flwr_smartsplit.runtime.walk import Walk
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ChainProfile, Wish
-
-_profiles: dict[str, ChainProfile] = {}
 
 
 @dataclass
@@ -180,12 +176,3 @@ class Adapter:
             return True
         walk.replan(change.recompute, reason=change.reason)
         return True
-
-
-def profile_of(task: Task, *, batch_size: int) -> ChainProfile:
-    """Find the costs of a task's chain, once in a process."""
-    chain = build_chain(task)
-    digest = profile_digest(chain, batch_size=batch_size, task=task)
-    if digest not in _profiles:
-        _profiles[digest] = profile_chain(chain, batch_size=batch_size, task=task)
-    return _profiles[digest]

@@ -14,8 +14,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from flwr_smartsplit.errors import EdgeError, RefusedMove, RefusedTail, StaleSession
-from flwr_smartsplit.model.building import build_chain, materialise, state_of
+from flwr_smartsplit.errors import (
+    EdgeError,
+    EdgeFull,
+    RefusedMove,
+    RefusedTail,
+    StaleSession,
+)
+from flwr_smartsplit.model.building import build_chain, materialise
+from flwr_smartsplit.model.memory import unmetered
 from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import Segment
 from flwr_smartsplit.policy.merging import add_states
@@ -25,11 +32,12 @@ from flwr_smartsplit.runtime.link import Connect, EdgeLink, nowhere
 from flwr_smartsplit.runtime.moving import MoveCut, Moved
 from flwr_smartsplit.runtime.randomness import UnitStreams
 from flwr_smartsplit.runtime.session import Session
+from flwr_smartsplit.runtime.session_room import SessionRoom
 from flwr_smartsplit.runtime.spill import Spill, iterate_tails
 from flwr_smartsplit.runtime.threads import torch_threads
 from flwr_smartsplit.runtime.wire import state_digest
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import Receipt
+from flwr_smartsplit.types import EdgeProfile, Receipt
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,9 @@ class _Sealed:
     incarnation: str
     receipts: tuple[Receipt, ...]
     onward: EdgeLink | None
+
+
+_UNLIMITED = EdgeProfile(name="")
 
 
 class EdgeService:
@@ -54,6 +65,8 @@ class EdgeService:
         Names this life of the edge; requests of another life are refused.
     connect : Callable[[place, address], Transport]
         Reaches other edges, where routes go on.
+    profile : EdgeProfile
+        The budgets that its sessions share.
 
     Notes
     -----
@@ -67,11 +80,15 @@ class EdgeService:
         spill_dir: Path,
         incarnation: str,
         connect: Connect = nowhere,
+        profile: EdgeProfile = _UNLIMITED,
     ) -> None:
         self._task = task
         self._connect = connect
         self._chain = build_chain(task)
         self._spill = Spill(spill_dir)
+        self._room = SessionRoom(task, profile, sealed=self._spill.tail_bytes())
+        # Where memory is short, large parameters are stepped inside backward.
+        self._is_lean = profile.memory_bytes is not None
         self._incarnation = incarnation
         self._sessions: dict[str, Session] = {}
         self._sealed: dict[str, _Sealed] = {}
@@ -109,22 +126,25 @@ class EdgeService:
         known = self._sessions.get(request.session)
         if known is not None and request.token and known.opened == request:
             return wire.Opened(known.incarnation)
-        names = self._chain.state_names(request.start, request.stop)
-        state = self._spill.read_state(request.state_digest, names)
-        segment = materialise(self._chain, request.start, request.stop, state)
-        runner = self._runner(request, segment)
-        onward = self._onward(request.onward)
         # Opening again starts over: whatever this session did before is void.
-        self._forget(request.session)
-        incarnation = f"{self._incarnation}{request.token}"
-        self._sessions[request.session] = Session(request, incarnation, runner, onward)
-        return wire.Opened(incarnation)
+        self._room.open(request)
+        self._sessions.pop(request.session, None)
+        self._sealed.pop(request.session, None)
+        self._spill.drop_tail(request.session)
+        try:
+            session = self._opened(request)
+        except BaseException:
+            self._room.free(request.session)
+            raise
+        self._sessions[request.session] = session
+        return wire.Opened(session.incarnation)
 
     @_answer.register
     def _(
         self, request: wire.TrainStep | wire.ForwardStep | wire.BackwardStep
     ) -> wire.Stepped | wire.Forwarded | wire.Returned:
         with self._held(request) as session:
+            self._room.fit(session, request)
             reply: wire.Stepped | wire.Forwarded | wire.Returned
             reply = self._void_on_error(session, lambda: session.answer(request))
             return reply
@@ -132,6 +152,7 @@ class EdgeService:
     @_answer.register
     def _(self, request: MoveCut) -> Moved:
         with self._held(request) as session:
+            self._room.widen(session, request)
             make = partial(self._runner, session.opened)
             return self._void_on_error(
                 session, lambda: session.move(request, self._chain, make)
@@ -146,16 +167,19 @@ class EdgeService:
         | messages.EvaluateParts,
     ) -> Any:
         with self._held(request) as session:
+            self._room.fit(session, request)
             return self._void_on_error(session, lambda: session.answer(request))
 
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:
         with self._held(request) as session:
+            self._room.fit(session, request)
             return session.evaluate(request)
 
     @_answer.register
     def _(self, request: wire.EvaluateForward) -> wire.Forwarded:
         with self._held(request) as session:
+            self._room.fit(session, request)
             return session.evaluate_forward(request)
 
     @_answer.register
@@ -194,6 +218,19 @@ class EdgeService:
                 self._forget(name)
         self._sealed.clear()
         self._spill.release(request.round_number, request.keep_digest)
+        self._room.recount(self._spill.tail_bytes())
+
+    def _opened(self, request: wire.OpenSession) -> Session:
+        """Build what a session trains, here and at the edges after this one."""
+        with unmetered():  # The template's buffers are nobody's.
+            names = self._chain.state_names(request.start, request.stop)
+        state = self._spill.read_state(request.state_digest, names)
+        segment = materialise(self._chain, request.start, request.stop, state)
+        del state
+        runner = self._runner(request, segment)
+        onward = self._onward(request.onward)
+        incarnation = f"{self._incarnation}{request.token}"
+        return Session(request, incarnation, runner, onward)
 
     def _runner(self, opened: wire.OpenSession, segment: Segment) -> SegmentRunner:
         """Make a session's runner, at its opening or when its cut moves."""
@@ -203,6 +240,7 @@ class EdgeService:
             streams=UnitStreams(opened.seed, opened.round_number, opened.client_key),
             config=opened.config,
             is_trained=opened.is_trained,
+            is_lean=self._is_lean,
         )
 
     def _onward(self, onward: wire.Onward | None) -> EdgeLink | None:
@@ -246,8 +284,10 @@ class EdgeService:
             return do()
         except RefusedMove:  # It is as it was.
             raise
-        except Exception:
+        except Exception as error:
             self._void(session)
+            if isinstance(error, EdgeFull):  # Of an edge further on, and too late.
+                error.retry_after_seconds = None
             raise
 
     def _void(self, session: Session) -> None:
@@ -264,11 +304,13 @@ class EdgeService:
                 f"session {request.session}: the device counts {request.num_steps} "
                 f"steps, the edge {session.num_steps}. The tail is not sealed."
             )
-        session.update(request.norm)
+        session.finish(request.norm)
         after: tuple[Receipt, ...] = ()
         if session.onward is not None:
             after = session.onward.seal(request.num_steps, request.norm)
-        state = state_of(session.runner.segment)
+        # Its tensors are the session's, which ends here: nothing changes them.
+        tensors = session.runner.segment.state_dict()
+        state = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
         broken = [name for name, a in state.items() if not np.isfinite(a).all()]
         if broken:
             raise RefusedTail(
@@ -293,9 +335,11 @@ class EdgeService:
         name, onward = request.session, session.onward
         self._sealed[name] = _Sealed(session.incarnation, receipts, onward)
         del self._sessions[name]
+        self._room.seal(name)
         return receipts
 
     def _forget(self, name: str) -> None:
         self._sessions.pop(name, None)
         self._sealed.pop(name, None)
         self._spill.drop_tail(name)
+        self._room.free(name)

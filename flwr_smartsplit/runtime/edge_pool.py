@@ -1,6 +1,6 @@
 """EdgePool: the strategy's side of all edges of a run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +50,14 @@ class EdgePool:
         """The edges' names."""
         return tuple(self._edges)
 
-    def profiles(self, names: Iterable[str]) -> tuple[EdgeProfile, ...]:
-        """Say what some edges offer; one that does not say has no limits."""
+    def profiles(self, names: Sequence[str]) -> tuple[EdgeProfile, ...]:
+        """Say what some edges offer; one that does not say has no limits.
+
+        Parameters
+        ----------
+        names : Sequence[str]
+            The edges, in the order in which they are wanted.
+        """
         return tuple(
             getattr(self._edges[name], "profile", EdgeProfile(name=name))
             for name in names

@@ -30,7 +30,12 @@ def nowhere(place: str, address: str) -> wire.Transport:
 
 
 def opening_of(
-    plan: ClientPlan, legs: tuple[Leg, ...], *, is_trained: bool, token: str
+    plan: ClientPlan,
+    legs: tuple[Leg, ...],
+    *,
+    is_trained: bool,
+    token: str,
+    batch_size: int | None = None,
 ) -> wire.OpenSession:
     """Ask the first of the edges of a route for a session, and it the next.
 
@@ -44,12 +49,20 @@ def opening_of(
         Whether the segments are trained; sessions that only evaluate have other names.
     token : str
         Of this opening.
+    batch_size : int, optional
+        The most examples that a batch will have, if the device knows.
     """
     leg, *rest = legs
     onward = None
     if rest:
         address = plan.edge_addresses[rest[0].place]
-        opening = opening_of(plan, tuple(rest), is_trained=is_trained, token=token)
+        opening = opening_of(
+            plan,
+            tuple(rest),
+            is_trained=is_trained,
+            token=token,
+            batch_size=batch_size,
+        )
         onward = wire.Onward(address, opening)
     return wire.OpenSession(
         session=plan.session(leg.place) + ("" if is_trained else "/evaluate"),
@@ -68,6 +81,7 @@ def opening_of(
         cohort=plan.cohort if is_trained and leg.start == plan.route.cuts[0] else None,
         importance=plan.importance,
         num_examples=plan.num_examples,
+        batch_size=batch_size,
     )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.runtime.edge import EdgeService
+from flwr_smartsplit.runtime.patience import PatientTransport
 from flwr_smartsplit.runtime.transport import LocalTransport
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import EDGE
+from flwr_smartsplit.types import EDGE, EdgeProfile
 
 _services: dict[str, EdgeService] = {}
 _folders: dict[str, Path] = {}
@@ -24,9 +25,30 @@ class LocalEdge:
     ----------
     name : str
         The place's name in routes.
+    memory_bytes, disk_bytes : int or None
+        What its sessions and sealed tails may take; None means no limit.
+    flops_per_second : float or None
+        Floating-point operations it does in a second, for one client, for whoever
+        plans; None if unknown.
+    room_patience_seconds : float
+        How long a client waits for room.
     """
 
     name: str = EDGE
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    flops_per_second: float | None = None
+    room_patience_seconds: float = 60.0
+
+    @property
+    def profile(self) -> EdgeProfile:
+        """What the edge offers."""
+        return EdgeProfile(
+            name=self.name,
+            memory_bytes=self.memory_bytes,
+            disk_bytes=self.disk_bytes,
+            flops_per_second=self.flops_per_second,
+        )
 
     def start(self, task: Task) -> str:
         """Start the edge for one run; return its address."""
@@ -37,15 +59,14 @@ class LocalEdge:
             task,
             spill_dir=folder,
             incarnation=uuid.uuid4().hex,
-            connect=lambda place, address: LocalEdge(name=place).connect(address),
+            connect=lambda _, address: _transport(address),
+            profile=self.profile,
         )
         return address
 
-    def connect(self, address: str) -> LocalTransport:
+    def connect(self, address: str) -> PatientTransport:
         """Reach the edge at an address of this process."""
-        if address not in _services:
-            raise EdgeUnreachable(f"edge {address!r} does not run in this process.")
-        return LocalTransport(_services[address].handle)
+        return PatientTransport(_transport(address), self.room_patience_seconds)
 
     def stop(self, address: str) -> None:
         """End the edge and delete its files."""
@@ -53,3 +74,10 @@ class LocalEdge:
         folder = _folders.pop(address, None)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _transport(address: str) -> LocalTransport:
+    """Reach an edge for another one, which must not wait: its clients do."""
+    if address not in _services:
+        raise EdgeUnreachable(f"edge {address!r} does not run in this process.")
+    return LocalTransport(_services[address].handle)

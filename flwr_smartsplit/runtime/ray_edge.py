@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +22,10 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from flwr_smartsplit.errors import EdgeUnreachable, SmartSplitError
 from flwr_smartsplit.runtime.edge import EdgeService
+from flwr_smartsplit.runtime.patience import ask_patiently
 from flwr_smartsplit.runtime.transport import ReplyT, Request, payload_bytes
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import EDGE
+from flwr_smartsplit.types import EDGE, EdgeProfile
 
 _NAMESPACE = "flwr_smartsplit"
 # Ray sends arguments of up to 100 KiB inside its message and puts larger ones into
@@ -45,8 +47,18 @@ class RayEdge:
     max_concurrency : int
         Requests served at the same time.
     spill_dir : str, optional
-        Parent folder for held states and sealed tails; the system's temporary
-        folder by default.
+        Parent folder for held states and sealed tails, where the actor runs; the
+        temporary folder of that machine by default.
+    memory_bytes, disk_bytes : int or None
+        What its sessions and sealed tails may take; None means no limit.
+    flops_per_second : float or None
+        Floating-point operations it does in a second, for one client, for whoever
+        plans; None if unknown.
+    resources : Mapping[str, float], optional
+        Custom resources of Ray that the actor asks for, such as ``{"berlin": 0.001}``:
+        it then runs on a machine that offers them.
+    room_patience_seconds : float
+        How long a client waits for room.
     patience_seconds : float
         How long to wait for Ray to come up, or for a restarting edge.
     timeout_seconds : float
@@ -61,8 +73,23 @@ class RayEdge:
     name: str = EDGE
     max_concurrency: int = 8
     spill_dir: str | None = None
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    flops_per_second: float | None = None
+    resources: Mapping[str, float] | None = None
+    room_patience_seconds: float = 600.0
     patience_seconds: float = 60.0
     timeout_seconds: float = 600.0
+
+    @property
+    def profile(self) -> EdgeProfile:
+        """What the edge offers."""
+        return EdgeProfile(
+            name=self.name,
+            memory_bytes=self.memory_bytes,
+            disk_bytes=self.disk_bytes,
+            flops_per_second=self.flops_per_second,
+        )
 
     def start(self, task: Task) -> str:
         """Start the actor for one run, and return the name it is reached by.
@@ -70,7 +97,8 @@ class RayEdge:
         Raises
         ------
         EdgeUnreachable
-            If this process does not get a Ray cluster in time.
+            If this process does not get a Ray cluster in time, or the cluster has no
+            machine for the actor.
         """
         deadline = time.monotonic() + self.patience_seconds
         while not ray.is_initialized():
@@ -83,24 +111,26 @@ class RayEdge:
                 )
             time.sleep(_PAUSE_SECONDS)
         address = f"{self.name}-{uuid.uuid4().hex[:12]}"
-        parent = Path(self.spill_dir or tempfile.gettempdir())
         actor: Any = ray.remote(_EdgeActor).options(
             name=address,
             namespace=_NAMESPACE,
             num_cpus=0,
+            resources=dict(self.resources or {}),
             max_restarts=-1,
             max_concurrency=self.max_concurrency,
         )
-        folder = parent / f"smartsplit-{address}"
-        handle = actor.remote(task, str(folder), self)
-        _actors[address] = (handle, folder)
+        handle = actor.remote(task, address, self)
+        _actors[address] = (handle, _folder(self.spill_dir, address))
         try:
-            ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
+            folder = ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
         except RayError as error:
             self.stop(address)
+            asked = dict(self.resources or {})
             raise EdgeUnreachable(
                 f"edge {self.name!r} cannot start: {error}"
+                + (f" It asks for {asked} of one machine." if asked else "")
             ) from error
+        _actors[address] = (handle, folder)
         return address
 
     def connect(self, address: str) -> "RayTransport":
@@ -154,6 +184,11 @@ class RayTransport:
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
         """Deliver the request and return its reply, or raise what the edge raised."""
+        patience_seconds = self.edge.room_patience_seconds
+        return ask_patiently(lambda: self._sent(request), patience_seconds)
+
+    def _sent(self, request: Request[ReplyT]) -> ReplyT:
+        """Deliver the request, also to an edge that is being restarted."""
         deadline = float("inf")
         while True:
             try:
@@ -194,17 +229,21 @@ class RayTransport:
 class _EdgeActor:
     """An ``EdgeService`` in a process of its own; each start is an incarnation."""
 
-    def __init__(self, task: Task, spill_dir: str, edge: RayEdge) -> None:
-        self._folder = Path(spill_dir)
+    def __init__(self, task: Task, address: str, edge: RayEdge) -> None:
+        self._folder = _folder(edge.spill_dir, address)
         self._service = EdgeService(
             task,
             spill_dir=self._folder,
             incarnation=uuid.uuid4().hex,
-            connect=lambda place, address: replace(edge, name=place).connect(address),
+            # An edge that waits for another would keep its own clients waiting.
+            connect=lambda place, address: replace(
+                edge, name=place, room_patience_seconds=0.0
+            ).connect(address),
+            profile=edge.profile,
         )
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> Path:
+        return self._folder
 
     def handle(self, request: Request[ReplyT]) -> ReplyT:
         return self._service.handle(request)
@@ -217,6 +256,11 @@ class _EdgeActor:
 
     def clean_up(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _folder(parent: str | None, address: str) -> Path:
+    """Name the folder of one actor on the machine that this is called on."""
+    return Path(parent or tempfile.gettempdir()) / f"smartsplit-{address}"
 
 
 def _divide(data: bytes, num_parts: int) -> tuple[bytes, ...]:

@@ -87,6 +87,7 @@ class Session:
             return self._last_reply
         if place != (self._next, self._parts.offset):
             raise self._out_of_order(request, is_changed=place == self._last)
+        self._last_reply = None  # Who asks for more has it, and it takes memory.
         self._last_reply = self._do(request)
         self._last_move = None
         self._last, self._last_checksum = place, checksum
@@ -113,8 +114,15 @@ class Session:
                 f"session {self.opened.session}: the task clips gradients by their "
                 "common norm, and the message has none. Use one version everywhere."
             )
+        self._last_reply = None
         self.runner.update(norm)
         self._num_updated = self.num_steps
+
+    def finish(self, norm: float | None) -> None:
+        """Do the last update, and let go of what only steps need."""
+        self.update(norm)
+        self._last_reply = None
+        self.runner.release_gradients()
 
     def move(self, request: MoveCut, chain: Chain, make: Make) -> Moved:
         """Begin at another unit from the next step on, exactly once.
@@ -224,6 +232,7 @@ class Session:
         stepped = self.onward.train(
             request.step, boundary, request.targets, request.norm
         )
+        del boundary  # It shares the memory of what was sent.
         gradient = self.runner.backward(stepped.gradient.unpack)
         norms = {**stepped.norms, **self.runner.gradient_norms()}
         advice = self._advice(request, stepped.loss)

@@ -7,7 +7,7 @@ tail counts only if its digest still fits.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +100,13 @@ class Spill:
     def drop_tail(self, session: str) -> None:
         """Delete a sealed tail, if there is one."""
         self._tail_path(session).unlink(missing_ok=True)
+
+    def tail_bytes(self) -> dict[str, int]:
+        """Return the size of every sealed tail's file, by session."""
+        return {
+            unquote(path.name.removesuffix(_TAIL)): path.stat().st_size
+            for path in self._folder.glob(f"*{_TAIL}")
+        }
 
     def release(self, round_number: int, keep_digest: str) -> None:
         """Delete the tails of this and earlier rounds, and all states but one."""

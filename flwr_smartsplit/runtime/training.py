@@ -156,7 +156,8 @@ def _trained(
     walk: Walk, state: State, loader: Loader, conditions: Conditions
 ) -> Outcome:
     """Take all steps of a round, or those until the edge has enough, or raise."""
-    walk.open(state, conditions.connect, token=uuid.uuid4().hex)
+    token, size = uuid.uuid4().hex, _batch_size(loader)
+    walk.open(state, conditions.connect, token=token, batch_size=size)
     for epoch in range(conditions.local_epochs):
         walk.tally.begin_epoch()
         for batch in walk.streams.batches(loader, epoch):
@@ -194,10 +195,10 @@ def evaluate_locally(
     """
     start = conditions.clock()
     walk = _walk(plan, conditions, is_trained=False)
-    token = uuid.uuid4().hex
+    token, size = uuid.uuid4().hex, _batch_size(loader)
     with torch_threads(plan.num_threads):
         try:
-            walk.open(state, conditions.connect, token=token)
+            walk.open(state, conditions.connect, token=token, batch_size=size)
             for batch in walk.streams.batches(loader, 0):
                 walk.evaluate_step(*_own_batch(batch))
             report = walk.report(num_epochs=1)
@@ -227,6 +228,12 @@ def _failure(walk: Walk, error: SmartSplitError) -> StepReport:
         status=Status.OUT_OF_MEMORY if over else Status.EDGE_FAILED,
         message=str(error),
     )
+
+
+def _batch_size(loader: Loader) -> int | None:
+    """Read how many examples a batch has, where the loader says so."""
+    size = getattr(loader, "batch_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _own_batch(batch: Any) -> tuple[Batch, Tensor]:

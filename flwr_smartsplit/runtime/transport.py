@@ -83,6 +83,8 @@ class OpenSession(Request[Opened]):
     cohort, importance, num_examples : Cohort or None, float, int
         As in the client's plan, at the edge that advises the device; no other one is
         given a cohort.
+    batch_size : int, optional
+        The most examples that a batch will have, if the device knows.
     """
 
     session: str
@@ -101,6 +103,7 @@ class OpenSession(Request[Opened]):
     cohort: Cohort | None = None
     importance: float = 0.0
     num_examples: int = 0
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +334,14 @@ class CountingTransport:
         reply = self.inner.send(request)
         self.received_bytes += payload_bytes(reply)
         return reply
+
+
+def num_examples_of(request: Any) -> int:
+    """Count the examples of a step's message; 0 if it brings none."""
+    if hasattr(request, "num_examples"):
+        return int(request.num_examples)
+    tensor = getattr(request, "targets", None) or getattr(request, "boundary", None)
+    return 0 if tensor is None else int(tensor.shape[0])
 
 
 def payload_bytes(message: Any) -> int:

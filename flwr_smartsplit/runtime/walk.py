@@ -24,13 +24,7 @@ from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.model.slicing import SlicedRunner
 from flwr_smartsplit.policy.slicing import require_sliceable
-from flwr_smartsplit.runtime.link import (
-    Connect,
-    EdgeLink,
-    opening_of,
-    packed,
-    unpacked,
-)
+from flwr_smartsplit.runtime.link import Connect, EdgeLink, opening_of, packed, unpacked
 from flwr_smartsplit.runtime.moving import off_wire
 from flwr_smartsplit.runtime.pace import Pace
 from flwr_smartsplit.runtime.randomness import UnitStreams
@@ -93,7 +87,14 @@ class Walk:
         self._slices: Slices | None = None
         self._norm: float | None = None
 
-    def open(self, state: State, connect: Connect, *, token: str) -> None:
+    def open(
+        self,
+        state: State,
+        connect: Connect,
+        *,
+        token: str,
+        batch_size: int | None = None,
+    ) -> None:
         """Build the device's segments under the cap, and those at the edges.
 
         Parameters
@@ -104,6 +105,8 @@ class Walk:
             Reaches an edge.
         token : str
             Of this opening.
+        batch_size : int, optional
+            The most examples that a batch will have, if that is known.
         """
         if self.plan.slice_size is not None:
             apart = [unit.is_samplewise for unit in self._chain.units]
@@ -114,7 +117,11 @@ class Walk:
         legs = self.route.edge_legs(num_units)
         if legs:
             opening = opening_of(
-                self.plan, legs, is_trained=self._is_trained, token=token
+                self.plan,
+                legs,
+                is_trained=self._is_trained,
+                token=token,
+                batch_size=batch_size,
             )
             address = self.plan.edge_addresses[legs[0].place]
             self._link = EdgeLink(connect(legs[0].place, address), opening)

@@ -132,6 +132,8 @@ class ChainProfile:
         Whether all gradients are kept until all are there, to be clipped together.
     loss : StepBytes
         What the loss makes and frees, after the last unit.
+    targets_bytes : int
+        Size of a batch's targets alone.
 
     Examples
     --------
@@ -145,6 +147,7 @@ class ChainProfile:
     units: tuple[UnitCost, ...]
     updates_last: bool = False
     loss: StepBytes = StepBytes()
+    targets_bytes: int = 0
 
     def to_json(self) -> str:
         """Write the profile as JSON, with the names of the fields as keys."""

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes, profile_chain
+from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes
 from flwr_smartsplit.model.cap import CapMode
 from flwr_smartsplit.policy.adapting import MARGIN, PATIENCE_STEPS, is_calm
 from flwr_smartsplit.policy.recompute_plan import least_bytes
 from flwr_smartsplit.runtime import adapting
-from flwr_smartsplit.runtime.adapting import Adapter, profile_of
+from flwr_smartsplit.runtime.adapting import Adapter
 from flwr_smartsplit.runtime.budget import as_budget
 from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.runtime.profiles import profile_of
 from flwr_smartsplit.runtime.training import Conditions, Outcome, train_locally
 from flwr_smartsplit.runtime.transport import HoldState
 from flwr_smartsplit.runtime.walk import Walk
@@ -251,17 +252,3 @@ def test_a_budget_is_told_what_is_in_use_whatever_the_cap_looks_at(mode):
     parameters = sum(unit.parameter_bytes for unit in PROFILE.units)
     assert told[0] >= parameters
     assert told[1] >= 3 * parameters  # With gradients and momentum.
-
-
-def test_costs_are_found_once_in_a_process(monkeypatch):
-    """Also where every message brings its own copy of the task."""
-    calls = []
-    monkeypatch.setattr(
-        adapting,
-        "profile_chain",
-        lambda *args, **kwargs: calls.append(1) or profile_chain(*args, **kwargs),
-    )
-    monkeypatch.setattr(adapting, "_profiles", {})
-    copies = [replace(TASK), replace(TASK)]
-    assert profile_of(copies[0], batch_size=3) == profile_of(copies[1], batch_size=3)
-    assert calls == [1]

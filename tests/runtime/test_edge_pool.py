@@ -11,6 +11,7 @@ from flwr_smartsplit.runtime.edge_pool import EdgePool
 from flwr_smartsplit.runtime.local_edge import LocalEdge
 from flwr_smartsplit.runtime.wire import state_bytes, state_digest
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import EdgeProfile
 from tests.faults import Deliver, MortalEdge
 from tests.tasks import TASK, State, initial_state
 
@@ -227,3 +228,17 @@ def test_edges_keep_their_order_after_a_restart(
     addresses, failures = pool.prepare(state_digest(newer), newer)
     assert failures == []
     assert list(addresses) == ["a", "b"]
+
+
+def test_a_pool_says_what_its_edges_offer() -> None:
+    """In the order asked for; an edge that says nothing has no limits."""
+
+    class Plain:
+        name = "plain"
+
+    near = LocalEdge(name="near", memory_bytes=3, disk_bytes=4, flops_per_second=5.0)
+    pool = EdgePool([near, Plain()], TASK)
+    assert pool.profiles(("plain", "near")) == (
+        EdgeProfile(name="plain"),
+        EdgeProfile(name="near", memory_bytes=3, disk_bytes=4, flops_per_second=5.0),
+    )
