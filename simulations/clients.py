@@ -33,7 +33,11 @@ def build_task(experiment: Experiment) -> Task:
 
 
 def build_client(
-    context: Context, *, experiment: Experiment, budgets_bytes: Sequence[int | None]
+    context: Context,
+    *,
+    experiment: Experiment,
+    budgets_bytes: Sequence[int | None],
+    task: Task | None = None,
 ) -> SmartSplitNumPyClient:
     """Build the client of one partition.
 
@@ -46,10 +50,12 @@ def build_client(
     budgets_bytes : Sequence[int or None]
         The cap of each client's device; None for no cap. A strategy that knows no
         budgets, such as Flower's FedAvg, has whole models trained without a cap.
+    task : Task, optional
+        What to train; the experiment's own task if not given.
     """
     client = int(context.node_config["partition-id"])
     return SmartSplitNumPyClient(
-        build_task(experiment),
+        task or build_task(experiment),
         train_loader(experiment, client),
         client_key=str(client),
         budget_bytes=budgets_bytes[client],

@@ -9,23 +9,21 @@ McMahan, Moore, Ramage, Hampson, Agüera y Arcas: Communication-Efficient Learni
 Deep Networks from Decentralized Data. AISTATS 2017. arXiv:1602.05629.
 """
 
-from pathlib import Path
-
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit import SmartSplit, Task
-from simulations.experiment import Experiment
-from simulations.method import Method
+from flwr_smartsplit import SmartSplit
+from simulations.method import Method, Setting
 
 
-def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strategy:
+def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that leaves weak devices out."""
+    experiment = setting.experiment
     return SmartSplit(
-        task=task,
+        task=setting.task,
         edges=(),
         recompute=False,
         seed=experiment.seed,
-        journal=journal,
+        journal=setting.journal,
         fraction_train=experiment.fraction_train,
         fraction_evaluate=0.0,
         min_available_nodes=experiment.num_clients,

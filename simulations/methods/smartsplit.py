@@ -10,23 +10,21 @@ Tian, Li, Tam, Wu, Xu: Breaking the Memory Wall for Heterogeneous Federated Lear
 via Model Splitting. IEEE TPDS 35(12), 2024. arXiv:2410.11577.
 """
 
-from pathlib import Path
-
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit import SmartSplit, Task
+from flwr_smartsplit import SmartSplit
 from simulations.clients import EDGES
-from simulations.experiment import Experiment
-from simulations.method import Method
+from simulations.method import Method, Setting
 
 
-def build_strategy(experiment: Experiment, task: Task, journal: Path) -> Strategy:
+def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that splits models over the devices and one Ray edge."""
+    experiment = setting.experiment
     return SmartSplit(
-        task=task,
+        task=setting.task,
         edges=EDGES,
         seed=experiment.seed,
-        journal=journal,
+        journal=setting.journal,
         fraction_train=experiment.fraction_train,
         fraction_evaluate=0.0,
         min_available_nodes=experiment.num_clients,
