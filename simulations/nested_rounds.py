@@ -4,9 +4,11 @@ What HeteroFL and DepthFL have in common: a ladder of smaller models whose state
 parts of the whole one's, chosen by memory and averaged value by value.
 """
 
+import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, final
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -73,15 +75,19 @@ def variant_of(task: Task, *, name: str, config: Config, batch_size: int) -> Var
     batch_size : int
         Examples per training step.
     """
+    shapes, peak_bytes = _needs(pickle.dumps(task), batch_size)
+    return Variant(name=name, config=config, shapes=shapes, peak_bytes=peak_bytes)
+
+
+@lru_cache(maxsize=32)
+def _needs(pickled_task: bytes, batch_size: int) -> tuple[Shapes, int]:
+    """Find shapes and peak once for all experiments that train the same: seconds."""
+    task: Task = pickle.loads(pickled_task)
     chain = build_chain(task)
     profile = profile_chain(chain, batch_size=batch_size, task=task)
     state = chain.model.state_dict()
-    return Variant(
-        name=name,
-        config=config,
-        shapes={key: tuple(tensor.shape) for key, tensor in state.items()},
-        peak_bytes=predicted_peak_bytes(profile, Route.whole()),
-    )
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    return shapes, predicted_peak_bytes(profile, Route.whole())
 
 
 def largest_that_fits(
