@@ -15,11 +15,10 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from flwr_smartsplit.flower.journal import Journal
 from flwr_smartsplit.flower.records import last_line, record_bytes
+from flwr_smartsplit.flower.rows import Row
 from simulations.method import Setting
-from simulations.rows import ACCEPTED, NOT_SAMPLED, TRAIN
+from simulations.rows import ACCEPTED, TRAIN
 from simulations.sampling import Sampler
-
-Row = dict[str, object]
 
 ASKED_BY_SAMPLER: dict[str, Any] = {
     "fraction_train": 1.0,
@@ -61,11 +60,8 @@ class Journalled(Strategy):
         """Ask the sampled clients as the strategy does, and note who got how much."""
         self._started_seconds = time.perf_counter()
         sample = self._sampler.draw(server_round, grid)
-        for key in sample.left_out:
-            self._journal.write(
-                client_row(server_round, key, NOT_SAMPLED)
-                | {"cause": "not sampled in this round"}
-            )
+        for row in sample.rows(server_round):
+            self._journal.write(row)
         nodes = [member.node_id for member in sample.chosen.values()]
         seen = cast(Grid, _Nodes(nodes))
         messages = list(self._inner.configure_train(server_round, arrays, config, seen))

@@ -28,13 +28,15 @@ from flwr_smartsplit.flower.records import (
     to_array_record,
 )
 from flwr_smartsplit.flower.replies import reply_from_content
+from flwr_smartsplit.flower.rows import Row, skipped_row
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.types import ClientPlan, ClientReply, DeviceProfile, Status
-from simulations.journalled import Row, client_row, payload_bytes
+from simulations.journalled import client_row, payload_bytes
 from simulations.method import Setting
 from simulations.nested import Shapes, Share, State, average_shares, cut_state
-from simulations.rows import ACCEPTED, NOT_SAMPLED, SAT_OUT
-from simulations.sampling import Sample, Sampler
+from simulations.rows import ACCEPTED, TRAIN
+from simulations.sampling import Sampler
+from simulations.summary import bytes_text
 
 Config = Mapping[str, float | int]
 
@@ -176,7 +178,8 @@ class NestedRounds(Strategy):
         self._state = from_array_record(arrays)
         self._asked = {}
         sample = self._sampler.draw(server_round, grid)
-        self._write_left_out(server_round, sample)
+        for row in sample.rows(server_round):
+            self._journal.write(row)
         messages = []
         for key, member in sample.chosen.items():
             budget_bytes = member.profile.budget_bytes
@@ -300,24 +303,11 @@ class NestedRounds(Strategy):
             return None, row | {"status": report.status, "cause": report.message}
         return reply, row | {"status": ACCEPTED}
 
-    # --- who does not train -------------------------------------------------------
-
-    def _write_left_out(self, server_round: int, sample: Sample) -> None:
-        for key, member in sample.left_out.items():
-            row = client_row(server_round, key, NOT_SAMPLED)
-            row["cause"] = "not sampled in this round"
-            self._journal.write(row | {"budget_bytes": member.profile.budget_bytes})
-
     def _write_sat_out(self, server_round: int, profile: DeviceProfile) -> None:
         smallest = self._ladder.variants[-1]
-        budget_bytes = profile.budget_bytes or 0
-        self._journal.write(
-            client_row(server_round, profile.client_key, SAT_OUT)
-            | {
-                "cause": f"no variant fits: the smallest ({smallest.name}) needs "
-                f"{smallest.peak_bytes / 1024:.1f} KiB, the budget is "
-                f"{budget_bytes / 1024:.1f} KiB",
-                "budget_bytes": budget_bytes,
-                "predicted_peak_bytes": smallest.peak_bytes,
-            }
+        cause = (
+            f"no variant fits: the smallest ({smallest.name}) needs "
+            f"{bytes_text(smallest.peak_bytes)}, the budget is "
+            f"{bytes_text(profile.budget_bytes or 0)}"
         )
+        self._journal.write(skipped_row(profile, cause, server_round, TRAIN))

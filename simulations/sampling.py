@@ -6,6 +6,7 @@ generator. Here the clients are drawn by their keys and the experiment's seed, a
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import final
@@ -14,11 +15,17 @@ from flwr.serverapp import Grid
 
 from flwr_smartsplit.flower.fleet import Fleet, Member
 from flwr_smartsplit.flower.records import message_dialect
+from flwr_smartsplit.flower.rows import Row, failure_row, skipped_row
+from flwr_smartsplit.policy.rounds import NOT_SAMPLED
 from flwr_smartsplit.policy.selection import sample_clients
 from flwr_smartsplit.runtime.randomness import derived_seed
+from flwr_smartsplit.types import Failure
 from simulations.experiment import Experiment
+from simulations.rows import TRAIN
 
 TIMEOUT_SECONDS = 600.0
+MIN_CLIENTS = 2
+"""Fewest clients that Flower's strategies ask in a round, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +36,20 @@ class Sample:
     ----------
     chosen, left_out : dict[str, Member]
         Who is asked, and who is not, by client_key.
+    failures : list[Failure]
+        Who could not be asked.
     """
 
     chosen: dict[str, Member]
     left_out: dict[str, Member]
+    failures: list[Failure]
+
+    def rows(self, server_round: int) -> Iterator[Row]:
+        """Make the journal's rows of those who are not asked."""
+        for member in self.left_out.values():
+            yield skipped_row(member.profile, NOT_SAMPLED, server_round, TRAIN)
+        for failure in self.failures:
+            yield failure_row(failure, server_round, TRAIN)
 
 
 @final
@@ -63,16 +80,17 @@ class Sampler:
         experiment = self._experiment
         while len(nodes := list(grid.get_node_ids())) < experiment.num_clients:
             time.sleep(0.1)
-        members, _ = self._fleet.members(grid, nodes)
+        members, failures = self._fleet.members(grid, nodes)
         self._key_of_node |= {m.node_id: key for key, m in members.items()}
         drawn = sample_clients(
             list(members),
-            num_clients=max(int(len(members) * experiment.fraction_train), 1),
+            num_clients=max(int(len(members) * experiment.fraction_train), MIN_CLIENTS),
             rng=Random(derived_seed(experiment.seed, server_round, 1)),
         )
         return Sample(
             chosen={key: m for key, m in members.items() if key in drawn},
             left_out={key: m for key, m in members.items() if key not in drawn},
+            failures=failures,
         )
 
     def client_key(self, node_id: int) -> str:

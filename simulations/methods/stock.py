@@ -65,8 +65,8 @@ STOCK = (
     ),
     stock_method(
         "fedadam",
-        partial(FedAdam, eta=0.01),
-        rule="with Adam on the server, rate 0.01",
+        partial(FedAdam, eta=0.03),
+        rule="with Adam on the server, rate 0.03",
     ),
     stock_method(
         "fedyogi",
@@ -75,8 +75,8 @@ STOCK = (
     ),
     stock_method(
         "fedadagrad",
-        partial(FedAdagrad, eta=0.03),
-        rule="with Adagrad on the server, rate 0.03",
+        partial(FedAdagrad, eta=0.01),
+        rule="with Adagrad on the server, rate 0.01",
     ),
     stock_method(
         "fedavgm",
