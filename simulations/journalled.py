@@ -14,7 +14,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from flwr_smartsplit.flower.journal import Journal
-from flwr_smartsplit.flower.records import last_line, record_bytes
+from flwr_smartsplit.flower.records import (
+    from_array_record,
+    last_line,
+    record_bytes,
+    to_array_record,
+)
 from flwr_smartsplit.flower.rows import Row
 from simulations.method import Setting
 from simulations.rows import ACCEPTED, TRAIN
@@ -33,7 +38,8 @@ ASKED_BY_SAMPLER: dict[str, Any] = {
 class Journalled(Strategy):
     """Let a strategy of Flower's train the sampled clients, and write rows.
 
-    Every client trains the whole model, whatever its memory.
+    Every client trains the whole model, whatever its memory. What the strategy returns
+    is sent on in the types it came in: some return float64, which is twice the bytes.
 
     Parameters
     ----------
@@ -48,6 +54,7 @@ class Journalled(Strategy):
         self._journal = Journal(setting.journal)
         self._sampler = Sampler(setting.experiment)
         self._bytes_down: dict[int, int] = {}
+        self._dtypes: dict[str, str] = {}
         self._started_seconds = 0.0
 
     def summary(self) -> None:
@@ -59,6 +66,7 @@ class Journalled(Strategy):
     ) -> Iterable[Message]:
         """Ask the sampled clients as the strategy does, and note who got how much."""
         self._started_seconds = time.perf_counter()
+        self._dtypes = {name: array.dtype for name, array in arrays.items()}
         sample = self._sampler.draw(server_round, grid)
         for row in sample.rows(server_round):
             self._journal.write(row)
@@ -74,7 +82,9 @@ class Journalled(Strategy):
         """Merge as the strategy does, in client_key order, and write the round down."""
         ordered = sorted(replies, key=self._client_key)
         arrived_seconds = time.perf_counter()
-        merged = self._inner.aggregate_train(server_round, ordered)
+        arrays, metrics = self._inner.aggregate_train(server_round, ordered)
+        if arrays is not None:
+            arrays = self._as_sent(arrays)
         ended_seconds = time.perf_counter()
         rows = [self._row(server_round, reply) for reply in ordered]
         for row in rows:
@@ -91,7 +101,7 @@ class Journalled(Strategy):
                 + sum(map(payload_bytes, ordered)),
             }
         )
-        return merged
+        return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -106,6 +116,14 @@ class Journalled(Strategy):
         """Return nothing, since nobody was asked."""
         del server_round, replies
         return None
+
+    def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
+        return to_array_record(
+            {
+                name: array.astype(self._dtypes[name], copy=False)
+                for name, array in from_array_record(arrays).items()
+            }
+        )
 
     def _client_key(self, reply: Message) -> str:
         return self._sampler.client_key(reply.metadata.src_node_id)

@@ -60,8 +60,8 @@ def _build_strategy(setting: Setting, *, inner_fn: Callable[..., FedAvg]) -> Str
 STOCK = (
     stock_method(
         "fedprox",
-        partial(FedProx, proximal_mu=0.01),
-        rule="with a pull of 0.01 to the global model",
+        partial(FedProx, proximal_mu=0.1),
+        rule="with a pull of 0.1 to the global model",
     ),
     stock_method(
         "fedadam",

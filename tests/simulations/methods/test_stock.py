@@ -34,6 +34,7 @@ def test_everybody_trains_the_whole_model_whatever_its_budget(
     assert [row["status"] for row in rows] == ["accepted"] * 6
     assert {row["route"] for row in rows} == {"whole"}
     assert all(np.isfinite(array).all() for array in ended.after.values())
+    assert {array.dtype for array in ended.after.values()} == {np.dtype(np.float32)}
     assert distance(ended, averaged.after) > 0
     assert "budgets ignored" in method.summary
 
