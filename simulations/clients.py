@@ -13,13 +13,13 @@ from flwr.app import Context
 
 from flwr_smartsplit import MemoryBudget, RayEdge, SmartSplitNumPyClient, Task
 from flwr_smartsplit.types import DeviceTraits
-from simulations.clock import Clock
+from simulations.clock import EDGE_FLOPS_PER_SECOND, Clock
 from simulations.data import client_indices, input_shape, load_images, train_loader
 from simulations.devices import FleetDevice
 from simulations.experiment import Experiment
 from simulations.models import model_fn
 
-EDGES = (RayEdge(),)
+EDGES = (RayEdge(flops_per_second=EDGE_FLOPS_PER_SECOND),)
 """Where clients may have the rest of a model trained, if their plan says so."""
 
 
@@ -63,6 +63,7 @@ def build_client(
     experiment: Experiment,
     devices: Sequence[FleetDevice],
     clock: Clock,
+    task: Task | None = None,
 ) -> SmartSplitNumPyClient:
     """Build the client of one partition.
 
@@ -77,10 +78,12 @@ def build_client(
         whole models trained without a cap.
     clock : Clock
         Says how long a step takes on its device.
+    task : Task, optional
+        What to train; the experiment's own task if not given.
     """
     client = int(context.node_config["partition-id"])
     return SmartSplitNumPyClient(
-        build_task(experiment),
+        task or build_task(experiment),
         train_loader(experiment, client),
         client_key=str(client),
         budget_bytes=budget_of(devices[client]),

@@ -167,9 +167,11 @@ class Clock:
         """Say what a row of a journal took; nothing if no step was made."""
         if row.num_steps == 0:
             return NOTHING
+        # A row with FLOPs of its own is of a smaller model, all of it at the device.
+        is_variant = row.step_flops is not None
         planned = Stretch(
             num_steps=row.num_steps,
-            route=route_of(row.route),
+            route=Route.whole() if is_variant else route_of(row.route),
             recompute=recompute_of(row.recompute),
         )
         traffic = Traffic(

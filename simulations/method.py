@@ -1,15 +1,17 @@
-"""Method: what a file in ``methods`` says about itself."""
+"""Method: what a file in ``methods`` says about itself, and what it is given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor, nn
 
 from flwr_smartsplit import Task
 from simulations.clock import Clock
 from simulations.devices import Devices
 from simulations.experiment import Experiment
+from simulations.models import model_fn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,11 @@ StrategyFn = Callable[[Setting], Strategy]
 """``strategy_fn(setting)`` builds the server's side."""
 
 
+def as_they_are(outputs: Tensor) -> Tensor:
+    """Return a model's outputs ``(batch, classes)``."""
+    return outputs
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """One way to train a fleet.
@@ -53,8 +60,15 @@ class Method:
         What it does, in one line.
     strategy_fn : StrategyFn
         Builds the server's side.
+    model_fn : Callable[[Experiment], Callable[[], nn.Module]]
+        Returns the function that builds its global model; the experiment's own
+        model, unless a method trains another.
+    outputs_fn : Callable[[Tensor], Tensor]
+        Makes class scores ``(batch, classes)`` of what the global model returns.
     """
 
     name: str
     summary: str
     strategy_fn: StrategyFn
+    model_fn: Callable[[Experiment], Callable[[], nn.Module]] = model_fn
+    outputs_fn: Callable[[Tensor], Tensor] = as_they_are

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
-from flwr_smartsplit import Route, build_client_app, predicted_peak_bytes, profile_chain
+from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.flower.fleet import Fleet
 from flwr_smartsplit.flower.journal import Journal
 from flwr_smartsplit.flower.records import message_dialect
@@ -39,6 +39,7 @@ from simulations.methods import METHODS
 from simulations.provenance import Provenance
 from simulations.rows import EvaluationRow
 from simulations.summary import CONFIG, PROFILE
+from simulations.variants import VariantApp
 
 WAKING_TIMEOUT_SECONDS = 600.0
 
@@ -186,7 +187,7 @@ def run_methods(
     )
     run_simulation(
         server_app=server_app,
-        client_app=build_client_app(client_fn),
+        client_app=VariantApp(client_fn, experiment),
         num_supernodes=experiment.num_clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
@@ -221,13 +222,14 @@ def run_method(
 ) -> None:
     """Run one method from the common initial model."""
     experiment = setting.experiment
-    model = initial_model(setting.task.model_fn, experiment.seed)
+    model = initial_model(method.model_fn(experiment), experiment.seed)
+    scores = _Scores(model, method.outputs_fn)
     method.strategy_fn(setting).start(
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=experiment.num_rounds,
         evaluate_fn=_evaluate_fn(
-            model, experiment, Journal(setting.journal), partial(on_round, method.name)
+            scores, experiment, Journal(setting.journal), partial(on_round, method.name)
         ),
     )
 
@@ -240,7 +242,7 @@ def initial_model(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def _evaluate_fn(
-    model: nn.Module,
+    scores: "_Scores",
     experiment: Experiment,
     journal: Journal,
     on_evaluation: Callable[[EvaluationRow], None],
@@ -250,9 +252,9 @@ def _evaluate_fn(
     num_classes = load_images(experiment).num_classes
 
     def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        model.load_state_dict(arrays.to_torch_state_dict())
+        scores.model.load_state_dict(arrays.to_torch_state_dict())
         with torch_threads(1):
-            batches = [(_outputs(model, x), y) for x, y in loader]
+            batches = [(scores.of(x), y) for x, y in loader]
         row = evaluation_row(server_round, batches, num_classes=num_classes)
         journal.write({"kind": "evaluation", **asdict(row)})
         on_evaluation(row)
@@ -261,10 +263,16 @@ def _evaluate_fn(
     return evaluate_global
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    outputs: Tensor = model.eval()(inputs)
-    return outputs
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """A method's global model, and how class scores are made of what it returns."""
+
+    model: nn.Module
+    outputs_fn: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def of(self, inputs: Tensor) -> Tensor:
+        return self.outputs_fn(self.model.eval()(inputs))
 
 
 def evaluation_row(

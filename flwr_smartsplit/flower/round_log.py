@@ -71,7 +71,14 @@ class RoundLog:
             if key in plan.unfit and reason != self._sitting_out.get(key):
                 self._sitting_out[key] = reason
                 _log.log(INFO, "\t> Client %s sits out: %s", key, reason)
-            self._journal.write(skipped_row(profiles[key], plan, phase))
+            row = skipped_row(
+                profiles[key],
+                reason,
+                plan.round_number,
+                phase=phase,
+                is_unfit=key in plan.unfit,
+            )
+            self._journal.write(row)
 
     def write_failures(
         self, failures: list[Failure], round_number: int, *, phase: str

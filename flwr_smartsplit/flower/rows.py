@@ -11,7 +11,6 @@ from flwr_smartsplit.types import (
     ClientReply,
     DeviceProfile,
     Failure,
-    RoundPlan,
     StepReport,
 )
 
@@ -39,16 +38,22 @@ def client_rows(
         yield row | {"status": failure.kind, "cause": failure.cause}
 
 
-def skipped_row(profile: DeviceProfile, plan: RoundPlan, phase: str) -> Row:
-    """Make the row of a client that was not chosen."""
-    key = profile.client_key
+def skipped_row(
+    profile: DeviceProfile,
+    reason: str,
+    round_number: int,
+    *,
+    phase: str = "train",
+    is_unfit: bool = False,
+) -> Row:
+    """Make the row of a client that was not chosen, or could not be."""
     return {
         "kind": "client",
         "phase": phase,
-        "round": plan.round_number,
-        "client_key": key,
-        "status": "sat_out" if key in plan.unfit else "not_sampled",
-        "cause": plan.skipped[key],
+        "round": round_number,
+        "client_key": profile.client_key,
+        "status": "sat_out" if is_unfit else "not_sampled",
+        "cause": reason,
         "budget_bytes": profile.budget_bytes,
         "num_examples": profile.num_examples,
     }

@@ -2,19 +2,25 @@
 
 from simulations.method import Method
 from simulations.methods.chance import RANDOM
+from simulations.methods.depthfl import DEPTHFL
 from simulations.methods.drop_weak import DROP_WEAK
 from simulations.methods.fedavg import FEDAVG
+from simulations.methods.heterofl import HETEROFL
 from simulations.methods.oort import OORT
 from simulations.methods.smartsplit import SMARTSPLIT, VARIANTS
 from simulations.methods.splitfed import SPLITFED
+from simulations.methods.stock import STOCK
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         FEDAVG,
+        *STOCK,
         DROP_WEAK,
-        SPLITFED,
         OORT,
+        HETEROFL,
+        DEPTHFL,
+        SPLITFED,
         RANDOM,
         SMARTSPLIT,
         *VARIANTS,

@@ -1,15 +1,23 @@
 """Models: their size, that they travel, and that a wrong name is explained."""
 
+import itertools
 import pickle
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from simulations.errors import ExperimentError
 from simulations.experiment import Experiment
 from simulations.fleets import half_weak
-from simulations.models import digits_network, image_network, model_fn
+from simulations.models import (
+    block_layers,
+    digits_network,
+    image_network,
+    model_fn,
+    narrow_model_fn,
+)
 from simulations.partitions import Iid
 
 DIGITS = Experiment(name="test", methods=("fedavg",), fleet=half_weak, partition=Iid())
@@ -51,3 +59,55 @@ def test_images_of_28_pixels_get_the_larger_network():
 def test_an_unknown_model_is_answered_with_known_ones(name, words):
     with pytest.raises(ExperimentError, match=words):
         model_fn(replace(DIGITS, model=name))
+
+
+@pytest.mark.parametrize("network", [digits_network, image_network])
+def test_a_narrower_network_is_the_first_part_of_every_wider_one(network):
+    shapes = [
+        {name: t.shape for name, t in network(width=width).state_dict().items()}
+        for width in (0.125, 0.25, 0.5, 1)
+    ]
+
+    for narrow, wide in itertools.pairwise(shapes):
+        assert narrow.keys() == wide.keys()
+        assert all(
+            small <= large
+            for name in wide
+            for small, large in zip(narrow[name], wide[name], strict=True)
+        )
+    assert shapes[0]["conv2.weight"][:2] == (shapes[3]["conv2.weight"][0] // 8, 4)
+
+
+@pytest.mark.parametrize(("num_groups", "same"), [(4, True), (8, False)])
+def test_a_slice_is_normalised_as_in_the_whole(num_groups, same):
+    """Four groups of four channels, as in the whole; eight of two would differ."""
+    inputs = torch.randn(2, 32, 5, 5, generator=torch.Generator().manual_seed(0))
+    whole = block_layers(1, (1, 32))["norm1"]
+    narrow = block_layers(1, (1, 16), width=0.5)["norm1"]
+    assert narrow.num_groups == 4
+
+    narrow = nn.GroupNorm(num_groups, 16)
+
+    assert torch.equal(narrow(inputs[:, :16]), whole(inputs)[:, :16]) == same
+
+
+def test_a_slice_is_scaled_up_by_the_inverse_of_its_width():
+    scale = block_layers(1, (1, 8), width=0.25)["scale1"]
+
+    assert scale(torch.tensor([1.0, -2.0])).tolist() == [4.0, -8.0]
+    assert "scale1" not in block_layers(1, (1, 32))
+
+
+def test_full_width_is_the_experiments_model():
+    assert "scale1" not in dict(narrow_model_fn(DIGITS, 1)().named_children())
+
+
+@pytest.mark.parametrize("width", [0, 0.3, 2])
+def test_a_width_that_would_tear_groups_apart_is_refused(width):
+    with pytest.raises(ExperimentError, match="take a multiple of"):
+        narrow_model_fn(DIGITS, width)
+
+
+def test_a_large_model_has_no_narrower_variants():
+    with pytest.raises(ExperimentError, match="take --model small"):
+        narrow_model_fn(replace(DIGITS, model="torchvision:resnet18"), 0.5)

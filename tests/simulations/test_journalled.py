@@ -1,4 +1,4 @@
-"""FedAvg's journal: one row per client and one per round, whatever became of them."""
+"""The journal of Flower's strategies: a row per client and round, whatever happens."""
 
 import json
 
@@ -15,10 +15,12 @@ from flwr.app import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from flwr_smartsplit.flower.records import OURS
+from flwr_smartsplit.flower.records import OURS, profile_to_scalars
+from flwr_smartsplit.types import DeviceProfile
 from simulations.experiment import Experiment
 from simulations.fleets import half_weak
-from simulations.methods.fedavg import JournalledFedAvg
+from simulations.method import Setting
+from simulations.methods.fedavg import build_strategy
 from simulations.partitions import Iid
 
 EXPERIMENT = Experiment(
@@ -41,6 +43,20 @@ class StubGrid:
     def get_node_ids(self):
         return [7, 8, 9]
 
+    def send_and_receive(self, messages, *, timeout):
+        """Answer what the sampler asks: the keys are 0, 1 and 2."""
+        return [self._profile_of(message) for message in messages]
+
+    def _profile_of(self, message):
+        profile = DeviceProfile(
+            client_key=str(message.metadata.dst_node_id - 7),
+            budget_bytes=100,
+            num_examples=10,
+            batch_size=16,
+        )
+        scalars = ConfigRecord(profile_to_scalars(profile))
+        return Message(RecordDict({OURS: scalars}), reply_to=message)
+
 
 def weights(value):
     return ArrayRecord({"w": Array(np.full(4, value, np.float32))})
@@ -60,10 +76,12 @@ def asked(tmp_path, monkeypatch):
     """A strategy that has just asked its three nodes, and what it sent by node."""
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)  # messages can be made in runs only
-    strategy = JournalledFedAvg(EXPERIMENT, journal=tmp_path / "fedavg.jsonl")
+    journal = tmp_path / "fedavg.jsonl"
+    setting = Setting(experiment=EXPERIMENT, task=None, journal=journal)
+    strategy = build_strategy(setting)
     sent = strategy.configure_train(1, weights(0.0), ConfigRecord(), StubGrid())
     by_node = {message.metadata.dst_node_id: message for message in sent}
-    return strategy, by_node, tmp_path / "fedavg.jsonl"
+    return strategy, by_node, journal
 
 
 def rows_of(path):
@@ -83,9 +101,6 @@ def test_the_merge_is_flowers_and_the_order_of_replies_is_no_matter(asked):
 
 def test_rows_tell_who_was_merged_and_who_was_lost(asked):
     strategy, sent, journal = asked
-    strategy.aggregate_train(1, [reply_to(sent[9], "2", 1.0, 10)])
-    journal.write_text("")
-
     lost = Message(Error(code=0, reason="gone"), reply_to=sent[9])
     strategy.aggregate_train(2, [lost, reply_to(sent[7], "0", 1.0, 10)])
 

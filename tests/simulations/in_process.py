@@ -1,0 +1,84 @@
+"""Methods run in this process: no Ray, no network, a second per round."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from flwr.app import ArrayRecord
+
+from flwr_smartsplit.flower.records import from_array_record
+from simulations.clients import build_client, build_task
+from simulations.experiment import Experiment
+from simulations.fleets import unlimited
+from simulations.method import Method, Setting
+from simulations.partitions import Iid
+from simulations.runner import initial_model
+from simulations.variants import VariantApp
+from tests.in_process_grid import InProcessGrid
+
+Budgets = tuple[int | None, ...]
+
+EXPERIMENT = Experiment(
+    name="test",
+    methods=("fedavg",),
+    fleet=unlimited,
+    partition=Iid(),
+    max_train_examples=96,
+    max_test_examples=40,
+    num_clients=3,
+    num_rounds=1,
+)
+"""Three clients with 32 examples each, so two steps a round."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that is over: the state before and after, and the journal's rows."""
+
+    before: dict[str, npt.NDArray[Any]]
+    after: dict[str, npt.NDArray[Any]]
+    rows: list[dict[str, Any]]
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """Take the rows of one kind."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+
+def grid_of(experiment: Experiment, budgets_bytes: Budgets) -> InProcessGrid:
+    """Make a grid with the experiment's clients."""
+    client_fn = partial(
+        build_client, experiment=experiment, budgets_bytes=budgets_bytes
+    )
+    return InProcessGrid([VariantApp(client_fn, experiment) for _ in budgets_bytes])
+
+
+def run_here(
+    method: Method,
+    folder: Path,
+    *,
+    budgets_bytes: Budgets = (None, None, None),
+    grid: InProcessGrid | None = None,
+    **changes: Any,
+) -> Ended:
+    """Run a method without evaluation."""
+    experiment = replace(EXPERIMENT, num_clients=len(budgets_bytes), **changes)
+    journal = folder / f"{method.name}.jsonl"
+    journal.unlink(missing_ok=True)
+    setting = Setting(
+        experiment=experiment, task=build_task(experiment), journal=journal
+    )
+    model = initial_model(method.model_fn(experiment), experiment.seed)
+    before = ArrayRecord(model.state_dict())
+    result = method.strategy_fn(setting).start(
+        grid=grid or grid_of(experiment, budgets_bytes),
+        initial_arrays=before,
+        num_rounds=experiment.num_rounds,
+    )
+    return Ended(
+        before=from_array_record(before),
+        after=from_array_record(result.arrays),
+        rows=[json.loads(line) for line in journal.read_text().splitlines()],
+    )
