@@ -24,8 +24,7 @@ Floats = npt.NDArray[np.float64]
 OFFERS_PER_CLIENT = 3
 LEAST_SHORTLIST = 64
 LEAST_POOL = 256
-"""Among so many, or ten times those wanted, the choice is made; no less than all of a
-small fleet, and the most promising of a large one."""
+"""Of a fleet of so many, all are considered."""
 MOST_PASSES = 3
 
 
@@ -54,6 +53,9 @@ class SelectByUtility:
         Adds what a Gaussian process expects a client and a cut to bring; None: nothing.
     surrogate_weight : float
         Its weight.
+    considered : int
+        For each client that is wanted, so many of the most promising are considered;
+        never fewer than 256.
 
     Examples
     --------
@@ -61,13 +63,14 @@ class SelectByUtility:
     0.0
     """
 
-    loss: float = 0.5
+    loss: float = 1.0
     memory: float = 0.0
-    speed: float = 0.5
-    coverage: float = 1.0
+    speed: float = 1.0
+    coverage: float = 3.0
     waiting: float = 0.3
     surrogate: Surrogate | None = None
     surrogate_weight: float = 0.3
+    considered: int = 10
 
     def __call__(self, request: SelectionRequest) -> Selection:
         """Choose a round's clients."""
@@ -88,12 +91,17 @@ class _Choosing:
         self._rule = rule
         self._request = request
         self._places = Places(request.edges)
-        factors = factors_of(self._candidates, request.history, request.round_number)
+        factors = factors_of(
+            self._candidates,
+            request.history,
+            round_number=request.round_number,
+            num_clients=request.num_clients,
+        )
         self._parts = {
             "loss": rule.loss * normalised(factors.loss),
             "memory": rule.memory * normalised(factors.memory),
             "speed": rule.speed * normalised(factors.speed),
-            "waiting": rule.waiting * normalised(factors.waiting),
+            "waiting": rule.waiting * factors.waiting,
         }
         self._counts, self._target, self._has_counts = _labels(self._candidates)
         self._coverage = rule.coverage * request.num_clients / log(2.0)
@@ -104,7 +112,9 @@ class _Choosing:
         self._features: list[tuple[float, ...]] = [()] * len(self._candidates)
         if rule.surrogate is not None:
             self._learn(rule.surrogate)
-        size = max(10 * request.num_clients, LEAST_POOL)
+        # Plain floats: those of numpy take several times as long to print.
+        self._shown = [(name, part.tolist()) for name, part in self._parts.items()]
+        size = max(rule.considered * request.num_clients, LEAST_POOL)
         everybody = np.ones(len(self._candidates), bool)
         first = self._prior + self._gains([], everybody)
         self._promising = np.argsort(-first, kind="stable")[:size]
@@ -189,9 +199,9 @@ class _Choosing:
         keys = map(self._key, range(len(self._candidates)))
         is_left = np.array([key not in passed for key in keys], bool)
         is_left[list(taken)] = False
-        gains = self._gains(taken, is_left)
+        gains = self._gains(taken, is_left).tolist()
         left = is_left.nonzero()[0]
-        ranked = left[np.argsort(-(self._prior + gains)[left], kind="stable")]
+        ranked = left[np.argsort(-(self._prior + gains)[left], kind="stable")].tolist()
         wanted, total = self._request.num_clients, len(self._candidates)
         return {
             self._key(index): f"not chosen: number {len(taken) + rank} of {total}, "
@@ -204,11 +214,11 @@ class _Choosing:
         asked = np.zeros(len(self._candidates), bool)
         asked[index] = True
         rest = [other for other in taken if other != index]
-        return self._said(index, self._gains(rest, asked)[index])
+        return self._said(index, self._gains(rest, asked).item(index))
 
     def _said(self, index: int, gain: float) -> str:
-        parts = [f"{name} {part[index]:+.2f}" for name, part in self._parts.items()]
-        total = self._prior[index] + gain
+        parts = [f"{name} {part[index]:+.2f}" for name, part in self._shown]
+        total = self._prior.item(index) + gain
         return f"utility {total:+.2f} ({', '.join(parts)}, labels {gain:+.2f})"
 
     def _key(self, index: int) -> str:

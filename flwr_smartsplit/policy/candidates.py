@@ -32,6 +32,8 @@ class Candidate:
         What each of these would take in a round; NaN if the device's speed is unknown.
     best : int
         Place in the menu of the fastest one; of the first one if nobody knows.
+    best_seconds : float
+        What that one would take; NaN if unknown.
     """
 
     device: DeviceProfile
@@ -39,11 +41,7 @@ class Candidate:
     fits: npt.NDArray[np.int64]
     seconds: Floats
     best: int
-
-    @property
-    def best_seconds(self) -> float:
-        """What the fastest offer takes; NaN if unknown."""
-        return float(np.min(self.seconds))
+    best_seconds: float
 
 
 def candidates_of(
@@ -76,16 +74,20 @@ def candidates_of(
     )
     is_fit = menu.peaks[None, :] <= budgets[:, None]
     seconds = _seconds(devices, menu, edges)
+    # Where the time is unknown, the first offer that fits is the best one.
+    ranked = np.where(np.isnan(seconds), np.arange(len(menu.offers)), seconds)
+    best = np.where(is_fit, ranked, inf).argmin(axis=1).tolist()
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
-    for device, own_fit, own_seconds in zip(devices, is_fit, seconds, strict=True):
-        (fits,) = own_fit.nonzero()
+    for row, device in enumerate(devices):
+        (fits,) = is_fit[row].nonzero()
         if not len(fits):
             unfit[device.client_key] = why_unfit(device, menu, has_edges=bool(edges))
             continue
-        taken = own_seconds[fits]
-        best = int(fits[0 if np.isnan(taken[0]) else int(taken.argmin())])
-        candidates.append(Candidate(device, menu, fits, taken, best))
+        own = seconds[row]
+        candidates.append(
+            Candidate(device, menu, fits, own[fits], best[row], float(own[best[row]]))
+        )
     return candidates, unfit
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from random import Random
 
 import numpy as np
@@ -196,15 +196,12 @@ def _routed(
             unfit[device.client_key] = str(error)
             continue
         edge = edges[offer.route.edges()[0]] if offer.route.edges() else None
-        seconds = round_seconds(offer.work, device, edge)
+        known = round_seconds(offer.work, device, edge)
+        seconds = nan if known is None else known
+        menu = Menu(request.profile, (offer,))
+        only = np.zeros(1, np.int64)
         candidates.append(
-            Candidate(
-                device,
-                Menu(request.profile, (offer,)),
-                np.zeros(1, np.int64),
-                np.array([np.nan if seconds is None else seconds]),
-                0,
-            )
+            Candidate(device, menu, only, np.array([seconds]), 0, seconds)
         )
     return candidates, unfit
 

@@ -23,7 +23,7 @@ FACTORS = ("loss", "memory", "speed", "waiting")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """Logarithms of the factors of all candidates; NaN where nothing is known.
+    """The factors of all candidates, as logarithms; NaN where nothing is known.
 
     Parameters
     ----------
@@ -35,7 +35,8 @@ class Factors:
     speed : ndarray
         One over the seconds of the fastest route that fits.
     waiting : ndarray
-        Rounds since the client took part.
+        Rounds since the client took part, in turns: after one, everybody could have
+        taken part once. No logarithm, so that in time it outweighs all else.
     """
 
     loss: Floats
@@ -45,7 +46,11 @@ class Factors:
 
 
 def factors_of(
-    candidates: Sequence[Candidate], history: History, round_number: int
+    candidates: Sequence[Candidate],
+    history: History,
+    *,
+    round_number: int,
+    num_clients: int,
 ) -> Factors:
     """Work the factors out.
 
@@ -57,6 +62,8 @@ def factors_of(
         What earlier rounds brought.
     round_number : int
         The round that is planned, counted from 1.
+    num_clients : int
+        How many are to be chosen.
     """
     seen = [history.latest.get(each.device.client_key) for each in candidates]
     typical = np.median([s.loss_rms for s in history.latest.values()] or [1.0])
@@ -74,7 +81,7 @@ def factors_of(
         loss=np.log(np.maximum(examples * losses, 1e-12)),
         memory=np.log(np.array(share, np.float64)),
         speed=-np.log(seconds),
-        waiting=np.log1p(round_number - 1 - last),
+        waiting=(round_number - 1 - last) * num_clients / max(len(candidates), 1),
     )
 
 

@@ -16,10 +16,12 @@ from simulations.scale.edges import (
     measure_edge,
     work_out_vgg19,
 )
+from simulations.scale.planning import measure_planning
 from simulations.scale.rounds import measure_rounds
 from simulations.scale.training import measure_training, thousand_clients
 
-EDGE_MEMORY, VGG19_100, ROUNDS, TRAINING = "edge_memory", "vgg19", "rounds", "training"
+PLANNING, EDGE_MEMORY, VGG19_100 = "planning", "edge_memory", "vgg19"
+ROUNDS, TRAINING = "rounds", "training"
 
 EDGE_CLIENTS: dict[bool, tuple[tuple[EdgeCase, int], ...]] = {
     True: ((SMALL, 16), (RESNET18, 8)),
@@ -28,6 +30,8 @@ EDGE_CLIENTS: dict[bool, tuple[tuple[EdgeCase, int], ...]] = {
 """Models and numbers of clients, by whether the suite is small."""
 ROUND_CLIENTS = {True: (10, 100), False: (10, 100, 1000)}
 VGG19_CLIENTS = 4
+NUM_DEVICES, NUM_SELECTED = 10_000, 100
+"""What is planned for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,8 @@ class Item:
 def scale_items(options: MeasurementOptions) -> list[Item]:
     """List what is to be measured, the quickest first."""
     small, seed = options.is_small, options.seed
-    items = [
+    items = [Item(part=PLANNING, measure=_planning(seed))]
+    items += [
         Item(part=EDGE_MEMORY, key=case.title, measure=_edge(case, count, seed))
         for case, count in EDGE_CLIENTS[small]
     ]
@@ -69,6 +74,10 @@ def scale_items(options: MeasurementOptions) -> list[Item]:
     if not small:
         items.append(Item(part=TRAINING, measure=_training(options)))
     return items
+
+
+def _planning(seed: int) -> Callable[[Path], dict[str, Any]]:
+    return lambda _: measure_planning(NUM_DEVICES, NUM_SELECTED, seed=seed)
 
 
 def _edge(case: EdgeCase, count: int, seed: int) -> Callable[[Path], dict[str, Any]]:

@@ -9,7 +9,13 @@ from jinja2 import Environment, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from simulations.scale.items import EDGE_MEMORY, ROUNDS, TRAINING, VGG19_100
+from simulations.scale.items import (
+    EDGE_MEMORY,
+    PLANNING,
+    ROUNDS,
+    TRAINING,
+    VGG19_100,
+)
 from simulations.scale.pictures import (
     Picture,
     edge_memory_picture,
@@ -43,7 +49,8 @@ def headline(summary: dict[str, Any]) -> str:
 
 def scale_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the cells of the table, a row for each measurement."""
-    rows = [_edge_row(n, each) for n, each in summary.get(EDGE_MEMORY, {}).items()]
+    rows = [_planning_row(summary[PLANNING])] if PLANNING in summary else []
+    rows += [_edge_row(n, each) for n, each in summary.get(EDGE_MEMORY, {}).items()]
     if VGG19_100 in summary:
         rows.append(_vgg19_row(summary[VGG19_100]))
     for clients, each in summary.get(ROUNDS, {}).items():
@@ -62,6 +69,15 @@ def scale_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         )
         rows.append(("training", f"{each['clients']:,}", found))
     return rows
+
+
+def _planning_row(case: dict[str, Any]) -> tuple[str, str, str]:
+    found = (
+        f"{case['selected']} chosen with {case['cuts']} cuts each: "
+        f"{case['seconds']:.2f} s, {case['peak_mib']:.0f} MiB; "
+        f"{100 * case['regret']:.1f} % below a choice among all"
+    )
+    return "planning", f"{case['devices']:,}", found
 
 
 def _edge_row(title: str, case: dict[str, Any]) -> tuple[str, str, str]:

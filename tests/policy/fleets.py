@@ -64,7 +64,9 @@ def candidate(
     )
     known = np.array(seconds, np.float64)
     best = 0 if np.isnan(known[0]) else int(known.argmin())
-    return Candidate(device, MENU, np.arange(len(known)), known, best)
+    return Candidate(
+        device, MENU, np.arange(len(known)), known, best, float(known[best])
+    )
 
 
 def request(candidates: Sequence[Candidate], **changes: Any) -> SelectionRequest:

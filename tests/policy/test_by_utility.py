@@ -1,7 +1,6 @@
 """SelectByUtility: each factor by hand, edges' memory, and brute force beside it."""
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import combinations
 from random import Random
 
@@ -10,17 +9,15 @@ import pytest
 
 from flwr_smartsplit.policy.by_utility import SelectByUtility
 from flwr_smartsplit.policy.candidates import Candidate
-from flwr_smartsplit.policy.coverage import divergence
 from flwr_smartsplit.policy.history import NO_HISTORY, History
 from flwr_smartsplit.policy.selection import (
     EDGES_FULL,
     Selection,
-    SelectionRequest,
     select_at_random,
 )
 from flwr_smartsplit.policy.surrogate import Surrogate
-from flwr_smartsplit.policy.utility import factors_of, normalised
 from flwr_smartsplit.types import EdgeProfile, Route
+from simulations.scale.planning import utility_of
 from tests.policy.fleets import candidate, request, seen
 
 NOTHING = SelectByUtility(loss=0, memory=0, speed=0, coverage=0, waiting=0)
@@ -102,7 +99,7 @@ def test_in_time_everybody_takes_part() -> None:
     """Fairness: who waits gets ahead of who is a little better."""
     fleet = [candidate(str(index), num_examples=10 + index) for index in range(9)]
     history, taken = NO_HISTORY, set()
-    for number in range(1, 25):
+    for number in range(1, 61):
         found = SelectByUtility()(
             request(fleet, num_clients=3, round_number=number, history=history)
         )
@@ -124,7 +121,7 @@ def test_no_edge_is_ever_asked_for_more_than_it_has() -> None:
     assert routes == {Route.split(2, edge="x"): 2, Route.whole(): 2}
     nobody = (EdgeProfile(name="x", memory_bytes=5),)
     only_cuts = [
-        Candidate(each.device, each.menu, np.array([1]), np.array([1.0]), 1)
+        Candidate(each.device, each.menu, np.array([1]), np.array([1.0]), 1, 1.0)
         for each in weak
     ]
     found = SelectByUtility()(request(only_cuts, num_clients=2, edges=nobody))
@@ -141,29 +138,6 @@ def test_everybody_has_a_reason_with_the_numbers() -> None:
         f"not chosen: number {rank} o" for rank in (3, 4, 5)
     ]
     assert all("2 were wanted" in reason for reason in found.passed.values())
-
-
-def value(
-    rule: SelectByUtility, asked: SelectionRequest, chosen: Sequence[str]
-) -> float:
-    """Say what a set of clients is worth: what the greedy choice climbs.
-
-    From 0, so that a share of the optimum means something.
-    """
-    fleet = asked.candidates
-    factors = factors_of(fleet, asked.history, asked.round_number)
-    prior = (
-        rule.loss * normalised(factors.loss)
-        + rule.memory * normalised(factors.memory)
-        + rule.speed * normalised(factors.speed)
-        + rule.waiting * normalised(factors.waiting)
-    )
-    prior -= prior.min()
-    counts = np.array([each.device.traits.label_counts for each in fleet], float)
-    target = counts.sum(axis=0) / counts.sum()
-    rows = [i for i, each in enumerate(fleet) if each.device.client_key in chosen]
-    covered = 1 - divergence(counts[rows].sum(axis=0), target) / np.log(2)
-    return float(prior[rows].sum() + rule.coverage * asked.num_clients * covered)
 
 
 def random_fleet(seed: int) -> tuple[list[Candidate], History]:
@@ -194,21 +168,21 @@ def random_fleet(seed: int) -> tuple[list[Candidate], History]:
 
 def worst_share(choose: SelectByUtility, *, num_fleets: int) -> float:
     """Compare with every way to choose 3 of 8; return the least share of the best."""
-    judge, worst = SelectByUtility(coverage=2.0), 1.0
+    judge, worst = SelectByUtility(coverage=3.0), 1.0
     for seed in range(num_fleets):
         fleet, history = random_fleet(seed)
         asked = request(fleet, num_clients=3, round_number=6, history=history)
         best = max(
-            value(judge, asked, names)
+            utility_of(judge, asked, names)
             for names in combinations([str(index) for index in range(8)], 3)
         )
-        worst = min(worst, value(judge, asked, keys(choose(asked))) / best)
+        worst = min(worst, utility_of(judge, asked, keys(choose(asked))) / best)
     return worst
 
 
 def test_small_fleets_are_within_five_percent_of_the_best_choice() -> None:
     """Of all sets there are; a rule that looks at something else is not."""
-    assert worst_share(SelectByUtility(coverage=2.0), num_fleets=60) > 0.95
+    assert worst_share(SelectByUtility(coverage=3.0), num_fleets=60) > 0.95
     assert worst_share(SelectByUtility(coverage=0), num_fleets=60) < 0.95
 
 

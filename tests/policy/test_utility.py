@@ -20,13 +20,14 @@ def test_factors_are_those_worked_out_by_hand() -> None:
     history = NO_HISTORY.after(
         [seen("a", round_number=2, loss_rms=3.0), seen("b", round_number=4, loss_rms=1)]
     )
-    found = factors_of(fleet, history, 5)
+    found = factors_of(fleet, history, round_number=5, num_clients=2)
     # c was never seen: the median loss of the others, 2.
     assert np.exp(found.loss) == pytest.approx([30.0, 20.0, 60.0])
     assert found.memory == pytest.approx([log(0.25), 0.0, 0.0])
     assert found.speed[0] == pytest.approx(-log(2.0))
     assert np.isnan(found.speed[1:]).all()
-    assert found.waiting == pytest.approx([log(3), log(1), log(5)])
+    # Two of three each round: 2, 0 and 4 rounds are 4/3, 0 and 8/3 turns.
+    assert found.waiting == pytest.approx([4 / 3, 0.0, 8 / 3])
 
 
 def test_normalising_ignores_what_is_unknown() -> None:

@@ -163,6 +163,7 @@ def test_the_small_suite_leaves_out_what_is_long():
         for is_small, p in ((True, {}), (False, _provenance()))
     )
     assert small == [
+        "planning",
         "edge memory small network",
         "edge memory ResNet-18",
         "vgg19",
