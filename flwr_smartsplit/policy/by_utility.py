@@ -54,8 +54,8 @@ class SelectByUtility:
     surrogate_weight : float
         Its weight.
     considered : int
-        For each client that is wanted, so many of the most promising are considered;
-        never fewer than 256.
+        For each client that is wanted, so many of the most promising are considered,
+        labels aside; never fewer than 256.
 
     Examples
     --------
@@ -115,9 +115,7 @@ class _Choosing:
         # Plain floats: those of numpy take several times as long to print.
         self._shown = [(name, part.tolist()) for name, part in self._parts.items()]
         size = max(rule.considered * request.num_clients, LEAST_POOL)
-        everybody = np.ones(len(self._candidates), bool)
-        first = self._prior + self._gains([], everybody)
-        self._promising = np.argsort(-first, kind="stable")[:size]
+        self._promising = np.argsort(-self._prior, kind="stable")[:size]
 
     def selection(self) -> Selection:
         """Choose greedily, exchange, and see who finds room at an edge."""
