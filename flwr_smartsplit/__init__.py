@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from flwr_smartsplit.flower.client_app import build_client_app
     from flwr_smartsplit.flower.legacy_strategy import LegacySmartSplit
     from flwr_smartsplit.flower.numpy_client import SmartSplitNumPyClient
+    from flwr_smartsplit.flower.observing import measured_seconds
     from flwr_smartsplit.flower.strategy import SmartSplit
     from flwr_smartsplit.model.cap import memory_cap
     from flwr_smartsplit.model.chain import Chain
     from flwr_smartsplit.model.costs import profile_chain
     from flwr_smartsplit.model.proximal import proximal
     from flwr_smartsplit.model.segment import Unit
+    from flwr_smartsplit.policy.by_utility import SelectByUtility
     from flwr_smartsplit.policy.cuts import (
         RouteRequest,
         deepest_split,
@@ -25,19 +27,23 @@ if TYPE_CHECKING:
     )
     from flwr_smartsplit.policy.predict import predicted_peak_bytes
     from flwr_smartsplit.policy.recompute_plan import plan_recompute
+    from flwr_smartsplit.policy.selection import select_at_random
     from flwr_smartsplit.runtime.budget import MemoryBudget
     from flwr_smartsplit.runtime.ray_edge import RayEdge
     from flwr_smartsplit.task import Task
-    from flwr_smartsplit.types import RecomputePlan, Route
+    from flwr_smartsplit.types import DeviceTraits, Link, RecomputePlan, Route
 
 __all__ = [
     "Chain",
+    "DeviceTraits",
     "LegacySmartSplit",
+    "Link",
     "MemoryBudget",
     "RayEdge",
     "RecomputePlan",
     "Route",
     "RouteRequest",
+    "SelectByUtility",
     "SmartSplit",
     "SmartSplitNumPyClient",
     "Task",
@@ -46,21 +52,26 @@ __all__ = [
     "deepest_split",
     "deepest_u_shape",
     "first_that_fits",
+    "measured_seconds",
     "memory_cap",
     "plan_recompute",
     "predicted_peak_bytes",
     "profile_chain",
     "proximal",
+    "select_at_random",
 ]
 
 _HOMES = {
     "Chain": "model.chain",
+    "DeviceTraits": "types",
     "LegacySmartSplit": "flower.legacy_strategy",
+    "Link": "types",
     "MemoryBudget": "runtime.budget",
     "RayEdge": "runtime.ray_edge",
     "RecomputePlan": "types",
     "Route": "types",
     "RouteRequest": "policy.cuts",
+    "SelectByUtility": "policy.by_utility",
     "SmartSplit": "flower.strategy",
     "SmartSplitNumPyClient": "flower.numpy_client",
     "Task": "task",
@@ -69,11 +80,13 @@ _HOMES = {
     "deepest_split": "policy.cuts",
     "deepest_u_shape": "policy.cuts",
     "first_that_fits": "policy.cuts",
+    "measured_seconds": "flower.observing",
     "memory_cap": "model.cap",
     "plan_recompute": "policy.recompute_plan",
     "predicted_peak_bytes": "policy.predict",
     "profile_chain": "model.costs",
     "proximal": "model.proximal",
+    "select_at_random": "policy.selection",
 }
 
 

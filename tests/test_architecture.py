@@ -22,12 +22,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
     "Chain",
+    "DeviceTraits",
     "LegacySmartSplit",
+    "Link",
     "MemoryBudget",
     "RayEdge",
     "RecomputePlan",
     "Route",
     "RouteRequest",
+    "SelectByUtility",
     "SmartSplit",
     "SmartSplitNumPyClient",
     "Task",
@@ -36,11 +39,13 @@ PUBLIC_NAMES = [
     "deepest_split",
     "deepest_u_shape",
     "first_that_fits",
+    "measured_seconds",
     "memory_cap",
     "plan_recompute",
     "predicted_peak_bytes",
     "profile_chain",
     "proximal",
+    "select_at_random",
 ]
 
 # A room may import the rooms below it and its own files. Rooms of one height are blind
