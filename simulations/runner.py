@@ -8,12 +8,12 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -34,6 +34,7 @@ from simulations.devices import Devices, Needs, is_weak
 from simulations.errors import ExperimentError
 from simulations.experiment import Experiment
 from simulations.fleets import name_of
+from simulations.marks import Mark, mark_path, state_digest, write_mark
 from simulations.method import Method, Setting
 from simulations.methods import METHODS
 from simulations.provenance import Provenance
@@ -55,7 +56,13 @@ class Prepared:
     clock: Clock
 
 
-def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Prepared:
+def prepare(
+    experiment: Experiment,
+    out: Path,
+    *,
+    provenance: Provenance,
+    kept: Collection[str] = (),
+) -> Prepared:
     """Make the fleet and start a results folder.
 
     Parameters
@@ -66,6 +73,8 @@ def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Pre
         The results folder; journals of an earlier run in it are removed.
     provenance : Provenance
         Stored with the configuration.
+    kept : Collection[str]
+        Methods whose journals and marks stay, because they have finished.
 
     Raises
     ------
@@ -76,8 +85,9 @@ def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Pre
     config = describe(experiment, prepared) | asdict(provenance)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in METHODS:
+        for name in METHODS.keys() - set(kept):
             journal_path(out, name).unlink(missing_ok=True)
+            mark_path(out, name).unlink(missing_ok=True)
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (out / PROFILE).write_text(prepared.clock.profile.to_json(), encoding="utf-8")
     except OSError as error:
@@ -214,10 +224,10 @@ def _wake_clients(grid: Grid, num_clients: int) -> None:
 def run_method(
     method: Method, setting: Setting, grid: Grid, *, on_round: OnRound
 ) -> None:
-    """Run one method from the common initial model."""
+    """Run one method from the common initial model; mark it once it has ended."""
     experiment = setting.experiment
     model = initial_model(setting.task.model_fn, experiment.seed)
-    method.strategy_fn(setting).start(
+    result = method.strategy_fn(setting).start(
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=experiment.num_rounds,
@@ -225,6 +235,14 @@ def run_method(
             model, experiment, Journal(setting.journal), partial(on_round, method.name)
         ),
     )
+    last = result.evaluate_metrics_serverapp[experiment.num_rounds]
+    mark = Mark(
+        method=method.name,
+        state_sha256=state_digest({k: v.numpy() for k, v in result.arrays.items()}),
+        accuracy=cast(float, last["accuracy"]),
+        num_rounds=experiment.num_rounds,
+    )
+    write_mark(setting.journal.parent, mark)
 
 
 def initial_model(build: Callable[[], nn.Module], seed: int) -> nn.Module:
