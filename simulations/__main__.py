@@ -137,9 +137,9 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
         go_on = _prepared(suite, given)
         with _only_ours_on_stdout():
             finished = go_on(folder, verbose)
+        if not finished:
+            _report_afresh(folder, as_json=as_json)
         _show(folder, as_json=as_json)
-    if not finished:
-        _leave_at_once()
 
 
 @app.command()
@@ -148,6 +148,7 @@ def report(
         Path, typer.Argument(help="A results folder, or a file that `archive` wrote.")
     ],
     as_json: JsonOption = False,
+    interrupted: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Make the summary, the table and the HTML page again from the journals."""
     with _explained_errors():
@@ -155,6 +156,8 @@ def report(
             show_lines(folder, as_json=as_json)
         else:
             _show(folder, as_json=as_json)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -350,10 +353,17 @@ def _show_rounds(folder: Path, *, as_json: bool) -> None:
     console.print(comparison_table(results))
 
 
-def _leave_at_once() -> NoReturn:
-    """End an interrupted run; Flower's server thread waits for replies for ever."""
+def _report_afresh(folder: Path, *, as_json: bool) -> NoReturn:
+    """Become a process that reports what an interrupted run has left.
+
+    In this one, Flower's server thread waits for replies for ever, and Ray may crash
+    while others of its threads go on.
+    """
     sys.stdout.flush()
-    os._exit(INTERRUPTED)
+    sys.stderr.flush()
+    options = ["--interrupted", *(["--json"] if as_json else [])]
+    command = [sys.executable, "-m", "simulations", "report", str(folder), *options]
+    os.execv(sys.executable, command)
 
 
 @contextmanager

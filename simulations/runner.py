@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from flwr_smartsplit.flower.journal import Journal
 from flwr_smartsplit.flower.records import message_dialect
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.runtime.threads import torch_threads
-from simulations.clients import EDGES, build_client, build_task
+from simulations.clients import build_client, build_task, edges_of
 from simulations.clock import Clock
 from simulations.data import client_indices, evaluation_loader, load_images
 from simulations.devices import Devices, Needs, is_weak
@@ -116,7 +117,7 @@ def prepared_fleet(experiment: Experiment) -> Prepared:
     needs = Needs(
         whole_peak_bytes=whole,
         smallest_peak_bytes=min([whole, *split]),
-        edges=tuple(edge.name for edge in EDGES),
+        edges=tuple(edge.name for edge in edges_of(experiment)),
     )
     devices = experiment.fleet(needs, experiment.num_clients, experiment.seed)
     return Prepared(
@@ -179,19 +180,12 @@ def run_methods(
         del context
         _wake_clients(grid, experiment.num_clients)
         for name in experiment.methods:
-            setting = Setting(
-                experiment=experiment,
-                task=build_task(experiment),
-                journal=journal_path(out, name),
-                devices=prepared.devices,
-                clock=prepared.clock,
-            )
+            setting = setting_of(experiment, prepared, out=out, method=name)
             run_method(METHODS[name], setting, grid, on_round=on_round)
 
-    client_fn = partial(build_client, experiment=experiment, devices=prepared.devices)
     run_simulation(
         server_app=server_app,
-        client_app=build_client_app(client_fn),
+        client_app=client_app_of(experiment, prepared),
         num_supernodes=experiment.num_clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
@@ -202,6 +196,26 @@ def run_methods(
                 "log_to_driver": False,
             },
         },
+    )
+
+
+def client_app_of(experiment: Experiment, prepared: Prepared) -> ClientApp:
+    """Build the app that serves every client of an experiment."""
+    return build_client_app(
+        partial(build_client, experiment=experiment, devices=prepared.devices)
+    )
+
+
+def setting_of(
+    experiment: Experiment, prepared: Prepared, *, out: Path, method: str
+) -> Setting:
+    """Collect what a method is told."""
+    return Setting(
+        experiment=experiment,
+        task=build_task(experiment),
+        journal=journal_path(out, method),
+        devices=prepared.devices,
+        clock=prepared.clock,
     )
 
 

@@ -13,7 +13,7 @@ via Model Splitting. IEEE TPDS 35(12), 2024. arXiv:2410.11577.
 from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import SmartSplit
-from simulations.clients import EDGES
+from simulations.clients import edges_of
 from simulations.method import Method, Setting
 
 
@@ -22,7 +22,7 @@ def build_strategy(setting: Setting) -> Strategy:
     experiment = setting.experiment
     return SmartSplit(
         task=setting.task,
-        edges=EDGES,
+        edges=edges_of(setting.experiment),
         seed=experiment.seed,
         journal=setting.journal,
         fraction_train=experiment.fraction_train,

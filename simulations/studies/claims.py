@@ -57,6 +57,7 @@ CLAIMS: dict[str, Claim] = {
         title="What the difference is, seed by seed",
         text=f"Differences in {POINTS}. An interval that crosses zero shows nothing. "
         "Methods share data, clients and first model of a seed, so pairs are compared. "
+        "On the left drop_weak is left out, since it would squeeze the others. "
         "The distance to fedavg is what remains to the bound that ignores memory.",
         picture=curves.gains,
         columns=(

@@ -15,13 +15,13 @@ from simulations.errors import ExperimentError
 from simulations.provenance import Provenance
 from simulations.reporting import REPORT, SUMMARY
 from simulations.rows import EvaluationRow
-from simulations.runner import quiet_libraries
 from simulations.studies import STUDIES
 from simulations.studies.folder import STUDY, begin
 from simulations.studies.lines import StudyLines, read_lines, write_lines
 from simulations.studies.page import html_page
+from simulations.studies.processes import run_in_processes
 from simulations.studies.reading import read_study
-from simulations.studies.running import Watcher, run_study
+from simulations.studies.running import Unit, Watcher, units_of
 from simulations.studies.study import Case, StudyOptions, chosen_cases
 from simulations.studies.tables import (
     case_table,
@@ -54,9 +54,15 @@ class ReadyStudy:
         )
         _tell_what_is_missing(self.cases)
         try:
-            with _watching(self.cases) as watcher, quiet_libraries(verbose=verbose):
-                run_study(
-                    folder, self.cases, provenance=self.provenance, watcher=watcher
+            units = units_of(folder, self.cases)
+            wanted = [unit for unit in units if unit.unfinished()]
+            with _watching(len(units), len(units) - len(wanted)) as watcher:
+                run_in_processes(
+                    wanted,
+                    provenance=self.provenance,
+                    watcher=watcher,
+                    num_workers=self.cases[0].experiment.num_workers,
+                    verbose=verbose,
                 )
         except KeyboardInterrupt:
             sys.stderr.write(
@@ -137,8 +143,8 @@ def _tell_what_is_missing(cases: Sequence[Case]) -> None:
 
 
 @contextmanager
-def _watching(cases: Sequence[Case]) -> Iterator[Watcher]:
-    """Show a bar for the seeds of all cases, and one for the method at work."""
+def _watching(num_units: int, num_finished: int) -> Iterator[Watcher]:
+    """Show a bar for the seeds of all cases, and one for each at work."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -147,30 +153,30 @@ def _watching(cases: Sequence[Case]) -> Iterator[Watcher]:
         Elapsed(),
         console=Console(stderr=True),
     ) as progress:
-        yield _watcher(progress, cases)
+        yield _watcher(progress, num_units, num_finished)
 
 
-def _watcher(progress: Progress, cases: Sequence[Case]) -> Watcher:
-    seeds = sum(case.num_seeds for case in cases)
-    whole = progress.add_task("seeds", total=seeds, accuracy="")
-    now: list[TaskID] = []
-    num_rounds = [1]
+def _watcher(progress: Progress, num_units: int, num_finished: int) -> Watcher:
+    whole = progress.add_task(
+        "seeds of all cases", total=num_units, completed=num_finished, accuracy=""
+    )
+    bars: dict[str, TaskID] = {}
 
-    def on_seed(case: Case, seed: int) -> None:
-        num_rounds[0] = case.experiment.num_rounds
-        progress.update(whole, description=f"{case.name}, seed {seed}")
-
-    def on_round(method: str, evaluation: EvaluationRow) -> None:
-        if evaluation.round == 0:
-            for bar in now:
-                progress.remove_task(bar)
-            now[:] = [progress.add_task(method, total=num_rounds[0], accuracy="")]
-        progress.update(
-            now[0],
-            completed=evaluation.round,
-            accuracy=percent_text(evaluation.accuracy),
+    def on_begin(unit: Unit) -> None:
+        bars[unit.label] = progress.add_task(
+            f"  {unit.label}", total=unit.experiment.num_rounds, accuracy=""
         )
 
-    return Watcher(
-        on_seed=on_seed, on_round=on_round, on_seed_end=lambda: progress.advance(whole)
-    )
+    def on_round(unit: Unit, method: str, row: EvaluationRow) -> None:
+        progress.update(
+            bars[unit.label],
+            description=f"  {unit.label}, {method}",
+            completed=row.round,
+            accuracy=percent_text(row.accuracy),
+        )
+
+    def on_end(unit: Unit) -> None:
+        progress.remove_task(bars.pop(unit.label))
+        progress.advance(whole)
+
+    return Watcher(on_begin=on_begin, on_round=on_round, on_end=on_end)

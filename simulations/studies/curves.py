@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from simulations.plots import WIDTH_INCHES, class_table, colour_of, spread
 from simulations.studies.lines import CaseLines, Line
 from simulations.studies.reading import CaseResults
-from simulations.studies.statistics import Estimate
-from simulations.studies.tables import BOUND, OURS, TAIL, gain, mean_of, per_class
+from simulations.studies.statistics import Estimate, paired_difference
+from simulations.studies.tables import BOUND, OURS, TAIL, mean_of, per_class
 from simulations.summary import percent_text
 
 LABEL_GAP = 4.6
@@ -91,7 +91,7 @@ def gains(case: CaseResults) -> Figure | None:
     """Draw the differences to our method, and to what is usually done."""
     lines = case.lines
     sides = [
-        (f"{OURS} minus the method", lambda method: (OURS, method)),
+        (f"{OURS} minus the method", over_ours),
         (f"the method minus {BOUND}", lambda method: (method, BOUND)),
     ]
     drawn = [side for side in sides if _gains_of(lines, side[1])]
@@ -109,11 +109,7 @@ def gains(case: CaseResults) -> Figure | None:
 
 def gains_of_all_cases(cases: Sequence[CaseLines]) -> Figure | None:
     """Draw the differences to our method, a panel for each case."""
-
-    def pair(method: str) -> tuple[str, str]:
-        return OURS, method
-
-    drawn = [case for case in cases if _gains_of(case, pair)]
+    drawn = [case for case in cases if _gains_of(case, over_ours)]
     if not drawn:
         return None
     columns = min(PANELS_IN_A_ROW, len(drawn))
@@ -122,22 +118,42 @@ def gains_of_all_cases(cases: Sequence[CaseLines]) -> Figure | None:
     figure = Figure(figsize=(WIDTH_INCHES, rows * (1.2 + 0.3 * most)))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for index, (axes, case) in enumerate(zip(panels, drawn, strict=False)):
-        _draw_gains(axes, case, pair)
+        _draw_gains(axes, case, over_ours)
         axes.set_title(case.name.replace("_", " "), fontsize=10)
         if index % columns:
             axes.tick_params(labelleft=_methods(case) != _methods(drawn[index - 1]))
     for axes in panels[len(drawn) :]:
         axes.set_visible(False)
-    figure.supxlabel(f"{OURS} minus the method, points of the mean of the last 5")
+    figure.supxlabel(
+        f"{OURS} minus the method, points of the mean of the last 5",
+        fontsize=10,
+    )
     return figure
 
 
 Pair = Callable[[str], tuple[str, str]]
+"""``pair(method)`` names the two methods whose difference is drawn in its row."""
+
+
+def over_ours(method: str) -> tuple[str, str]:
+    """Pair our method with another, but not with the bound, which is far off.
+
+    Examples
+    --------
+    >>> over_ours("oort"), over_ours("drop_weak")
+    (('smartsplit', 'oort'), ('smartsplit', 'smartsplit'))
+    """
+    return OURS, OURS if method == BOUND else method
 
 
 def _gains_of(case: CaseLines, pair: Pair) -> dict[str, Estimate]:
-    found = {method: gain(case, *pair(method), TAIL) for method in case.finished}
-    return {method: estimate for method, estimate in found.items() if estimate}
+    pairs = {method: pair(method) for method in case.finished}
+    found = {
+        method: paired_difference(case.values(one, TAIL), case.values(other, TAIL))
+        for method, (one, other) in pairs.items()
+        if one != other
+    }
+    return {method: known for method, known in found.items() if known}
 
 
 def _methods(case: CaseLines) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from simulations.plots import (
@@ -94,6 +94,7 @@ def routes_over_rounds(case: CaseResults) -> Figure | None:
         axes.set_xlim(0.5, case.lines.num_rounds + 0.5)
         axes.set_title(method, fontsize=9.5)
         _round_axis(axes)
+    figure.supxlabel("round", fontsize=10)
     figure.supylabel("share of the fleet (%)", fontsize=10)
     handles = [Patch(color=colours[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=8.5)
@@ -171,6 +172,9 @@ def peaks_over_budgets(case: CaseResults) -> Figure | None:
         )
     axes.axvline(1, color="k", lw=1.2)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.set_yticks(range(len(shares)), list(shares))
     axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -269,11 +273,22 @@ def _stack(
             axes.barh(y, value, left=left, color=colour, height=0.65)
             left += float(value)
         axes.annotate(
-            f" {left:,.3g}", (left, y), va="center", fontsize=9, color="#374151"
+            f" {sum_text(left)}", (left, y), va="center", fontsize=9, color="#374151"
         )
     axes.set_yticks(range(len(parts)), list(parts))
     axes.set_ylim(len(parts) - 0.5, -0.5)
     axes.margins(x=0.08)
+
+
+def sum_text(number: float) -> str:
+    """Print a number with three digits that count, and no power of ten.
+
+    Examples
+    --------
+    >>> sum_text(5.7166), sum_text(2291.4)
+    ('5.72', '2,291')
+    """
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"  # noqa: PLR2004
 
 
 def _small_multiples(num: int, *, height: float) -> tuple[Figure, Sequence[Axes]]:

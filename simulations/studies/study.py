@@ -14,7 +14,7 @@ from simulations.experiment import Experiment
 from simulations.fleets import name_of
 from simulations.methods import METHODS
 
-NOT_SETTINGS = ("name", "methods", "seed", "data_dir", "num_workers")
+NOT_SETTINGS = ("name", "methods", "seed", "data_dir", "num_workers", "in_process")
 """Fields of an experiment that change neither what a run computes nor its weights."""
 
 
@@ -57,7 +57,9 @@ class Case:
 
     def experiment_of(self, seed: int) -> Experiment:
         """Return what is run with one seed."""
-        return replace(self.experiment, methods=self.methods, seed=seed)
+        return replace(
+            self.experiment, methods=self.methods, seed=seed, in_process=True
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return, as JSON values, what must not change when a study is resumed."""

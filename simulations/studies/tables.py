@@ -86,7 +86,7 @@ def gain_rows(case: CaseLines) -> Rows:
 def class_rows(case: CaseLines) -> Rows:
     """Return the accuracy of each class, averaged over the seeds."""
     return [
-        (method, *(percent_text(v).removesuffix(" %") for v in per_class(case, method)))
+        (method, *map(_bare_percent, per_class(case, method)))
         for method in case.finished
     ]
 
@@ -211,14 +211,14 @@ def headline(study: StudyLines) -> str:
 
 COLUMNS = (
     "method",
-    "final\naccuracy",
-    "mean of\nlast 5",
-    f"{OURS} gains\nover it",
-    f"it gains\nover {BOUND}",
+    "final\n%",
+    "last 5\n%",
+    f"{OURS}\ngains on it",
+    f"it gains on\n{BOUND}",
     "took\npart",
     "peak /\nbudget",
     "devices\nreceived",
-    "slowest,\nsimulated",
+    "slowest\ndevice",
 )
 """Heads of the terminal's table, with the line breaks that make it narrow."""
 
@@ -227,9 +227,10 @@ def case_table(case: CaseLines) -> Table:
     """Put the methods of a case side by side."""
     table = Table(
         title=f"{case.title} ({case.num_rounds} rounds)",
-        caption="Means over seeds. Gains: points of the mean of the last 5, seed by "
-        "seed, ± half of the 95 % t interval. Peak / budget: the worst case. Slowest: "
-        "simulated seconds of a round's slowest device, median.",
+        caption="Accuracy: means over the seeds. Gains: points of the mean of the last "
+        "5 evaluations, seed by seed, ± half of the 95 % t interval. Took part: those "
+        "with an accepted update. Peak / budget: the worst case. Slowest device of a "
+        "round: simulated, median.",
         caption_justify="left",
         title_justify="left",
         box=SIMPLE_HEAD,
@@ -238,15 +239,16 @@ def case_table(case: CaseLines) -> Table:
     )
     for name in COLUMNS:
         justify: JustifyMethod = "left" if name == "method" else "right"
-        table.add_column(name, justify=justify, no_wrap=True)
+        is_name = name == "method"
+        table.add_column(name, justify=justify, no_wrap=not is_name, overflow="fold")
     for method in case.finished:
         table.add_row(
             method,
-            percent_text(mean_of(case, method, FINAL)),
-            percent_text(mean_of(case, method, TAIL)),
+            _bare_percent(mean_of(case, method, FINAL)),
+            _bare_percent(mean_of(case, method, TAIL)),
             gain_text(gain(case, OURS, method, TAIL)),
             gain_text(gain(case, method, BOUND, TAIL)),
-            _participants_text(case, method),
+            _participants_text(case, method).partition(" ")[0],
             ratio_text(_worst(case, method, "peak_over_budget")),
             bytes_text(mean_of(case, method, "bytes_down") or 0),
             seconds_text(mean_of(case, method, "simulated_seconds_per_round")),
@@ -341,6 +343,10 @@ def _rounds_text(case: CaseLines, method: str) -> str:
 
 def _reached_text(case: CaseLines, method: str, figure: str) -> str:
     return f"{len(case.values(method, figure))} of {len(case.finished[method])}"
+
+
+def _bare_percent(fraction: float | None) -> str:
+    return percent_text(fraction).removesuffix(" %")
 
 
 def _participants_text(case: CaseLines, method: str) -> str:

@@ -11,7 +11,7 @@ from simulations.marks import Mark, read_marks, write_mark
 from simulations.partitions import OwnLabels
 from simulations.provenance import Provenance
 from simulations.studies.folder import begin
-from simulations.studies.running import Watcher, run_study
+from simulations.studies.running import Watcher, run_one_by_one, units_of
 from simulations.studies.study import Case
 from tests.simulations.journals import CONFIG, client_row, evaluation_row, round_row
 
@@ -37,9 +37,9 @@ CASE = Case(
 )
 SECOND = replace(CASE, name="second", title="by hand: another", num_seeds=1)
 NOBODY = Watcher(
-    on_seed=lambda case, seed: None,
-    on_round=lambda method, evaluation: None,
-    on_seed_end=lambda: None,
+    on_begin=lambda unit: None,
+    on_end=lambda unit: None,
+    on_round=lambda unit, method, row: None,
 )
 
 
@@ -82,5 +82,10 @@ def write_study(folder, *cases):
     """Start a study's folder and run all its seeds in pretence."""
     cases = cases or (CASE, SECOND)
     begin(folder, "accuracy", cases=cases, is_small=True, provenance=PROVENANCE)
-    run_study(folder, cases, provenance=PROVENANCE, watcher=NOBODY, run_seed=pretend)
+    run_one_by_one(
+        units_of(folder, cases),
+        provenance=PROVENANCE,
+        watcher=NOBODY,
+        run_unit=pretend,
+    )
     return folder

@@ -102,7 +102,7 @@ def test_a_reader_is_told_what_is_missing_unfinished_or_a_single_draw(tmp_path):
 
 
 def test_the_table_fits_a_terminal(case):
-    console = Console(width=100)
+    console = Console(width=80)
     with console.capture() as capture:
         console.print(case_table(case))
 
