@@ -31,6 +31,10 @@ from simulations.reporting import (
 )
 from simulations.rows import EvaluationRow
 from simulations.runner import prepare, quiet_libraries, run_methods
+from simulations.studies import STUDIES
+from simulations.studies.command import keep_lines, ready_study, show_lines, show_study
+from simulations.studies.folder import study_in
+from simulations.studies.study import StudyOptions
 from simulations.suites import MEASUREMENTS, SUITES
 from simulations.summary import percent_text, read_results
 
@@ -71,8 +75,14 @@ MethodsOption = Annotated[
 ModelsOption = Annotated[
     str | None, typer.Option(help="Suites without rounds: some models, with commas.")
 ]
+CasesOption = Annotated[
+    str | None, typer.Option(help="Suites of cases: some of them, with commas.")
+]
+SeedsOption = Annotated[
+    int | None, typer.Option(help="Suites of cases: how many seeds, from 0 on.")
+]
 SmallOption = Annotated[
-    bool, typer.Option("--small", help="Suites without rounds: a look, in minutes.")
+    bool, typer.Option("--small", help="All but quickstart: a look, in minutes.")
 ]
 OutOption = Annotated[
     Path | None, typer.Option(help="Results folder; out/SUITE if not given.")
@@ -83,6 +93,7 @@ JsonOption = Annotated[
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Let Flower log.")]
 
 
+# longer than 40 lines because every option has a line as argument and as value
 @app.command()
 def run(  # noqa: PLR0913 - one argument per option of the command line
     suite: Annotated[str, typer.Argument(help="A suite that `list` names.")],
@@ -97,6 +108,8 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
     workers: WorkersOption = None,
     methods: MethodsOption = None,
     models: ModelsOption = None,
+    cases: CasesOption = None,
+    seeds: SeedsOption = None,
     small: SmallOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -114,6 +127,8 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
         "workers": workers,
         "methods": methods,
         "models": models,
+        "cases": cases,
+        "seeds": seeds,
         "small": small or None,
     }
     given = {name: value for name, value in given.items() if value is not None}
@@ -122,19 +137,39 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
         go_on = _prepared(suite, given)
         with _only_ours_on_stdout():
             finished = go_on(folder, verbose)
+        if not finished:
+            _report_afresh(folder, as_json=as_json)
         _show(folder, as_json=as_json)
-    if not finished:
-        _leave_at_once()
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A results folder, or a file that `archive` wrote.")
+    ],
     as_json: JsonOption = False,
+    interrupted: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Make the summary, the table and the HTML page again from the journals."""
     with _explained_errors():
-        _show(folder, as_json=as_json)
+        if folder.suffix == ".jsonl":
+            show_lines(folder, as_json=as_json)
+        else:
+            _show(folder, as_json=as_json)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def archive(
+    folder: Annotated[Path, typer.Argument(help="The results folder of a study.")],
+    hardware: Annotated[
+        str, typer.Option(help="A short name of the machine, such as epyc2.")
+    ],
+) -> None:
+    """Keep a study's lines in one small file below simulations/results."""
+    with _explained_errors():
+        typer.echo(keep_lines(folder, hardware=hardware))
 
 
 @app.command(name="list")
@@ -145,6 +180,8 @@ def list_names() -> None:
         table.add_row("suite", name, (suite.__doc__ or "").splitlines()[0])
     for name, measurement in MEASUREMENTS.items():
         table.add_row("suite", name, (measurement.__doc__ or "").splitlines()[0])
+    for name, study in STUDIES.items():
+        table.add_row("suite", name, f"{study.summary} {study.cost}")
     for name, method in METHODS.items():
         table.add_row("method", name, method.summary)
     Console().print(table)
@@ -152,7 +189,22 @@ def list_names() -> None:
 
 def _prepared(suite: str, given: dict[str, Any]) -> Run:
     """Check what was asked of a suite, and make it ready to run."""
+    if suite in STUDIES:
+        return _study(suite, given)
     return (_measurement if suite in MEASUREMENTS else _experiment)(suite, given)
+
+
+def _study(suite: str, given: dict[str, Any]) -> Run:
+    """Make a study of several cases and seeds ready to run."""
+    _refuse(suite, given, {"data", "model", "models", "seed"} & set(given))
+    options = StudyOptions(
+        is_small="small" in given,
+        cases=_names(given["cases"]) if "cases" in given else None,
+        methods=_method_names(given["methods"]) if "methods" in given else None,
+        num_seeds=given.get("seeds"),
+        changes=_changes(given),
+    )
+    return ready_study(suite, options, _provenance()).run
 
 
 def _measurement(suite: str, given: dict[str, Any]) -> Run:
@@ -172,7 +224,16 @@ def _experiment(suite: str, given: dict[str, Any]) -> Run:
     """Make an experiment with rounds ready to run."""
     data = given.get("data", "digits")
     experiment = _suite(suite, data)
-    _refuse(suite, given, {"models", "small"} & set(given))
+    _refuse(suite, given, {"models", "cases", "seeds", "small"} & set(given))
+    changes = _changes(given)
+    if "methods" in given:
+        changes["methods"] = _method_names(given["methods"])
+    experiment = replace(experiment, **changes)
+    return lambda folder, verbose: _run(experiment, folder, verbose=verbose)
+
+
+def _changes(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an experiment that options replace."""
     fields = {
         "model": "model",
         "rounds": "num_rounds",
@@ -182,11 +243,8 @@ def _experiment(suite: str, given: dict[str, Any]) -> Run:
         "workers": "num_workers",
     }
     changes = {fields[name]: given[name] for name in fields if name in given}
-    if "methods" in given:
-        changes["methods"] = _method_names(given["methods"])
     changes["data_dir"] = given.get("data_dir", Path("data")).resolve()
-    experiment = replace(experiment, **changes)
-    return lambda folder, verbose: _run(experiment, folder, verbose=verbose)
+    return changes
 
 
 def _refuse(suite: str, given: dict[str, Any], names: set[str]) -> None:
@@ -198,6 +256,8 @@ def _refuse(suite: str, given: dict[str, Any], names: set[str]) -> None:
         kind = "measures models and has no rounds"
         if suite in SUITES:
             kind = "trains one model in rounds"
+        if suite in STUDIES:
+            kind = "has cases that say this themselves"
         raise ExperimentError(f"suite {suite!r} {kind}: leave out {flags}.")
 
 
@@ -206,7 +266,7 @@ def _suite(name: str, data: str) -> Experiment:
     if name not in SUITES:
         raise ExperimentError(
             f"suite {name!r} is unknown: choose one of "
-            f"{', '.join([*SUITES, *MEASUREMENTS])}."
+            f"{', '.join([*SUITES, *STUDIES, *MEASUREMENTS])}."
         )
     return SUITES[name](str(Path(data).resolve()) if data.endswith(".npz") else data)
 
@@ -271,7 +331,9 @@ def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
 def _show(folder: Path, *, as_json: bool) -> None:
     """Write the reports of a results folder and print what was found."""
     measurement = MEASUREMENTS.get(measurement_in(folder))
-    if measurement is not None:
+    if study_in(folder):
+        show_study(folder, as_json=as_json)
+    elif measurement is not None:
         measurement.show(folder, as_json=as_json)
     else:
         _show_rounds(folder, as_json=as_json)
@@ -291,10 +353,17 @@ def _show_rounds(folder: Path, *, as_json: bool) -> None:
     console.print(comparison_table(results))
 
 
-def _leave_at_once() -> NoReturn:
-    """End an interrupted run; Flower's server thread waits for replies for ever."""
+def _report_afresh(folder: Path, *, as_json: bool) -> NoReturn:
+    """Become a process that reports what an interrupted run has left.
+
+    In this one, Flower's server thread waits for replies for ever, and Ray may crash
+    while others of its threads go on.
+    """
     sys.stdout.flush()
-    os._exit(INTERRUPTED)
+    sys.stderr.flush()
+    options = ["--interrupted", *(["--json"] if as_json else [])]
+    command = [sys.executable, "-m", "simulations", "report", str(folder), *options]
+    os.execv(sys.executable, command)
 
 
 @contextmanager

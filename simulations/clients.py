@@ -12,6 +12,8 @@ import torch
 from flwr.app import Context
 
 from flwr_smartsplit import MemoryBudget, RayEdge, SmartSplitNumPyClient, Task
+from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.runtime.transport import Edge
 from flwr_smartsplit.types import DeviceTraits
 from simulations.clock import EDGE_FLOPS_PER_SECOND, Clock
 from simulations.data import client_indices, input_shape, load_images, train_loader
@@ -21,6 +23,12 @@ from simulations.models import model_fn
 
 EDGES = (RayEdge(flops_per_second=EDGE_FLOPS_PER_SECOND),)
 """Where clients may have the rest of a model trained, if their plan says so."""
+
+
+def edges_of(experiment: Experiment) -> tuple[Edge, ...]:
+    """Return the edges of an experiment: actors of Ray, or in this process."""
+    here = LocalEdge(flops_per_second=EDGE_FLOPS_PER_SECOND)
+    return (here,) if experiment.in_process else EDGES
 
 
 @lru_cache(maxsize=2)
@@ -87,7 +95,7 @@ def build_client(
         train_loader(experiment, client),
         client_key=str(client),
         budget_bytes=budget_of(devices[client]),
-        edges=EDGES,
+        edges=edges_of(experiment),
         traits=traits_of(experiment, client, devices[client]),
         step_seconds=clock.step_seconds,
         seed=experiment.seed,

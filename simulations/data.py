@@ -76,7 +76,12 @@ def load_images(experiment: Experiment) -> Images:
     if name == "digits":
         arrays = _digits()
     elif name in NAMES:
-        arrays = _torchvision_arrays(name, experiment.data_dir)
+        kept = experiment.data_dir / f"{name}.npz"
+        arrays = (
+            _npz_arrays(kept)
+            if kept.exists()
+            else _torchvision_arrays(name, experiment.data_dir)
+        )
     elif name.endswith(".npz"):
         arrays = _npz_arrays(Path(name))
     else:
@@ -120,7 +125,8 @@ def _torchvision_arrays(name: str, data_dir: Path) -> dict[str, NDArray[Any]]:
         raise ExperimentError(
             f"{name} is neither in {str(data_dir)!r} nor could it be downloaded "
             f"({' '.join(str(error).split())}). Copy torchvision's "
-            f"{dataset.__name__} files there, name another folder with --data-dir, or "
+            f"{dataset.__name__} files or {name}.npz there, name another folder with "
+            f"--data-dir, or "
             f"give --data FILE.npz with {', '.join(NPZ_KEYS)}."
         ) from error
     arrays: dict[str, NDArray[Any]] = {}

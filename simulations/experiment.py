@@ -61,6 +61,9 @@ class Experiment:
         Root of every random choice.
     num_workers : int
         Clients that train at the same time, one process and one CPU each.
+    in_process : bool
+        Whether clients and edges are to live in the process that runs the experiment,
+        one client after the other, instead of under Flower's simulation engine.
     share_labels : bool
         Whether clients tell the strategy how many examples of each class they have.
 
@@ -87,6 +90,7 @@ class Experiment:
     momentum: float = 0.9
     seed: int = 0
     num_workers: int = 2
+    in_process: bool = False
     share_labels: bool = False
 
     def __post_init__(self) -> None:

@@ -5,9 +5,9 @@ Titles say what was found, so they are worked out from the same figures.
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -27,8 +27,19 @@ from simulations.summary import (
     percent_text,
 )
 
-COLOURS = {"fedavg": "#6b7280", "drop_weak": "#d1700c", "smartsplit": "#0b67b2"}
-OTHER_COLOURS = ("#7a3e9d", "#2f7d4f", "#b03060")
+COLOURS = {
+    "fedavg": "#6b7280",
+    "drop_weak": "#d1700c",
+    "smartsplit": "#0b67b2",
+    "splitfed": "#2f9e8f",
+    "oort": "#b03060",
+    "random": "#a3862a",
+    "heterofl": "#7a3e9d",
+    "depthfl": "#2f7d4f",
+    "fedprox": "#a0a7b3",
+    "fedadam": "#c9a27e",
+}
+OTHER_COLOURS = ("#7a3e9d", "#2f7d4f", "#b03060", "#2f9e8f", "#a3862a", "#8c564b")
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,13 +63,16 @@ ACCEPTED_COLOUR, SAT_OUT_COLOUR, IDLE_COLOUR, FAILED_COLOUR = (
     "#c0392b",
 )
 Plot = Callable[[Results], Figure]
+Drawn = TypeVar("Drawn")
 
 
-def svg_of(plot: Plot, results: Results) -> str:
-    """Draw a plot and return it as the text of an SVG file."""
+def svg_of(plot: Callable[[Drawn], Figure | None], drawn: Drawn) -> str:
+    """Draw a plot and return it as the text of an SVG file; empty if it is None."""
+    text = io.StringIO()
     with mpl.rc_context(STYLE):
-        text = io.StringIO()
-        plot(results).savefig(text, format="svg", metadata={"Date": None})
+        figure = plot(drawn)
+        if figure is not None:
+            figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
 
 
@@ -80,7 +94,7 @@ def accuracy_over_rounds(results: Results) -> Figure:
         if rounds:
             ends.append((accuracy[-1], f"{run.method} {accuracy[-1]:.1f} %", colour))
     for height, (_, label, colour) in zip(
-        _spread([end[0] for end in ends], gap=5.0), ends, strict=True
+        spread([end[0] for end in ends], gap=5.0), ends, strict=True
     ):
         axes.annotate(
             label,
@@ -97,7 +111,7 @@ def accuracy_over_rounds(results: Results) -> Figure:
     return figure
 
 
-def _spread(heights: Sequence[float], *, gap: float) -> list[float]:
+def spread(heights: Sequence[float], *, gap: float) -> list[float]:
     """Move labels apart that would lie on each other, the highest first."""
     order = sorted(range(len(heights)), key=lambda index: -heights[index])
     placed = list(heights)
@@ -119,7 +133,13 @@ def _ranking(results: Results) -> str:
 def accuracy_per_class(results: Results) -> Figure:
     """Draw the accuracy of each class after the last round, as a table of colours."""
     figures = results.figures()
-    rows = {m: f.per_class_accuracy for m, f in figures.items() if f.per_class_accuracy}
+    return class_table(
+        {m: f.per_class_accuracy for m, f in figures.items() if f.per_class_accuracy}
+    )
+
+
+def class_table(rows: Mapping[str, Sequence[float | None]]) -> Figure:
+    """Draw a table of colours: methods by classes."""
     figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 0.55 * max(len(rows), 1)))
     axes = figure.subplots()
     axes.grid(visible=False)
@@ -144,7 +164,7 @@ def accuracy_per_class(results: Results) -> Figure:
     return figure
 
 
-def _unlearned(rows: dict[str, tuple[float | None, ...]]) -> str:
+def _unlearned(rows: Mapping[str, Sequence[float | None]]) -> str:
     """Say which methods never get an example of some classes right."""
     if not rows:
         return "no round has ended yet"
@@ -184,7 +204,7 @@ def _draw_peaks(axes: Axes, run: MethodRun, results: Results) -> None:
     keys, budgets = results.client_keys, results.budgets_bytes
     training = run.training()
     peaks, took_part = peaks_by_client(training), participants(training)
-    unit_name, unit_bytes = _unit(results.config["whole_peak_bytes"])
+    unit_name, unit_bytes = unit_of(results.config["whole_peak_bytes"])
     top = 2.2 * results.config["whole_peak_bytes"] / unit_bytes
     for x, key in enumerate(keys):
         budget = budgets[key] / unit_bytes if key in budgets else math.inf
@@ -202,12 +222,12 @@ def _draw_peaks(axes: Axes, run: MethodRun, results: Results) -> None:
     axes.set_title(f"{run.method}: {_memory_finding(run, results)}")
     axes.set(ylim=(0, top), xlim=(-0.7, len(keys) - 0.3))
     axes.set_ylabel(f"device memory ({unit_name})")
-    shown = _shown_clients(keys)
+    shown = shown_clients(keys)
     axes.set_xticks(shown, [keys[x] for x in shown])
     axes.grid(visible=False, axis="x")
 
 
-def _shown_clients(keys: list[str]) -> range:
+def shown_clients(keys: list[str]) -> range:
     """Choose the clients whose names fit on an axis."""
     return range(0, len(keys), math.ceil(len(keys) / MAX_NAMES))
 
@@ -225,7 +245,7 @@ def _memory_finding(run: MethodRun, results: Results) -> str:
     return text + "none of them above its budget"
 
 
-def _unit(num_bytes: float) -> tuple[str, int]:
+def unit_of(num_bytes: float) -> tuple[str, int]:
     """Choose the unit in which so many bytes are a handy number."""
     units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
     return next((unit for unit in units if num_bytes >= unit[1]), ("B", 1))
@@ -275,7 +295,7 @@ def _draw_participation(axes: Axes, run: MethodRun, keys: list[str]) -> None:
         f"{run.method}: {len(participants(training))} of {len(keys)} clients"
     )
     axes.set_xlabel("round")
-    shown = _shown_clients(keys)
+    shown = shown_clients(keys)
     axes.set_yticks(shown, [keys[y] for y in shown], fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.grid(visible=False)

@@ -3,16 +3,15 @@
 Both can be made again at any time, since they read nothing but what a run wrote.
 """
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
 
+from simulations.pages import embedded, render
 from simulations.plots import svg_of
 from simulations.sections import SECTIONS
 from simulations.summary import (
@@ -24,7 +23,7 @@ from simulations.summary import (
     seconds_text,
 )
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = "report.html.jinja"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 
@@ -104,9 +103,8 @@ def headline(results: Results) -> str:
 
 def html_page(results: Results) -> str:
     """Make one HTML page that needs no other file and no network."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return render(
+        TEMPLATE,
         headline=headline(results),
         config=results.config,
         settings=settings_rows(results.config),
@@ -119,7 +117,7 @@ def html_page(results: Results) -> str:
             for key, reason in reasons_to_stay_out(run).items()
         ],
         sections=[
-            (section, _embedded(svg_of(section.plot, results)))
+            (section, embedded(svg_of(section.plot, results)))
             for section in (describe(results) for describe in SECTIONS)
         ],
     )
@@ -149,8 +147,3 @@ def _unfinished(results: Results) -> list[str]:
         for method in results.config["methods"]
         if done.get(method, 0) < wanted
     ]
-
-
-def _embedded(svg: str) -> str:
-    encoded = base64.b64encode(svg.encode()).decode()
-    return f"data:image/svg+xml;base64,{encoded}"

@@ -8,15 +8,16 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
@@ -27,13 +28,14 @@ from flwr_smartsplit.flower.journal import Journal
 from flwr_smartsplit.flower.records import message_dialect
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.runtime.threads import torch_threads
-from simulations.clients import EDGES, build_client, build_task
+from simulations.clients import build_client, build_task, edges_of
 from simulations.clock import Clock
 from simulations.data import client_indices, evaluation_loader, load_images
 from simulations.devices import Devices, Needs, is_weak
 from simulations.errors import ExperimentError
 from simulations.experiment import Experiment
 from simulations.fleets import name_of
+from simulations.marks import Mark, mark_path, state_digest, write_mark
 from simulations.method import Method, Setting
 from simulations.methods import METHODS
 from simulations.provenance import Provenance
@@ -56,7 +58,13 @@ class Prepared:
     clock: Clock
 
 
-def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Prepared:
+def prepare(
+    experiment: Experiment,
+    out: Path,
+    *,
+    provenance: Provenance,
+    kept: Collection[str] = (),
+) -> Prepared:
     """Make the fleet and start a results folder.
 
     Parameters
@@ -67,6 +75,8 @@ def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Pre
         The results folder; journals of an earlier run in it are removed.
     provenance : Provenance
         Stored with the configuration.
+    kept : Collection[str]
+        Methods whose journals and marks stay, because they have finished.
 
     Raises
     ------
@@ -77,8 +87,9 @@ def prepare(experiment: Experiment, out: Path, *, provenance: Provenance) -> Pre
     config = describe(experiment, prepared) | asdict(provenance)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in METHODS:
+        for name in METHODS.keys() - set(kept):
             journal_path(out, name).unlink(missing_ok=True)
+            mark_path(out, name).unlink(missing_ok=True)
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (out / PROFILE).write_text(prepared.clock.profile.to_json(), encoding="utf-8")
     except OSError as error:
@@ -107,7 +118,7 @@ def prepared_fleet(experiment: Experiment) -> Prepared:
     needs = Needs(
         whole_peak_bytes=whole,
         smallest_peak_bytes=min([whole, *split]),
-        edges=tuple(edge.name for edge in EDGES),
+        edges=tuple(edge.name for edge in edges_of(experiment)),
     )
     devices = experiment.fleet(needs, experiment.num_clients, experiment.seed)
     return Prepared(
@@ -170,24 +181,12 @@ def run_methods(
         del context
         _wake_clients(grid, experiment.num_clients)
         for name in experiment.methods:
-            setting = Setting(
-                experiment=experiment,
-                task=build_task(experiment),
-                journal=journal_path(out, name),
-                devices=prepared.devices,
-                clock=prepared.clock,
-            )
+            setting = setting_of(experiment, prepared, out=out, method=name)
             run_method(METHODS[name], setting, grid, on_round=on_round)
 
-    client_fn = partial(
-        build_client,
-        experiment=experiment,
-        devices=prepared.devices,
-        clock=prepared.clock,
-    )
     run_simulation(
         server_app=server_app,
-        client_app=VariantApp(client_fn, experiment),
+        client_app=client_app_of(experiment, prepared),
         num_supernodes=experiment.num_clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
@@ -198,6 +197,30 @@ def run_methods(
                 "log_to_driver": False,
             },
         },
+    )
+
+
+def client_app_of(experiment: Experiment, prepared: Prepared) -> ClientApp:
+    """Build the app that serves every client of an experiment."""
+    client_fn = partial(
+        build_client,
+        experiment=experiment,
+        devices=prepared.devices,
+        clock=prepared.clock,
+    )
+    return VariantApp(client_fn, experiment)
+
+
+def setting_of(
+    experiment: Experiment, prepared: Prepared, *, out: Path, method: str
+) -> Setting:
+    """Collect what a method is told."""
+    return Setting(
+        experiment=experiment,
+        task=build_task(experiment),
+        journal=journal_path(out, method),
+        devices=prepared.devices,
+        clock=prepared.clock,
     )
 
 
@@ -220,11 +243,11 @@ def _wake_clients(grid: Grid, num_clients: int) -> None:
 def run_method(
     method: Method, setting: Setting, grid: Grid, *, on_round: OnRound
 ) -> None:
-    """Run one method from the common initial model."""
+    """Run one method from the common initial model; mark it once it has ended."""
     experiment = setting.experiment
     model = initial_model(method.model_fn(experiment), experiment.seed)
     scores = _Scores(model, method.outputs_fn)
-    method.strategy_fn(setting).start(
+    result = method.strategy_fn(setting).start(
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=experiment.num_rounds,
@@ -232,6 +255,14 @@ def run_method(
             scores, experiment, Journal(setting.journal), partial(on_round, method.name)
         ),
     )
+    last = result.evaluate_metrics_serverapp[experiment.num_rounds]
+    mark = Mark(
+        method=method.name,
+        state_sha256=state_digest({k: v.numpy() for k, v in result.arrays.items()}),
+        accuracy=cast(float, last["accuracy"]),
+        num_rounds=experiment.num_rounds,
+    )
+    write_mark(setting.journal.parent, mark)
 
 
 def initial_model(build: Callable[[], nn.Module], seed: int) -> nn.Module:

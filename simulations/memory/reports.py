@@ -1,11 +1,8 @@
 """The memory suite's table for the terminal and its HTML page."""
 
-import base64
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
@@ -17,9 +14,10 @@ from simulations.memory.pictures import (
     ratio_bars,
     svg_text,
 )
+from simulations.pages import embedded, render
 from simulations.summary import bytes_text
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = "memory/report.html.jinja"
 COLUMNS = (
     "model, side",
     "whole\nMiB",
@@ -119,13 +117,12 @@ def memory_table(rows: Sequence[MemoryRow]) -> Table:
 
 def html_page(rows: Sequence[MemoryRow], config: dict[str, Any]) -> str:
     """Make one HTML page that needs no other file and no network."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return render(
+        TEMPLATE,
         headline=headline(rows),
-        bars=_embedded(svg_text(ratio_bars, rows)) if rows else "",
+        bars=embedded(svg_text(ratio_bars, rows)) if rows else "",
         curves=(
-            _embedded(svg_text(plan_curves_picture, rows))
+            embedded(svg_text(plan_curves_picture, rows))
             if any(row.curves for row in rows)
             else ""
         ),
@@ -171,8 +168,3 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
         *((f"version of {name}", v) for name, v in config.get("versions", {}).items()),
         *config.get("hardware", {}).items(),
     ]
-
-
-def _embedded(svg: str) -> str:
-    encoded = base64.b64encode(svg.encode()).decode()
-    return f"data:image/svg+xml;base64,{encoded}"

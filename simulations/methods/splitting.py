@@ -3,7 +3,7 @@
 from typing import Any
 
 from flwr_smartsplit import SmartSplit
-from simulations.clients import EDGES
+from simulations.clients import edges_of
 from simulations.method import Setting
 
 
@@ -19,7 +19,7 @@ def split_strategy(setting: Setting, **arguments: Any) -> SmartSplit:
     """
     experiment = setting.experiment
     usual: dict[str, Any] = {
-        "edges": EDGES,
+        "edges": edges_of(experiment),
         "seed": experiment.seed,
         "journal": setting.journal,
         "fraction_train": experiment.fraction_train,

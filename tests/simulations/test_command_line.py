@@ -21,6 +21,8 @@ OPTIONS = [
     "workers",
     "methods",
     "models",
+    "cases",
+    "seeds",
     "small",
     "out",
     "as_json",

@@ -3,10 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from simulations.local_runs import run_methods_here
+from simulations.marks import read_marks
+from simulations.provenance import Provenance
+from simulations.runner import prepare
+from simulations.suites.quickstart import quickstart
 from simulations.summary import read_results
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +96,21 @@ def test_without_an_edge_all_traffic_is_the_messages(tiny, method):
         ]
         messages = sum(row.bytes_down + row.bytes_up for row in sent)
         assert total == messages > 0
+
+
+@pytest.mark.ray
+def test_in_one_process_the_same_methods_end_at_the_same_bits(tiny, tmp_path):
+    """Studies run this way; Flower's engine and Ray are what they leave out."""
+    experiment = replace(
+        quickstart(), num_clients=NUM_CLIENTS, num_rounds=NUM_ROUNDS, in_process=True
+    )
+    provenance = Provenance.of_this_process([], now=datetime.now(UTC))
+    prepared = prepare(experiment, tmp_path, provenance=provenance)
+
+    run_methods_here(experiment, tmp_path, prepared=prepared, on_round=lambda *_: None)
+
+    assert len(read_marks(tmp_path)) == 3
+    assert read_marks(tmp_path) == read_marks(tiny[1])
 
 
 @pytest.mark.ray

@@ -120,7 +120,7 @@ def test_titles_say_what_was_found(results):
 
 
 def test_labels_that_would_overlap_are_moved_apart():
-    assert plots._spread([90.0, 91.0, 40.0], gap=5.0) == [86.0, 91.0, 40.0]
+    assert plots.spread([90.0, 91.0, 40.0], gap=5.0) == [86.0, 91.0, 40.0]
 
 
 def test_the_table_fits_a_terminal_and_holds_the_figures(results):

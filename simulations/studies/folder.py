@@ -1,0 +1,143 @@
+"""The folder of a study: what its ``config.json`` says, and what may be added to it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from simulations.errors import ExperimentError
+from simulations.marks import write_whole
+from simulations.provenance import Provenance
+from simulations.studies.study import Case
+from simulations.summary import CONFIG
+
+STUDY = "study"
+"""The key under which a results folder's configuration names its study."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration of a results folder; empty if it has none."""
+    try:
+        read = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def study_in(folder: Path) -> str:
+    """Name the study that a results folder is of; empty if it is of none."""
+    return str(read_config(folder).get(STUDY, ""))
+
+
+def begin(
+    folder: Path,
+    study: str,
+    *,
+    cases: Sequence[Case],
+    is_small: bool,
+    provenance: Provenance,
+) -> None:
+    """Start the folder of a study, or make sure that it is one to go on with.
+
+    Cases, methods and seeds may be added to what is there; settings and versions must
+    be the same, since otherwise its numbers could not be compared.
+
+    Raises
+    ------
+    ExperimentError
+        If it holds something else, saying what differs, or cannot be written to.
+    """
+    now = {
+        STUDY: study,
+        "is_small": is_small,
+        "cases": {case.name: _case_values(case) for case in cases},
+        **asdict(provenance),
+    }
+    before = read_config(folder)
+    if before:
+        _refuse_another(folder, before, now)
+        now["cases"] = _joined(before["cases"], now["cases"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CONFIG, json.dumps(now, indent=2) + "\n")
+    except OSError as error:
+        raise ExperimentError(
+            f"results cannot be written to {str(folder)!r} ({error}): name another "
+            "folder with --out."
+        ) from error
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, path: str = ""
+) -> list[str]:
+    """Say where two nested mappings differ, leaf by leaf.
+
+    Examples
+    --------
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+    ['a.c is 2 there and 3 now']
+    """
+    found: list[str] = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, path=f"{path}{name}.")
+        elif old != new:
+            found.append(f"{path}{name} is {old!r} there and {new!r} now")
+    return found
+
+
+def _case_values(case: Case) -> dict[str, Any]:
+    return {
+        "title": case.title,
+        "claim": case.claim,
+        "target_accuracy": case.target_accuracy,
+        "settings": case.settings(),
+        "methods": list(case.methods),
+        "missing": list(case.missing),
+        "seeds": list(range(case.num_seeds)),
+    }
+
+
+def _refuse_another(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    if STUDY not in before:
+        raise ExperimentError(
+            f"{str(folder)!r} holds results of another suite: name another folder with "
+            "--out."
+        )
+    found = differences(_identity(before, now), _identity(now, before))
+    if found:
+        raise ExperimentError(
+            f"{str(folder)!r} was begun with another configuration: {'; '.join(found)}"
+            ". Name another folder with --out, or remove it."
+        )
+
+
+def _identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two commands on the same folder must agree on."""
+    shared = [name for name in one["cases"] if name in other["cases"]]
+    same = ("settings", "target_accuracy")
+    return {
+        STUDY: one[STUDY],
+        "is_small": one["is_small"],
+        **{name: {k: one["cases"][name][k] for k in same} for name in shared},
+        "versions": one["versions"],
+    }
+
+
+def _joined(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what is new to the cases that are there."""
+    joined = dict(before)
+    for name, case in now.items():
+        old = before.get(name, case)
+        methods = [*dict.fromkeys([*old["methods"], *case["methods"]])]
+        missing = [*dict.fromkeys([*old["missing"], *case["missing"]])]
+        joined[name] = case | {
+            "methods": methods,
+            "missing": [method for method in missing if method not in methods],
+            "seeds": sorted({*old["seeds"], *case["seeds"]}),
+        }
+    return joined
