@@ -31,6 +31,7 @@ from simulations.reporting import (
 )
 from simulations.rows import EvaluationRow
 from simulations.runner import prepare, quiet_libraries, run_methods
+from simulations.standard_output import only_ours_on_stdout
 from simulations.studies import STUDIES
 from simulations.studies.command import keep_lines, ready_study, show_lines, show_study
 from simulations.studies.folder import study_in
@@ -135,7 +136,7 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
     folder = out or Path("out") / suite
     with _explained_errors():
         go_on = _prepared(suite, given)
-        with _only_ours_on_stdout():
+        with only_ours_on_stdout():
             finished = go_on(folder, verbose)
         if not finished:
             _report_afresh(folder, as_json=as_json)
@@ -378,23 +379,6 @@ def _explained_errors() -> Iterator[None]:
 def _fail(message: str) -> NoReturn:
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(MISUSE)
-
-
-@contextmanager
-def _only_ours_on_stdout() -> Iterator[None]:
-    """Send what other programs and libraries print to stderr, whatever way they do.
-
-    Ray's processes and torchvision's downloads write to the file descriptor itself.
-    """
-    sys.stdout.flush()
-    ours = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(ours, 1)
-        os.close(ours)
 
 
 if __name__ == "__main__":

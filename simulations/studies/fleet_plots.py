@@ -23,6 +23,9 @@ from simulations.studies.tables import depth_of, mean_of, participation_rows
 from simulations.summary import peaks_by_client
 
 COLUMNS = 5
+MOST_ROWS = 45
+"""Clients beyond which a map grows no taller."""
+
 LINK_COLOURS = ("#1f4e79", "#5b8fc4", "#b5651d", "#e3a869", "#c9ced6")
 LINKS = (
     "server → device",
@@ -40,7 +43,9 @@ def who_took_part(case: CaseResults) -> Figure | None:
     if not methods:
         return None
     keys = case.seeds[0].results.client_keys
-    figure, panels = _small_multiples(len(methods), height=1.0 + 0.045 * len(keys))
+    figure, panels = _small_multiples(
+        len(methods), height=1.0 + 0.045 * min(len(keys), MOST_ROWS)
+    )
     texts = {row[0]: row[1] for row in participation_rows(case.lines)}
     for axes, method in zip(panels, methods, strict=False):
         axes.imshow(
@@ -93,8 +98,8 @@ def routes_over_rounds(case: CaseResults) -> Figure | None:
         _draw_routes(axes, counts[method], colours, num_clients)
         axes.set_xlim(0.5, case.lines.num_rounds + 0.5)
         axes.set_title(method, fontsize=9.5)
+        axes.set_xlabel("round", fontsize=9)
         _round_axis(axes)
-    figure.supxlabel("round", fontsize=10)
     figure.supylabel("share of the fleet (%)", fontsize=10)
     handles = [Patch(color=colours[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=8.5)
@@ -145,7 +150,7 @@ def _draw_routes(
         heights = 100 * shares / len(seeds) / num_clients
         axes.bar(numbers, heights, bottom=left, color=colour, width=1.0, lw=0)
         left += heights
-    axes.set_ylim(0, 100)
+    axes.set_ylim(bottom=0)
 
 
 def peaks_over_budgets(case: CaseResults) -> Figure | None:

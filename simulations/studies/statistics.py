@@ -28,11 +28,6 @@ class Estimate:
     half_width: float | None
     num: int
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
-
     def text(self, *, scale: float = 100.0, sign: str = "+") -> str:
         """Print mean and half width, in points if not told otherwise.
 

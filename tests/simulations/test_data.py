@@ -137,3 +137,19 @@ def test_an_npz_file_whose_arrays_do_not_fit_says_which(tmp_path):
 def test_a_client_with_too_little_to_train_on_is_an_error():
     with pytest.raises(ExperimentError, match="more examples or fewer clients"):
         client_indices(replace(DIGITS, max_train_examples=20))
+
+
+def test_a_kept_file_stands_in_for_a_download(tmp_path):
+    images = np.zeros((4, 2, 2), np.uint8)
+    labels = np.arange(4) % 2
+    np.savez(
+        tmp_path / "fashion_mnist.npz",
+        x_train=images,
+        y_train=labels,
+        x_test=images[:2],
+        y_test=labels[:2],
+    )
+
+    loaded = load_images(replace(DIGITS, data="fashion_mnist", data_dir=tmp_path))
+
+    assert (len(loaded.y_train), len(loaded.y_test)) == (4, 2)
