@@ -237,3 +237,14 @@ def state_of(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
         name: np.array(tensor.detach().numpy(), order="C")
         for name, tensor in module.state_dict().items()
     }
+
+
+def state_views(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Show a module's state as contiguous arrays, by name, copied only if they are not.
+
+    They change with the module.
+    """
+    return {
+        name: np.asarray(tensor.detach().numpy(), order="C")
+        for name, tensor in module.state_dict().items()
+    }

@@ -21,7 +21,7 @@ from flwr_smartsplit.errors import (
     RefusedTail,
     StaleSession,
 )
-from flwr_smartsplit.model.building import build_chain, materialise
+from flwr_smartsplit.model.building import build_chain, materialise, state_views
 from flwr_smartsplit.model.memory import unmetered
 from flwr_smartsplit.model.runner import SegmentRunner
 from flwr_smartsplit.model.segment import Segment
@@ -308,9 +308,8 @@ class EdgeService:
         after: tuple[Receipt, ...] = ()
         if session.onward is not None:
             after = session.onward.seal(request.num_steps, request.norm)
-        # Its tensors are the session's, which ends here: nothing changes them.
-        tensors = session.runner.segment.state_dict()
-        state = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+        # The session ends here: nothing changes them.
+        state = state_views(session.runner.segment)
         broken = [name for name, a in state.items() if not np.isfinite(a).all()]
         if broken:
             raise RefusedTail(

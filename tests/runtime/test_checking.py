@@ -117,14 +117,14 @@ def test_a_step_that_is_left_out_is_found(monkeypatch):
 
 def test_a_tail_that_is_sealed_wrong_is_found_by_name(monkeypatch):
     """The tail's digest differs, and the checker looks which tensor it is."""
-    state_of = edge.state_of
+    state_views = edge.state_views
 
     def spoilt(module: nn.Module) -> Any:
-        state = state_of(module)
+        state = state_views(module)
         state["classify.bias"][3] = np.nextafter(state["classify.bias"][3], 1)
         return state
 
-    monkeypatch.setattr(edge, "state_of", spoilt)
+    monkeypatch.setattr(edge, "state_views", spoilt)
     assert differences(small_task()) == ["state classify.bias"]
 
 

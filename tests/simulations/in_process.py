@@ -10,7 +10,10 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord
 
 from flwr_smartsplit.flower.records import from_array_record
+from flwr_smartsplit.types import ChainProfile, UnitCost
 from simulations.clients import build_client, build_task
+from simulations.clock import Clock
+from simulations.devices import Devices, FleetDevice
 from simulations.experiment import Experiment
 from simulations.fleets import unlimited
 from simulations.method import Method, Setting
@@ -20,6 +23,19 @@ from simulations.variants import VariantApp
 from tests.in_process_grid import InProcessGrid
 
 Budgets = tuple[int | None, ...]
+
+COSTS = (
+    "parameter_bytes",
+    "buffer_bytes",
+    "gradient_bytes",
+    "optimizer_state_bytes",
+    "saved_bytes",
+    "boundary_bytes",
+    "forward_flops",
+    "device_peak_bytes",
+    "waiting_bytes",
+    "return_bytes",
+)
 
 EXPERIMENT = Experiment(
     name="test",
@@ -47,10 +63,25 @@ class Ended:
         return [row for row in self.rows if row["kind"] == kind]
 
 
+def devices_of(budgets_bytes: Budgets) -> Devices:
+    """Make devices that say nothing but their budgets."""
+    return tuple(FleetDevice(name="test", budget_bytes=each) for each in budgets_bytes)
+
+
+def clock_of(budgets_bytes: Budgets) -> Clock:
+    """Make a clock for which no work takes any time."""
+    unit = UnitCost(name="0", **dict.fromkeys(COSTS, 0))
+    profile = ChainProfile(batch_size=16, batch_bytes=1, units=(unit,))
+    return Clock(profile=profile, devices=devices_of(budgets_bytes))
+
+
 def grid_of(experiment: Experiment, budgets_bytes: Budgets) -> InProcessGrid:
     """Make a grid with the experiment's clients."""
     client_fn = partial(
-        build_client, experiment=experiment, budgets_bytes=budgets_bytes
+        build_client,
+        experiment=experiment,
+        devices=devices_of(budgets_bytes),
+        clock=clock_of(budgets_bytes),
     )
     return InProcessGrid([VariantApp(client_fn, experiment) for _ in budgets_bytes])
 
@@ -68,7 +99,11 @@ def run_here(
     journal = folder / f"{method.name}.jsonl"
     journal.unlink(missing_ok=True)
     setting = Setting(
-        experiment=experiment, task=build_task(experiment), journal=journal
+        experiment=experiment,
+        task=build_task(experiment),
+        journal=journal,
+        devices=devices_of(budgets_bytes),
+        clock=clock_of(budgets_bytes),
     )
     model = initial_model(method.model_fn(experiment), experiment.seed)
     before = ArrayRecord(model.state_dict())

@@ -44,7 +44,7 @@ def call(*arguments):
         (["quickstart", "--model", "torchvision:nope"], "no classification model"),
         (
             ["quickstart", "--methods", "fedavg,nope"],
-            "there are only fedavg, drop_weak",
+            "there are only fedavg, fedprox",
         ),
         (["quickstart", "--methods", ","], "methods is empty"),
         (["quickstart", "--clients", 1], "num_clients is 1, but must be at least 2"),

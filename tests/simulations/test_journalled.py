@@ -77,7 +77,9 @@ def asked(tmp_path, monkeypatch):
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)  # messages can be made in runs only
     journal = tmp_path / "fedavg.jsonl"
-    setting = Setting(experiment=EXPERIMENT, task=None, journal=journal)
+    setting = Setting(
+        experiment=EXPERIMENT, task=None, journal=journal, devices=(), clock=None
+    )
     strategy = build_strategy(setting)
     sent = strategy.configure_train(1, weights(0.0), ConfigRecord(), StubGrid())
     by_node = {message.metadata.dst_node_id: message for message in sent}

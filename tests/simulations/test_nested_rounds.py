@@ -15,8 +15,8 @@ from simulations.nested_rounds import (
 )
 from tests.simulations.in_process import EXPERIMENT, grid_of, run_here
 
-LARGE = Variant(name="large", config={}, shapes={}, peak_bytes=100)
-SMALL = Variant(name="small", config={}, shapes={}, peak_bytes=10)
+LARGE = Variant(name="large", config={}, shapes={}, peak_bytes=100, step_flops=8)
+SMALL = Variant(name="small", config={}, shapes={}, peak_bytes=10, step_flops=1)
 
 
 @pytest.mark.parametrize(
