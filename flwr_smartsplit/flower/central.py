@@ -299,7 +299,7 @@ class CentralManager:
             state_digest=self._digest,
             edge_addresses={e: addresses[e] for e in assignment.route.edges()},
             config=plain_values(phase.config),
-            cohort=cohort,
+            cohort=None if cohort is None else cohort.for_steps(device.num_steps),
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
         )

@@ -67,7 +67,7 @@ def cohort_in(
     devices: Mapping[str, DeviceProfile],
     history: History,
 ) -> Cohort | None:
-    """Sum up who was chosen, for edges to compare with; None without any speeds.
+    """Sum up who was chosen, by the time of whole rounds; None without any speeds.
 
     Parameters
     ----------
@@ -82,9 +82,7 @@ def cohort_in(
     for each in assignments:
         key, seconds = each.client_key, each.predicted_seconds
         seen = history.latest.get(key)
-        if seconds is not None:
-            seconds /= max(devices[key].num_steps, 1)
-        elif seen is not None:
-            seconds = seen.step_seconds
+        if seconds is None and seen is not None and seen.step_seconds is not None:
+            seconds = seen.step_seconds * devices[key].num_steps
         pairs.append((seconds, history.importance.get(key)))
     return cohort_of(pairs)

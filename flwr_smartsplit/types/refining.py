@@ -1,6 +1,6 @@
 """What an edge knows of the others when it judges a client, and what it then says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import inf
 
@@ -28,7 +28,9 @@ class Cohort:
     Parameters
     ----------
     median_step_seconds : float
-        What a training step takes.
+        What a training step takes. In a client's plan: what one of its steps may take
+        for its round to be as long as the median one; who has fewer steps has more
+        time for each.
     median_importance : float
         Half of the clients are at least as important (see ``importance_of``).
     low_importance : float
@@ -57,3 +59,15 @@ class Cohort:
                 f"{self.median_importance}: give finite numbers of at least 0, the "
                 "low one not above the median."
             )
+
+    def for_steps(self, num_steps: int) -> "Cohort":
+        """Say the same to a client, if this was said of whole rounds.
+
+        Parameters
+        ----------
+        num_steps : int
+            How many steps its round has.
+        """
+        return replace(
+            self, median_step_seconds=self.median_step_seconds / max(num_steps, 1)
+        )

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from simulations.fleets import phones_near_edge
 from simulations.local_runs import run_methods_here
 from simulations.marks import read_marks
+from simulations.partitions import Dirichlet
 from simulations.provenance import Provenance
-from simulations.runner import prepare
+from simulations.runner import prepare, run_methods
 from simulations.suites.quickstart import quickstart
 from simulations.summary import read_results
 
@@ -121,3 +123,44 @@ def test_the_folder_says_how_it_was_made(tiny):
     assert config["experiment"]["seed"] == 0
     assert {"flwr", "ray", "torch", "python"} <= config["versions"].keys()
     assert (tiny[1] / "report.html").stat().st_size > 10_000
+
+
+def planned(folder):
+    """Who was chosen when, on which route and why."""
+    rows = map(json.loads, (folder / "smartsplit.jsonl").read_text().splitlines())
+    facts = ("round", "client_key", "status", "route", "why", "cause", "moves")
+    return [
+        [str(row.get(fact)) for fact in facts]
+        for row in rows
+        if row["kind"] == "client"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_seed_chooses_and_trains_alike_on_any_number_of_workers(tmp_path):
+    """Phones that say how fast they are, some of them chosen, cuts that edges move."""
+    experiment = replace(
+        quickstart(),
+        methods=("smartsplit",),
+        fleet=phones_near_edge,
+        partition=Dirichlet(alpha=0.1),
+        share_labels=True,
+        num_clients=12,
+        fraction_train=0.5,
+        num_rounds=4,
+    )
+    provenance = Provenance.of_this_process([], now=datetime.now(UTC))
+    folders = [tmp_path / name for name in ("one", "two", "here", "other seed")]
+    for folder in folders:
+        changes = {"num_workers": 2 if folder.name == "two" else 1}
+        changes |= {"seed": 1} if folder.name == "other seed" else {}
+        own = replace(experiment, **changes, in_process=folder.name == "here")
+        prepared = prepare(own, folder, provenance=provenance)
+        run = run_methods_here if own.in_process else run_methods
+        run(own, folder, prepared=prepared, on_round=lambda *_: None)
+
+    one, two, here, other = folders
+    assert planned(one) == planned(two) == planned(here) != planned(other)
+    assert read_marks(one) == read_marks(two) == read_marks(here) != read_marks(other)
+    assert any("step" in moves for *_, moves in planned(one))
