@@ -1,6 +1,7 @@
 """What a round's replies teach the selections to come, and edges about cohorts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import isfinite
 
 from flwr_smartsplit.flower.dispatch import Dispatch
 from flwr_smartsplit.policy.history import History, Observation
@@ -53,8 +54,8 @@ def observed(
             client_key=key,
             round_number=dispatch.round_number,
             num_examples=report.num_examples,
-            loss_rms=report.loss_rms,
-            loss_drop=report.loss_drop,
+            loss_rms=_finite(report.loss_rms),
+            loss_drop=_finite(report.loss_drop),
             seconds=seconds,
             step_seconds=report.step_seconds if client_seconds is not None else None,
             edge=edges[0] if edges else None,
@@ -86,3 +87,8 @@ def cohort_in(
             seconds = seen.step_seconds * devices[key].num_steps
         pairs.append((seconds, history.importance.get(key)))
     return cohort_of(pairs)
+
+
+def _finite(loss: float) -> float:
+    """Let a loss that is no number speak neither for nor against anybody else."""
+    return loss if isfinite(loss) else 0.0

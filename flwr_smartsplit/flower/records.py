@@ -37,6 +37,8 @@ PROFILE_ACTION = "smartsplit_profile"
 
 _PLAN = "smartsplit.plan"
 _NO_BUDGET = -1
+_MOST_CLASSES = 10_000
+"""A client that claims more would make the tables of all others as wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +169,15 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
     """
     try:
         budget = int(scalars["budget-bytes"])
-        if budget < _NO_BUDGET or int(scalars["batch-size"]) < 1:
-            raise ValueError("a budget below 0 or a batch size below 1")
+        num_epochs = int(scalars.get("num-epochs", 1))
+        if budget < _NO_BUDGET or min(int(scalars["batch-size"]), num_epochs) < 1:
+            raise ValueError("a budget below 0, or a batch size or epochs below 1")
         return DeviceProfile(
             client_key=str(scalars["client-key"]),
             budget_bytes=None if budget == _NO_BUDGET else budget,
             num_examples=int(scalars["num-examples"]),
             batch_size=int(scalars["batch-size"]),
-            num_epochs=int(scalars.get("num-epochs", 1)),
+            num_epochs=num_epochs,
             traits=_traits(json.loads(str(scalars.get("traits", "{}")))),
         )
     except (
@@ -195,6 +198,8 @@ def _traits(values: dict[str, Any]) -> DeviceTraits:
     """Read what a device says of itself; whatever is no such thing is an error."""
     link, counts = values.pop("link", None), values.pop("label_counts", None)
     links = dict(values.pop("edge_links", {}))
+    if counts is not None and len(counts) > _MOST_CLASSES:
+        raise ValueError(f"label counts of {len(counts)} classes")
     return DeviceTraits(
         link=None if link is None else Link(**link),
         edge_links={str(edge): Link(**each) for edge, each in links.items()},

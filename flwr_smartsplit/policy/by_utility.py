@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, log
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,10 @@ from flwr_smartsplit.policy.selection import (
     SelectionRequest,
     place,
 )
-from flwr_smartsplit.policy.surrogate import Surrogate
 from flwr_smartsplit.policy.utility import factors_of, normalised
+
+if TYPE_CHECKING:  # It needs scikit-learn, and is off by default.
+    from flwr_smartsplit.policy.surrogate import Surrogate
 
 Floats = npt.NDArray[np.float64]
 OFFERS_PER_CLIENT = 3
@@ -68,7 +71,7 @@ class SelectByUtility:
     speed: float = 1.0
     coverage: float = 3.0
     waiting: float = 0.3
-    surrogate: Surrogate | None = None
+    surrogate: "Surrogate | None" = None
     surrogate_weight: float = 0.3
     considered: int = 10
 
@@ -224,7 +227,7 @@ class _Choosing:
 
     # --- the surrogate ------------------------------------------------------------
 
-    def _learn(self, surrogate: Surrogate) -> None:
+    def _learn(self, surrogate: "Surrogate") -> None:
         """Add what the surrogate expects of the clients that promise most."""
         request = self._request
         size = max(3 * request.num_clients, LEAST_SHORTLIST)

@@ -1,8 +1,21 @@
 """What rounds teach: cohorts by whole rounds, observations by what was said."""
 
-from flwr_smartsplit.flower.observing import cohort_in
+from flwr_smartsplit.flower.dispatch import Dispatch, Sent
+from flwr_smartsplit.flower.observing import (
+    cohort_in,
+    measured_seconds,
+    observed,
+)
 from flwr_smartsplit.policy.history import NO_HISTORY
-from flwr_smartsplit.types import Assignment, Cohort, DeviceProfile, Route
+from flwr_smartsplit.types import (
+    Assignment,
+    ClientPlan,
+    ClientReply,
+    Cohort,
+    DeviceProfile,
+    Route,
+    StepReport,
+)
 from tests.policy.fleets import seen
 
 
@@ -36,6 +49,26 @@ def test_a_cohort_is_of_rounds_and_each_client_is_told_it_for_its_steps() -> Non
     assert found is not None
     assert found.for_steps(5).median_step_seconds == 2.0
     assert found.for_steps(5).low_importance == 15.0
+
+
+def test_a_loss_that_is_no_number_is_none_and_times_are_those_that_were_said() -> None:
+    """Predicted ones, unless somebody says how long a part took."""
+    plan = ClientPlan(
+        client_key="a", round_number=2, route=Route.split(1), edge_addresses={}, seed=0
+    )
+    report = StepReport(
+        num_examples=8, loss_rms=float("nan"), loss_drop=0.5, seconds=3.0, metrics={}
+    )
+    reply = ClientReply(
+        client_key="a", round_number=2, state={}, receipts=(), report=report
+    )
+    dispatch = Dispatch(2, is_train=True, started_seconds=0.0)
+    dispatch.sent["a"] = Sent(plan, (), (), assigned("a", 7.0))
+    (found,) = observed(dispatch, {"a": reply}, None)
+    assert (found.loss_rms, found.loss_drop, found.seconds) == (0.0, 0.5, 7.0)
+    assert (found.edge, found.round_number, found.step_seconds) == ("edge", 2, None)
+    (timed,) = observed(dispatch, {"a": reply}, measured_seconds)
+    assert timed.seconds == 3.0
 
 
 def test_without_any_speed_there_is_no_cohort() -> None:

@@ -34,9 +34,12 @@ from flwr_smartsplit.flower.replies import (
 )
 from flwr_smartsplit.runtime.training import Outcome
 from flwr_smartsplit.types import (
+    NO_TRAITS,
     ClientPlan,
     Cohort,
     DeviceProfile,
+    DeviceTraits,
+    Link,
     Receipt,
     Status,
     StepReport,
@@ -122,6 +125,53 @@ def test_a_profile_comes_back(budget: int | None, key: str) -> None:
     )
     content = RecordDict({key: ConfigRecord(profile_to_scalars(profile))})
     assert profile_from_content(content) == profile
+
+
+def test_what_a_device_says_of_itself_comes_back() -> None:
+    """Links without a limit, links to some edges, labels; and nothing, too."""
+    link = Link(up_bytes_per_second=3.5, latency_seconds=0.1)
+    traits = DeviceTraits(
+        flops_per_second=2e9, link=link, edge_links={"x": Link()}, label_counts=(3, 0)
+    )
+    profile = DeviceProfile(
+        client_key="7",
+        budget_bytes=None,
+        num_examples=9,
+        batch_size=4,
+        num_epochs=3,
+        traits=traits,
+    )
+    scalars = profile_to_scalars(profile)
+    content = RecordDict({"x": ConfigRecord(scalars)})
+    assert profile_from_content(content) == profile
+    older = {k: v for k, v in scalars.items() if k not in {"traits", "num-epochs"}}
+    found = profile_from_content(RecordDict({"x": ConfigRecord(older)}))
+    assert (found.num_epochs, found.traits) == (1, NO_TRAITS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"traits": "no"}, "Expecting value"),
+        ({"traits": "[1]"}, "pop expected"),
+        ({"traits": '{"speed": 3}'}, "unexpected keyword"),
+        ({"traits": '{"flops_per_second": -1}'}, "above 0, or None"),
+        ({"traits": '{"link": {"up_bytes_per_second": 0}}'}, "rates above 0"),
+        ({"traits": '{"label_counts": "many"}'}, "invalid literal"),
+        ({"traits": json.dumps({"label_counts": [1] * 20_000})}, "20000 classes"),
+        ({"num-epochs": 0}, "epochs below 1"),
+    ],
+)
+def test_traits_that_mean_nothing_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    """One client's nonsense is its own."""
+    profile = DeviceProfile(
+        client_key="7", budget_bytes=1, num_examples=9, batch_size=4
+    )
+    scalars = profile_to_scalars(profile) | changes
+    with pytest.raises(RefusedReply, match=message):
+        profile_from_content(RecordDict({"x": ConfigRecord(scalars)}))
 
 
 @pytest.mark.parametrize(
