@@ -5,7 +5,7 @@ Flower's FedAvg can be compared without a line of its own.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -90,16 +90,13 @@ class Journalled(Strategy):
         for row in rows:
             self._journal.write(row)
         self._journal.write(
-            {
-                "kind": "round",
-                "round": server_round,
-                "selected": len(self._bytes_down),
-                "accepted": sum(row["status"] == ACCEPTED for row in rows),
-                "round_wall_clock_sec": ended_seconds - self._started_seconds,
-                "server_aggregation_time_sec": ended_seconds - arrived_seconds,
-                "comm_bytes_total": sum(self._bytes_down.values())
-                + sum(map(payload_bytes, ordered)),
-            }
+            round_row(
+                server_round,
+                list(self._bytes_down.values()),
+                rows,
+                seconds=ended_seconds - self._started_seconds,
+                aggregation_seconds=ended_seconds - arrived_seconds,
+            )
         )
         return arrays, metrics
 
@@ -170,6 +167,39 @@ def client_row(server_round: int, client_key: str, status: str) -> Row:
         "client_key": client_key,
         "status": status,
         "cause": "",
+    }
+
+
+def round_row(
+    server_round: int,
+    bytes_down: Sequence[int],
+    rows: Sequence[Row],
+    *,
+    seconds: float,
+    aggregation_seconds: float,
+) -> Row:
+    """Sum up a round without edges.
+
+    Parameters
+    ----------
+    server_round : int
+        The round, counted from 1.
+    bytes_down : Sequence[int]
+        What each client that was asked was sent.
+    rows : Sequence[Mapping]
+        The rows of those who answered.
+    seconds, aggregation_seconds : float
+        Wall-clock time of the round, and of merging.
+    """
+    return {
+        "kind": "round",
+        "round": server_round,
+        "selected": len(bytes_down),
+        "accepted": sum(row["status"] == ACCEPTED for row in rows),
+        "round_wall_clock_sec": seconds,
+        "server_aggregation_time_sec": aggregation_seconds,
+        "comm_bytes_total": sum(bytes_down)
+        + sum(cast(int, row["bytes_up"]) for row in rows),
     }
 
 

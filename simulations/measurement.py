@@ -1,11 +1,22 @@
 """Measurement: a suite that measures cases one after the other, without rounds."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from simulations.errors import ExperimentError
 from simulations.summary import CONFIG
 
 MEASUREMENT = "measurement"
@@ -36,11 +47,70 @@ class MeasurementOptions:
 
 def measurement_in(folder: Path) -> str:
     """Name the measurement that a results folder is of; empty if it is of none."""
+    return str(read_config(folder).get(MEASUREMENT, ""))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read what a results folder says of its origin; empty if it has nothing."""
     try:
         read = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        return ""
-    return str(read.get(MEASUREMENT, "")) if isinstance(read, dict) else ""
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def finished_lines(path: Path) -> list[str]:
+    """Read the lines of a file; a last one that an interrupt cut short is none."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [line for line in lines if line]
+
+
+def begin_folder(folder: Path, config: dict[str, Any], *, rows: str) -> None:
+    """Start a results folder, or go on with one: half a line of rows is cut off.
+
+    Parameters
+    ----------
+    folder : Path
+        The results folder.
+    config : dict[str, Any]
+        Written there, unless it has one.
+    rows : str
+        The name of the file of rows.
+
+    Raises
+    ------
+    ExperimentError
+        If it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not read_config(folder):
+            text = json.dumps(config, indent=2) + "\n"
+            (folder / CONFIG).write_text(text, encoding="utf-8")
+        path = folder / rows
+        if path.exists():
+            whole = "".join(line + "\n" for line in finished_lines(path))
+            path.write_text(whole, encoding="utf-8")
+    except OSError as error:
+        raise ExperimentError(
+            f"results cannot be written to {str(folder)!r} ({error}): name another "
+            "folder with --out."
+        ) from error
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show how far a measurement is."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        yield progress
 
 
 class Measurement(Protocol):

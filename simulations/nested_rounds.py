@@ -32,7 +32,7 @@ from flwr_smartsplit.flower.rows import Row, skipped_row
 from flwr_smartsplit.model.building import build_chain
 from flwr_smartsplit.policy.timing import work_of
 from flwr_smartsplit.types import ClientPlan, ClientReply, DeviceProfile, Status
-from simulations.journalled import client_row, payload_bytes
+from simulations.journalled import client_row, payload_bytes, round_row
 from simulations.method import Setting
 from simulations.nested import Shapes, Share, State, average_shares, cut_state
 from simulations.rows import ACCEPTED
@@ -226,16 +226,13 @@ class NestedRounds(Strategy):
         for _, row in read:
             self._journal.write(row)
         self._journal.write(
-            {
-                "kind": "round",
-                "round": server_round,
-                "selected": len(self._asked),
-                "accepted": len(accepted),
-                "round_wall_clock_sec": ended_seconds - self._started_seconds,
-                "server_aggregation_time_sec": ended_seconds - arrived_seconds,
-                "comm_bytes_total": sum(map(payload_bytes, ordered))
-                + sum(asked.bytes_down for asked in self._asked.values()),
-            }
+            round_row(
+                server_round,
+                [asked.bytes_down for asked in self._asked.values()],
+                [row for _, row in read],
+                seconds=ended_seconds - self._started_seconds,
+                aggregation_seconds=ended_seconds - arrived_seconds,
+            )
         )
         return merged, MetricRecord({"num-clients": len(accepted)})
 

@@ -6,23 +6,26 @@ of image, and what is made from them. A run goes on where an earlier one stopped
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
 
 from simulations.errors import ExperimentError
-from simulations.measurement import MEASUREMENT, MeasurementOptions
+from simulations.measurement import (
+    MEASUREMENT,
+    MeasurementOptions,
+    begin_folder,
+    finished_lines,
+    progress_bar,
+    read_config,
+)
 from simulations.memory.cases import MemoryCase, memory_cases
 from simulations.memory.measuring import MemoryRow, measure_case
 from simulations.memory.reports import headline, html_page, memory_table
 from simulations.reporting import REPORT, SUMMARY
-from simulations.summary import CONFIG
 
 ROWS = "rows.jsonl"
 PROFILES = "profiles"
@@ -61,22 +64,9 @@ def show(folder: Path, *, as_json: bool) -> None:
         console.print(memory_table(rows))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read what a results folder says of its origin; empty if it has nothing."""
-    try:
-        read = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return read if isinstance(read, dict) else {}
-
-
 def read_rows(folder: Path) -> list[MemoryRow]:
     """Read the finished rows; a line that an interrupt cut short is not one."""
-    path = folder / ROWS
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [MemoryRow.from_json(line) for line in lines if line]
+    return [MemoryRow.from_json(line) for line in finished_lines(folder / ROWS)]
 
 
 def _prepare(folder: Path, provenance: Any) -> None:
@@ -99,25 +89,12 @@ def _prepare(folder: Path, provenance: Any) -> None:
             f"{str(folder)!r} was begun with {before['versions']}, this is {versions}: "
             "name another folder with --out, or remove it."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {MEASUREMENT: "memory", **provenance}
-        if not before:
-            _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        path = folder / ROWS
-        if path.exists():  # An interrupt may have left half a line.
-            whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-            _write(path, whole + "\n" if whole else "")
-    except OSError as error:
-        raise ExperimentError(
-            f"results cannot be written to {str(folder)!r} ({error}): name another "
-            "folder with --out."
-        ) from error
+    begin_folder(folder, {MEASUREMENT: "memory", **provenance}, rows=ROWS)
 
 
 def _measure(folder: Path, cases: Sequence[MemoryCase]) -> None:
     """Measure one case after the other, and write each down at once."""
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("models", total=len(cases))
         for case in cases:
             progress.update(bar, description=case.title)
@@ -129,15 +106,3 @@ def _measure(folder: Path, cases: Sequence[MemoryCase]) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Elapsed(),
-        console=Console(stderr=True),
-    ) as progress:
-        yield progress

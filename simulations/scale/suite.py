@@ -6,22 +6,24 @@ what is made from them. A run goes on where an earlier one stopped.
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
 
 from simulations.errors import ExperimentError
-from simulations.measurement import MEASUREMENT, MeasurementOptions
+from simulations.measurement import (
+    MEASUREMENT,
+    MeasurementOptions,
+    begin_folder,
+    finished_lines,
+    progress_bar,
+    read_config,
+)
 from simulations.reporting import REPORT, SUMMARY
 from simulations.scale.items import scale_items
 from simulations.scale.reports import headline, html_page, scale_table
-from simulations.summary import CONFIG
 
 NAME, ROWS, IS_SMALL = "scale", "rows.jsonl", "is_small"
 
@@ -38,7 +40,7 @@ def run(folder: Path, options: MeasurementOptions) -> bool:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _progress() as progress:
+        with progress_bar() as progress:
             bar = progress.add_task("scale", total=len(wanted))
             for item in wanted:
                 progress.update(bar, description=item.title)
@@ -58,7 +60,7 @@ def show(folder: Path, *, as_json: bool) -> None:
     """Write summary and page again from the rows, and print the table."""
     summary = summary_of(read_rows(folder))
     _write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    _write(folder / REPORT, html_page(summary, _config(folder)))
+    _write(folder / REPORT, html_page(summary, read_config(folder)))
     if as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:
@@ -87,19 +89,7 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Read the finished rows; a line that an interrupt cut short is not one."""
-    path = folder / ROWS
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        read = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return read if isinstance(read, dict) else {}
+    return [json.loads(line) for line in finished_lines(folder / ROWS)]
 
 
 def _prepare(folder: Path, options: MeasurementOptions) -> None:
@@ -110,7 +100,7 @@ def _prepare(folder: Path, options: MeasurementOptions) -> None:
     ExperimentError
         If it holds other results, or cannot be written to.
     """
-    before = _config(folder)
+    before = read_config(folder)
     same = {MEASUREMENT: NAME, IS_SMALL: options.is_small}
     same["versions"] = options.provenance["versions"]
     if before and {name: before.get(name) for name in same} != same:
@@ -118,33 +108,8 @@ def _prepare(folder: Path, options: MeasurementOptions) -> None:
             f"{str(folder)!r} holds results of another suite, of other versions, or of "
             "the other size: name another folder with --out, or remove it."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not before:
-            config = {**options.provenance, **same}
-            _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        path = folder / ROWS
-        if path.exists():  # An interrupt may have left half a line.
-            whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-            _write(path, whole + "\n" if whole else "")
-    except OSError as error:
-        raise ExperimentError(
-            f"results cannot be written to {str(folder)!r} ({error}): name another "
-            "folder with --out."
-        ) from error
+    begin_folder(folder, {**options.provenance, **same}, rows=ROWS)
 
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Elapsed(),
-        console=Console(stderr=True),
-    ) as progress:
-        yield progress
