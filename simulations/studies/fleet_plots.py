@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def routes_over_rounds(case: CaseResults) -> Figure | None:
         axes.set_title(method, fontsize=9.5)
         axes.set_xlabel("round", fontsize=9)
         _round_axis(axes)
-    figure.supylabel("share of the fleet (%)", fontsize=10)
+    panels[0].set_ylabel("share of the fleet (%)", fontsize=9)
     handles = [Patch(color=colours[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=8.5)
     return figure
@@ -120,15 +121,17 @@ def _names(found: Iterable[dict[int, Counter[str]]]) -> set[str]:
 
 
 def _route_colours(names: Sequence[str]) -> list[str]:
-    """Give the cuts a ramp of blues, from light to dark, and the whole model grey."""
-    ramp = np.linspace(0.3, 1.0, max(len(names), 1))
+    """Give each kind of part a ramp of blues; the whole model is grey."""
     light, dark = np.array([0.80, 0.89, 0.97]), np.array([0.03, 0.27, 0.52])
-    mixed = [tuple((light + (dark - light) * (t - 0.3) / 0.7).tolist()) for t in ramp]
-    hexes = ["#" + "".join(f"{round(255 * c):02x}" for c in rgb) for rgb in mixed]
-    return [
-        WHOLE_COLOUR if name == "whole" else colour
-        for name, colour in zip(names, hexes, strict=True)
-    ]
+    colours = {"whole": WHOLE_COLOUR}
+    for _, group in groupby(names, key=lambda name: depth_of(name)[:2]):
+        kind = list(group)
+        for name, t in zip(kind, np.linspace(0.0, 1.0, len(kind)), strict=True):
+            mixed = (light + (dark - light) * t).tolist()
+            colours.setdefault(
+                name, "#" + "".join(f"{round(255 * c):02x}" for c in mixed)
+            )
+    return [colours[name] for name in names]
 
 
 def _draw_routes(

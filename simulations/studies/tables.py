@@ -1,6 +1,7 @@
 """Tables: each claim's numbers, the terminal's table and the JSON, all from lines."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from statistics import fmean, median
@@ -128,16 +129,17 @@ def route_rows(case: CaseLines) -> Rows:
     return found
 
 
-def depth_of(route: str) -> tuple[bool, int, str]:
-    """Order routes from the smallest part of the model to the whole of it.
+def depth_of(route: str) -> tuple[bool, str, float]:
+    """Order routes by kind, and from the smallest part of the model to the whole of it.
 
     Examples
     --------
-    >>> sorted(["whole", "device[:10]", "device[:2]"], key=depth_of)
-    ['device[:2]', 'device[:10]', 'whole']
+    >>> sorted(["whole", "width 1", "device[:10]", "width 0.5", "device[:2]"],
+    ...        key=depth_of)
+    ['device[:2]', 'device[:10]', 'width 0.5', 'width 1', 'whole']
     """
-    digits = "".join(c for c in route.partition("]")[0] if c.isdigit())
-    return (route == "whole", int(digits or 0), route)
+    kind, number = re.match(r"(\D*)([\d.]*)", route).groups()  # type: ignore[union-attr]
+    return (route == "whole", kind, float(number or 0))
 
 
 def memory_rows(case: CaseLines) -> Rows:
