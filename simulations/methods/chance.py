@@ -43,7 +43,7 @@ def random_routes(request: SelectionRequest) -> Selection:
 
 def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that leaves clients and routes to chance."""
-    return split_strategy(setting, select=random_routes)
+    return split_strategy(setting, select=random_routes, refine=False)
 
 
 RANDOM = Method(

@@ -26,6 +26,7 @@ def build_strategy(setting: Setting) -> Strategy:
         select=select_at_random,
         choose_route=one_cut_for_all(setting),
         recompute=False,
+        refine=False,
     )
 
 
