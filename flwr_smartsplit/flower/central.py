@@ -141,7 +141,12 @@ class CentralManager:
         dispatch = Dispatch(phase.round_number, phase.is_train, started)
         cohort = None
         if phase.is_train and self.settings.refine:
-            cohort = cohort_in(plan.assignments, clients, self.history)
+            cohort = cohort_in(
+                plan.assignments,
+                clients,
+                self.history,
+                edges=self.edges.profiles(tuple(addresses)),
+            )
         for assignment in plan.assignments:
             key = assignment.client_key
             client_plan = self._client_plan(

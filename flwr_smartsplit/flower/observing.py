@@ -1,6 +1,7 @@
 """What a round's replies teach the selections to come, and edges about cohorts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import isfinite
 
 from flwr_smartsplit.flower.dispatch import Dispatch
@@ -12,6 +13,7 @@ from flwr_smartsplit.types import (
     ClientReply,
     Cohort,
     DeviceProfile,
+    EdgeProfile,
     StepReport,
 )
 
@@ -67,6 +69,8 @@ def cohort_in(
     assignments: Iterable[Assignment],
     devices: Mapping[str, DeviceProfile],
     history: History,
+    *,
+    edges: Iterable[EdgeProfile] = (),
 ) -> Cohort | None:
     """Sum up who was chosen, by the time of whole rounds; None without any speeds.
 
@@ -78,6 +82,8 @@ def cohort_in(
         What they say of themselves, by client_key.
     history : History
         What they did before.
+    edges : Iterable[EdgeProfile]
+        Where they train; one whose memory is limited is to be relieved.
     """
     pairs = []
     for each in assignments:
@@ -86,7 +92,11 @@ def cohort_in(
         if seconds is None and seen is not None and seen.step_seconds is not None:
             seconds = seen.step_seconds * devices[key].num_steps
         pairs.append((seconds, history.importance.get(key)))
-    return cohort_of(pairs)
+    cohort = cohort_of(pairs)
+    if cohort is None:
+        return None
+    is_limited = any(edge.memory_bytes is not None for edge in edges)
+    return replace(cohort, relieves_edge=is_limited)
 
 
 def _finite(loss: float) -> float:

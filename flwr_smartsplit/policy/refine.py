@@ -219,7 +219,7 @@ def _wish(progress: Progress, cohort: Cohort, rules: RefineRules) -> Wish | None
     if seconds is None:
         return None
     if seconds < rules.fast_factor * usual:
-        return Wish.LATER
+        return Wish.LATER if cohort.relieves_edge else None
     if not seconds > rules.slow_factor * usual:
         return None
     importance = progress.importance

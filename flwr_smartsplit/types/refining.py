@@ -35,6 +35,8 @@ class Cohort:
         Half of the clients are at least as important (see ``importance_of``).
     low_importance : float
         A quarter of them are at most as important.
+    relieves_edge : bool
+        Whether fast devices should take work off the edge.
 
     Raises
     ------
@@ -45,6 +47,7 @@ class Cohort:
     median_step_seconds: float
     median_importance: float
     low_importance: float
+    relieves_edge: bool = True
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""

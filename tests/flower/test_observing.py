@@ -1,5 +1,7 @@
 """What rounds teach: cohorts by whole rounds, observations by what was said."""
 
+from dataclasses import replace
+
 from flwr_smartsplit.flower.dispatch import Dispatch, Sent
 from flwr_smartsplit.flower.observing import (
     cohort_in,
@@ -13,6 +15,7 @@ from flwr_smartsplit.types import (
     ClientReply,
     Cohort,
     DeviceProfile,
+    EdgeProfile,
     Route,
     StepReport,
 )
@@ -44,7 +47,14 @@ def test_a_cohort_is_of_rounds_and_each_client_is_told_it_for_its_steps() -> Non
     chosen = [assigned("a", 6.0), assigned("b", 30.0), assigned("c", None)]
     found = cohort_in(chosen, devices, history)
     assert found == Cohort(
-        median_step_seconds=10.0, median_importance=20.0, low_importance=15.0
+        median_step_seconds=10.0,
+        median_importance=20.0,
+        low_importance=15.0,
+        relieves_edge=False,
+    )
+    limited = (EdgeProfile(name="x"), EdgeProfile(name="y", memory_bytes=5))
+    assert cohort_in(chosen, devices, history, edges=limited) == replace(
+        found, relieves_edge=True
     )
     assert found is not None
     assert found.for_steps(5).median_step_seconds == 2.0

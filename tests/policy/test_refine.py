@@ -290,3 +290,19 @@ def test_another_average_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine, "KEPT_FRACTION", 0.6)
     with pytest.raises(AssertionError):
         test_the_seconds_are_a_moving_average()
+
+
+def test_an_edge_that_needs_no_relief_gives_no_work_away() -> None:
+    """Whoever is fast stays as it is; whoever is slow is advised as ever."""
+    ample = replace(COHORT, relieves_edge=False)
+    for seconds, wishes in ((1.3, (Wish.LATER, None)), (9.0, (Wish.EARLIER,) * 2)):
+        found = []
+        for cohort in (COHORT, ample):
+            progress = Progress(num_examples=10, importance_before=1e9)
+            for _ in range(5):
+                progress = updated(
+                    progress, cohort, loss=1.0, num_examples=2, step_seconds=seconds
+                )
+            advice = advised(progress, cohort)
+            found.append(None if advice is None else advice.wish)
+        assert tuple(found) == wishes
