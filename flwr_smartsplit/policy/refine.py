@@ -124,8 +124,9 @@ def cohort_of(pairs: Iterable[tuple[float | None, float | None]]) -> Cohort | No
 
     Examples
     --------
-    >>> cohort_of([(1.0, 10.0), (2.0, 30.0), (9.0, 50.0)])
-    Cohort(median_step_seconds=2.0, median_importance=30.0, low_importance=20.0)
+    >>> found = cohort_of([(1.0, 10.0), (2.0, 30.0), (9.0, 50.0)])
+    >>> found.median_step_seconds, found.median_importance, found.low_importance
+    (2.0, 30.0, 20.0)
     """
     known = list(pairs)
     seconds = [s for s, _ in known if s is not None and 0 < s < inf]

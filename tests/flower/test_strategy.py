@@ -16,6 +16,7 @@ from torch import nn
 
 from flwr_smartsplit import (
     Route,
+    SelectByUtility,
     SmartSplit,
     predicted_peak_bytes,
     profile_chain,
@@ -160,7 +161,8 @@ def test_the_result_loads_into_the_stock_model() -> None:
 
 def test_node_ids_decide_nothing() -> None:
     """Other ids and another order of the same clients sample and train the same."""
-    half = {"fraction_train": 0.5, "min_train_nodes": 1}
+    in_turns = SelectByUtility(waiting=9.0)
+    half = {"fraction_train": 0.5, "min_train_nodes": 1, "select": in_turns}
     ordered = list(enumerate([*MIXED, None, MIXED[0]]))
     one = run([message_app(*c) for c in ordered], smart_split(**half), num_rounds=3)
     two = run(

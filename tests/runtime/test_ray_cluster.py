@@ -13,7 +13,7 @@ from flwr_smartsplit.types import ClientReply, Status
 from tests.runtime.one_round import fedavg, settle, start, train
 from tests.tasks import differences, initial_state
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STORE_BYTES = 80 * 2**20
 NEAR, FAR = (

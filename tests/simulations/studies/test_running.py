@@ -113,6 +113,7 @@ def digests(folder):
     }
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_one_in_processes_end_at_the_same_weights(tmp_path):
     """Clients are drawn each round, by Flower's FedAvg from Python's generator."""
     whole, resumed, apart = (tmp_path / name for name in ("whole", "resumed", "apart"))
