@@ -257,7 +257,14 @@ def accuracies(log: str) -> list[float]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("app", ROUTES)
+@pytest.mark.parametrize(
+    "app",
+    [
+        # Each takes a minute and more; the legacy API has faster tests, too.
+        pytest.param(app, marks=pytest.mark.slow if app == "legacy_client" else ())
+        for app in ROUTES
+    ],
+)
 def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, logs):
     log = logs[app].result()
     assert all(line in log for line in promised(EXAMPLES / app / "README.md"))
