@@ -67,7 +67,10 @@ def candidates_of(
     """
     budgets = np.array(
         [
-            NO_BUDGET_BYTES if device.budget_bytes is None else device.budget_bytes
+            # A client that claims more than there can be has no limit.
+            NO_BUDGET_BYTES
+            if device.budget_bytes is None
+            else min(device.budget_bytes, NO_BUDGET_BYTES)
             for device in devices
         ],
         np.int64,

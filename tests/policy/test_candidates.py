@@ -69,6 +69,7 @@ def test_what_recomputes_comes_after_what_does_not() -> None:
     ("budget", "routes"),
     [
         (None, ["whole", "3", "2", "1"]),
+        (10**30, ["whole", "3", "2", "1"]),
         (30, ["3", "2", "1"]),
         (25, ["3", "1"]),
         (10, ["1"]),
