@@ -13,9 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -99,6 +97,8 @@ def load_images(experiment: Experiment) -> Images:
 
 def _digits() -> dict[str, NDArray[Any]]:
     """1,797 images of 8 x 8 grey values 0..16, part of scikit-learn: no network."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second
+
     digits = load_digits()
     x, y = digits.images.astype(np.float32), digits.target.astype(np.int64)
     split = len(y) - DIGITS_TEST_EXAMPLES
@@ -112,6 +112,8 @@ def _digits() -> dict[str, NDArray[Any]]:
 
 def _torchvision_arrays(name: str, data_dir: Path) -> dict[str, NDArray[Any]]:
     """Read a data set of torchvision's, and download it first where it is missing."""
+    import torchvision  # noqa: PLC0415 - takes seconds; digits need none
+
     dataset = {
         "fashion_mnist": torchvision.datasets.FashionMNIST,
         "cifar10": torchvision.datasets.CIFAR10,

@@ -70,7 +70,13 @@ class DepthNetwork(nn.Module):
         channels = (num_channels, *layout.channels[:depth])
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                OrderedDict(block_layers(index, channels[index - 1 : index + 1]))
+                OrderedDict(
+                    block_layers(
+                        index,
+                        channels[index - 1 : index + 1],
+                        is_pooled=index in layout.pooled,
+                    )
+                )
             )
             for index in range(1, depth + 1)
         )
