@@ -307,6 +307,7 @@ class CentralManager:
             cohort=None if cohort is None else cohort.for_steps(device.num_steps),
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
+            min_device_units=self.settings.min_device_units,
         )
 
     def _step(self, round_number: int) -> Callable[[State, State], State] | None:

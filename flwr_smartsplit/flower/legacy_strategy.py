@@ -68,10 +68,8 @@ class LegacySmartSplit(Strategy):
         Root of sampling and of every random stream of the clients.
     num_threads : int
         Torch threads at every place.
-    choose_route : Callable[[RouteRequest], Route]
-        Chooses each client's route.
-    recompute : bool
-        Whether a device may recompute activations where no route fits otherwise.
+    select, choose_route, min_device_units, recompute, refine, client_seconds
+        As for ``SmartSplit``.
     server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
         The Message-API strategy whose server step follows the merge.
     journal : str or Path, optional

@@ -75,7 +75,8 @@ class SmartSplit(Strategy):
         Chooses each client's route beforehand: ``deepest_split``, ``deepest_u_shape``
         if labels must stay on the devices, or a function of one's own.
     min_device_units : int
-        How many units a cut leaves on the device at least: shallow boundaries leak.
+        How many units a cut leaves on the device at least, wherever it moves: shallow
+        boundaries leak.
     recompute : bool
         Whether a device may recompute activations.
     refine : bool

@@ -37,6 +37,8 @@ class Standing:
         For how many steps in a row there was room for something cheaper.
     is_fixed : bool
         Whether its cut cannot move.
+    min_device_units : int
+        Fewest units that stay at the device.
     """
 
     planned: Route
@@ -44,6 +46,7 @@ class Standing:
     recompute: RecomputePlan = KEEP_ALL
     calm_steps: int = 0
     is_fixed: bool = False
+    min_device_units: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +143,9 @@ def _first_fit(
         With the least bytes that would do.
     """
     least: tuple[int, Route] | None = None
-    for route in [standing.route] if standing.is_fixed else _earlier(start):
+    least_units = standing.min_device_units
+    routes = [standing.route] if standing.is_fixed else _earlier(start, least_units)
+    for route in routes:
         plan = cheapest_plan(profile, route, budget_bytes)
         if plan is not None:
             return route, plan
@@ -158,8 +163,8 @@ def _first_fit(
     )
 
 
-def _earlier(route: Route) -> Iterator[Route]:
+def _earlier(route: Route, min_device_units: int) -> Iterator[Route]:
     yield route
     if route.cuts:
-        for cut in range(route.cuts[0] - 1, 0, -1):
+        for cut in range(route.cuts[0] - 1, min_device_units - 1, -1):
             yield route.with_first_cut(cut)

@@ -20,7 +20,7 @@ SecondsOf = Callable[[Route, RecomputePlan], float]
 """What a training step takes on a route, under a plan."""
 
 
-def followed(
+def followed(  # noqa: PLR0913 - what bounds a move
     profile: ChainProfile,
     way: Way,
     wish: Wish,
@@ -28,6 +28,7 @@ def followed(
     budget_bytes: int | None,
     cohort: Cohort,
     seconds_of: SecondsOf,
+    min_device_units: int = 1,
 ) -> Way | None:
     """Find where a device's cut goes by its edge's wish.
 
@@ -48,6 +49,8 @@ def followed(
         Knows the median.
     seconds_of : Callable[[Route, RecomputePlan], float]
         What a step takes.
+    min_device_units : int
+        Fewest units that stay at the device.
 
     Returns
     -------
@@ -57,7 +60,10 @@ def followed(
     """
     if wish is Wish.EARLIER:
         now = seconds_of(*way)
-        fits = ((r, _plan(profile, r, budget_bytes)) for r in _earlier(way[0]))
+        fits = (
+            (route, _plan(profile, route, budget_bytes))
+            for route in _earlier(way[0], min_device_units)
+        )
         faster = (
             (route, plan)
             for route, plan in fits
@@ -112,8 +118,9 @@ def _plan(
     return cheapest_plan(profile, route, budget_bytes)
 
 
-def _earlier(route: Route) -> Iterator[Route]:
-    return (route.with_first_cut(cut) for cut in range(route.cuts[0] - 1, 0, -1))
+def _earlier(route: Route, min_device_units: int) -> Iterator[Route]:
+    cuts = range(route.cuts[0] - 1, min_device_units - 1, -1)
+    return (route.with_first_cut(cut) for cut in cuts)
 
 
 def _later(route: Route, num_units: int) -> Iterator[Route]:

@@ -105,6 +105,7 @@ class Adapter:
             budget_bytes=budget_bytes,
             cohort=cohort,
             seconds_of=seconds_of,
+            min_device_units=walk.plan.min_device_units,
         )
         if found is None:
             return
@@ -160,6 +161,7 @@ class Adapter:
             recompute=walk.recompute,
             calm_steps=self._calm_steps,
             is_fixed=self._is_fixed,
+            min_device_units=walk.plan.min_device_units,
         )
 
     def _is_done(self, walk: Walk, change: Change) -> bool:

@@ -132,6 +132,8 @@ class ClientPlan:
         What the device should hold at most under route and plan.
     config : Mapping[str, bool | int | float | str]
         What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
+    min_device_units : int
+        Fewest units that stay at the device, wherever its cut moves.
     slice_size : int or None
         Samples that the front runs at a time, each twice; None runs the whole batch.
     cohort : Cohort or None
@@ -159,6 +161,7 @@ class ClientPlan:
     recompute: RecomputePlan = KEEP_ALL
     predicted_peak_bytes: int | None = None
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    min_device_units: int = 1
     slice_size: int | None = None
     cohort: Cohort | None = None
     importance: float = 0.0

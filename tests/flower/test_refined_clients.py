@@ -85,6 +85,22 @@ def test_clients_that_are_advised_to_move_are_merged_bit_for_bit(
 
 
 @pytest.mark.parametrize(("run_with", "kind"), SIDES)
+@pytest.mark.parametrize("keeps_all", [True, False])
+def test_no_cut_moves_before_the_units_that_devices_keep(
+    run_with: Any, kind: Kind, compared: Callable[[Cohort], None], *, keeps_all: bool
+) -> None:
+    """c1 begins with its cut at the last unit that it has to keep, or behind it."""
+    compared(IMPORTANT)
+    rows: list[Any] = []
+    least = ROUTES["c1"].cuts[0] - (not keeps_all)
+    run_with(
+        advised_apps(kind), num_rounds=1, on_row=(rows.append,), min_device_units=least
+    )
+    found = {row.get("client_key"): row.get("moves", []) for row in rows}["c1"]
+    assert [move["after"] for move in found] == ([] if keeps_all else [least])
+
+
+@pytest.mark.parametrize(("run_with", "kind"), SIDES)
 def test_clients_that_are_released_count_with_what_they_trained_on(
     run_with: Any, kind: Kind, compared: Callable[[Cohort], None]
 ) -> None:

@@ -63,6 +63,15 @@ def test_a_cut_that_is_fixed_is_not_moved() -> None:
         adapted(PROFILE, standing(is_fixed=True), 250 - 200)
 
 
+def test_the_device_keeps_as_many_units_as_it_must() -> None:
+    """Rather than leak more, the client sits the round out."""
+    change = adapted(PROFILE, standing(min_device_units=2), 250)
+    assert change is not None
+    assert change.route == EARLIER
+    with pytest.raises(NoFeasiblePlan):
+        adapted(PROFILE, standing(min_device_units=3), 250)
+
+
 def test_it_goes_back_only_after_a_while() -> None:
     """And at once up to the planned route if there is room for it."""
     early = standing(EARLIER, calm_steps=PATIENCE_STEPS - 1)

@@ -50,6 +50,7 @@ def cut_of(
     profile: ChainProfile = PROFILE,
     budget_bytes: int | None = None,
     way: tuple[Route, RecomputePlan] = PLAIN,
+    min_device_units: int = 1,
 ) -> int | None:
     """Return the cut that is found."""
     found = followed(
@@ -59,6 +60,7 @@ def cut_of(
         budget_bytes=budget_bytes,
         cohort=COHORT,
         seconds_of=seconds_of,  # type: ignore[arg-type]
+        min_device_units=min_device_units,
     )
     return None if found is None else found[0].cuts[0]
 
@@ -72,6 +74,12 @@ def test_an_earlier_cut_that_saves_nothing_is_passed_by() -> None:
     """A large boundary can cost more than the work that it spares."""
     assert cut_of(Wish.EARLIER, seconds_of=by_cut(2.5, 3.5, 3.0)) == 1
     assert cut_of(Wish.EARLIER, seconds_of=by_cut(3.0, 3.0, 3.0)) is None
+
+
+def test_an_earlier_cut_leaves_the_device_what_it_must_keep() -> None:
+    """However much time it would save."""
+    assert cut_of(Wish.EARLIER, seconds_of=EVEN, min_device_units=2) == 2
+    assert cut_of(Wish.EARLIER, seconds_of=EVEN, min_device_units=3) is None
 
 
 def test_an_earlier_cut_has_to_fit() -> None:
