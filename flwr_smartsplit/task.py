@@ -30,7 +30,8 @@ class Task:
         parameters one by one, as SGD and Adam do.
     example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
         A batch of inputs of any size, ``(batch, *input shape)`` each, as the model
-        takes it (a dict by keyword); only shapes and dtypes matter.
+        takes it (a dict by keyword); only shapes, dtypes and the strides of one
+        example matter: best take a batch of your loader.
     example_targets : Tensor
         The targets that belong to them, ``(batch, *target shape)``.
     metrics_fn : Callable[[outputs, targets], Mapping[str, float]], optional

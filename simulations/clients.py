@@ -14,9 +14,14 @@ from flwr.app import Context
 from flwr_smartsplit import MemoryBudget, RayEdge, SmartSplitNumPyClient, Task
 from flwr_smartsplit.runtime.local_edge import LocalEdge
 from flwr_smartsplit.runtime.transport import Edge
-from flwr_smartsplit.types import DeviceTraits
+from flwr_smartsplit.types import NO_TRAITS, DeviceTraits
 from simulations.clock import EDGE_FLOPS_PER_SECOND, Clock
-from simulations.data import client_indices, input_shape, load_images, train_loader
+from simulations.data import (
+    client_indices,
+    evaluation_loader,
+    load_images,
+    train_loader,
+)
 from simulations.devices import FleetDevice
 from simulations.experiment import Experiment
 from simulations.models import model_fn
@@ -40,7 +45,7 @@ def build_task(experiment: Experiment) -> Task:
         optimizer_fn=partial(
             torch.optim.SGD, lr=experiment.learning_rate, momentum=experiment.momentum
         ),
-        example_inputs=torch.zeros(1, *input_shape(experiment)),
+        example_inputs=next(iter(evaluation_loader(experiment, batch_size=2)))[0],
         example_targets=torch.zeros(1, dtype=torch.int64),
     )
 
@@ -110,10 +115,11 @@ def budget_of(device: FleetDevice) -> int | MemoryBudget | None:
 
 
 def traits_of(experiment: Experiment, client: int, device: FleetDevice) -> DeviceTraits:
-    """Return what a client says of itself, its labels only if they are shared."""
+    """Return what a client says of itself: what the experiment has it share."""
+    traits = device.traits if experiment.share_speed else NO_TRAITS
     if not experiment.share_labels:
-        return device.traits
+        return traits
     images = load_images(experiment)
     labels = images.y_train[client_indices(experiment)[client]]
     counts = np.bincount(labels, minlength=images.num_classes)
-    return replace(device.traits, label_counts=tuple(map(int, counts)))
+    return replace(traits, label_counts=tuple(map(int, counts)))

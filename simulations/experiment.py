@@ -66,6 +66,8 @@ class Experiment:
         one client after the other, instead of under Flower's simulation engine.
     share_labels : bool
         Whether clients tell the strategy how many examples of each class they have.
+    share_speed : bool
+        Whether they tell it how fast their devices and links are, if they know.
 
     Raises
     ------
@@ -92,6 +94,7 @@ class Experiment:
     num_workers: int = 2
     in_process: bool = False
     share_labels: bool = False
+    share_speed: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what no run could have, all problems at once."""

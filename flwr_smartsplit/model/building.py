@@ -142,7 +142,9 @@ def _recipe(task: Task) -> _Recipe | None:
 
     The function itself is part of it: in a notebook, its name may be used again.
     """
-    inputs = tree_map(lambda x: (tuple(x.shape), str(x.dtype)), task.example_inputs)
+    inputs = tree_map(
+        lambda x: (tuple(x.shape), x.stride(), str(x.dtype)), task.example_inputs
+    )
     function: Callable[..., nn.Module] = task.model_fn
     units: Any = task.units_fn
     while isinstance(function, partial):

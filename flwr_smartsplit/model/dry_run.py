@@ -1,12 +1,15 @@
 """Dry runs: tensors that have sizes but no memory, for costs and cut places."""
 
 import copy
+import math
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
+
+from flwr_smartsplit.model.layout import is_dense
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -56,10 +59,18 @@ def constants_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fake_batch(batch: Any, mode: FakeTensorMode, *, batch_size: int) -> Any:
-    """Make a fake twin of a batch, nested as it is, with ``batch_size`` examples."""
+    """Make a fake twin of a batch, nested as it is, with ``batch_size`` examples.
+
+    Its examples are laid out like those of ``batch``, if they are dense: a convolution
+    takes more memory for some layouts than for others.
+    """
 
     def twin(tensor: Tensor) -> Tensor:
-        return torch.empty((batch_size, *tensor.shape[1:]), dtype=tensor.dtype)
+        shape, strides = tensor.shape[1:], tensor.stride()[1:]
+        if not is_dense(shape, strides):
+            return torch.empty((batch_size, *shape), dtype=tensor.dtype)
+        sizes, steps = (batch_size, *shape), (math.prod(shape), *strides)
+        return torch.empty_strided(sizes, steps, dtype=tensor.dtype)
 
     with mode:
         return tree_map(twin, batch)

@@ -75,7 +75,8 @@ def _facts(chain: Chain, batch_size: int, task: Task) -> Iterator[Any]:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         yield source.name, source.read_bytes()
     yield batch_size
-    yield tree_map(_shape, (chain.example_inputs, task.example_targets))
+    examples = chain.example_inputs, task.example_targets
+    yield tree_map(lambda x: (_shape(x), x.stride()), examples)
     describe = _Describer()
     for unit in chain.units:
         yield unit.name, unit.reads, unit.is_random, describe(unit.forward)

@@ -4,6 +4,7 @@ import pickle
 import sys
 import threading
 import types
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -122,12 +123,14 @@ def test_copies_of_one_recipe_share_a_chain():
 
 
 def test_other_inputs_or_arguments_make_another_chain():
-    """The recipe is the function, its arguments, and the inputs' shapes and types."""
-    chains = [
-        build_chain(task_of(partial(nn.Linear, *sizes), shape=shape))
+    """The recipe is the function, its arguments, and how the inputs look."""
+    tasks = [
+        task_of(partial(nn.Linear, *sizes), shape=shape)
         for sizes, shape in [((4, 2), (4,)), ((4, 3), (4,)), ((4, 2), (5, 4))]
     ]
-    assert len({id(chain) for chain in chains}) == 3
+    turned = replace(tasks[2], example_inputs=torch.zeros(1, 4, 5).transpose(1, 2))
+    assert turned.example_inputs.shape == tasks[2].example_inputs.shape
+    assert len({id(build_chain(task)) for task in (*tasks, turned)}) == 4
 
 
 def test_functions_that_cannot_be_imported_have_chains_too():

@@ -253,6 +253,62 @@ def test_a_byte_more_on_the_device_would_be_seen():
     assert outcome.report.peak_bytes == predicted + NUM_STEPS * 4
 
 
+def grey_cnn() -> nn.Module:
+    """Take images of one channel, whose channel may come first or last in memory."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.GroupNorm(4, 24),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24 * 64, 10),
+    )
+
+
+def grey_images(count: int, *, is_last: bool) -> Tensor:
+    """Make images ``(count, 1, 8, 8)``: the same numbers in either layout."""
+    images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    strides = (64, 1, 8, 1) if is_last else (64, 64, 8, 1)
+    return images.as_strided(images.shape, strides)
+
+
+def grey_peaks(*, example_last: bool, batch_last: bool) -> tuple[int, int]:
+    """Predict from one layout of the example, and measure with one of the batch."""
+    examples = grey_images(1, is_last=example_last)
+    task = replace(
+        task_of(grey_cnn, optimizer=OPTIMIZERS["sgd"], shape=(1, 8, 8)),
+        example_inputs=examples,
+    )
+    profile = profile_chain(build_chain(task), batch_size=4, task=task)
+    plan = ClientPlan(
+        client_key="a", round_number=1, route=Route.whole(), seed=0, edge_addresses={}
+    )
+    outcome = train_locally(
+        plan,
+        state_of(grey_cnn()),
+        [(grey_images(4, is_last=batch_last), torch.zeros(4, dtype=torch.int64))],
+        Conditions(
+            task=task,
+            connect=lambda *_: pytest.fail("a whole route needs no edge"),
+            meter_every=1,
+        ),
+    )
+    return predicted_peak_bytes(profile, Route.whole()), outcome.report.peak_bytes
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_the_layout_of_an_example_is_that_of_the_batch(is_last):
+    """Torchvision's ToTensor puts the channel of a grey image last, at no stride."""
+    predicted, measured = grey_peaks(example_last=is_last, batch_last=is_last)
+    assert predicted == measured
+
+
+def test_an_example_laid_out_otherwise_predicts_another_step():
+    predicted, measured = grey_peaks(example_last=False, batch_last=True)
+    assert predicted != measured
+
+
 # --- what a profile says of each unit -------------------------------------------------
 
 

@@ -127,6 +127,12 @@ OTHERS: dict[str, Task] = {
     "autocast": replace(TASK, autocast_dtype=torch.bfloat16),
     "clipping": replace(TASK, max_gradient_norm=1.0),
     "targets": replace(TASK, example_targets=torch.zeros(1, 2, dtype=torch.int64)),
+    "layout of the inputs": replace(
+        TASK,
+        example_inputs=TASK.example_inputs.contiguous(
+            memory_format=torch.channels_last
+        ),
+    ),
     "layout": task_of(lambda: pooled().to(memory_format=torch.channels_last)),
 }
 
