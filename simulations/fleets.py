@@ -91,11 +91,16 @@ NEAR_LINK = Link(
 phones_near_edge = Phones(edge_link=NEAR_LINK)
 """The same phones with an edge nearby."""
 
+heavy_phones = Phones(edge_link=NEAR_LINK, slowdown=32.0)
+"""The same, for which the network for digits is as much work as ResNet-18 for 32 x 32:
+108 million FLOPs a step with 16 images, and 3,477 million."""
+
 FLEETS: dict[str, Fleet] = {
     "half_weak": half_weak,
     "unlimited": unlimited,
     "phones": phones,
     "phones_near_edge": phones_near_edge,
+    "heavy_phones": heavy_phones,
 }
 """Every fleet that has a name."""
 

@@ -158,6 +158,7 @@ class CentralManager:
                 names,
                 returned(names, self.task.is_local),
                 assignment,
+                self._profiles[clients[key].batch_size],
             )
         self._dispatch = dispatch
         return dispatch

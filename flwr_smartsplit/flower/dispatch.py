@@ -7,6 +7,7 @@ from flwr_smartsplit.errors import InvalidRoute, RefusedReply
 from flwr_smartsplit.model.chain import Chain
 from flwr_smartsplit.types import (
     Assignment,
+    ChainProfile,
     ClientPlan,
     ClientReply,
     Expectation,
@@ -32,12 +33,15 @@ class Sent:
         Those of them that it sends back: without what stays on the device.
     assignment : Assignment
         What the policy gave it.
+    profile : ChainProfile, optional
+        The chain's costs at its batch size.
     """
 
     plan: ClientPlan
     names: tuple[str, ...]
     returned_names: tuple[str, ...]
     assignment: Assignment
+    profile: ChainProfile | None = None
 
     def after(self, moves: Sequence[Move], chain: Chain) -> "Sent":
         """Say what a client sends back that moved its cut.

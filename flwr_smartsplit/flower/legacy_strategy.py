@@ -68,8 +68,19 @@ class LegacySmartSplit(Strategy):
         Root of sampling and of every random stream of the clients.
     num_threads : int
         Torch threads at every place.
-    select, choose_route, min_device_units, recompute, refine, client_seconds
-        As for ``SmartSplit``.
+    select : Callable[[SelectionRequest], Selection]
+        Chooses the clients that train, and their routes.
+    choose_route : Callable[[RouteRequest], Route], optional
+        Chooses each client's route beforehand.
+    min_device_units : int
+        How many units a cut leaves on the device at least, wherever it moves.
+    recompute : bool
+        Whether a device may recompute activations.
+    refine : bool
+        Whether edges may move cuts and release slow, unimportant clients in a round.
+    client_seconds : Callable[[ClientPlan, StepReport], float], optional
+        How long a client's part took, for the selections to come; with it, the speed
+        of devices that do not tell it is learned from their steps.
     server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
         The Message-API strategy whose server step follows the merge.
     journal : str or Path, optional

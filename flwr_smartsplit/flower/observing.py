@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import isfinite
 
-from flwr_smartsplit.flower.dispatch import Dispatch
+from flwr_smartsplit.flower.dispatch import Dispatch, Sent, moved_plan
 from flwr_smartsplit.policy.history import History, Observation
 from flwr_smartsplit.policy.refine import cohort_of
+from flwr_smartsplit.policy.timing import Work, work_of
 from flwr_smartsplit.types import (
+    KEEP_ALL,
     Assignment,
     ClientPlan,
     ClientReply,
@@ -60,6 +62,7 @@ def observed(
             loss_drop=_finite(report.loss_drop),
             seconds=seconds,
             step_seconds=report.step_seconds if client_seconds is not None else None,
+            work=_work(sent, report),
             edge=edges[0] if edges else None,
             features=sent.assignment.features,
         )
@@ -97,6 +100,16 @@ def cohort_in(
         return None
     is_limited = any(edge.memory_bytes is not None for edge in edges)
     return replace(cohort, relieves_edge=is_limited)
+
+
+def _work(sent: Sent, report: StepReport) -> Work | None:
+    """Say what a step asked for at least as the round ended."""
+    if sent.profile is None:
+        return None
+    plan = moved_plan(sent.plan, report.moves)
+    is_as_planned = not (report.moves or report.replans)
+    recompute = plan.recompute if is_as_planned else KEEP_ALL
+    return work_of(sent.profile, plan.route, recompute)
 
 
 def _finite(loss: float) -> float:

@@ -84,6 +84,7 @@ class SmartSplit(Strategy):
     client_seconds : Callable[[ClientPlan, StepReport], float], optional
         How long a client's part took, for the selections to come, such as
         ``measured_seconds``; by default as long as was predicted from its traits.
+        With it, the speed of devices that do not tell it is learned from their steps.
     server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
         Flower's strategy whose server step follows the merge.
     journal : str or Path, optional

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
+from flwr_smartsplit.policy.learning import Speeds, learned
 from flwr_smartsplit.policy.refine import importance_of
+from flwr_smartsplit.policy.timing import Work
 
 WINDOW = 400
 """So many observations are kept for the surrogate: what is older says little."""
@@ -30,6 +32,8 @@ class Observation:
         How long it took; None if nobody says so.
     step_seconds : float or None
         How long one of its steps took at the end; None if nobody says so.
+    work : Work or None
+        What such a step asked for; None if that is not known.
     edge : str or None
         The first edge on its route.
     features : tuple[float, ...]
@@ -43,6 +47,7 @@ class Observation:
     loss_drop: float = 0.0
     seconds: float | None = None
     step_seconds: float | None = None
+    work: Work | None = None
     edge: str | None = None
     features: tuple[float, ...] = ()
 
@@ -65,12 +70,16 @@ class History:
         Each client's last one, by client_key.
     importance : Mapping[str, float]
         Each client's importance, smoothed over its rounds.
+    speeds : Mapping[str, Speeds]
+        How fast each client has been at least, where somebody says what its steps
+        took.
     window : tuple[Observation, ...]
         The last observations of all clients, the oldest first.
     """
 
     latest: Mapping[str, Observation] = field(default_factory=dict)
     importance: Mapping[str, float] = field(default_factory=dict)
+    speeds: Mapping[str, Speeds] = field(default_factory=dict)
     window: tuple[Observation, ...] = ()
 
     def after(self, observations: Iterable[Observation]) -> Self:
@@ -84,8 +93,11 @@ class History:
         {'a': 20.0}
         """
         seen = list(observations)
-        importance = dict(self.importance)
+        importance, speeds = dict(self.importance), dict(self.speeds)
         for each in seen:
+            now = learned(speeds.get(each.client_key), each.work, each.step_seconds)
+            if now is not None:
+                speeds[each.client_key] = now
             importance[each.client_key] = importance_of(
                 each.num_examples,
                 each.loss_rms,
@@ -94,6 +106,7 @@ class History:
         return type(self)(
             latest={**self.latest, **{each.client_key: each for each in seen}},
             importance=importance,
+            speeds=speeds,
             window=(*self.window, *seen)[-WINDOW:],
         )
 

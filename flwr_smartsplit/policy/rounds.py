@@ -21,6 +21,7 @@ from flwr_smartsplit.policy.cuts import (
     plan_of,
 )
 from flwr_smartsplit.policy.history import NO_HISTORY, History
+from flwr_smartsplit.policy.learning import with_speeds
 from flwr_smartsplit.policy.menu import Menu, Offer, Terms, menu_of
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.policy.selection import Chosen, Select, SelectionRequest
@@ -102,7 +103,10 @@ def plan_round(  # noqa: PLR0913 - all that a plan hangs on
     InvalidRoute
         If ``choose_route`` returns a route that this chain cannot have.
     """
-    devices = sorted(fleet, key=_client_key)
+    devices = [
+        with_speeds(device, history.speeds.get(device.client_key), routing.edges)
+        for device in sorted(fleet, key=_client_key)
+    ]
     if routing.choose_route is None:
         candidates, unfit = _free(devices, profiles, routing)
     else:

@@ -35,6 +35,12 @@ def _select(rule: SelectByUtility) -> Change:
     return lambda setting: {"select": rule}
 
 
+def _keep(share: float) -> Change:
+    return lambda setting: {
+        "min_device_units": max(int(len(setting.clock.profile.units) * share), 1)
+    }
+
+
 SMARTSPLIT = Method(
     name="smartsplit",
     summary="who cannot hold the model trains its front, an edge the rest",
@@ -69,6 +75,13 @@ VARIANTS = tuple(
             _select(replace(BY_UTILITY, coverage=0.0)),
         ),
         ("no_fairness", "without fairness", _select(replace(BY_UTILITY, waiting=0.0))),
+        (
+            "no_learning",
+            "without learning the speed of devices that do not tell it",
+            lambda setting: {"client_seconds": None},
+        ),
+        ("keep_quarter", "with a quarter of the units at devices", _keep(1 / 4)),
+        ("keep_half", "with half of the units at devices", _keep(1 / 2)),
         ("no_refining", "without the edge manager", lambda setting: {"refine": False}),
         ("no_recompute", "without recomputation", lambda setting: {"recompute": False}),
         (

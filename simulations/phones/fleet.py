@@ -5,6 +5,7 @@ assumptions. ``docs/howto/fleets.md`` has them all with their sources.
 """
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,16 +69,21 @@ class Phones:
         To all edges; None takes the phone's link to the server.
     is_steady : bool
         Whether free memory and speed stay as they are declared.
+    slowdown : float
+        So many times slower than measured is every phone: a small model then takes as
+        long as one that is so many times the work.
 
     Raises
     ------
     ExperimentError
-        If the share leaves nobody weak, or nobody strong.
+        If the share leaves nobody weak, or nobody strong, or a phone would be faster
+        than it is.
     """
 
     weak_fraction: float | None = 0.5
     edge_link: Link | None = None
     is_steady: bool = False
+    slowdown: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse a share that is none."""
@@ -85,6 +91,10 @@ class Phones:
             raise ExperimentError(
                 f"weak_fraction is {self.weak_fraction}: give a share between 0 and 1, "
                 "or None for the phones' own bytes."
+            )
+        if not 1 <= self.slowdown < inf:
+            raise ExperimentError(
+                f"slowdown is {self.slowdown}: give a number of at least 1."
             )
 
     def __call__(self, needs: Needs, num_clients: int, seed: int) -> Devices:
@@ -108,13 +118,14 @@ class Phones:
         memory = ram_gb * GIGABYTE * rng.uniform(*APP_FRACTION, num_clients)
         down, up = link_rates(rng, num_clients)
         free, speed = self._wobble(rng, num_clients)
+        flops = scores * FLOPS_PER_SECOND_PER_POINT / self.slowdown
         budgets = self._budgets(memory, needs)
         return tuple(
             FleetDevice(
                 name=f"phone with {ram_gb[phone]:g} GB",
                 budget_bytes=int(budgets[phone]),
                 traits=DeviceTraits(
-                    flops_per_second=float(scores[phone] * FLOPS_PER_SECOND_PER_POINT),
+                    flops_per_second=float(flops[phone]),
                     link=Link(
                         up_bytes_per_second=float(up[phone]),
                         down_bytes_per_second=float(down[phone]),

@@ -1,6 +1,7 @@
 """What rounds teach: cohorts by whole rounds, observations by what was said."""
 
 from dataclasses import replace
+from typing import Any
 
 from flwr_smartsplit.flower.dispatch import Dispatch, Sent
 from flwr_smartsplit.flower.observing import (
@@ -9,6 +10,7 @@ from flwr_smartsplit.flower.observing import (
     observed,
 )
 from flwr_smartsplit.policy.history import NO_HISTORY
+from flwr_smartsplit.policy.timing import Work, work_of
 from flwr_smartsplit.types import (
     Assignment,
     ClientPlan,
@@ -16,10 +18,15 @@ from flwr_smartsplit.types import (
     Cohort,
     DeviceProfile,
     EdgeProfile,
+    Move,
+    RecomputePlan,
+    Replan,
+    Rerun,
     Route,
     StepReport,
 )
 from tests.policy.fleets import seen
+from tests.policy.profiles import chain_of
 
 
 def assigned(key: str, seconds: float | None) -> Assignment:
@@ -84,3 +91,33 @@ def test_a_loss_that_is_no_number_is_none_and_times_are_those_that_were_said() -
 def test_without_any_speed_there_is_no_cohort() -> None:
     """So edges advise nobody."""
     assert cohort_in([assigned("a", None)], {}, NO_HISTORY) is None
+
+
+def test_a_step_asked_for_what_its_last_route_asks() -> None:
+    """A cut that moved, or a plan that changed, leaves the least that was asked."""
+    profile = chain_of([100, 200, 300])
+    plan = ClientPlan(
+        client_key="a",
+        round_number=1,
+        route=Route.split(2),
+        edge_addresses={},
+        seed=0,
+        recompute=RecomputePlan((Rerun(0, 2),)),
+    )
+    dispatch = Dispatch(1, is_train=True, started_seconds=0.0)
+    dispatch.sent["a"] = Sent(plan, (), (), assigned("a", 7.0), profile)
+
+    def found(**facts: Any) -> Work | None:
+        report = StepReport(num_examples=8, metrics={}, **facts)
+        reply = ClientReply(
+            client_key="a", round_number=1, state={}, receipts=(), report=report
+        )
+        (one,) = observed(dispatch, {"a": reply}, measured_seconds)
+        return one.work
+
+    assert found() == work_of(profile, plan.route, plan.recompute)
+    assert found() != work_of(profile, plan.route)
+    replan = Replan(step=1, before="", after="")
+    assert found(replans=(replan,)) == work_of(profile, plan.route)
+    move = Move(step=1, before=2, after=1)
+    assert found(moves=(move,)) == work_of(profile, Route.split(1))
