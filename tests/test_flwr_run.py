@@ -11,7 +11,8 @@ from tests.test_simulation import NUM_CLIENTS, NUM_ROUNDS
 
 __all__ = ["flower"]
 
-pytestmark = pytest.mark.ray
+# A minute and a half, most of it the start of processes.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_the_same_seeds_give_the_same_bits_under_flwr_run(flower: Flower) -> None:
