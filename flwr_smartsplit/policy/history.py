@@ -71,8 +71,7 @@ class History:
     importance : Mapping[str, float]
         Each client's importance, smoothed over its rounds.
     speeds : Mapping[str, Speeds]
-        How fast each client has been at least, where somebody says what its steps
-        took.
+        How fast each client seems to be, where somebody says what its steps took.
     window : tuple[Observation, ...]
         The last observations of all clients, the oldest first.
     """
