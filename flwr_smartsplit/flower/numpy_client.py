@@ -143,6 +143,7 @@ class SmartSplitNumPyClient(NumPyClient):
             cap_mode=cap_mode,
             meter_every=meter_every,
             local_epochs=local_epochs,
+            batch_size=self._profile.batch_size,
             owns_process=owns_process,
             step_seconds=step_seconds,
         )

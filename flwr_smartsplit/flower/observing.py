@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite
 
 from flwr_smartsplit.flower.dispatch import Dispatch, Sent, moved_plan
 from flwr_smartsplit.policy.history import History, Observation
@@ -58,9 +58,9 @@ def observed(
             client_key=key,
             round_number=dispatch.round_number,
             num_examples=report.num_examples,
-            loss_rms=_finite(report.loss_rms),
+            loss_rms=max(_finite(report.loss_rms), 0.0),
             loss_drop=_finite(report.loss_drop),
-            seconds=seconds,
+            seconds=_time(seconds),
             step_seconds=report.step_seconds if client_seconds is not None else None,
             work=_work(sent, report),
             edge=edges[0] if edges else None,
@@ -115,3 +115,8 @@ def _work(sent: Sent, report: StepReport) -> Work | None:
 def _finite(loss: float) -> float:
     """Let a loss that is no number speak neither for nor against anybody else."""
     return loss if isfinite(loss) else 0.0
+
+
+def _time(seconds: float | None) -> float | None:
+    """Keep a time that somebody can have taken."""
+    return seconds if seconds is not None and 0 <= seconds < inf else None

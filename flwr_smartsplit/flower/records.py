@@ -38,6 +38,7 @@ PROFILE_ACTION = "smartsplit_profile"
 _PLAN = "smartsplit.plan"
 _NO_BUDGET = -1
 _MOST_CLASSES = 10_000
+_TOO_MANY = 2**53
 """A client that claims more would make the tables of all others as wide."""
 
 
@@ -169,15 +170,14 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
     """
     try:
         budget = int(scalars["budget-bytes"])
-        num_epochs = int(scalars.get("num-epochs", 1))
-        if budget < _NO_BUDGET or min(int(scalars["batch-size"]), num_epochs) < 1:
-            raise ValueError("a budget below 0, or a batch size or epochs below 1")
+        if budget < _NO_BUDGET:
+            raise ValueError("a budget below 0")
         return DeviceProfile(
             client_key=str(scalars["client-key"]),
             budget_bytes=None if budget == _NO_BUDGET else budget,
-            num_examples=int(scalars["num-examples"]),
-            batch_size=int(scalars["batch-size"]),
-            num_epochs=num_epochs,
+            num_examples=_count("num-examples", scalars["num-examples"]),
+            batch_size=_count("batch-size", scalars["batch-size"]),
+            num_epochs=_count("num-epochs", scalars.get("num-epochs", 1)),
             traits=_traits(json.loads(str(scalars.get("traits", "{}")))),
         )
     except (
@@ -192,6 +192,14 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
             f"{sorted(scalars)}. Wrap the client in SmartSplitNumPyClient.",
             kind="refused",
         ) from error
+
+
+def _count(name: str, value: Any) -> int:
+    """Read a count that is at least 1, and no more than anything can be counted to."""
+    count = int(value)
+    if not 1 <= count < _TOO_MANY:
+        raise ValueError(f"{name} {str(count)[:40]}, of which there is at least 1")
+    return count
 
 
 def _traits(values: dict[str, Any]) -> DeviceTraits:

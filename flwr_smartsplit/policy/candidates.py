@@ -14,6 +14,7 @@ from flwr_smartsplit.types import DeviceProfile, EdgeProfile, Link
 
 Floats = npt.NDArray[np.float64]
 NO_BUDGET_BYTES = np.iinfo(np.int64).max
+MOST_SECONDS = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +80,7 @@ def candidates_of(
     seconds = _seconds(devices, menu, edges)
     # Where the time is unknown, the first offer that fits is the best one.
     ranked = np.where(np.isnan(seconds), np.arange(len(menu.offers)), seconds)
+    ranked = np.minimum(ranked, MOST_SECONDS)  # What does not fit comes after all.
     best = np.where(is_fit, ranked, inf).argmin(axis=1).tolist()
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}

@@ -4,6 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
+LEAST_RATE = 1e-3
+"""Of bytes or operations in a second; times of what is slower are no longer numbers."""
+
+MOST_FLOPS_PER_SECOND = 1e24
+MOST_LATENCY_SECONDS = 1e6
+MOST_LABELS = 2**53
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
@@ -29,10 +36,12 @@ class Link:
     def __post_init__(self) -> None:
         """Refuse a link over which nothing arrives."""
         rates = self.up_bytes_per_second, self.down_bytes_per_second
-        if not (min(rates) > 0 and 0 <= self.latency_seconds < inf):
+        latency = self.latency_seconds
+        if not (min(rates) >= LEAST_RATE and 0 <= latency <= MOST_LATENCY_SECONDS):
             raise ValueError(
-                f"a link of {rates[0]} and {rates[1]} B/s with a latency of "
-                f"{self.latency_seconds} s: give rates above 0, and no negative time."
+                f"a link of {rates[0]:g} and {rates[1]:g} B/s with a latency of "
+                f"{latency:g} s: give rates of at least {LEAST_RATE:g}, and a time "
+                f"from 0 to {MOST_LATENCY_SECONDS:g}."
             )
 
 
@@ -66,12 +75,16 @@ class DeviceTraits:
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
         flops = self.flops_per_second
-        if flops is not None and not 0 < flops < inf:
+        if flops is not None and not LEAST_RATE <= flops <= MOST_FLOPS_PER_SECOND:
             raise ValueError(
-                f"flops_per_second is {flops}: give a number above 0, or None."
+                f"flops_per_second is {_shortly(flops)}: give a number from "
+                f"{LEAST_RATE:g} to {MOST_FLOPS_PER_SECOND:g}, or None."
             )
         counts = self.label_counts
-        if counts is not None and (min(counts, default=-1) < 0 or sum(counts) == 0):
+        if counts is not None and not (
+            0 <= min(counts, default=-1) <= max(counts) <= MOST_LABELS
+            and sum(counts) > 0
+        ):
             raise ValueError(
                 f"label_counts is {counts}: give how many examples there are of each "
                 "class, or None."
@@ -80,6 +93,11 @@ class DeviceTraits:
     def link_to(self, edge: str) -> Link | None:
         """Return the link to an edge; None if unknown."""
         return self.edge_links.get(edge, self.link)
+
+
+def _shortly(number: float) -> str:
+    """Write a number that may have very many digits."""
+    return str(number)[:40]
 
 
 NO_TRAITS = DeviceTraits()

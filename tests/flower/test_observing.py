@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from flwr_smartsplit.flower.dispatch import Dispatch, Sent
 from flwr_smartsplit.flower.observing import (
     cohort_in,
@@ -91,6 +93,34 @@ def test_a_loss_that_is_no_number_is_none_and_times_are_those_that_were_said() -
 def test_without_any_speed_there_is_no_cohort() -> None:
     """So edges advise nobody."""
     assert cohort_in([assigned("a", None)], {}, NO_HISTORY) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"loss_rms": -1.0}, (0.0, 3.0)),
+        ({"loss_rms": float("inf")}, (0.0, 3.0)),
+        ({"seconds": float("nan")}, (2.0, None)),
+        ({"seconds": -3.0}, (2.0, None)),
+        ({"seconds": float("inf")}, (2.0, None)),
+    ],
+)
+def test_what_no_client_can_have_measured_is_not_remembered(
+    facts: dict[str, float], expected: tuple[float, float | None]
+) -> None:
+    """One client's nonsense must not end the planning of all."""
+    plan = ClientPlan(
+        client_key="a", round_number=1, route=Route.whole(), edge_addresses={}, seed=0
+    )
+    usual: dict[str, Any] = {"loss_rms": 2.0, "seconds": 3.0, "num_examples": 8}
+    report = StepReport(metrics={}, **(usual | facts))
+    reply = ClientReply(
+        client_key="a", round_number=1, state={}, receipts=(), report=report
+    )
+    dispatch = Dispatch(1, is_train=True, started_seconds=0.0)
+    dispatch.sent["a"] = Sent(plan, (), (), assigned("a", 7.0))
+    (found,) = observed(dispatch, {"a": reply}, measured_seconds)
+    assert (found.loss_rms, found.seconds) == expected
 
 
 def test_a_step_asked_for_what_its_last_route_asks() -> None:

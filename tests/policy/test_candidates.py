@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flwr_smartsplit.policy import candidates
 from flwr_smartsplit.policy.candidates import candidates_of
 from flwr_smartsplit.policy.menu import Terms, menu_of
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
@@ -27,6 +28,18 @@ LINKS = st.builds(
     down_bytes_per_second=st.floats(1, 1000),
     latency_seconds=st.floats(0, 1),
 )
+
+
+def test_an_endless_time_does_not_open_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A device that cannot be timed takes the first offer that fits it."""
+    menu = menu_of(CHAIN, PLAIN)
+    endless = np.full((1, len(menu.offers)), np.inf)
+    monkeypatch.setattr(candidates, "_seconds", lambda *_: endless)
+    (found,), unfit = candidates_of([device("a", 10)], menu, EDGES)
+    assert unfit == {}
+    assert menu.offers[found.best].route == Route.split(1)
 
 
 def test_the_menu_has_the_deepest_first() -> None:

@@ -117,14 +117,14 @@ def test_a_link_over_which_nothing_arrives_is_refused(
     numbers: dict[str, float],
 ) -> None:
     """With the numbers."""
-    with pytest.raises(ValueError, match="give rates above 0"):
+    with pytest.raises(ValueError, match="give rates of at least"):
         Link(**numbers)
 
 
 @pytest.mark.parametrize("flops", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_speed_that_means_nothing_is_refused(flops: float) -> None:
     """None is for unknown ones."""
-    with pytest.raises(ValueError, match="above 0, or None"):
+    with pytest.raises(ValueError, match="or None"):
         DeviceTraits(flops_per_second=flops)
 
 
