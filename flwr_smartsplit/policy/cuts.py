@@ -42,6 +42,8 @@ class RouteRequest:
         Units that must be on the device, since their state is the client's own.
     recompute : bool
         Whether the device may recompute activations where nothing else fits.
+    min_device_units : int
+        Fewest units that a cut leaves at the device.
     """
 
     device: DeviceProfile
@@ -50,6 +52,7 @@ class RouteRequest:
     index: int = 0
     kept_units: frozenset[int] = frozenset()
     recompute: bool = True
+    min_device_units: int = 1
 
     @property
     def edge(self) -> str | None:
@@ -63,6 +66,8 @@ class RouteRequest:
 
     def keeps(self, route: Route) -> bool:
         """Say whether the units that must be on the device are there."""
+        if route.cuts and route.cuts[0] < self.min_device_units:
+            return False
         if not self.kept_units:
             return True
         on_device: set[int] = set()
@@ -180,8 +185,9 @@ def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
             least = (peak, route)
     if least is None or budget_bytes is None:
         raise NoFeasibleRoute(
-            "no route keeps all units on the device whose state is its own "
-            f"({sorted(request.kept_units)}): let fewer names be local.",
+            f"no route keeps the first {request.min_device_units} units on the device, "
+            f"and those whose state is its own ({sorted(request.kept_units)}): lower "
+            "min_device_units, or let fewer names be local.",
         )
     advice = ", give the strategy an edge" if request.edge is None else ""
     raise NoFeasibleRoute(

@@ -193,6 +193,7 @@ def _routed(
             index=index,
             kept_units=routing.kept_units,
             recompute=routing.recompute,
+            min_device_units=routing.min_device_units,
         )
         try:
             offer = _only_offer(request, choose_route)

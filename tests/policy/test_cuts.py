@@ -1,14 +1,21 @@
 """Cuts: the deepest route that fits a budget, or the least that would do."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_smartsplit.errors import NoFeasibleRoute
-from flwr_smartsplit.policy.cuts import deepest_route
+from flwr_smartsplit.policy.cuts import (
+    RouteRequest,
+    check_route,
+    deepest_route,
+    deepest_split,
+)
 from flwr_smartsplit.policy.predict import predicted_peak_bytes
 from flwr_smartsplit.types import Route
-from tests.policy.profiles import chain_of
+from tests.policy.profiles import chain_of, device
 
 PEAKS = st.lists(st.integers(1, 1000), min_size=1, max_size=12)
 
@@ -44,6 +51,31 @@ def test_peaks_need_not_grow_with_depth() -> None:
     assert deepest_route(profile, budget_bytes=29, edge="e") == Route.split(1, edge="e")
     falling = chain_of([90, 80, 70])
     assert deepest_route(falling, budget_bytes=70, edge="e") == Route.whole()
+
+
+def test_no_chosen_cut_leaves_the_device_less_than_it_keeps() -> None:
+    """If that fits nobody, the client sits out."""
+    profile = chain_of([10, 20, 30, 40, 50])
+    request = RouteRequest(
+        device=device("a", 49), profile=profile, edges=("edge",), recompute=False
+    )
+    (deepest,) = deepest_split(request).cuts
+    kept = replace(request, min_device_units=deepest)
+    assert deepest_split(kept).cuts == (deepest,)
+    with pytest.raises(NoFeasibleRoute, match="no route fits"):
+        deepest_split(replace(request, min_device_units=deepest + 1))
+
+
+def test_a_route_of_ones_own_keeps_as_many_units_at_the_device() -> None:
+    """Shallow boundaries leak, whoever chooses them."""
+    profile = chain_of([10, 20, 30, 40, 50])
+    request = RouteRequest(
+        device=device("a"), profile=profile, edges=("edge",), min_device_units=2
+    )
+    check_route(Route.split(2), request)
+    check_route(Route.whole(), request)
+    with pytest.raises(NoFeasibleRoute, match="first 2 units on the device"):
+        check_route(Route.split(1), request)
 
 
 def test_without_an_edge_only_the_whole_model_will_do() -> None:
