@@ -92,6 +92,26 @@ def average_shares(
     }
 
 
+def unusable(state: State, shapes: Shapes) -> list[str]:
+    """Name what a client should not have sent, as SmartSplit refuses it, too.
+
+    Examples
+    --------
+    >>> unusable({"a": np.ones(2), "b": np.array([np.nan])}, {"a": (2,), "b": (1,)})
+    ['b']
+    >>> unusable({"a": np.ones(2)}, {"a": (3,), "b": (1,)})
+    ['a', 'b']
+    """
+    return [
+        name
+        for name in sorted({*state, *shapes})
+        if name not in state
+        or name not in shapes
+        or state[name].shape != shapes[name]
+        or not np.isfinite(state[name]).all()
+    ]
+
+
 def _first(shape: tuple[int, ...]) -> tuple[slice, ...]:
     """Select the first values along every axis."""
     return tuple(slice(size) for size in shape)

@@ -34,7 +34,7 @@ from flwr_smartsplit.policy.timing import work_of
 from flwr_smartsplit.types import ClientPlan, ClientReply, DeviceProfile, Status
 from simulations.journalled import client_row, payload_bytes, round_row
 from simulations.method import Setting
-from simulations.nested import Shapes, Share, State, average_shares, cut_state
+from simulations.nested import Shapes, Share, State, average_shares, cut_state, unusable
 from simulations.rows import ACCEPTED
 from simulations.sampling import Sampler
 from simulations.summary import bytes_text
@@ -312,6 +312,10 @@ class NestedRounds(Strategy):
         }
         if report.status is not Status.OK:
             return None, row | {"status": report.status, "cause": report.message}
+        wrong = unusable(reply.state, asked.variant.shapes)
+        if wrong:
+            cause = f"not what was asked for, or not finite: {', '.join(wrong)}"
+            return None, row | {"status": "refused", "cause": cause}
         return reply, row | {"status": ACCEPTED}
 
     def _write_sat_out(self, server_round: int, profile: DeviceProfile) -> None:

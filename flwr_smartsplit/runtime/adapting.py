@@ -95,9 +95,10 @@ class Adapter:
         if advice is None or advice.wish is Wish.RELEASE or cohort is None:
             return
         profile, way = self._costs(), (walk.route, walk.recompute)
-        seconds_of = walk.pace.given or scaled(
-            profile, way, walk.pace.latest(*way) or 0.0
-        )
+        latest = walk.pace.latest(*way)
+        if latest is None:
+            return  # Nobody knows what a step takes now.
+        seconds_of = walk.pace.given or scaled(profile, way, latest)
         found = followed(
             profile,
             way,

@@ -144,7 +144,7 @@ class EdgeService:
         self, request: wire.TrainStep | wire.ForwardStep | wire.BackwardStep
     ) -> wire.Stepped | wire.Forwarded | wire.Returned:
         with self._held(request) as session:
-            self._room.fit(session, request)
+            self._fit(session, request)
             reply: wire.Stepped | wire.Forwarded | wire.Returned
             reply = self._void_on_error(session, lambda: session.answer(request))
             return reply
@@ -153,6 +153,7 @@ class EdgeService:
     def _(self, request: MoveCut) -> Moved:
         with self._held(request) as session:
             self._room.widen(session, request)
+            self._require_open(session)
             make = partial(self._runner, session.opened)
             return self._void_on_error(
                 session, lambda: session.move(request, self._chain, make)
@@ -167,19 +168,19 @@ class EdgeService:
         | messages.EvaluateParts,
     ) -> Any:
         with self._held(request) as session:
-            self._room.fit(session, request)
+            self._fit(session, request)
             return self._void_on_error(session, lambda: session.answer(request))
 
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:
         with self._held(request) as session:
-            self._room.fit(session, request)
+            self._fit(session, request)
             return session.evaluate(request)
 
     @_answer.register
     def _(self, request: wire.EvaluateForward) -> wire.Forwarded:
         with self._held(request) as session:
-            self._room.fit(session, request)
+            self._fit(session, request)
             return session.evaluate_forward(request)
 
     @_answer.register
@@ -267,6 +268,27 @@ class EdgeService:
             if self._sessions.get(name) is not session:
                 raise self._stale(name, request.incarnation)
             yield session
+
+    def _fit(self, session: Session, request: Any) -> None:
+        """Have room for a batch, which may take seconds to work out."""
+        self._room.fit(session, request)
+        self._require_open(session)
+
+    def _require_open(self, session: Session) -> None:
+        """Give room back that was taken for a session which has ended meanwhile.
+
+        Raises
+        ------
+        StaleSession
+            If it has.
+        """
+        name = session.opened.session
+        current = self._sessions.get(name)
+        if current is session:
+            return
+        if current is None:
+            self._room.free(name)
+        raise self._stale(name, session.incarnation)
 
     def _stale(self, name: str, incarnation: str) -> StaleSession:
         return StaleSession(

@@ -112,15 +112,14 @@ class EdgePool:
         """
         if place not in self._links:
             raise EdgeUnreachable(f"edge {place!r} is not running.")
-        return (
-            self._links[place].transport.send(wire.Commit(round_number, entries)).sums
-        )
+        link = self._links[place]
+        return _asked(link, wire.Commit(round_number, entries)).sums
 
     def release(self, round_number: int, keep_digest: str) -> None:
         """Let the edges delete what the round left behind; a dead one has nothing."""
         for link in self._links.values():
             try:
-                link.transport.send(wire.Release(round_number, keep_digest))
+                _asked(link, wire.Release(round_number, keep_digest))
             except EdgeError:
                 continue
 
@@ -152,8 +151,8 @@ class EdgePool:
         self._send_state(self._links[name], digest, state)
 
     def _send_state(self, link: _Link, digest: str, state: State) -> None:
-        if not link.transport.send(wire.IsHeld(digest)).is_held:
-            link.transport.send(wire.HoldState(digest, state))
+        if not _asked(link, wire.IsHeld(digest)).is_held:
+            _asked(link, wire.HoldState(digest, state))
 
     def _drop(self, name: str) -> None:
         """End an edge, if it was started, and keep its counts."""
@@ -161,6 +160,17 @@ class EdgePool:
         if link is not None:
             self._past_bytes += _traffic_bytes(link)
             self._edges[name].stop(link.address)
+
+
+def _asked(link: _Link, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
+    """Ask an edge; what goes wrong there, such as too little memory, is its own."""
+    try:
+        return link.transport.send(request)
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise EdgeError(
+            f"edge {link.address!r} fails at {type(request).__name__} "
+            f"({type(error).__name__}: {error}): its clients sit the round out."
+        ) from error
 
 
 def _traffic_bytes(link: _Link) -> int:

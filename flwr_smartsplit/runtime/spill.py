@@ -14,7 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flwr_smartsplit.errors import SpillLost, StateNotHeld
+from flwr_smartsplit.errors import EdgeError, SpillLost, StateNotHeld
 from flwr_smartsplit.runtime.wire import state_digest
 
 State = Mapping[str, npt.NDArray[Any]]
@@ -47,12 +47,22 @@ class Spill:
         Raises
         ------
         StateNotHeld
-            If the state is not here.
+            If the state is not here, or spoilt.
+        EdgeError
+            If it has not all of the names.
+        OSError
+            If it is here and cannot be read just now.
         """
         path = self._state_path(digest)
         try:
             return _read(path, names)
-        except (OSError, SafetensorError) as error:
+        except (FileNotFoundError, SafetensorError) as error:
+            missing = _missing(path, names)
+            if missing:
+                raise EdgeError(
+                    f"the global state {digest[:12]} lacks {', '.join(missing[:3])}: "
+                    "give strategy and edges the same task."
+                ) from error
             path.unlink(missing_ok=True)  # So that it is sent again.
             raise StateNotHeld(
                 f"no global state {digest[:12]} is held here: send HoldState first.",
@@ -142,6 +152,16 @@ def _read(path: Path, names: tuple[str, ...] | None = None) -> State:
     with safe_open(path, framework="numpy") as archive:
         names = tuple(archive.keys()) if names is None else names
         return {name: archive.get_tensor(name) for name in names}
+
+
+def _missing(path: Path, names: tuple[str, ...]) -> list[str]:
+    """List the names that a file lacks; none if it is no such file at all."""
+    try:
+        with safe_open(path, framework="numpy") as archive:
+            found = set(archive.keys())
+    except (OSError, SafetensorError):
+        return []
+    return [name for name in names if name not in found]
 
 
 def _round_of(path: Path) -> int:

@@ -59,6 +59,9 @@ class Conditions:
         A sampled cap meters the first two steps, then one in so many.
     local_epochs : int
         Passes over the training loader.
+    batch_size : int, optional
+        Examples per step, where the loader does not say: an edge needs to know it when
+        a session opens.
     owns_process : bool
         Whether nothing but this client uses its process's memory. Training then also
         measures the resident set, and lets the system refuse what goes over the
@@ -78,6 +81,7 @@ class Conditions:
     cap_mode: CapMode | str = CapMode.SAMPLED
     meter_every: int = 50
     local_epochs: int = 1
+    batch_size: int | None = None
     owns_process: bool = False
     clock: Callable[[], float] = time.perf_counter
     between_steps: Callable[[Walk], None] | None = None
@@ -156,7 +160,7 @@ def _trained(
     walk: Walk, state: State, loader: Loader, conditions: Conditions
 ) -> Outcome:
     """Take all steps of a round, or those until the edge has enough, or raise."""
-    token, size = uuid.uuid4().hex, _batch_size(loader)
+    token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
     walk.open(state, conditions.connect, token=token, batch_size=size)
     for epoch in range(conditions.local_epochs):
         walk.tally.begin_epoch()
@@ -195,7 +199,7 @@ def evaluate_locally(
     """
     start = conditions.clock()
     walk = _walk(plan, conditions, is_trained=False)
-    token, size = uuid.uuid4().hex, _batch_size(loader)
+    token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
     with torch_threads(plan.num_threads):
         try:
             walk.open(state, conditions.connect, token=token, batch_size=size)
@@ -230,10 +234,10 @@ def _failure(walk: Walk, error: SmartSplitError) -> StepReport:
     )
 
 
-def _batch_size(loader: Loader) -> int | None:
-    """Read how many examples a batch has, where the loader says so."""
+def _batch_size(loader: Loader, conditions: Conditions) -> int | None:
+    """Say how many examples a batch has, if the loader or the client knows."""
     size = getattr(loader, "batch_size", None)
-    return size if isinstance(size, int) else None
+    return size if isinstance(size, int) else conditions.batch_size
 
 
 def _own_batch(batch: Any) -> tuple[Batch, Tensor]:

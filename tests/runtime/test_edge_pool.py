@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flwr_smartsplit.errors import EdgeUnreachable
+from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.edge_pool import EdgePool
 from flwr_smartsplit.runtime.local_edge import LocalEdge
@@ -242,3 +242,24 @@ def test_a_pool_says_what_its_edges_offer() -> None:
         EdgeProfile(name="plain"),
         EdgeProfile(name="near", memory_bytes=3, disk_bytes=4, flops_per_second=5.0),
     )
+
+
+def test_an_edge_that_runs_out_of_memory_is_that_edges_trouble(
+    edges: tuple[MortalEdge, MortalEdge],
+) -> None:
+    """Its clients are dropped; the round, and the run, go on."""
+    pool = EdgePool(edges, TASK)
+    pool.prepare(DIGEST, STATE)
+
+    def fails(request: Any, deliver: Deliver) -> Any:
+        if isinstance(request, wire.Commit | wire.HoldState):
+            raise MemoryError("cannot sum")
+        return deliver(request)
+
+    edges[0].hook = fails
+    with pytest.raises(EdgeError, match=r"fails at Commit \(MemoryError: cannot sum\)"):
+        pool.commit("a", 1, ())
+    newer = other_state()
+    addresses, failures = pool.prepare(state_digest(newer), newer)
+    assert list(addresses) == ["b"]
+    assert [failure.client_key for failure in failures] == ["edge a"]

@@ -19,10 +19,18 @@ from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.adapting import Adapter, profile_of
 from flwr_smartsplit.runtime.budget import as_budget
 from flwr_smartsplit.runtime.moving import MoveCut
+from flwr_smartsplit.runtime.pace import Pace
 from flwr_smartsplit.runtime.part_messages import TrainParts
 from flwr_smartsplit.runtime.training import Conditions, Outcome, train_locally
 from flwr_smartsplit.runtime.walk import Walk
-from flwr_smartsplit.types import ClientPlan, Cohort, RecomputePlan, Status
+from flwr_smartsplit.types import (
+    Advice,
+    ClientPlan,
+    Cohort,
+    RecomputePlan,
+    Status,
+    Wish,
+)
 from tests.faults import Deliver
 from tests.runtime.test_adapting import Listed
 from tests.runtime.test_routes import FAR, NEAR, Pair
@@ -223,6 +231,21 @@ def test_a_device_that_measures_is_advised_too(refined: Refined) -> None:
     outcome = train_locally(plan, state, batches(NUM_STEPS), conditions)
     assert moves_of(outcome)[0] == (5, 6, 4)
     assert outcome.report.step_seconds == 5.0
+
+
+def test_nobody_is_sent_later_whose_pace_is_not_known(
+    refined: Refined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a change of plan, when what was measured no longer counts."""
+    monkeypatch.setattr(Pace, "latest", lambda *_: None)
+    monkeypatch.setattr(
+        "flwr_smartsplit.runtime.session.advised",
+        lambda *_: Advice(Wish.LATER, "the edge finds it fast"),
+    )
+    refined.script = always(0.1)
+    outcome = refined.run(SPLIT(4))
+    assert outcome.report.status is Status.OK
+    assert moves_of(outcome) == []
 
 
 # --- budgets --------------------------------------------------------------------------

@@ -4,12 +4,14 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from flwr_smartsplit import Route
-from flwr_smartsplit.errors import EdgeFull, RefusedMove
+from flwr_smartsplit.errors import EdgeFull, RefusedMove, StaleSession
 from flwr_smartsplit.policy.edge_memory import TailBytes, tail_bytes
 from flwr_smartsplit.runtime import transport as wire
 from flwr_smartsplit.runtime.edge import EdgeService
@@ -17,7 +19,7 @@ from flwr_smartsplit.runtime.local_edge import LocalEdge
 from flwr_smartsplit.runtime.profiles import profile_of
 from flwr_smartsplit.runtime.training import Conditions, Outcome, train_locally
 from flwr_smartsplit.runtime.walk import Walk
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.runtime.wire import WireTensor, state_digest
 from flwr_smartsplit.types import EDGE, EdgeProfile, Status
 from tests.tasks import (
     BATCH_SIZE,
@@ -174,6 +176,60 @@ def test_a_device_that_does_not_know_its_batch_size_gets_room_with_its_first_bat
     assert report.status is Status.EDGE_FAILED
     assert "memory left beside 2 open" in report.message
     edge.stop(address)
+
+
+def test_a_client_tells_the_batch_size_that_its_loader_does_not(
+    tmp_path: Path,
+) -> None:
+    """So room is taken at the opening, where nobody waits with half of it."""
+    edge = LocalEdge(memory_bytes=need().memory_bytes)
+    address = edge.start(TASK)
+    asked: list[Any] = []
+
+    def connect(_: str, to: str) -> Any:
+        def noted(request: Any) -> Any:
+            asked.append(request)
+            return edge.connect(to).send(request)
+
+        return SimpleNamespace(send=noted)
+
+    edge.connect(address).send(wire.HoldState(DIGEST, STATE))
+    plan = client_plan(0, Route.split(4), STATE, addresses={EDGE: address})
+    conditions = Conditions(task=TASK, connect=connect, batch_size=BATCH_SIZE)
+    batches: list[Any] = list(loader(0))[:2]
+    state = device_part(STATE, plan.route)
+    assert train_locally(plan, state, batches, conditions).report.status is Status.OK
+    (opened,) = [each for each in asked if isinstance(each, wire.OpenSession)]
+    assert opened.batch_size == BATCH_SIZE
+    edge.stop(address)
+
+
+@pytest.mark.parametrize("ended_by", [wire.Release(1, DIGEST), wire.Abandon("a")])
+def test_a_round_that_ends_while_room_is_worked_out_leaves_none_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: Any
+) -> None:
+    """A late client's step finds its session gone, and nobody pays for it."""
+    edge = service(tmp_path, memory_bytes=need().memory_bytes)
+    opened = edge.handle(opening("a", batch_size=None))
+    fit = edge._room.fit
+
+    def late(*args: Any) -> None:
+        edge.handle(ended_by)
+        fit(*args)
+
+    monkeypatch.setattr(edge._room, "fit", late)
+    step = wire.TrainStep(
+        session="a",
+        incarnation=opened.incarnation,
+        step=0,
+        boundary=WireTensor.pack(torch.zeros(BATCH_SIZE, 1)),
+        targets=WireTensor.pack(torch.zeros(BATCH_SIZE, dtype=torch.int64)),
+    )
+    with pytest.raises(StaleSession):
+        edge.handle(step)
+    monkeypatch.undo()
+    edge.handle(wire.HoldState(DIGEST, STATE))
+    edge.handle(opening("b"))
 
 
 def test_who_finds_no_room_waits_for_it(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flwr_smartsplit.errors import SpillLost, StateNotHeld
+from flwr_smartsplit.errors import EdgeError, SpillLost, StateNotHeld
 from flwr_smartsplit.runtime.spill import Spill, iterate_tails
 from flwr_smartsplit.runtime.wire import state_digest
 from tests.faults import tail_files
@@ -57,6 +57,37 @@ def test_a_state_that_is_not_held_is_named(tmp_path: Path) -> None:
     with pytest.raises(StateNotHeld, match="no global state abcdefabcdef is") as raised:
         Spill(tmp_path).read_state("abcdef" * 3, ())
     assert raised.value.digest == "abcdef" * 3
+
+
+def test_a_state_that_cannot_be_read_just_now_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others of the round need it, and nobody would send it again."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    spill = Spill(tmp_path)
+    digest = state_digest(STATE)
+    spill.hold(digest, STATE)
+    with monkeypatch.context() as now:
+        now.setattr("flwr_smartsplit.runtime.spill.safe_open", fails)
+        with pytest.raises(OSError, match="open files"):
+            spill.read_state(digest, ("b.w",))
+    with pytest.raises(EdgeError, match="give strategy and edges the same task"):
+        spill.read_state(digest, ("b.w", "c.w"))
+    assert set(spill.read_state(digest, ("b.w",))) == {"b.w"}
+
+
+def test_a_spoilt_state_is_sent_again(tmp_path: Path) -> None:
+    spill = Spill(tmp_path)
+    digest = state_digest(STATE)
+    spill.hold(digest, STATE)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(StateNotHeld):
+        spill.read_state(digest, ("b.w",))
+    assert not spill.holds(digest)
 
 
 def test_arrays_of_any_layout_keep_their_values(tmp_path: Path) -> None:

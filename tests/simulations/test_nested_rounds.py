@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from simulations import nested_rounds
 from simulations.method import Method
 from simulations.methods.heterofl import HETEROFL, width_variants
 from simulations.nested_rounds import (
@@ -25,6 +26,28 @@ SMALL = Variant(name="small", config={}, shapes={}, peak_bytes=10, step_flops=1)
 )
 def test_a_client_gets_the_largest_variant_that_fits(budget_bytes, variant):
     assert largest_that_fits((LARGE, SMALL), budget_bytes) is variant
+
+
+@pytest.mark.parametrize("method", [HETEROFL])
+def test_a_reply_that_is_not_finite_spoils_nothing(tmp_path, monkeypatch, method):
+    """As SmartSplit refuses it: else a comparison would hang on one client's luck."""
+    read = nested_rounds.reply_from_content
+
+    def spoilt(content):
+        reply = read(content)
+        if reply.client_key != "0":
+            return reply
+        return replace(reply, state={k: a * np.nan for k, a in reply.state.items()})
+
+    monkeypatch.setattr(nested_rounds, "reply_from_content", spoilt)
+
+    ended = run_here(
+        method, tmp_path, budgets_bytes=(None, None), max_train_examples=160
+    )
+
+    statuses = {row["client_key"]: row["status"] for row in ended.of_kind("client")}
+    assert statuses == {"0": "refused", "1": "accepted"}
+    assert all(np.isfinite(array).all() for array in ended.after.values())
 
 
 @pytest.fixture(scope="module")
