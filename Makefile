@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CHECKED := flwr_smartsplit simulations
-# A file's tests stay together, since they share what they have set up.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file's tests stay together, since they share what they have set up; the files come
+# in the order of tests/conftest.py, the long ones first.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # One thread: sums in a different order differ in their last bits.
 export OMP_NUM_THREADS = 1

@@ -19,6 +19,7 @@ import torch
 # Ray puts Unix sockets about 65 characters below this folder, and a socket's path may
 # have 103 to 107: the default folder of some systems is already too long.
 _SHORT = Path("/tmp")
+_LONG_FILES = ("test_device_process.py", "test_random_modules.py", "test_zoo.py")
 _PRIVATE = tempfile.mkdtemp(prefix="fs-", dir=_SHORT if _SHORT.is_dir() else None)
 atexit.register(shutil.rmtree, _PRIVATE, ignore_errors=True)
 
@@ -37,6 +38,13 @@ torch.set_num_threads(1)
 # Found examples are the same everywhere, and a slow machine is not a failure.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, or one worker would end with them alone."""
+    long = {item.path for item in items if item.get_closest_marker("ray")}
+    long |= {item.path for item in items if item.path.name in _LONG_FILES}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session", autouse=True)
