@@ -6,10 +6,11 @@ edge. One route leaves open which of them took the time; two tell them apart.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import inf
 
 from flwr_smartsplit.policy.timing import Work
 from flwr_smartsplit.types import DeviceProfile, EdgeProfile, Link
+from flwr_smartsplit.types.devices import LEAST_RATE, MOST_FLOPS_PER_SECOND
 
 LEAST_SECONDS = 1e-9
 """A shorter step is none."""
@@ -142,10 +143,15 @@ def _fitted(steps: tuple[Step, ...]) -> Speeds:
         per_flop = (sum(work) * bb - sum(way) * wb) / determinant
         per_byte = (sum(way) * ww - sum(work) * wb) / determinant
         if per_flop > 0 and per_byte > 0:
-            flops, rate = 1 / per_flop, 1 / per_byte
-            if isfinite(flops) and isfinite(rate):
-                return Speeds(
-                    steps=steps, flops_per_second=flops, bytes_per_second=rate
-                )
+            return Speeds(
+                steps=steps,
+                flops_per_second=_plausible(1 / per_flop),
+                bytes_per_second=_plausible(1 / per_byte),
+            )
     # Either took no time that shows: then all of the shortest steps was work.
-    return Speeds(steps=steps, flops_per_second=max(work))
+    return Speeds(steps=steps, flops_per_second=_plausible(max(work)))
+
+
+def _plausible(rate: float) -> float:
+    """Keep a rate that traits may have, whatever a client says it measured."""
+    return min(max(rate, LEAST_RATE), MOST_FLOPS_PER_SECOND)

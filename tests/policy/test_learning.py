@@ -123,6 +123,23 @@ def test_whatever_was_seen_makes_numbers_that_mean_something(
         assert speeds.flops_per_second <= flops * (1 + 1e-6)
 
 
+@given(
+    st.lists(
+        st.tuples(st.floats(1, 1e20), st.floats(0, 1e15), st.floats(1e-300, 1e300)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_a_client_that_lies_about_its_times_breaks_no_plan(
+    told: list[tuple[float, float, float]],
+) -> None:
+    """Its traits are numbers that traits may have; so nobody else pays for it."""
+    speeds = None
+    for flops, size, seconds in told:
+        speeds = learned(speeds, work(flops, size), seconds)
+    with_speeds(SILENT, speeds, EDGES)
+
+
 def test_what_a_device_says_stands() -> None:
     """Only what it does not say is filled in."""
     speeds = Speeds(steps=(), flops_per_second=20.0, bytes_per_second=10.0)
