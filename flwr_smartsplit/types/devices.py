@@ -77,7 +77,7 @@ class DeviceTraits:
         flops = self.flops_per_second
         if flops is not None and not LEAST_RATE <= flops <= MOST_FLOPS_PER_SECOND:
             raise ValueError(
-                f"flops_per_second is {_shortly(flops)}: give a number from "
+                f"flops_per_second is {str(flops)[:40]}: give a number from "
                 f"{LEAST_RATE:g} to {MOST_FLOPS_PER_SECOND:g}, or None."
             )
         counts = self.label_counts
@@ -93,11 +93,6 @@ class DeviceTraits:
     def link_to(self, edge: str) -> Link | None:
         """Return the link to an edge; None if unknown."""
         return self.edge_links.get(edge, self.link)
-
-
-def _shortly(number: float) -> str:
-    """Write a number that may have very many digits."""
-    return str(number)[:40]
 
 
 NO_TRAITS = DeviceTraits()
