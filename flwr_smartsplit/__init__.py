@@ -8,29 +8,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flwr_smartsplit.edge.hosts.ray import RayEdge
+    from flwr_smartsplit.flower.client import SmartSplitNumPyClient
     from flwr_smartsplit.flower.client_app import build_client_app
     from flwr_smartsplit.flower.legacy_strategy import LegacySmartSplit
-    from flwr_smartsplit.flower.numpy_client import SmartSplitNumPyClient
-    from flwr_smartsplit.flower.observing import measured_seconds
+    from flwr_smartsplit.flower.observations import measured_seconds
     from flwr_smartsplit.flower.strategy import SmartSplit
-    from flwr_smartsplit.model.cap import memory_cap
-    from flwr_smartsplit.model.chain import Chain
-    from flwr_smartsplit.model.costs import profile_chain
-    from flwr_smartsplit.model.proximal import proximal
-    from flwr_smartsplit.model.segment import Unit
-    from flwr_smartsplit.policy.by_utility import SelectByUtility
-    from flwr_smartsplit.policy.cuts import (
+    from flwr_smartsplit.memory.budget import MemoryBudget
+    from flwr_smartsplit.memory.cap import memory_cap
+    from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
+    from flwr_smartsplit.plan.checkpointing.plan import plan_recompute
+    from flwr_smartsplit.plan.routes import (
         RouteRequest,
         deepest_split,
         deepest_u_shape,
         first_that_fits,
     )
-    from flwr_smartsplit.policy.predict import predicted_peak_bytes
-    from flwr_smartsplit.policy.recompute_plan import plan_recompute
-    from flwr_smartsplit.policy.selection import select_at_random
-    from flwr_smartsplit.runtime.budget import MemoryBudget
-    from flwr_smartsplit.runtime.ray_edge import RayEdge
+    from flwr_smartsplit.plan.selection.by_utility import SelectByUtility
+    from flwr_smartsplit.plan.selection.selection import select_at_random
+    from flwr_smartsplit.profile.profile import profile_chain
+    from flwr_smartsplit.split.chain import Chain
+    from flwr_smartsplit.split.segment import Unit
     from flwr_smartsplit.task import Task
+    from flwr_smartsplit.train.fedprox import proximal
     from flwr_smartsplit.types import DeviceTraits, Link, RecomputePlan, Route
 
 __all__ = [
@@ -62,31 +62,31 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Chain": "model.chain",
+    "Chain": "split.chain",
     "DeviceTraits": "types",
     "LegacySmartSplit": "flower.legacy_strategy",
     "Link": "types",
-    "MemoryBudget": "runtime.budget",
-    "RayEdge": "runtime.ray_edge",
+    "MemoryBudget": "memory.budget",
+    "RayEdge": "edge.hosts.ray",
     "RecomputePlan": "types",
     "Route": "types",
-    "RouteRequest": "policy.cuts",
-    "SelectByUtility": "policy.by_utility",
+    "RouteRequest": "plan.routes",
+    "SelectByUtility": "plan.selection.by_utility",
     "SmartSplit": "flower.strategy",
-    "SmartSplitNumPyClient": "flower.numpy_client",
+    "SmartSplitNumPyClient": "flower.client",
     "Task": "task",
-    "Unit": "model.segment",
+    "Unit": "split.segment",
     "build_client_app": "flower.client_app",
-    "deepest_split": "policy.cuts",
-    "deepest_u_shape": "policy.cuts",
-    "first_that_fits": "policy.cuts",
-    "measured_seconds": "flower.observing",
-    "memory_cap": "model.cap",
-    "plan_recompute": "policy.recompute_plan",
-    "predicted_peak_bytes": "policy.predict",
-    "profile_chain": "model.costs",
-    "proximal": "model.proximal",
-    "select_at_random": "policy.selection",
+    "deepest_split": "plan.routes",
+    "deepest_u_shape": "plan.routes",
+    "first_that_fits": "plan.routes",
+    "measured_seconds": "flower.observations",
+    "memory_cap": "memory.cap",
+    "plan_recompute": "plan.checkpointing.plan",
+    "predicted_peak_bytes": "plan.checkpointing.peak_memory",
+    "profile_chain": "profile.profile",
+    "proximal": "train.fedprox",
+    "select_at_random": "plan.selection.selection",
 }
 
 

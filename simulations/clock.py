@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from flwr_smartsplit.policy.timing import Work, step_seconds, work_of
+from flwr_smartsplit.plan.timing import Work, step_seconds, work_of
 from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import LegacySmartSplit, SmartSplit
-from flwr_smartsplit.flower.records import last_line, to_array_record
+from flwr_smartsplit.flower.serde.records import last_line, to_array_record
 from flwr_smartsplit.types import Failure
 from simulations.errors import ExperimentError
 

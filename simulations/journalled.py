@@ -13,14 +13,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from flwr_smartsplit.flower.journal import Journal
-from flwr_smartsplit.flower.records import (
+from flwr_smartsplit.flower.journal.journal import Journal
+from flwr_smartsplit.flower.journal.rows import Row
+from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     last_line,
     record_bytes,
     to_array_record,
 )
-from flwr_smartsplit.flower.rows import Row
 from simulations.method import Setting
 from simulations.rows import ACCEPTED, TRAIN
 from simulations.sampling import Sampler

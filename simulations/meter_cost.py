@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from flwr_smartsplit import Task
-from flwr_smartsplit.model.building import build_chain, materialise, state_of
-from flwr_smartsplit.model.cap import CapMode, MemoryCap
-from flwr_smartsplit.model.runner import SegmentRunner
-from flwr_smartsplit.runtime.randomness import UnitStreams
+from flwr_smartsplit.memory.cap import CapMode, MemoryCap
+from flwr_smartsplit.split.build import build_chain, materialise, state_of
+from flwr_smartsplit.train.rng import UnitStreams
+from flwr_smartsplit.train.segment_runner import SegmentRunner
 from simulations.models import torchvision_model
 
 Batches = list[tuple[Tensor, Tensor]]

@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes
+from flwr_smartsplit.device.budget_adapter import Adapter
+from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
+from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.edge.protocol import HoldState
+from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import bytes_text
-from flwr_smartsplit.model.building import build_chain, state_of
-from flwr_smartsplit.runtime.adapting import Adapter
-from flwr_smartsplit.runtime.budget import as_budget
-from flwr_smartsplit.runtime.local_edge import LocalEdge
-from flwr_smartsplit.runtime.profiles import profile_of
-from flwr_smartsplit.runtime.training import Conditions, Outcome, train_locally
-from flwr_smartsplit.runtime.transport import HoldState
-from flwr_smartsplit.runtime.walk import Walk
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.memory.budget import as_budget
+from flwr_smartsplit.profile.task_profiles import profile_of
+from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientPlan
 from simulations.clients import build_task

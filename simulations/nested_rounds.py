@@ -17,9 +17,10 @@ from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import Route, Task, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.errors import RefusedReply
-from flwr_smartsplit.flower.fleet import Member
-from flwr_smartsplit.flower.journal import Journal
-from flwr_smartsplit.flower.records import (
+from flwr_smartsplit.flower.journal.journal import Journal
+from flwr_smartsplit.flower.journal.rows import Row, skipped_row
+from flwr_smartsplit.flower.registry import Member
+from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     instruction,
     last_line,
@@ -27,10 +28,9 @@ from flwr_smartsplit.flower.records import (
     plan_to_scalars,
     to_array_record,
 )
-from flwr_smartsplit.flower.replies import reply_from_content
-from flwr_smartsplit.flower.rows import Row, skipped_row
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.policy.timing import work_of
+from flwr_smartsplit.flower.serde.replies import reply_from_content
+from flwr_smartsplit.plan.timing import work_of
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import ClientPlan, ClientReply, DeviceProfile, Status
 from simulations.journalled import client_row, payload_bytes, round_row
 from simulations.method import Setting

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.cli.specs import TORCHVISION, task_of
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.policy.recompute_plan import cost_of, least_bytes
-from flwr_smartsplit.policy.rotor import Rotor
-from flwr_smartsplit.policy.stages import Stage, stages_of
+from flwr_smartsplit.plan.checkpointing.optimal import Rotor
+from flwr_smartsplit.plan.checkpointing.plan import cost_of, least_bytes
+from flwr_smartsplit.plan.checkpointing.stages import Stage, stages_of
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import ChainProfile
 
 MODEL = "efficientnet_b0"

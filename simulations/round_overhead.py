@@ -35,16 +35,16 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 from flwr_smartsplit import LegacySmartSplit, Route, SmartSplit
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.edge.weighted_mean import add_states, merge
 from flwr_smartsplit.flower import messages
-from flwr_smartsplit.flower.dispatch import Dispatch
-from flwr_smartsplit.flower.fleet import Fleet
-from flwr_smartsplit.flower.journal import Journal
-from flwr_smartsplit.flower.legacy_fleet import LegacyFleet
-from flwr_smartsplit.policy.acceptance import check_reply
-from flwr_smartsplit.policy.cuts import RouteRequest
-from flwr_smartsplit.policy.merging import add_states, merge
-from flwr_smartsplit.policy.rounds import plan_round
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.flower.journal.journal import Journal
+from flwr_smartsplit.flower.legacy_registry import LegacyFleet
+from flwr_smartsplit.flower.registry import Fleet
+from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.plan.rounds import plan_round
+from flwr_smartsplit.plan.routes import RouteRequest
+from flwr_smartsplit.server.acceptance import check_reply
 from simulations.driven_rounds import (
     LegacyRounds,
     MessageRounds,

@@ -23,11 +23,11 @@ from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
 from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
-from flwr_smartsplit.flower.fleet import Fleet
-from flwr_smartsplit.flower.journal import Journal
-from flwr_smartsplit.flower.records import message_dialect
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.runtime.threads import torch_threads
+from flwr_smartsplit.flower.journal.journal import Journal
+from flwr_smartsplit.flower.registry import Fleet
+from flwr_smartsplit.flower.serde.records import message_dialect
+from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.train.threads import torch_threads
 from simulations.clients import build_client, build_task, edges_of
 from simulations.clock import Clock
 from simulations.data import client_indices, evaluation_loader, load_images

@@ -13,11 +13,11 @@ from typing import final
 
 from flwr.serverapp import Grid
 
-from flwr_smartsplit.flower.fleet import Fleet, Member
-from flwr_smartsplit.flower.records import message_dialect
-from flwr_smartsplit.flower.rows import Row, failure_row, skipped_row
-from flwr_smartsplit.policy.selection import NOT_SAMPLED, sample_clients
-from flwr_smartsplit.runtime.randomness import derived_seed
+from flwr_smartsplit.flower.journal.rows import Row, failure_row, skipped_row
+from flwr_smartsplit.flower.registry import Fleet, Member
+from flwr_smartsplit.flower.serde.records import message_dialect
+from flwr_smartsplit.plan.selection.selection import NOT_SAMPLED, sample_clients
+from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.types import Failure
 from simulations.experiment import Experiment
 from simulations.rows import TRAIN

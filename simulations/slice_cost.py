@@ -19,14 +19,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from flwr_smartsplit import Route, Task, predicted_peak_bytes, profile_chain
-from flwr_smartsplit.model.building import State, build_chain, materialise, state_of
-from flwr_smartsplit.model.runner import SegmentRunner
-from flwr_smartsplit.model.sliced_costs import predicted_sliced_peak_bytes
-from flwr_smartsplit.model.slicing import SlicedRunner
-from flwr_smartsplit.runtime.local_edge import LocalEdge
-from flwr_smartsplit.runtime.training import Conditions, Outcome, train_locally
-from flwr_smartsplit.runtime.transport import HoldState
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
+from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.edge.protocol import HoldState
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.profile.sliced_costs import predicted_sliced_peak_bytes
+from flwr_smartsplit.split.build import State, build_chain, materialise, state_of
+from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.slicing import SlicedRunner
 from flwr_smartsplit.types import ClientPlan, Status
 from simulations.memory.stepping import dry_whole_peak_bytes
 from simulations.models import torchvision_model

@@ -22,12 +22,12 @@ from rich.table import Table
 from torch import Tensor
 
 from flwr_smartsplit import RayEdge, Route, Task
-from flwr_smartsplit.model.building import build_chain, state_of
-from flwr_smartsplit.runtime.edge_pool import EdgePool
-from flwr_smartsplit.runtime.local_edge import LocalEdge
-from flwr_smartsplit.runtime.training import Conditions, train_locally
-from flwr_smartsplit.runtime.transport import Edge, ReplyT, Request, Transport
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.device.local_training import Conditions, train_locally
+from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.edge.protocol import Edge, ReplyT, Request, Transport
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.server.edge_pool import EdgePool
+from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.types import ClientPlan
 from simulations.clients import build_task
 from simulations.data import input_shape

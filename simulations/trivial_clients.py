@@ -24,7 +24,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from flwr_smartsplit import RayEdge, SmartSplitNumPyClient, Task, build_client_app
-from flwr_smartsplit.model.building import state_of
+from flwr_smartsplit.split.build import state_of
 
 NUM_INPUTS, NUM_CLASSES, BATCH_SIZE = 8, 4, 4
 LEARNING_RATE = 0.01

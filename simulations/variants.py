@@ -22,7 +22,7 @@ from flwr_smartsplit import (
     build_client_app,
     proximal,
 )
-from flwr_smartsplit.flower.records import records_of
+from flwr_smartsplit.flower.serde.records import records_of
 from simulations.clients import build_task
 from simulations.data import client_indices, load_images
 from simulations.experiment import Experiment

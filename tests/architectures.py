@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_smartsplit.model.huggingface import decoder_units, encoder_units
-from flwr_smartsplit.runtime.checking import Batches, example_batches
+from flwr_smartsplit.split.huggingface import decoder_units, encoder_units
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.verify.equivalence import Batches, example_batches
 from tests.models import OptimizerFn
 
 VOCABULARY, LENGTH, WIDTH, CLASSES = 50, 6, 16, 3

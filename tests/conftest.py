@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -58,3 +59,24 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _same_chance_for_every_test() -> None:
     """Let no test depend on what the tests before it drew from torch's generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def whole() -> dict[str, Any]:
+    """Train every client alone and unsplit: the truth about each of them."""
+    from flwr_smartsplit import Route  # noqa: PLC0415
+    from tests.server.one_round import NUM_CLIENTS, train  # noqa: PLC0415
+    from tests.tasks import initial_state  # noqa: PLC0415
+
+    routes = [Route.whole()] * NUM_CLIENTS
+    return {reply.client_key: reply for reply in train(routes, initial_state())}
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """Start Ray for one test module, and end it."""
+    import ray  # noqa: PLC0415
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

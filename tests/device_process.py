@@ -24,12 +24,12 @@ import torchvision
 from torch import nn
 
 from flwr_smartsplit import Route, Task
-from flwr_smartsplit.model.building import build_chain, state_of
-from flwr_smartsplit.runtime.edge import EdgeService
-from flwr_smartsplit.runtime.process_memory import data_fence, process_bytes
-from flwr_smartsplit.runtime.training import Conditions, train_locally
-from flwr_smartsplit.runtime.transport import HoldState, ReplyT, Request
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.device.local_training import Conditions, train_locally
+from flwr_smartsplit.edge.protocol import HoldState, ReplyT, Request
+from flwr_smartsplit.edge.service import EdgeService
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.memory.process import data_fence, process_bytes
+from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.types import ClientPlan, Status, StepReport
 
 CUT = 5

@@ -10,10 +10,10 @@ from urllib.parse import quote
 
 import torch
 
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.service import EdgeService
+from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
-from flwr_smartsplit.runtime import transport as wire
-from flwr_smartsplit.runtime.edge import EdgeService
-from flwr_smartsplit.runtime.wire import WireTensor
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EDGE, Receipt
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_smartsplit.runtime.randomness import derived_seed
+from flwr_smartsplit.train.rng import derived_seed
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Values = dict[str, Any]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_smartsplit.model.segment import Batch
+from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
 from tests import random_containers as made
 from tests import random_operations as ops

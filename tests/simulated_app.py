@@ -23,7 +23,7 @@ from flwr_smartsplit import (
     Task,
     build_client_app,
 )
-from flwr_smartsplit.policy.cuts import RouteRequest
+from flwr_smartsplit.plan.routes import RouteRequest
 
 NUM_CLASSES = 5
 EDGES = (RayEdge(), RayEdge(name="far"))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flwr_smartsplit import Route, Task
-from flwr_smartsplit.model.building import build_chain, state_of
-from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.split.build import build_chain, state_of
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.types import ClientPlan
 
 State = dict[str, npt.NDArray[Any]]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from flwr_smartsplit.errors import NotSplittable
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.policy.predict import predicted_peak_bytes
-from flwr_smartsplit.runtime.checking import RouteChecker
+from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
+from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import Route
+from flwr_smartsplit.verify.equivalence import RouteChecker
 from tests.architectures import (
     ARCHITECTURES,
     BATCH_SIZE,

@@ -18,17 +18,17 @@ import ray
 import torch
 from torch.nn import functional
 
-from flwr_smartsplit.model.building import build_chain, state_of
-from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.runtime import transport as wire
-from flwr_smartsplit.runtime.local_edge import LocalEdge
-from flwr_smartsplit.runtime.ray_edge import RayEdge
-from flwr_smartsplit.runtime.training import (
+from flwr_smartsplit.device.local_training import (
     Conditions,
     evaluate_locally,
     train_locally,
 )
-from flwr_smartsplit.runtime.wire import WireTensor, state_digest
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.edge.hosts.ray import RayEdge
+from flwr_smartsplit.edge.tensors import WireTensor, state_digest
+from flwr_smartsplit.split.build import build_chain, state_of
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EDGE, ClientPlan, Route, Status
 from tests.models import (

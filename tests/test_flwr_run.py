@@ -3,8 +3,8 @@
 import pytest
 
 from flwr_smartsplit import SmartSplit
-from flwr_smartsplit.flower.records import from_array_record
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.flower.serde.records import from_array_record
 from tests.flwr_cli import ROOT, Flower, flower
 from tests.simulated_app import TASK, simulate
 from tests.test_simulation import NUM_CLIENTS, NUM_ROUNDS

@@ -9,10 +9,10 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
 from flwr_smartsplit import RayEdge, Route, SmartSplit, predicted_peak_bytes
-from flwr_smartsplit.flower.records import from_array_record, to_array_record
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.policy.cuts import deepest_route
+from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
+from flwr_smartsplit.plan.routes import deepest_route
+from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.split.build import build_chain
 from tests.simulated_app import BATCH_SIZE, EDGES, TASK, all_kinds, simulate
 
 NUM_CLIENTS = 6

@@ -31,11 +31,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from flwr_smartsplit import Route, Task, build_client_app, proximal
+from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
-from flwr_smartsplit.flower.records import from_array_record, to_array_record
-from flwr_smartsplit.policy.cuts import RouteRequest, deepest_split
-from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
-from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
+from flwr_smartsplit.plan.routes import RouteRequest, deepest_split
+from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 from tests.flower.apps import (
     Run,
     initial_arrays,
@@ -446,7 +446,7 @@ def test_local_layers_need_flowers_context() -> None:
 
 def plan_scalars() -> dict[str, Any]:
     """Send a plan by hand."""
-    from flwr_smartsplit.flower.records import plan_to_scalars  # noqa: PLC0415
+    from flwr_smartsplit.flower.serde.records import plan_to_scalars  # noqa: PLC0415
     from tests.tasks import client_plan  # noqa: PLC0415
 
     return plan_to_scalars(client_plan(0, Route.whole(), initial_state()))

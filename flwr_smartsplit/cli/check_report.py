@@ -12,9 +12,9 @@ from flwr_smartsplit.cli.profile_report import versions
 from flwr_smartsplit.cli.specs import first_line
 from flwr_smartsplit.cli.subject import Subject
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError, bytes_text
-from flwr_smartsplit.policy.predict import predicted_peak_bytes
-from flwr_smartsplit.runtime.checking import CutCheck, RouteChecker, example_batches
+from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.types import Route
+from flwr_smartsplit.verify.equivalence import CutCheck, RouteChecker, example_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

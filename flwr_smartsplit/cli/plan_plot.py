@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 from flwr_smartsplit.cli.plan_report import FrontReport, last_unit
 from flwr_smartsplit.cli.profile_plot import STYLE
 from flwr_smartsplit.errors import bytes_text
-from flwr_smartsplit.policy.choices import Choice
+from flwr_smartsplit.plan.search_space import Choice
 from flwr_smartsplit.types import Route
 
 WIDTH_INCHES, HEIGHT_INCHES = 10.0, 5.2

@@ -12,7 +12,8 @@ from rich.table import Table
 from flwr_smartsplit.cli.profile_report import count_text, versions
 from flwr_smartsplit.cli.subject import Subject
 from flwr_smartsplit.errors import bytes_text
-from flwr_smartsplit.policy.choices import (
+from flwr_smartsplit.plan.checkpointing.plan import plan_recompute
+from flwr_smartsplit.plan.search_space import (
     Choice,
     choice_of,
     choices_of_route,
@@ -20,7 +21,6 @@ from flwr_smartsplit.policy.choices import (
     routes_worth_a_plan,
     undominated,
 )
-from flwr_smartsplit.policy.recompute_plan import plan_recompute
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, Route
 
 _HEADERS = (

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flwr_smartsplit.cli.subject import Subject
 from flwr_smartsplit.errors import NoFeasibleRoute, bytes_text
-from flwr_smartsplit.policy.cuts import deepest_route
+from flwr_smartsplit.plan.routes import deepest_route
 from flwr_smartsplit.types import EDGE, ChainProfile, Route, UnitCost
 
 MAX_REFUSALS = 5

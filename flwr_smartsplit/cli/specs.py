@@ -16,9 +16,9 @@ from torch.optim import SGD, Adam
 from torchvision import models
 
 from flwr_smartsplit.errors import SmartSplitError
-from flwr_smartsplit.model.building import parameters_on_meta
-from flwr_smartsplit.model.cuttable import torch_log_silenced
-from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
+from flwr_smartsplit.split.build import parameters_on_meta
+from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.trace.cut_points import torch_log_silenced
 from flwr_smartsplit.task import Task
 
 TORCHVISION = "torchvision:"

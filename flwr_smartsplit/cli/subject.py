@@ -19,10 +19,10 @@ from flwr_smartsplit.cli.specs import (
     task_of,
 )
 from flwr_smartsplit.errors import InvalidTask, NotSplittable, SmartSplitError
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.model.segment import Unit
+from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.segment import Unit
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ChainProfile
 

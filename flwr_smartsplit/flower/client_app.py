@@ -6,8 +6,8 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_smartsplit.flower.numpy_client import SmartSplitNumPyClient
-from flwr_smartsplit.flower.records import (
+from flwr_smartsplit.flower.client import SmartSplitNumPyClient
+from flwr_smartsplit.flower.serde.records import (
     LEGACY,
     OURS,
     PROFILE_ACTION,
@@ -15,7 +15,7 @@ from flwr_smartsplit.flower.records import (
     profile_to_scalars,
     records_of,
 )
-from flwr_smartsplit.flower.replies import (
+from flwr_smartsplit.flower.serde.replies import (
     evaluate_reply,
     train_reply,
 )

@@ -25,23 +25,23 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 from flwr.serverapp.strategy import FedAvg as ServerOptimizerStrategy
 
+from flwr_smartsplit.edge.protocol import Edge
 from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.flower.central import (
+from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
+from flwr_smartsplit.flower.legacy_registry import LegacyFleet, reason_of
+from flwr_smartsplit.flower.observations import ClientSeconds
+from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
+from flwr_smartsplit.flower.round_manager import (
     CentralManager,
     Phase,
     refuse_wrappers,
 )
-from flwr_smartsplit.flower.dispatch import Answer, Dispatch, names_after
-from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, OnRow
-from flwr_smartsplit.flower.legacy_fleet import LegacyFleet, reason_of
-from flwr_smartsplit.flower.observing import ClientSeconds
-from flwr_smartsplit.flower.records import plan_to_scalars
-from flwr_smartsplit.flower.replies import NamesOf, reply_from_scalars
+from flwr_smartsplit.flower.serde.records import plan_to_scalars
+from flwr_smartsplit.flower.serde.replies import NamesOf, reply_from_scalars
 from flwr_smartsplit.flower.settings import Settings
-from flwr_smartsplit.policy.by_utility import BY_UTILITY
-from flwr_smartsplit.policy.cuts import ChooseRoute
-from flwr_smartsplit.policy.selection import Select
-from flwr_smartsplit.runtime.transport import Edge
+from flwr_smartsplit.plan.routes import ChooseRoute
+from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
+from flwr_smartsplit.plan.selection.selection import Select
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
 

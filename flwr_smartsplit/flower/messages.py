@@ -6,17 +6,17 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message, MessageType
 
-from flwr_smartsplit.flower.dispatch import Answer, Dispatch, names_after
-from flwr_smartsplit.flower.fleet import Member
-from flwr_smartsplit.flower.records import (
+from flwr_smartsplit.flower.registry import Member
+from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
+from flwr_smartsplit.flower.serde.records import (
     LEGACY,
     instruction,
     last_line,
     plan_to_scalars,
     record_bytes,
 )
-from flwr_smartsplit.flower.replies import reply_from_content
-from flwr_smartsplit.model.chain import Chain
+from flwr_smartsplit.flower.serde.replies import reply_from_content
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.types import ClientReply, Failure
 
 

@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 
-from flwr_smartsplit.flower.records import from_array_record, to_array_record
+from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 
 State = Mapping[str, npt.NDArray[Any]]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from flwr.serverapp.strategy import FedAvg
 
-from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, OnRow
-from flwr_smartsplit.flower.observing import ClientSeconds
-from flwr_smartsplit.policy.by_utility import BY_UTILITY
-from flwr_smartsplit.policy.cuts import ChooseRoute
-from flwr_smartsplit.policy.selection import Select
+from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
+from flwr_smartsplit.flower.observations import ClientSeconds
+from flwr_smartsplit.plan.routes import ChooseRoute
+from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
+from flwr_smartsplit.plan.selection.selection import Select
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,29 +15,29 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
+from flwr_smartsplit.edge.protocol import Edge
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower import messages
-from flwr_smartsplit.flower.central import (
+from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
+from flwr_smartsplit.flower.observations import ClientSeconds
+from flwr_smartsplit.flower.registry import Fleet, Member
+from flwr_smartsplit.flower.round_manager import (
     CentralManager,
     Phase,
     refuse_wrappers,
 )
-from flwr_smartsplit.flower.fleet import Fleet, Member
-from flwr_smartsplit.flower.journal import DEFAULT_JOURNAL, OnRow
-from flwr_smartsplit.flower.observing import ClientSeconds
-from flwr_smartsplit.flower.records import (
+from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     message_dialect,
     to_array_record,
 )
-from flwr_smartsplit.flower.replies import (
+from flwr_smartsplit.flower.serde.replies import (
     metrics_of,
 )
 from flwr_smartsplit.flower.settings import Settings
-from flwr_smartsplit.policy.by_utility import BY_UTILITY
-from flwr_smartsplit.policy.cuts import ChooseRoute
-from flwr_smartsplit.policy.selection import Select
-from flwr_smartsplit.runtime.transport import Edge
+from flwr_smartsplit.plan.routes import ChooseRoute
+from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
+from flwr_smartsplit.plan.selection.selection import Select
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
 

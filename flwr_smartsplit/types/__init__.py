@@ -1,28 +1,30 @@
 """Frozen values that every layer shares: routes, costs, plans and reports.
 
-They stand apart so that deciding (``policy``) and carrying (``runtime``,
-``flower``) can talk to each other without knowing each other.
+They stand apart so that deciding (``plan``) and carrying (``device``, ``edge``,
+``server``, ``flower``) can talk to each other without knowing each other.
 """
 
+from flwr_smartsplit.types.advice import Advice, Cohort, Wish
+from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan, Rerun
 from flwr_smartsplit.types.costs import (
     ChainProfile,
     StepBytes,
     UnitCost,
 )
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits, EdgeProfile, Link
-from flwr_smartsplit.types.recompute import KEEP_ALL, RecomputePlan, Rerun
-from flwr_smartsplit.types.refining import Advice, Cohort, Wish
-from flwr_smartsplit.types.rounds import (
+from flwr_smartsplit.types.plans import (
     Assignment,
     ClientPlan,
-    ClientReply,
     DeviceProfile,
+    RoundPlan,
+)
+from flwr_smartsplit.types.reports import (
+    ClientReply,
     Expectation,
     Failure,
     Move,
     Receipt,
     Replan,
-    RoundPlan,
     Status,
     StepReport,
     TailExpectation,

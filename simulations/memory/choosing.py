@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from flwr_smartsplit import Route
-from flwr_smartsplit.policy.recompute_plan import cheapest_plan, least_bytes
-from flwr_smartsplit.policy.stages import stages_of
+from flwr_smartsplit.plan.checkpointing.plan import cheapest_plan, least_bytes
+from flwr_smartsplit.plan.checkpointing.stages import stages_of
 from flwr_smartsplit.types import ChainProfile, RecomputePlan
 from simulations.summary import bytes_text
 

@@ -5,13 +5,13 @@ from itertools import pairwise
 
 from flwr_smartsplit import Route, predicted_peak_bytes
 from flwr_smartsplit.errors import InvalidPlan
-from flwr_smartsplit.policy.greedy import greedy_plan
-from flwr_smartsplit.policy.recompute_plan import (
+from flwr_smartsplit.plan.checkpointing.greedy import greedy_plan
+from flwr_smartsplit.plan.checkpointing.plan import (
     cheapest_plan,
     extra_flops,
     least_bytes,
 )
-from flwr_smartsplit.policy.stages import stages_of
+from flwr_smartsplit.plan.checkpointing.stages import stages_of
 from flwr_smartsplit.types import ChainProfile, RecomputePlan, Rerun
 
 NUM_BUDGETS = 16

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from flwr_smartsplit import Task, profile_chain
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.policy.recompute_plan import extra_flops
+from flwr_smartsplit.plan.checkpointing.plan import extra_flops
+from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.types import ChainProfile, Route
 from simulations.memory.cases import BATCH_SIZE, OPTIMIZER, MemoryCase
 from simulations.memory.choosing import (

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flwr_smartsplit import Task
-from flwr_smartsplit.model.building import materialise
-from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.model.dry_run import fake_batch, fake_copy
-from flwr_smartsplit.model.memory import MemoryMeter
-from flwr_smartsplit.model.runner import SegmentRunner
-from flwr_smartsplit.runtime.link import packed
-from flwr_smartsplit.runtime.randomness import UnitStreams
-from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.edge.client import packed
+from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.memory.meter import MemoryMeter
+from flwr_smartsplit.split.build import materialise
+from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.train.rng import UnitStreams
+from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Batch = tuple[Tensor, Tensor]

@@ -5,8 +5,8 @@ What a choice by utility has to beat.
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit.policy.placing import Places
-from flwr_smartsplit.policy.selection import (
+from flwr_smartsplit.plan.placement import Places
+from flwr_smartsplit.plan.selection.selection import (
     EDGES_FULL,
     NOT_SAMPLED,
     Selection,

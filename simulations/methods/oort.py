@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit.policy.candidates import Candidate
-from flwr_smartsplit.policy.history import Observation
-from flwr_smartsplit.policy.selection import (
+from flwr_smartsplit.plan.selection.candidates import Candidate
+from flwr_smartsplit.plan.selection.history import Observation
+from flwr_smartsplit.plan.selection.selection import (
     NOT_SAMPLED,
     Chosen,
     Selection,

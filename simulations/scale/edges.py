@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from flwr_smartsplit import Task
-from flwr_smartsplit.model.building import build_chain, materialise, state_of
-from flwr_smartsplit.model.segment import as_boundary
-from flwr_smartsplit.policy.edge_memory import TailBytes, tail_bytes
-from flwr_smartsplit.runtime import transport as wire
-from flwr_smartsplit.runtime.link import EdgeLink, packed
-from flwr_smartsplit.runtime.profiles import profile_of
-from flwr_smartsplit.runtime.wire import WireTensor, state_digest
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.client import EdgeLink, packed
+from flwr_smartsplit.edge.tensors import WireTensor, state_digest
+from flwr_smartsplit.plan.tail_memory import TailBytes, tail_bytes
+from flwr_smartsplit.profile.task_profiles import profile_of
+from flwr_smartsplit.split.build import build_chain, materialise, state_of
+from flwr_smartsplit.split.segment import as_boundary
 from flwr_smartsplit.types import EDGE, EdgeProfile
 from simulations.models import image_network, torchvision_model
 from simulations.scale.metered_edge import MeteredEdge

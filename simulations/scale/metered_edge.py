@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flwr_smartsplit.edge.client import Connect, nowhere
+from flwr_smartsplit.edge.protocol import ReplyT, Request
+from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
-from flwr_smartsplit.model.memory import MemoryMeter
-from flwr_smartsplit.runtime.edge import EdgeService
-from flwr_smartsplit.runtime.link import Connect, nowhere
-from flwr_smartsplit.runtime.transport import ReplyT, Request
+from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EDGE, EdgeProfile
 

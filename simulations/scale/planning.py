@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from flwr_smartsplit import Route, Task, predicted_peak_bytes, profile_chain
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.policy.by_utility import BY_UTILITY, SelectByUtility
-from flwr_smartsplit.policy.coverage import divergence
-from flwr_smartsplit.policy.history import NO_HISTORY, History, Observation
-from flwr_smartsplit.policy.rounds import Routing, plan_round
-from flwr_smartsplit.policy.selection import Selection, SelectionRequest
-from flwr_smartsplit.policy.utility import factors_of, normalised
+from flwr_smartsplit.plan.rounds import Routing, plan_round
+from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY, SelectByUtility
+from flwr_smartsplit.plan.selection.history import NO_HISTORY, History, Observation
+from flwr_smartsplit.plan.selection.label_coverage import divergence
+from flwr_smartsplit.plan.selection.selection import Selection, SelectionRequest
+from flwr_smartsplit.plan.selection.utility import factors_of, normalised
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import ChainProfile, DeviceProfile, EdgeProfile
 from simulations.devices import Needs
 from simulations.fleets import phones

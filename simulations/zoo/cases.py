@@ -13,7 +13,7 @@ from torchvision import models
 
 from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.cli.specs import TORCHVISION, task_of
-from flwr_smartsplit.runtime.checking import RouteChecker, example_batches
+from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 
 EVERY_CUT = (
     "alexnet",

@@ -15,9 +15,9 @@ from flwr_smartsplit.cli import app as module
 from flwr_smartsplit.cli import subject
 from flwr_smartsplit.cli.app import app
 from flwr_smartsplit.cli.specs import task_of
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.costs import profile_chain
-from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.split.build import build_chain
 
 ROOT = Path(__file__).parents[2]
 SMALL = "tests.cli.subjects:small"

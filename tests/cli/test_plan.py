@@ -17,8 +17,8 @@ from flwr_smartsplit.cli.plan_report import FrontReport
 from flwr_smartsplit.cli.profile_plot import STYLE
 from flwr_smartsplit.cli.subject import read_subject
 from flwr_smartsplit.errors import bytes_text
-from flwr_smartsplit.policy.choices import choice_of, front_of_choices
-from flwr_smartsplit.policy.recompute_plan import least_bytes, plan_recompute
+from flwr_smartsplit.plan.checkpointing.plan import least_bytes, plan_recompute
+from flwr_smartsplit.plan.search_space import choice_of, front_of_choices
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, Route
 
 SMALL = ["tests.cli.subjects:small", "--input", 4]

@@ -8,12 +8,12 @@ import pytest
 import ray
 
 from flwr_smartsplit import RayEdge
-from flwr_smartsplit.runtime.edge import EdgeService
-from flwr_smartsplit.runtime.transport import (
+from flwr_smartsplit.edge.protocol import (
     CountingTransport,
     LocalTransport,
     Transport,
 )
+from flwr_smartsplit.edge.service import EdgeService
 from tests.tasks import TASK
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flwr_smartsplit.model.carrying import Carried
-from flwr_smartsplit.runtime import transport as wire
-from flwr_smartsplit.runtime.moving import MoveCut
-from flwr_smartsplit.runtime.wire import WireTensor, state_digest
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.moving import MoveCut
+from flwr_smartsplit.edge.tensors import WireTensor, state_digest
+from flwr_smartsplit.train.unit_migration import Carried
 from flwr_smartsplit.types import EDGE, Receipt
 from tests.contracts.conftest import Place
 from tests.tasks import BATCH_SIZE, NUM_CLASSES, SEED, initial_state, tiny_chain

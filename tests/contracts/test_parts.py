@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flwr_smartsplit.errors import EdgeError, OutOfOrderStep, StaleSession
-from flwr_smartsplit.runtime import parts as parts_module
-from flwr_smartsplit.runtime import transport as wire
-from flwr_smartsplit.runtime.edge import EdgeService
-from flwr_smartsplit.runtime.part_messages import (
+from flwr_smartsplit.edge import parts as parts_module
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.part_messages import (
     BoundaryPart,
     EvaluateParts,
     Gradient,
@@ -26,8 +24,10 @@ from flwr_smartsplit.runtime.part_messages import (
     PartsStepped,
     TrainParts,
 )
-from flwr_smartsplit.runtime.transport import LocalTransport
-from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.edge.protocol import LocalTransport
+from flwr_smartsplit.edge.service import EdgeService
+from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.errors import EdgeError, OutOfOrderStep, StaleSession
 from tests.contracts.conftest import Place
 from tests.contracts.sessions import Session, payload
 from tests.tasks import TASK

@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.moving import MoveCut, checksum
+from flwr_smartsplit.edge.tensors import WireTensor, state_digest
 from flwr_smartsplit.errors import (
     EdgeError,
     OutOfOrderStep,
@@ -20,12 +23,9 @@ from flwr_smartsplit.errors import (
     StaleSession,
     StateNotHeld,
 )
-from flwr_smartsplit.model.building import materialise, state_of
-from flwr_smartsplit.model.runner import SegmentRunner
-from flwr_smartsplit.runtime import transport as wire
-from flwr_smartsplit.runtime.moving import MoveCut, checksum
-from flwr_smartsplit.runtime.randomness import UnitStreams
-from flwr_smartsplit.runtime.wire import WireTensor, state_digest
+from flwr_smartsplit.split.build import materialise, state_of
+from flwr_smartsplit.train.rng import UnitStreams
+from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.types import Receipt
 from tests.contracts.conftest import Place
 from tests.contracts.sessions import CUT, Session, payload

@@ -11,7 +11,7 @@ from flwr.server.compat.grid_client_proxy import GridClientProxy
 from flwr.server.strategy import Strategy
 
 from flwr_smartsplit import LegacySmartSplit
-from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.edge.hosts.local import LocalEdge
 from tests.in_process_grid import InProcessGrid
 from tests.tasks import SEED, TASK, State, initial_state
 

@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from flwr_smartsplit import build_client_app
-from flwr_smartsplit.flower.records import PROFILE_ACTION, to_array_record
+from flwr_smartsplit.flower.serde.records import PROFILE_ACTION, to_array_record
 from flwr_smartsplit.types import NO_TRAITS
 from tests.flower.apps import arrays_of, initial_arrays, make_client, message_app
 from tests.in_process_grid import InProcessGrid

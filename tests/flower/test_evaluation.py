@@ -7,7 +7,7 @@ import torch
 from flwr.app import RecordDict
 from torch.utils.data import DataLoader
 
-from flwr_smartsplit.flower.replies import reply_from_content
+from flwr_smartsplit.flower.serde.replies import reply_from_content
 from tests.flower.apps import (
     apps,
     budgets_of,

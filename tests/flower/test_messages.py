@@ -2,7 +2,7 @@
 
 from flwr.app import ConfigRecord
 
-from flwr_smartsplit.flower.records import plan_from_config
+from flwr_smartsplit.flower.serde.records import plan_from_config
 from tests.flower.apps import (
     apps,
     arrays_of,

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from flwr_smartsplit import Route, deepest_u_shape
+from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidRoute
-from flwr_smartsplit.flower.records import plan_from_config
-from flwr_smartsplit.policy.cuts import RouteRequest
-from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.flower.serde.records import plan_from_config
+from flwr_smartsplit.plan.routes import RouteRequest
 from tests.flower.apps import (
     apps,
     legacy_app,

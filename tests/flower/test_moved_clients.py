@@ -9,11 +9,16 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit import Route, SmartSplit, SmartSplitNumPyClient, build_client_app
+from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidRoute
-from flwr_smartsplit.flower.dispatch import Sent, device_names, moved_plan, returned
-from flwr_smartsplit.policy.cuts import RouteRequest
-from flwr_smartsplit.runtime.local_edge import LocalEdge
-from flwr_smartsplit.runtime.walk import Walk
+from flwr_smartsplit.flower.round_exchange import (
+    Sent,
+    device_names,
+    moved_plan,
+    returned,
+)
+from flwr_smartsplit.plan.routes import RouteRequest
 from flwr_smartsplit.types import Move, StepReport
 from tests.flower.apps import Run, make_client, run, smart_split
 from tests.flower.legacy import LegacyRun, legacy_smart_split, run_legacy

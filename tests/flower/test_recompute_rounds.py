@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from flwr_smartsplit import MemoryBudget, Route, first_that_fits, predicted_peak_bytes
-from flwr_smartsplit.policy.cuts import RouteRequest
-from flwr_smartsplit.policy.recompute_plan import least_bytes
-from flwr_smartsplit.runtime.local_edge import LocalEdge
-from flwr_smartsplit.runtime.profiles import profile_of
+from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.plan.checkpointing.plan import least_bytes
+from flwr_smartsplit.plan.routes import RouteRequest
+from flwr_smartsplit.profile.task_profiles import profile_of
 from tests.flower.apps import legacy_app, message_app, run, smart_split
 from tests.flower.legacy import legacy_smart_split, run_legacy
 from tests.tasks import BATCH_SIZE, TASK, differences

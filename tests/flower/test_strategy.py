@@ -21,6 +21,8 @@ from flwr_smartsplit import (
     predicted_peak_bytes,
     profile_chain,
 )
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import (
     EdgeUnreachable,
     InvalidTask,
@@ -28,11 +30,9 @@ from flwr_smartsplit.errors import (
     SmartSplitError,
     bytes_text,
 )
-from flwr_smartsplit.flower.records import from_array_record, to_array_record
-from flwr_smartsplit.flower.replies import reply_from_content
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.runtime import transport as wire
-from flwr_smartsplit.runtime.local_edge import LocalEdge
+from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
+from flwr_smartsplit.flower.serde.replies import reply_from_content
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import Status
 from tests.faults import Deliver, MortalEdge, tail_files
 from tests.flower.apps import (

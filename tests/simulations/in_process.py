@@ -9,7 +9,7 @@ from typing import Any
 import numpy.typing as npt
 from flwr.app import ArrayRecord
 
-from flwr_smartsplit.flower.records import from_array_record
+from flwr_smartsplit.flower.serde.records import from_array_record
 from flwr_smartsplit.types import ChainProfile, UnitCost
 from simulations.clients import build_client, build_task
 from simulations.clock import Clock

@@ -15,7 +15,7 @@ from flwr.app import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from flwr_smartsplit.flower.records import OURS, profile_to_scalars
+from flwr_smartsplit.flower.serde.records import OURS, profile_to_scalars
 from flwr_smartsplit.types import DeviceProfile
 from simulations.experiment import Experiment
 from simulations.fleets import half_weak

@@ -13,10 +13,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from flwr_smartsplit import Route, Task, profile_chain
-from flwr_smartsplit.model.building import build_chain
-from flwr_smartsplit.model.memory import MemoryMeter
-from flwr_smartsplit.policy.recompute_plan import least_bytes
-from flwr_smartsplit.policy.stages import stages_of
+from flwr_smartsplit.memory.meter import MemoryMeter
+from flwr_smartsplit.plan.checkpointing.plan import least_bytes
+from flwr_smartsplit.plan.checkpointing.stages import stages_of
+from flwr_smartsplit.split.build import build_chain
 from simulations.__main__ import app
 from simulations.errors import ExperimentError
 from simulations.measurement import MeasurementOptions

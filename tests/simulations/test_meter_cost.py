@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from flwr_smartsplit.model.cap import CapMode, MemoryCap
+from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from simulations import meter_cost
 from simulations.meter_cost import CASES, Case, Cost, lenet, measure, num_metered
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable
-from flwr_smartsplit.runtime import transport as wire
-from flwr_smartsplit.runtime.wire import state_digest
 from simulations.scale.metered_edge import MeteredEdge
 from tests.tasks import SEED, TASK, initial_state, tiny_chain
 

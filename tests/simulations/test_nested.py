@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flwr_smartsplit.policy.merging import add_states, merge
+from flwr_smartsplit.edge.weighted_mean import add_states, merge
 from simulations.nested import Share, average_shares, cut_state
 
 WHOLE = {

@@ -7,7 +7,7 @@ import pytest
 
 from flwr_smartsplit import profile_chain
 from flwr_smartsplit.cli.specs import task_of
-from flwr_smartsplit.model.building import build_chain
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import ChainProfile
 from simulations import planning
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from flwr_smartsplit import Route
-from flwr_smartsplit.model.building import build_chain, state_of
-from flwr_smartsplit.runtime.local_edge import LocalEdge
-from flwr_smartsplit.runtime.training import Conditions, evaluate_locally
-from flwr_smartsplit.runtime.transport import HoldState
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.device.local_training import Conditions, evaluate_locally
+from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.edge.protocol import HoldState
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.types import ClientPlan, Status
 from simulations.clients import build_task
 from simulations.data import evaluation_loader

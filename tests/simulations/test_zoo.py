@@ -12,8 +12,8 @@ from torchvision import models
 from typer.testing import CliRunner
 
 from flwr_smartsplit.cli.specs import torchvision_fn
-from flwr_smartsplit.model.chain import Chain
-from flwr_smartsplit.runtime.wire import WireTensor
+from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.split.chain import Chain
 from simulations.zoo import __main__ as command
 from simulations.zoo.cases import (
     EVERY_CUT,

@@ -6,8 +6,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flwr_smartsplit import SmartSplit
-from flwr_smartsplit.flower.records import from_array_record
-from flwr_smartsplit.runtime.wire import state_digest
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.flower.serde.records import from_array_record
 from tests.simulated_app import EDGES, TASK, all_kinds, initial_arrays
 
 app = ServerApp()

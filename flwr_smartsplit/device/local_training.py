@@ -1,0 +1,281 @@
+"""One client's part of a round: a loader along its route, under its cap.
+
+Both Flower APIs call these two functions; neither knows that the other exists.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.step_timer import Pace, StepSeconds
+from flwr_smartsplit.edge.client import Connect
+from flwr_smartsplit.errors import (
+    EdgeError,
+    InvalidTask,
+    MemoryCapExceeded,
+    NoFeasiblePlan,
+    SmartSplitError,
+)
+from flwr_smartsplit.memory.cap import CapMode, MemoryCap
+from flwr_smartsplit.memory.process import (
+    KERNEL_SLACK_BYTES,
+    MemoryGrowth,
+    data_fence,
+    resident_growth,
+)
+from flwr_smartsplit.split.segment import Batch
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.threads import torch_threads
+from flwr_smartsplit.types import ClientPlan, Receipt, Status, StepReport
+
+State = Mapping[str, npt.NDArray[Any]]
+Loader = Iterable[tuple[Batch, Tensor]]
+_PAIR = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What a client brings to every round.
+
+    Parameters
+    ----------
+    task : Task
+        Model, loss and optimizer.
+    connect : Callable[[place, address], Transport]
+        Reaches an edge.
+    cap_mode : CapMode or str
+        Whether the cap looks at some steps (``"sampled"``), all (``"strict"``) or
+        none (``"off"``).
+    meter_every : int
+        A sampled cap meters the first two steps, then one in so many.
+    local_epochs : int
+        Passes over the training loader.
+    batch_size : int, optional
+        Examples per step, where the loader does not say: an edge needs to know it when
+        a session opens.
+    owns_process : bool
+        Whether nothing but this client uses its process's memory. Training then also
+        measures the resident set, and lets the system refuse what goes over the
+        plan's budget and a slack of 32 MiB.
+    clock : Callable[[], float]
+        Seconds that only move forward.
+    between_steps : Callable[[Walk], None], optional
+        Called before each training step; it may move the walk's cut or have more run
+        twice, as an ``Adapter`` does.
+    step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
+        Says what a training step takes, as a simulation knows it; without it, the
+        clock measures.
+    """
+
+    task: Task
+    connect: Connect
+    cap_mode: CapMode | str = CapMode.SAMPLED
+    meter_every: int = 50
+    local_epochs: int = 1
+    batch_size: int | None = None
+    owns_process: bool = False
+    clock: Callable[[], float] = time.perf_counter
+    between_steps: Callable[[Walk], None] | None = None
+    step_seconds: StepSeconds | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse counts that mean nothing."""
+        for name in ("meter_every", "local_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1.")
+        CapMode(self.cap_mode)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a client has at the end of its part of a round.
+
+    Parameters
+    ----------
+    state : Mapping[str, ndarray]
+        Its device segments' state; empty unless the report's status is OK.
+    receipts : tuple[Receipt, ...]
+        What its edges hold.
+    report : StepReport
+        What it measured.
+    """
+
+    state: State
+    receipts: tuple[Receipt, ...]
+    report: StepReport
+
+
+def train_locally(
+    plan: ClientPlan, state: State, loader: Loader, conditions: Conditions
+) -> Outcome:
+    """Train one client for one round, and never let it take others down.
+
+    Parameters
+    ----------
+    plan : ClientPlan
+        The route, the cap and the seeds.
+    state : Mapping[str, ndarray]
+        The global state of the device segments.
+    loader : Iterable
+        Batches ``(inputs, targets)``.
+    conditions : Conditions
+        What the client brings.
+
+    Returns
+    -------
+    Outcome
+        Going over the cap or losing the edge ends in a report with that status and
+        the numbers, not in an exception.
+    """
+    start = conditions.clock()
+    with torch_threads(plan.num_threads), _resident_growth(conditions) as resident:
+        walk = _walk(plan, conditions, is_trained=True)
+        try:
+            with _fence(plan, conditions):
+                outcome = _trained(walk, state, loader, conditions)
+        except (MemoryCapExceeded, NoFeasiblePlan, EdgeError) as error:
+            walk.abandon()
+            outcome = Outcome(state={}, receipts=(), report=_failure(walk, error))
+        except BaseException:
+            walk.abandon()
+            raise
+    report = replace(
+        outcome.report,
+        resident_growth_bytes=resident.growth_bytes,
+        seconds=conditions.clock() - start,
+    )
+    return replace(outcome, report=report)
+
+
+def _trained(
+    walk: Walk, state: State, loader: Loader, conditions: Conditions
+) -> Outcome:
+    """Take all steps of a round, or those until the edge has enough, or raise."""
+    token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
+    walk.open(state, conditions.connect, token=token, batch_size=size)
+    for epoch in range(conditions.local_epochs):
+        walk.tally.begin_epoch()
+        for batch in walk.streams.batches(loader, epoch):
+            if walk.tally.is_released(walk.advice):
+                break
+            if conditions.between_steps is not None:
+                conditions.between_steps(walk)
+            walk.train_step(*_own_batch(batch))
+    return Outcome(
+        receipts=walk.seal(),
+        state=walk.state(),
+        report=walk.report(num_epochs=conditions.local_epochs),
+    )
+
+
+def _resident_growth(conditions: Conditions) -> AbstractContextManager[MemoryGrowth]:
+    """Measure the process, if it is this client's."""
+    return resident_growth() if conditions.owns_process else nullcontext(MemoryGrowth())
+
+
+def _fence(plan: ClientPlan, conditions: Conditions) -> AbstractContextManager[None]:
+    """Fence the process, if it is this client's and there is a budget."""
+    extra_bytes = None
+    if conditions.owns_process and plan.budget_bytes is not None:
+        extra_bytes = plan.budget_bytes + KERNEL_SLACK_BYTES
+    return data_fence(extra_bytes, client=f"client {plan.client_key}")
+
+
+def evaluate_locally(
+    plan: ClientPlan, state: State, loader: Loader, conditions: Conditions
+) -> StepReport:
+    """Evaluate along the route, so that a weak device never holds the model.
+
+    Parameters and outcome are as for ``train_locally``; nothing is sealed.
+    """
+    start = conditions.clock()
+    walk = _walk(plan, conditions, is_trained=False)
+    token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
+    with torch_threads(plan.num_threads):
+        try:
+            walk.open(state, conditions.connect, token=token, batch_size=size)
+            for batch in walk.streams.batches(loader, 0):
+                walk.evaluate_step(*_own_batch(batch))
+            report = walk.report(num_epochs=1)
+        except (MemoryCapExceeded, EdgeError) as error:
+            report = _failure(walk, error)
+        finally:
+            walk.abandon()
+    return replace(report, seconds=conditions.clock() - start)
+
+
+def _walk(plan: ClientPlan, conditions: Conditions, *, is_trained: bool) -> Walk:
+    cap = MemoryCap(
+        plan.budget_bytes,
+        name=f"client {plan.client_key}",
+        mode=conditions.cap_mode,
+        every=conditions.meter_every,
+    )
+    pace = Pace(plan, clock=conditions.clock, given=conditions.step_seconds)
+    return Walk(plan, conditions.task, cap, is_trained=is_trained, pace=pace)
+
+
+def _failure(walk: Walk, error: SmartSplitError) -> StepReport:
+    """Sum up what was done before it ended in ``error``."""
+    over = isinstance(error, MemoryCapExceeded | NoFeasiblePlan)
+    return replace(
+        walk.report(num_epochs=1),
+        status=Status.OUT_OF_MEMORY if over else Status.EDGE_FAILED,
+        message=str(error),
+    )
+
+
+def _batch_size(loader: Loader, conditions: Conditions) -> int | None:
+    """Say how many examples a batch has, if the loader or the client knows."""
+    size = getattr(loader, "batch_size", None)
+    return size if isinstance(size, int) else conditions.batch_size
+
+
+def _own_batch(batch: Any) -> tuple[Batch, Tensor]:
+    """Take a batch as a loader gives it: inputs in a tensor, a list, or a mapping.
+
+    Raises
+    ------
+    InvalidTask
+        If it is not ``(inputs, targets)``.
+    """
+    is_pair = isinstance(batch, tuple | list) and len(batch) == _PAIR
+    if not is_pair or not isinstance(batch[1], Tensor):
+        kind = type(batch[1] if is_pair else batch).__name__
+        keys = (
+            f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        )
+        raise InvalidTask(
+            f"the loader yields {'targets in ' if is_pair else ''}a {kind}{keys}; let "
+            "it yield (inputs, targets), with the targets as one tensor, for instance "
+            "by a collate_fn."
+        )
+    inputs, targets = batch
+    if isinstance(inputs, tuple | list):
+        inputs = tuple(inputs)
+    elif isinstance(inputs, Mapping):
+        inputs = dict(inputs)
+    owned: tuple[Batch, Tensor] = tree_map(_own, (inputs, targets))
+    return owned
+
+
+def _own(tensor: Any) -> Tensor:
+    """Copy a view of a larger tensor: a batch must not keep the data set alive."""
+    if not isinstance(tensor, Tensor):
+        raise InvalidTask(
+            f"the loader's inputs hold a {type(tensor).__name__} ({tensor!r:.40}); "
+            "let it yield tensors only, for instance by a collate_fn."
+        )
+    if tensor.layout is not torch.strided:
+        return tensor
+    is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if is_view else tensor

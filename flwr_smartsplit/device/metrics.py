@@ -1,0 +1,90 @@
+"""Tally: what adds up while a client goes through its batches."""
+
+from collections.abc import Mapping
+
+from flwr_smartsplit.device.losses import Losses
+from flwr_smartsplit.types import Advice, Move, Replan, StepReport, Wish
+
+
+class Tally:
+    """Count a client's steps, examples, losses and metrics."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.num_examples = 0
+        self.released = ""
+        self._moves: list[Move] = []
+        self._replans: list[Replan] = []
+        self._by_epoch: list[int] = []
+        self._sums: dict[str, float] = {"loss": 0.0}
+        self._losses = Losses()
+
+    def begin_epoch(self) -> None:
+        """Count what comes to another pass over the examples."""
+        self._by_epoch.append(0)
+
+    def count(self, num_examples: int, values: Mapping[str, float]) -> None:
+        """Count one step.
+
+        Parameters
+        ----------
+        num_examples : int
+            Its examples.
+        values : Mapping[str, float]
+            Means over them: the loss, and metrics by name.
+        """
+        self.num_steps += 1
+        self.num_examples += num_examples
+        if self._by_epoch:
+            self._by_epoch[-1] += num_examples
+        self._losses.add(float(values["loss"]), num_examples)
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value) * num_examples
+
+    def move(self, before: int, after: int, reason: str) -> None:
+        """Note that the cut has moved."""
+        move = Move(step=self.num_steps, before=before, after=after, reason=reason)
+        self._moves.append(move)
+
+    def replan(self, before: str, after: str, reason: str) -> None:
+        """Note that other units run twice from now on."""
+        replan = Replan(step=self.num_steps, before=before, after=after, reason=reason)
+        self._replans.append(replan)
+
+    def is_released(self, advice: Advice | None) -> bool:
+        """Say whether the edge has let this client stop, and note why."""
+        if advice is not None and advice.wish is Wish.RELEASE:
+            self.released = advice.reason
+        return bool(self.released)
+
+    @property
+    def loss_sum(self) -> float:
+        """The losses of all examples."""
+        return self._sums["loss"]
+
+    def report(self, *, num_epochs: int) -> StepReport:
+        """Sum up; a client that was released counts the passes it began.
+
+        Parameters
+        ----------
+        num_epochs : int
+            Passes over the examples that were planned.
+        """
+        num_examples = self.num_examples // num_epochs
+        if self.released:
+            begun = [each for each in self._by_epoch if each]
+            num_examples, num_epochs = begun[0], len(begun)
+        total = max(self.num_examples, 1)
+        means = {name: summed / total for name, summed in self._sums.items()}
+        return StepReport(
+            num_examples=num_examples,
+            num_epochs=num_epochs,
+            num_steps=self.num_steps,
+            loss=means.pop("loss"),
+            loss_rms=self._losses.rms,
+            loss_drop=self._losses.drop,
+            metrics=means,
+            moves=tuple(self._moves),
+            replans=tuple(self._replans),
+            released=self.released,
+        )

@@ -1,0 +1,144 @@
+"""Room: what an edge's sessions may take of its memory and its disk.
+
+A session takes all it will ever need when it is opened, so that nobody is refused in
+the middle of a round, and nothing is swapped. It never waits in here: a thread that
+waits could not serve the sessions it waits for. Whoever asks is told when to ask again.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from threading import Lock
+
+from flwr_smartsplit.errors import EdgeFull, bytes_text
+from flwr_smartsplit.plan.tail_memory import TailBytes
+from flwr_smartsplit.types import EdgeProfile
+
+LEAST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.05, 5.0
+_NOTHING = TailBytes(0, 0)
+
+
+class Room:
+    """Keep account of what open sessions and sealed tails take at one edge.
+
+    Parameters
+    ----------
+    profile : EdgeProfile
+        The edge's name and its budgets.
+    sealed : Mapping[str, int]
+        Bytes of the tails that are on disk already, by session.
+    clock : Callable[[], float]
+        Seconds that only move forward.
+    """
+
+    def __init__(
+        self,
+        profile: EdgeProfile,
+        *,
+        sealed: Mapping[str, int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._profile = profile
+        self._clock = clock
+        self._open: dict[str, TailBytes] = {}
+        self._since: dict[str, float] = {}
+        self._sealed = dict(sealed)
+        self._usual_seconds = 0.0
+        self._lock = Lock()
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is anything to keep account of."""
+        budgets = (self._profile.memory_bytes, self._profile.disk_bytes)
+        return any(budget is not None for budget in budgets)
+
+    def take(self, session: str, need: TailBytes) -> None:
+        """Let a session have so much, instead of what it had before.
+
+        Raises
+        ------
+        EdgeFull
+            If it does not fit; the session keeps what it had.
+        """
+        with self._lock:
+            self._check(session, need)
+            self._open[session] = need
+            self._since.setdefault(session, self._clock())
+            self._sealed.pop(session, None)
+
+    def widen(self, session: str, need: TailBytes) -> None:
+        """Let a session have so much besides what it has: the larger of each.
+
+        Raises
+        ------
+        EdgeFull
+            If it does not fit; the session keeps what it had.
+        """
+        held = self._open.get(session, _NOTHING)
+        self.take(session, TailBytes(*map(max, held, need)))
+
+    def seal(self, session: str) -> None:
+        """Give a session's memory back; its tail stays on disk."""
+        with self._lock:
+            need = self._open.pop(session, None)
+            if need is not None:
+                self._sealed[session] = need.disk_bytes
+                self._note_end(session)
+
+    def free(self, session: str) -> None:
+        """Give back all that a session has."""
+        with self._lock:
+            self._sealed.pop(session, None)
+            if self._open.pop(session, None) is not None:
+                self._note_end(session)
+
+    def recount(self, sealed: Mapping[str, int]) -> None:
+        """Take anew what is on disk, when a round's tails were deleted."""
+        with self._lock:
+            self._sealed = dict(sealed)
+
+    def _check(self, session: str, need: TailBytes) -> None:
+        """Refuse what is more than there is left of memory or disk."""
+        others = [held for name, held in self._open.items() if name != session]
+        kept = sum(size for name, size in self._sealed.items() if name != session)
+        used = (
+            sum(held.memory_bytes for held in others),
+            sum(held.disk_bytes for held in others) + kept,
+        )
+        budgets = (self._profile.memory_bytes, self._profile.disk_bytes)
+        for kind, budget, needed, so_far, stays in zip(
+            ("memory", "disk"), budgets, need, used, (0, kept), strict=True
+        ):
+            if budget is not None and needed > budget - so_far:
+                # What is sealed stays until the round ends; sessions end before.
+                retry = self._wait_seconds() if needed <= budget - stays else None
+                raise self._refusal(
+                    kind, needed, free=budget - so_far, budget=budget, retry=retry
+                )
+
+    def _refusal(
+        self, kind: str, needed: int, *, free: int, budget: int, retry: float | None
+    ) -> EdgeFull:
+        advice = (
+            "Cut later, use another edge, or raise its budget."
+            if retry is None
+            else f"Ask again in {retry:.2f} s, or use another edge."
+        )
+        return EdgeFull(
+            f"edge {self._profile.name!r} has {bytes_text(max(free, 0))} of its "
+            f"{bytes_text(budget)} of {kind} left beside {len(self._open)} open and "
+            f"{len(self._sealed)} sealed sessions; one more needs "
+            f"{bytes_text(needed)}. {advice}",
+            needed_bytes=needed,
+            free_bytes=free,
+            budget_bytes=budget,
+            retry_after_seconds=retry,
+        )
+
+    def _wait_seconds(self) -> float:
+        """Guess when the next of the open sessions ends, from those that did."""
+        seconds = self._usual_seconds / max(len(self._open), 1)
+        return min(max(seconds, LEAST_WAIT_SECONDS), MOST_WAIT_SECONDS)
+
+    def _note_end(self, session: str) -> None:
+        lasted = self._clock() - self._since.pop(session)
+        self._usual_seconds = (self._usual_seconds or lasted) / 2 + lasted / 2

@@ -1,0 +1,1 @@
+"""Where an edge runs: in this process, or as a Ray actor."""

@@ -1,0 +1,193 @@
+"""Sealed tails and held states on disk, so that memory follows who trains now.
+
+Files are in the safetensors format (no pickle), written whole or not at all. A
+tail counts only if its digest still fits.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.errors import EdgeError, SpillLost, StateNotHeld
+
+State = Mapping[str, npt.NDArray[Any]]
+
+
+class Spill:
+    """One edge's folder of states and sealed tails.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files are; made if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def hold(self, digest: str, state: State) -> None:
+        """Keep a global state under its digest."""
+        _write(self._state_path(digest), state)
+
+    def holds(self, digest: str) -> bool:
+        """Say whether a global state is kept."""
+        return self._state_path(digest).exists()
+
+    def read_state(self, digest: str, names: tuple[str, ...]) -> State:
+        """Read some names of a held state.
+
+        Raises
+        ------
+        StateNotHeld
+            If the state is not here, or spoilt.
+        EdgeError
+            If it has not all of the names.
+        OSError
+            If it is here and cannot be read just now.
+        """
+        path = self._state_path(digest)
+        try:
+            return _read(path, names)
+        except (FileNotFoundError, SafetensorError) as error:
+            missing = _missing(path, names)
+            if missing:
+                raise EdgeError(
+                    f"the global state {digest[:12]} lacks {', '.join(missing[:3])}: "
+                    "give strategy and edges the same task."
+                ) from error
+            path.unlink(missing_ok=True)  # So that it is sent again.
+            raise StateNotHeld(
+                f"no global state {digest[:12]} is held here: send HoldState first.",
+                digest=digest,
+            ) from error
+
+    def put_tail(self, session: str, round_number: int, state: State) -> str:
+        """Keep a sealed tail; return its digest."""
+        digest = state_digest(state)
+        _write(self._tail_path(session), state, {_ROUND: str(round_number)})
+        return digest
+
+    def verify(self, digests: Mapping[str, str]) -> None:
+        """Make sure that the tails of these sessions are here and unchanged.
+
+        Raises
+        ------
+        SpillLost
+            Naming every session whose tail is missing or changed.
+        """
+        lost = tuple(s for s, digest in digests.items() if not self._fits(s, digest))
+        if lost:
+            raise SpillLost(
+                f"sealed tails of {', '.join(lost)} are missing or changed: "
+                "drop these clients from the round.",
+                sessions=lost,
+            )
+
+    def read_tail(self, session: str) -> State:
+        """Read a sealed tail.
+
+        Raises
+        ------
+        SpillLost
+            If it is gone.
+        """
+        try:
+            return _read(self._tail_path(session))
+        except (OSError, SafetensorError) as error:
+            raise SpillLost(
+                f"the sealed tail of {session} cannot be read: {error}",
+                sessions=(session,),
+            ) from error
+
+    def drop_tail(self, session: str) -> None:
+        """Delete a sealed tail, if there is one."""
+        self._tail_path(session).unlink(missing_ok=True)
+
+    def tail_bytes(self) -> dict[str, int]:
+        """Return the size of every sealed tail's file, by session."""
+        return {
+            unquote(path.name.removesuffix(_TAIL)): path.stat().st_size
+            for path in self._folder.glob(f"*{_TAIL}")
+        }
+
+    def release(self, round_number: int, keep_digest: str) -> None:
+        """Delete the tails of this and earlier rounds, and all states but one."""
+        for path in self._folder.glob(f"*{_TAIL}"):
+            if _round_of(path) <= round_number:
+                path.unlink(missing_ok=True)
+        for path in self._folder.glob(f"*{_UNFINISHED}"):
+            path.unlink(missing_ok=True)
+        for path in self._folder.glob(f"*{_STATE}"):
+            if path != self._state_path(keep_digest):
+                path.unlink(missing_ok=True)
+
+    def _fits(self, session: str, digest: str) -> bool:
+        try:
+            return state_digest(self.read_tail(session)) == digest
+        except SpillLost:
+            return False
+
+    def _state_path(self, digest: str) -> Path:
+        return self._folder / f"{quote(digest, safe='')}{_STATE}"
+
+    def _tail_path(self, session: str) -> Path:
+        return self._folder / f"{quote(session, safe='')}{_TAIL}"
+
+
+_STATE = ".state.safetensors"
+_TAIL = ".tail.safetensors"
+_UNFINISHED = ".unfinished"
+_ROUND = "round"
+
+
+def _read(path: Path, names: tuple[str, ...] | None = None) -> State:
+    with safe_open(path, framework="numpy") as archive:
+        names = tuple(archive.keys()) if names is None else names
+        return {name: archive.get_tensor(name) for name in names}
+
+
+def _missing(path: Path, names: tuple[str, ...]) -> list[str]:
+    """List the names that a file lacks; none if it is no such file at all."""
+    try:
+        with safe_open(path, framework="numpy") as archive:
+            found = set(archive.keys())
+    except (OSError, SafetensorError):
+        return []
+    return [name for name in names if name not in found]
+
+
+def _round_of(path: Path) -> int:
+    """Read which round a tail is of; a damaged one belongs to the past."""
+    try:
+        with safe_open(path, framework="numpy") as archive:
+            return int(archive.metadata()[_ROUND])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return 0
+
+
+def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> None:
+    """Write a file so that it is there whole or not at all."""
+    unfinished = path.with_suffix(_UNFINISHED)
+    # safetensors writes an array's memory as it lies, under its shape.
+    arrays = {n: np.require(a, requirements=["C"]) for n, a in state.items()}
+    try:
+        save_file(arrays, unfinished, metadata=dict(about or {}))
+    except SafetensorError as error:
+        raise OSError(f"{unfinished.name} cannot be written: {error}") from error
+    unfinished.replace(path)
+
+
+def iterate_tails(
+    spill: Spill, weights: Mapping[str, int]
+) -> Iterator[tuple[State, int]]:
+    """Read tails one by one with their weights, so that one is in memory at a time."""
+    for session, weight in weights.items():
+        yield spill.read_tail(session), weight

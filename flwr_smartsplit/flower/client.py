@@ -1,0 +1,312 @@
+"""SmartSplitNumPyClient: the on-device manager as a Flower ``NumPyClient``."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.client import NumPyClient
+
+from flwr_smartsplit.device.budget_adapter import Adapter
+from flwr_smartsplit.device.local_training import (
+    Conditions,
+    Loader,
+    Outcome,
+    evaluate_locally,
+    train_locally,
+)
+from flwr_smartsplit.device.step_timer import StepSeconds
+from flwr_smartsplit.edge.protocol import Edge, Transport
+from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
+from flwr_smartsplit.flower.round_exchange import device_names, moved_plan, returned
+from flwr_smartsplit.flower.serde.records import (
+    Arrays,
+    Scalar,
+    from_array_record,
+    plan_from_config,
+    profile_to_scalars,
+    to_array_record,
+)
+from flwr_smartsplit.flower.serde.replies import (
+    evaluated,
+    metrics_of,
+    reply_to_scalars,
+)
+from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
+from flwr_smartsplit.memory.cap import CapMode
+from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import (
+    NO_TRAITS,
+    ClientPlan,
+    DeviceProfile,
+    DeviceTraits,
+    Route,
+    StepReport,
+)
+
+_WEIGHT = "num-examples"
+_LOCAL = "smartsplit.local"
+
+
+class SmartSplitNumPyClient(NumPyClient):
+    """Train the front of a model on a device, under a memory cap.
+
+    Works under ``SmartSplit``, as it is or through ``build_client_app``. Under a
+    stock Flower strategy, which sends no plan, it trains the whole model without
+    a cap.
+
+    Parameters
+    ----------
+    task : Task
+        Model, loss and optimizer.
+    train_loader : Iterable
+        Batches ``(inputs, targets)``; they are iterated anew each round.
+    eval_loader : Iterable, optional
+        Batches for evaluation; without it, the training examples are used.
+    client_key : str
+        A name that stays the same from round to round and run to run: the partition
+        id in simulation, a configured name in deployment.
+    budget_bytes : int or MemoryBudget, optional
+        What this device's tensors may take; None means no limit. A ``MemoryBudget``
+        is read between batches, and what the device does follows it.
+    edges : Sequence[Edge]
+        The edges this client can reach, such as ``(RayEdge(),)``.
+    traits : DeviceTraits
+        What the strategy may know of this device besides: speed, links, label counts.
+    num_examples, batch_size : int, optional
+        Read off ``train_loader`` (a ``DataLoader``) if not given.
+    local_epochs : int
+        Passes over the training loader in each round.
+    cap_mode : CapMode or str
+        Whether the cap looks at some steps (``"sampled"``), all (``"strict"``) or
+        none (``"off"``).
+    meter_every : int
+        A sampled cap meters the first two steps of each shape, then one in so many.
+    owns_process : bool
+        Whether nothing but this client uses its process's memory. Training then also
+        measures the resident set, and lets the system refuse what goes over the
+        plan's budget and a slack of 32 MiB.
+    step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
+        Says what a training step takes this device, as a simulation knows it; without
+        it, the steps are measured. Edges compare it with other clients'.
+    seed : int
+        Root of the random streams under a stock strategy; ``SmartSplit`` sends its own.
+    context : Context, optional
+        Flower's, where ``Task.is_local`` keeps this client's own state from round to
+        round; ``build_client_app`` gives it by itself.
+    """
+
+    # longer than 40 lines because each thing a client owns is an argument
+    def __init__(  # noqa: PLR0913
+        self,
+        task: Task,
+        train_loader: Loader,
+        eval_loader: Loader | None = None,
+        *,
+        client_key: str,
+        budget_bytes: int | MemoryBudget | None = None,
+        edges: Sequence[Edge] = (),
+        traits: DeviceTraits = NO_TRAITS,
+        num_examples: int | None = None,
+        batch_size: int | None = None,
+        local_epochs: int = 1,
+        cap_mode: CapMode | str = CapMode.SAMPLED,
+        meter_every: int = 50,
+        owns_process: bool = False,
+        step_seconds: StepSeconds | None = None,
+        seed: int = 0,
+        context: Context | None = None,
+    ) -> None:
+        self.task = task
+        self._budget = _budget_of(client_key, budget_bytes)
+        self._moves = isinstance(budget_bytes, MemoryBudget)
+        self.train_loader = train_loader
+        self.eval_loader = eval_loader
+        self._seed = seed
+        self.context = context
+        self._edges = _by_name(edges)
+        sizes = _sizes(train_loader, num_examples, batch_size)
+        self._profile = DeviceProfile(
+            client_key=client_key,
+            budget_bytes=None,  # It may move.
+            num_examples=sizes[0],
+            batch_size=sizes[1],
+            num_epochs=local_epochs,
+            traits=traits,
+        )
+        self._conditions = Conditions(
+            task=task,
+            connect=self._connect,
+            cap_mode=cap_mode,
+            meter_every=meter_every,
+            local_epochs=local_epochs,
+            batch_size=self._profile.batch_size,
+            owns_process=owns_process,
+            step_seconds=step_seconds,
+        )
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """What this client says of itself, with its budget as it is now."""
+        budget_bytes = self._budget.read(step=0, live_bytes=0)
+        return replace(self._profile, budget_bytes=budget_bytes)
+
+    def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
+        """Do this client's part of a training round."""
+        state = {**state, **self._local(plan)}
+        conditions = self._conditions
+        if not _is_stock(plan) and (self._moves or plan.cohort is not None):
+            size = self._profile.batch_size
+            adapter = Adapter(self._budget, self.task, batch_size=size)
+            conditions = replace(conditions, between_steps=adapter)
+        outcome = train_locally(plan, state, self.train_loader, conditions)
+        if _is_stock(plan) and outcome.state:
+            # A stock strategy wants every name back, also those no unit uses.
+            return replace(outcome, state={**state, **outcome.state})
+        return self._without_local(outcome)
+
+    def test(self, plan: ClientPlan, state: Arrays) -> StepReport:
+        """Do this client's part of an evaluation round."""
+        loader = self.train_loader if self.eval_loader is None else self.eval_loader
+        state = {**state, **self._local(plan)}
+        return evaluate_locally(plan, state, loader, self._conditions)
+
+    def plan_for(self, config: Any) -> ClientPlan:
+        """Read the plan that came along, or make the one a stock strategy implies."""
+        plan = plan_from_config(config)
+        if plan is None:
+            round_number = int(config.get("server-round", 0))
+            plan = ClientPlan(
+                client_key=self._profile.client_key,
+                round_number=round_number,
+                route=Route.whole(),
+                # Without a number, all rounds would shuffle alike.
+                seed=self._seed if round_number else int(torch.randint(2**62, ())),
+                edge_addresses={},
+            )
+        return plan
+
+    def device_names(self, plan: ClientPlan) -> tuple[str, ...]:
+        """Name the state of this client's device segments, in the model's order."""
+        chain = build_chain(self.task)
+        if _is_stock(plan):
+            return tuple(chain.model.state_dict())
+        return device_names(plan, chain)
+
+    # --- NumPyClient --------------------------------------------------------------
+
+    def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
+        """Tell the strategy what it needs to plan for this client."""
+        del config
+        return profile_to_scalars(self.profile)
+
+    def fit(
+        self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
+    ) -> tuple[list[npt.NDArray[Any]], int, dict[str, Scalar]]:
+        """Train, as Flower's legacy API asks for it."""
+        plan = self.plan_for(config)
+        names = self.device_names(plan)
+        outcome = self.train(plan, dict(zip(names, parameters, strict=True)))
+        scalars = {
+            **metrics_of(outcome.report, _WEIGHT),
+            **reply_to_scalars(plan, outcome),
+        }
+        names = self.device_names(moved_plan(plan, outcome.report.moves))
+        arrays = [outcome.state[name] for name in names if name in outcome.state]
+        return arrays, outcome.report.num_examples, scalars
+
+    def evaluate(
+        self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
+    ) -> tuple[float, int, dict[str, Scalar]]:
+        """Evaluate along the route, as Flower's legacy API asks for it."""
+        plan = self.plan_for(config)
+        names = self.device_names(plan)
+        report = self.test(plan, dict(zip(names, parameters, strict=True)))
+        scalars = {
+            **metrics_of(report, _WEIGHT),
+            **reply_to_scalars(plan, evaluated(report)),
+        }
+        return report.loss, report.num_examples, scalars
+
+    # --- what stays on the device --------------------------------------------------
+
+    def _local(self, plan: ClientPlan) -> Arrays:
+        """Read this client's own state from Flower's context, if there is any yet."""
+        if self.task.is_local is None or _is_stock(plan):
+            return {}
+        record = self._records().get(_LOCAL)
+        names = set(self.device_names(plan))
+        kept = from_array_record(record) if isinstance(record, ArrayRecord) else {}
+        return {name: array for name, array in kept.items() if name in names}
+
+    def _without_local(self, outcome: Outcome) -> Outcome:
+        """Put this client's own state into Flower's context, and send the rest."""
+        if self.task.is_local is None or not outcome.state:
+            return outcome
+        sent = returned(outcome.state, self.task.is_local)
+        own = {n: a for n, a in outcome.state.items() if n not in sent}
+        self._records()[_LOCAL] = to_array_record(own)
+        return replace(outcome, state={name: outcome.state[name] for name in sent})
+
+    def _records(self) -> RecordDict:
+        """Return what Flower keeps for this node from message to message."""
+        if self.context is None:
+            raise InvalidTask(
+                f"client {self._profile.client_key!r}: the task's is_local keeps state "
+                "on the device, in Flower's context: give the client context=context."
+            )
+        return self.context.state
+
+    def _connect(self, place: str, address: str) -> Transport:
+        if place not in self._edges:
+            raise EdgeUnreachable(
+                f"client {self._profile.client_key!r} knows no edge {place!r}, only "
+                f"{sorted(self._edges)}: give it the strategy's edges."
+            )
+        return self._edges[place].connect(address)
+
+
+def _is_stock(plan: ClientPlan) -> bool:
+    """Say whether the plan is one that ``plan_for`` made up for a stock strategy."""
+    return not plan.state_digest
+
+
+def _by_name(edges: Sequence[Edge]) -> dict[str, Edge]:
+    """Find the edges by their names."""
+    if not isinstance(edges, list | tuple):
+        raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
+    return {edge.name: edge for edge in edges}
+
+
+def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:
+    """Read what a user gives as a budget.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    try:
+        return as_budget(budget_bytes)
+    except ValueError as error:
+        raise ValueError(f"client {client_key!r}: {error}") from error
+
+
+def _sizes(
+    loader: Any, num_examples: int | None, batch_size: int | None
+) -> tuple[int, int]:
+    """Read the number of examples and the batch size off a loader, if not given."""
+    dataset: Any = getattr(loader, "dataset", None)
+    if num_examples is None and hasattr(dataset, "__len__"):
+        num_examples = len(dataset)
+    if batch_size is None:
+        batch_size = getattr(loader, "batch_size", None)
+    if num_examples is None or batch_size is None:
+        raise InvalidTask(
+            "the training loader does not say how many examples it has and in which "
+            "batches: give num_examples and batch_size."
+        )
+    return num_examples, int(batch_size)

@@ -1,0 +1,1 @@
+"""What a round leaves behind: the log, the journal, curves."""

@@ -1,0 +1,139 @@
+"""RoundLog: what a strategy logs and writes down of every round."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from logging import INFO, WARNING, getLogger
+
+from flwr_smartsplit.flower.journal.journal import Journal
+from flwr_smartsplit.flower.journal.rows import (
+    client_rows,
+    failure_row,
+    round_row,
+    skipped_row,
+)
+from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, RoundPlan
+
+_log = getLogger("flwr")
+
+
+class RoundLog:
+    """Log in Flower's shape, write one journal row per client, keep the failures.
+
+    Parameters
+    ----------
+    journal : Journal
+        Where rows go.
+    clock : Callable[[], float]
+        Seconds that only move forward.
+    """
+
+    def __init__(self, journal: Journal, clock: Callable[[], float]) -> None:
+        self.failures: list[Failure] = []
+        self._journal = journal
+        self._clock = clock
+        self._edge_bytes = 0
+        self._sitting_out: dict[str, str] = {}
+        self._unread: set[str] = set()
+
+    def warn_of_unread(self, config: Mapping[str, object]) -> None:
+        """Say once that nobody reads what a user put into the config."""
+        unread = sorted(config.keys() - {"server-round"} - self._unread)
+        if unread:
+            self._unread |= set(unread)
+            _log.log(
+                WARNING,
+                "%s of the config reach the clients, but nothing reads them: give the "
+                "Task a schedule_fn(optimizer, config) that does.",
+                unread,
+            )
+
+    def write_plan(
+        self,
+        plan: RoundPlan,
+        profiles: Mapping[str, DeviceProfile],
+        *,
+        is_train: bool,
+    ) -> None:
+        """Log the routes, write who was not chosen, and log who could not be."""
+        phase = "train" if is_train else "evaluate"
+        _log.log(
+            INFO,
+            "configure_%s: Sampled %s nodes (out of %s)",
+            phase,
+            len(plan.assignments),
+            len(profiles),
+        )
+        routes = Counter(str(assignment.route) for assignment in plan.assignments)
+        for route, num_clients in routes.items():
+            _log.log(INFO, "\t> Route %s: %s clients", route, num_clients)
+        for key, reason in plan.skipped.items():
+            if key in plan.unfit and reason != self._sitting_out.get(key):
+                self._sitting_out[key] = reason
+                _log.log(INFO, "\t> Client %s sits out: %s", key, reason)
+            row = skipped_row(
+                profiles[key],
+                reason,
+                plan.round_number,
+                phase=phase,
+                is_unfit=key in plan.unfit,
+            )
+            self._journal.write(row)
+
+    def write_failures(
+        self, failures: list[Failure], round_number: int, *, phase: str
+    ) -> None:
+        """Write failures that belong to no message that was sent."""
+        self.failures += failures
+        for failure in failures:
+            _log.log(WARNING, "\t> %s: %s", failure.client_key, failure.cause)
+            self._journal.write(failure_row(failure, round_number, phase))
+
+    def write_replies(
+        self,
+        dispatch: Dispatch,
+        accepted: Mapping[str, ClientReply],
+        failures: list[Failure],
+    ) -> None:
+        """Write what came of every message that was sent."""
+        _log.log(
+            INFO if accepted or not failures else WARNING,
+            "%s: Received %s results and %s failures",
+            "aggregate_train" if dispatch.is_train else "aggregate_evaluate",
+            len(accepted),
+            len(failures),
+        )
+        self.failures += failures
+        for failure in failures:
+            _log.log(
+                WARNING,
+                "\t> Client %s %s: %s",
+                failure.client_key,
+                failure.kind,
+                failure.cause,
+            )
+        for row in client_rows(dispatch, accepted, failures):
+            self._journal.write(row)
+
+    def write_round(
+        self,
+        dispatch: Dispatch,
+        accepted: Mapping[str, ClientReply],
+        failures: list[Failure],
+        *,
+        edge_bytes_so_far: int,
+        received_seconds: float,
+    ) -> None:
+        """Write the sums of a round's training, or of its evaluation."""
+        now = self._clock()
+        self._journal.write(
+            round_row(
+                dispatch,
+                accepted,
+                failures,
+                edge_state_bytes=edge_bytes_so_far - self._edge_bytes,
+                seconds=now - dispatch.started_seconds,
+                aggregation_seconds=now - received_seconds,
+            )
+        )
+        self._edge_bytes = edge_bytes_so_far

@@ -1,0 +1,233 @@
+"""Journal rows as curves: what ``on_row`` can be told, for TensorBoard and W&B.
+
+A round's curves come when its row does, after those of its clients. They stand apart
+from the strategies, which know no more of them than that they are functions of a row.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr_smartsplit.flower.journal.rows import FACTS
+
+Row = Mapping[str, Any]
+Scalars = dict[str, float]
+
+_PHASES = {"round": "train", "evaluation_round": "evaluate"}
+_OF_ROUND = {
+    "accepted": "accepted",
+    "selected": "selected",
+    "bytes": "comm_bytes_total",
+    "seconds": "round_wall_clock_sec",
+    "aggregation_seconds": "server_aggregation_time_sec",
+}
+_COUNT = re.compile(r"/(status|route)/")
+_OF_CLIENT = (
+    "loss",
+    "seconds",
+    "peak_bytes",
+    "resident_growth_bytes",
+    "bytes_down",
+    "bytes_up",
+    "edge_bytes_down",
+    "edge_bytes_up",
+)
+
+
+class RoundScalars:
+    """Collect rows, and hand on the scalars of each round that is complete.
+
+    Parameters
+    ----------
+    write : Callable[[int, dict[str, float]], None]
+        ``write(round, scalars)``.
+    per_client : bool
+        Whether clients have scalars of their own.
+    """
+
+    def __init__(
+        self, write: Callable[[int, Scalars], None], *, per_client: bool
+    ) -> None:
+        self._write = write
+        self._per_client = per_client
+        self._rows: list[Row] = []
+        self._counted: dict[str, set[str]] = {phase: set() for phase in _PHASES}
+
+    def __call__(self, row: Row) -> None:
+        """Take one row."""
+        if row["kind"] == "client":
+            self._rows.append(row)
+        elif row["kind"] in _PHASES:
+            rows, self._rows = self._rows, []
+            mine = [other for other in rows if other["round"] == row["round"]]
+            scalars = self._with_zeros(row["kind"], round_scalars(row, mine))
+            if self._per_client:
+                scalars |= client_scalars(mine)
+            self._write(row["round"], scalars)
+
+    def _with_zeros(self, kind: str, scalars: Scalars) -> Scalars:
+        """Add what was counted in an earlier round, and is none in this one."""
+        counted = self._counted[kind]
+        counted |= {name for name in scalars if _COUNT.search(name)}
+        return {**dict.fromkeys(sorted(counted), 0.0), **scalars}
+
+
+def round_scalars(summary: Row, rows: Sequence[Row]) -> Scalars:
+    """Sum up one round's training or evaluation.
+
+    Parameters
+    ----------
+    summary : Mapping[str, Any]
+        The round's row.
+    rows : Sequence[Mapping[str, Any]]
+        Its clients' rows.
+
+    Returns
+    -------
+    dict[str, float]
+        ``train/...`` or ``evaluate/...``: ``accepted``, ``selected``, ``bytes``,
+        ``seconds``, ``aggregation_seconds``, ``loss`` and each metric (means over the
+        accepted clients' examples), ``worst_peak_fraction`` (of a budget),
+        ``status/...`` and ``route/...`` (numbers of clients).
+
+    Examples
+    --------
+    >>> client = {"phase": "train", "status": "accepted", "route": "whole"}
+    >>> rows = [
+    ...     {**client, "loss": 1.0, "num_examples": 30},
+    ...     {**client, "loss": 3.0, "num_examples": 10},
+    ... ]
+    >>> round_scalars({"kind": "round", "accepted": 2}, rows)["train/loss"]
+    1.5
+    """
+    phase = _PHASES[summary["kind"]]
+    scalars = {
+        f"{phase}/{name}": float(summary[key])
+        for name, key in _OF_ROUND.items()
+        if key in summary
+    }
+    own = [row for row in rows if row["phase"] == phase]
+    scalars |= {f"{phase}/{name}": mean for name, mean in _means(own)}
+    fractions = [
+        row["peak_bytes"] / row["budget_bytes"]
+        for row in own
+        if row.get("budget_bytes") and row.get("peak_bytes")
+    ]
+    if fractions:
+        scalars[f"{phase}/worst_peak_fraction"] = max(fractions)
+    counts = Counter(f"{row['phase']}/status/{row['status']}" for row in rows)
+    counts.update(f"{phase}/route/{row['route']}" for row in own if "route" in row)
+    return scalars | {name: float(number) for name, number in counts.items()}
+
+
+def client_scalars(rows: Sequence[Row]) -> Scalars:
+    """List what each client measured, as ``train/client/KEY/loss`` and the like."""
+    return {
+        f"{row['phase']}/client/{row['client_key']}/{name}": float(row[name])
+        for row in rows
+        for name in (*_OF_CLIENT, *_metric_names(row))
+        if row.get(name) is not None
+    }
+
+
+def _means(rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
+    """Average loss and metrics over the examples of accepted clients."""
+    rows = [row for row in rows if row["status"] == "accepted"]
+    names = dict.fromkeys(
+        name for row in rows for name in ("loss", *_metric_names(row))
+    )
+    for name in names:
+        having = [row for row in rows if name in row and row["num_examples"] > 0]
+        examples = sum(row["num_examples"] for row in having)
+        if examples:
+            total = sum(row[name] * row["num_examples"] for row in having)
+            yield name, total / examples
+
+
+def _metric_names(row: Row) -> list[str]:
+    """Name what ``Task.metrics_fn`` put into a row."""
+    return [name for name in row if name not in FACTS]
+
+
+class TensorBoardRows:
+    """Write a round's scalars for TensorBoard, when told the rows of a journal.
+
+    Parameters
+    ----------
+    log_dir : str or Path
+        The folder that TensorBoard is given.
+    per_client : bool
+        Whether clients have curves of their own.
+
+    Raises
+    ------
+    ImportError
+        If TensorBoard is not installed.
+    """
+
+    def __init__(self, log_dir: str | Path, *, per_client: bool = False) -> None:
+        try:
+            from torch.utils.tensorboard import (  # noqa: PLC0415 - optional package
+                SummaryWriter,
+            )
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoardRows needs tensorboard: "
+                "pip install 'flwr-smartsplit[tensorboard]'."
+            ) from error
+        self._writer = SummaryWriter(str(log_dir))
+        self._take = RoundScalars(self._write, per_client=per_client)
+
+    def __call__(self, row: Row) -> None:
+        """Take one row."""
+        self._take(row)
+
+    def close(self) -> None:
+        """Close the file; each round is in it as soon as it is over."""
+        self._writer.close()
+
+    def _write(self, number: int, scalars: Scalars) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, number)
+        self._writer.flush()
+
+
+class WandbRun(Protocol):
+    """What is used of a run that ``wandb.init`` returns."""
+
+    def log(self, data: dict[str, Any], *, step: int) -> None:
+        """Log values at a step."""
+
+
+class WandbRows:
+    """Log a round's scalars to Weights & Biases, when told the rows of a journal.
+
+    Parameters
+    ----------
+    run : wandb.Run
+        What ``wandb.init`` returned; finish it yourself.
+    per_client : bool
+        Whether clients have curves of their own.
+
+    Raises
+    ------
+    TypeError
+        If it is no run.
+    """
+
+    def __init__(self, run: WandbRun, *, per_client: bool = False) -> None:
+        if not callable(getattr(run, "log", None)):
+            raise TypeError(
+                f"run is a {type(run).__name__}; give what wandb.init() returned."
+            )
+        self._run = run
+        self._take = RoundScalars(self._write, per_client=per_client)
+
+    def __call__(self, row: Row) -> None:
+        """Take one row."""
+        self._take(row)
+
+    def _write(self, number: int, scalars: Scalars) -> None:
+        self._run.log(dict(scalars), step=number)

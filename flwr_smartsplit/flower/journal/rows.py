@@ -1,0 +1,152 @@
+"""Journal rows: what one client, and one round, came to.
+
+The names of sums are those of Flower's own benchmark where it has them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+
+from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.types import (
+    ClientReply,
+    DeviceProfile,
+    Failure,
+    StepReport,
+)
+
+Row = dict[str, object]
+
+FACTS = frozenset(
+    """kind phase round client_key status cause route budget_bytes num_examples
+    predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
+    num_steps num_threads loss loss_rms loss_drop seconds bytes_down bytes_up
+    edge_bytes_up edge_bytes_down moves replans released recompute""".split()
+)
+"""The keys of a client's row; all others are the task's metrics."""
+
+
+def client_rows(
+    dispatch: Dispatch,
+    accepted: Mapping[str, ClientReply],
+    failures: Sequence[Failure],
+) -> Iterator[Row]:
+    """Make one row for every client that was sent something, and every stray reply."""
+    for key, reply in accepted.items():
+        yield _row(dispatch, key, reply.report) | {"status": "accepted"}
+    for failure in failures:
+        row = _row(dispatch, failure.client_key, failure.report)
+        yield row | {"status": failure.kind, "cause": failure.cause}
+
+
+def skipped_row(
+    profile: DeviceProfile,
+    reason: str,
+    round_number: int,
+    *,
+    phase: str = "train",
+    is_unfit: bool = False,
+) -> Row:
+    """Make the row of a client that was not chosen, or could not be."""
+    return {
+        "kind": "client",
+        "phase": phase,
+        "round": round_number,
+        "client_key": profile.client_key,
+        "status": "sat_out" if is_unfit else "not_sampled",
+        "cause": reason,
+        "budget_bytes": profile.budget_bytes,
+        "num_examples": profile.num_examples,
+    }
+
+
+def failure_row(failure: Failure, round_number: int, phase: str) -> Row:
+    """Make the row of something that went wrong before anything was sent."""
+    return {
+        "kind": "client",
+        "phase": phase,
+        "round": round_number,
+        "client_key": failure.client_key,
+        "status": failure.kind,
+        "cause": failure.cause,
+    }
+
+
+def round_row(
+    dispatch: Dispatch,
+    accepted: Mapping[str, ClientReply],
+    failures: Sequence[Failure],
+    *,
+    edge_state_bytes: int,
+    seconds: float,
+    aggregation_seconds: float,
+) -> Row:
+    """Make the row of one round's training, or of its evaluation.
+
+    Parameters
+    ----------
+    edge_state_bytes : int
+        What went between the strategy and its edges since the row before.
+    seconds, aggregation_seconds : float
+        Wall-clock time of the round, and of settling it.
+    """
+    messages = sum(dispatch.sent_bytes.values())
+    messages += sum(dispatch.received_bytes.values())
+    reports = [reply.report for reply in accepted.values()]
+    reports += [failure.report for failure in failures if failure.report is not None]
+    boundaries = sum(report.sent_bytes + report.received_bytes for report in reports)
+    return {
+        "kind": "round" if dispatch.is_train else "evaluation_round",
+        "round": dispatch.round_number,
+        "selected": len(dispatch.sent),
+        "accepted": len(accepted),
+        "edge_state_bytes": edge_state_bytes,
+        "comm_bytes_total": messages + boundaries + edge_state_bytes,
+        "round_wall_clock_sec": seconds,
+        "server_aggregation_time_sec": aggregation_seconds,
+    }
+
+
+def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
+    """Join what was measured and what was sent; our names come last and win."""
+    row: Row = {} if report is None else {**report.metrics, **_measured(report)}
+    row |= {
+        "kind": "client",
+        "phase": "train" if dispatch.is_train else "evaluate",
+        "round": dispatch.round_number,
+        "client_key": key,
+    }
+    sent = dispatch.sent.get(key)
+    if sent is not None:
+        row |= {
+            "route": str(sent.plan.route),
+            "recompute": str(sent.plan.recompute),
+            "budget_bytes": sent.plan.budget_bytes,
+            "bytes_down": dispatch.sent_bytes.get(key, 0),
+            "bytes_up": dispatch.received_bytes.get(key, 0),
+        }
+        if dispatch.is_train:
+            row["predicted_peak_bytes"] = sent.assignment.predicted_peak_bytes
+            row["predicted_seconds"] = sent.assignment.predicted_seconds
+            row["why"] = sent.assignment.why
+    return row
+
+
+def _measured(report: StepReport) -> Row:
+    changes: Row = {
+        "released": report.released,
+        "moves": [asdict(move) for move in report.moves],
+        "replans": [asdict(replan) for replan in report.replans],
+    }
+    return {name: rows for name, rows in changes.items() if rows} | {
+        "peak_bytes": report.peak_bytes,
+        "resident_growth_bytes": report.resident_growth_bytes,
+        "num_examples": report.num_examples,
+        "num_steps": report.num_steps,
+        "num_threads": report.num_threads,
+        "loss": report.loss,
+        "loss_rms": report.loss_rms,
+        "loss_drop": report.loss_drop,
+        "edge_bytes_up": report.sent_bytes,
+        "edge_bytes_down": report.received_bytes,
+        "seconds": report.seconds,
+    }

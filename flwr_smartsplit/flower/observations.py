@@ -1,0 +1,122 @@
+"""What a round's replies teach the selections to come, and edges about cohorts."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from math import inf, isfinite
+
+from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, moved_plan
+from flwr_smartsplit.plan.refine import cohort_of
+from flwr_smartsplit.plan.selection.history import History, Observation
+from flwr_smartsplit.plan.timing import Work, work_of
+from flwr_smartsplit.types import (
+    KEEP_ALL,
+    Assignment,
+    ClientPlan,
+    ClientReply,
+    Cohort,
+    DeviceProfile,
+    EdgeProfile,
+    StepReport,
+)
+
+ClientSeconds = Callable[[ClientPlan, StepReport], float]
+"""Says how long a client's part of a round took."""
+
+
+def measured_seconds(plan: ClientPlan, report: StepReport) -> float:
+    """Take the time that the client measured.
+
+    What it measures differs from run to run, and with it the clients that are chosen.
+    """
+    del plan
+    return report.seconds
+
+
+def observed(
+    dispatch: Dispatch,
+    accepted: Mapping[str, ClientReply],
+    client_seconds: ClientSeconds | None,
+) -> Iterator[Observation]:
+    """Make an observation of every part that was merged, in client_key order.
+
+    Parameters
+    ----------
+    dispatch : Dispatch
+        What went out.
+    accepted : Mapping[str, ClientReply]
+        What came back and was merged.
+    client_seconds : Callable[[ClientPlan, StepReport], float], optional
+        How long a part took; without it, as long as was predicted.
+    """
+    for key, reply in sorted(accepted.items()):
+        sent, report = dispatch.sent[key], reply.report
+        seconds = sent.assignment.predicted_seconds
+        if client_seconds is not None:
+            seconds = client_seconds(sent.plan, report)
+        edges = sent.plan.route.edges()
+        yield Observation(
+            client_key=key,
+            round_number=dispatch.round_number,
+            num_examples=report.num_examples,
+            loss_rms=max(_finite(report.loss_rms), 0.0),
+            loss_drop=_finite(report.loss_drop),
+            seconds=_time(seconds),
+            step_seconds=report.step_seconds if client_seconds is not None else None,
+            work=_work(sent, report),
+            edge=edges[0] if edges else None,
+            features=sent.assignment.features,
+        )
+
+
+def cohort_in(
+    assignments: Iterable[Assignment],
+    devices: Mapping[str, DeviceProfile],
+    history: History,
+    *,
+    edges: Iterable[EdgeProfile] = (),
+) -> Cohort | None:
+    """Sum up who was chosen, by the time of whole rounds; None without any speeds.
+
+    Parameters
+    ----------
+    assignments : Iterable[Assignment]
+        Who was chosen.
+    devices : Mapping[str, DeviceProfile]
+        What they say of themselves, by client_key.
+    history : History
+        What they did before.
+    edges : Iterable[EdgeProfile]
+        Where they train; one whose memory is limited is to be relieved.
+    """
+    pairs = []
+    for each in assignments:
+        key, seconds = each.client_key, each.predicted_seconds
+        seen = history.latest.get(key)
+        if seconds is None and seen is not None and seen.step_seconds is not None:
+            seconds = seen.step_seconds * devices[key].num_steps
+        pairs.append((seconds, history.importance.get(key)))
+    cohort = cohort_of(pairs)
+    if cohort is None:
+        return None
+    is_limited = any(edge.memory_bytes is not None for edge in edges)
+    return replace(cohort, relieves_edge=is_limited)
+
+
+def _work(sent: Sent, report: StepReport) -> Work | None:
+    """Say what a step asked for at least as the round ended."""
+    if sent.profile is None:
+        return None
+    plan = moved_plan(sent.plan, report.moves)
+    is_as_planned = not (report.moves or report.replans)
+    recompute = plan.recompute if is_as_planned else KEEP_ALL
+    return work_of(sent.profile, plan.route, recompute)
+
+
+def _finite(loss: float) -> float:
+    """Let a loss that is no number speak neither for nor against anybody else."""
+    return loss if isfinite(loss) else 0.0
+
+
+def _time(seconds: float | None) -> float | None:
+    """Keep a time that somebody can have taken."""
+    return seconds if seconds is not None and 0 <= seconds < inf else None

@@ -1,0 +1,234 @@
+"""Dispatch: one phase of a round, blind to which of Flower's APIs carries it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from flwr_smartsplit.errors import InvalidRoute, RefusedReply
+from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.types import (
+    Assignment,
+    ChainProfile,
+    ClientPlan,
+    ClientReply,
+    Expectation,
+    Failure,
+    Move,
+    TailExpectation,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What one client is sent, and what its arrays are called.
+
+    If the client then moves its cut, ``after`` says what it sends back instead.
+
+    Parameters
+    ----------
+    plan : ClientPlan
+        Its plan.
+    names : tuple[str, ...]
+        The state of its device segments.
+    returned_names : tuple[str, ...]
+        Those of them that it sends back: without what stays on the device.
+    assignment : Assignment
+        What the policy gave it.
+    profile : ChainProfile, optional
+        The chain's costs at its batch size.
+    """
+
+    plan: ClientPlan
+    names: tuple[str, ...]
+    returned_names: tuple[str, ...]
+    assignment: Assignment
+    profile: ChainProfile | None = None
+
+    def after(self, moves: Sequence[Move], chain: Chain) -> "Sent":
+        """Say what a client sends back that moved its cut.
+
+        Moves that cannot have happened change nothing: such a reply is compared with
+        the plan, which it does not fit.
+        """
+        if not moves:
+            return self
+        try:
+            plan = moved_plan(self.plan, moves)
+            names = device_names(plan, chain)
+        except InvalidRoute:
+            return self
+        local = set(self.names) - set(self.returned_names)
+        if not local <= set(names):
+            return self
+        mine = tuple(name for name in names if name not in local)
+        return replace(self, plan=plan, names=names, returned_names=mine)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came from one client.
+
+    Parameters
+    ----------
+    client_key : str
+        Who was asked, or the node if nobody was.
+    read : Callable[[], ClientReply], optional
+        Reads the reply; may raise ``RefusedReply``.
+    num_bytes : int
+        Size of what came.
+    error : str
+        Why there is nothing to read.
+    """
+
+    client_key: str
+    read: Callable[[], ClientReply] | None = None
+    num_bytes: int = 0
+    error: str = ""
+
+
+@dataclass
+class Dispatch:
+    """One phase of one round: what went out, and what came back.
+
+    Parameters
+    ----------
+    round_number : int
+        The round, counted from 1.
+    is_train : bool
+        Training or evaluation.
+    started_seconds : float
+        The clock when the phase began.
+    """
+
+    round_number: int
+    is_train: bool
+    started_seconds: float
+    sent: dict[str, Sent] = field(default_factory=dict)
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+    received_bytes: dict[str, int] = field(default_factory=dict)
+
+    def expectations(
+        self, chain: Chain, replies: Sequence[ClientReply] = ()
+    ) -> dict[str, Expectation]:
+        """Say what every chosen client's reply must contain.
+
+        Parameters
+        ----------
+        chain : Chain
+            The model.
+        replies : Sequence[ClientReply]
+            What came: a client whose cut has moved sends what its last route has.
+        """
+        moves: dict[str, tuple[Move, ...]] = {}
+        for reply in replies:  # Only the first reply of a client can be accepted.
+            moves.setdefault(reply.client_key, reply.report.moves)
+        ended = {k: s.after(moves.get(k, ()), chain) for k, s in self.sent.items()}
+        return {
+            key: Expectation(
+                client_key=key,
+                device_names=frozenset(sent.returned_names),
+                tails={
+                    leg.place: TailExpectation(
+                        session=sent.plan.session(leg.place),
+                        names=frozenset(chain.state_names(leg.start, leg.stop)),
+                    )
+                    for leg in sent.plan.route.edge_legs(len(chain))
+                },
+            )
+            for key, sent in ended.items()
+        }
+
+    def collect(
+        self, answers: Iterable[Answer], *, unnamed: Sequence[str] = ()
+    ) -> tuple[list[ClientReply], list[Failure]]:
+        """Sort what came into replies and failures.
+
+        Chosen clients of whom nothing came are failures too.
+
+        Parameters
+        ----------
+        answers : Iterable[Answer]
+            What came.
+        unnamed : Sequence[str]
+            Errors of which Flower does not say whose they are.
+        """
+        replies, failures = [], []
+        silent = set(self.sent)
+        for answer in answers:
+            key = answer.client_key
+            silent.discard(key)
+            if answer.read is None:
+                failure = Failure(client_key=key, kind="failed", cause=answer.error)
+                failures.append(failure)
+                continue
+            self.received_bytes[key] = answer.num_bytes
+            try:
+                replies.append(_of(key, answer.read()))
+            except RefusedReply as error:
+                failures.append(
+                    Failure(client_key=key, kind=error.kind, cause=str(error))
+                )
+        failures += [_lost(key, unnamed) for key in sorted(silent)]
+        return replies, failures
+
+
+def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
+    """Name the state of a plan's device segments, in the chain's order."""
+    return tuple(
+        name
+        for leg in plan.route.device_legs(len(chain))
+        for name in chain.state_names(leg.start, leg.stop)
+    )
+
+
+def moved_plan(plan: ClientPlan, moves: Sequence[Move]) -> ClientPlan:
+    """Follow a client's moves from its planned route to the one it ended on.
+
+    Raises
+    ------
+    InvalidRoute
+        If they do not begin at its cut, do not follow each other, or end at no cut.
+    """
+    route = plan.route
+    for move in moves:
+        if route.cuts[:1] != (move.before,):
+            raise InvalidRoute(f"a move from {move.before} on {route}.")
+        route = route.with_first_cut(move.after)
+    return replace(plan, route=route)
+
+
+def names_after(
+    sent: Sent | None, chain: Chain, moves: Sequence[Move]
+) -> tuple[str, ...]:
+    """Name a client's arrays in their order, wherever its cut has moved."""
+    return () if sent is None else sent.after(moves, chain).returned_names
+
+
+def returned(
+    names: Iterable[str], is_local: Callable[[str], bool] | None
+) -> tuple[str, ...]:
+    """Leave out the names of what stays on the device."""
+    return tuple(name for name in names if is_local is None or not is_local(name))
+
+
+def _of(key: str, reply: ClientReply) -> ClientReply:
+    if reply.client_key != key:
+        raise RefusedReply(
+            f"the node of client {key!r} answers for {reply.client_key!r}.",
+            kind="refused",
+        )
+    return reply
+
+
+def _lost(key: str, unnamed: Sequence[str]) -> Failure:
+    if unnamed:
+        return Failure(
+            client_key=key,
+            kind="failed",
+            cause="no reply; Flower's legacy API does not say whose errors came: "
+            + "; ".join(unnamed),
+        )
+    return Failure(
+        client_key=key,
+        kind="lost",
+        cause="no reply before the timeout; raise it, or look at the client's log.",
+    )

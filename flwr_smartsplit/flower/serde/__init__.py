@@ -1,0 +1,1 @@
+"""Plans, profiles and outcomes as Flower records, and back."""

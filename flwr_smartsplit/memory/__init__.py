@@ -1,0 +1,1 @@
+"""What tensors take, counted and capped while a step runs."""

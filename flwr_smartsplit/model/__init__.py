@@ -1,1 +1,0 @@
-"""What a model is and what it costs: chains, segments, memory."""

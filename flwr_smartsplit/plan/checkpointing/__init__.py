@@ -1,0 +1,1 @@
+"""What a device computes twice so that its route fits its memory."""

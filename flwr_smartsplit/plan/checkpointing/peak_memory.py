@@ -1,0 +1,95 @@
+"""Read a route's memory off a chain's profile."""
+
+from flwr_smartsplit.errors import InvalidPlan
+from flwr_smartsplit.plan.checkpointing.stages import always_held_bytes, stages_of
+from flwr_smartsplit.plan.checkpointing.step_memory import held_by
+from flwr_smartsplit.types import KEEP_ALL, ChainProfile, Leg, RecomputePlan, Route
+
+
+def predicted_peak_bytes(
+    profile: ChainProfile, route: Route, recompute: RecomputePlan = KEEP_ALL
+) -> int:
+    """Predict the most a device holds during a training step of its route.
+
+    Parameters
+    ----------
+    profile : ChainProfile
+        Exact costs at the client's batch size and optimizer.
+    route : Route
+        Any route of the chain.
+    recompute : RecomputePlan
+        What the device runs twice.
+
+    Returns
+    -------
+    int
+        Bytes. If nothing runs twice, equal to what the meter measures from the second
+        step on; else never below it, and by at most 5 % above
+        (`docs/memory-model.md`).
+
+    Raises
+    ------
+    InvalidRoute
+        If a cut lies outside the chain.
+    InvalidPlan
+        If a part of the plan does not lie within a device segment.
+
+    Notes
+    -----
+    A device that gets the last segment back holds both segments all the time. The
+    first one's activations wait while the last one does its whole step; then the first
+    goes backward as if nothing else were there.
+    """
+    first, *rest = route.device_legs(len(profile.units))
+    if not recompute.is_empty:
+        return _with_recompute(profile, (first, *rest), recompute)
+    head = profile.units[first.stop - 1]
+    if not rest:
+        return head.device_peak_bytes
+    tail = profile.units[rest[0].start :]
+    resident_bytes = sum(unit.resident_bytes for unit in tail)
+    before = profile.batch_bytes + sum(
+        unit.resident_bytes for unit in profile.units[: first.stop]
+    )
+    kept_bytes = updated = 0
+    if profile.updates_last:
+        kept_bytes = sum(unit.gradient_bytes for unit in tail)
+        gradients = sum(unit.gradient_bytes for unit in profile.units[: first.stop])
+        updated = before + gradients + kept_bytes + tail[0].tail_update_bytes
+    return resident_bytes + max(
+        head.device_peak_bytes + kept_bytes,
+        before + head.waiting_bytes + tail[0].return_bytes,
+        updated,
+    )
+
+
+def _with_recompute(
+    profile: ChainProfile, legs: tuple[Leg, ...], plan: RecomputePlan
+) -> int:
+    """Follow the step through the stages of each device segment."""
+    parts = [plan.within(leg.start, leg.stop) for leg in legs]
+    if sum(len(p.reruns) + len(p.light) for p in parts) < len(plan.reruns) + len(
+        plan.light
+    ):
+        raise InvalidPlan(f"the plan {plan} has units that do not run on the device.")
+    static = always_held_bytes(profile, legs)
+    first, *rest = legs
+    stages = stages_of(profile, first)
+    head = held_by(stages, parts[0])
+    head_left = sum(stage.left_bytes for stage in stages)
+    kept = 0
+    update = profile.units[first.stop - 1].head_update_bytes
+    peaks = [max(head.peak_bytes, head_left + update)]
+    for leg, part in zip(rest, parts[1:], strict=True):
+        stages, before = stages_of(profile, leg), profile.units[leg.start - 1]
+        left = sum(stage.left_bytes for stage in stages)
+        update = profile.units[leg.start].tail_update_bytes
+        own = held_by(stages, part).peak_bytes
+        if profile.updates_last:
+            kept = left
+            peaks.append(head_left + left + update)
+        else:
+            own = max(own, left + before.step.gradient_bytes + update)
+        peaks.append(head.waiting_bytes + before.boundary_bytes + own)
+    peaks[0] += kept
+    return static + max(peaks)

@@ -1,0 +1,287 @@
+"""plan_recompute: which units of a device run twice, so that its route fits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from flwr_smartsplit.errors import NoFeasiblePlan, bytes_text
+from flwr_smartsplit.plan.checkpointing.optimal import Rotor
+from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
+from flwr_smartsplit.plan.checkpointing.stages import (
+    Stage,
+    always_held_bytes,
+    stages_of,
+)
+from flwr_smartsplit.plan.checkpointing.step_memory import held_by
+from flwr_smartsplit.types import (
+    KEEP_ALL,
+    ChainProfile,
+    Leg,
+    RecomputePlan,
+    Rerun,
+    Route,
+)
+
+_SLOTS = 500
+
+
+def plan_recompute(
+    profile: ChainProfile,
+    route: Route,
+    *,
+    budget_bytes: int,
+    unit_costs: Sequence[float] | None = None,
+) -> RecomputePlan:
+    """Choose what a device recomputes so that its route fits a budget.
+
+    Parameters
+    ----------
+    profile : ChainProfile
+        Exact costs at the client's batch size and optimizer.
+    route : Route
+        Any route of the chain.
+    budget_bytes : int
+        What the device's tensors may take at any moment.
+    unit_costs : Sequence[float], optional
+        What a forward of each unit costs, such as measured milliseconds; without it,
+        FLOPs count.
+
+    Returns
+    -------
+    RecomputePlan
+        The one of least extra cost; nothing is recomputed if all fits. Sizes are
+        rounded up to 1/500 of the budget, so a plan is never above it.
+
+    Raises
+    ------
+    NoFeasiblePlan
+        With the least bytes that would do, and the nearest route that fits.
+
+    Notes
+    -----
+    Optimal for one device segment. A route that comes back has two, which are planned
+    one after the other: first what waits, then what the rest leaves room for.
+
+    Examples
+    --------
+    >>> from flwr_smartsplit.types import ChainProfile, UnitCost
+    >>> costs = dict.fromkeys(
+    ...     ("parameter_bytes", "buffer_bytes", "gradient_bytes",
+    ...      "optimizer_state_bytes", "saved_bytes", "boundary_bytes",
+    ...      "forward_flops", "waiting_bytes", "return_bytes"), 0)
+    >>> unit = UnitCost(name="a", device_peak_bytes=8, **costs)
+    >>> profile = ChainProfile(batch_size=1, batch_bytes=0, units=(unit,))
+    >>> str(plan_recompute(profile, Route.whole(), budget_bytes=8))
+    'none'
+    """
+    check_budget(budget_bytes)
+    costs = None if unit_costs is None else tuple(unit_costs)
+    found = cheapest_plan(profile, route, budget_bytes, costs)
+    if found is not None:
+        return found
+    needed = least_bytes(profile, route)
+    nearest = _nearest_that_fits(profile, route, budget_bytes)
+    advice = (
+        f"the nearest route that fits is {nearest}"
+        if nearest is not None
+        else "no other cut of it fits either; lower the batch size"
+    )
+    raise NoFeasiblePlan(
+        f"no recompute plan of {route} fits: the least is {bytes_text(needed)} at "
+        f"batch size {profile.batch_size}, the budget is {bytes_text(budget_bytes)}; "
+        f"{advice}.",
+        needed_bytes=needed,
+        budget_bytes=budget_bytes,
+        route=nearest,
+    )
+
+
+def check_budget(budget_bytes: object) -> None:
+    """Refuse what is not a number of bytes.
+
+    Raises
+    ------
+    ValueError
+        Saying what it is instead.
+    """
+    is_count = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
+    if not is_count or budget_bytes < 0:  # type: ignore[operator]
+        raise ValueError(
+            f"budget_bytes is {budget_bytes!r}: give a whole number of bytes of at "
+            "least 0, such as 64 * 2**20."
+        )
+
+
+@lru_cache(maxsize=4096)
+def cheapest_plan(
+    profile: ChainProfile,
+    route: Route,
+    budget_bytes: int,
+    unit_costs: tuple[float, ...] | None = None,
+) -> RecomputePlan | None:
+    """Choose as ``plan_recompute`` does; return None where no plan fits."""
+    if predicted_peak_bytes(profile, route) <= budget_bytes:
+        return KEEP_ALL
+    segments = _segments(profile, route, unit_costs)
+    fitting = [
+        (_extra(segments, plan), index, plan)
+        for index, plan in enumerate(_candidates(segments, budget_bytes))
+        if predicted_peak_bytes(profile, route, plan) <= budget_bytes
+    ]
+    if not fitting:
+        plan = _leanest(profile, route)
+        return (
+            plan if predicted_peak_bytes(profile, route, plan) <= budget_bytes else None
+        )
+    return min(fitting)[2]
+
+
+def least_bytes(profile: ChainProfile, route: Route) -> int:
+    """Find the least that a device needs for a route, whatever runs twice."""
+    return predicted_peak_bytes(profile, route, _leanest(profile, route))
+
+
+@lru_cache(maxsize=4096)
+def floor_bytes(profile: ChainProfile, route: Route) -> int:
+    """Find what no plan of a route can go below: it is quick, and may be too low."""
+    segments = _segments(profile, route, None)
+    needs = [0]
+    for stages in (segments.head, segments.tail):
+        for before, stage in zip((None, *stages), stages, strict=False):
+            held = before.output_bytes if before is not None else 0
+            least = min(way.backward_peak_bytes for way in stage.ways)
+            needs.append(held + least)
+    return min(segments.static_bytes + max(needs), predicted_peak_bytes(profile, route))
+
+
+def extra_flops(profile: ChainProfile, route: Route, plan: RecomputePlan) -> int:
+    """Count the floating-point operations that a plan adds to a step's forward."""
+    return round(_extra(_segments(profile, route, None), plan))
+
+
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """The device segments of a route as stages, and what stays besides."""
+
+    head: tuple[Stage, ...]
+    tail: tuple[Stage, ...]
+    static_bytes: int
+    entered_bytes: int
+    legs: tuple[Leg, ...]
+
+
+@lru_cache(maxsize=1024)
+def _segments(
+    profile: ChainProfile, route: Route, costs: tuple[float, ...] | None
+) -> _Segments:
+    legs = route.device_legs(len(profile.units))
+    head, *tail = (stages_of(profile, leg, costs) for leg in legs)
+    static = always_held_bytes(profile, legs)
+    entered = profile.units[legs[1].start - 1].boundary_bytes if tail else 0
+    return _Segments(head, tail[0] if tail else (), static, entered, legs)
+
+
+def _candidates(segments: _Segments, budget_bytes: int) -> list[RecomputePlan]:
+    """Plan each segment with the memory that the other leaves it."""
+    free = budget_bytes - segments.static_bytes
+    if free <= 0:
+        return []
+    plans = [_best(segments.head, free)]
+    if not segments.tail:
+        return [plan for plan in plans if plan is not None]
+    plans.append(KEEP_ALL)
+    plans.append(_best(segments.head, free, is_rerun=True))
+    joined = []
+    for head in filter(None, dict.fromkeys(plans)):
+        waiting = held_by(segments.head, head).waiting_bytes
+        room = free - waiting - segments.entered_bytes
+        tail = _best(segments.tail, room) if room > 0 else None
+        if tail is not None:
+            joined.append(_joined(head, tail))
+    return joined
+
+
+def _best(
+    stages: Sequence[Stage], free_bytes: int, *, is_rerun: bool = False
+) -> RecomputePlan | None:
+    rotor = Rotor(stages, free_bytes, slots=_SLOTS, is_rerun=is_rerun)
+    return rotor.best_within(free_bytes)
+
+
+def _joined(head: RecomputePlan, tail: RecomputePlan) -> RecomputePlan:
+    return RecomputePlan((*head.reruns, *tail.reruns), (*head.light, *tail.light))
+
+
+@lru_cache(maxsize=1024)
+def _leanest(profile: ChainProfile, route: Route) -> RecomputePlan:
+    """Find the plan of least memory, to a slot."""
+    segments = _segments(profile, route, None)
+    best, least = KEEP_ALL, (predicted_peak_bytes(profile, route), 0.0)
+    for _ in range(3):  # Each time with finer slots.
+        found = {
+            plan: (predicted_peak_bytes(profile, route, plan), _extra(segments, plan))
+            for plan in _lean_ones(segments, least[0] - segments.static_bytes)
+        }
+        better = {plan: each for plan, each in found.items() if each < least}
+        if not better:
+            break
+        best = min(better, key=better.__getitem__)
+        least = better[best]
+    return best
+
+
+def _lean_ones(segments: _Segments, free_bytes: int) -> list[RecomputePlan]:
+    def leanest(stages: Sequence[Stage], is_rerun: bool) -> RecomputePlan | None:
+        rotor = Rotor(stages, free_bytes, slots=_SLOTS, is_rerun=is_rerun)
+        return None if rotor.least_slots is None else rotor.plan(rotor.least_slots)
+
+    if free_bytes <= 0:
+        return []
+    kinds = (False, True) if segments.tail else (False,)
+    heads = [leanest(segments.head, is_rerun) for is_rerun in kinds]
+    if not segments.tail:
+        return [plan for plan in heads if plan is not None]
+    tail = leanest(segments.tail, False)
+    return [_joined(h, tail) for h in heads if h is not None and tail is not None]
+
+
+def _extra(segments: _Segments, plan: RecomputePlan) -> float:
+    """Add up the cost of what runs again."""
+    pairs = zip(segments.legs, (segments.head, segments.tail), strict=False)
+    return sum(
+        cost_of(stages, plan.within(leg.start, leg.stop)) for leg, stages in pairs
+    )
+
+
+def cost_of(stages: Sequence[Stage], plan: RecomputePlan) -> float:
+    """Add up the cost of what a plan of one segment runs again."""
+    light = sum(
+        way.extra_cost
+        for stage in stages
+        for way in stage.ways[1:]
+        if set(way.light) <= set(plan.light)
+    )
+    return light + sum(_rerun_cost(stages, part) for part in plan.reruns)
+
+
+def _rerun_cost(stages: Sequence[Stage], part: Rerun) -> float:
+    """Add up what one part runs again; a rerun ends at the last tensor it saves."""
+    inside = [s for s in stages if part.start <= s.start < s.stop <= part.stop]
+    cost = sum(stage.cost for stage in inside[:-1]) + inside[-1].rerun_cost
+    if part.inner and part.inner[-1].stop == part.stop:
+        last = part.inner[-1]
+        cost = sum(stage.cost for stage in inside if stage.stop <= last.start)
+    return cost + sum(_rerun_cost(stages, each) for each in part.inner)
+
+
+def _nearest_that_fits(
+    profile: ChainProfile, route: Route, budget_bytes: int
+) -> Route | None:
+    """Find the deepest first cut, before this one, at which some plan fits."""
+    size = len(profile.units)
+    first = route.cuts[0] if route.cuts else size
+    for cut in range(first - 1, 0, -1):
+        nearer = route.with_first_cut(cut) if route.cuts else Route.split(cut)
+        if least_bytes(profile, nearer) <= budget_bytes:
+            return nearer
+    return None

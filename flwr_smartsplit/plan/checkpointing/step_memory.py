@@ -1,0 +1,156 @@
+"""What a step holds under a recompute plan: a ledger of stages, forward and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr_smartsplit.errors import InvalidPlan
+from flwr_smartsplit.plan.checkpointing.stages import (
+    Stage,
+    Way,
+    left_from,
+    passing_peaks,
+)
+from flwr_smartsplit.types import RecomputePlan, Rerun
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the stages of one device segment hold besides what always stays.
+
+    Parameters
+    ----------
+    peak_bytes : int
+        The most, forward and backward.
+    waiting_bytes : int
+        What is left while the rest of the step runs elsewhere.
+    """
+
+    peak_bytes: int
+    waiting_bytes: int
+
+
+Item = tuple[int, int, "tuple[Item, ...] | None"]
+"""Stages ``[first, last]`` that are kept (``None``), or run again with inner items."""
+
+
+def held_by(stages: Sequence[Stage], plan: RecomputePlan) -> Held:
+    """Follow a step through its stages and find what it holds.
+
+    Parameters
+    ----------
+    stages : Sequence[Stage]
+        Those of one segment.
+    plan : RecomputePlan
+        What runs again, in units; its parts begin and end where stages do.
+
+    Raises
+    ------
+    InvalidPlan
+        If they do not, or a stage must not run twice.
+    """
+    ledger = _Ledger(stages, frozenset(plan.light))
+    items = items_of(stages, plan.reruns)
+    held = ledger.forward(items, 0)
+    waiting = held[-1] + ledger.stays(items[-1])
+    ledger.backward(items, held)
+    return Held(ledger.peak_bytes, waiting)
+
+
+def items_of(
+    stages: Sequence[Stage], reruns: Sequence[Rerun], first: int = 0, stop: int = -1
+) -> tuple[Item, ...]:
+    """Write parts of a plan in stages instead of units."""
+    end = len(stages) if stop < 0 else stop
+    items: list[Item] = []
+    index = first
+    for part in reruns:
+        low = _index_at(stages, part.start, part, end)
+        high = _index_at(stages, part.stop, part, end)
+        items += [(i, i, None) for i in range(index, low)]
+        if not all(stage.can_rerun for stage in stages[low:high]):
+            raise InvalidPlan(
+                f"{part}: one of these units changes tensors when it runs, so it must "
+                "not run twice."
+            )
+        items.append((low, high - 1, items_of(stages, part.inner, low, high)))
+        index = high
+    items += [(i, i, None) for i in range(index, end)]
+    return tuple(items)
+
+
+def _index_at(stages: Sequence[Stage], unit: int, part: Rerun, end: int) -> int:
+    """Find the stage that begins with a unit."""
+    for index, stage in enumerate(stages):
+        if stage.start == unit and stage.stop > stage.start:
+            return index
+    if stages and unit == stages[end - 1].stop:
+        return end
+    bounds = sorted({s.start for s in stages} | {s.stop for s in stages})
+    raise InvalidPlan(
+        f"{part} begins or ends at unit {unit}, where nothing is kept to start again "
+        f"from; possible are {bounds}."
+    )
+
+
+class _Ledger:
+    """The bytes that come and go, and the most of them."""
+
+    def __init__(self, stages: Sequence[Stage], light: frozenset[int]) -> None:
+        self.peak_bytes = 0
+        self._stages = stages
+        self._light = light
+        self._left = left_from(stages)
+
+    def forward(
+        self, items: Sequence[Item], base: int, *, is_rerun: bool = False
+    ) -> list[int]:
+        """Run items, from ``base`` bytes on; return what is held before each.
+
+        A rerun ends at the last tensor that it saves, so not with another rerun.
+        """
+        live, held = base, []
+        for number, (first, last, inner) in enumerate(items, start=1):
+            held.append(live)
+            ends = is_rerun and number == len(items)
+            if inner is None:
+                way = self._way(first)
+                peak = way.rerun_peak_bytes if ends else way.forward_peak_bytes
+                self._see(live + peak)
+                live += way.saved_bytes
+            elif not ends:
+                passing = passing_peaks(self._stages[first : last + 1])
+                self._see(live + passing[-1])
+                live += self._stages[last].output_bytes
+        return held
+
+    def backward(self, items: Sequence[Item], held: Sequence[int]) -> None:
+        """Go back over items; ``held`` is what lies before each."""
+        for (first, last, inner), base in zip(
+            reversed(items), reversed(held), strict=True
+        ):
+            if inner is None:
+                way = self._way(first)
+                self._see(base + self._left[first + 1] + way.backward_peak_bytes)
+            else:
+                arriving = self._arriving(last)
+                again = self.forward(inner, base + arriving, is_rerun=True)
+                self.backward(inner, [each - arriving for each in again])
+
+    def _arriving(self, last: int) -> int:
+        """Size of the gradients that are there when a rerun of stages begins."""
+        return self._left[last + 1] + self._stages[last].arriving_bytes
+
+    def stays(self, item: Item) -> int:
+        """Say what the last item of a segment keeps while the rest runs elsewhere."""
+        first, _, inner = item
+        return self._way(first).kept_bytes if inner is None else 0
+
+    def _way(self, index: int) -> Way:
+        stage = self._stages[index]
+        for way in stage.ways[1:]:
+            if self._light.issuperset(way.light):
+                return way
+        return stage.ways[0]
+
+    def _see(self, num_bytes: int) -> None:
+        self.peak_bytes = max(self.peak_bytes, num_bytes)

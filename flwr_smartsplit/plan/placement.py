@@ -1,0 +1,77 @@
+"""Placing: which edge hosts the rest of a client's model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flwr_smartsplit.plan.menu import Offer
+from flwr_smartsplit.plan.timing import round_seconds
+from flwr_smartsplit.types import DeviceProfile, EdgeProfile
+
+NEAR = 1.1
+"""Edges over which a client's round takes at most this much longer than over the
+fastest one are as good as that."""
+
+
+@dataclass
+class Places:
+    """The edges of a round, and what is taken of them while it is planned.
+
+    Parameters
+    ----------
+    edges : Sequence[EdgeProfile]
+        The edges that are ready, in the strategy's order.
+    """
+
+    edges: Sequence[EdgeProfile]
+    _clients: dict[str, int] = field(init=False)
+    _memory_bytes: dict[str, int] = field(init=False)
+    _disk_bytes: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with empty edges."""
+        names = [edge.name for edge in self.edges]
+        self._clients = dict.fromkeys(names, 0)
+        self._memory_bytes = dict.fromkeys(names, 0)
+        self._disk_bytes = dict.fromkeys(names, 0)
+
+    def find(
+        self, device: DeviceProfile, offer: Offer, home: str | None
+    ) -> EdgeProfile | None:
+        """Choose an edge that has room; None if none has.
+
+        Of the edges over which the client is about as fast, the one where it was
+        before, unless others have two clients fewer; else the one with the fewest.
+
+        Parameters
+        ----------
+        device : DeviceProfile
+            The client.
+        offer : Offer
+            What it is to do.
+        home : str or None
+            The edge where it was before.
+        """
+        roomy = [edge for edge in self.edges if self._has_room(edge, offer)]
+        if not roomy:
+            return None
+        seconds = {e.name: round_seconds(offer.work, device, e) or 0.0 for e in roomy}
+        limit = NEAR * min(seconds.values())
+        near = [edge for edge in roomy if seconds[edge.name] <= limit]
+        fewest = min(self._clients[edge.name] for edge in near)
+        for edge in near:
+            if edge.name == home and self._clients[home] <= fewest + 1:
+                return edge
+        return next(edge for edge in near if self._clients[edge.name] == fewest)
+
+    def take(self, edge: EdgeProfile, offer: Offer) -> None:
+        """Count a client in."""
+        self._clients[edge.name] += 1
+        self._memory_bytes[edge.name] += offer.edge_memory_bytes
+        self._disk_bytes[edge.name] += offer.edge_disk_bytes
+
+    def _has_room(self, edge: EdgeProfile, offer: Offer) -> bool:
+        memory = self._memory_bytes[edge.name] + offer.edge_memory_bytes
+        disk = self._disk_bytes[edge.name] + offer.edge_disk_bytes
+        return (edge.memory_bytes is None or memory <= edge.memory_bytes) and (
+            edge.disk_bytes is None or disk <= edge.disk_bytes
+        )

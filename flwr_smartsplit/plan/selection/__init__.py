@@ -1,0 +1,1 @@
+"""Who trains in a round, and why the others wait."""

@@ -1,0 +1,159 @@
+"""Candidates: the clients that have a route, and which offers each of them can take."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, nan
+
+import numpy as np
+import numpy.typing as npt
+
+from flwr_smartsplit.errors import bytes_text
+from flwr_smartsplit.plan.menu import Menu
+from flwr_smartsplit.plan.timing import NO_WAIT
+from flwr_smartsplit.types import DeviceProfile, EdgeProfile, Link
+
+Floats = npt.NDArray[np.float64]
+NO_BUDGET_BYTES = np.iinfo(np.int64).max
+MOST_SECONDS = float(np.finfo(np.float64).max)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """One client and what it can do.
+
+    Parameters
+    ----------
+    device : DeviceProfile
+        The client.
+    menu : Menu
+        What there is at its batch size.
+    fits : ndarray
+        Places in the menu of the offers within its budget, shape (offers that fit,).
+    seconds : ndarray
+        What each of these would take in a round; NaN if the device's speed is unknown.
+    best : int
+        Place in the menu of the fastest one; of the first one if nobody knows.
+    best_seconds : float
+        What that one would take; NaN if unknown.
+    """
+
+    device: DeviceProfile
+    menu: Menu
+    fits: npt.NDArray[np.int64]
+    seconds: Floats
+    best: int
+    best_seconds: float
+
+
+def candidates_of(
+    devices: Sequence[DeviceProfile], menu: Menu, edges: Sequence[EdgeProfile]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Find out who can take what.
+
+    Parameters
+    ----------
+    devices : Sequence[DeviceProfile]
+        All of one batch size.
+    menu : Menu
+        What there is at this batch size.
+    edges : Sequence[EdgeProfile]
+        The edges that are ready.
+
+    Returns
+    -------
+    candidates : list[Candidate]
+        In the order of the devices.
+    unfit : dict[str, str]
+        For all other devices the reason, by client_key.
+    """
+    budgets = np.array(
+        [
+            # A client that claims more than there can be has no limit.
+            NO_BUDGET_BYTES
+            if device.budget_bytes is None
+            else min(device.budget_bytes, NO_BUDGET_BYTES)
+            for device in devices
+        ],
+        np.int64,
+    )
+    is_fit = menu.peaks[None, :] <= budgets[:, None]
+    seconds = _seconds(devices, menu, edges)
+    # Where the time is unknown, the first offer that fits is the best one.
+    ranked = np.where(np.isnan(seconds), np.arange(len(menu.offers)), seconds)
+    ranked = np.minimum(ranked, MOST_SECONDS)  # What does not fit comes after all.
+    best = np.where(is_fit, ranked, inf).argmin(axis=1).tolist()
+    candidates: list[Candidate] = []
+    unfit: dict[str, str] = {}
+    for row, device in enumerate(devices):
+        (fits,) = is_fit[row].nonzero()
+        if not len(fits):
+            unfit[device.client_key] = why_unfit(device, menu, has_edges=bool(edges))
+            continue
+        own = seconds[row]
+        candidates.append(
+            Candidate(device, menu, fits, own[fits], best[row], float(own[best[row]]))
+        )
+    return candidates, unfit
+
+
+def why_unfit(device: DeviceProfile, menu: Menu, *, has_edges: bool) -> str:
+    """Say why a device has no route, with the least bytes that would do."""
+    cheapest = menu.cheapest
+    if cheapest is None:
+        return "no route keeps all units on the device whose state is its own."
+    advice = "" if has_edges else ", give the strategy an edge"
+    return (
+        f"no route fits: the cheapest ({cheapest.route}) needs "
+        f"{bytes_text(cheapest.peak_bytes)} at batch size {menu.profile.batch_size}, "
+        f"the budget is {bytes_text(device.budget_bytes or 0)}. Lower the batch size"
+        f"{advice} or raise the budget."
+    )
+
+
+def _seconds(
+    devices: Sequence[DeviceProfile], menu: Menu, edges: Sequence[EdgeProfile]
+) -> Floats:
+    """Say what each offer takes each device, over its fastest link to an edge.
+
+    The sums are those of ``timing.round_seconds``, for all at once.
+    """
+    works = [offer.work for offer in menu.offers]
+    device_flops = np.array([work.device_flops for work in works], np.float64)
+    edge_flops = np.array([work.edge_flops for work in works], np.float64)
+    boundary = np.array([work.boundary_bytes for work in works], np.float64)
+    exchanges = np.array([work.num_exchanges for work in works], np.float64)
+    state = np.array([work.state_bytes for work in works], np.float64)
+    steps = np.array([device.num_steps for device in devices], np.float64)[:, None]
+    speeds = [device.traits.flops_per_second for device in devices]
+    speed = np.array([nan if s is None else s for s in speeds])[:, None]
+    away = np.full((len(devices), len(works)), inf if edges else 0.0)
+    for edge in edges:
+        per_byte, per_message = _rates(
+            [device.traits.link_to(edge.name) for device in devices]
+        )
+        at_edge = edge_flops / (edge.flops_per_second or inf)
+        over = boundary * per_byte + exchanges * per_message + at_edge
+        away = np.minimum(away, over)
+    per_byte, per_message = _rates([device.traits.link for device in devices])
+    seconds: Floats = steps * (device_flops / speed + away) + state * per_byte
+    return seconds + per_message
+
+
+def _rates(links: Sequence[Link | None]) -> tuple[Floats, Floats]:
+    """Return seconds per byte there and back, and per message with its answer."""
+    known = [NO_WAIT if link is None else link for link in links]
+    per_byte = [
+        1 / link.up_bytes_per_second + 1 / link.down_bytes_per_second for link in known
+    ]
+    per_message = [2 * link.latency_seconds for link in known]
+    return np.array(per_byte)[:, None], np.array(per_message)[:, None]
+
+
+def by_batch_size(
+    fleet: Sequence[DeviceProfile],
+) -> Mapping[int, list[DeviceProfile]]:
+    """Group devices by their batch size, each group in the order of the fleet."""
+    groups: dict[int, list[DeviceProfile]] = {}
+    for device in fleet:
+        groups.setdefault(device.batch_size, []).append(device)
+    return groups

@@ -1,0 +1,71 @@
+"""What one client's segment takes at an edge, read off the chain's profile."""
+
+from typing import NamedTuple
+
+from flwr_smartsplit.plan.checkpointing.stages import stages_of
+from flwr_smartsplit.plan.checkpointing.step_memory import held_by
+from flwr_smartsplit.types import EDGE, KEEP_ALL, ChainProfile, Leg
+
+
+class TailBytes(NamedTuple):
+    """What a session takes: in memory while it is open, on disk once it is sealed."""
+
+    memory_bytes: int
+    disk_bytes: int
+
+
+def tail_bytes(profile: ChainProfile, start: int, stop: int) -> TailBytes:
+    """Predict what units ``[start, stop)`` take at an edge with a memory budget.
+
+    Such an edge steps large parameters inside backward, as devices do.
+
+    Parameters
+    ----------
+    profile : ChainProfile
+        Exact costs at the client's batch size and optimizer.
+    start, stop : int
+        The units; at least one is before them, at the device.
+
+    Returns
+    -------
+    TailBytes
+        The most bytes of tensors that the session has at any moment, from its opening
+        to its seal, and the size of what it leaves on disk, headers not counted. Where
+        the route ends at this edge, the memory is what a meter measures there; where it
+        goes on, never below.
+
+    Raises
+    ------
+    ValueError
+        If there are no such units behind a cut.
+
+    Notes
+    -----
+    Messages that are being received or sent are not part of it. At its opening a
+    session has its state twice, as it was read and as it was built.
+    """
+    if not 0 < start < stop <= len(profile.units):
+        raise ValueError(
+            f"units [{start}, {stop}) cannot be at an edge: a chain of "
+            f"{len(profile.units)} units is cut at 1 to {len(profile.units) - 1}."
+        )
+    units = profile.units[start:stop]
+    resident = sum(unit.resident_bytes for unit in units)
+    state = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
+    gradients = sum(unit.gradient_bytes for unit in units)
+    if stop == len(profile.units):
+        step = units[0].return_bytes + profile.targets_bytes
+    else:
+        step = _passing_bytes(profile, start, stop)
+    update = gradients + units[0].tail_update_bytes if profile.updates_last else 0
+    return TailBytes(max(resident + max(step, update), 2 * state), state)
+
+
+def _passing_bytes(profile: ChainProfile, start: int, stop: int) -> int:
+    """Bound what a step makes of units between two boundaries."""
+    stages = stages_of(profile, Leg(EDGE, start, stop))
+    before, first = profile.units[start - 1], profile.units[start]
+    left = sum(stage.left_bytes for stage in stages)
+    update = left + before.step.gradient_bytes + first.tail_update_bytes
+    held = held_by(stages, KEEP_ALL).peak_bytes
+    return before.boundary_bytes + max(held, update)

@@ -1,0 +1,164 @@
+"""How long a client's part of a round takes: work over speeds, nothing measured.
+
+The same few sums serve the planner, which compares routes, and the clock of the
+simulations, which says how long a round would have taken on a fleet.
+"""
+
+from dataclasses import dataclass
+from math import inf
+
+from flwr_smartsplit.plan.checkpointing.plan import extra_flops
+from flwr_smartsplit.types import (
+    KEEP_ALL,
+    ChainProfile,
+    DeviceProfile,
+    EdgeProfile,
+    Link,
+    RecomputePlan,
+    Route,
+)
+
+STEP_OVER_FORWARD = 3
+"""FLOPs of forward and backward together over those of forward: backward multiplies
+each layer's gradient with its weights and with its inputs."""
+
+NO_WAIT = Link()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a route asks of a device, its link and its edges.
+
+    Parameters
+    ----------
+    device_flops, edge_flops : float
+        Floating-point operations of a training step, at the device and at edges.
+    boundary_bytes : float
+        What a step sends from the device over its cuts; as much comes back.
+    num_exchanges : int
+        Messages there and back over the device's link, per step.
+    state_bytes : float
+        The device segments' parameters and buffers, which come and go once a round.
+    """
+
+    device_flops: float
+    edge_flops: float
+    boundary_bytes: float
+    num_exchanges: int
+    state_bytes: float
+
+
+def work_of(
+    profile: ChainProfile, route: Route, recompute: RecomputePlan = KEEP_ALL
+) -> Work:
+    """Add up what a route asks for.
+
+    Parameters
+    ----------
+    profile : ChainProfile
+        Exact costs at the client's batch size.
+    route : Route
+        Any route of the chain.
+    recompute : RecomputePlan
+        What the device runs twice.
+
+    Raises
+    ------
+    InvalidRoute
+        If a cut lies outside the chain.
+
+    Notes
+    -----
+    What a plan runs twice counts as forward, once for every time it runs.
+    """
+    units = profile.units
+    own = [
+        unit
+        for leg in route.device_legs(len(units))
+        for unit in units[leg.start : leg.stop]
+    ]
+    forward = sum(unit.forward_flops for unit in own)
+    rest = sum(unit.forward_flops for unit in units) - forward
+    crossed = [route.cuts[0], route.cuts[-1]] if route.returns else route.cuts[:1]
+    extra = 0 if recompute.is_empty else extra_flops(profile, route, recompute)
+    return Work(
+        device_flops=STEP_OVER_FORWARD * forward + extra,
+        edge_flops=STEP_OVER_FORWARD * rest,
+        boundary_bytes=sum(units[cut - 1].boundary_bytes for cut in crossed),
+        num_exchanges=len(crossed),
+        state_bytes=sum(unit.parameter_bytes + unit.buffer_bytes for unit in own),
+    )
+
+
+def step_seconds(
+    work: Work, *, flops_per_second: float, link: Link, edge_flops_per_second: float
+) -> float:
+    """Add up the seconds of one training step; nothing overlaps.
+
+    Parameters
+    ----------
+    work : Work
+        What the route asks for.
+    flops_per_second : float
+        Of the device.
+    link : Link
+        Between the device and its edge.
+    edge_flops_per_second : float
+        Of the edge, for this client.
+
+    Examples
+    --------
+    >>> work = Work(device_flops=6, edge_flops=8, boundary_bytes=10, num_exchanges=1,
+    ...             state_bytes=0)
+    >>> link = Link(up_bytes_per_second=5, down_bytes_per_second=10,
+    ...             latency_seconds=0.25)
+    >>> step_seconds(work, flops_per_second=2, link=link, edge_flops_per_second=8)
+    7.5
+    """
+    return (
+        work.device_flops / flops_per_second
+        + work.edge_flops / edge_flops_per_second
+        + work.boundary_bytes / link.up_bytes_per_second
+        + work.boundary_bytes / link.down_bytes_per_second
+        + 2 * link.latency_seconds * work.num_exchanges
+    )
+
+
+def transfer_seconds(num_bytes: float, link: Link) -> float:
+    """Say how long it takes that so much arrives, and as much goes back."""
+    return (
+        num_bytes / link.down_bytes_per_second
+        + num_bytes / link.up_bytes_per_second
+        + 2 * link.latency_seconds
+    )
+
+
+def round_seconds(
+    work: Work,
+    device: DeviceProfile,
+    edge: EdgeProfile | None = None,
+) -> float | None:
+    """Say how long a client's part of a round takes; None if nobody knows its speed.
+
+    Parameters
+    ----------
+    work : Work
+        What its route asks for.
+    device : DeviceProfile
+        Its examples, speed and links; a link that is not known takes no time.
+    edge : EdgeProfile, optional
+        Where the rest of the model is; a speed that is not known takes no time.
+    """
+    flops_per_second = device.traits.flops_per_second
+    if flops_per_second is None:
+        return None
+    home = device.traits.link or NO_WAIT
+    near = home if edge is None else device.traits.link_to(edge.name) or NO_WAIT
+    edge_flops = inf if edge is None else edge.flops_per_second or inf
+    each = step_seconds(
+        work,
+        flops_per_second=flops_per_second,
+        link=near,
+        edge_flops_per_second=edge_flops,
+    )
+    return device.num_steps * each + transfer_seconds(work.state_bytes, home)

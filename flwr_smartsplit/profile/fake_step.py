@@ -1,0 +1,112 @@
+"""A training step of a whole chain under fake tensors, run to be logged."""
+
+from dataclasses import replace
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flwr_smartsplit.profile.memory_trace import (
+    UNKNOWN,
+    LoggingMeter,
+    Observed,
+    StepLog,
+    Used,
+)
+from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.fake_tensors import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
+
+
+class DryStep:
+    """A whole chain under fake tensors and a log, ready for training steps.
+
+    Parameters
+    ----------
+    chain : Chain
+        The chain.
+    batch_size : int
+        Examples per step.
+    task : Task
+        Supplies loss and optimizer.
+    """
+
+    def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
+        is_lean = task.max_gradient_norm is None
+        # Both look at values, and hold nothing that a plain step does not.
+        task = replace(task, max_gradient_norm=None, schedule_fn=None)
+        self._mode, self.meter = FakeTensorMode(), LoggingMeter()
+        self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
+        self.observed = Observed(self.segment, self.meter)
+        self._batch = fake_batch(
+            (chain.example_inputs, task.example_targets),
+            self._mode,
+            batch_size=batch_size,
+        )
+        with self._mode:
+            self.runner = SegmentRunner(self.observed, task, is_lean=is_lean)
+            self.meter.track(self._batch)
+            self.batch_bytes = self.meter.live_bytes
+            self.meter.track(self.segment, self.runner.optimizer)  # Some have a state.
+
+    def run(self, step: int) -> int:
+        """Do one step; return the change where it began."""
+        start = self.meter.position
+        with self._mode, self.meter:
+            self.runner.finish(*self._batch, step=step, inputs_are_boundary=False)
+        return start
+
+
+def log_step(
+    chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan = KEEP_ALL
+) -> StepLog:
+    """Run two steps of a whole chain under fake tensors, and log the second.
+
+    The optimizer makes its state in the first.
+
+    Parameters
+    ----------
+    chain : Chain
+        What to run.
+    batch_size : int
+        Examples per step.
+    task : Task
+        Supplies the optimizer, the loss and the shape of the targets.
+    recompute : RecomputePlan
+        What runs twice in it.
+    """
+    dry = DryStep(chain, batch_size=batch_size, task=task)
+    ends: list[int] = []
+    trained: set[str] = set()
+    for name, parameter in dry.segment.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name: trained.add(name)
+            )
+    if dry.runner.optimizer is not None:
+        dry.runner.optimizer.register_step_pre_hook(
+            lambda *_: ends.append(dry.meter.position)
+        )
+    dry.runner.recompute = recompute
+    dry.run(0)
+    start = dry.run(1)
+    return StepLog(
+        dry.meter,
+        dry.observed.passages,
+        start=start,
+        backward_end=ends[-1] if ends else dry.meter.position,
+        batch_bytes=dry.batch_bytes,
+        used=Used(
+            frozenset(trained), _seen(dry.segment, dry.meter), dry.runner.is_early
+        ),
+    )
+
+
+def _seen(segment: nn.Module, meter: LoggingMeter) -> frozenset[str]:
+    """Name the constants that a step used."""
+    return frozenset(
+        name
+        for name, constant in constants_of(segment).items()
+        if meter.birth_of(constant) != UNKNOWN
+    )

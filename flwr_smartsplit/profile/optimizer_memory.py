@@ -1,0 +1,90 @@
+"""What an optimizer holds for parameters, and what its step needs besides."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from flwr_smartsplit.memory.meter import MemoryMeter
+from flwr_smartsplit.split.fake_tensors import fake_like
+from flwr_smartsplit.task import Task
+
+_Signature = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+
+
+class OptimizerCosts:
+    """Dry runs of a task's optimizer, each done once for parameters of one kind.
+
+    Parameters
+    ----------
+    task : Task
+        Supplies the optimizer.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._known: dict[_Signature, tuple[int, int]] = {}
+
+    def state_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """Size of what the optimizer keeps from step to step."""
+        return sum(self._step([parameter])[0] for parameter in parameters)
+
+    def early_state_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """Size of what the optimizer makes at once, also without any gradient."""
+        if not parameters:
+            return 0
+        mode, meter = FakeTensorMode(), MemoryMeter()
+        twins = [fake_like(parameter, mode) for parameter in parameters]
+        with mode:
+            optimizer = self._built(twins)
+            meter.track(optimizer)
+            return meter.live_bytes
+
+    def temporary_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """Most that a step makes and frees, if parameters are stepped one by one.
+
+        While one is stepped, the last temporary of the one before may still live.
+        """
+        own = [self._step([parameter])[1] for parameter in parameters]
+        most = max(own, default=0)
+        for (first, second), (one, other) in zip(
+            pairwise(parameters), pairwise(own), strict=True
+        ):
+            if one + other > most:
+                most = max(most, self._step([first, second])[1])
+        return most
+
+    def temporary_bytes_at_once(self, parameters: Sequence[Tensor]) -> int:
+        """Most that a step makes and frees, however it goes about it."""
+        return self._step(parameters)[1]
+
+    def _step(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+        """Return the bytes of the state, and those that a second step adds."""
+        signature = tuple((tuple(p.shape), p.stride(), p.dtype) for p in parameters)
+        if signature not in self._known:
+            self._known[signature] = self._dry_run(parameters)
+        return self._known[signature]
+
+    def _dry_run(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+        if not parameters:
+            return 0, 0
+        mode, meter = FakeTensorMode(), MemoryMeter()
+        twins = [fake_like(parameter, mode) for parameter in parameters]
+        with mode:
+            for twin in twins:
+                twin.grad = torch.empty_like(twin)
+            optimizer = self._built(twins)
+            optimizer.step()
+            meter.track(optimizer)
+            state_bytes = meter.live_bytes
+            meter.track(twins, [twin.grad for twin in twins])
+            before = meter.live_bytes
+            with meter:
+                optimizer.step()
+        return state_bytes, meter.peak_bytes - before
+
+    def _built(self, parameters: Sequence[Tensor]) -> Optimizer:
+        return self._task.optimizer_fn(nn.ParameterList(parameters).parameters())

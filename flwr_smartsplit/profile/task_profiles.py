@@ -1,0 +1,40 @@
+"""The costs of a task's chain, found once in a process for each batch size."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+from flwr_smartsplit.profile.cache import profile_digest
+from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import ChainProfile
+
+_profiles: dict[str, ChainProfile] = {}
+_lock = Lock()
+
+
+def profile_of(task: Task, *, batch_size: int) -> ChainProfile:
+    """Find the costs of a task's chain, once in a process.
+
+    Parameters
+    ----------
+    task : Task
+        What is trained.
+    batch_size : int
+        Examples per step.
+
+    Notes
+    -----
+    The dry run has a thread of its own: meters and modes belong to threads, and the
+    caller may be in the middle of a step that is metered, or paused from it.
+    """
+    chain = build_chain(task)
+    digest = profile_digest(chain, batch_size=batch_size, task=task)
+    with _lock:
+        if digest not in _profiles:
+            with ThreadPoolExecutor(max_workers=1) as aside:
+                found = aside.submit(
+                    profile_chain, chain, batch_size=batch_size, task=task
+                )
+                _profiles[digest] = found.result()
+        return _profiles[digest]

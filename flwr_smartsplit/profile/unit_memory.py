@@ -1,0 +1,261 @@
+"""What each unit makes and frees in a step, so that plans can be added up from it.
+
+Read off the same log of one step that tells the peak of every cut
+(``profile/memory_trace.py``), and off a second forward in which nothing is kept.
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from flwr_smartsplit.profile.fake_step import DryStep
+from flwr_smartsplit.profile.memory_trace import LoggingMeter, StepLog, highest
+from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.segment_runner import autocast_of
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes
+
+
+def step_bytes(
+    chain: Chain,
+    log: StepLog,
+    *,
+    batch_size: int,
+    task: Task,
+    recompute: RecomputePlan = KEEP_ALL,
+) -> tuple[list[StepBytes], StepBytes]:
+    """Find what each unit, and then the loss, makes and frees in a step.
+
+    Parameters
+    ----------
+    chain : Chain
+        The chain that was logged.
+    log : StepLog
+        One step of it.
+    batch_size : int
+        Examples per step.
+    task : Task
+        Says whether forward runs in mixed precision.
+    recompute : RecomputePlan
+        What ran twice in the step.
+
+    Returns
+    -------
+    units : list[StepBytes]
+        Their FLOPs are 0; ``unit_flops`` counts them.
+    loss : StepBytes
+        The loss.
+    """
+    passing = _passing_peaks(
+        chain, batch_size=batch_size, task=task, recompute=recompute
+    )
+    reruns = _Reruns(chain, batch_size=batch_size, task=task, recompute=recompute)
+    units = [
+        replace(
+            _unit(log, index),
+            passing_peak_bytes=passing[index],
+            rerun_peak_bytes=reruns.peak_bytes(index),
+            arriving_bytes=reruns.arriving_bytes(index),
+        )
+        for index in range(log.num_units)
+    ]
+    return units, _loss(log)
+
+
+def _unit(log: StepLog, index: int) -> StepBytes:
+    passage = log.passages[index]
+    first = log.passages[index - 1].forward_end if index else log.start
+    last = passage.forward_end
+    mine = (log.births >= first) & (log.births < last)
+    saved = _sum(log, slice(log.start, log.passages[-1].forward_end), mine)
+    kept = _sum(log, slice(log.start, passage.backward_start), mine)
+    new = {birth: size for birth, size in passage.outputs if first <= birth < last}
+    end = log.passages[-1].forward_end
+    if index == log.num_units - 1:
+        end = passage.backward_start
+    alive = {b for b in new if _sum(log, slice(log.start, end), log.births == b)}
+    # What travels along as context stays, whoever keeps it.
+    context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
+    output_bytes = next(iter(new.values()), 0)
+    is_saved = bool(new) and next(iter(new)) in alive
+    sent = _sum(log, slice(log.start, last), mine) + passage.packing_bytes
+    return StepBytes(
+        saved_bytes=saved + context,
+        kept_bytes=kept + context,
+        forward_peak_bytes=max(_forward_peak(log, first, last), sent),
+        backward_peak_bytes=_backward_peak(log, index, kept + context),
+        left_bytes=_left(log, index),
+        output_bytes=output_bytes,
+        gradient_bytes=passage.gradient_bytes,
+        is_output_saved=is_saved,
+        can_rerun=not passage.changes_tensors,
+    )
+
+
+def _sum(log: StepLog, until: slice, mine: npt.NDArray[np.bool_]) -> int:
+    return int(log.changes[until][mine[until]].sum())
+
+
+def _forward_peak(log: StepLog, first: int, last: int) -> int:
+    changes, births = log.changes[first:last], log.births[first:last]
+    return highest(changes[births >= first])
+
+
+def _backward(log: StepLog, index: int) -> slice:
+    """Find the changes of a unit's backward."""
+    end = log.passages[index - 1].backward_start if index else log.backward_end
+    return slice(log.passages[index].backward_start, end)
+
+
+def _backward_peak(log: StepLog, index: int, kept: int) -> int:
+    passage, during = log.passages[index], _backward(log, index)
+    first = log.passages[index - 1].forward_end if index else log.start
+    births, changes = log.births[during], log.changes[during]
+    is_gradient = births == passage.gradient_birth
+    changes = np.where(is_gradient, -passage.gradient_bytes, changes)
+    mine = (births >= first) & (births < passage.forward_end)
+    changes = changes[mine | is_gradient | (births >= during.start)]
+    arrived = kept + passage.gradient_bytes
+    return arrived + max(highest(changes), passage.unpacking_bytes)
+
+
+def _left(log: StepLog, index: int) -> int:
+    """Size of what a unit's backward makes and leaves, but for what goes on."""
+    during = _backward(log, index)
+    births = log.births[during]
+    onward = log.passages[index - 1].gradient_birth if index else -1
+    mine = (births >= during.start) & (births != onward)
+    return int(log.changes[during][mine].sum())
+
+
+def _loss(log: StepLog) -> StepBytes:
+    last = log.passages[-1]
+    during = slice(last.forward_end, last.backward_start)
+    births = log.births[during]
+    changes = log.changes[during][births >= during.start]
+    peak = highest(changes)
+    left = log.changes[during][
+        (births >= during.start) & (births != last.gradient_birth)
+    ]
+    return StepBytes(
+        forward_peak_bytes=peak,
+        passing_peak_bytes=peak,
+        backward_peak_bytes=peak,
+        left_bytes=int(left.sum()),
+        can_rerun=False,
+    )
+
+
+def _passing_peaks(
+    chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
+) -> list[int]:
+    """Find the most that each unit makes in a forward that keeps nothing."""
+    mode, meter = FakeTensorMode(), LoggingMeter()
+    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
+    batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
+    meter.track(segment, batch)
+    ends = [meter.position]
+    with mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(task):
+        segment(
+            batch,
+            observe=lambda *_: ends.append(meter.position),
+            recompute=recompute,
+        )
+    changes, births = np.array(meter.changes), np.array(meter.births)
+    return [
+        highest(changes[first:last][births[first:last] >= first])
+        for first, last in pairwise(ends)
+    ]
+
+
+class _Reruns:
+    """What a rerun finds and makes: it begins and ends where tensors are saved.
+
+    Checkpointing runs units again when backward first asks for what they saved, and
+    stops at the last tensor that they save.
+    """
+
+    def __init__(
+        self, chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
+    ) -> None:
+        self._dry = DryStep(chain, batch_size=batch_size, task=task)
+        self._dry.runner.recompute = recompute
+        self._last_save: dict[int, int] = {}
+        self._first_use: dict[int, int] = {}
+        with saved_tensors_hooks(self._save, self._use):
+            self._start = self._dry.run(0)
+        self._changes = np.array(self._dry.meter.changes)
+        self._births = np.array(self._dry.meter.births)
+
+    def peak_bytes(self, index: int) -> int:
+        """Find the most that a unit makes up to the last tensor that it saves."""
+        passages = self._dry.observed.passages
+        first = passages[index - 1].forward_end if index else self._start
+        during = slice(first, self._last_save.get(index, first))
+        return highest(self._changes[during][self._births[during] >= first])
+
+    def arriving_bytes(self, index: int) -> int | None:
+        """Size of the gradients where backward first asks for what a unit saved."""
+        if index not in self._first_use:
+            return None
+        passage = self._dry.observed.passages[index]
+        during = slice(passage.backward_start, self._first_use[index])
+        births, changes = self._births[during], self._changes[during]
+        is_gradient = births == passage.gradient_birth
+        changes = np.where(is_gradient, -passage.gradient_bytes, changes)
+        mine = is_gradient | (births >= during.start)
+        return passage.gradient_bytes + int(changes[mine].sum())
+
+    def _save(self, tensor: Tensor) -> tuple[int, Tensor]:
+        index = len(self._dry.observed.passages)
+        self._last_save[index] = self._dry.meter.position
+        return index, tensor.detach()
+
+    def _use(self, saved: tuple[int, Tensor]) -> Tensor:
+        index, tensor = saved
+        self._first_use.setdefault(index, self._dry.meter.position)
+        return tensor
+
+
+def unit_flops(chain: Chain, *, batch_size: int) -> list[tuple[int, int]]:
+    """Count each unit's forward, and that up to the last tensor that it saves.
+
+    There checkpointing stops when it runs a unit again. This is apart from the meter,
+    which a counter disturbs.
+    """
+    mode = FakeTensorMode()
+    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
+    batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
+    counter = FlopCounterMode(display=False)
+    found: list[tuple[int, int]] = []
+    before, saved = 0, 0
+
+    def total() -> int:
+        return int(counter.get_total_flops())
+
+    def save(tensor: Tensor) -> None:
+        nonlocal saved
+        del tensor
+        saved = total()
+
+    def end(*_: Any) -> None:
+        nonlocal before
+        found.append((total() - before, max(0, saved - before)))
+        before = total()
+
+    with mode, counter, saved_tensors_hooks(save, _drop):
+        segment(batch, observe=end)
+    return found
+
+
+def _drop(value: Any) -> Any:
+    """Keep nothing of what backward would need."""
+    del value

@@ -1,1 +1,0 @@
-"""The training step and the places it runs at."""

@@ -1,0 +1,1 @@
+"""What the strategy accepts, commits and merges."""

@@ -1,0 +1,151 @@
+"""Settle a round: refuse, commit, drop, merge, in this order.
+
+Whatever happens to single clients or edges, the new state is the weighted mean of
+exactly the clients that were accepted everywhere. Both strategies call this one
+function, so the same replies give the same bits.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from flwr_smartsplit.edge.protocol import Entry
+from flwr_smartsplit.edge.weighted_mean import Sums, add_states, add_sums, merge
+from flwr_smartsplit.errors import EdgeError, RefusedReply, SpillLost
+from flwr_smartsplit.server.acceptance import check_reply, refusal
+from flwr_smartsplit.server.edge_pool import EdgePool
+from flwr_smartsplit.types import ClientReply, Expectation, Failure
+
+State = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """How a round ended.
+
+    Parameters
+    ----------
+    state : Mapping[str, ndarray] or None
+        The new global state; None if nobody was accepted.
+    accepted : Mapping[str, ClientReply]
+        The merged replies, in client_key order.
+    failures : tuple[Failure, ...]
+        Everybody else.
+    """
+
+    state: State | None
+    accepted: Mapping[str, ClientReply]
+    failures: tuple[Failure, ...]
+
+
+def settle_round(
+    replies: Iterable[ClientReply],
+    *,
+    round_number: int,
+    expected: Mapping[str, Expectation],
+    current: State,
+    edges: EdgePool,
+    step: Callable[[State, State], State] | None = None,
+) -> Settled:
+    """Merge a round's replies into the next global state.
+
+    Parameters
+    ----------
+    replies : Iterable[ClientReply]
+        What came, in any order.
+    round_number : int
+        The round being settled.
+    expected : Mapping[str, Expectation]
+        What each chosen client had to send.
+    current : Mapping[str, ndarray]
+        The global state that the round started from.
+    edges : EdgePool
+        Where the tails are sealed.
+    step : Callable[[state, mean], state], optional
+        Goes from the old state and the clients' mean to the new state, as a server
+        optimizer does.
+    """
+    accepted, failures = _accept(replies, round_number, expected, current)
+    tail_sums, dropped = _commit(accepted, round_number, edges)
+    failures += dropped
+    for failure in dropped:
+        del accepted[failure.client_key]
+    if not accepted:
+        return Settled(state=None, accepted={}, failures=tuple(failures))
+    device_sums = add_states(
+        (reply.state, reply.report.num_examples) for reply in accepted.values()
+    )
+    state: State = merge(current, add_sums([device_sums, *tail_sums]))
+    if step is not None:
+        state = step(current, state)
+    return Settled(state=state, accepted=accepted, failures=tuple(failures))
+
+
+def _accept(
+    replies: Iterable[ClientReply],
+    round_number: int,
+    expected: Mapping[str, Expectation],
+    current: State,
+) -> tuple[dict[str, ClientReply], list[Failure]]:
+    accepted: dict[str, ClientReply] = {}
+    failures = []
+    for reply in replies:
+        try:
+            check_reply(
+                reply,
+                round_number=round_number,
+                expected=expected,
+                accepted=accepted,
+                current=current,
+            )
+        except RefusedReply as error:
+            failures.append(refusal(reply, error))
+        else:
+            accepted[reply.client_key] = reply
+    return dict(sorted(accepted.items())), failures
+
+
+def _commit(
+    accepted: Mapping[str, ClientReply], round_number: int, edges: EdgePool
+) -> tuple[list[Sums], list[Failure]]:
+    """Commit at every edge; who cannot be committed at one is dropped at all."""
+    remaining = dict(accepted)
+    dropped: list[Failure] = []
+    while True:
+        sums: list[Sums] = []
+        lost: dict[str, str] = {}
+        for place, entries in _entries_by_place(remaining).items():
+            try:
+                sums.append(edges.commit(place, round_number, tuple(entries.values())))
+            except SpillLost as error:
+                named = [k for k, e in entries.items() if e.session in error.sessions]
+                lost |= dict.fromkeys(named or entries, str(error))
+            except EdgeError as error:
+                lost |= dict.fromkeys(entries, str(error))
+        if not lost:
+            return sums, dropped
+        for key, cause in lost.items():
+            del remaining[key]
+            dropped.append(
+                Failure(
+                    client_key=key,
+                    kind="edge_failed",
+                    cause=cause,
+                    report=accepted[key].report,
+                )
+            )
+
+
+def _entries_by_place(
+    replies: Mapping[str, ClientReply],
+) -> dict[str, dict[str, Entry]]:
+    """List each edge's sealed sessions by client_key, in client_key order."""
+    places: dict[str, dict[str, Entry]] = {}
+    for key, reply in replies.items():
+        for receipt in reply.receipts:
+            places.setdefault(receipt.place, {})[key] = Entry(
+                receipt.session, receipt.digest, reply.report.num_examples
+            )
+    return places

@@ -1,0 +1,177 @@
+"""EdgePool: the strategy's side of all edges of a run."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.weighted_mean import Sums
+from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import EdgeProfile, Failure
+
+State = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass
+class _Link:
+    address: str
+    transport: wire.CountingTransport
+
+
+class EdgePool:
+    """Start edges, give them the round's state, settle with them, end them.
+
+    Parameters
+    ----------
+    edges : Sequence[Edge]
+        The edges clients may be routed to; their names must differ.
+    task : Task
+        What they build their segments from.
+    """
+
+    def __init__(self, edges: Sequence[wire.Edge], task: Task) -> None:
+        if not isinstance(edges, list | tuple):
+            raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
+        names = [edge.name for edge in edges]
+        if len(set(names)) != len(names):
+            raise ValueError(f"edges must have different names, not {names}.")
+        self._edges = {edge.name: edge for edge in edges}
+        self._task = task
+        self._links: dict[str, _Link] = {}
+        self._was_ready = False
+        self._past_bytes = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The edges' names."""
+        return tuple(self._edges)
+
+    def profiles(self, names: Sequence[str]) -> tuple[EdgeProfile, ...]:
+        """Say what some edges offer; one that does not say has no limits.
+
+        Parameters
+        ----------
+        names : Sequence[str]
+            The edges, in the order in which they are wanted.
+        """
+        return tuple(
+            getattr(self._edges[name], "profile", EdgeProfile(name=name))
+            for name in names
+        )
+
+    def prepare(
+        self, digest: str, state: State
+    ) -> tuple[dict[str, str], list[Failure]]:
+        """Make sure that the edges hold a state; start those that do not run.
+
+        Returns
+        -------
+        addresses : dict[str, str]
+            By name, of every edge that is ready, in the order they were given.
+        failures : list[Failure]
+            The edges that are not; nobody is routed to them in this round.
+
+        Raises
+        ------
+        EdgeUnreachable
+            If no edge can be had from the start: something is set up wrongly.
+        """
+        failures = []
+        for name in self._edges:
+            try:
+                self._hold(name, digest, state)
+            except EdgeError as error:
+                self._drop(name)
+                failures.append(
+                    Failure(
+                        client_key=f"edge {name}", kind="edge_failed", cause=str(error)
+                    )
+                )
+        self._was_ready = self._was_ready or bool(self._links)
+        if self._edges and not self._was_ready:
+            causes = " ".join(failure.cause for failure in failures)
+            raise EdgeUnreachable(f"no edge could be started: {causes}")
+        ready = [name for name in self._edges if name in self._links]
+        return {name: self._links[name].address for name in ready}, failures
+
+    def commit(
+        self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
+    ) -> Sums:
+        """Let one edge merge exactly these sessions.
+
+        Raises
+        ------
+        SpillLost
+            Naming the sessions it cannot merge.
+        EdgeError
+            If it cannot merge at all.
+        """
+        if place not in self._links:
+            raise EdgeUnreachable(f"edge {place!r} is not running.")
+        link = self._links[place]
+        return _asked(link, wire.Commit(round_number, entries)).sums
+
+    def release(self, round_number: int, keep_digest: str) -> None:
+        """Let the edges delete what the round left behind; a dead one has nothing."""
+        for link in self._links.values():
+            try:
+                _asked(link, wire.Release(round_number, keep_digest))
+            except EdgeError:
+                continue
+
+    def stop(self) -> None:
+        """End every edge, also if another one cannot be ended."""
+        with ExitStack() as stack:
+            for name in tuple(self._links):
+                stack.callback(self._drop, name)
+
+    def traffic_bytes(self) -> int:
+        """Count what went between the strategy and its edges so far."""
+        return self._past_bytes + sum(map(_traffic_bytes, self._links.values()))
+
+    def _hold(self, name: str, digest: str, state: State) -> None:
+        link = self._links.get(name)
+        if link is not None:
+            try:
+                self._send_state(link, digest, state)
+                return
+            except EdgeError:
+                self._drop(name)
+        address = self._edges[name].start(self._task)
+        try:
+            transport = wire.CountingTransport(self._edges[name].connect(address))
+        except EdgeError:
+            self._edges[name].stop(address)
+            raise
+        self._links[name] = _Link(address, transport)
+        self._send_state(self._links[name], digest, state)
+
+    def _send_state(self, link: _Link, digest: str, state: State) -> None:
+        if not _asked(link, wire.IsHeld(digest)).is_held:
+            _asked(link, wire.HoldState(digest, state))
+
+    def _drop(self, name: str) -> None:
+        """End an edge, if it was started, and keep its counts."""
+        link = self._links.pop(name, None)
+        if link is not None:
+            self._past_bytes += _traffic_bytes(link)
+            self._edges[name].stop(link.address)
+
+
+def _asked(link: _Link, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
+    """Ask an edge; what goes wrong there, such as too little memory, is its own."""
+    try:
+        return link.transport.send(request)
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise EdgeError(
+            f"edge {link.address!r} fails at {type(request).__name__} "
+            f"({type(error).__name__}: {error}): its clients sit the round out."
+        ) from error
+
+
+def _traffic_bytes(link: _Link) -> int:
+    return link.transport.sent_bytes + link.transport.received_bytes

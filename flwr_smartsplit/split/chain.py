@@ -1,0 +1,205 @@
+"""Chain: a model as ordered, named units that can be run in any contiguous part.
+
+It knows names and order only; what units cost stands in ``costs``, where they run
+in ``device`` and ``edge``.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+from torch import nn
+
+from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
+from flwr_smartsplit.split.manual_units import declared_units
+from flwr_smartsplit.split.segment import Batch, Segment, Unit
+from flwr_smartsplit.split.submodules import odd_modes
+from flwr_smartsplit.split.trace.tracing import trace_units
+
+
+class Chain:
+    """An ``nn.Module`` as a chain of units.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model the units belong to.
+    units : Sequence[Unit]
+        Its units, in order.
+    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+        One batch of inputs; only shapes and dtypes matter.
+    refusals : dict[str, str]
+        For each place that looks like a cut and must not be one, the reason and the
+        nearest place that can be cut.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> chain = Chain.from_module(model, torch.zeros(1, 4))
+    >>> chain.unit_names
+    ('0', '1', '2')
+    >>> list(chain.segment(1, 3).state_dict())
+    ['2.weight', '2.bias']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        example_inputs: Batch,
+        *,
+        refusals: dict[str, str],
+    ) -> None:
+        self.model = model
+        self.units = tuple(units)
+        self.example_inputs = example_inputs
+        self.refusals = refusals
+        self._odd_modes = odd_modes(model)
+        self._state_names: dict[tuple[int, int], tuple[str, ...]] = {}
+
+    @classmethod
+    def from_module(cls, model: nn.Module, example_inputs: Batch) -> Self:
+        """Read a model as a chain; its parameters may be on meta.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Any module that torch.fx can trace.
+        example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+            One batch, ``(batch, *input shape)`` each, as the model's ``forward`` takes
+            it (a dict by keyword); only shapes and dtypes matter.
+
+        Raises
+        ------
+        NotSplittable
+            If torch.fx cannot trace the model, or a module uses a name twice.
+        """
+        units, refusals = trace_units(model, example_inputs)
+        return cls(model, units, example_inputs, refusals=refusals)
+
+    @classmethod
+    def from_units(
+        cls, model: nn.Module, units: Sequence[Unit], example_inputs: Batch
+    ) -> Self:
+        """Make a chain of units that are listed by hand, where tracing does not work.
+
+        Units between which the model must not be cut become one.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that the units belong to; its parameters may be on meta.
+        units : Sequence[Unit]
+            What to run, in order. Each parameter that is trained must be read by one.
+        example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+            One batch, as the first unit takes it; only shapes and dtypes matter.
+
+        Raises
+        ------
+        NotSplittable
+            If the units are not a chain of this model; names every problem.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        >>> units = [
+        ...     Unit("first", lambda root, x: getattr(root, "0")(x).relu(), ("0",)),
+        ...     Unit("last", lambda root, x: getattr(root, "1")(x), ("1",)),
+        ... ]
+        >>> Chain.from_units(model, units, torch.zeros(1, 4)).unit_names
+        ('first', 'last')
+        """
+        checked, refusals = declared_units(model, units, example_inputs)
+        return cls(model, checked, example_inputs, refusals=refusals)
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """The units' names, in order; each is used once."""
+        return tuple(unit.name for unit in self.units)
+
+    def __len__(self) -> int:
+        """Count the units."""
+        return len(self.units)
+
+    def segment(
+        self, start: int, stop: int, *, source: nn.Module | None = None
+    ) -> Segment:
+        """Take units ``[start, stop)``, sharing the model's own modules.
+
+        Its ``state_dict`` uses the model's names, whatever the cut.
+
+        Parameters
+        ----------
+        start, stop : int
+            The units.
+        source : nn.Module, optional
+            Has their modules under the model's names, if they shall not be the model's
+            own.
+
+        Raises
+        ------
+        InvalidRoute
+            If the range is empty or outside the chain.
+        """
+        if not 0 <= start < stop <= len(self):
+            raise InvalidRoute(
+                f"units [{start}, {stop}) are not a part of a chain of {len(self)} "
+                f"units: choose 0 <= start < stop <= {len(self)}."
+            )
+        root = self.model if source is None else source
+        return Segment(self.units[start:stop], start, root, self._odd_modes)
+
+    def own_segment(self, start: int, stop: int) -> Segment:
+        """Copy units ``[start, stop)``, so that their modules are nobody else's."""
+        return copy.deepcopy(self.segment(start, stop))
+
+    def state_names(self, start: int, stop: int) -> tuple[str, ...]:
+        """Name the state of units ``[start, stop)`` in the model's own order.
+
+        Names that no unit uses are at no place: training cannot change them.
+        """
+        if (start, stop) not in self._state_names:  # Every client of a round asks.
+            names = set(self.segment(start, stop).state_dict())
+            self._state_names[start, stop] = tuple(
+                name for name in self.model.state_dict() if name in names
+            )
+        return self._state_names[start, stop]
+
+    def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Make sure that a state is one of this model, by names and shapes.
+
+        Raises
+        ------
+        InvalidTask
+            Naming every difference.
+        """
+        wanted = {n: tuple(t.shape) for n, t in self.model.state_dict().items()}
+        problems = [
+            f"{name}: {shapes.get(name, 'missing')} instead of "
+            f"{wanted.get(name, 'nothing')}"
+            for name in sorted(wanted.keys() | shapes.keys())
+            if shapes.get(name) != wanted.get(name)
+        ]
+        if problems:
+            raise InvalidTask(
+                f"the state is not one of {type(self.model).__name__}: "
+                f"{'; '.join(problems)}. Use ArrayRecord(model_fn().state_dict())."
+            )
+
+    def require_cuts(self) -> None:
+        """Raise if the model cannot be cut anywhere, and say why.
+
+        Raises
+        ------
+        NotSplittable
+            If the chain has a single unit.
+        """
+        if len(self) > 1:
+            return
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.refusals.items())
+        raise NotSplittable(
+            f"{type(self.model).__name__} cannot be cut anywhere: "
+            f"{reasons or 'it is a single operation'}."
+        )

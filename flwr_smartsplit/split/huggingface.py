@@ -1,0 +1,332 @@
+"""Units of Hugging Face's transformers, which torch.fx cannot trace.
+
+A unit calls the library's own modules, and makes its attention mask with the library's
+own functions, so its numbers are the stock model's. The padding mask travels behind the
+hidden state as it is in the batch: the library leaves it out where nothing is padded,
+which only its values can say.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flwr_smartsplit.errors import NotSplittable
+from flwr_smartsplit.split.segment import Unit
+
+_OLDEST = 5  # Before, its mask functions took other arguments.
+
+
+def encoder_units(model: nn.Module) -> list[Unit]:
+    """List the units of a BERT-like model: embeddings, each layer, the head.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ``Bert...``, ``DistilBert...`` or ``Roberta...`` for masked tokens, or for the
+        classification of sequences or tokens; its parameters may be on meta. A batch is
+        ``input_ids`` alone, or a dict with ``attention_mask`` and ``token_type_ids``.
+
+    Returns
+    -------
+    list[Unit]
+        For ``Task(units_fn=encoder_units)``. The last unit returns an object with
+        ``logits``, as the model does.
+
+    Raises
+    ------
+    NotSplittable
+        If the model, or what its configuration asks for, is not supported.
+    ImportError
+        If transformers is not installed, or too old.
+    """
+    parts = _parts_of(model, _ENCODERS, "encoder_units")
+    if getattr(model.config, "is_decoder", False):
+        raise _refused(model, "config.is_decoder is True")
+    return _units(model, parts)
+
+
+def decoder_units(model: nn.Module) -> list[Unit]:
+    """List the units of a GPT-like model: embeddings, each layer, the head.
+
+    Tied embeddings are on both sides of every cut: build the model with
+    ``tie_word_embeddings=False``. And with ``use_cache=False``, for else each layer
+    copies its keys and values, as the stock model does.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ``GPT2LMHeadModel``, ``GPT2ForTokenClassification`` or ``LlamaForCausalLM``;
+        its parameters may be on meta. A batch is ``input_ids`` alone, or a dict with
+        ``attention_mask``.
+
+    Returns
+    -------
+    list[Unit]
+        For ``Task(units_fn=decoder_units)``. The last unit returns an object with
+        ``logits``, as the model does.
+
+    Raises
+    ------
+    NotSplittable
+        If the model, or what its configuration asks for, is not supported.
+    ImportError
+        If transformers is not installed, or too old.
+    """
+    return _units(model, _parts_of(model, _DECODERS, "decoder_units"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Where a model keeps its parts, by the names of its modules.
+
+    Parameters
+    ----------
+    embed : Callable
+        The first unit: ``embed(root, input_ids, attention_mask=..., ...)``.
+    front : tuple[str, ...]
+        What the first unit uses.
+    run_layer : Callable
+        One layer: ``run_layer(config, layer, hidden, *context)``.
+    layers : str
+        The list of layers; each is a unit.
+    head : tuple[str | Callable[[Tensor], Tensor], ...]
+        What the last unit calls, one after the other.
+    output : str
+        The class of ``transformers.modeling_outputs`` that the model returns.
+    """
+
+    embed: Callable[..., Any]
+    front: tuple[str, ...]
+    run_layer: Callable[..., Any]
+    layers: str
+    head: tuple[str | Callable[[Tensor], Tensor], ...]
+    output: str
+
+
+def _units(model: nn.Module, parts: _Parts) -> list[Unit]:
+    config: Any = model.config
+    names = [f"{parts.layers}.{i}" for i in range(config.num_hidden_layers)]
+    head = tuple(step for step in parts.head if isinstance(step, str))
+    return [
+        Unit(parts.front[-1], parts.embed, parts.front),
+        *(Unit(n, partial(_layer, parts.run_layer, config, n), (n,)) for n in names),
+        Unit(head[-1], partial(_finish, parts.head, parts.output), head),
+    ]
+
+
+def _layer(
+    run_layer: Callable[..., Any], config: Any, name: str, root: nn.Module, *values: Any
+) -> Any:
+    hidden = run_layer(config, root.get_submodule(name), *values)
+    return hidden if len(values) == 1 else (hidden, *values[1:])
+
+
+def _finish(
+    head: tuple[str | Callable[[Tensor], Tensor], ...],
+    output: str,
+    root: nn.Module,
+    hidden: Tensor,
+    *context: Tensor,
+) -> Any:
+    del context
+    for step in head:
+        run = root.get_submodule(step) if isinstance(step, str) else step
+        hidden = run(hidden)
+    return getattr(_library("modeling_outputs"), output)(logits=hidden)
+
+
+def _boundary(*values: Tensor | None) -> Any:
+    """Leave out what there is not; one tensor stands alone."""
+    kept = tuple(value for value in values if value is not None)
+    return kept if len(kept) > 1 else kept[0]
+
+
+# --- BERT and its like ----------------------------------------------------------------
+
+
+def _embed_bert(
+    name: str,
+    root: nn.Module,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    **others: Tensor,
+) -> Any:
+    hidden = root.get_submodule(name)(input_ids=input_ids, **others)
+    return _boundary(hidden, attention_mask)
+
+
+def _run_bert(
+    config: Any, layer: nn.Module, hidden: Tensor, attention_mask: Tensor | None = None
+) -> Any:
+    make_mask = _library("masking_utils").create_bidirectional_mask
+    return layer(hidden, make_mask(config, hidden, attention_mask))
+
+
+def _first_token(hidden: Tensor) -> Tensor:
+    return hidden[:, 0]
+
+
+def _bert(body: str, layers: str) -> Callable[..., _Parts]:
+    front = f"{body}.embeddings"
+    embed = partial(_embed_bert, front)
+    return partial(_Parts, embed, (front,), _run_bert, f"{body}.{layers}")
+
+
+_BERT = _bert("bert", "encoder.layer")
+_ROBERTA = _bert("roberta", "encoder.layer")
+_DISTILBERT = _bert("distilbert", "transformer.layer")
+_TOKENS = (("dropout", "classifier"), "TokenClassifierOutput")
+_ENCODERS: Mapping[str, _Parts] = {
+    "BertForMaskedLM": _BERT(("cls",), "MaskedLMOutput"),
+    "BertForSequenceClassification": _BERT(
+        ("bert.pooler", "dropout", "classifier"), "SequenceClassifierOutput"
+    ),
+    "BertForTokenClassification": _BERT(*_TOKENS),
+    "DistilBertForMaskedLM": _DISTILBERT(
+        ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+        "MaskedLMOutput",
+    ),
+    "DistilBertForSequenceClassification": _DISTILBERT(
+        (_first_token, "pre_classifier", torch.relu, "dropout", "classifier"),
+        "SequenceClassifierOutput",
+    ),
+    "DistilBertForTokenClassification": _DISTILBERT(*_TOKENS),
+    "RobertaForMaskedLM": _ROBERTA(("lm_head",), "MaskedLMOutput"),
+    "RobertaForSequenceClassification": _ROBERTA(
+        ("classifier",), "SequenceClassifierOutput"
+    ),
+    "RobertaForTokenClassification": _ROBERTA(*_TOKENS),
+}
+
+
+# --- GPT-2 and LLaMA ------------------------------------------------------------------
+
+
+def _embed_gpt2(
+    root: Any, input_ids: Tensor, *, attention_mask: Tensor | None = None
+) -> Any:
+    body = root.transformer
+    hidden = body.wte(input_ids) + body.wpe(_positions(input_ids))
+    return _boundary(body.drop(hidden), attention_mask)
+
+
+def _run_gpt2(
+    config: Any, layer: nn.Module, hidden: Tensor, attention_mask: Tensor | None = None
+) -> Any:
+    make_mask = _library("masking_utils").create_causal_mask
+    mask = make_mask(config, hidden, attention_mask, None)
+    return layer(hidden, past_key_values=_cache(config), attention_mask=mask)
+
+
+def _embed_llama(
+    root: Any, input_ids: Tensor, *, attention_mask: Tensor | None = None
+) -> Any:
+    hidden = root.model.embed_tokens(input_ids)
+    cosines, sines = root.model.rotary_emb(hidden, position_ids=_positions(input_ids))
+    return _boundary(hidden, cosines, sines, attention_mask)
+
+
+def _run_llama(config: Any, layer: nn.Module, hidden: Tensor, *context: Tensor) -> Any:
+    attention_mask = context[2] if len(context) > 2 else None  # noqa: PLR2004
+    make_mask = _library("masking_utils").create_causal_mask
+    return layer(
+        hidden,
+        attention_mask=make_mask(config, hidden, attention_mask, None),
+        position_embeddings=context[:2],
+        past_key_values=_cache(config),
+    )
+
+
+def _positions(input_ids: Tensor) -> Tensor:
+    return torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+
+
+def _cache(config: Any) -> Any:
+    """Let keys and values be laid out as in the stock model, which keeps them."""
+    if not config.use_cache:
+        return None
+    return _library("cache_utils").DynamicCache(config=config)
+
+
+_GPT2 = partial(
+    _Parts,
+    _embed_gpt2,
+    ("transformer.wte", "transformer.wpe", "transformer.drop"),
+    _run_gpt2,
+    "transformer.h",
+)
+_DECODERS: Mapping[str, _Parts] = {
+    "GPT2ForTokenClassification": _GPT2(
+        ("transformer.ln_f", "dropout", "classifier"), "TokenClassifierOutput"
+    ),
+    "GPT2LMHeadModel": _GPT2(
+        ("transformer.ln_f", "lm_head"), "CausalLMOutputWithCrossAttentions"
+    ),
+    "LlamaForCausalLM": _Parts(
+        _embed_llama,
+        ("model.embed_tokens", "model.rotary_emb"),
+        _run_llama,
+        "model.layers",
+        ("model.norm", "lm_head"),
+        "CausalLMOutputWithPast",
+    ),
+}
+
+
+# --- what is supported ----------------------------------------------------------------
+
+
+def _parts_of(model: nn.Module, table: Mapping[str, _Parts], caller: str) -> _Parts:
+    """Look a model's class up; a subclass may run other code, so it is not supported.
+
+    Raises
+    ------
+    NotSplittable
+        If there are no units for it.
+    """
+    library = _library()
+    name = type(model).__name__
+    if name not in table or getattr(library, name, None) is not type(model):
+        raise NotSplittable(
+            f"{caller} has no units for {name}: give it one of {', '.join(table)}, or "
+            "list the units by hand, with Task(units_fn=...)."
+        )
+    if getattr(model.config, "is_causal", None) is not None:
+        raise _refused(model, "config.is_causal is set")
+    if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        raise _refused(model, "gradient checkpointing is on")
+    return table[name]
+
+
+def _refused(model: nn.Module, option: str) -> NotSplittable:
+    return NotSplittable(
+        f"{type(model).__name__} cannot be listed as units while {option}. Switch that "
+        "off, or list the units by hand, with Task(units_fn=...)."
+    )
+
+
+def _library(part: str = "") -> Any:
+    """Import a part of transformers.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed, or too old.
+    """
+    wanted = f'pip install "transformers>={_OLDEST}"'
+    try:
+        library = import_module("transformers")
+    except ImportError as error:
+        raise ImportError(
+            f"the units of a Hugging Face model need transformers: {wanted}"
+        ) from error
+    version = library.__version__
+    if int(version.split(".")[0]) < _OLDEST:
+        raise ImportError(f"transformers {version} is too old: {wanted}")
+    return import_module(f"transformers.{part}") if part else library

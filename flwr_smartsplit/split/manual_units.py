@@ -1,0 +1,208 @@
+"""Units that a user lists by hand, checked by a dry run before they are trusted.
+
+Tracing finds out by itself what a unit reads, writes and draws. Here the user says
+what it reads; the rest is seen under fake tensors, as for traced models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flwr_smartsplit.errors import NotSplittable
+from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
+from flwr_smartsplit.split.submodules import odd_modes
+from flwr_smartsplit.split.trace.cut_points import (
+    cannot_run,
+    overwritten,
+    tied,
+    torch_log_silenced,
+    with_nearest,
+)
+from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder
+
+
+def declared_units(
+    model: nn.Module, units: Sequence[Unit], example_inputs: Batch
+) -> tuple[tuple[Unit, ...], dict[str, str]]:
+    """Check units, and join those between which the model must not be cut.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the units belong to; it is not touched.
+    units : Sequence[Unit]
+        The units as the user lists them.
+    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+        One batch, as the first unit takes it.
+
+    Returns
+    -------
+    units : tuple[Unit, ...]
+        The chain; cuts are possible between any two neighbours.
+    refusals : dict[str, str]
+        For each unit that must not be the last of a segment, the reason.
+
+    Raises
+    ------
+    NotSplittable
+        If the units are not a chain of this model; names every problem.
+    InvalidTask
+        If a unit does not run on what the one before it returns.
+    """
+    units = list(units)
+    problems = _list_problems(model, units)
+    if problems:
+        raise NotSplittable(
+            f"these units are no chain of {type(model).__name__}: "
+            f"{'; '.join(problems)}."
+        )
+    train, evaluate = (
+        _dry_run(model, units, example_inputs, training=mode) for mode in (True, False)
+    )
+    units = [
+        replace(unit, is_random=facts.is_random)
+        for unit, facts in zip(units, train, strict=True)
+    ]
+    refused = {}
+    for index, unit in enumerate(units[:-1]):
+        reason = _refusal(model, units, (train, evaluate), index)
+        if reason is not None:
+            refused[index] = (unit.name, reason)
+    cuts = {i: u.name for i, u in enumerate(units[:-1]) if i not in refused}
+    return _joined(units, [*cuts]), with_nearest(refused, cuts)
+
+
+def _list_problems(model: nn.Module, units: Sequence[Unit]) -> list[str]:
+    """Say what is wrong with the list itself."""
+    strangers = [unit for unit in units if not isinstance(unit, Unit)]
+    if strangers:
+        return [f"{strangers[0]!r} is not a Unit"]
+    problems = [] if units else ["the list is empty"]
+    names = [unit.name for unit in units]
+    problems += [
+        f"two units are named {name!r}"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    known |= {  # Tensors that are plain attributes.
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    known.discard("")
+    reads = {name for unit in units for name in unit.reads}
+    problems += [f"{name} is not in the model" for name in sorted(reads - known)]
+    read = {id(p) for name in reads & known for p in _parameters_at(model, name)}
+    problems += [
+        f"{name} is trained, but no unit reads it"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in read
+    ]
+    return problems
+
+
+def _parameters_at(model: nn.Module, target: str) -> list[Tensor]:
+    path, _, name = target.rpartition(".")
+    thing = getattr(model.get_submodule(path), name)
+    return list(thing.parameters()) if isinstance(thing, nn.Module) else [thing]
+
+
+def _dry_run(
+    model: nn.Module, units: Sequence[Unit], inputs: Batch, *, training: bool
+) -> list[NodeFacts]:
+    """Run the units one by one under fake tensors; each sees only what it reads."""
+    mode, recorder = FakeTensorMode(), Recorder()
+    whole = fake_copy(Segment(units, 0, model), mode)
+    odd = odd_modes(model)
+    value: Any = fake_batch(inputs, mode, batch_size=2)
+    found = []
+    for index, unit in enumerate(units):
+        root = Segment([unit], index, whole, odd).train(training)
+        run = unit.forward_in(training)
+        recorder.facts = NodeFacts()
+        try:
+            with mode, recorder, torch.set_grad_enabled(training), torch_log_silenced():
+                value = run_unit(run, root, value)
+        except Exception as error:
+            raise cannot_run(
+                model, inputs, error, part=f"unit {unit.name!r}"
+            ) from error
+        recorder.facts.value = value
+        found.append(recorder.facts)
+    return found
+
+
+def _refusal(
+    model: nn.Module,
+    units: Sequence[Unit],
+    facts: tuple[list[NodeFacts], list[NodeFacts]],
+    index: int,
+) -> str | None:
+    """Say why there must be no cut after a unit, if so."""
+    after = index + 1
+    for found, training in zip(facts, (True, False), strict=True):
+        value = found[index].value
+        reason = _value_problem(value, training=training)
+        if reason is None:
+            names = [unit.name for unit in units[after:]]
+            later = dict(zip(names, found[after:], strict=True))
+            reason = overwritten(value, later)
+        if reason is not None:
+            return reason
+    before, behind = (
+        {name for unit in side for name in unit.reads}
+        for side in (units[:after], units[after:])
+    )
+    return tied(model, before, behind)
+
+
+def _value_problem(value: Any, *, training: bool) -> str | None:
+    """Say why a unit's value is not a boundary, if so."""
+    tensors = value if type(value) is tuple else (value,)
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return f"its value is a {type(value).__name__}, not one tensor or several"
+    if not training:
+        return None
+    if not tensors[0].requires_grad:
+        return "the first tensor of its value needs no gradient"
+    if any(tensor.requires_grad for tensor in tensors[1:]):
+        return "more than the first tensor of its value needs a gradient"
+    return None
+
+
+def _joined(units: Sequence[Unit], cuts: Sequence[int]) -> tuple[Unit, ...]:
+    """Make one unit of those between two cuts, under the name of the last."""
+    starts = [0, *(cut + 1 for cut in cuts)]
+    stops = [*starts[1:], len(units)]
+    return tuple(
+        _as_one(units[start:stop]) for start, stop in zip(starts, stops, strict=True)
+    )
+
+
+def _as_one(units: Sequence[Unit]) -> Unit:
+    if len(units) == 1:
+        return units[0]
+
+    def run(training: bool, root: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        value: Any = kwargs or args
+        for unit in units:
+            value = run_unit(unit.forward_in(training), root, value)
+        return value
+
+    return Unit(
+        name=units[-1].name,
+        forward=partial(run, True),
+        eval_forward=partial(run, False),
+        reads=tuple(sorted({name for unit in units for name in unit.reads})),
+        is_random=any(unit.is_random for unit in units),
+        is_samplewise=all(unit.is_samplewise for unit in units),
+    )

@@ -1,0 +1,177 @@
+"""Segment: some units of a chain as a module with the model's own names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from flwr_smartsplit.split.activation_checkpointing import (
+    Observer,
+    Passage,
+    observe_nothing,
+    run_units,
+)
+from flwr_smartsplit.split.sharing import share
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
+
+Streams = Callable[[int, int], AbstractContextManager[None]]
+"""``streams(step, unit)`` opens the random stream that unit runs under."""
+
+Boundary = tuple[Tensor, ...]
+"""The tensor that a gradient comes back for, then its context: tensors that travel
+along and need no gradient, such as an attention mask."""
+
+Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+
+def no_streams(step: int, unit: int) -> AbstractContextManager[None]:
+    """Leave torch's generator as it is."""
+    del step, unit
+    return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The smallest piece of a model that is not cut.
+
+    Parameters
+    ----------
+    name : str
+        Its name in the chain: the model's own name of its last module or operation.
+    forward : Callable
+        ``forward(root, *values)``: ``root`` has the modules of ``reads`` under the
+        model's own names; the values are the batch (by keyword if it is a mapping),
+        or what the unit before returned: one tensor, or a tuple of one tensor that
+        needs a gradient and others that do not.
+    reads : tuple[str, ...]
+        Dotted names of the modules, parameters and constants it uses.
+    eval_forward : Callable, optional
+        What it does in evaluation mode, if that is other code.
+    is_random : bool
+        Whether it draws random numbers in training.
+    is_samplewise : bool
+        Whether it treats samples one by one and writes nothing; dimension 0 of all it
+        takes and returns is the samples. Found out for a traced model.
+    light_forward : Callable, optional
+        What it does in training if its cheap operators run twice: the same values,
+        gradients and buffers, with less kept for backward.
+
+    Examples
+    --------
+    >>> unit = Unit("embed", lambda root, tokens: root.table(tokens), ("table",))
+    >>> unit.name
+    'embed'
+    """
+
+    name: str
+    forward: Callable[..., Any]
+    reads: tuple[str, ...]
+    eval_forward: Callable[..., Any] | None = None
+    is_random: bool = False
+    is_samplewise: bool = False
+    light_forward: Callable[..., Any] | None = None
+
+    def forward_in(
+        self, training: bool, *, is_light: bool = False
+    ) -> Callable[..., Any]:
+        """Return what it does in one mode."""
+        if not training:
+            return self.eval_forward or self.forward
+        return (self.light_forward if is_light else None) or self.forward
+
+
+class Segment(nn.Module):
+    """Units ``[start, stop)`` of a chain, as a module with the model's own names.
+
+    Parameters
+    ----------
+    units : Sequence[Unit]
+        The units, in order.
+    start : int
+        Index of the first of them in the chain.
+    source : nn.Module
+        The model whose modules and parameters the segment shares.
+    odd_modes : Mapping[bool, frozenset[str]]
+        For ``train(mode)``, the modules that the model leaves in the other mode.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        start: int,
+        source: nn.Module,
+        odd_modes: Mapping[bool, frozenset[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        # Mangled names, because the model's own children stand beside them.
+        self.__units = tuple(units)
+        self.__start = start
+        for target in sorted({name for unit in units for name in unit.reads}):
+            share(source, self, target.split("."))
+        mine = {name for name, _ in self.named_modules()}
+        self.__odd_modes = {
+            mode: names & mine for mode, names in (odd_modes or {}).items()
+        }
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch as the model does, which may keep some modules in the other mode."""
+        super().train(mode)
+        for name in self.__odd_modes.get(mode, ()):
+            self.get_submodule(name).training = not mode
+        return self
+
+    def forward(
+        self,
+        inputs: Batch,
+        *,
+        streams: Streams = no_streams,
+        step: int = 0,
+        observe: Observer = observe_nothing,
+        recompute: RecomputePlan = KEEP_ALL,
+    ) -> Any:
+        """Run the units in order, each random one under its own stream.
+
+        Parameters
+        ----------
+        inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+            The batch, or the boundary that enters the segment.
+        streams : Streams
+            Opens the random stream of a unit.
+        step : int
+            Number of the training step, from 0.
+        observe : Observer
+            Is told the value of each unit.
+        recompute : RecomputePlan
+            What keeps nothing, or less, and runs again in backward.
+        """
+        training, first = self.training, self.__start
+        plan = recompute.within(first, first + len(self.__units))
+
+        def run(index: int, value: Any) -> Any:
+            unit = self.__units[index - first]
+            do = unit.forward_in(training, is_light=index in plan.light)
+            if training and unit.is_random:
+                with streams(step, index):
+                    return run_unit(do, self, value)
+            return run_unit(do, self, value)
+
+        units = range(first, first + len(self.__units))
+        reruns = plan.reruns if training else ()
+        passage = Passage(run, self, observe, preserves_chance=streams is no_streams)
+        return run_units(inputs, units, reruns, passage)
+
+
+def as_boundary(outputs: Any) -> Boundary:
+    """Take what a segment returns as a boundary, with its context if it has one."""
+    return outputs if type(outputs) is tuple else (outputs,)
+
+
+def run_unit(run: Callable[..., Any], root: nn.Module, value: Any) -> Any:
+    """Hand a unit a batch or a boundary as arguments."""
+    if type(value) is dict:
+        return run(root, **value)
+    if type(value) is tuple:
+        return run(root, *value)
+    return run(root, value)

@@ -1,0 +1,317 @@
+"""Why a place in a model can or cannot be cut.
+
+A place is a node of the model's graph after which one tensor is all that is still
+needed. A dry run under fake tensors finds out what every operation does: which
+storages it writes, whether it draws random numbers, whether its value needs a
+gradient. Guessing from names would miss functional and user-written operations.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.split.fake_tensors import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.split.segment import Batch, Segment, Unit
+from flwr_smartsplit.split.trace.liveness import live_places
+from flwr_smartsplit.split.trace.op_recorder import (
+    NodeFacts,
+    Recorder,
+    attributes_of,
+    storages_of,
+)
+
+_READS_MODEL = ("call_module", "get_attr")
+
+Place = tuple[fx.Node, tuple[fx.Node, ...]]
+"""A node whose value may cross, and the sizes that cross with it."""
+
+
+class _FactFinder(fx.Interpreter):
+    """Run a graph node by node and keep the facts of each."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, recorder: Recorder) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.recorder = recorder
+        self.facts: dict[fx.Node, NodeFacts] = {}
+        self.own = recorder.own = storages_of(
+            [*root.parameters(), *root.buffers(), *constants_of(root).values()]
+        )
+
+    def fetch_args_kwargs_from_env(
+        self, n: fx.Node
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give operations lists of their own: some write into their arguments."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _thawed(tuple(args)), _thawed(dict(kwargs))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and keep what the recorder saw."""
+        self.recorder.facts = facts = self.facts[n] = NodeFacts()
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        before = attributes_of(module)
+        facts.value = value = super().run_node(n)
+        facts.shape = _shape(value)
+        after = attributes_of(module)
+        is_rebound = before.keys() != after.keys() or any(
+            after[key] is not old for key, old in before.items()
+        )
+        facts.changes_model = is_rebound or not self.own.isdisjoint(facts.written)
+        return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def is_reshaped(facts: Mapping[fx.Node, NodeFacts]) -> bool:
+    """Say whether any tensor got another shape after it was made."""
+    return any(fact.shape != _shape(fact.value) for fact in facts.values())
+
+
+def _thawed(value: Any) -> Any:
+    """Replace the lists and dicts that fx froze by ordinary ones."""
+    if isinstance(value, list):
+        return [_thawed(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_thawed(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _thawed(item) for key, item in value.items()}
+    return value
+
+
+def find_facts(
+    model: nn.Module, graph: fx.Graph, example_inputs: Batch
+) -> dict[fx.Node, NodeFacts]:
+    """Run a graph under fake tensors and see what each of its nodes does.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model the graph was traced from; it is not touched.
+    graph : fx.Graph
+        Its graph in the mode that the model is in.
+    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+        One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
+
+    Raises
+    ------
+    InvalidTask
+        If the model does not run on the example inputs.
+    """
+    reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
+    everything = Unit("", _identity, reads)
+    mode = FakeTensorMode()
+    root = fake_copy(Segment([everything], 0, model), mode).train(model.training)
+    recorder = Recorder()
+    finder = _FactFinder(root, graph, recorder)
+    # Two examples, since BatchNorm refuses to train on one value per channel.
+    inputs = fake_batch(example_inputs, mode, batch_size=2)
+    try:
+        with mode, recorder, torch.enable_grad(), torch_log_silenced():
+            with saved_tensors_hooks(recorder.note_saved, _itself):
+                finder.run(*tree_leaves(inputs))
+    except Exception as error:
+        raise cannot_run(model, example_inputs, error) from error
+    return finder.facts
+
+
+def cannot_run(
+    model: nn.Module, example_inputs: Batch, error: Exception, *, part: str = ""
+) -> InvalidTask:
+    """Say that a dry run of a model, or a part of it, on its example inputs failed."""
+    shapes = [tuple(example.shape) for example in tree_leaves(example_inputs)]
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    if "convert all Tensors to FakeTensors" in reason:
+        reason = "it uses a tensor that it does not name in its reads"
+    return InvalidTask(
+        f"{f'{part} of ' if part else ''}{type(model).__name__} cannot run on "
+        f"example inputs of shape {shapes}: {reason}. Give example inputs that the "
+        "model accepts.",
+        shapes=shapes,
+    )
+
+
+@contextmanager
+def torch_log_silenced() -> Iterator[None]:
+    """Keep torch from logging a traceback of what is raised as an error anyway."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _identity(root: nn.Module, value: Any) -> Any:
+    del root
+    return value
+
+
+def used_by(node: fx.Node) -> list[fx.Node]:
+    """List what a node uses of the model: its module, parameters and constants.
+
+    A parameter belongs where it is used; torch.fx reads it once for all its uses.
+    """
+    module = [node] if node.op == "call_module" else []
+    return module + [n for n in node.all_input_nodes if n.op == "get_attr"]
+
+
+def admissible_cuts(
+    model: nn.Module,
+    train_graph: fx.Graph,
+    eval_graph: fx.Graph,
+    facts: dict[fx.Node, NodeFacts],
+) -> tuple[list[tuple[Place, Place]], dict[str, str]]:
+    """Keep the places that can be cut without changing a number.
+
+    Returns
+    -------
+    cuts : list[tuple[Place, Place]]
+        The places that may be cut, in order: the one of the training graph and the
+        one of the same name of the evaluation graph.
+    refusals : dict[str, str]
+        For each other place with a single live value, the reason.
+    """
+    order = {node: index for index, node in enumerate(eval_graph.nodes)}
+    reached = grad_nodes(facts[list(train_graph.nodes)[-1]].value)
+    twins = {
+        node.name: (node, sizes) for node, sizes in live_places(eval_graph).items()
+    }
+    kept: list[tuple[Place, Place]] = []
+    refusals = {}
+    for node, sizes in live_places(train_graph).items():
+        twin = twins.get(node.name)
+        reason = _refusal(node, facts, reached)
+        if reason is None and twin is None:
+            reason = "evaluation mode has no such place"
+        if reason is None and twin is not None:
+            if kept and order[twin[0]] < order[kept[-1][1][0]]:
+                reason = "evaluation mode comes to it in another order"
+            else:
+                reason = _tied(model, node, twin[0])
+        if reason is None and twin is not None:
+            kept.append(((node, sizes), twin))
+        else:
+            refusals[node.name] = str(reason)
+    return kept, refusals
+
+
+def grad_nodes(outputs: Any) -> set[Any]:
+    """Find all nodes of autograd's graph that backward reaches from outputs."""
+    tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    reached = set(waiting)
+    while waiting:
+        for source, _ in waiting.pop().next_functions:
+            if source is not None and source not in reached:
+                reached.add(source)
+                waiting.append(source)
+    return reached
+
+
+def _refusal(
+    node: fx.Node, facts: dict[fx.Node, NodeFacts], reached: set[Any]
+) -> str | None:
+    """Say why the value of ``node`` must not be a boundary, if so."""
+    value = facts[node].value
+    if not isinstance(value, Tensor):
+        return f"its value is a {type(value).__name__}, not one tensor"
+    if value.is_conj() or value.is_neg():
+        return "it is a conjugate or negative view"
+    if not value.requires_grad:
+        return "nothing before it can be trained"
+    if value.grad_fn not in reached:
+        return "no gradient comes back to it"
+    after = [other for other in _sides(node)[1] if other.op != "output"]
+    return overwritten(value, {other.name: facts[other] for other in after})
+
+
+def overwritten(value: Any, later: Mapping[str, NodeFacts]) -> str | None:
+    """Say what runs later and writes into a value in place, if anything does."""
+    storages = storages_of(value)
+    for name, facts in later.items():
+        if facts.written & storages:
+            return f"{name} writes into it, or a view of it, in place"
+    return None
+
+
+def _sides(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Divide a graph's nodes into those up to a place and those after it."""
+    nodes = list(place.graph.nodes)
+    after = nodes.index(place) + 1
+    return nodes[:after], nodes[after:]
+
+
+def _tied(model: nn.Module, *places: fx.Node) -> str | None:
+    """Say whether a tensor is used on both sides of a place, in whatever mode."""
+    sides = zip(*map(_sides, places), strict=True)
+    before, after = (
+        {str(used.target) for nodes in side for node in nodes for used in used_by(node)}
+        for side in sides
+    )
+    return tied(model, before, after)
+
+
+def tied(model: nn.Module, before: Iterable[str], after: Iterable[str]) -> str | None:
+    """Say which tensor is used on both sides of a place, if one is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    before, after : Iterable[str]
+        Dotted names of what each side uses of it.
+    """
+    first, second = _tensors_of(model, before), _tensors_of(model, after)
+    names = sorted({first[key] for key in first.keys() & second.keys()})
+    if not names:
+        return None
+    return f"both sides of it use {', '.join(names)}"
+
+
+def _tensors_of(model: nn.Module, targets: Iterable[str]) -> dict[int, str]:
+    """Identify and name the parameters, buffers and constants behind targets."""
+    tensors: dict[int, str] = {}
+    for target in targets:
+        path, _, name = target.rpartition(".")
+        thing = getattr(model.get_submodule(path), name)
+        if not isinstance(thing, nn.Module):
+            tensors.setdefault(id(thing), target)
+            continue
+        for inner, tensor in (*thing.named_parameters(), *thing.named_buffers()):
+            tensors.setdefault(id(tensor), f"{target}.{inner}")
+    return tensors
+
+
+def with_nearest(
+    refused: Mapping[int, tuple[str, str]], cuts: Mapping[int, str]
+) -> dict[str, str]:
+    """Add to each refusal the nearest place that can be cut.
+
+    Parameters
+    ----------
+    refused : Mapping[int, tuple[str, str]]
+        Name and reason of each refused place, by its position.
+    cuts : Mapping[int, str]
+        The units that end at the places that can be cut, by position.
+    """
+    explained = {}
+    for position, (name, reason) in refused.items():
+        advice = "no other place can be cut"
+        if cuts:
+            nearest = min(cuts, key=lambda cut: abs(cut - position))
+            advice = f"the nearest cut is after {cuts[nearest]}"
+        explained[name] = f"{reason}; {advice}"
+    return explained

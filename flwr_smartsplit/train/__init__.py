@@ -1,0 +1,1 @@
+"""One training step of one segment, the same at every place."""

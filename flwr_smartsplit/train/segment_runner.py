@@ -1,0 +1,245 @@
+"""SegmentRunner: a segment's part of each training step, and evaluation.
+
+One runner serves every place: the head on a device, a tail on an edge, the whole
+model. It lives beside the cost model because a prediction is a dry run of it.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flwr_smartsplit.memory.meter import phase
+from flwr_smartsplit.split.segment import (
+    Batch,
+    Boundary,
+    Streams,
+    as_boundary,
+    no_streams,
+)
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.grad_clipping import clip_gradients, gradient_norms
+from flwr_smartsplit.train.lr_schedule import scheduler_of
+from flwr_smartsplit.train.optimizer_in_backward import (
+    GradientEntry,
+    GradientExit,
+    early_updates,
+    steps_one_by_one,
+)
+from flwr_smartsplit.types import KEEP_ALL
+
+
+class SegmentRunner:
+    """Train or evaluate one segment at one place.
+
+    Parameters
+    ----------
+    segment : Segment
+        What runs here; its parameters are updated in place.
+    task : Task
+        Supplies the loss and the optimizer.
+    streams : Streams
+        Opens the random stream of a unit.
+    config : Mapping[str, Any], optional
+        What the task's ``schedule_fn`` is told.
+    is_trained : bool
+        Whether it needs an optimizer; evaluation does not.
+    is_lean : bool
+        Whether large parameters are stepped inside backward, which frees their
+        gradients at once and costs a little time. Only done where it is exact.
+
+    Attributes
+    ----------
+    recompute : RecomputePlan
+        What runs twice in a training step; may be set anew between two steps.
+
+    Notes
+    -----
+    A step ends with an update. If the task clips gradients by their common norm, the
+    update waits for ``update(norm)``, since part of that norm may lie elsewhere.
+    """
+
+    def __init__(
+        self,
+        segment: nn.Module,
+        task: Task,
+        *,
+        streams: Streams = no_streams,
+        config: Mapping[str, Any] | None = None,
+        is_trained: bool = True,
+        is_lean: bool = False,
+    ) -> None:
+        self.segment = segment
+        self.task = task
+        self.recompute = KEEP_ALL
+        self._streams = streams
+        parameters = [p for p in segment.parameters() if p.requires_grad]
+        needs_one = is_trained and bool(parameters)
+        self.optimizer = task.optimizer_fn(parameters) if needs_one else None
+        self._scheduler = scheduler_of(self.optimizer, task, config or {})
+        self.is_early = is_lean and _can_be_early(self.optimizer, task)
+        self._entry: Tensor | None = None
+        self._receive: list[Callable[[], Tensor]] = []
+        self._input_gradients: list[Tensor] = []
+
+    def forward(
+        self, inputs: Batch, *, step: int, inputs_are_boundary: bool
+    ) -> Boundary:
+        """Start a step: run the segment forward and keep its graph.
+
+        Parameters
+        ----------
+        inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
+            The batch, or the boundary that entered.
+        step : int
+            Number of the step, from 0.
+        inputs_are_boundary : bool
+            Whether a gradient has to go back to where the inputs came from.
+
+        Returns
+        -------
+        Boundary
+            The outgoing boundary, detached; the runner does not hold it.
+        """
+        outputs = self._run(inputs, step, inputs_are_boundary)
+        boundary = as_boundary(outputs)
+        self._entry = GradientEntry.apply(boundary[0], self._receive)
+        return tuple(tensor.detach() for tensor in boundary)
+
+    def backward(self, receive: Callable[[], Tensor]) -> Tensor | None:
+        """End a step from the gradient of its outgoing boundary, and update.
+
+        Parameters
+        ----------
+        receive : Callable[[], Tensor]
+            Makes the gradient, when the engine needs it and for the engine alone.
+
+        Returns
+        -------
+        Tensor or None
+            The gradient of the incoming boundary, if there is one.
+        """
+        entry, self._entry = self._entry, None
+        if entry is None:
+            raise RuntimeError("backward without forward: the step has no graph.")
+        self._receive[:] = [receive]
+        with phase("backward"), self._early_updates():
+            entry.backward(torch.empty_like(entry))
+        del entry
+        return self._end()
+
+    def finish(
+        self, inputs: Batch, targets: Tensor, *, step: int, inputs_are_boundary: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do a whole step where the route ends: forward, loss, backward, update.
+
+        Returns
+        -------
+        loss : Tensor
+            The detached mean loss of the batch.
+        gradient : Tensor or None
+            The gradient of the incoming boundary, if there is one.
+        """
+        outputs = self._run(inputs, step, inputs_are_boundary)
+        with phase("loss"), autocast_of(self.task):
+            loss = self.task.loss_fn(outputs, targets)
+            if loss.untyped_storage().nbytes() > loss.nbytes:
+                # Some losses leave their mean where all of their terms were.
+                loss = loss.clone()
+        del outputs  # What backward needs of them, the graph holds.
+        with phase("backward"), self._early_updates():
+            loss.backward()
+        loss = loss.detach()  # And with it the graph goes.
+        return loss, self._end()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Take the norm of each gradient, where an update waits for all of them."""
+        waits = self.task.max_gradient_norm is not None
+        return gradient_norms(self.segment) if waits else {}
+
+    def update(self, norm: float | None = None) -> None:
+        """Do the optimizer's step; it comes by itself if the task clips nothing.
+
+        Parameters
+        ----------
+        norm : float, optional
+            The norm of all gradients of the model, to clip these by.
+        """
+        if self.optimizer is None:
+            return
+        with phase("optimizer"):
+            if norm is not None and self.task.max_gradient_norm is not None:
+                max_norm = self.task.max_gradient_norm
+                clip_gradients(self.segment, max_norm=max_norm, norm=norm)
+            self.optimizer.step()
+            if self._scheduler is not None:
+                self._scheduler.step()
+
+    def release_gradients(self) -> None:
+        """Free the gradients, where other work comes before the next step."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Batch) -> Any:
+        """Run the segment forward in evaluation mode, without a graph."""
+        self.segment.eval()
+        with phase("forward"), autocast_of(self.task):
+            return self.segment(inputs)
+
+    @torch.no_grad()
+    def assess(self, outputs: Any, targets: Tensor) -> dict[str, float]:
+        """Return loss and metrics of the outputs, in evaluation."""
+        with autocast_of(self.task):
+            values = {"loss": float(self.task.loss_fn(outputs, targets))}
+            if self.task.metrics_fn is not None:
+                # First, so that none of them takes the place of the loss.
+                values = {**self.task.metrics_fn(outputs, targets), **values}
+        return values
+
+    def _run(self, inputs: Batch, step: int, inputs_are_boundary: bool) -> Any:
+        self.segment.train()
+        self._entry = None
+        self.release_gradients()
+        self._input_gradients.clear()
+        if inputs_are_boundary:
+            inputs = self._leaf(inputs)
+        with phase("forward"), autocast_of(self.task):
+            return self.segment(
+                inputs, streams=self._streams, step=step, recompute=self.recompute
+            )
+
+    def _early_updates(self) -> AbstractContextManager[None]:
+        if self.optimizer is None or not self.is_early:
+            return nullcontext()
+        return early_updates(self.optimizer)
+
+    def _leaf(self, inputs: Batch) -> Batch:
+        """Let a boundary in, and have its gradient put aside."""
+        if isinstance(inputs, dict):
+            raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
+        boundary, *context = inputs if isinstance(inputs, tuple) else (inputs,)
+        trigger = torch.empty(0, requires_grad=True)
+        leaf = GradientExit.apply(trigger, boundary, self._input_gradients)
+        return (leaf, *context) if context else leaf
+
+    def _end(self) -> Tensor | None:
+        """Update, unless that has to wait; return the incoming boundary's gradient."""
+        if self.task.max_gradient_norm is None:
+            self.update()
+        return self._input_gradients.pop() if self._input_gradients else None
+
+
+def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:
+    """Say whether parameters may be stepped before all gradients are there."""
+    waits = task.max_gradient_norm is not None
+    return optimizer is not None and not waits and steps_one_by_one(optimizer)
+
+
+def autocast_of(task: Task) -> AbstractContextManager[Any]:
+    """Switch mixed precision on, if the task says so."""
+    dtype = task.autocast_dtype
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)

@@ -1,0 +1,212 @@
+"""Reports: what a round brought, said by clients and edges after it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy.typing as npt
+
+
+class Status(StrEnum):
+    """How one client's part of a round ended."""
+
+    OK = "ok"
+    OUT_OF_MEMORY = "out_of_memory"
+    EDGE_FAILED = "edge_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """The first cut of a route, moved between two steps of a round.
+
+    Parameters
+    ----------
+    step : int
+        How many steps were done before.
+    before, after : int
+        The cut.
+    reason : str
+        Why, for the journal.
+    """
+
+    step: int
+    before: int
+    after: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replan:
+    """A change of what a device runs twice, between two steps of a round.
+
+    Parameters
+    ----------
+    step : int
+        How many steps were done before.
+    before, after : str
+        The recompute plan, as text.
+    reason : str
+        Why, for the journal.
+    """
+
+    step: int
+    before: str
+    after: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What a client measured while it did its part of a round.
+
+    Parameters
+    ----------
+    status : Status
+        How it ended.
+    message : str
+        The error's text when ``status`` is not OK.
+    num_examples, num_steps : int
+        Examples of one epoch, which is the client's weight, and all optimizer steps.
+    num_epochs : int
+        Passes over these examples.
+    loss : float
+        Mean loss over the examples.
+    loss_rms : float
+        Root of the mean over the examples of their batch's loss, squared.
+    loss_drop : float
+        Mean loss of the first half of the steps, less that of the second half.
+    peak_bytes : int
+        The most the device held in the metered steps.
+    resident_growth_bytes : int or None
+        Growth of the process's resident set, where the client is alone in its process;
+        None where it is not, or the system does not say.
+    sent_bytes, received_bytes : int
+        Traffic between the device and its edges.
+    seconds : float
+        Wall-clock time of the client's part.
+    num_threads : int
+        Torch threads in force.
+    metrics : Mapping[str, float]
+        What ``Task.metrics_fn`` returned, averaged over the examples.
+    moves : tuple[Move, ...]
+        How the first cut moved since the round began, in order.
+    replans : tuple[Replan, ...]
+        How what runs twice changed since then, in order.
+    step_seconds : float
+        Mean time of a training step as the route ended, by the client's clock or its
+        ``step_seconds``; 0 if nobody knows.
+    released : str
+        Why the edge let it stop early; empty if it did not. Then ``num_examples`` are
+        those it trained on, and ``num_epochs`` counts the last, unfinished pass too.
+    """
+
+    status: Status = Status.OK
+    message: str = ""
+    num_examples: int = 0
+    num_epochs: int = 1
+    num_steps: int = 0
+    loss: float = 0.0
+    loss_rms: float = 0.0
+    loss_drop: float = 0.0
+    peak_bytes: int = 0
+    resident_growth_bytes: int | None = None
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    seconds: float = 0.0
+    num_threads: int = 1
+    metrics: Mapping[str, float]
+    moves: tuple[Move, ...] = ()
+    replans: tuple[Replan, ...] = ()
+    step_seconds: float = 0.0
+    released: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """An edge's word that it holds one finished tail.
+
+    Parameters
+    ----------
+    place : str
+        The edge's name in the route.
+    incarnation : str
+        Which life of the edge sealed it.
+    session : str
+        The session that was sealed.
+    names : tuple[str, ...]
+        The state names the tail covers.
+    digest : str
+        SHA-256 over names, dtypes, shapes and values.
+    num_examples, num_steps : int
+        What the tail was stepped with.
+    """
+
+    place: str
+    incarnation: str
+    session: str
+    names: tuple[str, ...]
+    digest: str
+    num_examples: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailExpectation:
+    """The sealed tail a client's receipt must prove."""
+
+    session: str
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """What the reply of one chosen client must contain.
+
+    Parameters
+    ----------
+    client_key : str
+        The client.
+    device_names : frozenset[str]
+        The state names of its device segments.
+    tails : Mapping[str, TailExpectation]
+        The tails of its route, by place.
+    """
+
+    client_key: str
+    device_names: frozenset[str]
+    tails: Mapping[str, TailExpectation]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientReply:
+    """A client's reply to a training request, whichever API carried it."""
+
+    client_key: str
+    round_number: int
+    state: Mapping[str, npt.NDArray[Any]]
+    receipts: tuple[Receipt, ...]
+    report: StepReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One client's part that was not merged, and why.
+
+    Parameters
+    ----------
+    client_key : str
+        The client, or the node where no key is known.
+    kind : str
+        The reason in one word: refused, late, duplicate, lost, failed,
+        out_of_memory, edge_failed.
+    cause : str
+        The reason in a sentence, with its numbers.
+    report : StepReport, optional
+        What the client measured, if it said so.
+    """
+
+    client_key: str
+    kind: str
+    cause: str
+    report: StepReport | None = None

@@ -1,0 +1,357 @@
+"""Prove on one's own model that cutting changes nothing, and that costs are known.
+
+The truth is a plain PyTorch loop over the stock module, which knows no units. Each
+cut then trains the same batches through ``train_locally`` and an edge in this process,
+over the bytes of the wire, and everything is compared to the last bit.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flwr_smartsplit.device.local_training import (
+    Conditions,
+    Outcome,
+    evaluate_locally,
+    train_locally,
+)
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.memory.cap import CapMode
+from flwr_smartsplit.memory.meter import unmetered
+from flwr_smartsplit.split.build import build_chain, state_of
+from flwr_smartsplit.split.segment import Batch
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.optimizer_in_backward import one_by_one
+from flwr_smartsplit.train.rng import UnitStreams
+from flwr_smartsplit.train.threads import torch_threads
+from flwr_smartsplit.types import ClientPlan, Route, Status
+from flwr_smartsplit.verify.reference import Batches, train_stock
+
+State = Mapping[str, npt.NDArray[Any]]
+
+_CLIENT, _ROUND, _SEED = "check", 1, 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutCheck:
+    """What one route gave beside the stock model.
+
+    Parameters
+    ----------
+    route : Route
+        The route that was trained.
+    differences : tuple[str, ...]
+        What is not the stock model's to the last bit; empty if all is.
+    measured_peak_bytes : int
+        The most that the device held.
+    """
+
+    route: Route
+    differences: tuple[str, ...]
+    measured_peak_bytes: int
+
+
+class RouteChecker:
+    """Train a task whole and along routes, and compare.
+
+    Use it as a context manager: it hosts an edge in this process.
+
+    Parameters
+    ----------
+    task : Task
+        What to check.
+    batches : Sequence[tuple[inputs, targets]]
+        What to train on: two of one size at least, so that the optimizer's state
+        counts.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> task = Task(
+    ...     model_fn=partial(nn.Sequential, nn.Linear(4, 4), nn.Linear(4, 2)),
+    ...     loss_fn=nn.functional.cross_entropy,
+    ...     optimizer_fn=partial(torch.optim.SGD, lr=0.1),
+    ...     example_inputs=torch.zeros(1, 4),
+    ...     example_targets=torch.arange(2),
+    ... )
+    >>> with RouteChecker(task, example_batches(task, batch_size=3)) as checker:
+    ...     checker.check(Route.split(1)).differences
+    ()
+    """
+
+    def __init__(self, task: Task, batches: Batches) -> None:
+        self.chain = build_chain(task)
+        self._batches = batches
+        self._gradients = _GradientLog(task.optimizer_fn)
+        self._outputs = _OutputLog(task.loss_fn)
+        self._task = replace(task, optimizer_fn=self._gradients, loss_fn=self._outputs)
+        with torch.random.fork_rng():
+            torch.manual_seed(_SEED)
+            model = task.model_fn()
+        self._state = state_of(model)
+        self._digest = state_digest(self._state)
+        with torch_threads(1):
+            self._truth = train_stock(
+                model,
+                self._task,
+                batches,
+                chain=self.chain,
+                streams=UnitStreams(_SEED, _ROUND, _CLIENT),
+            )
+        self._gradients.name(_names([model], model))
+        self._true_gradients = self._gradients.take()
+        self._true_outputs = self._outputs.take()
+        self._final = state_of(model)
+        self._edge = LocalEdge()
+        self._address = ""
+
+    def __enter__(self) -> Self:
+        """Start the edge."""
+        self._address = self._edge.start(self._task)
+        try:
+            self._send(wire.HoldState(self._digest, self._state))
+        except BaseException:
+            self._edge.stop(self._address)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the edge and delete its files."""
+        self._edge.stop(self._address)
+
+    def check(self, route: Route) -> CutCheck:
+        """Train and evaluate along one route, and compare with the stock model."""
+        plan = ClientPlan(
+            client_key=_CLIENT,
+            round_number=_ROUND,
+            route=route,
+            seed=_SEED,
+            state_digest=self._digest,
+            edge_addresses=dict.fromkeys(route.edges(), self._address),
+        )
+        differences: list[str] = []
+        peak_bytes = 0
+        try:
+            outcome = self._run(plan, differences)
+            peak_bytes = outcome.report.peak_bytes
+        except Exception as error:
+            differences.append(f"{type(error).__name__}: {error}")
+        self._gradients.take()
+        self._outputs.take()
+        self._send(wire.Release(_ROUND, self._digest))
+        return CutCheck(
+            route=route,
+            differences=tuple(differences),
+            measured_peak_bytes=peak_bytes,
+        )
+
+    def _run(self, plan: ClientPlan, differences: list[str]) -> Outcome:
+        """Train and evaluate; add what differs to the list."""
+        size = len(self.chain)
+        # In the order in which their optimizers are made.
+        legs = (*plan.route.device_legs(size), *plan.route.edge_legs(size))
+        state = {
+            name: self._state[name]
+            for leg in plan.route.device_legs(size)
+            for name in self.chain.state_names(leg.start, leg.stop)
+        }
+        conditions = Conditions(
+            task=self._task, connect=self._connect, cap_mode=CapMode.STRICT
+        )
+        outcome = train_locally(plan, state, self._fresh(), conditions)
+        report = outcome.report
+        if report.status is not Status.OK:
+            differences.append(f"training ends with: {report.message}")
+            return outcome
+        segments = [self.chain.segment(leg.start, leg.stop) for leg in legs]
+        self._gradients.name(_names(segments, self.chain.model))
+        differences += _differing(self._true_gradients, self._gradients.take())
+        differences += _loss_differences("loss", report.loss, self._truth.train_loss)
+        differences += self._state_differences(outcome)
+        loss = evaluate_locally(plan, state, self._fresh_ends(), conditions).loss
+        differences += _loss_differences("evaluation loss", loss, self._truth.eval_loss)
+        if self._outputs.take() != self._true_outputs:
+            differences.append("evaluation outputs")
+        return outcome
+
+    def _state_differences(self, outcome: Outcome) -> list[str]:
+        """Compare what device and edge ended with; look into a tail if it differs."""
+        found = dict(outcome.state)
+        elsewhere: set[str] = set()
+        for receipt in outcome.receipts:
+            tail = {name: self._final[name] for name in receipt.names}
+            elsewhere |= tail.keys()
+            if state_digest(tail) != receipt.digest:
+                entry = wire.Entry(receipt.session, receipt.digest, 1)
+                sums = self._send(wire.Commit(_ROUND, (entry,))).sums
+                found |= {n: sums[n].mean(self._final[n].dtype) for n in tail}
+        # What no unit uses is at no place; training must not change it.
+        resting = self._final.keys() - found.keys() - elsewhere
+        found |= {name: self._state[name] for name in resting}
+        return [
+            f"state {name}"
+            for name, values in found.items()
+            if _bits(values) != _bits(self._final[name])
+        ]
+
+    def _fresh(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield batches that nobody else holds, as a loader does."""
+        for batch in self._batches:
+            yield tree_map(torch.clone, batch)
+
+    def _fresh_ends(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield the first batch and the last, which may be smaller."""
+        for batch in (self._batches[0], self._batches[-1]):
+            yield tree_map(torch.clone, batch)
+
+    def _connect(self, place: str, address: str) -> wire.Transport:
+        del place
+        return self._edge.connect(address)
+
+    def _send(self, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
+        return self._edge.connect(self._address).send(request)
+
+
+def example_batches(task: Task, *, batch_size: int, seed: int = 0) -> Batches:
+    """Draw batches like the task's examples: two of one size, then a smaller one.
+
+    Floating-point inputs are drawn from a normal distribution; all else is drawn from
+    the values that the examples have, such as class numbers and tokens. So an example
+    of zeros only checks one class and one token: give examples with all of them.
+    """
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(example: Tensor, size: int) -> Tensor:
+        choices = example.flatten()
+        shape = (size, *example.shape[1:])
+        return choices[torch.randint(choices.numel(), shape, generator=rng)]
+
+    def draw_input(size: int, example: Tensor) -> Tensor:
+        if example.is_floating_point():
+            shape = (size, *example.shape[1:])
+            return torch.randn(shape, generator=rng, dtype=example.dtype)
+        return draw(example, size)
+
+    sizes = [batch_size, batch_size, *([batch_size - 1] if batch_size > 2 else [])]  # noqa: PLR2004
+    return [
+        (
+            tree_map(partial(draw_input, size), task.example_inputs),
+            draw(task.example_targets, size),
+        )
+        for size in sizes
+    ]
+
+
+# --- gradients ------------------------------------------------------------------------
+
+
+class _GradientLog:
+    """Make optimizers that write down a digest of every gradient they are given."""
+
+    def __init__(self, optimizer_fn: Callable[..., Optimizer]) -> None:
+        self._optimizer_fn = optimizer_fn
+        self._taken: list[list[list[str]]] = []
+        self._named: dict[str, str] = {}
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Build an optimizer, as a task's ``optimizer_fn`` does."""
+        parameters = list(parameters)
+        optimizer = self._optimizer_fn(parameters)
+        taken: list[list[str]] = [[] for _ in parameters]
+        self._taken.append(taken)
+        seen = {
+            id(parameter): own for parameter, own in zip(parameters, taken, strict=True)
+        }
+
+        def write(optimizer: Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        seen[id(parameter)].append(_digest(parameter.grad))
+
+        optimizer.register_step_pre_hook(one_by_one(write))
+        return optimizer
+
+    def name(self, owners: Sequence[Sequence[str]]) -> None:
+        """Give what was written names, those of each optimizer's parameters."""
+        for names, taken in zip(owners, self._taken, strict=True):
+            for name, digests in zip(names, taken, strict=True):
+                self._named |= {
+                    f"gradient {name} of step {step}": digest
+                    for step, digest in enumerate(digests)
+                }
+
+    def take(self) -> dict[str, str]:
+        """Return what was written, and start anew."""
+        named, self._named, self._taken = self._named, {}, []
+        return named
+
+
+def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
+    """Name the trained parameters of segments as the model does, where there are any.
+
+    A tied parameter has several names; the model's first one counts.
+    """
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners = (
+        [known[id(p)] for p in segment.parameters() if p.requires_grad]
+        for segment in segments
+    )
+    return [names for names in owners if names]
+
+
+class _OutputLog:
+    """A loss that writes down a digest of every output it is given in evaluation."""
+
+    def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+        self._loss_fn = loss_fn
+        self._digests: list[list[str]] = []
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss, as a task's ``loss_fn`` does."""
+        if not torch.is_grad_enabled():
+            leaves = tree_leaves(outputs)
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            self._digests.append([_digest(tensor) for tensor in tensors])
+        return self._loss_fn(outputs, targets)
+
+    def take(self) -> list[list[str]]:
+        """Return what was written, and start anew."""
+        digests, self._digests = self._digests, []
+        return digests
+
+
+@unmetered()
+def _digest(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return ""
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    values = dense.resolve_conj().resolve_neg().contiguous().flatten()
+    digest = hashlib.sha256(repr((tuple(tensor.shape), tensor.dtype)).encode())
+    digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _bits(values: npt.NDArray[Any]) -> tuple[str, tuple[int, ...], bytes]:
+    return values.dtype.str, values.shape, values.tobytes()
+
+
+def _loss_differences(name: str, found: float, expected: float) -> list[str]:
+    is_same = found == expected or (math.isnan(found) and math.isnan(expected))
+    return [] if is_same else [f"{name} {found!r}, not {expected!r}"]
+
+
+def _differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    names = [*expected, *(name for name in found if name not in expected)]
+    return [name for name in names if expected.get(name) != found.get(name)]

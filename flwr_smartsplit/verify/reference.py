@@ -1,0 +1,164 @@
+"""The stock model, trained in a plain PyTorch loop that knows no units.
+
+The one thing it shares with split training is chance: torch's generator is seeded
+right before the operator where a unit's first random number is drawn.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.segment import Batch
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.lr_schedule import scheduler_of
+from flwr_smartsplit.train.rng import UnitStreams, derived_seed
+
+Batches = Sequence[tuple[Batch, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Mean losses of the stock model: of first and last batch, untrained; of all."""
+
+    eval_loss: float
+    train_loss: float
+
+
+def train_stock(
+    model: nn.Module,
+    task: Task,
+    batches: Batches,
+    *,
+    chain: Chain,
+    streams: UnitStreams,
+) -> Truth:
+    """Evaluate and train the module in a plain loop.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The stock module; it is trained in place.
+    task : Task
+        Supplies loss and optimizer.
+    batches : Sequence[tuple[inputs, targets]]
+        What to train on.
+    chain : Chain
+        Says which unit draws how many random numbers.
+    streams : UnitStreams
+        The streams that the units of split training draw from.
+    """
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if task.autocast_dtype is not None:
+        autocast = torch.autocast("cpu", task.autocast_dtype)
+    model.eval()
+    with torch.no_grad(), autocast:
+        eval_loss = _mean_loss(
+            (task.loss_fn(_call(model, inputs), targets), targets)
+            for inputs, targets in map(_copied, (batches[0], batches[-1]))
+        )
+    model.train()
+    optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
+    scheduler = scheduler_of(optimizer, task, {})
+    firsts = _first_draws(chain, batches[0][0])
+    losses = []
+    for step, (inputs, targets) in enumerate(map(_copied, batches)):
+        optimizer.zero_grad()
+        with autocast:
+            with _Chance(firsts, streams, step) if firsts else nullcontext():
+                outputs = _call(model, inputs)
+            loss = task.loss_fn(outputs, targets)
+        loss.backward()
+        if task.max_gradient_norm is not None:
+            clip_grad_norm_(model.parameters(), task.max_gradient_norm)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append((loss.detach(), targets))
+    return Truth(eval_loss, _mean_loss(losses))
+
+
+def _copied(batch: tuple[Batch, Tensor]) -> tuple[Batch, Tensor]:
+    """Copy a batch: a model may write into it."""
+    copy: tuple[Batch, Tensor] = tree_map(torch.clone, batch)
+    return copy
+
+
+def _call(model: nn.Module, inputs: Batch) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _mean_loss(losses: Iterable[tuple[Tensor, Tensor]]) -> float:
+    total, examples = 0.0, 0
+    for loss, targets in losses:
+        total += float(loss) * int(targets.shape[0])
+        examples += int(targets.shape[0])
+    return total / examples
+
+
+class _Draws(TorchDispatchMode):
+    """Count the operators that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawing()
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+    def drawing(self) -> None:
+        """Act before an operator that draws."""
+
+
+class _Chance(_Draws):
+    """Let the stock model draw what its units draw: seed where each one begins."""
+
+    def __init__(
+        self, firsts: Mapping[int, int], streams: UnitStreams, step: int
+    ) -> None:
+        super().__init__()
+        self._firsts = firsts
+        self._streams = streams
+        self._step = step
+
+    def drawing(self) -> None:
+        """Seed torch's generator if a unit's first draw comes now."""
+        unit = self._firsts.get(self.count)
+        if unit is not None:
+            of = self._streams
+            parts = (of.seed, of.round_number, of.client_key, self._step, unit)
+            seed = derived_seed(*parts)
+            torch.default_generator.manual_seed(seed)
+
+
+def _first_draws(chain: Chain, inputs: Batch) -> dict[int, int]:
+    """Find the number of each unit's first draw among all draws of a forward."""
+    mode, draws = FakeTensorMode(), _Draws()
+    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
+    batch = fake_batch(inputs, mode, batch_size=len(tree_leaves(inputs)[0]))
+    counts = [0]
+    with mode, draws:
+        segment(batch, observe=lambda *_: counts.append(draws.count))
+    drawn = enumerate(pairwise(counts))
+    return {before: unit for unit, (before, after) in drawn if after > before}

@@ -1,0 +1,75 @@
+"""RayEdge: what settling promises holds when the edge's own process is killed."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import ray
+
+from flwr_smartsplit import RayEdge, Route
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.errors import EdgeUnreachable, StaleSession
+from flwr_smartsplit.types import EDGE, ClientReply
+from tests.faults import tail_files
+from tests.server.one_round import ROUND, fedavg, settle, start
+from tests.tasks import TASK, differences
+
+pytestmark = pytest.mark.ray
+
+ROUTES = (Route.split(2), Route.split(4), Route.whole(), Route.split(7))
+
+
+def kill_and_wait(transport: wire.Transport) -> None:
+    """Kill the actor, and wait until it lives again."""
+    first = transport.send(wire.IsHeld("nothing")).incarnation
+    ray.kill(transport.actor, no_restart=False)
+    while transport.send(wire.IsHeld("nothing")).incarnation == first:
+        time.sleep(0.05)  # The old process may answer for a moment.
+
+
+def test_without_a_cluster_an_edge_says_what_to_do() -> None:
+    """Neither side starts or joins a cluster by itself."""
+    edge = RayEdge(patience_seconds=0.0)
+    with pytest.raises(EdgeUnreachable, match=r"no Ray cluster after 0 s.*ray\.init"):
+        edge.start(TASK)
+    with pytest.raises(EdgeUnreachable, match="belongs to no Ray cluster"):
+        edge.connect("edge-1")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tails_sealed_before_the_process_was_killed_still_count(
+    whole: Mapping[str, ClientReply], tmp_path: Path
+) -> None:
+    """A restarted actor commits what the dead one sealed; what it lost is dropped."""
+    edge = RayEdge(spill_dir=str(tmp_path))
+    pool, replies = start([edge], ROUTES)
+    (folder,) = tmp_path.iterdir()
+    try:
+        transport = edge.connect(folder.name.removeprefix("smartsplit-"))
+        kill_and_wait(transport)
+        settled = settle(replies, pool, ROUTES)
+        assert sorted(settled.accepted) == ["c0", "c1", "c2", "c3"]
+        assert settled.failures == ()
+        assert settled.state is not None
+        assert differences(settled.state, fedavg(whole)) == []
+
+        (tail,) = tail_files(folder, f"{ROUND}/c1/{EDGE}")
+        tail.unlink()
+        settled = settle(replies, pool, ROUTES)
+        assert [(f.client_key, f.kind) for f in settled.failures] == [
+            ("c1", "edge_failed")
+        ]
+        assert settled.state is not None
+        truth = fedavg({key: whole[key] for key in ("c0", "c2", "c3")})
+        assert differences(settled.state, truth) == []
+
+        with pytest.raises(StaleSession):
+            transport.send(wire.Seal(f"{ROUND}/c0/{EDGE}", "an earlier life", 3))
+    finally:
+        pool.stop()
+    assert not folder.exists()
+    with pytest.raises(EdgeUnreachable, match="does not answer"):
+        transport.send(wire.IsHeld("nothing"))
+    with pytest.raises(EdgeUnreachable, match="not running in namespace"):
+        edge.connect(transport.address)

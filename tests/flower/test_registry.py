@@ -1,0 +1,171 @@
+"""Fleet: every node is asked who it is, once, in its own dialect; keys order all."""
+
+from collections.abc import Sequence
+
+import pytest
+from flwr.app import RecordDict
+from flwr.clientapp import ClientApp
+
+from flwr_smartsplit.flower.registry import Fleet, Member
+from flwr_smartsplit.flower.serde.records import LEGACY, message_dialect
+from flwr_smartsplit.types import DeviceProfile, Failure
+from tests.flower.apps import broken_app, legacy_app, message_app
+from tests.in_process_grid import InProcessGrid
+
+DIALECT = message_dialect()
+QUERY = DIALECT.profile_type
+
+
+def fleet() -> Fleet:
+    """Make a fleet that knows nobody."""
+    return Fleet(DIALECT, timeout_seconds=5.0)
+
+
+def ask(known: Fleet, grid: InProcessGrid) -> tuple[dict[str, Member], list[Failure]]:
+    """List the members behind all nodes of a grid."""
+    return known.members(grid, grid.get_node_ids())
+
+
+def message_types(grid: InProcessGrid) -> list[str]:
+    """List what was asked."""
+    return [message.metadata.message_type for message in grid.sent]
+
+
+def test_a_profile_says_what_the_client_is() -> None:
+    """Budget, examples, batch size and key, and the node it sits behind."""
+    grid = InProcessGrid([message_app(2, 12345)])
+    members, failures = ask(fleet(), grid)
+    assert failures == []
+    assert members == {
+        "c2": Member(
+            grid.node_ids[0],
+            DIALECT,
+            DeviceProfile(
+                client_key="c2", budget_bytes=12345, num_examples=11, batch_size=4
+            ),
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    "apps",
+    [
+        [message_app(k) for k in (2, 0, 1)],
+        [legacy_app(k) for k in (2, 0, 1)],
+        [legacy_app(2), message_app(0), legacy_app(1)],
+        [message_app(2), legacy_app(0), message_app(1)],
+    ],
+    ids=["message", "legacy", "mixed", "mixed otherwise"],
+)
+def test_both_dialects_are_understood(apps: Sequence[ClientApp]) -> None:
+    """Members come in client_key order, with the dialect each one speaks."""
+    grid = InProcessGrid(apps)
+    members, failures = ask(fleet(), grid)
+    assert failures == []
+    assert list(members) == ["c0", "c1", "c2"]
+    for place, key in enumerate(["c2", "c0", "c1"]):
+        assert members[key].node_id == grid.node_ids[place]
+        understands_both = apps[place]._call is None
+        dialects = (LEGACY, DIALECT) if understands_both else (LEGACY,)
+        assert members[key].dialect in dialects
+
+
+def test_a_fleet_of_one_dialect_is_asked_in_it() -> None:
+    """One node finds out; a wrong dialect is an error in a client's log."""
+    grid = InProcessGrid([message_app(k) for k in range(5)])
+    ask(fleet(), grid)
+    assert message_types(grid) == [QUERY] * 5
+    grid = InProcessGrid([legacy_app(k) for k in range(5)])
+    ask(fleet(), grid)
+    assert message_types(grid) == [QUERY, *["get_properties"] * 5]
+
+
+def test_nobody_is_asked_twice() -> None:
+    """Answers are remembered, also of a node that was away for a while."""
+    grid = InProcessGrid([message_app(k) for k in range(3)])
+    known = fleet()
+    first, _ = ask(known, grid)
+    grid.hidden.add(grid.node_ids[1])
+    assert list(ask(known, grid)[0]) == ["c0", "c2"]
+    grid.hidden.clear()
+    assert ask(known, grid)[0] == first
+    assert len(grid.sent) == 3
+
+
+def test_two_nodes_of_one_name_are_told_apart() -> None:
+    """The second is left out, and the failure names both nodes."""
+    grid = InProcessGrid([message_app(0), message_app(1), message_app(1)])
+    members, failures = ask(fleet(), grid)
+    assert sorted(members) == ["c0", "c1"]
+    (failure,) = failures
+    assert (failure.client_key, failure.kind) == ("c1", "duplicate")
+    assert all(str(node) in failure.cause for node in grid.node_ids[1:])
+    left_out = (set(grid.node_ids[1:]) - {members["c1"].node_id}).pop()
+    assert f"node {left_out} is left out" in failure.cause
+
+
+def test_a_node_that_does_not_answer_is_asked_again() -> None:
+    """The others take part meanwhile."""
+    grid = InProcessGrid([message_app(k) for k in range(3)])
+    silent = grid.node_ids[1]
+    grid.lose(1, nth=1, kind=QUERY)
+    grid.lose(1, nth=1, kind="get_properties")
+    known = fleet()
+    members, failures = ask(known, grid)
+    assert sorted(members) == ["c0", "c2"]
+    assert "c1" not in members
+    assert [failure.client_key for failure in failures] == [f"node {silent}"]
+    members, failures = ask(known, grid)
+    assert sorted(members) == ["c0", "c1", "c2"]
+    assert failures == []
+
+
+def test_a_silent_node_need_not_be_asked_in_every_phase() -> None:
+    """Each time may take as long as the timeout; nodes that are new are asked."""
+    grid = InProcessGrid([message_app(0), broken_app(), message_app(2)])
+    newcomer = grid.node_ids[2]
+    grid.hidden.add(newcomer)
+    known = fleet()
+    ask(known, grid)
+    num_asked = len(grid.sent)
+    grid.hidden.clear()
+    members, failures = known.members(grid, grid.get_node_ids(), ask_again=False)
+    assert sorted(members) == ["c0", "c2"]
+    assert failures == []
+    asked = grid.sent[num_asked:]
+    assert [message.metadata.dst_node_id for message in asked] == [newcomer]
+    assert len(ask(known, grid)[1]) == 1
+
+
+def test_an_app_that_is_not_ours_is_a_failure_with_its_cause() -> None:
+    """It was asked in both dialects; the cause is the client's own error."""
+    grid = InProcessGrid([message_app(0), broken_app()])
+    members, failures = ask(fleet(), grid)
+    assert list(members) == ["c0"]
+    (failure,) = failures
+    assert (failure.client_key, failure.kind) == (
+        f"node {grid.node_ids[1]}",
+        "failed",
+    )
+    assert "Invalid message type: get_properties" in failure.cause
+
+
+def test_half_a_profile_is_a_failure() -> None:
+    """With what is missing."""
+
+    def forget(content: RecordDict) -> None:
+        del content["smartsplit"]["batch-size"]
+
+    grid = InProcessGrid([message_app(0), message_app(1)])
+    grid.alter(1, forget, nth=1, kind=QUERY)
+    grid.lose(1, nth=1, kind="get_properties")
+    members, failures = ask(fleet(), grid)
+    assert list(members) == ["c0"]
+    assert "batch-size" in failures[0].cause
+
+
+def test_no_nodes_are_no_members() -> None:
+    """And nobody is asked."""
+    grid = InProcessGrid([])
+    assert ask(fleet(), grid) == ({}, [])
+    assert grid.sent == []

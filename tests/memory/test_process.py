@@ -1,0 +1,292 @@
+"""What the system says of a process: this one's, with generous margins.
+
+A device process of its own is in tests/test_device_process.py.
+"""
+
+import ctypes
+import errno
+import gc
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flwr_smartsplit.errors import MemoryCapExceeded
+from flwr_smartsplit.memory import process as process_memory
+from flwr_smartsplit.memory.process import (
+    MemoryGrowth,
+    cuda_fence,
+    cuda_growth,
+    data_fence,
+    process_bytes,
+    resident_growth,
+)
+
+MIB = 2**20
+SIZE = 64 * MIB
+MARGIN = 24 * MIB  # What else this process may do meanwhile.
+FENCE = 256 * MIB
+CHUNK = 40 * MIB  # Malloc has nothing so large at hand.
+HUGE = 2**35  # Refused before a page of it is touched.
+
+alone = pytest.mark.slow
+"""Memory that other tests freed in this process may hide a growth or a refusal."""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+cuda = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_to_give_back() -> None:
+    """Free before a test what would else be freed in it, and hide a growth."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def bytes_of(num_bytes: int) -> torch.Tensor:
+    """Make a tensor of so many bytes, and touch each."""
+    return torch.ones(num_bytes, dtype=torch.uint8)
+
+
+def grown_by(num_bytes: int) -> MemoryGrowth:
+    """Hold a tensor of so many bytes for a moment, and measure."""
+    with resident_growth() as growth:
+        bytes_of(num_bytes)
+    return growth
+
+
+# --- the resident set -----------------------------------------------------------------
+
+
+@alone
+@linux
+def test_growth_is_the_peak_inside_and_not_what_is_left() -> None:
+    """Memory that is free again at the end was there."""
+    growth = grown_by(SIZE).growth_bytes
+    assert growth is not None
+    assert SIZE - MARGIN < growth < SIZE + MARGIN
+
+
+@alone
+@linux
+def test_a_peak_of_before_does_not_count() -> None:
+    """The kernel's mark is set back at the start."""
+    bytes_of(2 * SIZE)
+    growth = grown_by(0).growth_bytes
+    assert growth is not None
+    assert growth < MARGIN
+
+
+@alone
+@linux
+def test_growth_is_known_after_an_error_too() -> None:
+    """The error comes through."""
+    held: list[MemoryGrowth] = []
+
+    def fail() -> None:
+        with resident_growth() as growth:
+            held.append(growth)
+            bytes_of(SIZE)
+            raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="disk on fire"):
+        fail()
+    (growth,) = held
+    assert growth.growth_bytes is not None
+    assert growth.growth_bytes > SIZE - MARGIN
+
+
+@alone
+@linux
+def test_a_mark_that_cannot_be_set_back_tells_only_if_it_rises(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise the peak was below an older one, and nobody knows how far."""
+    grown_by(SIZE)  # The mark is now at least so far up.
+    monkeypatch.setattr(process_memory, "_CLEAR_REFS", tmp_path / "none" / "none")
+    assert grown_by(SIZE // 4).growth_bytes is None
+    growth = grown_by(3 * SIZE).growth_bytes
+    assert growth is not None
+    assert 3 * SIZE - MARGIN < growth < 3 * SIZE + MARGIN
+
+
+def test_without_proc_there_is_no_number_and_no_fence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on other systems: what is inside runs as it would."""
+    monkeypatch.setattr(process_memory, "_STATUS", tmp_path / "none")
+    assert process_bytes("VmRSS") is None
+    assert grown_by(MIB).growth_bytes is None
+    with data_fence(0):
+        assert bytes_of(SIZE).sum() == SIZE
+
+
+@linux
+def test_a_size_that_the_status_lacks_is_none() -> None:
+    """And one that it has is in bytes: this process holds more than 10 MiB of them."""
+    assert process_bytes("VmNothing") is None
+    assert (process_bytes("VmRSS") or 0) > 10 * MIB
+
+
+# --- the fence ------------------------------------------------------------------------
+
+
+def limits() -> tuple[int, int]:
+    """Read the process's limit."""
+    return resource.getrlimit(resource.RLIMIT_DATA)
+
+
+@pytest.fixture
+def _same_limits_afterwards() -> Iterator[None]:
+    """Look for what a fence left behind, and take it away."""
+    before = limits()
+    yield
+    after = limits()
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert after == before
+
+
+def refused(
+    allocate: Callable[[], Any], *, extra_bytes: int = FENCE
+) -> MemoryCapExceeded:
+    """Go over a fence."""
+    with (
+        pytest.raises(MemoryCapExceeded) as found,
+        data_fence(extra_bytes, client="client a"),
+    ):
+        allocate()
+    return found.value
+
+
+ALLOCATORS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: bytes_of(HUGE),
+    "numpy": lambda: np.ones(HUGE, dtype=np.uint8),
+    "python": lambda: bytearray(HUGE),
+}
+
+
+@linux
+@pytest.mark.usefixtures("_same_limits_afterwards")
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_who_asks_for_more_than_the_fence_is_refused(allocator: str) -> None:
+    """Whichever asks: with the client, the numbers, and what to do."""
+    error = refused(ALLOCATORS[allocator])
+    assert error.operator == "the system's allocator"
+    assert (error.client, error.budget_bytes) == ("client a", FENCE)
+    assert error.live_bytes > FENCE
+    assert sum(error.bytes_by_kind.values()) == error.live_bytes
+    if allocator != "python":  # Python does not say how much it asked for.
+        assert error.bytes_by_kind["asked for"] == HUGE
+    assert "client a: the system's allocator refuses " in str(error)
+    assert "which allows 256 MiB" in str(error)
+    assert "Cut earlier, lower the batch size, or raise the budget." in str(error)
+
+
+@alone
+@linux
+@pytest.mark.usefixtures("_same_limits_afterwards")
+def test_the_fence_counts_the_sum_of_what_is_held() -> None:
+    """Each tensor alone would fit; and what fits is not refused."""
+    with data_fence(FENCE):
+        bytes_of(FENCE - 2 * MARGIN)
+    held: list[torch.Tensor] = []
+    # What the process had before and frees meanwhile leaves a little more room.
+    error = refused(lambda: held.extend(bytes_of(CHUNK) for _ in range(16)))
+    assert error.bytes_by_kind["asked for"] == CHUNK
+    assert 2 < len(held) < 16
+
+
+@linux
+@pytest.mark.usefixtures("_same_limits_afterwards")
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), OSError("x")])
+def test_other_errors_come_through(error: Exception) -> None:
+    """As they are."""
+    with pytest.raises(type(error)) as found, data_fence(FENCE):
+        raise error
+    assert found.value is error
+
+
+@linux
+@pytest.mark.usefixtures("_same_limits_afterwards")
+@pytest.mark.parametrize(
+    ("error", "is_fatal"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), False),
+        (RuntimeError("std::bad_alloc"), False),
+        (RuntimeError("tried to allocate 0 bytes: DefaultCPUAllocator"), False),
+        (RuntimeError("could not create a primitive"), True),
+    ],
+)
+def test_refusals_have_many_words(error: Exception, is_fatal: bool) -> None:
+    """After some of them the process has to be started anew, and is told so."""
+
+    def fail() -> None:
+        raise error
+
+    found = refused(fail)
+    assert ("restart it" in str(found)) == is_fatal
+    assert found.__cause__ is error
+
+
+@linux
+def test_no_budget_is_no_fence() -> None:
+    """And a negative one is a slip."""
+    before = limits()
+    with data_fence(None):
+        assert limits() == before
+    with pytest.raises(ValueError, match="extra_bytes is -1"), data_fence(-1):
+        pass
+
+
+@linux
+@pytest.mark.usefixtures("_same_limits_afterwards")
+def test_a_fence_does_not_loosen_another() -> None:
+    """Of two, the tighter one holds; the outer one is back after the inner."""
+    with data_fence(FENCE):
+        outer = limits()
+        error = refused(lambda: bytes_of(2 * FENCE), extra_bytes=2**50)
+        assert limits() == outer
+    assert error.budget_bytes <= FENCE + MARGIN
+
+
+# --- CUDA -----------------------------------------------------------------------------
+
+
+class TestCuda:
+    """The same of torch's CUDA allocator."""
+
+    pytestmark = cuda
+
+    def test_growth_is_the_peak_inside(self) -> None:
+        """An earlier peak does not count, nor what was there before."""
+        before = torch.ones(2 * SIZE, dtype=torch.uint8, device="cuda")
+        torch.ones(2 * SIZE, dtype=torch.uint8, device="cuda")
+        with cuda_growth() as growth:
+            torch.ones(SIZE, dtype=torch.uint8, device="cuda")
+        assert growth.growth_bytes == SIZE
+        del before
+
+    def test_who_asks_for_more_than_the_fence_is_refused(self) -> None:
+        """And then a smaller tensor fits."""
+        with pytest.raises(MemoryCapExceeded) as found, cuda_fence(FENCE, client="a"):
+            torch.empty(2 * FENCE, dtype=torch.uint8, device="cuda")
+        assert (found.value.client, found.value.budget_bytes) == ("a", FENCE)
+        with cuda_fence(FENCE):
+            torch.empty(FENCE // 2, dtype=torch.uint8, device="cuda")
+        torch.empty(2 * FENCE, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_cuda_there_is_no_number_and_no_fence() -> None:
+    """What is inside runs as it would."""
+    with cuda_growth() as growth, cuda_fence(0):
+        assert bytes_of(SIZE).sum() == SIZE
+    assert growth.growth_bytes is None

@@ -1,0 +1,135 @@
+"""Timing: seconds are work over speed, worked out by hand."""
+
+import pytest
+
+from flwr_smartsplit.plan.timing import (
+    Work,
+    round_seconds,
+    step_seconds,
+    transfer_seconds,
+    work_of,
+)
+from flwr_smartsplit.types import (
+    DeviceProfile,
+    DeviceTraits,
+    EdgeProfile,
+    Link,
+    RecomputePlan,
+    Rerun,
+    Route,
+)
+from tests.plan.profiles import chain_of
+
+CHAIN = chain_of([10, 20, 30, 40])
+LINK = Link(up_bytes_per_second=8, down_bytes_per_second=16, latency_seconds=0.5)
+
+
+def test_a_split_shares_the_work_at_its_cut() -> None:
+    """A unit has 32 FLOPs forward, three times that a step, and 8 bytes."""
+    assert work_of(CHAIN, Route.split(1)) == Work(
+        device_flops=3 * 32,
+        edge_flops=3 * 96,
+        boundary_bytes=16,
+        num_exchanges=1,
+        state_bytes=8,
+    )
+
+
+def test_the_whole_model_sends_no_boundary() -> None:
+    """Everything is at the device."""
+    work = work_of(CHAIN, Route.whole())
+    assert (work.device_flops, work.edge_flops) == (3 * 128, 0)
+    assert (work.boundary_bytes, work.num_exchanges, work.state_bytes) == (0, 0, 32)
+
+
+def test_a_route_that_returns_crosses_the_link_twice_a_step() -> None:
+    """And has both of its segments' parameters."""
+    work = work_of(CHAIN, Route.u_shape(1, 3))
+    assert (work.boundary_bytes, work.num_exchanges, work.state_bytes) == (32, 2, 16)
+    assert work.edge_flops == 3 * 64
+
+
+def test_hops_between_edges_are_none_of_the_devices_link() -> None:
+    """Only the first cut is."""
+    work = work_of(CHAIN, Route.hops((1, 2), edges=("a", "b")))
+    assert (work.boundary_bytes, work.num_exchanges) == (16, 1)
+
+
+def test_what_runs_twice_is_work() -> None:
+    """A plan adds its FLOPs to those of the device."""
+    plan = RecomputePlan(reruns=(Rerun(0, 2),))
+    plain = work_of(CHAIN, Route.split(2))
+    assert work_of(CHAIN, Route.split(2), plan).device_flops >= plain.device_flops
+
+
+def test_seconds_of_a_step_add_up() -> None:
+    """96/48 + 288/96 + 16/8 + 16/16 + two latencies."""
+    work = work_of(CHAIN, Route.split(1))
+    found = step_seconds(work, flops_per_second=48, link=LINK, edge_flops_per_second=96)
+    assert found == 2 + 3 + 2 + 1 + 1
+
+
+def test_seconds_of_a_round_add_up() -> None:
+    """Three steps of 9 s (10 examples, 4 a batch), and 8 bytes down and up again."""
+    device = DeviceProfile(
+        client_key="a",
+        budget_bytes=None,
+        num_examples=10,
+        batch_size=4,
+        traits=DeviceTraits(flops_per_second=48, link=LINK),
+    )
+    edge = EdgeProfile(name="x", flops_per_second=96)
+    work = work_of(CHAIN, Route.split(1))
+    assert transfer_seconds(8, LINK) == 0.5 + 1 + 1
+    assert round_seconds(work, device, edge) == 3 * 9 + 2.5
+
+
+def test_a_link_to_an_edge_is_that_edges() -> None:
+    """The model still comes over the link to the server."""
+    near = Link(up_bytes_per_second=16, down_bytes_per_second=16)
+    traits = DeviceTraits(flops_per_second=48, link=LINK, edge_links={"x": near})
+    device = DeviceProfile(
+        client_key="a", budget_bytes=None, num_examples=4, batch_size=4, traits=traits
+    )
+    work = work_of(CHAIN, Route.split(1))
+    assert round_seconds(work, device, EdgeProfile(name="x")) == 2 + 2 + 2.5
+    assert round_seconds(work, device, EdgeProfile(name="y")) == 2 + 3 + 1 + 2.5
+
+
+def test_without_a_speed_there_is_no_time() -> None:
+    """None, not 0."""
+    device = DeviceProfile(
+        client_key="a", budget_bytes=None, num_examples=4, batch_size=4
+    )
+    assert round_seconds(work_of(CHAIN, Route.whole()), device) is None
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"up_bytes_per_second": 0.0},
+        {"down_bytes_per_second": -1.0},
+        {"latency_seconds": -0.1},
+        {"latency_seconds": float("nan")},
+    ],
+)
+def test_a_link_over_which_nothing_arrives_is_refused(
+    numbers: dict[str, float],
+) -> None:
+    """With the numbers."""
+    with pytest.raises(ValueError, match="give rates of at least"):
+        Link(**numbers)
+
+
+@pytest.mark.parametrize("flops", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_speed_that_means_nothing_is_refused(flops: float) -> None:
+    """None is for unknown ones."""
+    with pytest.raises(ValueError, match="or None"):
+        DeviceTraits(flops_per_second=flops)
+
+
+@pytest.mark.parametrize("counts", [(), (0, 0), (1, -1)])
+def test_label_counts_that_mean_nothing_are_refused(counts: tuple[int, ...]) -> None:
+    """None is for those who do not tell."""
+    with pytest.raises(ValueError, match="of each class, or None"):
+        DeviceTraits(label_counts=counts)
