@@ -130,8 +130,6 @@ class ClientPlan:
         What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
     min_device_units : int
         Fewest units that stay at the device, wherever its cut moves.
-    slice_size : int or None
-        Samples that the front runs at a time, each twice; None runs the whole batch.
     cohort : Cohort or None
         What the edge compares this client with, to move its cut or release it; None
         leaves it alone.
@@ -158,7 +156,6 @@ class ClientPlan:
     predicted_peak_bytes: int | None = None
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     min_device_units: int = 1
-    slice_size: int | None = None
     cohort: Cohort | None = None
     importance: float = 0.0
     num_examples: int = 0

@@ -230,7 +230,6 @@ def test_each_dialect_is_asked_as_it_expects() -> None:
             seed=0,
             edge_addresses={"x": "y"},
         ),
-        replace(PLAN, slice_size=8),
         replace(PLAN, cohort=COHORT, importance=0.1 + 0.2, num_examples=9),
     ],
 )
