@@ -144,8 +144,8 @@ def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:
         if receipt.variant != tail.variant:
             raise _refused(
                 "refused",
-                f"client {key!r} brings a receipt for variant {receipt.variant.name!r}; "
-                f"{tail.variant.name!r} was planned.",
+                f"client {key!r} brings a receipt for variant "
+                f"{receipt.variant.name!r}; {tail.variant.name!r} was planned.",
             )
         if not _are_steps_of(reply.report, receipt.num_examples):
             raise _refused(

@@ -138,8 +138,6 @@ class ClientPlan:
         How the boundary at each cut is written; empty for ``RAW`` at all of them.
     accumulate : int
         Micro-batches of a step.
-    slice_size : int or None
-        Samples that the front runs at a time, each twice; None runs the whole batch.
     cohort : Cohort or None
         What the edge compares this client with, to move its cut or release it; None
         leaves it alone.
@@ -169,7 +167,6 @@ class ClientPlan:
     variant: Variant = WHOLE
     codecs: tuple[str, ...] = ()
     accumulate: int = 1
-    slice_size: int | None = None
     cohort: Cohort | None = None
     importance: float = 0.0
     num_examples: int = 0
