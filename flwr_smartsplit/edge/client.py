@@ -81,6 +81,7 @@ def opening_of(
         importance=plan.importance,
         num_examples=plan.num_examples,
         batch_size=batch_size,
+        variant=plan.variant,
     )
 
 

@@ -334,6 +334,7 @@ class EdgeService:
             digest=digest,
             num_examples=session.num_examples,
             num_steps=session.num_steps,
+            variant=opened.variant,
         )
         if self._sessions.get(request.session) is not session:
             # It was abandoned or opened again meanwhile; a later opening stays.
