@@ -34,7 +34,7 @@ class Work:
     device_flops, edge_flops : float
         Floating-point operations of a training step, at the device and at edges.
     boundary_bytes : float
-        What a step sends from the device over its cuts; as much comes back.
+        What a step, all of its micro-batches, sends from the device over its cuts; as much comes back.
     num_exchanges : int
         Messages there and back over the device's link, per step.
     state_bytes : float
@@ -84,8 +84,9 @@ def work_of(
     return Work(
         device_flops=STEP_OVER_FORWARD * forward + extra,
         edge_flops=STEP_OVER_FORWARD * rest,
-        boundary_bytes=sum(units[cut - 1].boundary_bytes for cut in crossed),
-        num_exchanges=len(crossed),
+        boundary_bytes=profile.num_micro_batches
+        * sum(units[cut - 1].boundary_bytes for cut in crossed),
+        num_exchanges=profile.num_micro_batches * len(crossed),
         state_bytes=sum(unit.parameter_bytes + unit.buffer_bytes for unit in own),
     )
 

@@ -1,6 +1,7 @@
 """A training step of a whole chain under fake tensors, run to be logged."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +17,8 @@ from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import constants_of, fake_batch, fake_copy
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
+from flwr_smartsplit.train.micro_batches import micro_batch_size, micro_batches
+from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch, RecomputePlan
 
 
 class DryStep:
@@ -45,17 +47,32 @@ class DryStep:
             batch_size=batch_size,
         )
         with self._mode:
+            self._parts = _parts(self._batch, batch_size, task)
             self.runner = SegmentRunner(self.observed, task, is_lean=is_lean)
             self.meter.track(self._batch)
             self.batch_bytes = self.meter.live_bytes
             self.meter.track(self.segment, self.runner.optimizer)  # Some have a state.
 
     def run(self, step: int) -> int:
-        """Do one step; return the change where it began."""
-        start = self.meter.position
+        """Do one step; return the change where its last micro-batch began."""
         with self._mode, self.meter:
-            self.runner.finish(*self._batch, step=step, inputs_are_boundary=False)
+            for part, batch in self._parts:
+                start = self.meter.position
+                self.runner.finish(
+                    *batch, step=step, inputs_are_boundary=False, part=part
+                )
         return start
+
+
+def _parts(batch: Any, batch_size: int, task: Task) -> list[tuple[MicroBatch, Any]]:
+    """Divide a batch into two micro-batches of the largest size, or leave it whole.
+
+    The last one takes most: the gradients of all before it are there.
+    """
+    if micro_batch_size(batch_size, task.accumulate) == batch_size:
+        return [(WHOLE_BATCH, batch)]
+    _, largest = next(micro_batches(batch, task.accumulate))
+    return [(MicroBatch(index, 2), largest) for index in range(2)]
 
 
 def log_step(

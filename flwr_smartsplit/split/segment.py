@@ -16,7 +16,7 @@ from flwr_smartsplit.split.activation_checkpointing import (
 from flwr_smartsplit.split.sharing import share
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
-Streams = Callable[[int, int], AbstractContextManager[None]]
+Streams = Callable[[int | str, int], AbstractContextManager[None]]
 """``streams(step, unit)`` opens the random stream that unit runs under."""
 
 Boundary = tuple[Tensor, ...]
@@ -26,7 +26,7 @@ along and need no gradient, such as an attention mask."""
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
-def no_streams(step: int, unit: int) -> AbstractContextManager[None]:
+def no_streams(step: int | str, unit: int) -> AbstractContextManager[None]:
     """Leave torch's generator as it is."""
     del step, unit
     return nullcontext()
@@ -123,7 +123,7 @@ class Segment(nn.Module):
         inputs: Batch,
         *,
         streams: Streams = no_streams,
-        step: int = 0,
+        step: int | str = 0,
         observe: Observer = observe_nothing,
         recompute: RecomputePlan = KEEP_ALL,
     ) -> Any:
@@ -135,8 +135,8 @@ class Segment(nn.Module):
             The batch, or the boundary that enters the segment.
         streams : Streams
             Opens the random stream of a unit.
-        step : int
-            Number of the training step, from 0.
+        step : int or str
+            Number of the training step, from 0, or the name of a micro-batch in it.
         observe : Observer
             Is told the value of each unit.
         recompute : RecomputePlan

@@ -29,7 +29,7 @@ from flwr_smartsplit.train.optimizer_in_backward import (
     early_updates,
     steps_one_by_one,
 )
-from flwr_smartsplit.types import KEEP_ALL
+from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch
 
 Gradients = tuple[Tensor, ...]
 
@@ -60,7 +60,8 @@ class SegmentRunner:
 
     Notes
     -----
-    A step ends with an update. If the task clips gradients by their common norm, the
+    A step ends with an update, after the last micro-batch if the task accumulates
+    gradients. If the task clips gradients by their common norm, the
     update waits for ``update(norm)``, since part of that norm may lie elsewhere.
     """
 
@@ -83,12 +84,18 @@ class SegmentRunner:
         self.optimizer = task.optimizer_fn(parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
         self.is_early = is_lean and _can_be_early(self.optimizer, task)
+        self._part = WHOLE_BATCH
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Tensor]] = []
         self._input_gradients: list[Tensor] = []
 
     def forward(
-        self, inputs: Batch, *, step: int, inputs_are_boundary: bool
+        self,
+        inputs: Batch,
+        *,
+        step: int,
+        inputs_are_boundary: bool,
+        part: MicroBatch = WHOLE_BATCH,
     ) -> Boundary:
         """Start a step: run the segment forward and keep its graph.
 
@@ -100,13 +107,15 @@ class SegmentRunner:
             Number of the step, from 0.
         inputs_are_boundary : bool
             Whether a gradient has to go back to where the inputs came from.
+        part : MicroBatch
+            Which part of the batch it is.
 
         Returns
         -------
         Boundary
             The outgoing boundary, detached; the runner does not hold it.
         """
-        outputs = self._run(inputs, step, inputs_are_boundary)
+        outputs = self._run(inputs, step, inputs_are_boundary, part)
         boundary = as_boundary(outputs)
         self._entry = GradientEntry.apply(boundary[0], self._receive)
         return tuple(tensor.detach() for tensor in boundary)
@@ -136,32 +145,40 @@ class SegmentRunner:
         return self._end()
 
     def finish(
-        self, inputs: Batch, targets: Tensor, *, step: int, inputs_are_boundary: bool
+        self,
+        inputs: Batch,
+        targets: Tensor,
+        *,
+        step: int,
+        inputs_are_boundary: bool,
+        part: MicroBatch = WHOLE_BATCH,
     ) -> tuple[Tensor, Gradients]:
         """Do a whole step where the route ends: forward, loss, backward, update.
 
         Returns
         -------
         loss : Tensor
-            The detached mean loss of the batch.
+            The detached mean loss of the examples.
         gradients : tuple[Tensor, ...]
             As ``backward`` returns them.
         """
-        outputs = self._run(inputs, step, inputs_are_boundary)
+        outputs = self._run(inputs, step, inputs_are_boundary, part)
         with phase("loss"), autocast_of(self.task):
             loss = self.task.loss_fn(outputs, targets)
             if loss.untyped_storage().nbytes() > loss.nbytes:
                 # Some losses leave their mean where all of their terms were.
                 loss = loss.clone()
+            scaled = loss if part.count == 1 else loss / part.loss_divisor
         del outputs  # What backward needs of them, the graph holds.
         with phase("backward"), self._early_updates():
-            loss.backward()
+            scaled.backward()
+        del scaled
         loss = loss.detach()  # And with it the graph goes.
         return loss, self._end()
 
     def gradient_norms(self) -> dict[str, float]:
         """Take the norm of each gradient, where an update waits for all of them."""
-        waits = self.task.max_gradient_norm is not None
+        waits = self.task.max_gradient_norm is not None and self._part.is_last
         return gradient_norms(self.segment) if waits else {}
 
     def update(self, norm: float | None = None) -> None:
@@ -204,20 +221,27 @@ class SegmentRunner:
                 values = {**self.task.metrics_fn(outputs, targets), **values}
         return values
 
-    def _run(self, inputs: Batch, step: int, inputs_are_boundary: bool) -> Any:
+    def _run(
+        self, inputs: Batch, step: int, inputs_are_boundary: bool, part: MicroBatch
+    ) -> Any:
         self.segment.train()
-        self._entry = None
-        self.release_gradients()
+        self._entry, self._part = None, part
+        if part.is_first:
+            self.release_gradients()
         self._input_gradients.clear()
         if inputs_are_boundary:
             inputs = self._leaf(inputs)
         with phase("forward"), autocast_of(self.task):
             return self.segment(
-                inputs, streams=self._streams, step=step, recompute=self.recompute
+                inputs,
+                streams=self._streams,
+                step=part.in_step(step),
+                recompute=self.recompute,
             )
 
     def _early_updates(self) -> AbstractContextManager[None]:
-        if self.optimizer is None or not self.is_early:
+        # Under accumulation all gradients live through the micro-batches anyway.
+        if self.optimizer is None or not self.is_early or self._part.count > 1:
             return nullcontext()
         return early_updates(self.optimizer)
 
@@ -232,7 +256,7 @@ class SegmentRunner:
 
     def _end(self) -> Gradients:
         """Update, unless that has to wait; return what goes back."""
-        if self.task.max_gradient_norm is None:
+        if self.task.max_gradient_norm is None and self._part.is_last:
             self.update()
         gradients = tuple(self._input_gradients)
         self._input_gradients.clear()

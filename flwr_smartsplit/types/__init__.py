@@ -15,6 +15,7 @@ from flwr_smartsplit.types.costs import (
 )
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits, EdgeProfile, Link
 from flwr_smartsplit.types.options import NO_WORK, RouteOption, Work
+from flwr_smartsplit.types.micro_batches import WHOLE_BATCH, MicroBatch
 from flwr_smartsplit.types.plans import (
     Assignment,
     ClientPlan,
@@ -44,6 +45,7 @@ __all__ = [
     "DEVICE",
     "EDGE",
     "KEEP_ALL",
+    "WHOLE_BATCH",
     "NO_CONSTRAINTS",
     "NO_TRAITS",
     "NO_WORK",
@@ -63,6 +65,7 @@ __all__ = [
     "Failure",
     "Leg",
     "Link",
+    "MicroBatch",
     "Move",
     "Receipt",
     "RecomputePlan",

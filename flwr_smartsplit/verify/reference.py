@@ -22,6 +22,7 @@ from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
 from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.lr_schedule import scheduler_of
+from flwr_smartsplit.train.micro_batches import micro_batches
 from flwr_smartsplit.train.rng import UnitStreams, derived_seed
 
 Batches = Sequence[tuple[Batch, Tensor]]
@@ -74,17 +75,19 @@ def train_stock(
     losses = []
     for step, (inputs, targets) in enumerate(map(_copied, batches)):
         optimizer.zero_grad()
-        with autocast:
-            with _Chance(firsts, streams, step) if firsts else nullcontext():
-                outputs = _call(model, inputs)
-            loss = task.loss_fn(outputs, targets)
-        loss.backward()
+        for part, (x, y) in micro_batches((inputs, targets), task.accumulate):
+            chance = _Chance(firsts, streams, part.in_step(step))
+            with autocast:
+                with chance if firsts else nullcontext():
+                    outputs = _call(model, x)
+                loss = task.loss_fn(outputs, y)
+            (loss / part.loss_divisor if part.count > 1 else loss).backward()
+            losses.append((loss.detach(), y))
         if task.max_gradient_norm is not None:
             clip_grad_norm_(model.parameters(), task.max_gradient_norm)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        losses.append((loss.detach(), targets))
     return Truth(eval_loss, _mean_loss(losses))
 
 
@@ -135,7 +138,7 @@ class _Chance(_Draws):
     """Let the stock model draw what its units draw: seed where each one begins."""
 
     def __init__(
-        self, firsts: Mapping[int, int], streams: UnitStreams, step: int
+        self, firsts: Mapping[int, int], streams: UnitStreams, step: int | str
     ) -> None:
         super().__init__()
         self._firsts = firsts
