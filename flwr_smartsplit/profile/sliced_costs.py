@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flwr_smartsplit.errors import InvalidRoute
 from flwr_smartsplit.memory.meter import MemoryMeter, unmetered
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
 from flwr_smartsplit.split.layout import is_dense
 from flwr_smartsplit.split.segment import Boundary
 from flwr_smartsplit.task import Task
@@ -67,7 +66,7 @@ def predicted_sliced_peak_bytes(
         )
     # Both look at values, and hold nothing that a plain step does not.
     task = replace(task, max_gradient_norm=None, schedule_fn=None)
-    mode, meter = FakeTensorMode(), MemoryMeter()
+    mode, meter = DryRun(), MemoryMeter()
     front = fake_copy(chain.segment(0, cut), mode)
     edge = _FakeEdge(chain, task, cut, mode)
     batch, edge.targets = fake_batch(
@@ -88,9 +87,7 @@ def predicted_sliced_peak_bytes(
 class _FakeEdge:
     """The rest of the route, which is not on the device; only layouts come of it."""
 
-    def __init__(
-        self, chain: Chain, task: Task, cut: int, mode: FakeTensorMode
-    ) -> None:
+    def __init__(self, chain: Chain, task: Task, cut: int, mode: DryRun) -> None:
         tail = fake_copy(chain.segment(cut, len(chain)), mode)
         self._runner = SegmentRunner(tail, task, is_trained=False)
         self._boundary: list[Tensor] = []
