@@ -34,7 +34,7 @@ class Work:
     device_flops, edge_flops : float
         Floating-point operations of a training step, at the device and at edges.
     boundary_bytes : float
-        What a step, all of its micro-batches, sends from the device over its cuts; as much comes back.
+        What a step sends from the device over its cuts; as much comes back.
     num_exchanges : int
         Messages there and back over the device's link, per step.
     state_bytes : float

@@ -20,8 +20,8 @@ from flwr_smartsplit.split.fake_tensors import (
     fake_copy,
 )
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.train.micro_batches import micro_batch_size, micro_batches
+from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch, RecomputePlan
 
 

@@ -32,15 +32,16 @@ def micro_batches(
     Examples
     --------
     >>> import torch
-    >>> [(part.loss_divisor, x.tolist()) for part, x in micro_batches(torch.arange(3), 2)]
+    >>> parts = micro_batches(torch.arange(3), 2)
+    >>> [(part.loss_divisor, x.tolist()) for part, x in parts]
     [(1.5, [0, 1]), (3.0, [2])]
     """
     sizes = {_num_examples(tensor) for tensor in tree_leaves(batch)}
     if accumulate > 1 and len(sizes) != 1:
         raise InvalidTask(
             f"accumulate={accumulate} divides a batch by its examples, but its tensors "
-            f"have {sorted(sizes)} of them in dimension 0. Give every tensor of a batch "
-            "the examples in dimension 0, or do not accumulate."
+            f"have {sorted(sizes)} of them in dimension 0. Give every tensor of a "
+            "batch the examples in dimension 0, or do not accumulate."
         )
     (total, *_) = sizes
     count = max(1, min(accumulate, total))
@@ -66,7 +67,7 @@ def micro_batch_size(batch_size: int, accumulate: int) -> int:
 
 
 def _bound(total: int, index: int, count: int) -> int:
-    """Say where a part begins, as ``Tensor.tensor_split`` does: the first are larger."""
+    """Say where a part begins; as in ``Tensor.tensor_split``, the first are larger."""
     size, larger = divmod(total, count)
     return index * size + min(index, larger)
 

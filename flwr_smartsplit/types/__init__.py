@@ -14,8 +14,8 @@ from flwr_smartsplit.types.costs import (
     UnitCost,
 )
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits, EdgeProfile, Link
-from flwr_smartsplit.types.options import NO_WORK, RouteOption, Work
 from flwr_smartsplit.types.micro_batches import WHOLE_BATCH, MicroBatch
+from flwr_smartsplit.types.options import NO_WORK, RouteOption, Work
 from flwr_smartsplit.types.plans import (
     Assignment,
     ClientPlan,
@@ -45,12 +45,12 @@ __all__ = [
     "DEVICE",
     "EDGE",
     "KEEP_ALL",
-    "WHOLE_BATCH",
     "NO_CONSTRAINTS",
     "NO_TRAITS",
     "NO_WORK",
     "RAW",
     "WHOLE",
+    "WHOLE_BATCH",
     "Advice",
     "Assignment",
     "ChainProfile",
