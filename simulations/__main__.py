@@ -17,27 +17,26 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 from flwr_smartsplit.errors import SmartSplitError
-from simulations.errors import ExperimentError
-from simulations.experiment import Experiment
-from simulations.measurement import MeasurementOptions, measurement_in
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.rows import EvaluationRow
+from simulations.experiments.runner import prepare, quiet_libraries, run_methods
+from simulations.experiments.standard_output import only_ours_on_stdout
 from simulations.methods import METHODS
-from simulations.provenance import Provenance
-from simulations.reporting import (
+from simulations.report.reporting import (
     REPORT,
     TABLE_COLUMNS,
     comparison_table,
     headline,
     write_reports,
 )
-from simulations.rows import EvaluationRow
-from simulations.runner import prepare, quiet_libraries, run_methods
-from simulations.standard_output import only_ours_on_stdout
-from simulations.studies import STUDIES
+from simulations.report.summary import percent_text, read_results
 from simulations.studies.command import keep_lines, ready_study, show_lines, show_study
 from simulations.studies.folder import study_in
+from simulations.studies.measurement import MeasurementOptions, measurement_in
 from simulations.studies.study import StudyOptions
-from simulations.suites import MEASUREMENTS, SUITES
-from simulations.summary import percent_text, read_results
+from simulations.studies.suites import MEASUREMENTS, STUDIES, SUITES
 
 MISUSE, INTERRUPTED = 2, 130
 

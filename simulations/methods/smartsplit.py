@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY, SelectByUtility
 from flwr_smartsplit.plan.selection.surrogate import Surrogate
-from simulations.method import Method, Setting
+from simulations.methods.method import Method, Setting
 from simulations.methods.splitfed import one_cut_for_all
 from simulations.methods.splitting import split_strategy
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from flwr_smartsplit import SmartSplit
-from simulations.clients import edges_of
-from simulations.method import Setting
+from simulations.experiments.clients import edges_of
+from simulations.methods.method import Setting
 
 
 def split_strategy(setting: Setting, **arguments: Any) -> SmartSplit:

@@ -11,25 +11,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
-from simulations.errors import ExperimentError
-from simulations.provenance import Provenance
-from simulations.reporting import REPORT, SUMMARY
-from simulations.rows import EvaluationRow
-from simulations.studies import STUDIES
-from simulations.studies.folder import STUDY, begin
-from simulations.studies.lines import StudyLines, read_lines, write_lines
-from simulations.studies.page import html_page
-from simulations.studies.processes import run_in_processes
-from simulations.studies.reading import read_study
-from simulations.studies.running import Unit, Watcher, units_of
-from simulations.studies.study import Case, StudyOptions, chosen_cases
-from simulations.studies.tables import (
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.rows import EvaluationRow
+from simulations.report.reporting import REPORT, SUMMARY
+from simulations.report.studies.lines import StudyLines, read_lines, write_lines
+from simulations.report.studies.page import html_page
+from simulations.report.studies.reading import read_study
+from simulations.report.studies.tables import (
     case_table,
     headline,
     notes,
     study_summary,
 )
-from simulations.summary import percent_text
+from simulations.report.summary import percent_text
+from simulations.studies.folder import STUDY, begin
+from simulations.studies.processes import run_in_processes
+from simulations.studies.running import Unit, Watcher, units_of
+from simulations.studies.study import Case, StudyOptions, chosen_cases
+from simulations.studies.suites import STUDIES
 
 RESULTS = Path("simulations") / "results"
 

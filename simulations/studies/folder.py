@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from simulations.errors import ExperimentError
-from simulations.marks import write_whole
-from simulations.provenance import Provenance
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.marks import write_whole
+from simulations.experiments.provenance import Provenance
+from simulations.report.summary import CONFIG
 from simulations.studies.study import Case
-from simulations.summary import CONFIG
 
 STUDY = "study"
 """The key under which a results folder's configuration names its study."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from flwr_smartsplit.errors import SmartSplitError
-from simulations.errors import ExperimentError
-from simulations.provenance import Provenance
-from simulations.runner import quiet_libraries
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.runner import quiet_libraries
 from simulations.studies.running import Unit, Watcher, run_one_by_one
 
 ENDED_BY_SIGTERM = 143

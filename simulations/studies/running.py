@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simulations.experiment import Experiment
-from simulations.local_runs import run_methods_here
-from simulations.marks import read_marks
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.local_runs import run_methods_here
+from simulations.experiments.marks import read_marks
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.rows import EvaluationRow
+from simulations.experiments.runner import OnRound, prepare
 from simulations.methods import METHODS
-from simulations.provenance import Provenance
-from simulations.rows import EvaluationRow
-from simulations.runner import OnRound, prepare
 from simulations.studies.study import Case, seed_folder
 
 RunUnit = Callable[[Experiment, Path, Provenance, OnRound], None]
