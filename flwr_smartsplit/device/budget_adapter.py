@@ -106,7 +106,7 @@ class Adapter:
             budget_bytes=budget_bytes,
             cohort=cohort,
             seconds_of=seconds_of,
-            min_device_units=walk.plan.min_device_units,
+            min_device_units=walk.plan.constraints.min_device_units,
         )
         if found is None:
             return
@@ -162,7 +162,7 @@ class Adapter:
             recompute=walk.recompute,
             calm_steps=self._calm_steps,
             is_fixed=self._is_fixed,
-            min_device_units=walk.plan.min_device_units,
+            min_device_units=walk.plan.constraints.min_device_units,
         )
 
     def _is_done(self, walk: Walk, change: Change) -> bool:

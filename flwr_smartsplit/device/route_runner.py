@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from flwr_smartsplit.device.metrics import Tally
-from flwr_smartsplit.device.slices import Slices
 from flwr_smartsplit.device.step_timer import Pace
 from flwr_smartsplit.edge.client import Connect, EdgeLink, opening_of, packed, unpacked
 from flwr_smartsplit.edge.moving import off_wire
@@ -23,14 +22,12 @@ from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.plan.slicing import require_sliceable
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.train.slicing import SlicedRunner
 from flwr_smartsplit.train.unit_migration import carried, check_kept, rebuilt
 from flwr_smartsplit.types import (
     KEEP_ALL,
@@ -84,7 +81,6 @@ class Walk:
         self._chain = build_chain(task)
         self._runners: list[SegmentRunner] = []
         self._link: EdgeLink | None = None
-        self._slices: Slices | None = None
         self._norm: float | None = None
 
     def open(
@@ -108,9 +104,6 @@ class Walk:
         batch_size : int, optional
             The most examples that a batch will have, if that is known.
         """
-        if self.plan.slice_size is not None:
-            apart = [unit.is_samplewise for unit in self._chain.units]
-            require_sliceable(self.plan.route, self.plan.slice_size, apart)
         num_units = len(self._chain)
         for leg in self.route.device_legs(num_units):
             self._runners.append(self._built(leg, state))
@@ -125,11 +118,6 @@ class Walk:
             )
             address = self.plan.edge_addresses[legs[0].place]
             self._link = EdgeLink(connect(legs[0].place, address), opening)
-            if self.plan.slice_size is not None:
-                front = SlicedRunner(
-                    self._runners[0], self.plan.slice_size, streams=self.streams
-                )
-                self._slices = Slices(front, self._link)
 
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
@@ -261,13 +249,6 @@ class Walk:
             return float(loss)
         if self.route.returns:
             return self._returning_step(inputs, targets, self._link)
-        if self._slices is not None and self._slices.covers(targets):
-            done = self._slices.train(
-                inputs, targets, step=step, norm=self._norm, step_seconds=seconds
-            )
-            self.advice = done.advice
-            self._update(done.norms)
-            return done.loss
         boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
         labels = WireTensor.pack(targets)
         stepped = self._link.train(
@@ -315,8 +296,6 @@ class Walk:
 
     def _evaluated(self, inputs: Batch, targets: Tensor) -> Mapping[str, float]:
         """Return loss and metrics of one batch."""
-        if self._slices is not None and self._slices.covers(targets):
-            return self._slices.evaluate(inputs, targets)
         head, *rest = self._runners
         outputs = head.evaluate(inputs)
         if self._link is None:
@@ -352,10 +331,8 @@ class Walk:
     def _moved(self, before: int, cut: int) -> SegmentRunner:
         """Give the first segment units, or take some; the edge has switched then."""
         link, head, step = self._link, self._runners[0], self.num_steps
-        if link is None or not self._is_trained or self._slices is not None:
-            raise RefusedMove(
-                "a cut moves while a session at an edge is trained, and not in slices."
-            )
+        if link is None or not self._is_trained:
+            raise RefusedMove("a cut moves only while a session at an edge is trained.")
         for runner in self._runners:
             runner.release_gradients()  # They have been used.
         remake = partial(rebuilt, head, self._chain, range(cut), make=self._runner)

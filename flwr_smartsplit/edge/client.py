@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from flwr_smartsplit.edge import part_messages as messages
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.moving import MoveCut, on_wire
 from flwr_smartsplit.edge.tensors import WireTensor
@@ -82,6 +81,7 @@ def opening_of(
         importance=plan.importance,
         num_examples=plan.num_examples,
         batch_size=batch_size,
+        variant=plan.variant,
     )
 
 
@@ -172,68 +172,6 @@ class EdgeLink:
         moved = self._transport.send(request)
         self._num_moves += 1
         return moved.carried
-
-    def put_part(
-        self,
-        step: int,
-        boundary: tuple[WireTensor, ...],
-        *,
-        start: int,
-        num_examples: int,
-    ) -> None:
-        """Send the boundary of some samples."""
-        self._transport.send(
-            messages.BoundaryPart(
-                session=self._session,
-                incarnation=self._incarnation,
-                step=step,
-                start=start,
-                num_examples=num_examples,
-                boundary=boundary[0],
-                context=boundary[1:],
-            )
-        )
-
-    def train_parts(
-        self,
-        step: int,
-        targets: WireTensor,
-        norm: float | None,
-        *,
-        step_seconds: float | None = None,
-    ) -> messages.PartsStepped:
-        """Have the rest of a step done whose boundary was sent in parts."""
-        return self._transport.send(
-            messages.TrainParts(
-                session=self._session,
-                incarnation=self._incarnation,
-                step=step,
-                targets=targets,
-                norm=norm,
-                step_seconds=step_seconds,
-            )
-        )
-
-    def gradient_part(self, step: int, start: int, stop: int) -> WireTensor:
-        """Fetch the gradient of some samples' boundary."""
-        request = messages.GradientPart(
-            session=self._session,
-            incarnation=self._incarnation,
-            step=step,
-            start=start,
-            stop=stop,
-        )
-        return self._transport.send(request).gradient
-
-    def evaluate_parts(self, step: int, targets: WireTensor) -> Mapping[str, float]:
-        """Have the rest of a batch evaluated whose boundary was sent in parts."""
-        request = messages.EvaluateParts(
-            session=self._session,
-            incarnation=self._incarnation,
-            step=step,
-            targets=targets,
-        )
-        return self._transport.send(request).values
 
     def evaluate(
         self, boundary: tuple[WireTensor, ...], targets: WireTensor

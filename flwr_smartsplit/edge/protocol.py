@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.edge.weighted_mean import WeightedSum
 from flwr_smartsplit.memory.meter import unmetered
-from flwr_smartsplit.types import Advice, Cohort, Receipt
+from flwr_smartsplit.types import WHOLE, Advice, Cohort, Receipt, Variant
 
 ReplyT = TypeVar("ReplyT")
 State = Mapping[str, npt.NDArray[Any]]
@@ -85,6 +85,8 @@ class OpenSession(Request[Opened]):
         given a cohort.
     batch_size : int, optional
         The most examples that a batch will have, if the device knows.
+    variant : Variant
+        What of the global model is trained; the receipt says it again.
     """
 
     session: str
@@ -104,6 +106,7 @@ class OpenSession(Request[Opened]):
     importance: float = 0.0
     num_examples: int = 0
     batch_size: int | None = None
+    variant: Variant = WHOLE
 
 
 @dataclass(frozen=True, slots=True)

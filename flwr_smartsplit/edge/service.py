@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from flwr_smartsplit.edge import part_messages as messages
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import Connect, EdgeLink, nowhere
 from flwr_smartsplit.edge.moving import MoveCut, Moved
@@ -158,18 +157,6 @@ class EdgeService:
             return self._void_on_error(
                 session, lambda: session.move(request, self._chain, make)
             )
-
-    @_answer.register
-    def _(
-        self,
-        request: messages.BoundaryPart
-        | messages.TrainParts
-        | messages.GradientPart
-        | messages.EvaluateParts,
-    ) -> Any:
-        with self._held(request) as session:
-            self._fit(session, request)
-            return self._void_on_error(session, lambda: session.answer(request))
 
     @_answer.register
     def _(self, request: wire.EvaluateStep) -> wire.Evaluated:
@@ -347,6 +334,7 @@ class EdgeService:
             digest=digest,
             num_examples=session.num_examples,
             num_steps=session.num_steps,
+            variant=opened.variant,
         )
         if self._sessions.get(request.session) is not session:
             # It was abandoned or opened again meanwhile; a later opening stays.

@@ -12,20 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
-from flwr_smartsplit.edge import part_messages as messages
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import EdgeLink, packed, unpacked
 from flwr_smartsplit.edge.moving import MoveCut, Moved, checksum, moved_session
-from flwr_smartsplit.edge.part_messages import PER_STEP, place_of
-from flwr_smartsplit.edge.parts import Parts
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.plan.refine import Progress, advised, changed, updated
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.segment import Batch, Boundary, as_boundary
+from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.train.unit_migration import Make
 from flwr_smartsplit.types import Advice
+
+PER_STEP = 2  # A step has two halves in the order of messages: there, and back.
 
 
 @dataclass
@@ -53,8 +52,7 @@ class Session:
     progress: Progress = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _next: int = 0
-    _parts: Parts = field(default_factory=Parts)
-    _last: tuple[int, int] = (-1, 0)
+    _last: int = -1
     _last_checksum: int = 0
     _last_reply: Any = None
     _num_updated: int = 0
@@ -82,16 +80,19 @@ class Session:
         OutOfOrderStep
             If it is neither the next message nor a repetition of the last.
         """
-        place, checksum = place_of(request), _checksum(request)
+        place, checksum = _place_of(request), _checksum(request)
         if place == self._last and checksum == self._last_checksum:
             return self._last_reply
-        if place != (self._next, self._parts.offset):
+        if place != self._next:
             raise self._out_of_order(request, is_changed=place == self._last)
         self._last_reply = None  # Who asks for more has it, and it takes memory.
         self._last_reply = self._do(request)
         self._last_move = None
         self._last, self._last_checksum = place, checksum
-        self._next += self._parts.advance(request)
+        # A step that comes back has two halves, and one message for each.
+        self._next += (
+            1 if isinstance(request, wire.ForwardStep | wire.BackwardStep) else PER_STEP
+        )
         return self._last_reply
 
     def _out_of_order(self, request: Any, *, is_changed: bool) -> OutOfOrderStep:
@@ -163,11 +164,9 @@ class Session:
         self._last_move = code, reply
         return reply
 
-    def evaluate(
-        self, request: wire.EvaluateStep | messages.EvaluateParts
-    ) -> wire.Evaluated:
+    def evaluate(self, request: wire.EvaluateStep) -> wire.Evaluated:
         """Evaluate one batch to the end of the route."""
-        outputs = self.runner.evaluate(self._entering(request))
+        outputs = self.runner.evaluate(unpacked(request))
         if self.onward is not None:
             boundary = packed(as_boundary(outputs))
             values = self.onward.evaluate(boundary, request.targets)
@@ -184,22 +183,12 @@ class Session:
     def _do(self, request: Any) -> Any:
         if isinstance(request, wire.BackwardStep):
             return self._backward(request)
-        if isinstance(request, messages.BoundaryPart | messages.GradientPart):
-            return self._parts.answer(request)
-        if isinstance(request, messages.EvaluateParts):
-            return self.evaluate(request)
         self.update(request.norm)
         if isinstance(request, wire.ForwardStep):
             return self._forward(request)
-        stepped = self._train(request)
-        if isinstance(request, wire.TrainStep):
-            return stepped
-        self._parts.keep(stepped.gradient)
-        return messages.PartsStepped(stepped.loss, stepped.norms, stepped.advice)
+        return self._train(request)
 
-    def _advice(
-        self, request: wire.TrainStep | messages.TrainParts, loss: float
-    ) -> Advice | None:
+    def _advice(self, request: wire.TrainStep, loss: float) -> Advice | None:
         """Judge the client by this step too, and say what it should change."""
         cohort = self.opened.cohort
         if cohort is None:
@@ -216,11 +205,11 @@ class Session:
             self.progress = changed(self.progress)
         return advice
 
-    def _train(self, request: wire.TrainStep | messages.TrainParts) -> wire.Stepped:
+    def _train(self, request: wire.TrainStep) -> wire.Stepped:
         self.num_examples += request.targets.shape[0]
         if self.onward is None:
             loss, gradient = self.runner.finish(
-                self._entering(request),
+                unpacked(request),
                 request.targets.unpack(),
                 step=request.step,
                 inputs_are_boundary=True,
@@ -259,20 +248,19 @@ class Session:
     def _enter(self, request: Any) -> Boundary:
         """Run the segment forward, so that the route can go on."""
         return self.runner.forward(
-            self._entering(request), step=request.step, inputs_are_boundary=True
+            unpacked(request), step=request.step, inputs_are_boundary=True
         )
-
-    def _entering(self, request: Any) -> Batch:
-        """Read the boundary, which may have come in parts before."""
-        if isinstance(request, messages.TrainParts | messages.EvaluateParts):
-            return self._parts.take()
-        return unpacked(request)
 
 
 def _packed_gradient(gradient: Tensor | None) -> WireTensor:
     if gradient is None:
         raise RuntimeError("the segment gave its boundary no gradient.")
     return WireTensor.pack(gradient)
+
+
+def _place_of(request: Any) -> int:
+    """Tell a message's place in the order of its session, in half steps."""
+    return int(request.step) * PER_STEP + isinstance(request, wire.BackwardStep)
 
 
 def _checksum(request: Any) -> int:

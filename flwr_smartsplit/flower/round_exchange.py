@@ -130,6 +130,7 @@ class Dispatch:
                     leg.place: TailExpectation(
                         session=sent.plan.session(leg.place),
                         names=frozenset(chain.state_names(leg.start, leg.stop)),
+                        variant=sent.plan.variant,
                     )
                     for leg in sent.plan.route.edge_legs(len(chain))
                 },

@@ -40,6 +40,7 @@ from flwr_smartsplit.types import (
     ClientPlan,
     ClientReply,
     Cohort,
+    Constraints,
     DeviceProfile,
     Failure,
     RoundPlan,
@@ -100,7 +101,11 @@ class CentralManager:
         self.history = NO_HISTORY
         if edges:
             self.chain.require_cuts()
-        self._kept_units = kept_units(self.chain, task)
+        self._constraints = Constraints(
+            min_device_units=settings.min_device_units,
+            recompute=settings.recompute,
+            kept_units=kept_units(self.chain, task),
+        )
         self._profiles: dict[int, ChainProfile] = {}
         self._current: State = {}
         self._digest = ""
@@ -252,7 +257,7 @@ class CentralManager:
                 choose_route=self.settings.choose_route,
                 min_device_units=self.settings.min_device_units,
                 recompute=self.settings.recompute,
-                kept_units=self._kept_units,
+                kept_units=self._constraints.kept_units,
             ),
             rng=Random(seed),
             history=self.history,
@@ -308,7 +313,7 @@ class CentralManager:
             cohort=None if cohort is None else cohort.for_steps(device.num_steps),
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
-            min_device_units=self.settings.min_device_units,
+            constraints=self._constraints,
         )
 
     def _step(self, round_number: int) -> Callable[[State, State], State] | None:

@@ -79,8 +79,3 @@ def check_settings(settings: Settings) -> None:
             f"select is {settings.select!r}; give a function of a "
             "SelectionRequest, such as SelectByUtility() or select_at_random."
         )
-    if settings.min_device_units < 1:
-        raise ValueError(
-            f"min_device_units is {settings.min_device_units}; a cut leaves at least "
-            "1 unit on the device."
-        )

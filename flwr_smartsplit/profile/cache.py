@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile
+from flwr_smartsplit.types import WHOLE, ChainProfile, Variant
 
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), ModuleType),
@@ -26,7 +26,9 @@ _PACKAGES = ("torch", "torchvision", "transformers", "numpy")
 _LIBRARIES = (*_PACKAGES, "builtins", "functools", "collections", "typing", "abc")
 
 
-def profile_digest(chain: Chain, *, batch_size: int, task: Task) -> str:
+def profile_digest(
+    chain: Chain, *, batch_size: int, task: Task, variant: Variant = WHOLE
+) -> str:
     """Identify a profile by model, batch, loss, optimizer, and who computes it.
 
     Functions and classes count with their code, constants, closures and the globals
@@ -40,8 +42,10 @@ def profile_digest(chain: Chain, *, batch_size: int, task: Task) -> str:
         Examples per step.
     task : Task
         Supplies loss, optimizer and targets.
+    variant : Variant
+        What of the model is trained.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(variant).encode())
     for fact in _facts(chain, batch_size, task):
         digest.update(repr(fact).encode())
     return digest.hexdigest()

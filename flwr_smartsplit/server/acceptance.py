@@ -141,6 +141,12 @@ def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:
                 f"{len(receipt.names)} names; {tail.session} with {len(tail.names)} "
                 "was expected.",
             )
+        if receipt.variant != tail.variant:
+            raise _refused(
+                "refused",
+                f"client {key!r} brings a receipt for variant "
+                f"{receipt.variant.name!r}; {tail.variant.name!r} was planned.",
+            )
         if not _are_steps_of(reply.report, receipt.num_examples):
             raise _refused(
                 "refused",

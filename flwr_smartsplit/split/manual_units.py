@@ -204,5 +204,4 @@ def _as_one(units: Sequence[Unit]) -> Unit:
         eval_forward=partial(run, False),
         reads=tuple(sorted({name for unit in units for name in unit.reads})),
         is_random=any(unit.is_random for unit in units),
-        is_samplewise=all(unit.is_samplewise for unit in units),
     )

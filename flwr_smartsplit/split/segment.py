@@ -51,9 +51,6 @@ class Unit:
         What it does in evaluation mode, if that is other code.
     is_random : bool
         Whether it draws random numbers in training.
-    is_samplewise : bool
-        Whether it treats samples one by one and writes nothing; dimension 0 of all it
-        takes and returns is the samples. Found out for a traced model.
     light_forward : Callable, optional
         What it does in training if its cheap operators run twice: the same values,
         gradients and buffers, with less kept for backward.
@@ -70,7 +67,6 @@ class Unit:
     reads: tuple[str, ...]
     eval_forward: Callable[..., Any] | None = None
     is_random: bool = False
-    is_samplewise: bool = False
     light_forward: Callable[..., Any] | None = None
 
     def forward_in(

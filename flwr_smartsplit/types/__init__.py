@@ -6,12 +6,15 @@ They stand apart so that deciding (``plan``) and carrying (``device``, ``edge``,
 
 from flwr_smartsplit.types.advice import Advice, Cohort, Wish
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan, Rerun
+from flwr_smartsplit.types.codecs import RAW, codec_at
+from flwr_smartsplit.types.constraints import NO_CONSTRAINTS, Constraints
 from flwr_smartsplit.types.costs import (
     ChainProfile,
     StepBytes,
     UnitCost,
 )
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits, EdgeProfile, Link
+from flwr_smartsplit.types.options import NO_WORK, RouteOption, Work
 from flwr_smartsplit.types.plans import (
     Assignment,
     ClientPlan,
@@ -35,18 +38,24 @@ from flwr_smartsplit.types.routes import (
     Leg,
     Route,
 )
+from flwr_smartsplit.types.variants import WHOLE, Variant
 
 __all__ = [
     "DEVICE",
     "EDGE",
     "KEEP_ALL",
+    "NO_CONSTRAINTS",
     "NO_TRAITS",
+    "NO_WORK",
+    "RAW",
+    "WHOLE",
     "Advice",
     "Assignment",
     "ChainProfile",
     "ClientPlan",
     "ClientReply",
     "Cohort",
+    "Constraints",
     "DeviceProfile",
     "DeviceTraits",
     "EdgeProfile",
@@ -61,10 +70,14 @@ __all__ = [
     "Rerun",
     "RoundPlan",
     "Route",
+    "RouteOption",
     "Status",
     "StepBytes",
     "StepReport",
     "TailExpectation",
     "UnitCost",
+    "Variant",
     "Wish",
+    "Work",
+    "codec_at",
 ]

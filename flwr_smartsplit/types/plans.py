@@ -6,8 +6,10 @@ from math import inf
 
 from flwr_smartsplit.types.advice import Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
+from flwr_smartsplit.types.constraints import NO_CONSTRAINTS, Constraints
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits
 from flwr_smartsplit.types.routes import Route
+from flwr_smartsplit.types.variants import WHOLE, Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +130,14 @@ class ClientPlan:
         What the device should hold at most under route and plan.
     config : Mapping[str, bool | int | float | str]
         What the user's ``train_config`` says in this round, for ``Task.schedule_fn``.
-    min_device_units : int
-        Fewest units that stay at the device, wherever its cut moves.
-    slice_size : int or None
-        Samples that the front runs at a time, each twice; None runs the whole batch.
+    constraints : Constraints
+        What changes of route and plan must respect.
+    variant : Variant
+        What of the global model it trains.
+    codecs : tuple[str, ...]
+        How the boundary at each cut is written; empty for ``RAW`` at all of them.
+    accumulate : int
+        Micro-batches of a step.
     cohort : Cohort or None
         What the edge compares this client with, to move its cut or release it; None
         leaves it alone.
@@ -157,8 +163,10 @@ class ClientPlan:
     recompute: RecomputePlan = KEEP_ALL
     predicted_peak_bytes: int | None = None
     config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    min_device_units: int = 1
-    slice_size: int | None = None
+    constraints: Constraints = NO_CONSTRAINTS
+    variant: Variant = WHOLE
+    codecs: tuple[str, ...] = ()
+    accumulate: int = 1
     cohort: Cohort | None = None
     importance: float = 0.0
     num_examples: int = 0

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from flwr_smartsplit.types.variants import WHOLE, Variant
+
 
 class Status(StrEnum):
     """How one client's part of a round ended."""
@@ -140,6 +142,8 @@ class Receipt:
         SHA-256 over names, dtypes, shapes and values.
     num_examples, num_steps : int
         What the tail was stepped with.
+    variant : Variant
+        What of the global model was trained.
     """
 
     place: str
@@ -149,6 +153,7 @@ class Receipt:
     digest: str
     num_examples: int
     num_steps: int
+    variant: Variant = WHOLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +162,7 @@ class TailExpectation:
 
     session: str
     names: frozenset[str]
+    variant: Variant = WHOLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,9 @@ from flwr_smartsplit.device.route_runner import Walk
 from flwr_smartsplit.device.step_timer import Pace
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.moving import MoveCut
-from flwr_smartsplit.edge.part_messages import TrainParts
 from flwr_smartsplit.errors import EdgeUnreachable, RefusedMove
 from flwr_smartsplit.memory.budget import as_budget
 from flwr_smartsplit.memory.cap import CapMode
-from flwr_smartsplit.plan.refine import RULES
 from flwr_smartsplit.types import (
     Advice,
     ClientPlan,
@@ -75,7 +73,6 @@ class Refined:
     budget: MemoryBudget | int | None = None
     cohort: Cohort | None = IMPORTANT
     epochs: int = 1
-    slice_size: int | None = None
     _walk: Walk | None = None
 
     def run(self, route: Route, *, num_steps: int = NUM_STEPS) -> Outcome:
@@ -86,7 +83,6 @@ class Refined:
             cohort=self.cohort,
             num_examples=NUM_EXAMPLES,
             predicted_peak_bytes=predicted_peak_bytes(PROFILE, route),
-            slice_size=self.slice_size,
         )
         conditions = Conditions(
             task=self.pair.task,
@@ -354,29 +350,17 @@ def test_advice_after_the_last_step_releases_nobody(refined: Refined) -> None:
     assert refined.run(SPLIT(4), num_steps=3).report.released
 
 
-def test_a_front_in_slices_is_released_too(tmp_path: Path) -> None:
-    """But its cut does not move."""
-    refined = Refined(Pair(tmp_path), script=always(9.0), slice_size=2)
-    report = refined.run(SPLIT(1)).report
-    assert (report.status, report.moves) == (Status.OK, ())
-    refined.cohort = UNIMPORTANT
-    assert refined.run(SPLIT(1)).report.num_steps == RULES.patience_steps
-
-
 # --- faults ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slice_size", [None, 2])
-def test_a_step_that_comes_twice_is_judged_once(
-    tmp_path: Path, slice_size: int | None
-) -> None:
+def test_a_step_that_comes_twice_is_judged_once(refined: Refined) -> None:
     """Its reply, advice and all, is repeated."""
-    refined = Refined(Pair(tmp_path), script=always(9.0), slice_size=slice_size)
+    refined.script = always(9.0)
     refined.cohort = UNIMPORTANT
     once = refined.run(SPLIT(1))
 
     def hook(request: Any, deliver: Deliver) -> Any:
-        if isinstance(request, wire.TrainStep | TrainParts):
+        if isinstance(request, wire.TrainStep):
             deliver(request)
         return deliver(request)
 

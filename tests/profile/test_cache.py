@@ -18,7 +18,7 @@ from flwr_smartsplit.profile.cache import profile_digest
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile
+from flwr_smartsplit.types import ChainProfile, Variant
 from tests.models import OPTIMIZERS, small_cnn, task_of
 
 
@@ -142,6 +142,10 @@ def test_every_dependency_changes_the_digest():
     digests = {name: digest_of(task) for name, task in OTHERS.items()}
     digests["itself"] = digest_of(TASK)
     digests["batch size"] = digest_of(TASK, batch_size=5)
+    front = Variant("front")
+    digests["variant"] = profile_digest(
+        chain_of(TASK), batch_size=4, task=TASK, variant=front
+    )
     assert len(set(digests.values())) == len(digests)
 
 

@@ -15,6 +15,7 @@ from flwr_smartsplit.types import (
     Status,
     StepReport,
     TailExpectation,
+    Variant,
 )
 
 CURRENT = {
@@ -179,6 +180,11 @@ REFUSALS: dict[str, tuple[ClientReply, str, str]] = {
         replace(GOOD, client_key="c2", state=dict(CURRENT)),
         "refused",
         r"receipt of \[\], it brings \['edge'\]",
+    ),
+    "another variant": (
+        with_receipt(variant=Variant("front")),
+        "refused",
+        "for variant 'front'; 'whole' was planned",
     ),
     "session of another round": (
         with_receipt(session="4/c1/edge"),

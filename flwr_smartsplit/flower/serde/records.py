@@ -18,11 +18,13 @@ from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.types import (
     ClientPlan,
     Cohort,
+    Constraints,
     DeviceProfile,
     DeviceTraits,
     Link,
     RecomputePlan,
     Route,
+    Variant,
 )
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -230,6 +232,9 @@ def plan_to_scalars(plan: ClientPlan) -> Scalars:
     values["route"] = {"cuts": plan.route.cuts, "places": plan.route.places}
     values["recompute"] = plan.recompute.to_lists()
     values["cohort"] = None if plan.cohort is None else asdict(plan.cohort)
+    kept = sorted(plan.constraints.kept_units)
+    values["constraints"] = {**asdict(plan.constraints), "kept_units": kept}
+    values["variant"] = asdict(plan.variant)
     return {_PLAN: json.dumps(values)}
 
 
@@ -239,10 +244,15 @@ def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
         return None
     values = json.loads(str(config[_PLAN]))
     route, cohort = values.pop("route"), values.pop("cohort", None)
+    constraints = values.pop("constraints")
+    kept = frozenset(constraints.pop("kept_units"))
     return ClientPlan(
         route=Route(tuple(route["cuts"]), tuple(route["places"])),
         recompute=RecomputePlan.from_lists(values.pop("recompute")),
         cohort=None if cohort is None else Cohort(**cohort),
+        constraints=Constraints(**constraints, kept_units=kept),
+        variant=Variant(**values.pop("variant")),
+        codecs=tuple(values.pop("codecs")),
         **values,
     )
 

@@ -29,6 +29,7 @@ from flwr_smartsplit.types import (
     Replan,
     Status,
     StepReport,
+    Variant,
 )
 
 METRICS = "metrics"
@@ -178,7 +179,13 @@ def _read_reply(text: Any) -> tuple[ClientReply, Any]:
     report = StepReport(**facts)
     _check_types(report)
     receipts = tuple(
-        Receipt(**{**receipt, "names": tuple(receipt["names"])})
+        Receipt(
+            **{
+                **receipt,
+                "names": tuple(receipt["names"]),
+                "variant": Variant(**receipt["variant"]),
+            }
+        )
         for receipt in values["receipts"]
     )
     for receipt in receipts:
@@ -254,7 +261,10 @@ def _check_types(report: StepReport) -> None:
 
 def _check_receipt(receipt: Receipt) -> None:
     """Make sure that a receipt's names are texts and its counts numbers."""
-    texts = (receipt.place, receipt.incarnation, receipt.session, receipt.digest)
+    texts = (
+        *(receipt.place, receipt.incarnation, receipt.session, receipt.digest),
+        receipt.variant.name,
+    )
     counts = (receipt.num_examples, receipt.num_steps)
     if not all(isinstance(text, str) for text in (*texts, *receipt.names)) or not all(
         _is_number(count, int) for count in counts

@@ -8,7 +8,6 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,6 @@ from flwr_smartsplit.split.trace.cut_points import (
 from flwr_smartsplit.split.trace.guards import refuse_switches, trace_strictly
 from flwr_smartsplit.split.trace.liveness import longest_needed, read_sizes_early
 from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
-from flwr_smartsplit.split.trace.samplewise import SampleReader, same_code
 from flwr_smartsplit.split.trace.selective_checkpointing import light_function
 from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
 
@@ -187,12 +185,8 @@ def trace_units(
         train_parts = _pieces(train_graph, [train for train, _ in cuts])
         eval_parts = _pieces(eval_graph, [evaluate for _, evaluate in cuts])
         names = _unit_names(train_parts)
-        reader = SampleReader(model, facts)
         units = tuple(
-            replace(
-                _make_unit(model, name, parts, facts),
-                is_samplewise=_is_samplewise(reader, *parts),
-            )
+            _make_unit(model, name, parts, facts)
             for name, *parts in zip(names, train_parts, eval_parts, strict=True)
         )
     order = [node.name for node in train_graph.nodes]
@@ -292,10 +286,3 @@ def _make_unit(
         is_random=any(facts[n].is_random for n in train.nodes if n in facts),
         light_forward=light_function(model, train, facts),
     )
-
-
-def _is_samplewise(reader: SampleReader, train: Piece, evaluate: Piece) -> bool:
-    """Say whether a piece provably treats samples one by one, in both modes."""
-    entering = None if train.entering is None else train.entering[0]
-    is_apart = reader.treats_apart(train.nodes, entering)
-    return is_apart and same_code(train.nodes, evaluate.nodes)

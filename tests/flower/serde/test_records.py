@@ -37,12 +37,14 @@ from flwr_smartsplit.types import (
     NO_TRAITS,
     ClientPlan,
     Cohort,
+    Constraints,
     DeviceProfile,
     DeviceTraits,
     Link,
     Receipt,
     Status,
     StepReport,
+    Variant,
 )
 from tests.tasks import differences
 
@@ -86,6 +88,7 @@ REPORT = StepReport(
     released="slow",
 )
 COHORT = Cohort(median_step_seconds=0.7, median_importance=1 / 3, low_importance=0.2)
+CONSTRAINTS = Constraints(min_device_units=2, kept_units=frozenset({3, 1}))
 OUTCOME = Outcome(state=STATE, receipts=(RECEIPT,), report=REPORT)
 
 
@@ -230,8 +233,9 @@ def test_each_dialect_is_asked_as_it_expects() -> None:
             seed=0,
             edge_addresses={"x": "y"},
         ),
-        replace(PLAN, slice_size=8),
         replace(PLAN, cohort=COHORT, importance=0.1 + 0.2, num_examples=9),
+        replace(PLAN, constraints=CONSTRAINTS, variant=Variant("front"), accumulate=4),
+        replace(PLAN, codecs=("int8",)),
     ],
 )
 def test_a_plan_comes_back(plan: ClientPlan) -> None:

@@ -1,0 +1,92 @@
+"""RouteOption: one way to train a client, and what it costs."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
+from flwr_smartsplit.types.routes import Route
+from flwr_smartsplit.types.variants import WHOLE, Variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a route asks of a device, its link and its edges, for one training step.
+
+    Parameters
+    ----------
+    device_flops, edge_flops : float
+        Floating-point operations at the device and at edges.
+    boundary_bytes : float
+        What goes from the device over its cuts; as much comes back.
+    num_exchanges : int
+        Messages there and back over the device's link.
+    state_bytes : float
+        The device segments' parameters and buffers, which come and go once a round.
+    extra_flops : int
+        What of ``device_flops`` recomputation adds.
+    """
+
+    device_flops: float = 0
+    edge_flops: float = 0
+    boundary_bytes: float = 0
+    num_exchanges: int = 0
+    state_bytes: float = 0
+    extra_flops: int = 0
+
+    @property
+    def device_fraction(self) -> float:
+        """The device's share of the model's FLOPs, recomputation left out."""
+        own = self.device_flops - self.extra_flops
+        total = own + self.edge_flops
+        return own / total if total else 1.0
+
+
+NO_WORK = Work()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteOption:
+    """A route, how it is trained, and what that costs.
+
+    Parameters
+    ----------
+    route : Route
+        Where the segments run.
+    recompute : RecomputePlan
+        What the device runs twice.
+    variant : Variant
+        What of the global model is trained.
+    codecs : tuple[str, ...]
+        How the boundary at each cut is written; empty for ``RAW`` at all of them.
+    accumulate : int
+        Micro-batches of a step.
+    peak_bytes : int
+        The most that the device holds during a step, as predicted.
+    work : Work
+        What a step asks of device, link and edge.
+    edge_memory_bytes, edge_disk_bytes : int
+        What the rest of the model takes at the edge, and sealed on its disk.
+    seconds : float or None
+        What one client's part of a round takes; None if nobody knows.
+    is_placed : bool
+        Whether the route names its edges; else ``"edge"`` stands for any of them.
+    """
+
+    route: Route
+    recompute: RecomputePlan = KEEP_ALL
+    variant: Variant = WHOLE
+    codecs: tuple[str, ...] = ()
+    accumulate: int = 1
+    peak_bytes: int = 0
+    work: Work = NO_WORK
+    edge_memory_bytes: int = 0
+    edge_disk_bytes: int = 0
+    seconds: float | None = None
+    is_placed: bool = False
+
+    def at(self, edge: str | None) -> Self:
+        """Place the rest of the model at an edge; a whole model needs none."""
+        if self.is_placed or edge is None or not self.route.cuts:
+            return replace(self, is_placed=True)
+        route = Route.split(self.route.cuts[0], edge=edge)
+        return replace(self, route=route, is_placed=True)
