@@ -1,5 +1,27 @@
-"""The one exception of the simulations: a run that cannot be done as asked."""
+"""What goes wrong because of what was asked for, so that the reader can mend it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class ExperimentError(Exception):
     """What was asked, against what it failed, and what to do next."""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Explain a results folder that cannot be written to.
+
+    Raises
+    ------
+    ExperimentError
+        If that is what happens inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ExperimentError(
+            f"results cannot be written to {str(folder)!r} ({error}): name another "
+            "folder with --out."
+        ) from error

@@ -1,4 +1,4 @@
-"""Run the methods of an experiment under Flower's simulation engine.
+"""Run the methods of an experiment, under Flower's engine or in this process.
 
 Everything a report needs goes into the results folder while it happens:
 ``config.json`` first, then one journal of JSON lines per method.
@@ -6,6 +6,7 @@ Everything a report needs goes into the results folder while it happens:
 
 import json
 import logging
+import random
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -30,8 +31,9 @@ from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.train.threads import torch_threads
 from simulations.experiments.clients import build_client, build_task, edges_of
 from simulations.experiments.data import client_indices, evaluation_loader, load_images
-from simulations.experiments.errors import ExperimentError
+from simulations.experiments.errors import ExperimentError, writing_to
 from simulations.experiments.experiment import Experiment
+from simulations.experiments.local_grid import LocalGrid
 from simulations.experiments.marks import Mark, mark_path, state_digest, write_mark
 from simulations.experiments.provenance import Provenance
 from simulations.experiments.rows import EvaluationRow
@@ -85,18 +87,13 @@ def prepare(
     """
     prepared = prepared_fleet(experiment)
     config = describe(experiment, prepared) | asdict(provenance)
-    try:
+    with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         for name in METHODS.keys() - set(kept):
             journal_path(out, name).unlink(missing_ok=True)
             mark_path(out, name).unlink(missing_ok=True)
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (out / PROFILE).write_text(prepared.clock.profile.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise ExperimentError(
-            f"results cannot be written to {str(out)!r} ({error}): name another folder "
-            f"with --out."
-        ) from error
     return prepared
 
 
@@ -160,13 +157,13 @@ def run_methods(
 ) -> None:
     """Run the methods one after the other and leave their journals behind.
 
-    They share one simulation and the same clients, which are told by each message
-    whether to train a part or the whole model, and within which budget.
+    Clients are told by each message whether to train a part or the whole model, and
+    within which budget.
 
     Parameters
     ----------
     experiment : Experiment
-        What to run.
+        What to run, and whether in this process.
     out : Path
         The results folder.
     prepared : Prepared
@@ -174,6 +171,32 @@ def run_methods(
     on_round : OnRound
         Told how good the model is after every round.
     """
+
+    def run(name: str, grid: Grid) -> None:
+        setting = Setting(
+            experiment=experiment,
+            task=build_task(experiment),
+            journal=journal_path(out, name),
+            devices=prepared.devices,
+            clock=prepared.clock,
+        )
+        run_method(METHODS[name], setting, grid, on_round=on_round)
+
+    app = client_app_of(experiment, prepared)
+    if not experiment.in_process:
+        _under_flower(experiment, app, run)
+        return
+    for name in experiment.methods:
+        # Flower's strategies draw from Python's own generator: what one draws must not
+        # depend on which methods ran before.
+        random.seed(experiment.seed)
+        run(name, LocalGrid(app, experiment.num_clients))
+
+
+def _under_flower(
+    experiment: Experiment, app: ClientApp, run: Callable[[str, Grid], None]
+) -> None:
+    """Let the methods share one simulation, and its clients."""
     server_app = ServerApp()
 
     @server_app.main()
@@ -181,12 +204,11 @@ def run_methods(
         del context
         _wake_clients(grid, experiment.num_clients)
         for name in experiment.methods:
-            setting = setting_of(experiment, prepared, out=out, method=name)
-            run_method(METHODS[name], setting, grid, on_round=on_round)
+            run(name, grid)
 
     run_simulation(
         server_app=server_app,
-        client_app=client_app_of(experiment, prepared),
+        client_app=app,
         num_supernodes=experiment.num_clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
@@ -209,19 +231,6 @@ def client_app_of(experiment: Experiment, prepared: Prepared) -> ClientApp:
         clock=prepared.clock,
     )
     return VariantApp(client_fn, experiment)
-
-
-def setting_of(
-    experiment: Experiment, prepared: Prepared, *, out: Path, method: str
-) -> Setting:
-    """Collect what a method is told."""
-    return Setting(
-        experiment=experiment,
-        task=build_task(experiment),
-        journal=journal_path(out, method),
-        devices=prepared.devices,
-        clock=prepared.clock,
-    )
 
 
 def _wake_clients(grid: Grid, num_clients: int) -> None:

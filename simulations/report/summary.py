@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -18,6 +18,15 @@ from simulations.report.timeline import Timeline, timeline_of
 CONFIG = "config.json"
 PROFILE = "profile.json"
 """What the model's units cost, in a results folder."""
+
+COMPARED = (
+    "accuracy",
+    "simulated_seconds",
+    "bytes_up",
+    "bytes_down",
+    "device_peak_bytes",
+)
+"""The figures that ``--json`` prints, of every suite."""
 
 NUM_LAST_EVALUATIONS = 5
 MEGABYTE = 10**6
@@ -61,16 +70,6 @@ class Results:
         if self.clock is None:
             return {}
         return {run.method: timeline_of(run, self.clock) for run in self.runs}
-
-    def summary(self) -> dict[str, Any]:
-        """Return the figures as JSON values; a number that is not finite is null."""
-        num_clients = len(self.client_keys)
-        return {
-            "methods": {
-                method: {**_finite(asdict(figures)), "num_clients": num_clients}
-                for method, figures in self.figures().items()
-            }
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,14 +267,44 @@ def reasons_to_stay_out(run: MethodRun) -> dict[str, str]:
     }
 
 
-def bytes_text(num_bytes: float) -> str:
-    """Print bytes in the binary unit that suits them.
+def methods_object(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Make the one object that every suite prints with ``--json``.
+
+    Parameters
+    ----------
+    figures : Mapping[str, Mapping[str, Any]]
+        What is known of each method, codec or variant that is compared. What is not
+        known, and a number that is not finite, becomes null.
+
+    Examples
+    --------
+    >>> methods_object({"fedavg": {"accuracy": 0.5, "loss": 1.0}})["methods"]["fedavg"]
+    {'accuracy': 0.5, 'simulated_seconds': None, 'bytes_up': None, 'bytes_down': None, \
+'device_peak_bytes': None}
+    """
+    return {
+        "methods": {
+            name: {figure: finite(values.get(figure)) for figure in COMPARED}
+            for name, values in figures.items()
+        }
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """Replace a number that JSON does not know by None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def bytes_text(num_bytes: float | None) -> str:
+    """Print bytes in the binary unit that suits them, or a dash where there are none.
 
     Examples
     --------
     >>> bytes_text(1_328_896), bytes_text(500), bytes_text(300 * 2**30)
     ('1.27 MiB', '500 B', '300 GiB')
     """
+    if num_bytes is None:
+        return "–"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
             return f"{num_bytes / size:.{0 if num_bytes >= 100 * size else 2}f} {unit}"
@@ -326,11 +355,3 @@ def ratio_text(ratio: float | None) -> str:
 
 def _mean(values: list[float]) -> float | None:
     return fmean(values) if values else None
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace numbers JSON does not know by null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }

@@ -13,14 +13,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from simulations.experiments.rows import ACCEPTED, MethodRun
-from simulations.report.plots import (
+from simulations.report.studies.cells import depth_of, mean_of, participants_text
+from simulations.report.studies.reading import CaseResults, route_name
+from simulations.report.style import (
     ACCEPTED_COLOUR,
     FAILED_COLOUR,
     WIDTH_INCHES,
     shown_clients,
 )
-from simulations.report.studies.reading import CaseResults, route_name
-from simulations.report.studies.tables import depth_of, mean_of, participation_rows
 from simulations.report.summary import peaks_by_client
 
 COLUMNS = 5
@@ -47,7 +47,6 @@ def who_took_part(case: CaseResults) -> Figure | None:
     figure, panels = _small_multiples(
         len(methods), height=1.0 + 0.045 * min(len(keys), MOST_ROWS)
     )
-    texts = {row[0]: row[1] for row in participation_rows(case.lines)}
     for axes, method in zip(panels, methods, strict=False):
         axes.imshow(
             _participation(case, method, keys),
@@ -58,7 +57,9 @@ def who_took_part(case: CaseResults) -> Figure | None:
             vmax=1.15,
             extent=(0.5, case.lines.num_rounds + 0.5, len(keys) - 0.5, -0.5),
         )
-        axes.set_title(f"{method}\n{texts[method]}", fontsize=9.5)
+        axes.set_title(
+            f"{method}\n{participants_text(case.lines, method)}", fontsize=9.5
+        )
         shown = shown_clients(keys)[::2]
         axes.set_yticks(shown, [keys[y] for y in shown], fontsize=7.5)
         _round_axis(axes)

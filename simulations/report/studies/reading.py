@@ -1,15 +1,20 @@
-"""Read a study's folder: the journals of each seed, and the lines made of them."""
+"""Read a study's folder: the journals of each seed, and the lines made of them.
+
+The folder of a single experiment is read as a study of one case and one seed.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from simulations.experiments.marks import Mark, read_marks
 from simulations.experiments.rows import ACCEPTED, MethodRun
 from simulations.report.studies.lines import CaseLines, Line, StudyLines
 from simulations.report.summary import CONFIG, Results, read_results
-from simulations.studies.folder import read_config
+from simulations.report.timeline import common_accuracy
+from simulations.studies.folder import SINGLE, STUDY, read_config
 from simulations.studies.study import seed_folder
 
 
@@ -47,13 +52,43 @@ class CaseResults:
         ]
 
 
+def study_config(folder: Path) -> dict[str, Any]:
+    """Read what a folder's configuration says of its study.
+
+    Raises
+    ------
+    ExperimentError
+        If it holds no results.
+    """
+    config = read_config(folder)
+    if SINGLE not in config:
+        if STUDY not in config:
+            read_results(folder)  # Says what is wrong with it.
+        return config
+    experiment, results = config[SINGLE], read_results(folder)
+    name, data = experiment["name"], Path(experiment["data"]).name
+    counts = [f"num_{split}_examples" for split in ("train", "test")]
+    peaks = [f"{part}_peak_bytes" for part in ("whole", "smallest")]
+    case = {
+        "title": f"{data}, {experiment['model']} model, {experiment['num_clients']} "
+        f"clients, seed {experiment['seed']}",
+        "claim": "The target is the best accuracy that all methods reach.",
+        "methods": list(config["methods"]),
+        "missing": [],
+        "target_accuracy": common_accuracy(results.runs) or 0.0,
+        "settings": experiment | {name: config[name] for name in (*counts, *peaks)},
+        "seeds": [experiment["seed"]],
+    }
+    return config | {STUDY: name, "is_small": False, "cases": {name: case}}
+
+
 def read_case(folder: Path, name: str) -> CaseResults:
     """Read the seeds of one case of a study's folder."""
-    config = read_config(folder)
+    config = study_config(folder)
     case = config["cases"][name]
     seeds = []
     for seed in case["seeds"]:
-        out = seed_folder(folder, name, seed)
+        out = folder if SINGLE in config else seed_folder(folder, name, seed)
         if (out / CONFIG).exists():
             marks, results = read_marks(out), read_results(out)
             seeds.append(SeedResults(seed=seed, results=results, marks=marks))
@@ -68,7 +103,7 @@ def read_case(folder: Path, name: str) -> CaseResults:
 
 def read_study(folder: Path) -> StudyLines:
     """Read the lines of all cases; the journals of one case at a time are held."""
-    config = read_config(folder)
+    config = study_config(folder)
     cases = [read_case(folder, name).lines for name in config["cases"]]
     return StudyLines(
         config=config, lines=tuple(line for case in cases for line in case.lines)

@@ -82,6 +82,11 @@ class MemoryCase:
         """What it is called in a table."""
         return f"{self.model}, {self.input_side} px"
 
+    @property
+    def key(self) -> str:
+        """What it is called in a results folder."""
+        return f"{self.title}, seed {self.seed}"
+
 
 def memory_cases(
     models: Sequence[str] | None = None, *, is_small: bool = False, seed: int = 0

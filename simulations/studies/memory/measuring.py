@@ -1,8 +1,8 @@
 """Measure one case: the row of a results file."""
 
-import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -136,11 +136,6 @@ class MemoryRow:
     case_seconds: float = 0.0
 
     @property
-    def key(self) -> tuple[str, int, int]:
-        """What makes two rows the same case."""
-        return self.model, self.input_side, self.seed
-
-    @property
     def title(self) -> str:
         """What it is called in pictures and tables."""
         return f"{self.model}, {self.input_side} px"
@@ -178,9 +173,8 @@ class MemoryRow:
         }
 
     @classmethod
-    def from_json(cls, line: str) -> Self:
-        """Read a line of a results file."""
-        read = json.loads(line)
+    def from_values(cls, read: Mapping[str, Any]) -> Self:
+        """Read what ``values`` wrote, also by way of JSON."""
         kept = {name: read[name] for name in cls.__dataclass_fields__}
         kept["least"] = RouteFigures(**kept["least"])
         kept["useful"] = kept["useful"] and RouteFigures(**kept["useful"])

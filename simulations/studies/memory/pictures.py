@@ -1,9 +1,7 @@
-"""Pictures of the memory suite, as SVG text: how much smaller, and at what cost."""
+"""Pictures of the memory suite: how much smaller, and at what cost."""
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from simulations.report.plots import STYLE, WIDTH_INCHES
+from simulations.report.style import WIDTH_INCHES
 from simulations.studies.memory.cases import LARGE_SIDE
 from simulations.studies.memory.curves import GREEDY, PROGRAMME, SEQUENTIAL
 from simulations.studies.memory.measuring import MemoryRow
@@ -24,16 +22,6 @@ RULE_STYLES = {
 }
 CLAIM = 100
 """The paper's "up to 100 times less memory"."""
-
-Picture = Callable[[Sequence[MemoryRow]], Figure]
-
-
-def svg_text(picture: Picture, rows: Sequence[MemoryRow]) -> str:
-    """Draw a picture and return it as the text of an SVG file."""
-    with mpl.rc_context(STYLE):
-        text = io.StringIO()
-        picture(rows).savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
 
 
 def ratio_bars(rows: Sequence[MemoryRow]) -> Figure:

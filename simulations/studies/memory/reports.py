@@ -1,23 +1,13 @@
-"""The memory suite's table for the terminal and its HTML page."""
+"""The memory suite's table, and what its page has besides."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.console import JustifyMethod
-from rich.table import Table
-
-from simulations.report.pages import embedded, render
+from simulations.report.pages import Section, picture_of
 from simulations.report.summary import bytes_text
+from simulations.studies.measurement import Report
 from simulations.studies.memory.measuring import MemoryRow
-from simulations.studies.memory.pictures import (
-    CLAIM,
-    plan_curves_picture,
-    ratio_bars,
-    svg_text,
-)
+from simulations.studies.memory.pictures import CLAIM, plan_curves_picture, ratio_bars
 
-TEMPLATE = "memory.html.jinja"
 COLUMNS = (
     "model, side",
     "whole\nMiB",
@@ -94,44 +84,65 @@ def _mark(is_measured: bool) -> str:
     return "" if is_measured else "~"
 
 
-def memory_table(rows: Sequence[MemoryRow]) -> Table:
-    """Put the cases one below the other."""
-    table = Table(
-        caption="Whole: peak of a plain step. Device: measured (~ predicted) at the "
-        "cut that needs least, then at the useful one that does: with a tenth of the "
-        "forward's FLOPs before it (the share is given) and a boundary no larger than "
-        "the inputs. Extra FLOPs: what its plan adds to a forward of the model. Step "
-        "time: CPU time of a split step over that of a whole one.",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-    )
-    for name in COLUMNS:
-        justify: JustifyMethod = "left" if name == COLUMNS[0] else "right"
-        table.add_column(name, justify=justify, no_wrap=True)
-    for row in memory_rows(rows):
-        table.add_row(*row)
-    return table
+CAPTION = (
+    "Whole: peak of a plain step. Device: measured (~ predicted) at the cut that needs "
+    "least, then at the useful one that does: with a tenth of the forward's FLOPs before "
+    "it (the share is given) and a boundary no larger than the inputs. Extra FLOPs: what "
+    "its plan adds to a forward of the model. Step time: CPU time of a split step over "
+    "that of a whole one."
+)
 
 
-def html_page(rows: Sequence[MemoryRow], config: dict[str, Any]) -> str:
-    """Make one HTML page that needs no other file and no network."""
-    return render(
-        TEMPLATE,
+def report_of(rows: Sequence[MemoryRow]) -> Report:
+    """Say what the cases gave."""
+    return Report(
         headline=headline(rows),
-        bars=embedded(svg_text(ratio_bars, rows)) if rows else "",
-        curves=(
-            embedded(svg_text(plan_curves_picture, rows))
-            if any(row.curves for row in rows)
-            else ""
-        ),
         columns=COLUMNS,
-        rows=memory_rows(rows),
-        plans=_plan_rows(rows),
-        floors=[(r.title, bytes_text(r.floor_bytes), r.floor_text) for r in rows],
-        checks=_check_rows(rows),
-        settings=_settings(config),
+        cells=memory_rows(rows),
+        caption=CAPTION,
+        sections=list(_sections(rows)),
+    )
+
+
+def _sections(rows: Sequence[MemoryRow]) -> Iterator[Section]:
+    """Show ratios and curves, and list floors, plans and checks."""
+    if rows:
+        yield Section(
+            title="How many times less a device holds",
+            picture=picture_of(ratio_bars, rows),
+        )
+    if any(row.curves for row in rows):
+        yield Section(
+            title="What less memory costs",
+            picture=picture_of(plan_curves_picture, rows),
+            text="Plans at the useful cut, predicted. The dynamic programme is given "
+            "budgets from the least that does to where everything is kept; the greedy "
+            "rule the same ones, and stops where it finds no plan. "
+            "checkpoint_sequential divides the stages into k segments of equal length "
+            "and keeps the last, for every k. Plans that cost much more than the others "
+            "are not drawn.",
+        )
+    yield Section(
+        title="The floor",
+        text="Whatever is recomputed, a device holds its batch, the first unit's "
+        "parameters and optimizer state, the gradient of its output, and the gradient "
+        "of its parameters, when that unit goes backward.",
+        columns=("case", "floor", "the least"),
+        rows=[(r.title, bytes_text(r.floor_bytes), r.floor_text) for r in rows],
+        has_words=True,
+    )
+    yield Section(
+        title="Cuts and plans",
+        text="[a:b]: units a to b keep nothing and run again in backward; parts inside "
+        "it run a third time.",
+        columns=("case", "route", "cut", "plan"),
+        rows=_plan_rows(rows),
+        has_words=True,
+    )
+    yield Section(
+        title="Predicted and measured",
+        columns=("case", "what", "predicted bytes", "measured bytes", "difference"),
+        rows=_check_rows(rows),
     )
 
 
@@ -158,13 +169,4 @@ def _check_rows(rows: Sequence[MemoryRow]) -> list[tuple[str, ...]]:
     return [
         (title, name, f"{said:,}", f"{seen:,}", f"{said / seen - 1:+.2%}")
         for title, name, said, seen in found
-    ]
-
-
-def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name, str(config[name])) for name in ("command", "date") if name in config
-    ] + [
-        *((f"version of {name}", v) for name, v in config.get("versions", {}).items()),
-        *config.get("hardware", {}).items(),
     ]

@@ -1,14 +1,11 @@
-"""Pictures of the scale suite, as SVG text: what stays flat, and what grows."""
+"""Pictures of the scale suite: what stays flat, and what grows."""
 
-import io
-from collections.abc import Callable
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from simulations.report.plots import STYLE, WIDTH_INCHES
+from simulations.report.style import WIDTH_INCHES
 
 MEMORY_COLOUR, DISK_COLOUR, PAPER_COLOUR = "#0b67b2", "#d1700c", "#c0392b"
 WAY_STYLES = {
@@ -16,16 +13,6 @@ WAY_STYLES = {
     "fedavg": ("FedAvg", "#6b7280", "s"),
     "smartsplit": ("SmartSplit", "#0b67b2", "o"),
 }
-
-Picture = Callable[[dict[str, Any]], Figure]
-
-
-def svg_text(picture: Picture, values: dict[str, Any]) -> str:
-    """Draw a picture and return it as the text of an SVG file."""
-    with mpl.rc_context(STYLE):
-        text = io.StringIO()
-        picture(values).savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
 
 
 def edge_memory_picture(cases: dict[str, Any]) -> Figure:

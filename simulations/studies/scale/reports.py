@@ -1,29 +1,25 @@
-"""The scale suite's table for the terminal and its HTML page."""
+"""The scale suite's table and pictures."""
 
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from matplotlib.figure import Figure
 
-from simulations.report.pages import embedded, render
+from simulations.report.pages import Section, picture_of
 from simulations.report.summary import bytes_text
-from simulations.studies.scale.items import (
-    EDGE_MEMORY,
-    PLANNING,
-    ROUNDS,
-    TRAINING,
-    VGG19_100,
-)
+from simulations.studies.measurement import Report, Row
 from simulations.studies.scale.pictures import (
-    Picture,
     edge_memory_picture,
     rounds_picture,
-    svg_text,
     training_picture,
     vgg19_picture,
 )
 
+PLANNING, EDGE_MEMORY, VGG19_100 = "planning", "edge_memory", "vgg19"
+ROUNDS, TRAINING = "rounds", "training"
+
+Picture = Callable[[dict[str, Any]], Figure]
 PICTURES: dict[str, tuple[Picture, str]] = {
     EDGE_MEMORY: (
         edge_memory_picture,
@@ -36,12 +32,38 @@ PICTURES: dict[str, tuple[Picture, str]] = {
 COLUMNS = ("what", "clients", "found")
 
 
-def headline(summary: dict[str, Any]) -> str:
-    """Sum the results up in a line."""
-    if not summary:
-        return "scale: nothing is measured yet"
+def report_of(rows: Sequence[Row]) -> Report:
+    """Say what the items gave."""
+    summary = summary_of(rows)
     parts = ", ".join(part.replace("_", " ") for part in summary)
-    return f"scale: {parts}"
+    return Report(
+        headline=f"scale: {parts or 'nothing is measured yet'}",
+        columns=COLUMNS,
+        cells=scale_rows(summary),
+        sections=[
+            Section(title=title, picture=picture_of(picture, summary[part]))
+            for part, (picture, title) in PICTURES.items()
+            if part in summary
+        ],
+    )
+
+
+def summary_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """Put the rows together, by part; where a part has several, by name.
+
+    Examples
+    --------
+    >>> summary_of([{"part": "a", "of": "", "x": 1}, {"part": "b", "of": "k", "y": 2}])
+    {'a': {'x': 1}, 'b': {'k': {'y': 2}}}
+    """
+    summary: dict[str, Any] = {}
+    for row in rows:
+        values = {n: v for n, v in row.items() if n not in ("key", "part", "of")}
+        if row["of"]:
+            summary.setdefault(row["part"], {})[row["of"]] = values
+        else:
+            summary[row["part"]] = values
+    return summary
 
 
 def scale_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -94,35 +116,3 @@ def _vgg19_row(case: dict[str, Any]) -> tuple[str, str, str]:
         f"{case['paper_bytes'] / 1e9:.0f} GB), disk {case['disk_bytes'] / 1e9:.0f} GB"
     )
     return "edge, VGG-19", str(case["clients"]), found
-
-
-def scale_table(summary: dict[str, Any]) -> Table:
-    """Put the measurements one below the other."""
-    table = Table(*COLUMNS, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for row in scale_rows(summary):
-        table.add_row(*row)
-    return table
-
-
-def html_page(summary: dict[str, Any], config: dict[str, Any]) -> str:
-    """Make one HTML page that needs no other file and no network."""
-    return render(
-        "scale.html.jinja",
-        headline=headline(summary),
-        pictures=[
-            (title, embedded(svg_text(picture, summary[part])))
-            for part, (picture, title) in PICTURES.items()
-            if part in summary
-        ],
-        columns=COLUMNS,
-        rows=scale_rows(summary),
-        settings=_settings(config),
-    )
-
-
-def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        *((name, str(config[name])) for name in ("command", "date") if name in config),
-        *((f"version of {name}", v) for name, v in config.get("versions", {}).items()),
-        *config.get("hardware", {}).items(),
-    ]

@@ -1,115 +1,145 @@
-"""What grows with the number of clients: an edge's memory and disk, and a round.
+"""The scale suite: what grows with the number of clients, and what does not."""
 
-A results folder has ``config.json``, a line of ``rows.jsonl`` for each measurement, and
-what is made from them. A run goes on where an earlier one stopped.
-"""
-
-import json
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from rich.console import Console
-
-from simulations.experiments.errors import ExperimentError
-from simulations.report.reporting import REPORT, SUMMARY
-from simulations.studies.measurement import (
-    MEASUREMENT,
-    MeasurementOptions,
-    begin_folder,
-    finished_lines,
-    progress_bar,
-    read_config,
+from simulations.benchmarks.round_overhead import (
+    FEDAVG,
+    PLAIN_FEDAVG,
+    SMARTSPLIT,
+    Setting,
+    simulate,
 )
-from simulations.studies.scale.items import scale_items
-from simulations.studies.scale.reports import headline, html_page, scale_table
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.runner import quiet_libraries
+from simulations.studies.measurement import Item, Measurement, MeasurementOptions, Row
+from simulations.studies.scale.edges import (
+    RESNET18,
+    SMALL,
+    VGG19,
+    EdgeCase,
+    measure_edge,
+    work_out_vgg19,
+)
+from simulations.studies.scale.planning import measure_planning
+from simulations.studies.scale.reports import (
+    EDGE_MEMORY,
+    PLANNING,
+    ROUNDS,
+    TRAINING,
+    VGG19_100,
+    report_of,
+)
+from simulations.studies.scale.training import measure_training, thousand_clients
 
-NAME, ROWS, IS_SMALL = "scale", "rows.jsonl", "is_small"
+EDGE_CLIENTS: dict[bool, tuple[tuple[EdgeCase, int], ...]] = {
+    True: ((SMALL, 16), (RESNET18, 8)),
+    False: ((SMALL, 64), (RESNET18, 16)),
+}
+"""Models and numbers of clients, by whether the suite is small."""
+ROUND_CLIENTS = {True: (10, 100), False: (10, 100, 1000)}
+VGG19_CLIENTS = 4
+NUM_DEVICES, NUM_SELECTED = 10_000, 100
+"""What is planned for."""
+
+NUM_ROUNDS, NUM_HIDDEN, NUM_WORKERS = 3, 8, 2
+WAYS = {PLAIN_FEDAVG: "plain", FEDAVG: "fedavg", SMARTSPLIT: "smartsplit"}
 
 
-def run(folder: Path, options: MeasurementOptions) -> bool:
-    """Measure what the folder does not have yet; return False if interrupted."""
+def items(options: MeasurementOptions) -> list[Item]:
+    """List what is to be measured, the quickest first."""
     if options.models is not None:
         raise ExperimentError(
             "suite 'scale' has models of its own: leave out --models."
         )
-    _prepare(folder, options)
-    known = {(row["part"], row["key"]) for row in read_rows(folder)}
-    wanted = [i for i in scale_items(options) if (i.part, i.key) not in known]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with progress_bar() as progress:
-            bar = progress.add_task("scale", total=len(wanted))
-            for item in wanted:
-                progress.update(bar, description=item.title)
-                row = {"part": item.part, "key": item.key, **item.measure(folder)}
-                with (folder / ROWS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                progress.advance(bar)
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted: run it again to go on from here.\n")
-        return False
-    finally:
-        torch.set_num_threads(threads)
-    return True
-
-
-def show(folder: Path, *, as_json: bool) -> None:
-    """Write summary and page again from the rows, and print the table."""
-    summary = summary_of(read_rows(folder))
-    _write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    _write(folder / REPORT, html_page(summary, read_config(folder)))
-    if as_json:
-        sys.stdout.write(json.dumps(summary) + "\n")
-    else:
-        console = Console()
-        console.print(f"{headline(summary)}\n")
-        console.print(scale_table(summary))
-
-
-def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put the rows together, by part and, where a part has several, by key.
-
-    Examples
-    --------
-    >>> summary_of([{"part": "a", "key": "", "x": 1}, {"part": "b", "key": "k"}])
-    {'a': {'x': 1}, 'b': {'k': {}}}
-    """
-    summary: dict[str, Any] = {}
-    for row in rows:
-        values = {name: v for name, v in row.items() if name not in ("part", "key")}
-        if row["key"]:
-            summary.setdefault(row["part"], {})[row["key"]] = values
-        else:
-            summary[row["part"]] = values
-    return summary
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Read the finished rows; a line that an interrupt cut short is not one."""
-    return [json.loads(line) for line in finished_lines(folder / ROWS)]
-
-
-def _prepare(folder: Path, options: MeasurementOptions) -> None:
-    """Start a results folder, or make sure that it is one to go on with.
-
-    Raises
-    ------
-    ExperimentError
-        If it holds other results, or cannot be written to.
-    """
-    before = read_config(folder)
-    same = {MEASUREMENT: NAME, IS_SMALL: options.is_small}
-    same["versions"] = options.provenance["versions"]
-    if before and {name: before.get(name) for name in same} != same:
-        raise ExperimentError(
-            f"{str(folder)!r} holds results of another suite, of other versions, or of "
-            "the other size: name another folder with --out, or remove it."
+    small, seed = options.is_small, options.seed
+    found = [
+        _item(PLANNING, "", measure_planning, NUM_DEVICES, NUM_SELECTED, seed=seed)
+    ]
+    found += [
+        _item(EDGE_MEMORY, case.title, measure_edge, case, count, seed=seed)
+        for case, count in EDGE_CLIENTS[small]
+    ]
+    found.append(_item(VGG19_100, "", _vgg19, is_small=small, seed=seed))
+    found += [
+        _item(ROUNDS, str(count), measure_rounds, count)
+        for count in ROUND_CLIENTS[small]
+    ]
+    if not small:
+        train = partial(
+            measure_training,
+            experiment=thousand_clients(seed),
+            provenance=options.provenance,
         )
-    begin_folder(folder, {**options.provenance, **same}, rows=ROWS)
+        found.append(
+            Item(
+                key=TRAINING,
+                measure=lambda folder: {
+                    "part": TRAINING,
+                    "of": "",
+                    **train(folder / TRAINING),
+                },
+            )
+        )
+    return found
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _item(
+    part: str, of: str, measure: Callable[..., Row], *arguments: Any, **more: Any
+) -> Item:
+    """Make an item of a part of the suite, which may have several."""
+
+    def measured(folder: Path) -> Row:
+        del folder
+        return {"part": part, "of": of, **measure(*arguments, **more)}
+
+    return Item(key=" ".join(filter(None, (part, of))), measure=measured)
+
+
+def _vgg19(*, is_small: bool, seed: int) -> Row:
+    return work_out_vgg19(
+        None if is_small else measure_edge(VGG19, VGG19_CLIENTS, seed=seed)
+    )
+
+
+def measure_rounds(num_clients: int) -> Row:
+    """Time steady rounds in which all clients do next to nothing.
+
+    Parameters
+    ----------
+    num_clients : int
+        How many take part in every round.
+
+    Returns
+    -------
+    dict[str, Any]
+        The median of each way, and SmartSplit's over FedAvg's with the same clients.
+    """
+    with TemporaryDirectory() as folder, quiet_libraries(verbose=False):
+        setting = Setting(
+            num_clients=num_clients,
+            num_rounds=NUM_ROUNDS,
+            num_workers=NUM_WORKERS,
+            num_hidden=NUM_HIDDEN,
+            apis=("message",),
+            has_split=False,
+            folder=Path(folder) / str(num_clients),
+        )
+        (found,) = simulate(setting, on_round=lambda: None)
+    return {
+        "seconds_per_round": {name: found.median(way) for way, name in WAYS.items()},
+        "ratio": found.ratio(),
+        "load": found.load,
+    }
+
+
+SCALE = Measurement(
+    name="scale",
+    summary="What grows with the number of clients: an edge's memory, disk, a round.",
+    items_fn=items,
+    report_fn=report_of,
+    figures_fn=lambda rows: {row["key"]: row.get("figures", {}) for row in rows},
+)

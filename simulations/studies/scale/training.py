@@ -4,7 +4,7 @@ There are too few digits for so many clients, so each training image is there th
 times: as it is, and shifted by a pixel to either side. The test set is as it was.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from simulations.experiments.data import NPZ_KEYS, load_images
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.partitions import Iid
 from simulations.experiments.provenance import Provenance
-from simulations.experiments.rows import EvaluationRow, read_run
+from simulations.experiments.rows import EvaluationRow
 from simulations.experiments.runner import (
-    journal_path,
     prepare,
     quiet_libraries,
     run_methods,
 )
 from simulations.fleets.presets import half_weak
+from simulations.report.summary import methods_object, read_results
 
 NUM_CLIENTS, NUM_PER_ROUND, NUM_ROUNDS = 1000, 50, 10
 
@@ -64,8 +64,10 @@ def measure_training(
             prepared=prepared,
             on_round=lambda _, row: seen.append(row),
         )
-    rounds = read_run(journal_path(folder, experiment.methods[0])).rounds
+    results = read_results(folder)
+    (figures,), rounds = results.figures().values(), results.runs[0].rounds
     return {
+        "figures": methods_object({"": asdict(figures)})["methods"][""],
         "clients": experiment.num_clients,
         "clients_per_round": round(experiment.fraction_train * experiment.num_clients),
         "rounds": experiment.num_rounds,

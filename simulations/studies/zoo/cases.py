@@ -2,13 +2,12 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Self
 
-import torch
 from torchvision import models
 
 from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
@@ -55,6 +54,11 @@ class Case:
     is_every_cut: bool
     seed: int
 
+    @property
+    def key(self) -> str:
+        """What it is called in a results folder."""
+        return f"{self.model}, {self.optimizer}, seed {self.seed}"
+
     def cuts(self, num_units: int) -> list[int]:
         """Choose cuts; 0 is the whole model on the device."""
         inner = range(1, num_units)
@@ -82,6 +86,8 @@ class Outcome:
         The largest relative difference of a predicted peak from the measured one.
     seconds : float
         How long it took.
+    least_peak_bytes : int or None
+        The least that a device was measured to hold, over all cuts.
     """
 
     model: str
@@ -92,15 +98,12 @@ class Outcome:
     differences: list[str]
     worst_error: float
     seconds: float
-
-    def to_json(self) -> str:
-        """Write a line of a results file."""
-        return json.dumps(asdict(self))
+    least_peak_bytes: int | None = None
 
     @classmethod
-    def from_json(cls, line: str) -> Self:
-        """Read a line of a results file."""
-        return cls(**json.loads(line))
+    def from_values(cls, row: Mapping[str, Any]) -> Self:
+        """Read a row of a results file."""
+        return cls(**{n: row[n] for n in cls.__dataclass_fields__ if n in row})
 
 
 def image_shape(model: str) -> tuple[int, int, int]:
@@ -112,14 +115,13 @@ def image_shape(model: str) -> tuple[int, int, int]:
 def run_case(case: Case) -> Outcome:
     """Compare the chosen cuts of one model with the stock model."""
     started = time.perf_counter()
-    torch.set_num_threads(1)
     shape = image_shape(case.model)
     task = task_of(
         f"{TORCHVISION}{case.model}", input_shape=shape, optimizer=case.optimizer
     )
     batches = example_batches(task, batch_size=BATCH_SIZE, seed=case.seed)
     differences: list[str] = []
-    errors = []
+    errors, peaks = [], []
     with RouteChecker(task, batches) as checker:
         chain = checker.chain
         profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
@@ -129,6 +131,7 @@ def run_case(case: Case) -> Outcome:
             found = checker.check(route)
             differences += [f"{route}: {text}" for text in found.differences]
             measured = found.measured_peak_bytes
+            peaks.append(measured)
             predicted = predicted_peak_bytes(profile, route)
             errors.append(abs(predicted - measured) / max(measured, 1))
     return Outcome(
@@ -140,7 +143,14 @@ def run_case(case: Case) -> Outcome:
         differences=differences,
         worst_error=max(errors),
         seconds=time.perf_counter() - started,
+        least_peak_bytes=min(peaks),
     )
+
+
+def measured_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Compare one model in a process of its own."""
+    del folder
+    return asdict(run_case(case))
 
 
 def classifiers() -> list[str]:
@@ -170,4 +180,4 @@ def read_outcomes(path: Path | None) -> list[Outcome]:
     if path is None or not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [Outcome.from_json(line) for line in lines]
+    return [Outcome.from_values(json.loads(line)) for line in lines]

@@ -138,9 +138,9 @@ def page(found: Sequence[Reading], proofs: Sequence[Outcome], *, origin: str) ->
         "those that have one, the last column counts which must not be cut and why. "
         "*Compared* is the cuts that were trained over the wire and set beside the "
         "stock model, to the last bit, over all optimizers "
-        "(`python -m simulations.studies.zoo prove`)."
+        "(`python -m simulations run zoo`)."
     )
-    made = f"Made by `python -m simulations.studies.zoo table`; {origin}. Do not edit."
+    made = f"Made by `python -m simulations.studies.zoo`; {origin}. Do not edit."
     lines = ["# Models", "", made, "", legend]
     for kind in dict.fromkeys(reading.kind for reading in found):
         group = [reading for reading in found if reading.kind == kind]
