@@ -25,7 +25,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 from flwr.serverapp.strategy import FedAvg as ServerOptimizerStrategy
 
-from flwr_smartsplit.edge.protocol import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.legacy_registry import LegacyFleet, reason_of
