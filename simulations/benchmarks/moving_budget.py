@@ -27,6 +27,7 @@ from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes
 from flwr_smartsplit.device.budget_adapter import Adapter
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
 from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.protocol import HoldState
 from flwr_smartsplit.edge.tensors import state_digest
@@ -121,7 +122,7 @@ class Course:
             seconds=[e - s for s, e in zip(follower.times, ends, strict=True)],
         )
 
-    def _trained(self, edge: LocalEdge, address: str, follower: Follower) -> Outcome:
+    def _trained(self, edge: Edge, address: str, follower: Follower) -> Outcome:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             state = state_of(self.task.model_fn())
