@@ -30,7 +30,7 @@ from flwr_smartsplit.types import EDGE, EdgeProfile
 _NAMESPACE = "flwr_smartsplit"
 # Ray sends arguments of up to 100 KiB inside its message and puts larger ones into
 # shared memory, which takes some 4 ms longer there and back. Up to a point, several
-# small parts beat one large object (`python -m simulations.step_time`).
+# small parts beat one large object (`python -m simulations.benchmarks.step_time`).
 _INLINE_BYTES = 96 * 1024
 _MOST_BYTES_IN_PARTS = 768 * 1024
 _PAUSE_SECONDS = 0.2
