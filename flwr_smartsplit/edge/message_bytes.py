@@ -117,9 +117,9 @@ def _written(value: Any, arrays: list[npt.NDArray[np.uint8]], depth: int) -> Any
             tree = {"map": [[inner(key), inner(item)] for key, item in value.items()]}
         case Exception():
             tree = {"error": _written_error(value, inner)}
-        case _ if type(value) is (cls := MESSAGE_TYPES.get(type(value).__name__)):
-            parts = {key: inner(getattr(value, key)) for key in _hints(cls)}
-            tree = {type(value).__name__: parts}
+        case _ if MESSAGE_TYPES.get(name := type(value).__name__) is type(value):
+            hints = _hints(MESSAGE_TYPES[name])
+            tree = {name: {key: inner(getattr(value, key)) for key in hints}}
         case _:
             raise RefusedMessage(
                 f"a {type(value).__name__} cannot be sent to or from an edge: use "
