@@ -14,6 +14,8 @@ from typing import Annotated
 
 import torch
 import typer
+from flwr_smartsplit.profile.sliced_costs import predicted_sliced_peak_bytes
+from flwr_smartsplit.train.slicing import SlicedRunner
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -23,10 +25,8 @@ from flwr_smartsplit.device.local_training import Conditions, Outcome, train_loc
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.protocol import HoldState
 from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.profile.sliced_costs import predicted_sliced_peak_bytes
 from flwr_smartsplit.split.build import State, build_chain, materialise, state_of
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.train.slicing import SlicedRunner
 from flwr_smartsplit.types import ClientPlan, Status
 from simulations.memory.stepping import dry_whole_peak_bytes
 from simulations.models import torchvision_model

@@ -40,8 +40,8 @@ from flwr_smartsplit.flower.serde.records import plan_to_scalars
 from flwr_smartsplit.flower.serde.replies import NamesOf, reply_from_scalars
 from flwr_smartsplit.flower.settings import Settings
 from flwr_smartsplit.plan.routes import ChooseRoute
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
 from flwr_smartsplit.plan.selection.selection import Select
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
 

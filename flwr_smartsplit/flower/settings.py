@@ -10,8 +10,8 @@ from flwr.serverapp.strategy import FedAvg
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.observations import ClientSeconds
 from flwr_smartsplit.plan.routes import ChooseRoute
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
 from flwr_smartsplit.plan.selection.selection import Select
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

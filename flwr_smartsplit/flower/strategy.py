@@ -36,8 +36,8 @@ from flwr_smartsplit.flower.serde.replies import (
 )
 from flwr_smartsplit.flower.settings import Settings
 from flwr_smartsplit.plan.routes import ChooseRoute
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
 from flwr_smartsplit.plan.selection.selection import Select
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
 

@@ -5,8 +5,8 @@ from enum import StrEnum
 from math import inf
 
 
-class Wish(StrEnum):
-    """What an edge would have a device do from its next step on."""
+class Action(StrEnum):
+    """What an edge advises a device to do from its next step on."""
 
     EARLIER = "earlier"
     LATER = "later"
@@ -15,9 +15,9 @@ class Wish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """A wish, and why, for the journal."""
+    """An action, and why, for the journal."""
 
-    wish: Wish
+    action: Action
     reason: str
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY, SelectByUtility
-from flwr_smartsplit.plan.selection.surrogate import Surrogate
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY, SelectByUtility
 from simulations.method import Method, Setting
 from simulations.methods.splitfed import one_cut_for_all
 from simulations.methods.splitting import split_strategy
@@ -54,11 +53,6 @@ VARIANTS = tuple(
         strategy_fn=partial(build_strategy, change=change),
     )
     for name, summary, change in (
-        (
-            "surrogate",
-            "with a Gaussian process that learns what choices bring",
-            _select(replace(BY_UTILITY, surrogate=Surrogate())),
-        ),
         (
             "no_loss",
             "without statistical utility",

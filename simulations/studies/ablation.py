@@ -9,7 +9,6 @@ from simulations.studies.study import Case, Study
 
 METHODS = (
     "smartsplit",
-    "smartsplit_surrogate",
     "smartsplit_no_labels",
     "smartsplit_no_loss",
     "smartsplit_no_speed",
