@@ -12,7 +12,7 @@ from flwr_smartsplit.flower.observations import (
 )
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
-from flwr_smartsplit.plan.timing import Work, work_of
+from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
     Assignment,
     ClientPlan,
@@ -25,7 +25,9 @@ from flwr_smartsplit.types import (
     Replan,
     Rerun,
     Route,
+    RouteOption,
     StepReport,
+    Work,
 )
 from tests.plan.fleets import seen
 from tests.plan.profiles import chain_of
@@ -35,10 +37,8 @@ def assigned(key: str, seconds: float | None) -> Assignment:
     """Choose a client whose round should take so long."""
     return Assignment(
         client_key=key,
-        route=Route.whole(),
+        option=RouteOption(route=Route.whole(), peak_bytes=1, seconds=seconds),
         budget_bytes=None,
-        predicted_peak_bytes=1,
-        predicted_seconds=seconds,
     )
 
 
@@ -75,16 +75,14 @@ def test_a_loss_that_is_no_number_is_none_and_times_are_those_that_were_said() -
     plan = ClientPlan(
         client_key="a", round_number=2, route=Route.split(1), edge_addresses={}, seed=0
     )
-    report = StepReport(
-        num_examples=8, loss_rms=float("nan"), loss_drop=0.5, seconds=3.0, metrics={}
-    )
+    report = StepReport(num_examples=8, loss_rms=float("nan"), seconds=3.0, metrics={})
     reply = ClientReply(
         client_key="a", round_number=2, state={}, receipts=(), report=report
     )
     dispatch = Dispatch(2, is_train=True, started_seconds=0.0)
     dispatch.sent["a"] = Sent(plan, (), (), assigned("a", 7.0))
     (found,) = observed(dispatch, {"a": reply}, None)
-    assert (found.loss_rms, found.loss_drop, found.seconds) == (0.0, 0.5, 7.0)
+    assert (found.loss_rms, found.seconds) == (0.0, 7.0)
     assert (found.edge, found.round_number, found.step_seconds) == ("edge", 2, None)
     (timed,) = observed(dispatch, {"a": reply}, measured_seconds)
     assert timed.seconds == 3.0
