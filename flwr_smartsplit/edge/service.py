@@ -30,7 +30,6 @@ from flwr_smartsplit.errors import (
     StaleSession,
 )
 from flwr_smartsplit.memory.meter import unmetered
-from flwr_smartsplit.plan.advisor import ADVISOR, Advisor
 from flwr_smartsplit.split.build import build_chain, materialise, state_views
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
@@ -67,8 +66,6 @@ class EdgeService:
         Reaches other edges, where routes go on.
     profile : EdgeProfile
         The budgets that its sessions share.
-    advisor : Advisor
-        Judges the clients whose sessions are opened with a cohort.
 
     Notes
     -----
@@ -83,11 +80,9 @@ class EdgeService:
         incarnation: str,
         connect: Connect = nowhere,
         profile: EdgeProfile = _UNLIMITED,
-        advisor: Advisor = ADVISOR,
     ) -> None:
         self._task = task
         self._connect = connect
-        self._advisor = advisor
         self._chain = build_chain(task)
         self._spill = Spill(spill_dir)
         self._room = SessionRoom(task, profile, sealed=self._spill.tail_bytes())
@@ -223,7 +218,7 @@ class EdgeService:
         runner = self._runner(request, segment)
         onward = self._onward(request.onward)
         incarnation = f"{self._incarnation}{request.token}"
-        return Session(request, incarnation, runner, onward, self._advisor)
+        return Session(request, incarnation, runner, onward)
 
     def _runner(self, opened: wire.OpenSession, segment: Segment) -> SegmentRunner:
         """Make a session's runner, at its opening or when its cut moves."""

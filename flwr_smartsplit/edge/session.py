@@ -17,7 +17,7 @@ from flwr_smartsplit.edge.client import EdgeLink, packed, unpacked
 from flwr_smartsplit.edge.moving import MoveCut, Moved, checksum, moved_session
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
-from flwr_smartsplit.plan.advisor import Advisor, Progress
+from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.train.segment_runner import SegmentRunner
@@ -41,15 +41,12 @@ class Session:
         Trains the segment.
     onward : EdgeLink, optional
         The edge where the route goes on.
-    advisor : Advisor
-        Judges the client, if its opening has a cohort.
     """
 
     opened: wire.OpenSession
     incarnation: str
     runner: SegmentRunner
     onward: EdgeLink | None
-    advisor: Advisor
     num_examples: int = 0
     start: int = field(init=False)
     progress: Progress = field(init=False)
@@ -196,7 +193,7 @@ class Session:
         cohort = self.opened.cohort
         if cohort is None:
             return None
-        self.progress, advice = self.advisor.judge(
+        self.progress, advice = judged(
             self.progress,
             cohort,
             loss=loss,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import inf, isfinite
 
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, moved_plan
-from flwr_smartsplit.plan.advisor import cohort_of
+from flwr_smartsplit.plan.advisor import Advisor
 from flwr_smartsplit.plan.selection.history import History, Observation
 from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
@@ -68,6 +68,7 @@ def observed(
 
 
 def cohort_in(
+    advisor: Advisor,
     assignments: Iterable[Assignment],
     devices: Mapping[str, DeviceProfile],
     history: History,
@@ -78,6 +79,8 @@ def cohort_in(
 
     Parameters
     ----------
+    advisor : Advisor
+        Sums them up.
     assignments : Iterable[Assignment]
         Who was chosen.
     devices : Mapping[str, DeviceProfile]
@@ -94,7 +97,7 @@ def cohort_in(
         if seconds is None and seen is not None and seen.step_seconds is not None:
             seconds = seen.step_seconds * devices[key].num_steps
         pairs.append((seconds, history.importance.get(key)))
-    cohort = cohort_of(pairs)
+    cohort = advisor.cohort(pairs)
     if cohort is None:
         return None
     is_limited = any(edge.memory_bytes is not None for edge in edges)

@@ -6,7 +6,7 @@ It is off by default: ``docs/results.md`` says what it was measured to bring.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf, sqrt
 from statistics import median
 from typing import Protocol
@@ -67,111 +67,73 @@ class Progress:
         )
 
 
-class Advisor(Protocol):
-    """Judges one client after each of its steps, at the edge behind its first cut."""
+def judged(
+    progress: Progress,
+    cohort: Cohort,
+    *,
+    loss: float,
+    num_examples: int,
+    step_seconds: float | None,
+) -> tuple[Progress, Advice | None]:
+    """Take in one step, and say what the device should change now.
 
-    def judge(
-        self,
-        progress: Progress,
-        cohort: Cohort,
-        *,
-        loss: float,
-        num_examples: int,
-        step_seconds: float | None,
-    ) -> tuple[Progress, Advice | None]:
-        """Take in one step, and say what the device should change now.
-
-        Parameters
-        ----------
-        progress : Progress
-            What was known before.
-        cohort : Cohort
-            What the client is compared with.
-        loss : float
-            The step's mean loss.
-        num_examples : int
-            Its examples.
-        step_seconds : float or None
-            What a step takes as the route is now; None if the device does not know.
-
-        Returns
-        -------
-        progress : Progress
-            What is known now.
-        advice : Advice or None
-            None if all stays.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StragglerAdvisor:
-    """Move a slow, important client's cut; let a slow, unimportant one stop early.
-
-    A fast client's cut moves later where the edge needs relief.
+    Slow and important, its cut moves earlier; slow and unimportant, it may stop early;
+    fast, its cut moves later, where the edge needs relief.
 
     Parameters
     ----------
-    slow_factor, fast_factor : float
-        A device is slow above, and fast below, so many times the median step.
-    patience_steps : int
-        So many steps in a row must speak for the same change.
-    spacing_steps : int
-        At least so many steps lie between two changes.
+    progress : Progress
+        What was known before.
+    cohort : Cohort
+        What the client is compared with.
+    loss : float
+        The step's mean loss.
+    num_examples : int
+        Its examples.
+    step_seconds : float or None
+        What a step takes as the route is now; None if the device does not know.
+
+    Returns
+    -------
+    progress : Progress
+        What is known now.
+    advice : Advice or None
+        None if all stays.
     """
-
-    slow_factor: float = 1.5
-    fast_factor: float = 0.7
-    patience_steps: int = 2
-    spacing_steps: int = 4
-
-    def judge(
-        self,
-        progress: Progress,
-        cohort: Cohort,
-        *,
-        loss: float,
-        num_examples: int,
-        step_seconds: float | None,
-    ) -> tuple[Progress, Advice | None]:
-        """Take in one step, and say what the device should change now."""
-        seconds = progress.step_seconds
-        if step_seconds is not None and 0 < step_seconds < inf:
-            seconds = averaged(seconds or 0.0, step_seconds)
-        after = replace(
-            progress,
-            num_seen=progress.num_seen + num_examples,
-            squared_loss=progress.squared_loss + num_examples * loss * loss,
-            step_seconds=seconds,
-            quiet_steps=progress.quiet_steps + 1,
-        )
-        action = self._action(after, cohort)
-        held_steps = progress.held_steps + 1 if action is progress.action else 1
-        after = replace(after, action=action, held_steps=held_steps)
-        is_due = (
-            held_steps >= self.patience_steps
-            and after.quiet_steps >= self.spacing_steps
-        )
-        if action is None or not is_due:
-            return after, None
-        return after.restarted(), Advice(action, _reason(after, action, cohort))
-
-    def _action(self, progress: Progress, cohort: Cohort) -> Action | None:
-        seconds, usual = progress.step_seconds, cohort.median_step_seconds
-        if seconds is None:
-            return None
-        if seconds < self.fast_factor * usual:
-            return Action.LATER if cohort.relieves_edge else None
-        if not seconds > self.slow_factor * usual:
-            return None
-        importance = progress.importance
-        if importance >= cohort.median_importance:
-            return Action.EARLIER
-        return Action.RELEASE if importance <= cohort.low_importance else None
+    seconds = progress.step_seconds
+    if step_seconds is not None and 0 < step_seconds < inf:
+        seconds = averaged(seconds or 0.0, step_seconds)
+    after = replace(
+        progress,
+        num_seen=progress.num_seen + num_examples,
+        squared_loss=progress.squared_loss + num_examples * loss * loss,
+        step_seconds=seconds,
+        quiet_steps=progress.quiet_steps + 1,
+    )
+    action = _action(after, cohort)
+    held_steps = progress.held_steps + 1 if action is progress.action else 1
+    after = replace(after, action=action, held_steps=held_steps)
+    is_due = (
+        held_steps >= cohort.patience_steps
+        and after.quiet_steps >= cohort.spacing_steps
+    )
+    if action is None or not is_due:
+        return after, None
+    return after.restarted(), Advice(action, _reason(after, action, cohort))
 
 
-ADVISOR = StragglerAdvisor()
-"""With its usual numbers."""
+def _action(progress: Progress, cohort: Cohort) -> Action | None:
+    seconds, usual = progress.step_seconds, cohort.median_step_seconds
+    if seconds is None:
+        return None
+    if seconds < cohort.fast_factor * usual:
+        return Action.LATER if cohort.relieves_edge else None
+    if not seconds > cohort.slow_factor * usual:
+        return None
+    importance = progress.importance
+    if importance >= cohort.median_importance:
+        return Action.EARLIER
+    return Action.RELEASE if importance <= cohort.low_importance else None
 
 
 def _reason(progress: Progress, action: Action, cohort: Cohort) -> str:
@@ -183,33 +145,63 @@ def _reason(progress: Progress, action: Action, cohort: Cohort) -> str:
     )
 
 
-def cohort_of(pairs: Iterable[tuple[float | None, float | None]]) -> Cohort | None:
-    """Sum up the clients of a round.
+class Advisor(Protocol):
+    """Says what edges compare their clients with; without a cohort, they are silent."""
+
+    def cohort(
+        self, pairs: Iterable[tuple[float | None, float | None]]
+    ) -> Cohort | None:
+        """Sum up the clients of a round.
+
+        Parameters
+        ----------
+        pairs : Iterable[(seconds, importance)]
+            Two numbers for each client: what its round takes, and how important it is;
+            None, or a number that means nothing, where one is not known.
+
+        Returns
+        -------
+        Cohort or None
+            None if nobody is to be advised.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StragglerAdvisor:
+    """Compare clients with the median time, and with median and quartile importance.
 
     Parameters
     ----------
-    pairs : Iterable[(step_seconds, importance)]
-        Two numbers for each client; None, or a number that means nothing, where one
-        is not known.
-
-    Returns
-    -------
-    Cohort or None
-        None if nobody's time, or nobody's importance, is known.
+    slow_factor, fast_factor : float
+        As in ``Cohort``.
+    patience_steps, spacing_steps : int
+        As in ``Cohort``.
 
     Examples
     --------
-    >>> found = cohort_of([(1.0, 10.0), (2.0, 30.0), (9.0, 50.0)])
+    >>> found = StragglerAdvisor().cohort([(1.0, 10.0), (2.0, 30.0), (9.0, 50.0)])
     >>> found.median_step_seconds, found.median_importance, found.low_importance
     (2.0, 30.0, 20.0)
     """
-    known = list(pairs)
-    seconds = [s for s, _ in known if s is not None and 0 < s < inf]
-    importances = [i for _, i in known if i is not None and 0 <= i < inf]
-    if not seconds or not importances:
-        return None
-    return Cohort(
-        median_step_seconds=median(seconds),
-        median_importance=median(importances),
-        low_importance=float(np.quantile(importances, _LOW_QUANTILE)),
-    )
+
+    slow_factor: float = 1.5
+    fast_factor: float = 0.7
+    patience_steps: int = 2
+    spacing_steps: int = 4
+
+    def cohort(
+        self, pairs: Iterable[tuple[float | None, float | None]]
+    ) -> Cohort | None:
+        """Sum up the clients of a round; None if no time or no importance is known."""
+        known = list(pairs)
+        seconds = [s for s, _ in known if s is not None and 0 < s < inf]
+        importances = [i for _, i in known if i is not None and 0 <= i < inf]
+        if not seconds or not importances:
+            return None
+        return Cohort(
+            median_step_seconds=median(seconds),
+            median_importance=median(importances),
+            low_importance=float(np.quantile(importances, _LOW_QUANTILE)),
+            **asdict(self),
+        )

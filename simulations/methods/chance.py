@@ -9,7 +9,7 @@ from flwr_smartsplit import Selection, SelectionRequest
 from flwr_smartsplit.plan.selection.candidates import Candidate
 from flwr_smartsplit.plan.selection.selection import sampled
 from flwr_smartsplit.types import RouteOption
-from simulations.method import Method, Setting
+from simulations.methods.method import Method, Setting
 from simulations.methods.splitting import split_strategy
 
 
@@ -26,7 +26,7 @@ def random_routes(request: SelectionRequest) -> Selection:
 
 def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that leaves clients and routes to chance."""
-    return split_strategy(setting, select=random_routes, refine=False)
+    return split_strategy(setting, select=random_routes)
 
 
 RANDOM = Method(

@@ -21,7 +21,6 @@ from flwr_smartsplit.edge.moving import MoveCut
 from flwr_smartsplit.errors import EdgeUnreachable, RefusedMove
 from flwr_smartsplit.memory.budget import as_budget
 from flwr_smartsplit.memory.cap import CapMode
-from flwr_smartsplit.plan.advisor import StragglerAdvisor
 from flwr_smartsplit.types import (
     Action,
     Advice,
@@ -237,7 +236,8 @@ def test_nobody_is_sent_later_whose_pace_is_not_known(
     monkeypatch.setattr(Pace, "latest", lambda *_: None)
     advice = Advice(Action.LATER, "the edge finds it fast")
     monkeypatch.setattr(
-        StragglerAdvisor, "judge", lambda self, progress, *_, **__: (progress, advice)
+        "flwr_smartsplit.edge.session.judged",
+        lambda progress, *_, **__: (progress, advice),
     )
     refined.script = always(0.1)
     outcome = refined.run(SPLIT(4))

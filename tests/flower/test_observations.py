@@ -11,6 +11,7 @@ from flwr_smartsplit.flower.observations import (
     observed,
 )
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent
+from flwr_smartsplit.plan.advisor import StragglerAdvisor
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
@@ -54,7 +55,7 @@ def test_a_cohort_is_of_rounds_and_each_client_is_told_it_for_its_steps() -> Non
         [seen("a", num_examples=10), seen("c", num_examples=30, step_seconds=2.0)]
     )
     chosen = [assigned("a", 6.0), assigned("b", 30.0), assigned("c", None)]
-    found = cohort_in(chosen, devices, history)
+    found = cohort_in(StragglerAdvisor(), chosen, devices, history)
     assert found == Cohort(
         median_step_seconds=10.0,
         median_importance=20.0,
@@ -62,9 +63,9 @@ def test_a_cohort_is_of_rounds_and_each_client_is_told_it_for_its_steps() -> Non
         relieves_edge=False,
     )
     limited = (EdgeProfile(name="x"), EdgeProfile(name="y", memory_bytes=5))
-    assert cohort_in(chosen, devices, history, edges=limited) == replace(
-        found, relieves_edge=True
-    )
+    assert cohort_in(
+        StragglerAdvisor(), chosen, devices, history, edges=limited
+    ) == replace(found, relieves_edge=True)
     assert found is not None
     assert found.for_steps(5).median_step_seconds == 2.0
     assert found.for_steps(5).low_importance == 15.0
@@ -90,7 +91,7 @@ def test_a_loss_that_is_no_number_is_none_and_times_are_those_that_were_said() -
 
 def test_without_any_speed_there_is_no_cohort() -> None:
     """So edges advise nobody."""
-    assert cohort_in([assigned("a", None)], {}, NO_HISTORY) is None
+    assert cohort_in(StragglerAdvisor(), [assigned("a", None)], {}, NO_HISTORY) is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from flwr_smartsplit.plan.adaptation import (
     is_calm,
     scaled,
 )
-from flwr_smartsplit.plan.advisor import ADVISOR
 from flwr_smartsplit.types import (
     KEEP_ALL,
     Action,
@@ -274,9 +273,9 @@ def test_a_device_that_goes_one_way_is_not_sent_back(
     usual = COHORT.median_step_seconds
     directions = set()
     for _ in range(9):
-        if seconds[cut - 1] > ADVISOR.slow_factor * usual:
+        if seconds[cut - 1] > COHORT.slow_factor * usual:
             action = Action.EARLIER
-        elif seconds[cut - 1] < ADVISOR.fast_factor * usual:
+        elif seconds[cut - 1] < COHORT.fast_factor * usual:
             action = Action.LATER
         else:
             break

@@ -8,13 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flwr_smartsplit.plan.advisor import (
-    ADVISOR,
-    Advisor,
-    Progress,
-    StragglerAdvisor,
-    cohort_of,
-)
+from flwr_smartsplit.plan.advisor import Progress, StragglerAdvisor, judged
 from flwr_smartsplit.plan.selection import history
 from flwr_smartsplit.plan.selection.history import importance_of
 from flwr_smartsplit.types import Action, Advice, Cohort
@@ -23,12 +17,11 @@ COHORT = Cohort(median_step_seconds=2.0, median_importance=50.0, low_importance=
 """Slow is above 3 s, fast below 1.4 s."""
 
 
-def judged(
+def judged_after(
     *steps: float | None,
     loss: float = 1.0,
     importance: float = 0.0,
     cohort: Cohort | None = None,
-    advisor: Advisor = ADVISOR,
 ) -> tuple[Progress, Advice | None]:
     """Take in steps of four examples, given their seconds; return the last judgement.
 
@@ -36,7 +29,7 @@ def judged(
     """
     progress, advice = Progress(num_examples=60, importance_before=importance), None
     for seconds in steps:
-        progress, advice = advisor.judge(
+        progress, advice = judged(
             progress, cohort or COHORT, loss=loss, num_examples=4, step_seconds=seconds
         )
     return progress, advice
@@ -44,14 +37,14 @@ def judged(
 
 def advised(*steps: float | None, **facts: Any) -> Advice | None:
     """Return what is advised after these steps."""
-    return judged(*steps, **facts)[1]
+    return judged_after(*steps, **facts)[1]
 
 
 def with_losses(num_examples: int, *losses_and_sizes: tuple[float, int]) -> Progress:
     """Take in steps of which only the losses are known."""
     progress = Progress(num_examples=num_examples)
     for loss, size in losses_and_sizes:
-        progress, _ = ADVISOR.judge(
+        progress, _ = judged(
             progress, COHORT, loss=loss, num_examples=size, step_seconds=None
         )
     return progress
@@ -75,7 +68,7 @@ def test_a_larger_batch_counts_for_more() -> None:
 
 def test_importance_in_a_round_ends_as_the_strategy_works_it_out() -> None:
     """From the same losses, by the same average."""
-    progress, _ = judged(1.0, 1.0, loss=3.0, importance=40.0)
+    progress, _ = judged_after(1.0, 1.0, loss=3.0, importance=40.0)
     assert progress.importance == importance_of(60, 3.0, before=40.0)
     assert progress.importance == pytest.approx(0.7 * 40 + 0.3 * 180)
 
@@ -94,7 +87,11 @@ def test_a_cohort_is_medians_and_a_quartile() -> None:
     expected = Cohort(
         median_step_seconds=3.0, median_importance=25.0, low_importance=17.5
     )
-    assert cohort_of(pairs) == cohort_of(reversed(pairs)) == expected
+    assert (
+        StragglerAdvisor().cohort(pairs)
+        == StragglerAdvisor().cohort(reversed(pairs))
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +102,17 @@ def test_there_is_no_cohort_without_times_and_importances(
     pairs: list[tuple[float | None, float | None]],
 ) -> None:
     """Then nobody is advised."""
-    assert cohort_of(pairs) is None
+    assert StragglerAdvisor().cohort(pairs) is None
+
+
+def test_an_advisors_numbers_are_in_its_cohort() -> None:
+    """So an edge needs no code of the strategy's."""
+    advisor = StragglerAdvisor(slow_factor=3.0, spacing_steps=9)
+    cohort = advisor.cohort([(1.0, 1.0)])
+    assert cohort is not None
+    assert (cohort.slow_factor, cohort.spacing_steps) == (3.0, 9)
+    usual = StragglerAdvisor().cohort([(1.0, 1.0)])
+    assert usual == replace(cohort, slow_factor=1.5, spacing_steps=4)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +150,10 @@ CASES: dict[str, tuple[float, float, Action | None]] = {
 
 
 def action_of(
-    seconds: float, importance: float, advisor: Advisor = ADVISOR
+    seconds: float, importance: float, cohort: Cohort | None = None
 ) -> Action | None:
     """Say what is advised after two such steps."""
-    advice = advised(seconds, seconds, loss=importance / 60, advisor=advisor)
+    advice = advised(seconds, seconds, loss=importance / 60, cohort=cohort)
     return None if advice is None else advice.action
 
 
@@ -170,9 +177,9 @@ PLANTED = {
 def test_a_wrong_threshold_is_seen(error: str) -> None:
     """Planted: each number is a little off, and some case tells."""
     name, value = PLANTED[error]
-    advisor = replace(StragglerAdvisor(), **{name: value})
+    cohort = replace(COHORT, **{name: value})
     assert any(
-        action_of(seconds, importance, advisor) != action
+        action_of(seconds, importance, cohort) != action
         for seconds, importance, action in CASES.values()
     )
 
@@ -216,14 +223,14 @@ def test_one_step_is_not_enough() -> None:
 
 def test_the_seconds_are_a_moving_average() -> None:
     """One long step of 5 s among steps of 2 s is 0.7 x 2 + 0.3 x 5."""
-    assert judged(2.0, 5.0)[0].step_seconds == pytest.approx(2.9)
+    assert judged_after(2.0, 5.0)[0].step_seconds == pytest.approx(2.9)
     assert advised(2.0, 5.0, 2.0) is None
 
 
 @pytest.mark.parametrize("seconds", [None, 0.0, -1.0, nan, inf])
 def test_a_time_that_is_none_changes_nothing(seconds: float | None) -> None:
     """A device that does not know, or talks nonsense, is left alone."""
-    assert judged(seconds, seconds)[0].step_seconds is None
+    assert judged_after(seconds, seconds)[0].step_seconds is None
     assert advised(seconds, seconds, seconds) is None
 
 
@@ -236,12 +243,12 @@ def test_a_loss_that_is_no_number_releases_nobody(loss: float) -> None:
 
 def test_after_a_change_all_is_looked_at_anew() -> None:
     """Times of the cut before do not count, and four steps must pass."""
-    progress, _ = judged(4.0, 4.0)
+    progress, _ = judged_after(4.0, 4.0)
     assert progress.step_seconds is None
     assert progress.importance == 60.0
     advice = []
     for _ in range(8):
-        progress, found = ADVISOR.judge(
+        progress, found = judged(
             progress, COHORT, loss=1.0, num_examples=4, step_seconds=4.0
         )
         advice.append(found is not None)
@@ -261,9 +268,9 @@ STEPS = st.lists(
 def changes_of(steps: list[tuple[float | None, float, bool]]) -> list[int]:
     """List after how many steps there was advice; budgets move the cut, too."""
     progress, advice_at = Progress(num_examples=30), []
-    last = -ADVISOR.spacing_steps
+    last = -COHORT.spacing_steps
     for index, (seconds, loss, moves) in enumerate(steps):
-        progress, advice = ADVISOR.judge(
+        progress, advice = judged(
             progress, COHORT, loss=loss, num_examples=4, step_seconds=seconds
         )
         if advice is not None:
@@ -279,13 +286,13 @@ def test_no_two_changes_come_within_four_steps(
     steps: list[tuple[float | None, float, bool]],
 ) -> None:
     """Whatever the times and losses are, and whoever moves the cut besides."""
-    assert min(changes_of(steps), default=4) >= ADVISOR.spacing_steps == 4
+    assert min(changes_of(steps), default=4) >= COHORT.spacing_steps == 4
 
 
 def test_changes_that_come_too_close_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a change is forgotten."""
     monkeypatch.setattr(Progress, "restarted", lambda progress: progress)
-    assert min(changes_of([(4.0, 3.0, False)] * 9)) < ADVISOR.spacing_steps
+    assert min(changes_of([(4.0, 3.0, False)] * 9)) < COHORT.spacing_steps
 
 
 def test_another_average_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from flwr_smartsplit.plan.selection.utility import (
     normalised,
 )
 from flwr_smartsplit.types import EdgeProfile, Route
-from simulations.scale.planning import utility_of
+from simulations.studies.scale.planning import utility_of
 from tests.plan.fleets import candidate, request, seen
 
 
