@@ -17,7 +17,7 @@ from flwr_smartsplit.edge.client import EdgeLink, packed, unpacked
 from flwr_smartsplit.edge.moving import MoveCut, Moved, checksum, moved_session
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
-from flwr_smartsplit.plan.refine import Progress, advised, changed, updated
+from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.train.segment_runner import SegmentRunner
@@ -159,7 +159,7 @@ class Session:
             self.runner, chain, units, request, make=make
         )
         self.start = request.start
-        self.progress = changed(self.progress)
+        self.progress = self.progress.restarted()
         self._num_moves += 1
         self._last_move = code, reply
         return reply
@@ -193,16 +193,13 @@ class Session:
         cohort = self.opened.cohort
         if cohort is None:
             return None
-        self.progress = updated(
+        self.progress, advice = judged(
             self.progress,
             cohort,
             loss=loss,
             num_examples=request.targets.shape[0],
             step_seconds=request.step_seconds,
         )
-        advice = advised(self.progress, cohort)
-        if advice is not None:
-            self.progress = changed(self.progress)
         return advice
 
     def _train(self, request: wire.TrainStep) -> wire.Stepped:

@@ -3,7 +3,7 @@
 import pytest
 
 from flwr_smartsplit.device.metrics import Tally
-from flwr_smartsplit.types import Advice, Move, Replan, Wish
+from flwr_smartsplit.types import Action, Advice, Move, Replan
 
 
 def counted(*sizes: list[int], released: str = "") -> Tally:
@@ -65,8 +65,8 @@ def test_only_one_kind_of_advice_is_a_release() -> None:
     """It stays one, and its reason is kept."""
     tally = counted([4])
     assert not tally.is_released(None)
-    assert not tally.is_released(Advice(Wish.EARLIER, "slow"))
-    assert tally.is_released(Advice(Wish.RELEASE, "too slow"))
+    assert not tally.is_released(Advice(Action.EARLIER, "slow"))
+    assert tally.is_released(Advice(Action.RELEASE, "too slow"))
     assert tally.is_released(None)
     assert tally.report(num_epochs=1).released == "too slow"
 

@@ -58,7 +58,7 @@ def _bound(profile: ChainProfile, cut: int) -> int:
     (leg,) = Route.split(cut).device_legs(len(profile.units))
     most = later = 0
     for stage in reversed(stages_of(profile, leg)):
-        own = min(way.backward_peak_bytes for way in stage.ways)
+        own = min(run.backward_peak_bytes for run in stage.runs)
         most = max(most, later + own)
         later += stage.left_bytes
     resident = sum(unit.resident_bytes for unit in profile.units[:cut])
