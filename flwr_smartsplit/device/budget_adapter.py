@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.memory.budget import MemoryBudget
 from flwr_smartsplit.plan.adapting import Change, Standing, adapted, is_calm
@@ -56,8 +56,8 @@ class Adapter:
         self._known = _Known()
         self._planned: _Planned | None = None
 
-    def __call__(self, walk: Walk) -> None:
-        """Adapt a walk before its next step.
+    def __call__(self, runner: RouteRunner) -> None:
+        """Adapt a route before its next step.
 
         Raises
         ------
@@ -65,21 +65,21 @@ class Adapter:
             If nothing fits.
         """
         budget_bytes = self._budget.read(
-            step=walk.num_steps, live_bytes=walk.live_bytes
+            step=runner.num_steps, live_bytes=runner.live_bytes
         )
-        walk.cap.limit(budget_bytes)
-        self._follow(walk, budget_bytes)
-        if self._is_at_ease(walk, budget_bytes):
+        runner.cap.limit(budget_bytes)
+        self._follow(runner, budget_bytes)
+        if self._is_at_ease(runner, budget_bytes):
             return
-        profile, standing = self._costs(), self._standing(walk)
+        profile, standing = self._costs(), self._standing(runner)
         change = adapted(profile, standing, budget_bytes)
-        if change is not None and not self._is_done(walk, change):
+        if change is not None and not self._is_done(runner, change):
             # The cut stays where it is; what is left are tighter plans.
             self._is_fixed = True
-            change = adapted(profile, self._standing(walk), budget_bytes)
+            change = adapted(profile, self._standing(runner), budget_bytes)
             if change is not None:
-                walk.replan(change.recompute, reason=change.reason)
-        standing = self._standing(walk)
+                runner.replan(change.recompute, reason=change.reason)
+        standing = self._standing(runner)
         is_room = change is None and self._is_calm(profile, standing, budget_bytes)
         self._calm_steps = self._calm_steps + 1 if is_room else 0
 
@@ -89,16 +89,16 @@ class Adapter:
             self._profile = profile_of(self._task, batch_size=self._batch_size)
         return self._profile
 
-    def _follow(self, walk: Walk, budget_bytes: int | None) -> None:
+    def _follow(self, runner: RouteRunner, budget_bytes: int | None) -> None:
         """Move the cut where the edge would have it, if it can go there."""
-        advice, cohort = walk.advice, walk.plan.cohort
+        advice, cohort = runner.advice, runner.plan.cohort
         if advice is None or advice.wish is Wish.RELEASE or cohort is None:
             return
-        profile, way = self._costs(), (walk.route, walk.recompute)
-        latest = walk.pace.latest(*way)
+        profile, way = self._costs(), (runner.route, runner.recompute)
+        latest = runner.timer.latest(*way)
         if latest is None:
             return  # Nobody knows what a step takes now.
-        seconds_of = walk.pace.given or scaled(profile, way, latest)
+        seconds_of = runner.timer.given or scaled(profile, way, latest)
         found = followed(
             profile,
             way,
@@ -106,30 +106,30 @@ class Adapter:
             budget_bytes=budget_bytes,
             cohort=cohort,
             seconds_of=seconds_of,
-            min_device_units=walk.plan.constraints.min_device_units,
+            min_device_units=runner.plan.constraints.min_device_units,
         )
         if found is None:
             return
         change = Change(route=found[0], recompute=found[1], reason=advice.reason)
         is_new = advice.wish is Wish.EARLIER or (
-            found[0].cuts > self._plan(walk).way[0].cuts
+            found[0].cuts > self._plan(runner).way[0].cuts
         )
-        if self._is_done(walk, change) and is_new:
+        if self._is_done(runner, change) and is_new:
             self._planned = _Planned(found, predicted_peak_bytes(profile, *found))
 
-    def _plan(self, walk: Walk) -> _Planned:
+    def _plan(self, runner: RouteRunner) -> _Planned:
         """Say what is planned: what the strategy did, or the edge since."""
-        plan = walk.plan
+        plan = runner.plan
         return self._planned or _Planned(
             (plan.route, plan.recompute), plan.predicted_peak_bytes
         )
 
-    def _is_at_ease(self, walk: Walk, budget_bytes: int | None) -> bool:
+    def _is_at_ease(self, runner: RouteRunner, budget_bytes: int | None) -> bool:
         """Say whether all is as planned and fits, so that no costs are needed."""
-        planned = self._plan(walk)
+        planned = self._plan(runner)
         needed = planned.peak_bytes
         fits = budget_bytes is None or (needed is not None and needed <= budget_bytes)
-        return (walk.route, walk.recompute) == planned.way and fits
+        return (runner.route, runner.recompute) == planned.way and fits
 
     def _is_calm(
         self, profile: ChainProfile, standing: Standing, budget_bytes: int | None
@@ -155,21 +155,21 @@ class Adapter:
             known.no_room_bytes = budget_bytes
         return is_room
 
-    def _standing(self, walk: Walk) -> Standing:
+    def _standing(self, runner: RouteRunner) -> Standing:
         return Standing(
-            planned=self._plan(walk).way[0],
-            route=walk.route,
-            recompute=walk.recompute,
+            planned=self._plan(runner).way[0],
+            route=runner.route,
+            recompute=runner.recompute,
             calm_steps=self._calm_steps,
             is_fixed=self._is_fixed,
-            min_device_units=walk.plan.constraints.min_device_units,
+            min_device_units=runner.plan.constraints.min_device_units,
         )
 
-    def _is_done(self, walk: Walk, change: Change) -> bool:
+    def _is_done(self, runner: RouteRunner, change: Change) -> bool:
         """Change; say whether the cut could be moved where it had to."""
-        if change.route.cuts != walk.route.cuts:
+        if change.route.cuts != runner.route.cuts:
             try:
-                walk.move(
+                runner.move(
                     change.route.cuts[0],
                     recompute=change.recompute,
                     reason=change.reason,
@@ -177,5 +177,5 @@ class Adapter:
             except (RefusedMove, MemoryCapExceeded):
                 return False
             return True
-        walk.replan(change.recompute, reason=change.reason)
+        runner.replan(change.recompute, reason=change.reason)
         return True

@@ -20,7 +20,7 @@ from flwr_smartsplit.errors import EdgeError, SpillLost, StateNotHeld
 State = Mapping[str, npt.NDArray[Any]]
 
 
-class Spill:
+class StateStore:
     """One edge's folder of states and sealed tails.
 
     Parameters
@@ -186,8 +186,8 @@ def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> 
 
 
 def iterate_tails(
-    spill: Spill, weights: Mapping[str, int]
+    store: StateStore, weights: Mapping[str, int]
 ) -> Iterator[tuple[State, int]]:
     """Read tails one by one with their weights, so that one is in memory at a time."""
     for session, weight in weights.items():
-        yield spill.read_tail(session), weight
+        yield store.read_tail(session), weight

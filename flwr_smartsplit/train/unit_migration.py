@@ -31,7 +31,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
+class MigratedUnits:
     """What units ``[start, stop)`` of a running segment take along.
 
     Parameters
@@ -57,7 +57,9 @@ class Carried:
     settings: Mapping[str, str]
 
 
-def carried(runner: SegmentRunner, chain: Chain, start: int, stop: int) -> Carried:
+def migrated_units(
+    runner: SegmentRunner, chain: Chain, start: int, stop: int
+) -> MigratedUnits:
     """Take what units ``[start, stop)`` of a segment have become; it shares memory.
 
     Parameters
@@ -80,7 +82,7 @@ def carried(runner: SegmentRunner, chain: Chain, start: int, stop: int) -> Carri
     states = {n: s for n, s in _optimizer_states(runner).items() if n in names}
     for name, state in states.items():
         _check_sendable(name, state)
-    return Carried(
+    return MigratedUnits(
         start=start,
         stop=stop,
         state={n: t.detach().numpy() for n, t in part.state_dict().items()},
@@ -97,7 +99,7 @@ def rebuilt(
     *,
     make: Make,
     num_steps: int,
-    arriving: Carried | None = None,
+    arriving: MigratedUnits | None = None,
 ) -> SegmentRunner:
     """Go on with other units: those that stay are shared, those that arrive are built.
 
@@ -114,7 +116,7 @@ def rebuilt(
         Makes a runner as this place does.
     num_steps : int
         The steps done so far.
-    arriving : Carried, optional
+    arriving : MigratedUnits, optional
         The units among them that are new here.
 
     Raises
@@ -175,7 +177,7 @@ def check_kept(chain: Chain, task: Task, leaving: range) -> None:
 # --- values ---------------------------------------------------------------------------
 
 
-def _built(chain: Chain, arriving: Carried) -> Segment:
+def _built(chain: Chain, arriving: MigratedUnits) -> Segment:
     part = materialise(chain, arriving.start, arriving.stop, arriving.state)
     for name, value in arriving.buffers.items():
         parent, _, last = name.rpartition(".")
