@@ -188,7 +188,8 @@ class Forward(Request[Stepped]):
 
     def __post_init__(self) -> None:
         """Refuse a number of examples that the targets contradict."""
-        if self.targets is not None and self.targets.shape[0] != self.num_examples:
+        given = None if self.targets is None else self.targets.shape[:1]
+        if self.targets is not None and given != (self.num_examples,):
             raise ValueError(
                 f"step {self.step} brings targets of shape {self.targets.shape} for "
                 f"{self.num_examples} examples."
@@ -286,23 +287,6 @@ class Transport(Protocol):
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
         """Deliver the request and return its reply, or raise an ``EdgeError``."""
-
-
-class Edge(Protocol):
-    """How a client and a strategy reach an edge; a small value that pickles."""
-
-    @property
-    def name(self) -> str:
-        """The place's name in routes."""
-
-    def start(self, task: Any) -> str:
-        """Start the edge for a run (strategy's side); return its address."""
-
-    def connect(self, address: str) -> Transport:
-        """Reach the edge at an address."""
-
-    def stop(self, address: str) -> None:
-        """End the edge at an address."""
 
 
 @dataclass

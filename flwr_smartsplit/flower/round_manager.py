@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from flwr_smartsplit.edge.protocol import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, Journal, OnRow

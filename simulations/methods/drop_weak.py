@@ -12,7 +12,7 @@ Deep Networks from Decentralized Data. AISTATS 2017. arXiv:1602.05629.
 from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit.plan.selection.selection import select_at_random
-from simulations.method import Method, Setting
+from simulations.methods.method import Method, Setting
 from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 

@@ -24,7 +24,7 @@ from flwr_smartsplit.plan.selection.selection import (
     Selection,
     SelectionRequest,
 )
-from simulations.method import Method, Setting
+from simulations.methods.method import Method, Setting
 from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 Floats = npt.NDArray[np.float64]

@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr_smartsplit import Constraints
 from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY, SelectByUtility
 from flwr_smartsplit.plan.selection.surrogate import Surrogate
-from simulations.method import Method, Setting
+from simulations.methods.method import Method, Setting
 from simulations.methods.splitfed import one_cut_for_all
 from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 

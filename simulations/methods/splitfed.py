@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import Route, RouteRequest, predicted_peak_bytes
 from flwr_smartsplit.plan.selection.selection import select_at_random
-from simulations.method import Method, Setting
+from simulations.methods.method import Method, Setting
 from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 

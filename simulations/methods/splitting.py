@@ -5,8 +5,8 @@ from typing import Any
 from flwr.serverapp.strategy import FedAvg
 
 from flwr_smartsplit import Constraints, Planning, SmartSplit
-from simulations.clients import edges_of
-from simulations.method import Setting
+from simulations.experiments.clients import edges_of
+from simulations.methods.method import Setting
 
 NO_RECOMPUTE = Constraints(recompute=False)
 
