@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_map
 from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.device.step_timer import StepSeconds, StepTimer
 from flwr_smartsplit.edge.client import Connect
-from flwr_smartsplit.edge.codec import CPU
 from flwr_smartsplit.errors import (
     EdgeError,
     InvalidTask,
@@ -35,6 +34,7 @@ from flwr_smartsplit.memory.process import (
 )
 from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.segment_runner import CPU
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import ClientPlan, Receipt, Status, StepReport
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from flwr_smartsplit.device.cut_mover import CutMover
 from flwr_smartsplit.device.metrics import Metrics
 from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of
-from flwr_smartsplit.edge.codec import CPU
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
@@ -28,7 +28,7 @@ from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
 from flwr_smartsplit.train.rng import UnitStreams
-from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.types import (
     KEEP_ALL,
     Advice,
@@ -126,6 +126,7 @@ class RouteRunner:
 
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
+        inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             with self.timer.step(self.route, self.recompute):
                 loss = self._step(inputs, targets)
@@ -133,6 +134,7 @@ class RouteRunner:
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
         """Evaluate one batch, metered if it is its turn."""
+        inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             values = self._evaluated(inputs, targets)
         self.metrics.count(int(targets.shape[0]), values)
@@ -343,9 +345,18 @@ class RouteRunner:
             config=self.plan.config,
             is_trained=self._is_trained,
             is_lean=True,
+            device=self._device,
         )
         runner.recompute = self.recompute
         return runner
+
+    def _placed(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
+        """Bring a batch to where this device computes."""
+        if self._device == CPU:
+            return inputs, targets
+        placed: tuple[Batch, Tensor]
+        placed = tree_map(lambda x: x.to(self._device), (inputs, targets))
+        return placed
 
     def _owners(self) -> list[Any]:
         return [

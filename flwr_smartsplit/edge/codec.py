@@ -9,9 +9,8 @@ from torch import Tensor
 
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError
+from flwr_smartsplit.train.segment_runner import CPU
 from flwr_smartsplit.types import RAW, codec_at
-
-CPU = torch.device("cpu")
 
 
 class Codec(Protocol):

@@ -14,7 +14,6 @@ import torch
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.admission import Admission
 from flwr_smartsplit.edge.client import Connect, EdgeClient, nowhere
-from flwr_smartsplit.edge.codec import CPU
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.session_table import SessionTable
@@ -27,7 +26,7 @@ from flwr_smartsplit.split.build import build_chain, materialise
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.rng import UnitStreams
-from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.types import EdgeProfile, Receipt
 
 _UNLIMITED = EdgeProfile(name="")
@@ -161,6 +160,7 @@ class EdgeService:
             config=opened.config,
             is_trained=opened.is_trained,
             is_lean=self._steps_in_backward,
+            device=self._device,
         )
 
     # --- a round ------------------------------------------------------------------

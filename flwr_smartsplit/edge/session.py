@@ -15,14 +15,14 @@ from torch import Tensor
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import EdgeClient
-from flwr_smartsplit.edge.codec import CPU, Crossing
+from flwr_smartsplit.edge.codec import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, checksum, moved_session
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.plan.refine import Progress, advised, changed, updated
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
-from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.train.unit_migration import Make
 from flwr_smartsplit.types import Advice
 

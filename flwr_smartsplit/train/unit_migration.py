@@ -22,7 +22,7 @@ from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.split.sharing import share
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 
 State = Mapping[str, npt.NDArray[Any]]
 Make = Callable[[Segment], SegmentRunner]
@@ -123,8 +123,11 @@ def rebuilt(
     Raises
     ------
     RefusedMove
-        If optimizer or schedule cannot be brought exactly to where they were.
+        If optimizer or schedule cannot be brought exactly to where they were, or the
+        units are on an accelerator.
     """
+    if runner.device != CPU:
+        raise RefusedMove(f"units move from CPU to CPU; these are on {runner.device}.")
     runner.release_gradients()
     sources = {name: runner.segment for i in units for name in chain.units[i].reads}
     if arriving is not None:
