@@ -19,9 +19,9 @@ from flwr_smartsplit.errors import (
     OutOfOrderStep,
     RefusedMove,
     RefusedTail,
-    SpillLost,
     StaleSession,
     StateNotHeld,
+    TailLost,
 )
 from flwr_smartsplit.split.build import materialise, state_of
 from flwr_smartsplit.train.rng import UnitStreams
@@ -306,7 +306,7 @@ def test_an_abandoned_tail_cannot_be_committed(place: Place) -> None:
     session = Session(place)
     receipt = session.sealed(1)
     session.send(wire.Abandon(session.name))
-    with pytest.raises(SpillLost) as raised:
+    with pytest.raises(TailLost) as raised:
         session.commit(entry_of(receipt, 1))
     assert raised.value.sessions == (session.name,)
 
@@ -522,7 +522,7 @@ def test_tails_that_are_gone_or_changed_are_named(place: Place) -> None:
     bent.write_bytes(content)
     torn = tail_files(place.folder, sessions[2].name)[0]
     torn.write_bytes(torn.read_bytes()[:100])
-    with pytest.raises(SpillLost) as raised:
+    with pytest.raises(TailLost) as raised:
         first.commit(*(entry_of(receipt, 1) for receipt in receipts))
     lost = tuple(session.name for session in sessions[:3])
     assert raised.value.sessions == lost
@@ -534,7 +534,7 @@ def test_a_receipt_with_another_digest_commits_nothing(place: Place) -> None:
     """The digest that came through the device must fit the file."""
     session = Session(place)
     receipt = replace(session.sealed(1), digest="0" * 64)
-    with pytest.raises(SpillLost):
+    with pytest.raises(TailLost):
         session.commit(entry_of(receipt, 1))
 
 
@@ -598,7 +598,7 @@ def test_an_edge_says_what_it_cannot_be_asked(place: Place) -> None:
     "error",
     [
         OutOfOrderStep("a", step=3, num_steps=2),
-        SpillLost("b", sessions=("1/c0/edge",)),
+        TailLost("b", sessions=("1/c0/edge",)),
         StateNotHeld("c", digest="f"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from flwr_smartsplit.edge.state_store import StateStore, iterate_tails
 from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.errors import EdgeError, SpillLost, StateNotHeld
+from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
 from tests.faults import tail_files
 from tests.tasks import differences
 
@@ -115,7 +115,7 @@ def test_verify_names_every_tail_that_does_not_fit(tmp_path: Path) -> None:
     files["short"].write_bytes(files["short"].read_bytes()[:-1])
     files["emptied"].write_bytes(b"")
     files["replaced"].write_bytes(files["good"].read_bytes())
-    with pytest.raises(SpillLost) as raised:
+    with pytest.raises(TailLost) as raised:
         spill.verify(digests)
     assert raised.value.sessions == cases[1:]
     spill.verify({"good": digests["good"]})
@@ -160,7 +160,7 @@ def test_an_unfinished_file_is_not_a_tail(tmp_path: Path) -> None:
     digest = spill.put_tail("s", 1, STATE)
     (path,) = tail_files(tmp_path)
     path.rename(path.with_suffix(".unfinished"))
-    with pytest.raises(SpillLost):
+    with pytest.raises(TailLost):
         spill.verify({"s": digest})
 
 
@@ -174,6 +174,6 @@ def test_tails_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert (state["w"].tolist(), weight) == ([2.0], 5)
     spill.drop_tail("1")
     assert next(tails)[1] == 7
-    with pytest.raises(SpillLost, match="tail of 1 ") as lost:
+    with pytest.raises(TailLost, match="tail of 1 ") as lost:
         next(tails)
     assert lost.value.sessions == ("1",)
