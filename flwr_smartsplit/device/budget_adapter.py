@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.memory.budget import MemoryBudget
 from flwr_smartsplit.plan.adaptation import (
@@ -53,8 +53,8 @@ class Adapter:
         self._known = _Known()
         self._planned: RouteOption | None = None
 
-    def __call__(self, walk: Walk) -> None:
-        """Adapt a walk before its next step.
+    def __call__(self, runner: RouteRunner) -> None:
+        """Adapt a route before its next step.
 
         Raises
         ------
@@ -62,22 +62,22 @@ class Adapter:
             If nothing fits.
         """
         budget_bytes = self._budget.read(
-            step=walk.num_steps, live_bytes=walk.live_bytes
+            step=runner.num_steps, live_bytes=runner.live_bytes
         )
-        walk.cap.limit(budget_bytes)
-        self._follow(walk, budget_bytes)
-        if self._is_at_ease(walk, budget_bytes):
+        runner.cap.limit(budget_bytes)
+        self._follow(runner, budget_bytes)
+        if self._is_at_ease(runner, budget_bytes):
             return
-        profile, standing = self._costs(), self._standing(walk)
+        profile, standing = self._costs(), self._standing(runner)
         change = adapted(profile, standing, budget_bytes)
-        if change is not None and not self._is_done(walk, *change):
+        if change is not None and not self._is_done(runner, *change):
             # The cut stays where it is; what is left are tighter plans.
             self._is_fixed = True
-            change = adapted(profile, self._standing(walk), budget_bytes)
+            change = adapted(profile, self._standing(runner), budget_bytes)
             if change is not None:
                 option, reason = change
-                walk.replan(option.recompute, reason=reason)
-        standing = self._standing(walk)
+                runner.replan(option.recompute, reason=reason)
+        standing = self._standing(runner)
         is_room = change is None and self._is_calm(profile, standing, budget_bytes)
         self._calm_steps = self._calm_steps + 1 if is_room else 0
 
@@ -87,16 +87,16 @@ class Adapter:
             self._profile = profile_of(self._task, batch_size=self._batch_size)
         return self._profile
 
-    def _follow(self, walk: Walk, budget_bytes: int | None) -> None:
+    def _follow(self, runner: RouteRunner, budget_bytes: int | None) -> None:
         """Move the cut where the edge would have it, if it can go there."""
-        advice, cohort = walk.advice, walk.plan.cohort
+        advice, cohort = runner.advice, runner.plan.cohort
         if advice is None or advice.action is Action.RELEASE or cohort is None:
             return
-        profile, now = self._costs(), _option(walk)
-        latest = walk.pace.latest(walk.route, walk.recompute)
+        profile, now = self._costs(), _option(runner)
+        latest = runner.timer.latest(runner.route, runner.recompute)
         if latest is None:
             return  # Nobody knows what a step takes now.
-        seconds_of = walk.pace.given or scaled(profile, now, latest)
+        seconds_of = runner.timer.given or scaled(profile, now, latest)
         found = followed(
             profile,
             now,
@@ -104,30 +104,30 @@ class Adapter:
             budget_bytes=budget_bytes,
             cohort=cohort,
             seconds_of=seconds_of,
-            constraints=walk.plan.constraints,
+            constraints=runner.plan.constraints,
         )
         if found is None:
             return
         is_new = advice.action is Action.EARLIER or (
-            found.route.cuts > self._plan(walk).route.cuts
+            found.route.cuts > self._plan(runner).route.cuts
         )
-        if self._is_done(walk, found, advice.reason) and is_new:
+        if self._is_done(runner, found, advice.reason) and is_new:
             peak = predicted_peak_bytes(profile, found.route, found.recompute)
             self._planned = replace(found, peak_bytes=peak)
 
-    def _plan(self, walk: Walk) -> RouteOption:
+    def _plan(self, runner: RouteRunner) -> RouteOption:
         """Say what is planned: what the strategy did, or the edge since."""
         return self._planned or RouteOption(
-            route=walk.plan.route,
-            recompute=walk.plan.recompute,
-            peak_bytes=walk.plan.predicted_peak_bytes or 0,
+            route=runner.plan.route,
+            recompute=runner.plan.recompute,
+            peak_bytes=runner.plan.predicted_peak_bytes or 0,
         )
 
-    def _is_at_ease(self, walk: Walk, budget_bytes: int | None) -> bool:
+    def _is_at_ease(self, runner: RouteRunner, budget_bytes: int | None) -> bool:
         """Say whether all is as planned and fits, so that no costs are needed."""
-        planned = self._plan(walk)
+        planned = self._plan(runner)
         fits = budget_bytes is None or 0 < planned.peak_bytes <= budget_bytes
-        is_as_planned = (walk.route, walk.recompute) == (
+        is_as_planned = (runner.route, runner.recompute) == (
             planned.route,
             planned.recompute,
         )
@@ -157,35 +157,35 @@ class Adapter:
             known.no_room_bytes = budget_bytes
         return is_room
 
-    def _standing(self, walk: Walk) -> Standing:
+    def _standing(self, runner: RouteRunner) -> Standing:
         return Standing(
-            planned=self._plan(walk).route,
-            option=_option(walk),
+            planned=self._plan(runner).route,
+            option=_option(runner),
             calm_steps=self._calm_steps,
             is_fixed=self._is_fixed,
-            constraints=walk.plan.constraints,
+            constraints=runner.plan.constraints,
         )
 
-    def _is_done(self, walk: Walk, option: RouteOption, reason: str) -> bool:
+    def _is_done(self, runner: RouteRunner, option: RouteOption, reason: str) -> bool:
         """Change; say whether the cut could be moved where it had to."""
-        if option.route.cuts != walk.route.cuts:
+        if option.route.cuts != runner.route.cuts:
             try:
-                walk.move(
+                runner.move(
                     option.route.cuts[0], recompute=option.recompute, reason=reason
                 )
             except (RefusedMove, MemoryCapExceeded):
                 return False
             return True
-        walk.replan(option.recompute, reason=reason)
+        runner.replan(option.recompute, reason=reason)
         return True
 
 
-def _option(walk: Walk) -> RouteOption:
+def _option(runner: RouteRunner) -> RouteOption:
     """Say what is done now; the plan says what does not change."""
     return RouteOption(
-        route=walk.route,
-        recompute=walk.recompute,
-        variant=walk.plan.variant,
-        codecs=walk.plan.codecs,
-        accumulate=walk.plan.accumulate,
+        route=runner.route,
+        recompute=runner.recompute,
+        variant=runner.plan.variant,
+        codecs=runner.plan.codecs,
+        accumulate=runner.plan.accumulate,
     )

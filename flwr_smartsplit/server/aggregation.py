@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from flwr_smartsplit.edge.protocol import Entry
 from flwr_smartsplit.edge.weighted_mean import Sums, add_states, add_sums, merge
-from flwr_smartsplit.errors import EdgeError, RefusedReply, SpillLost
+from flwr_smartsplit.errors import EdgeError, RefusedReply, TailLost
 from flwr_smartsplit.server.acceptance import check_reply, refusal
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.types import ClientReply, Expectation, Failure, StepReport
@@ -192,7 +192,7 @@ def _commit(
         for place, entries in _entries_by_place(remaining).items():
             try:
                 sums.append(edges.commit(place, round_number, tuple(entries.values())))
-            except SpillLost as error:
+            except TailLost as error:
                 named = [k for k, e in entries.items() if e.session in error.sessions]
                 lost |= dict.fromkeys(named or entries, str(error))
             except EdgeError as error:

@@ -238,7 +238,7 @@ def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
 def state_of(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
     """Copy a module's state into contiguous arrays, by name."""
     return {
-        name: np.array(tensor.detach().numpy(), order="C")
+        name: np.array(tensor.detach().cpu().numpy(), order="C")
         for name, tensor in module.state_dict().items()
     }
 
@@ -249,6 +249,6 @@ def state_views(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
     They change with the module.
     """
     return {
-        name: np.asarray(tensor.detach().numpy(), order="C")
+        name: np.asarray(tensor.detach().cpu().numpy(), order="C")
         for name, tensor in module.state_dict().items()
     }

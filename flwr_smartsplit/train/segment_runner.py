@@ -31,6 +31,7 @@ from flwr_smartsplit.train.optimizer_in_backward import (
 )
 from flwr_smartsplit.types import KEEP_ALL
 
+CPU = torch.device("cpu")
 Gradients = tuple[Tensor, ...]
 
 
@@ -52,6 +53,8 @@ class SegmentRunner:
     is_lean : bool
         Whether large parameters are stepped inside backward, which frees their
         gradients at once and costs a little time. Only done where it is exact.
+    device : torch.device
+        Where it computes; the segment is moved there.
 
     Attributes
     ----------
@@ -64,7 +67,7 @@ class SegmentRunner:
     update waits for ``update(norm)``, since part of that norm may lie elsewhere.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what runs, and how its place runs it
         self,
         segment: nn.Module,
         task: Task,
@@ -73,8 +76,10 @@ class SegmentRunner:
         config: Mapping[str, Any] | None = None,
         is_trained: bool = True,
         is_lean: bool = False,
+        device: torch.device = CPU,
     ) -> None:
-        self.segment = segment
+        self.segment = segment if device == CPU else segment.to(device)
+        self.device = device
         self.task = task
         self.recompute = KEEP_ALL
         self._streams = streams
@@ -148,7 +153,7 @@ class SegmentRunner:
             As ``backward`` returns them.
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
-        with phase("loss"), autocast_of(self.task):
+        with phase("loss"), autocast_of(self.task, self.device):
             loss = self.task.loss_fn(outputs, targets)
             if loss.untyped_storage().nbytes() > loss.nbytes:
                 # Some losses leave their mean where all of their terms were.
@@ -191,13 +196,13 @@ class SegmentRunner:
     def evaluate(self, inputs: Batch) -> Any:
         """Run the segment forward in evaluation mode, without a graph."""
         self.segment.eval()
-        with phase("forward"), autocast_of(self.task):
+        with phase("forward"), autocast_of(self.task, self.device):
             return self.segment(inputs)
 
     @torch.no_grad()
     def assess(self, outputs: Any, targets: Tensor) -> dict[str, float]:
         """Return loss and metrics of the outputs, in evaluation."""
-        with autocast_of(self.task):
+        with autocast_of(self.task, self.device):
             values = {"loss": float(self.task.loss_fn(outputs, targets))}
             if self.task.metrics_fn is not None:
                 # First, so that none of them takes the place of the loss.
@@ -211,7 +216,7 @@ class SegmentRunner:
         self._input_gradients.clear()
         if inputs_are_boundary:
             inputs = self._leaf(inputs)
-        with phase("forward"), autocast_of(self.task):
+        with phase("forward"), autocast_of(self.task, self.device):
             return self.segment(
                 inputs, streams=self._streams, step=step, recompute=self.recompute
             )
@@ -245,7 +250,7 @@ def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:
     return optimizer is not None and not waits and steps_one_by_one(optimizer)
 
 
-def autocast_of(task: Task) -> AbstractContextManager[Any]:
+def autocast_of(task: Task, device: torch.device = CPU) -> AbstractContextManager[Any]:
     """Switch mixed precision on, if the task says so."""
     dtype = task.autocast_dtype
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

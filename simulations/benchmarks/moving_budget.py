@@ -26,7 +26,7 @@ from rich.table import Table
 from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes
 from flwr_smartsplit.device.budget_adapter import Adapter
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.protocol import HoldState
@@ -72,7 +72,7 @@ class Followed:
 
 
 class Follower:
-    """Look at each step of a walk, and adapt it first if there is a budget."""
+    """Look at each step of a route, and adapt it first if there is a budget."""
 
     def __init__(self, adapter: Adapter | None) -> None:
         self._adapter = adapter
@@ -81,14 +81,14 @@ class Follower:
         self.peaks: list[int] = []
         self.times: list[float] = []
 
-    def __call__(self, walk: Walk) -> None:
+    def __call__(self, runner: RouteRunner) -> None:
         """Note how the last step went; then adapt."""
-        self.losses.append(walk.tally.loss_sum)
-        self.peaks.append(walk.cap.peak_bytes)
+        self.losses.append(runner.metrics.loss_sum)
+        self.peaks.append(runner.cap.peak_bytes)
         if self._adapter is not None:
-            self._adapter(walk)
-        self.budgets.append(walk.cap.meter.budget_bytes or 0)
-        walk.cap.meter.peak_bytes = 0  # Each step has a peak of its own.
+            self._adapter(runner)
+        self.budgets.append(runner.cap.meter.budget_bytes or 0)
+        runner.cap.meter.peak_bytes = 0  # Each step has a peak of its own.
         self.times.append(time.process_time())
 
 
