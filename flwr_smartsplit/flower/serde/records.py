@@ -7,7 +7,7 @@ in one record, because legacy clients take nothing else.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -227,15 +227,22 @@ def plain_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | st
 
 
 def plan_to_scalars(plan: ClientPlan) -> Scalars:
-    """Put a plan into one text."""
+    """Put a plan into one text; what is as usual is left out."""
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    values["route"] = {"cuts": plan.route.cuts, "places": plan.route.places}
-    values["recompute"] = plan.recompute.to_lists()
-    values["cohort"] = None if plan.cohort is None else asdict(plan.cohort)
-    kept = sorted(plan.constraints.kept_units)
-    values["constraints"] = {**asdict(plan.constraints), "kept_units": kept}
-    values["variant"] = asdict(plan.variant)
-    return {_PLAN: json.dumps(values)}
+    usual = {field.name: field.default for field in fields(plan)}
+    values = {n: value for n, value in values.items() if value != usual[n]}
+    write: dict[str, Callable[[Any], Any]] = {
+        "route": lambda route: {"cuts": route.cuts, "places": route.places},
+        "recompute": RecomputePlan.to_lists,
+        "cohort": asdict,
+        "constraints": lambda each: {
+            **asdict(each),
+            "kept_units": sorted(each.kept_units),
+        },
+        "variant": asdict,
+    }
+    told = {n: write[n](v) if n in write else v for n, v in values.items()}
+    return {_PLAN: json.dumps(told)}
 
 
 def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
@@ -243,18 +250,17 @@ def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
     if _PLAN not in config:
         return None
     values = json.loads(str(config[_PLAN]))
-    route, cohort = values.pop("route"), values.pop("cohort", None)
-    constraints = values.pop("constraints")
-    kept = frozenset(constraints.pop("kept_units"))
-    return ClientPlan(
-        route=Route(tuple(route["cuts"]), tuple(route["places"])),
-        recompute=RecomputePlan.from_lists(values.pop("recompute")),
-        cohort=None if cohort is None else Cohort(**cohort),
-        constraints=Constraints(**constraints, kept_units=kept),
-        variant=Variant(**values.pop("variant")),
-        codecs=tuple(values.pop("codecs")),
-        **values,
-    )
+    read: dict[str, Callable[[Any], Any]] = {
+        "route": lambda route: Route(tuple(route["cuts"]), tuple(route["places"])),
+        "recompute": RecomputePlan.from_lists,
+        "cohort": lambda cohort: Cohort(**cohort),
+        "constraints": lambda each: Constraints(
+            **{**each, "kept_units": frozenset(each["kept_units"])}
+        ),
+        "variant": lambda variant: Variant(**variant),
+        "codecs": tuple,
+    }
+    return ClientPlan(**{n: read[n](v) if n in read else v for n, v in values.items()})
 
 
 def instruction(
