@@ -37,6 +37,7 @@ from flwr_smartsplit.server.aggregation import (
     Settled,
     next_state,
     settle_round,
+    state_like,
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
@@ -250,8 +251,7 @@ class CentralManager:
             seen = self._state if state is None else state
             changed = settings.between_rounds(dispatch.round_number, seen, summary)
             if changed is not None:
-                self.chain.check_state({n: a.shape for n, a in changed.items()})
-                state = {n: changed[n].astype(a.dtype) for n, a in seen.items()}
+                state = state_like(seen, changed, maker=settings.between_rounds)
         self._state = self._state if state is None else state
         return state
 

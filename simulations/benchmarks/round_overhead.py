@@ -41,7 +41,7 @@ from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.edge.weighted_mean import add_states, merge
 from flwr_smartsplit.flower import messages
 from flwr_smartsplit.flower.journal.journal import Journal
-from flwr_smartsplit.flower.legacy_registry import LegacyFleet
+from flwr_smartsplit.flower.registry import LegacyFleet
 from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.round_exchange import Dispatch
 from flwr_smartsplit.plan.rounds import plan_round
