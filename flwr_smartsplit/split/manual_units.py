@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import NotSplittable
-from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import constants_of, fake_batch, fake_copy
 from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.cut_points import (
@@ -24,7 +25,7 @@ from flwr_smartsplit.split.trace.cut_points import (
     torch_log_silenced,
     with_nearest,
 )
-from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder
+from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder, storages_of
 
 
 def declared_units(
@@ -66,7 +67,12 @@ def declared_units(
         _dry_run(model, units, example_inputs, training=mode) for mode in (True, False)
     )
     units = [
-        replace(unit, is_random=facts.is_random)
+        replace(
+            unit,
+            is_random=facts.is_random,
+            gradients=tuple(t.requires_grad for t in _tensors(facts.value)),
+            changes_buffers=facts.changes_model,
+        )
         for unit, facts in zip(units, train, strict=True)
     ]
     refused = {}
@@ -128,7 +134,8 @@ def _dry_run(
     for index, unit in enumerate(units):
         root = Segment([unit], index, whole, odd).train(training)
         run = unit.forward_in(training)
-        recorder.facts = NodeFacts()
+        recorder.facts = facts = NodeFacts()
+        own = storages_of([*root.buffers(), *constants_of(root).values()])
         try:
             with mode, recorder, torch.set_grad_enabled(training), torch_log_silenced():
                 value = run_unit(run, root, value)
@@ -136,8 +143,9 @@ def _dry_run(
             raise cannot_run(
                 model, inputs, error, part=f"unit {unit.name!r}"
             ) from error
-        recorder.facts.value = value
-        found.append(recorder.facts)
+        facts.value = value
+        facts.changes_model = not own.isdisjoint(facts.written)
+        found.append(facts)
     return found
 
 
@@ -165,18 +173,16 @@ def _refusal(
     return tied(model, before, behind)
 
 
-def _value_problem(value: Any, *, training: bool) -> str | None:
+def _value_problem(value: Any) -> str | None:
     """Say why a unit's value is not a boundary, if so."""
     tensors = value if type(value) is tuple else (value,)
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return f"its value is a {type(value).__name__}, not one tensor or several"
-    if not training:
+    if tensors and all(isinstance(tensor, Tensor) for tensor in tensors):
         return None
-    if not tensors[0].requires_grad:
-        return "the first tensor of its value needs no gradient"
-    if any(tensor.requires_grad for tensor in tensors[1:]):
-        return "more than the first tensor of its value needs a gradient"
-    return None
+    return f"its value is a {type(value).__name__}, not one tensor or several"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _joined(units: Sequence[Unit], cuts: Sequence[int]) -> tuple[Unit, ...]:
@@ -204,4 +210,6 @@ def _as_one(units: Sequence[Unit]) -> Unit:
         eval_forward=partial(run, False),
         reads=tuple(sorted({name for unit in units for name in unit.reads})),
         is_random=any(unit.is_random for unit in units),
+        gradients=units[-1].gradients,
+        changes_buffers=any(unit.changes_buffers for unit in units),
     )
