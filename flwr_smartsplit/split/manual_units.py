@@ -119,7 +119,8 @@ def _list_problems(model: nn.Module, units: Sequence[Unit]) -> list[str]:
 def _parameters_at(model: nn.Module, target: str) -> list[Tensor]:
     path, _, name = target.rpartition(".")
     thing = getattr(model.get_submodule(path), name)
-    return list(thing.parameters()) if isinstance(thing, nn.Module) else [thing]
+    tensors = thing.parameters() if isinstance(thing, nn.Module) else [thing]
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
 def _dry_run(
@@ -159,7 +160,7 @@ def _refusal(
     after = index + 1
     for found, training in zip(facts, (True, False), strict=True):
         value = found[index].value
-        reason = _value_problem(value, training=training)
+        reason = _value_problem(value)
         if reason is None:
             names = [unit.name for unit in units[after:]]
             later = dict(zip(names, found[after:], strict=True))
@@ -170,6 +171,11 @@ def _refusal(
         {name for unit in side for name in unit.reads}
         for side in (units[:after], units[after:])
     )
+    trained = [t for t in _tensors(facts[0][index].value) if t.requires_grad]
+    if not trained and not any(_parameters_at(model, name) for name in before):
+        return "no layer with parameters is before it"
+    if len({(tensor.grad_fn, tensor.output_nr) for tensor in trained}) < len(trained):
+        return "two of the tensors of its value are one"
     return tied(model, before, behind)
 
 
