@@ -16,6 +16,7 @@
         ├── OutOfOrderStep        a step was skipped or changed: the session is lost
         ├── StateNotHeld          the edge lacks a global state: send it again
         ├── EdgeFull              the edge has no room: wait, or use another
+        ├── RefusedMessage        bytes that are no message, or a value without bytes
         ├── RefusedTail           a tail cannot be sealed: its client sits out
         └── SpillLost             sealed tails are gone: their clients are dropped
 
@@ -161,6 +162,10 @@ class EdgeFull(EdgeError):
     free_bytes: int
     budget_bytes: int
     retry_after_seconds: float | None
+
+
+class RefusedMessage(EdgeError):
+    """Bytes that are no request or reply, or a value that cannot be one's part."""
 
 
 class RefusedTail(EdgeError):

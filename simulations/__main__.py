@@ -1,45 +1,36 @@
 """The command line: ``python -m simulations run NAME | report DIR | list``."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 from flwr_smartsplit.errors import SmartSplitError
-from simulations.errors import ExperimentError
-from simulations.experiment import Experiment
-from simulations.measurement import MeasurementOptions, measurement_in
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.rows import EvaluationRow
+from simulations.experiments.runner import prepare, quiet_libraries, run_methods
 from simulations.methods import METHODS
-from simulations.provenance import Provenance
-from simulations.reporting import (
-    REPORT,
-    TABLE_COLUMNS,
-    comparison_table,
-    headline,
-    write_reports,
-)
-from simulations.rows import EvaluationRow
-from simulations.runner import prepare, quiet_libraries, run_methods
-from simulations.standard_output import only_ours_on_stdout
-from simulations.studies import STUDIES
-from simulations.studies.command import keep_lines, ready_study, show_lines, show_study
-from simulations.studies.folder import study_in
-from simulations.studies.study import StudyOptions
-from simulations.suites import MEASUREMENTS, SUITES
-from simulations.summary import percent_text, read_results
+from simulations.report.pages import REPORT
+from simulations.report.progress import only_ours_on_stdout, progress_bar
+from simulations.report.summary import percent_text
+from simulations.studies.command import keep_lines, run_study, show_lines, show_study
+from simulations.studies.folder import MEASUREMENT, STUDY, read_config
+from simulations.studies.measurement import MeasurementOptions
+from simulations.studies.study import StudyOptions, chosen_cases
+from simulations.studies.suites import MEASUREMENTS, SINGLE_CLAIMS, STUDIES, SUITES
 
-MISUSE, INTERRUPTED = 2, 130
+DIFFERS, MISUSE, INTERRUPTED = 1, 2, 130
 
 Run = Callable[[Path, bool], bool]
 """``run(folder, verbose)`` runs a suite and returns False if it was interrupted."""
@@ -83,13 +74,14 @@ SeedsOption = Annotated[
     int | None, typer.Option(help="Suites of cases: how many seeds, from 0 on.")
 ]
 SmallOption = Annotated[
-    bool, typer.Option("--small", help="All but quickstart: a look, in minutes.")
+    bool,
+    typer.Option("--small", help="A look, in minutes, as quickstart always is."),
 ]
 OutOption = Annotated[
     Path | None, typer.Option(help="Results folder; out/SUITE if not given.")
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")
+    bool, typer.Option("--json", help="Print one object of methods, nothing else.")
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Let Flower log.")]
 
@@ -180,7 +172,7 @@ def list_names() -> None:
     for name, suite in SUITES.items():
         table.add_row("suite", name, (suite.__doc__ or "").splitlines()[0])
     for name, measurement in MEASUREMENTS.items():
-        table.add_row("suite", name, (measurement.__doc__ or "").splitlines()[0])
+        table.add_row("suite", name, measurement.summary)
     for name, study in STUDIES.items():
         table.add_row("suite", name, f"{study.summary} {study.cost}")
     for name, method in METHODS.items():
@@ -205,18 +197,27 @@ def _study(suite: str, given: dict[str, Any]) -> Run:
         num_seeds=given.get("seeds"),
         changes=_changes(given),
     )
-    return ready_study(suite, options, _provenance()).run
+    cases, provenance = chosen_cases(STUDIES[suite], options), _provenance()
+    return lambda folder, verbose: run_study(
+        folder,
+        suite,
+        cases,
+        is_small=options.is_small,
+        provenance=provenance,
+        verbose=verbose,
+    )
 
 
 def _measurement(suite: str, given: dict[str, Any]) -> Run:
     """Make a measurement ready to run; it measures models, and has no rounds."""
-    _refuse(suite, given, set(given) - {"models", "small", "seed"})
+    _refuse(suite, given, set(given) - {"models", "small", "seed", "workers"})
     models = given.get("models")
     options = MeasurementOptions(
-        models=None if models is None else tuple(_names(models)),
+        models=None if models is None else _names(models),
         is_small="small" in given,
         seed=given.get("seed", 0),
-        provenance=asdict(_provenance()),
+        num_workers=given.get("workers", 1),
+        provenance=_provenance(),
     )
     return lambda folder, _: MEASUREMENTS[suite].run(folder, options)
 
@@ -225,12 +226,11 @@ def _experiment(suite: str, given: dict[str, Any]) -> Run:
     """Make an experiment with rounds ready to run."""
     data = given.get("data", "digits")
     experiment = _suite(suite, data)
-    _refuse(suite, given, {"models", "cases", "seeds", "small"} & set(given))
+    _refuse(suite, given, {"models", "cases", "seeds"} & set(given))
     changes = _changes(given)
     if "methods" in given:
         changes["methods"] = _method_names(given["methods"])
-    experiment = replace(experiment, **changes)
-    return lambda folder, verbose: _run(experiment, folder, verbose=verbose)
+    return partial(_run, replace(experiment, **changes))
 
 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
@@ -293,65 +293,47 @@ def _provenance() -> Provenance:
     return Provenance.of_this_process(sys.argv[1:], now=datetime.now(UTC))
 
 
-def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
+def _run(experiment: Experiment, folder: Path, verbose: bool) -> bool:
     """Run with a progress bar; return False if interrupted."""
     prepared = prepare(experiment, folder, provenance=_provenance())
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]}"),
-        Elapsed(),
-        console=Console(stderr=True),
-    )
-    bars = {
-        name: progress.add_task(
-            name, total=experiment.num_rounds, start=False, accuracy=""
-        )
-        for name in experiment.methods
-    }
+    with progress_bar() as progress:
+        bars = {
+            name: progress.add_task(name, total=experiment.num_rounds, start=False)
+            for name in experiment.methods
+        }
 
-    def on_round(method: str, evaluation: EvaluationRow) -> None:
-        if evaluation.round == 0:
-            progress.start_task(bars[method])
-        progress.update(
-            bars[method],
-            completed=evaluation.round,
-            accuracy=percent_text(evaluation.accuracy),
-        )
+        def on_round(method: str, evaluation: EvaluationRow) -> None:
+            if evaluation.round == 0:
+                progress.start_task(bars[method])
+            progress.update(
+                bars[method],
+                completed=evaluation.round,
+                description=f"{method} {percent_text(evaluation.accuracy)}",
+            )
 
-    try:
-        with progress, quiet_libraries(verbose=verbose):
-            run_methods(experiment, folder, prepared=prepared, on_round=on_round)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: what was done so far is reported.", err=True)
-        return False
+        try:
+            with quiet_libraries(verbose=verbose):
+                run_methods(experiment, folder, prepared=prepared, on_round=on_round)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted: what was done so far is reported.", err=True)
+            return False
     return True
 
 
 def _show(folder: Path, *, as_json: bool) -> None:
     """Write the reports of a results folder and print what was found."""
-    measurement = MEASUREMENTS.get(measurement_in(folder))
-    if study_in(folder):
-        show_study(folder, as_json=as_json)
-    elif measurement is not None:
-        measurement.show(folder, as_json=as_json)
+    config = read_config(folder)
+    problems: list[str] = []
+    if MEASUREMENT in config:
+        measurement = MEASUREMENTS[config[MEASUREMENT]]
+        problems = measurement.show(folder, as_json=as_json)
     else:
-        _show_rounds(folder, as_json=as_json)
+        claims = STUDIES[config[STUDY]].claims if STUDY in config else SINGLE_CLAIMS
+        show_study(folder, claims, as_json=as_json)
     Console(stderr=True).print(f"[dim]open {folder / REPORT} for the pictures[/dim]")
-
-
-def _show_rounds(folder: Path, *, as_json: bool) -> None:
-    """Do so for an experiment with rounds."""
-    results = read_results(folder)
-    write_reports(results, folder)
-    if as_json:
-        sys.stdout.write(json.dumps(results.summary()) + "\n")
-        return
-    console = Console()
-    console.width = max(console.width, TABLE_COLUMNS)
-    console.print(f"{results.config['experiment']['name']}: {headline(results)}\n")
-    console.print(comparison_table(results))
+    if problems:
+        typer.echo("\n".join(problems), err=True)
+        raise typer.Exit(DIFFERS)
 
 
 def _report_afresh(folder: Path, *, as_json: bool) -> NoReturn:

@@ -15,7 +15,7 @@ from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import EDGE, Receipt
+from flwr_smartsplit.types import EDGE, EdgeProfile, Receipt
 
 Deliver = Callable[[Any], Any]
 Hook = Callable[[Any, Deliver], Any]
@@ -57,6 +57,7 @@ class MortalEdge:
         self, folder: Path, *, name: str = EDGE, hook: Hook = deliver_all
     ) -> None:
         self.name = name
+        self.profile = EdgeProfile(name=name)
         self.folder = folder
         self.hook = hook
         self.neighbours: dict[str, MortalEdge] = {}

@@ -25,7 +25,7 @@ from flwr_smartsplit.device.local_training import (
 )
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.edge.hosts.ray import RayEdge
+from flwr_smartsplit.edge.hosts.ray import RayEdge, RayHost
 from flwr_smartsplit.edge.tensors import WireTensor, state_digest
 from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.split.chain import Chain
@@ -198,7 +198,7 @@ def place_at(tmp_path_factory) -> Iterator[Callable[[Any, str, str], Place]]:
 
     @cache
     def open_place(edge: Any, name: str, optimizer: str) -> Place:
-        if isinstance(edge, RayEdge) and not ray.is_initialized():
+        if isinstance(edge.host, RayHost) and not ray.is_initialized():
             ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
         folder = tmp_path_factory.mktemp("gradients")
         task = SUBJECTS[name].task(optimizer)

@@ -306,23 +306,6 @@ class Transport(Protocol):
         """Deliver the request and return its reply, or raise an ``EdgeError``."""
 
 
-class Edge(Protocol):
-    """How a client and a strategy reach an edge; a small value that pickles."""
-
-    @property
-    def name(self) -> str:
-        """The place's name in routes."""
-
-    def start(self, task: Any) -> str:
-        """Start the edge for a run (strategy's side); return its address."""
-
-    def connect(self, address: str) -> Transport:
-        """Reach the edge at an address."""
-
-    def stop(self, address: str) -> None:
-        """End the edge at an address."""
-
-
 @dataclass
 class CountingTransport:
     """Count the payload bytes that go through another transport."""

@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import NotSplittable
-from flwr_smartsplit.split.fake_tensors import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import (
+    DryRun,
+    constants_of,
+    fake_batch,
+    fake_copy,
+    warnings_ignored,
+)
 from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.cut_points import (
@@ -28,6 +33,7 @@ from flwr_smartsplit.split.trace.cut_points import (
 from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder, storages_of
 
 
+@warnings_ignored()
 def declared_units(
     model: nn.Module, units: Sequence[Unit], example_inputs: Batch
 ) -> tuple[tuple[Unit, ...], dict[str, str]]:
@@ -127,7 +133,7 @@ def _dry_run(
     model: nn.Module, units: Sequence[Unit], inputs: Batch, *, training: bool
 ) -> list[NodeFacts]:
     """Run the units one by one under fake tensors; each sees only what it reads."""
-    mode, recorder = FakeTensorMode(), Recorder()
+    mode, recorder = DryRun(), Recorder()
     whole = fake_copy(Segment(units, 0, model), mode)
     odd = odd_modes(model)
     value: Any = fake_batch(inputs, mode, batch_size=2)

@@ -14,7 +14,7 @@ from flwr_smartsplit.plan.selection.selection import (
     place,
     sample_clients,
 )
-from simulations.method import Method, Setting
+from simulations.methods.method import Method, Setting
 from simulations.methods.splitting import split_strategy
 
 

@@ -24,11 +24,16 @@ from functools import partial
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from simulations.experiment import Experiment
-from simulations.method import Method, Setting
-from simulations.models_depth import depth_model_fn, max_depth
-from simulations.nested_rounds import Ladder, NestedRounds, Variant, variant_of
-from simulations.variants import DEPTH, DISTILLATION, depth_task
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.models_depth import depth_model_fn, max_depth
+from simulations.methods.method import Method, Setting
+from simulations.methods.submodels.nested_rounds import (
+    Ladder,
+    NestedRounds,
+    Variant,
+    variant_of,
+)
+from simulations.methods.submodels.variants import DEPTH, DISTILLATION, depth_task
 
 RAMP_FRACTION = 0.3
 """Share of the rounds in which the weight of distillation rises to 1."""

@@ -11,8 +11,8 @@ Deep Networks from Decentralized Data. AISTATS 2017. arXiv:1602.05629.
 
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from simulations.journalled import ASKED_BY_SAMPLER, Journalled
-from simulations.method import Method, Setting
+from simulations.methods.journalled import ASKED_BY_SAMPLER, Journalled
+from simulations.methods.method import Method, Setting
 
 
 def build_strategy(setting: Setting) -> Strategy:

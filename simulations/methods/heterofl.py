@@ -24,11 +24,16 @@ for Heterogeneous Clients. ICLR 2021. arXiv:2010.01264.
 
 from flwr.serverapp.strategy import Strategy
 
-from simulations.data import load_images
-from simulations.experiment import Experiment
-from simulations.method import Method, Setting
-from simulations.nested_rounds import Ladder, NestedRounds, Variant, variant_of
-from simulations.variants import WIDTH, local_labels, width_task
+from simulations.experiments.data import load_images
+from simulations.experiments.experiment import Experiment
+from simulations.methods.method import Method, Setting
+from simulations.methods.submodels.nested_rounds import (
+    Ladder,
+    NestedRounds,
+    Variant,
+    variant_of,
+)
+from simulations.methods.submodels.variants import WIDTH, local_labels, width_task
 
 WIDTHS = (1.0, 0.5, 0.25, 0.125)
 """Shares of the channels: the paper's computation complexity levels a to d."""

@@ -30,8 +30,8 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from simulations.journalled import ASKED_BY_SAMPLER, Journalled
-from simulations.method import Method, Setting
+from simulations.methods.journalled import ASKED_BY_SAMPLER, Journalled
+from simulations.methods.method import Method, Setting
 
 
 def stock_method(name: str, inner_fn: Callable[..., FedAvg], *, rule: str) -> Method:

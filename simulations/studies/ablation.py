@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from simulations.fleets import heavy_phones, phones_near_edge
-from simulations.partitions import Dirichlet
+from simulations.experiments.partitions import Dirichlet
+from simulations.fleets.presets import heavy_phones, phones_near_edge
 from simulations.studies.accuracy import DIGITS, FASHION, many_of
 from simulations.studies.study import Case, Study
 

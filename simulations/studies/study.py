@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simulations.errors import ExperimentError
-from simulations.experiment import Experiment
-from simulations.fleets import name_of
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.experiment import Experiment
+from simulations.fleets.presets import name_of
 from simulations.methods import METHODS
 
 NOT_SETTINGS = ("name", "methods", "seed", "data_dir", "num_workers", "in_process")

@@ -10,6 +10,7 @@ from flwr_smartsplit.device import budget_adapter as adapting
 from flwr_smartsplit.device.budget_adapter import Adapter
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
 from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.protocol import HoldState
 from flwr_smartsplit.edge.tensors import state_digest
@@ -53,7 +54,7 @@ class Listed(MemoryBudget):
 
 
 @pytest.fixture
-def edge() -> Iterator[tuple[LocalEdge, str]]:
+def edge() -> Iterator[tuple[Edge, str]]:
     """Start an edge that holds the first state."""
     edge = LocalEdge()
     address = edge.start(TASK)
@@ -64,7 +65,7 @@ def edge() -> Iterator[tuple[LocalEdge, str]]:
 
 
 def run(
-    edge: tuple[LocalEdge, str],
+    edge: tuple[Edge, str],
     budgets: Sequence[int | None] | None,
     *,
     task: Task = TASK,

@@ -14,6 +14,7 @@ from flwr_smartsplit import Route
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
 from flwr_smartsplit.device.route_runner import Walk
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.edge.tensors import WireTensor, state_digest
@@ -77,7 +78,7 @@ def opening(session: str, **changes: Any) -> wire.OpenSession:
     return replace(plain, **changes)
 
 
-def train(client: int, edge: LocalEdge, address: str, between: Any = None) -> Outcome:
+def train(client: int, edge: Edge, address: str, between: Any = None) -> Outcome:
     """Train a client whose tail is at an edge."""
     plan = client_plan(client, Route.split(4), STATE, addresses={EDGE: address})
     conditions = Conditions(
@@ -100,7 +101,7 @@ def whole() -> list[Outcome]:
 
 
 @pytest.fixture
-def tight() -> Iterator[tuple[LocalEdge, str]]:
+def tight() -> Iterator[tuple[Edge, str]]:
     """Start an edge with memory for one client."""
     edge = LocalEdge(memory_bytes=need().memory_bytes)
     address = edge.start(TASK)
@@ -233,7 +234,7 @@ def test_a_round_that_ends_while_room_is_worked_out_leaves_none_taken(
 
 
 def test_who_finds_no_room_waits_for_it(
-    whole: list[Outcome], tight: tuple[LocalEdge, str]
+    whole: list[Outcome], tight: tuple[Edge, str]
 ) -> None:
     """Both clients end with the bits they have where there is room for both."""
     outcomes: dict[int, Outcome] = {}
@@ -262,7 +263,7 @@ def test_who_finds_no_room_waits_for_it(
         assert found.digest == wanted.digest
 
 
-def test_whose_patience_ends_sits_the_round_out(tight: tuple[LocalEdge, str]) -> None:
+def test_whose_patience_ends_sits_the_round_out(tight: tuple[Edge, str]) -> None:
     """With the numbers in the report; the one inside goes on."""
     edge, address = tight
     edge.connect(address).send(opening("b"))
@@ -273,12 +274,12 @@ def test_whose_patience_ends_sits_the_round_out(tight: tuple[LocalEdge, str]) ->
     edge.connect(address).send(wire.Seal("b", _life(edge, address) + "t", 0))
 
 
-def _life(edge: LocalEdge, address: str) -> str:
+def _life(edge: Edge, address: str) -> str:
     return edge.connect(address).send(wire.IsHeld(DIGEST)).incarnation
 
 
 def test_a_cut_moves_as_far_as_there_is_room(
-    whole: list[Outcome], tight: tuple[LocalEdge, str]
+    whole: list[Outcome], tight: tuple[Edge, str]
 ) -> None:
     """Earlier is refused, and the session is as it was; later and back is not."""
     refused: list[RefusedMove] = []
@@ -304,7 +305,7 @@ def test_a_cut_moves_as_far_as_there_is_room(
 
 
 def test_a_moved_cut_gives_room_back_with_the_next_step(
-    tight: tuple[LocalEdge, str],
+    tight: tuple[Edge, str],
 ) -> None:
     """What a later cut leaves is for others; coming back is refused then."""
     edge, address = tight

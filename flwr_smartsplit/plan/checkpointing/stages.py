@@ -92,7 +92,8 @@ def stages_of(
     for index in range(leg.start, leg.stop):
         pending.append(index)
         step = profile.units[index].step
-        if step.output_bytes and step.is_output_saved and index < leg.stop - 1:
+        is_place = step.is_output_saved and not step.crossing_bytes
+        if step.output_bytes and is_place and index < leg.stop - 1:
             found.append(_merged(profile, pending, costs))
             pending = []
     found.append(_merged(profile, pending, costs))
@@ -127,7 +128,7 @@ def _merged(
     passing = alive = 0
     for step in plain:
         passing = max(passing, alive + step.passing_peak_bytes)
-        alive = step.output_bytes or alive
+        alive = step.crossing_bytes or step.output_bytes or alive
     arriving = (step.arriving_bytes for step in reversed(plain))
     return Stage(
         start=indices[0],
@@ -167,7 +168,7 @@ def _way(steps: Sequence[StepBytes]) -> Way:
         forward = max(forward, saved + alive + step.forward_peak_bytes)
         kept = saved + step.kept_bytes
         saved += step.saved_bytes
-        if step.output_bytes:
+        if step.output_bytes or step.crossing_bytes:
             alive = 0 if step.is_output_saved else step.output_bytes
     backward = left = 0
     for step, held in zip(reversed(steps), reversed(before), strict=True):

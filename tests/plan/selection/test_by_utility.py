@@ -17,7 +17,7 @@ from flwr_smartsplit.plan.selection.selection import (
 )
 from flwr_smartsplit.plan.selection.surrogate import Surrogate
 from flwr_smartsplit.types import EdgeProfile, Route
-from simulations.scale.planning import utility_of
+from simulations.studies.scale.planning import utility_of
 from tests.plan.fleets import candidate, request, seen
 
 NOTHING = SelectByUtility(loss=0, memory=0, speed=0, coverage=0, waiting=0)
