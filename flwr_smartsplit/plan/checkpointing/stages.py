@@ -87,7 +87,8 @@ def stages_of(profile: ChainProfile, leg: Leg) -> tuple[Stage, ...]:
     for index in range(leg.start, leg.stop):
         pending.append(index)
         step = profile.units[index].step
-        if step.output_bytes and step.is_output_saved and index < leg.stop - 1:
+        is_place = step.is_output_saved and not step.crossing_bytes
+        if step.output_bytes and is_place and index < leg.stop - 1:
             found.append(_merged(profile, pending))
             pending = []
     found.append(_merged(profile, pending))
@@ -112,7 +113,7 @@ def _merged(profile: ChainProfile, indices: Sequence[int]) -> Stage:
     passing = alive = 0
     for step in plain:
         passing = max(passing, alive + step.passing_peak_bytes)
-        alive = step.output_bytes or alive
+        alive = step.crossing_bytes or step.output_bytes or alive
     arriving = (step.arriving_bytes for step in reversed(plain))
     return Stage(
         start=indices[0],
@@ -139,7 +140,7 @@ def _run_of(steps: Sequence[StepBytes]) -> StageRun:
         forward = max(forward, saved + alive + step.forward_peak_bytes)
         kept = saved + step.kept_bytes
         saved += step.saved_bytes
-        if step.output_bytes:
+        if step.output_bytes or step.crossing_bytes:
             alive = 0 if step.is_output_saved else step.output_bytes
     backward = left = 0
     for step, held in zip(reversed(steps), reversed(before), strict=True):
