@@ -70,13 +70,6 @@ def model_fn(experiment: Experiment) -> Callable[[], nn.Module]:
 def narrow_model_fn(experiment: Experiment, width: float) -> Callable[[], nn.Module]:
     """Return the function that builds the model with a share of its channels.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        Says which model, for which data.
-    width : float
-        Share of the channels; 1 is the experiment's model.
-
     Raises
     ------
     ExperimentError

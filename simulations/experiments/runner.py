@@ -69,17 +69,6 @@ def prepare(
 ) -> Prepared:
     """Make the fleet and start a results folder.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        What will be run.
-    out : Path
-        The results folder; journals of an earlier run in it are removed.
-    provenance : Provenance
-        Stored with the configuration.
-    kept : Collection[str]
-        Methods whose journals and marks stay, because they have finished.
-
     Raises
     ------
     ExperimentError

@@ -247,13 +247,6 @@ def stretches_of(
 ) -> list[Stretch]:
     """Divide a round where its cut moves or its recompute plan changes.
 
-    Parameters
-    ----------
-    planned : Stretch
-        All steps, as they were planned.
-    moves, replans : Sequence[Mapping]
-        As a journal has them.
-
     Examples
     --------
     >>> whole = Stretch(num_steps=5, route=Route.split(3), recompute=KEEP_ALL)

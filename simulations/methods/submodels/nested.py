@@ -37,13 +37,6 @@ class Share:
 def cut_state(state: State, shapes: Shapes) -> dict[str, npt.NDArray[Any]]:
     """Take the part of a state that a smaller model holds.
 
-    Parameters
-    ----------
-    state : Mapping[str, ndarray]
-        The whole model's arrays.
-    shapes : Mapping[str, tuple[int, ...]]
-        The shape of each array of the smaller model.
-
     Examples
     --------
     >>> cut_state({"w": np.arange(6).reshape(2, 3), "b": np.ones(1)}, {"w": (1, 2)})
@@ -58,13 +51,6 @@ def average_shares(
     """Replace each value by its weighted mean over the clients that trained it.
 
     Sums are in float64 and rounded once; they are made in the order of the shares.
-
-    Parameters
-    ----------
-    state : Mapping[str, ndarray]
-        The whole model before; a value that nobody trained stays as it is.
-    shares : Iterable[Share]
-        What the clients trained.
 
     Examples
     --------

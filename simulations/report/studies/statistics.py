@@ -45,11 +45,6 @@ class Estimate:
 def estimate(values: Sequence[float]) -> Estimate | None:
     """Return the mean with its t interval; None of nothing.
 
-    Parameters
-    ----------
-    values : Sequence[float]
-        One per seed, taken as draws from one normal distribution.
-
     Examples
     --------
     >>> estimate([0.1, 0.2, 0.3]).text()
@@ -69,11 +64,6 @@ def paired_difference(
     first: Mapping[int, float], second: Mapping[int, float]
 ) -> Estimate | None:
     """Estimate ``first - second`` from the seeds that both have.
-
-    Parameters
-    ----------
-    first, second : Mapping[int, float]
-        A value for each seed.
 
     Examples
     --------

@@ -112,15 +112,6 @@ def measured_peak_bytes(
 ) -> int:
     """Measure the peak of a device's part of a step.
 
-    Parameters
-    ----------
-    runner : SegmentRunner
-        The device's segment, with its plan.
-    batch : tuple[Tensor, Tensor]
-        Inputs and targets, both held.
-    gradient : WireTensor
-        What the edge would send back.
-
     Returns
     -------
     int

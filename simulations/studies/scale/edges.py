@@ -85,15 +85,6 @@ def needed_bytes(case: EdgeCase) -> TailBytes:
 def measure_edge(case: EdgeCase, num_clients: int, *, seed: int) -> dict[str, Any]:
     """Train the tails of many clients, two at a time, within a budget for two.
 
-    Parameters
-    ----------
-    case : EdgeCase
-        What is hosted.
-    num_clients : int
-        How many clients are selected in the round.
-    seed : int
-        Draws the state and the batch.
-
     Returns
     -------
     dict[str, Any]

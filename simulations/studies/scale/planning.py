@@ -40,13 +40,6 @@ def measure_planning(
 ) -> dict[str, Any]:
     """Plan the same round a few times; compare with a choice among all.
 
-    Parameters
-    ----------
-    num_devices, num_selected : int
-        Size of the fleet, and how many of it are chosen.
-    seed : int
-        Root of all chance.
-
     Returns
     -------
     dict[str, Any]
