@@ -1,8 +1,11 @@
 # Every target works alone on a fresh clone: what it needs is built first.
 
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The versions that are known to work, whatever was released since.
+PINS := --constraint constraints.txt
 CHECKED := flwr_smartsplit simulations
 # A file's tests stay together, since they share what they have set up; the files come
 # in the order of tests/conftest.py, the long ones first.
@@ -22,16 +25,16 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export NO_MKDOCS_2_WARNING = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate test lint docs format clean
+.PHONY: help install simulate test test-all test-matrix lint docs format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make .venv and install the package for development
 
-$(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --editable '.[dev]'
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PINS) --editable '.[dev]'
 	@touch $@
 
 simulate: $(INSTALLED) ## Run the quickstart simulation (ARGS="..." is passed on)
@@ -39,6 +42,14 @@ simulate: $(INSTALLED) ## Run the quickstart simulation (ARGS="..." is passed on
 
 test: lint docs ## Check everything, then run the tests (ARGS="-m slow" goes to pytest)
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-all: lint docs ## Check everything, then run all tests, the slow ones too
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not network" $(ARGS)
+
+test-matrix: ## Run the tests on the newest versions there are, in .venv-matrix
+	rm -rf .venv-matrix
+	$(MAKE) install VENV=.venv-matrix PINS=
+	@.venv-matrix/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(INSTALLED) ## Check format, style and types
 	$(BIN)/ruff format --check
@@ -53,5 +64,5 @@ format: $(INSTALLED) ## Format the code and repair what can be repaired
 	$(BIN)/ruff check --fix
 
 clean: ## Remove .venv, caches and everything that was built or run
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
+	rm -rf .venv .venv-matrix .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.flower.client_app import build_client_app
     from flwr_smartsplit.flower.legacy_strategy import LegacySmartSplit
     from flwr_smartsplit.flower.observations import measured_seconds
+    from flwr_smartsplit.flower.planning import Planning
     from flwr_smartsplit.flower.strategy import SmartSplit
     from flwr_smartsplit.memory.budget import MemoryBudget
     from flwr_smartsplit.memory.cap import memory_cap
@@ -31,14 +32,22 @@ if TYPE_CHECKING:
     from flwr_smartsplit.split.segment import Unit
     from flwr_smartsplit.task import Task
     from flwr_smartsplit.train.fedprox import proximal
-    from flwr_smartsplit.types import DeviceTraits, Link, RecomputePlan, Route
+    from flwr_smartsplit.types import (
+        Constraints,
+        DeviceTraits,
+        Link,
+        RecomputePlan,
+        Route,
+    )
 
 __all__ = [
     "Chain",
+    "Constraints",
     "DeviceTraits",
     "LegacySmartSplit",
     "Link",
     "MemoryBudget",
+    "Planning",
     "RayEdge",
     "RecomputePlan",
     "Route",
@@ -63,10 +72,12 @@ __all__ = [
 
 _HOMES = {
     "Chain": "split.chain",
+    "Constraints": "types",
     "DeviceTraits": "types",
     "LegacySmartSplit": "flower.legacy_strategy",
     "Link": "types",
     "MemoryBudget": "memory.budget",
+    "Planning": "flower.planning",
     "RayEdge": "edge.hosts.ray",
     "RecomputePlan": "types",
     "Route": "types",

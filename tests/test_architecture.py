@@ -23,10 +23,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
     "Chain",
+    "Constraints",
     "DeviceTraits",
     "LegacySmartSplit",
     "Link",
     "MemoryBudget",
+    "Planning",
     "RayEdge",
     "RecomputePlan",
     "Route",

@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.optim import SGD, Adam
 from torchvision import models
 
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.split.build import parameters_on_meta
-from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import (
+    DryRun,
+    fake_batch,
+    fake_copy,
+    warnings_ignored,
+)
 from flwr_smartsplit.split.trace.cut_points import torch_log_silenced
 from flwr_smartsplit.task import Task
 
@@ -35,6 +39,7 @@ class UnknownModel(SmartSplitError):
     """A MODEL, or an optimizer, that the command line cannot build."""
 
 
+@warnings_ignored()
 def task_of(
     model: str, *, input_shape: tuple[int, ...] | None = None, optimizer: str = "sgd"
 ) -> Task:
@@ -165,7 +170,7 @@ def mean_cross_entropy(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
 
 def _num_classes(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Read off a dry run how many classes a module tells apart."""
-    mode = FakeTensorMode()
+    mode = DryRun()
     module = fake_copy(model, mode)
     inputs = fake_batch(torch.zeros(1, *input_shape), mode, batch_size=2)
     try:

@@ -256,7 +256,7 @@ class Walk:
         )
         del boundary  # It shares the memory of what was sent.
         self.advice = stepped.advice
-        head.backward(stepped.gradient.unpack)
+        head.backward(lambda: (stepped.gradient.unpack(),))
         self._update(stepped.norms)
         return stepped.loss
 
@@ -267,20 +267,20 @@ class Walk:
         num_examples = int(targets.shape[0])
         forwarded = link.forward(step, boundary, num_examples, self._norm)
         del boundary
-        loss, gradient = tail.finish(
+        loss, gradients = tail.finish(
             unpacked(forwarded), targets, step=step, inputs_are_boundary=True
         )
         mean_loss = float(loss)
         del loss
-        if gradient is None:
+        if not gradients:
             raise RuntimeError("the last segment gave its boundary no gradient.")
         if self._task.max_gradient_norm is None:
             tail.release_gradients()  # They have been used.
-        sent = WireTensor.pack(gradient)
-        del gradient
+        sent = WireTensor.pack(gradients[0])
+        del gradients
         returned = link.backward(step, sent)
         del sent
-        head.backward(returned.gradient.unpack)
+        head.backward(lambda: (returned.gradient.unpack(),))
         self._update(returned.norms)
         return mean_loss
 

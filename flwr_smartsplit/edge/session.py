@@ -208,7 +208,7 @@ class Session:
     def _train(self, request: wire.TrainStep) -> wire.Stepped:
         self.num_examples += request.targets.shape[0]
         if self.onward is None:
-            loss, gradient = self.runner.finish(
+            loss, gradients = self.runner.finish(
                 unpacked(request),
                 request.targets.unpack(),
                 step=request.step,
@@ -216,16 +216,16 @@ class Session:
             )
             mean_loss, norms = float(loss), self.runner.gradient_norms()
             advice = self._advice(request, mean_loss)
-            return wire.Stepped(mean_loss, _packed_gradient(gradient), norms, advice)
+            return wire.Stepped(mean_loss, _packed_gradient(gradients), norms, advice)
         boundary = packed(self._enter(request))
         stepped = self.onward.train(
             request.step, boundary, request.targets, request.norm
         )
         del boundary  # It shares the memory of what was sent.
-        gradient = self.runner.backward(stepped.gradient.unpack)
+        gradients = self.runner.backward(lambda: (stepped.gradient.unpack(),))
         norms = {**stepped.norms, **self.runner.gradient_norms()}
         advice = self._advice(request, stepped.loss)
-        return wire.Stepped(stepped.loss, _packed_gradient(gradient), norms, advice)
+        return wire.Stepped(stepped.loss, _packed_gradient(gradients), norms, advice)
 
     def _forward(self, request: wire.ForwardStep) -> wire.Forwarded:
         self.num_examples += request.num_examples
@@ -241,7 +241,7 @@ class Session:
         if self.onward is not None:
             returned = self.onward.backward(request.step, gradient)
             gradient, norms = returned.gradient, dict(returned.norms)
-        incoming = self.runner.backward(gradient.unpack)
+        incoming = self.runner.backward(lambda: (gradient.unpack(),))
         norms |= self.runner.gradient_norms()
         return wire.Returned(_packed_gradient(incoming), norms)
 
@@ -252,10 +252,10 @@ class Session:
         )
 
 
-def _packed_gradient(gradient: Tensor | None) -> WireTensor:
-    if gradient is None:
+def _packed_gradient(gradients: tuple[Tensor, ...]) -> WireTensor:
+    if not gradients:
         raise RuntimeError("the segment gave its boundary no gradient.")
-    return WireTensor.pack(gradient)
+    return WireTensor.pack(gradients[0])
 
 
 def _place_of(request: Any) -> int:

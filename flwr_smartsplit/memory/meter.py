@@ -25,6 +25,8 @@ BATCH = "batch"
 BEING_BUILT = "parameters and buffers being built"
 BUILDING = "building"
 
+_LIFT = torch.ops.aten.lift_fresh.default
+"""Takes a constant, which a dry run replaces: two tensors where a real step has one."""
 _SEQUENCES = (tuple, list)  # A union type would be made anew at every use.
 
 _here = threading.local()
@@ -163,9 +165,10 @@ class MemoryMeter(TorchDispatchMode):
         if getattr(_here, "pauses", 0):
             return func(*args, **kwargs)
         before = self.live_bytes
-        self._see_all(args)
-        if kwargs:
-            self._see_all(kwargs.values())
+        if func is not _LIFT:
+            self._see_all(args)
+            if kwargs:
+                self._see_all(kwargs.values())
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._see(result)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flwr_smartsplit.profile.memory_trace import (
     UNKNOWN,
@@ -13,7 +12,12 @@ from flwr_smartsplit.profile.memory_trace import (
     Used,
 )
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import (
+    DryRun,
+    constants_of,
+    fake_batch,
+    fake_copy,
+)
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
@@ -36,7 +40,7 @@ class DryStep:
         is_lean = task.max_gradient_norm is None
         # Both look at values, and hold nothing that a plain step does not.
         task = replace(task, max_gradient_norm=None, schedule_fn=None)
-        self._mode, self.meter = FakeTensorMode(), LoggingMeter()
+        self._mode, self.meter = DryRun(), LoggingMeter()
         self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
         self.observed = Observed(self.segment, self.meter)
         self._batch = fake_batch(

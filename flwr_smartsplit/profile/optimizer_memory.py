@@ -5,11 +5,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.fake_tensors import fake_like
+from flwr_smartsplit.split.fake_tensors import DryRun, fake_like
 from flwr_smartsplit.task import Task
 
 _Signature = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
@@ -36,7 +35,7 @@ class OptimizerCosts:
         """Size of what the optimizer makes at once, also without any gradient."""
         if not parameters:
             return 0
-        mode, meter = FakeTensorMode(), MemoryMeter()
+        mode, meter = DryRun(), MemoryMeter()
         twins = [fake_like(parameter, mode) for parameter in parameters]
         with mode:
             optimizer = self._built(twins)
@@ -71,7 +70,7 @@ class OptimizerCosts:
     def _dry_run(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
         if not parameters:
             return 0, 0
-        mode, meter = FakeTensorMode(), MemoryMeter()
+        mode, meter = DryRun(), MemoryMeter()
         twins = [fake_like(parameter, mode) for parameter in parameters]
         with mode:
             for twin in twins:

@@ -24,7 +24,7 @@ from flwr_smartsplit.profile.memory_trace import StepLog
 from flwr_smartsplit.profile.optimizer_memory import OptimizerCosts
 from flwr_smartsplit.profile.unit_memory import step_bytes, unit_flops
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import constants_of
+from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.optimizer_in_backward import early_ones
 from flwr_smartsplit.types import ChainProfile, UnitCost
@@ -83,6 +83,7 @@ def profile_chain(
     return profile
 
 
+@warnings_ignored()
 def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     try:
         log = log_step(chain, batch_size=batch_size, task=task)

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_smartsplit.profile.fake_step import DryStep
 from flwr_smartsplit.profile.memory_trace import LoggingMeter, StepLog, highest
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import autocast_of
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes
@@ -158,7 +157,7 @@ def _passing_peaks(
     chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
 ) -> list[int]:
     """Find the most that each unit makes in a forward that keeps nothing."""
-    mode, meter = FakeTensorMode(), LoggingMeter()
+    mode, meter = DryRun(), LoggingMeter()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
     meter.track(segment, batch)
@@ -231,7 +230,7 @@ def unit_flops(chain: Chain, *, batch_size: int) -> list[tuple[int, int]]:
     There checkpointing stops when it runs a unit again. This is apart from the meter,
     which a counter disturbs.
     """
-    mode = FakeTensorMode()
+    mode = DryRun()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
     counter = FlopCounterMode(display=False)

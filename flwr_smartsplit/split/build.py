@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.memory.meter import BUILDING, phase, unmetered
 from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.layout import is_dense
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
@@ -67,6 +68,7 @@ def parameters_on_meta() -> Iterator[None]:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+@warnings_ignored()
 def build_chain(task: Task) -> Chain:
     """Read the task's model as a chain without allocating its parameters.
 

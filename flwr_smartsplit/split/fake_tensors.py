@@ -2,16 +2,103 @@
 
 import copy
 import math
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from flwr_smartsplit.split.layout import is_dense
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# Operators whose first result torch lays out otherwise under fake tensors: the CPU's
+# kernels make it contiguous, or in the format that their first input suggests.
+_aten = torch.ops.aten
+_PACKED = {_aten.log_sigmoid_forward.default, _aten.rrelu_with_noise.default}
+_SUGGESTED = {
+    _aten.channel_shuffle.default,
+    _aten.native_batch_norm.default,
+    _aten.native_group_norm.default,
+    _aten.native_group_norm_backward.default,
+}
+
+
+class DryRun(FakeTensorMode):
+    """Fake tensors, each laid out as the CPU's kernels lay it out.
+
+    The layout decides which later operators copy, and so what a step holds.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        """Run an operator, and lay its first result out anew where torch errs."""
+        result: Any = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _SUGGESTED:
+            layout = suggest_memory_format(args[0])
+        elif func in _PACKED:
+            layout = torch.contiguous_format
+        else:
+            return result
+        with self:
+            if isinstance(result, Tensor):
+                return result.contiguous(memory_format=layout)
+            first, *others = result
+            if first is not None:  # Backward may be asked for other gradients only.
+                first = first.contiguous(memory_format=layout)
+            return (first, *others)
+
+
+class _Filters:
+    """Python's list of warning filters, which all threads share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_blocks = 0
+        self._before: Any = None
+
+    def ignore(self) -> None:
+        """Ignore every warning until as many blocks have ended as began."""
+        with self._lock:
+            if self._num_blocks == 0:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore")
+            self._num_blocks += 1
+
+    def restore(self) -> None:
+        """Put the user's filters back if this block was the last."""
+        with self._lock:
+            self._num_blocks -= 1
+            if self._num_blocks == 0:
+                self._before.__exit__(None, None, None)
+
+
+_filters = _Filters()
+
+
+@contextmanager
+def warnings_ignored() -> Iterator[None]:
+    """Let no warning of a dry run raise, also where the user makes them errors.
+
+    A dry run is none of the user's; the real step warns for itself.
+    """
+    _filters.ignore()
+    try:
+        yield
+    finally:
+        _filters.restore()
 
 
 def fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -6,9 +6,10 @@ hidden state as it is in the batch: the library leaves it out where nothing is p
 which only its values can say.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -221,7 +222,7 @@ def _run_gpt2(
 ) -> Any:
     make_mask = _library("masking_utils").create_causal_mask
     mask = make_mask(config, hidden, attention_mask, None)
-    return layer(hidden, past_key_values=_cache(config), attention_mask=mask)
+    return layer(hidden, attention_mask=mask, **_cache(config, layer))
 
 
 def _embed_llama(
@@ -239,7 +240,7 @@ def _run_llama(config: Any, layer: nn.Module, hidden: Tensor, *context: Tensor) 
         hidden,
         attention_mask=make_mask(config, hidden, attention_mask, None),
         position_embeddings=context[:2],
-        past_key_values=_cache(config),
+        **_cache(config, layer),
     )
 
 
@@ -247,11 +248,19 @@ def _positions(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
 
 
-def _cache(config: Any) -> Any:
+def _cache(config: Any, layer: nn.Module) -> dict[str, Any]:
     """Let keys and values be laid out as in the stock model, which keeps them."""
     if not config.use_cache:
-        return None
-    return _library("cache_utils").DynamicCache(config=config)
+        return {}
+    name = _cache_argument(type(layer).forward)
+    return {name: _library("cache_utils").DynamicCache(config=config)}
+
+
+@cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    """Name a layer's argument for its cache, which transformers has renamed."""
+    is_new = "cache" in inspect.signature(forward).parameters
+    return "cache" if is_new else "past_key_values"
 
 
 _GPT2 = partial(

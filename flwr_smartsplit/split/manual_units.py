@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flwr_smartsplit.errors import NotSplittable
-from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import (
+    DryRun,
+    fake_batch,
+    fake_copy,
+    warnings_ignored,
+)
 from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.cut_points import (
@@ -27,6 +31,7 @@ from flwr_smartsplit.split.trace.cut_points import (
 from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder
 
 
+@warnings_ignored()
 def declared_units(
     model: nn.Module, units: Sequence[Unit], example_inputs: Batch
 ) -> tuple[tuple[Unit, ...], dict[str, str]]:
@@ -120,7 +125,7 @@ def _dry_run(
     model: nn.Module, units: Sequence[Unit], inputs: Batch, *, training: bool
 ) -> list[NodeFacts]:
     """Run the units one by one under fake tensors; each sees only what it reads."""
-    mode, recorder = FakeTensorMode(), Recorder()
+    mode, recorder = DryRun(), Recorder()
     whole = fake_copy(Segment(units, 0, model), mode)
     odd = odd_modes(model)
     value: Any = fake_batch(inputs, mode, batch_size=2)

@@ -31,6 +31,8 @@ from flwr_smartsplit.train.optimizer_in_backward import (
 )
 from flwr_smartsplit.types import KEEP_ALL
 
+Gradients = tuple[Tensor, ...]
+
 
 class SegmentRunner:
     """Train or evaluate one segment at one place.
@@ -109,23 +111,25 @@ class SegmentRunner:
         self._entry = GradientEntry.apply(boundary[0], self._receive)
         return tuple(tensor.detach() for tensor in boundary)
 
-    def backward(self, receive: Callable[[], Tensor]) -> Tensor | None:
-        """End a step from the gradient of its outgoing boundary, and update.
+    def backward(self, receive: Callable[[], Gradients]) -> Gradients:
+        """End a step from the gradients of its outgoing boundary, and update.
 
         Parameters
         ----------
-        receive : Callable[[], Tensor]
-            Makes the gradient, when the engine needs it and for the engine alone.
+        receive : Callable[[], tuple[Tensor, ...]]
+            Makes the gradients of those outgoing tensors that need one, in order, when
+            the engine needs them and for the engine alone.
 
         Returns
         -------
-        Tensor or None
-            The gradient of the incoming boundary, if there is one.
+        tuple[Tensor, ...]
+            The gradients of those incoming tensors that need one, in order; ``()``
+            where nothing goes back.
         """
         entry, self._entry = self._entry, None
         if entry is None:
             raise RuntimeError("backward without forward: the step has no graph.")
-        self._receive[:] = [receive]
+        self._receive[:] = [lambda: receive()[0]]
         with phase("backward"), self._early_updates():
             entry.backward(torch.empty_like(entry))
         del entry
@@ -133,15 +137,15 @@ class SegmentRunner:
 
     def finish(
         self, inputs: Batch, targets: Tensor, *, step: int, inputs_are_boundary: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Gradients]:
         """Do a whole step where the route ends: forward, loss, backward, update.
 
         Returns
         -------
         loss : Tensor
             The detached mean loss of the batch.
-        gradient : Tensor or None
-            The gradient of the incoming boundary, if there is one.
+        gradients : tuple[Tensor, ...]
+            As ``backward`` returns them.
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
         with phase("loss"), autocast_of(self.task):
@@ -226,11 +230,13 @@ class SegmentRunner:
         leaf = GradientExit.apply(trigger, boundary, self._input_gradients)
         return (leaf, *context) if context else leaf
 
-    def _end(self) -> Tensor | None:
-        """Update, unless that has to wait; return the incoming boundary's gradient."""
+    def _end(self) -> Gradients:
+        """Update, unless that has to wait; return what goes back."""
         if self.task.max_gradient_norm is None:
             self.update()
-        return self._input_gradients.pop() if self._input_gradients else None
+        gradients = tuple(self._input_gradients)
+        self._input_gradients.clear()
+        return gradients
 
 
 def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.split.build import materialise
 from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.split.sharing import share
 from flwr_smartsplit.task import Task
@@ -259,6 +260,7 @@ def _as_text(value: Any) -> str:
     return repr(value.tolist() if isinstance(value, Tensor) else value)
 
 
+@warnings_ignored()
 def _replay(runner: SegmentRunner, num_steps: int) -> None:
     """Bring a new optimizer and its schedule to this step.
 

@@ -145,6 +145,9 @@ class ClientPlan:
         How important the client was after its last round; 0 if that is not known.
     num_examples : int
         Its examples, as far as the strategy knows.
+    attempt : int
+        How often it was asked before in this round: an attempt opens sessions of its
+        own.
 
     Raises
     ------
@@ -170,6 +173,7 @@ class ClientPlan:
     cohort: Cohort | None = None
     importance: float = 0.0
     num_examples: int = 0
+    attempt: int = 0
 
     def __post_init__(self) -> None:
         """Refuse to compare a client of whom nothing is known."""
@@ -182,5 +186,5 @@ class ClientPlan:
             )
 
     def session(self, place: str) -> str:
-        """Name this client's session at one place in this round."""
-        return f"{self.round_number}/{self.client_key}/{place}"
+        """Name this client's session at one place in this round and attempt."""
+        return f"{self.round_number}.{self.attempt}/{self.client_key}/{place}"

@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import (
+    DryRun,
+    fake_batch,
+    fake_copy,
+    warnings_ignored,
+)
 from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.lr_schedule import scheduler_of
@@ -152,9 +156,10 @@ class _Chance(_Draws):
             torch.default_generator.manual_seed(seed)
 
 
+@warnings_ignored()
 def _first_draws(chain: Chain, inputs: Batch) -> dict[int, int]:
     """Find the number of each unit's first draw among all draws of a forward."""
-    mode, draws = FakeTensorMode(), _Draws()
+    mode, draws = DryRun(), _Draws()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(inputs, mode, batch_size=len(tree_leaves(inputs)[0]))
     counts = [0]

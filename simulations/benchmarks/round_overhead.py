@@ -36,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
-from flwr_smartsplit import LegacySmartSplit, Route, SmartSplit
+from flwr_smartsplit import LegacySmartSplit, Planning, Route, SmartSplit
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.edge.weighted_mean import add_states, merge
 from flwr_smartsplit.flower import messages
@@ -154,9 +154,13 @@ def message_ways(setting: Setting, grid: Grid) -> dict[str, Rounds]:
     strategies = {
         PLAIN_FEDAVG: FedAvg(**shared),
         FEDAVG: FedAvg(**shared),
-        SMARTSPLIT: SmartSplit(task, journal=ours, **shared),
+        SMARTSPLIT: SmartSplit(task, strategy=FedAvg(**shared), journal=ours),
         ALL_SPLIT: SmartSplit(
-            task, EDGES, choose_route=first_cut, journal=split, **shared
+            task,
+            EDGES,
+            strategy=FedAvg(**shared),
+            planning=Planning(choose_route=first_cut),
+            journal=split,
         ),
     }
     return {
@@ -178,9 +182,15 @@ def legacy_ways(setting: Setting, grid: Grid) -> dict[str, Rounds]:
             on_fit_config_fn=lambda _: config_of(PLAIN_FEDAVG), **shared
         ),
         FEDAVG: legacy.FedAvg(**shared),
-        SMARTSPLIT: LegacySmartSplit(task, journal=ours, **shared),
+        SMARTSPLIT: LegacySmartSplit(
+            task, strategy=legacy.FedAvg(**shared), journal=ours
+        ),
         ALL_SPLIT: LegacySmartSplit(
-            task, EDGES, choose_route=first_cut, journal=split, **shared
+            task,
+            EDGES,
+            strategy=legacy.FedAvg(**shared),
+            planning=Planning(choose_route=first_cut),
+            journal=split,
         ),
     }
     clients = SimpleClientManager()

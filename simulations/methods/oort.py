@@ -25,7 +25,7 @@ from flwr_smartsplit.plan.selection.selection import (
     SelectionRequest,
 )
 from simulations.methods.method import Method, Setting
-from simulations.methods.splitting import split_strategy
+from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 Floats = npt.NDArray[np.float64]
 
@@ -140,7 +140,9 @@ def _explore(
 
 def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that chooses among those who hold the whole model."""
-    return split_strategy(setting, edges=(), recompute=False, select=SelectLikeOort())
+    return split_strategy(
+        setting, has_edges=False, constraints=NO_RECOMPUTE, select=SelectLikeOort()
+    )
 
 
 OORT = Method(

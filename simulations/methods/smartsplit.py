@@ -17,11 +17,12 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
+from flwr_smartsplit import Constraints
 from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY, SelectByUtility
 from flwr_smartsplit.plan.selection.surrogate import Surrogate
 from simulations.methods.method import Method, Setting
 from simulations.methods.splitfed import one_cut_for_all
-from simulations.methods.splitting import split_strategy
+from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 Change = Callable[[Setting], dict[str, Any]]
 
@@ -37,7 +38,9 @@ def _select(rule: SelectByUtility) -> Change:
 
 def _keep(share: float) -> Change:
     return lambda setting: {
-        "min_device_units": max(int(len(setting.clock.profile.units) * share), 1)
+        "constraints": Constraints(
+            min_device_units=max(int(len(setting.clock.profile.units) * share), 1)
+        )
     }
 
 
@@ -83,7 +86,11 @@ VARIANTS = tuple(
         ("keep_quarter", "with a quarter of the units at devices", _keep(1 / 4)),
         ("keep_half", "with half of the units at devices", _keep(1 / 2)),
         ("no_refining", "without the edge manager", lambda setting: {"refine": False}),
-        ("no_recompute", "without recomputation", lambda setting: {"recompute": False}),
+        (
+            "no_recompute",
+            "without recomputation",
+            lambda setting: {"constraints": NO_RECOMPUTE},
+        ),
         (
             "one_cut",
             "with one cut for all devices",

@@ -414,7 +414,7 @@ def test_evaluating_leaves_a_training_session_alone(client: Client) -> None:
     client.train(Route.split(4))
     client.evaluate(Route.split(4))
     sessions = {request.session for request in client.asked(wire.OpenSession)}
-    assert sessions == {f"1/c0/{EDGE}", f"1/c0/{EDGE}/evaluate"}
+    assert sessions == {f"1.0/c0/{EDGE}", f"1.0/c0/{EDGE}/evaluate"}
     assert len(tail_files(client.folder)) == 1
 
 

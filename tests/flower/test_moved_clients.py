@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
-from flwr_smartsplit import Route, SmartSplit, SmartSplitNumPyClient, build_client_app
+from flwr_smartsplit import Route, SmartSplitNumPyClient, build_client_app
 from flwr_smartsplit.device.route_runner import Walk
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidRoute
@@ -170,10 +170,10 @@ def test_state_of_ones_own_stays_at_home_when_the_cut_moves(kind: Kind) -> None:
             walk.move(plan[walk.num_steps])
 
     def made(between: Between | None) -> Run:
-        strategy = SmartSplit(
-            task,
+        strategy = smart_split(
             EDGES,
-            fraction_evaluate=0.0,
+            task=task,
+            seed=0,
             choose_route=lambda request: routes[request.device.client_key],
         )
         return run(clients(kind, between, task=task), strategy)

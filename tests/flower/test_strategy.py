@@ -122,7 +122,7 @@ def test_weights_that_lie_column_by_column_are_not_mixed_up() -> None:
     split, whole = (
         run(
             [message_app(client, b, task=task) for client in range(2)],
-            SmartSplit(task, (LocalEdge(),), fraction_evaluate=0.0),
+            smart_split(task=task, seed=0),
             arrays=arrays,
         )
         for b in (budget, None)
@@ -142,7 +142,7 @@ def test_names_that_no_unit_uses_keep_their_bits() -> None:
     for budgets in ([None, *MIXED[:2]], MIXED[:2], [None] * 2):
         made = run(
             [message_app(k, b, task=task) for k, b in enumerate(budgets)],
-            SmartSplit(task, (LocalEdge(),), fraction_evaluate=0.0),
+            smart_split(task=task, seed=0),
             arrays=arrays,
         )
         assert made.kinds() == []

@@ -89,7 +89,7 @@ def expectations(routes: Iterable[Route]) -> dict[str, Expectation]:
             client_key=key,
             device_names=names.pop(DEVICE),
             tails={
-                place: TailExpectation(session=f"{ROUND}/{key}/{place}", names=tail)
+                place: TailExpectation(session=f"{ROUND}.0/{key}/{place}", names=tail)
                 for place, tail in names.items()
             },
         )

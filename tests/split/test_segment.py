@@ -101,10 +101,10 @@ def whole_step(model: nn.Module, optimizer: str) -> dict[str, Tensor]:
     runner = SegmentRunner(
         chain_of(model).segment(0, NUM_UNITS), task(optimizer), streams=Listener()
     )
-    loss, gradient = runner.finish(
+    loss, gradients = runner.finish(
         *batches_of(1, 4)[0], step=0, inputs_are_boundary=False
     )
-    assert gradient is None
+    assert gradients == ()
     return everything(model) | {"loss": loss}
 
 
@@ -127,11 +127,11 @@ def split_step(model: nn.Module, cut: int, optimizer: str) -> dict[str, Tensor]:
     )
     inputs, targets = batches_of(1, 4)[0]
     (boundary,) = head.forward(inputs, step=0, inputs_are_boundary=False)
-    loss, gradient = tail.finish(
+    loss, gradients = tail.finish(
         boundary.clone(), targets, step=0, inputs_are_boundary=True
     )
-    assert gradient is not None
-    assert head.backward(lambda: gradient) is None
+    assert len(gradients) == 1
+    assert head.backward(lambda: gradients) == ()
     return everything(model) | {"loss": loss}
 
 
@@ -156,8 +156,8 @@ def test_a_segment_in_the_middle_passes_the_gradient_on(cuts):
     inputs, targets = batches_of(1, 4)[0]
     first = head.forward(inputs, step=0, inputs_are_boundary=False)
     second = hop.forward(first, step=0, inputs_are_boundary=True)
-    loss, gradient = tail.finish(second, targets, step=0, inputs_are_boundary=True)
-    passed_on = hop.backward(lambda: gradient)
+    loss, gradients = tail.finish(second, targets, step=0, inputs_are_boundary=True)
+    passed_on = hop.backward(lambda: gradients)
     head.backward(lambda: passed_on)
     found = everything(model) | {"loss": loss}
     assert compare(whole_step(small_cnn(), "adam"), found) == []
@@ -176,7 +176,7 @@ def test_the_boundary_gradient_keeps_its_strides():
     strided.register_hook(seen.append)
     runner.segment(strided).backward(torch.ones(2, 9))
     runner.forward(strided.detach(), step=0, inputs_are_boundary=True)
-    gradient = runner.backward(lambda: torch.ones(2, 9))
+    (gradient,) = runner.backward(lambda: (torch.ones(2, 9),))
     assert gradient.stride() == seen[0].stride() != strided.stride()
     assert torch.equal(gradient, seen[0])
 
@@ -191,9 +191,8 @@ def test_a_boundary_may_come_as_a_tuple_of_one():
             chain.own_segment(5, NUM_UNITS), task(), streams=Listener()
         )
         targets = batches_of(1, 2)[0][1]
-        gradients.append(
-            tail.finish(value, targets, step=0, inputs_are_boundary=True)[1]
-        )
+        _, (gradient,) = tail.finish(value, targets, step=0, inputs_are_boundary=True)
+        gradients.append(gradient)
     assert torch.equal(*gradients)
 
 
@@ -236,12 +235,12 @@ def test_backward_without_forward_is_refused():
     """A step's graph is used once."""
     runner = SegmentRunner(chain_of(small_cnn()).segment(0, 3), task())
     with pytest.raises(RuntimeError, match="backward without forward"):
-        runner.backward(lambda: torch.zeros(1))
+        runner.backward(lambda: (torch.zeros(1),))
     inputs = batches_of(1, 2)[0][0]
     (boundary,) = runner.forward(inputs, step=0, inputs_are_boundary=False)
-    runner.backward(lambda: torch.ones_like(boundary))
+    runner.backward(lambda: (torch.ones_like(boundary),))
     with pytest.raises(RuntimeError, match="backward without forward"):
-        runner.backward(lambda: torch.ones_like(boundary))
+        runner.backward(lambda: (torch.ones_like(boundary),))
 
 
 def test_nothing_of_a_step_stays_in_memory():
@@ -264,7 +263,7 @@ def test_a_segment_without_parameters_passes_gradients_and_updates_nothing():
     tail = SegmentRunner(chain.segment(NUM_UNITS - 1, NUM_UNITS), task())
     assert tail.optimizer is None
     scores, targets = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
-    loss, gradient = tail.finish(scores, targets, step=0, inputs_are_boundary=True)
+    loss, (gradient,) = tail.finish(scores, targets, step=0, inputs_are_boundary=True)
     leaf = scores.clone().requires_grad_()
     expected = functional.cross_entropy(functional.log_softmax(leaf, 1), targets)
     expected.backward()

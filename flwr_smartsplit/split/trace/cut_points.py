@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.split.fake_tensors import constants_of, fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import (
+    DryRun,
+    constants_of,
+    fake_batch,
+    fake_copy,
+    warnings_ignored,
+)
 from flwr_smartsplit.split.segment import Batch, Segment, Unit
 from flwr_smartsplit.split.trace.liveness import live_places
 from flwr_smartsplit.split.trace.op_recorder import (
@@ -87,6 +92,7 @@ def _thawed(value: Any) -> Any:
     return value
 
 
+@warnings_ignored()
 def find_facts(
     model: nn.Module, graph: fx.Graph, example_inputs: Batch
 ) -> dict[fx.Node, NodeFacts]:
@@ -108,7 +114,7 @@ def find_facts(
     """
     reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
     everything = Unit("", _identity, reads)
-    mode = FakeTensorMode()
+    mode = DryRun()
     root = fake_copy(Segment([everything], 0, model), mode).train(model.training)
     recorder = Recorder()
     finder = _FactFinder(root, graph, recorder)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from flwr_smartsplit.errors import NotSplittable
+from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
 from flwr_smartsplit.split.trace.cut_points import (
@@ -232,6 +233,7 @@ def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
     return {0: (name, f"it is still needed next to {count} later values")}
 
 
+@warnings_ignored()
 def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
     try:
         return trace_strictly(model, partial(_Tracer(inputs).trace, model))

@@ -120,7 +120,7 @@ def measured_peak_bytes(
 
     def do(step: int) -> None:
         packed(runner.forward(batch[0], step=step, inputs_are_boundary=False))
-        runner.backward(gradient.unpack)
+        runner.backward(lambda: (gradient.unpack(),))
 
     return _peak_bytes(runner, batch, do)
 
@@ -152,9 +152,10 @@ def arriving_gradient(
     with mode:
         sent = head.forward(inputs, step=0, inputs_are_boundary=False)
         boundary = sent if len(sent) > 1 else sent[0]
-        _, gradient = tail.finish(boundary, targets, step=0, inputs_are_boundary=True)
-    if gradient is None:
+        _, gradients = tail.finish(boundary, targets, step=0, inputs_are_boundary=True)
+    if not gradients:
         raise RuntimeError(f"nothing after cut {cut} depends on its boundary.")
+    gradient = gradients[0]
     real = torch.empty_strided(gradient.shape, gradient.stride(), dtype=gradient.dtype)
     return WireTensor.pack(real.fill_(1e-4))
 
@@ -167,12 +168,13 @@ def split_seconds(
     sent = packed(head.forward(batch[0], step=step, inputs_are_boundary=False))
     values = tuple(tensor.unpack() for tensor in sent)
     boundary = values if len(values) > 1 else values[0]
-    loss, gradient = tail.finish(
+    loss, gradients = tail.finish(
         boundary, batch[1], step=step, inputs_are_boundary=True
     )
-    if gradient is None:
+    if not gradients:
         raise RuntimeError("the rest of the model gave its boundary no gradient.")
-    head.backward(WireTensor.pack(gradient).unpack)
+    returned = WireTensor.pack(gradients[0])
+    head.backward(lambda: (returned.unpack(),))
     float(loss)
     return time.process_time() - started
 

@@ -58,3 +58,27 @@ def report_of(rows: Sequence[Row]) -> Report:
         headline=f"zoo: {models}, {cuts} cuts compared, {differ} differ",
         columns=COLUMNS,
         cells=[*cells, (models, "", str(cuts), str(differ), f"{worst:.3%}")],
+        problems=[
+            f"{outcome.model}, {outcome.optimizer}: {text}"
+            for outcome in outcomes
+            for text in outcome.differences[:MOST_PROBLEMS]
+        ],
+    )
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Row]:
+    """Return the least peak of each model and optimizer, over the cuts compared."""
+    return {
+        f"{each.model}, {each.optimizer}": {"device_peak_bytes": each.least_peak_bytes}
+        for each in map(Outcome.from_values, rows)
+    }
+
+
+ZOO = Measurement(
+    name="zoo",
+    summary="Every torchvision classifier cut, and compared to the last bit.",
+    items_fn=items,
+    report_fn=report_of,
+    figures_fn=figures,
+    in_processes=True,
+)

@@ -54,7 +54,7 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
         assert settled.state is not None
         assert differences(settled.state, fedavg(whole)) == []
 
-        (tail,) = tail_files(folder, f"{ROUND}/c1/{EDGE}")
+        (tail,) = tail_files(folder, f"{ROUND}.0/c1/{EDGE}")
         tail.unlink()
         settled = settle(replies, pool, ROUTES)
         assert [(f.client_key, f.kind) for f in settled.failures] == [
@@ -65,7 +65,7 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
         assert differences(settled.state, truth) == []
 
         with pytest.raises(StaleSession):
-            transport.send(wire.Seal(f"{ROUND}/c0/{EDGE}", "an earlier life", 3))
+            transport.send(wire.Seal(f"{ROUND}.0/c0/{EDGE}", "an earlier life", 3))
     finally:
         pool.stop()
     assert not folder.exists()
