@@ -41,8 +41,8 @@ from simulations.fleets.clock import Clock
 from simulations.fleets.devices import Devices, Needs, is_weak
 from simulations.fleets.presets import name_of
 from simulations.methods import METHODS
+from simulations.methods.client_app import MethodApp
 from simulations.methods.method import Method, Setting
-from simulations.methods.submodels.variants import VariantApp
 from simulations.report.summary import CONFIG, PROFILE
 
 WAKING_TIMEOUT_SECONDS = 600.0
@@ -219,7 +219,8 @@ def client_app_of(experiment: Experiment, prepared: Prepared) -> ClientApp:
         devices=prepared.devices,
         clock=prepared.clock,
     )
-    return VariantApp(client_fn, experiment)
+    task_fns = {name: method.task_fn for name, method in METHODS.items()}
+    return MethodApp(client_fn, experiment, task_fns)
 
 
 def _wake_clients(grid: Grid, num_clients: int) -> None:
