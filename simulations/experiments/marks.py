@@ -47,11 +47,6 @@ def mark_path(out: Path, method: str) -> Path:
 def state_digest(state: Mapping[str, NDArray[Any]]) -> str:
     """Digest names, types, shapes and bytes of a state, in the order of the names.
 
-    Parameters
-    ----------
-    state : Mapping[str, NDArray]
-        Parameters and buffers by name.
-
     Examples
     --------
     >>> one = {"weight": np.zeros(2, np.float32), "bias": np.ones(1, np.float32)}

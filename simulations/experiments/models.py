@@ -266,13 +266,6 @@ def depth_model_fn(
 ) -> Callable[[], nn.Module]:
     """Return the function that builds the first blocks and their classifiers.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        Says which model, for which data.
-    depth : int, optional
-        How many blocks; all of them if not given.
-
     Raises
     ------
     ExperimentError

@@ -98,17 +98,7 @@ class Phones:
             )
 
     def __call__(self, needs: Needs, num_clients: int, seed: int) -> Devices:
-        """Draw the phones.
-
-        Parameters
-        ----------
-        needs : Needs
-            What the model takes.
-        num_clients : int
-            Size of the fleet.
-        seed : int
-            Root of the draw: the same phones for any model.
-        """
+        """Draw the phones."""
         rng = np.random.default_rng(seed)
         groups = phone_groups()
         counts = np.array([group.num_phones for group in groups])

@@ -102,15 +102,7 @@ class SelectLikeOort:
         return drawn
 
     def utilities(self, last: list[Observation], round_number: int) -> Floats:
-        """Score clients by what they last did.
-
-        Parameters
-        ----------
-        last : list[Observation]
-            Each client's last part.
-        round_number : int
-            The round that is planned.
-        """
+        """Score clients by what they last did."""
         statistical = np.array([each.importance for each in last])
         clip = np.quantile(statistical, self.clip_quantile)
         least = statistical.min()

@@ -179,17 +179,7 @@ def _clock(profile: Path, config: dict[str, Any]) -> Clock | None:
 def figures_of(
     run: MethodRun, budgets_bytes: Mapping[str, int], clock: Clock | None = None
 ) -> Figures:
-    """Work out the figures of one method.
-
-    Parameters
-    ----------
-    run : MethodRun
-        Its journal.
-    budgets_bytes : Mapping[str, int]
-        The budget of every client that has one.
-    clock : Clock, optional
-        Without it there are no simulated seconds.
-    """
+    """Work out the figures of one method."""
     trained = [row for row in run.evaluations if row.round > 0]
     last = trained[-1] if trained else None
     training = run.training()

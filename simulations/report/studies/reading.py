@@ -152,13 +152,6 @@ def route_name(route: str) -> str:
 def rounds_to(accuracies: Sequence[float], target: float) -> int | None:
     """Return the round whose evaluation first reaches the target.
 
-    Parameters
-    ----------
-    accuracies : Sequence[float]
-        From the first model on: one more than there are rounds.
-    target : float
-        The accuracy to wait for; None is returned if it never comes.
-
     Examples
     --------
     >>> rounds_to([0.1, 0.5, 0.8, 0.9], 0.8)

@@ -93,15 +93,6 @@ def memory_cases(
 ) -> list[MemoryCase]:
     """List the cases, those with small images first.
 
-    Parameters
-    ----------
-    models : Sequence[str], optional
-        Some of the models.
-    is_small : bool
-        Whether only images of few pixels are used, of a few models unless named.
-    seed : int
-        Root of all chance.
-
     Raises
     ------
     ExperimentError

@@ -202,15 +202,7 @@ class _Subject:
 
 
 def measure_case(case: MemoryCase, *, cache_dir: Path | None = None) -> MemoryRow:
-    """Find, measure and time the routes of one model.
-
-    Parameters
-    ----------
-    case : MemoryCase
-        Which model, on images of which size.
-    cache_dir : Path, optional
-        A folder to keep its profile in.
-    """
+    """Find, measure and time the routes of one model."""
     started = time.perf_counter()
     task = case.task
     chain = build_chain(task)

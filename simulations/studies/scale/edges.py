@@ -117,13 +117,7 @@ def measure_edge(case: EdgeCase, num_clients: int, *, seed: int) -> dict[str, An
 
 
 def work_out_vgg19(measured: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Work out 100 clients of VGG-19 from what one of them takes.
-
-    Parameters
-    ----------
-    measured : dict[str, Any], optional
-        What ``measure_edge`` found for some clients.
-    """
+    """Work out 100 clients of VGG-19 from what one of them takes."""
     need = needed_bytes(VGG19)
     return {
         "is_worked_out": True,

@@ -93,15 +93,6 @@ def utility_of(
 
     From 0, where the least promising client adds nothing, so that a share of it means
     something. Without a surrogate.
-
-    Parameters
-    ----------
-    rule : SelectByUtility
-        The weights.
-    asked : SelectionRequest
-        The candidates.
-    chosen : Sequence[str]
-        Some of them, by client_key.
     """
     factors = factors_of(
         asked.candidates,

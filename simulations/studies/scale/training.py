@@ -43,17 +43,7 @@ def thousand_clients(seed: int) -> Experiment:
 def measure_training(
     folder: Path, experiment: Experiment, *, provenance: Provenance
 ) -> dict[str, Any]:
-    """Train, and say how long it took and how good the model became.
-
-    Parameters
-    ----------
-    folder : Path
-        Where the journals go.
-    experiment : Experiment
-        What is run.
-    provenance : Provenance
-        Stored with it.
-    """
+    """Train, and say how long it took and how good the model became."""
     seen: list[EvaluationRow] = []
     experiment = replace(experiment, data=str(_with_shifted_digits(folder)))
     prepared = prepare(experiment, folder, provenance=provenance)
