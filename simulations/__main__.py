@@ -74,8 +74,7 @@ SeedsOption = Annotated[
     int | None, typer.Option(help="Suites of cases: how many seeds, from 0 on.")
 ]
 SmallOption = Annotated[
-    bool,
-    typer.Option("--small", help="A look, in minutes, as quickstart always is."),
+    bool, typer.Option("--small", help="A look, in minutes, as quickstart always is.")
 ]
 OutOption = Annotated[
     Path | None, typer.Option(help="Results folder; out/SUITE if not given.")

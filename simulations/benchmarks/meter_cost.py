@@ -166,10 +166,7 @@ def measure(
     """Measure the epochs of a case, after a short one that warms caches up."""
     torch.manual_seed(0)
     batches = [
-        (
-            torch.randn(BATCH_SIZE, *SHAPE),
-            torch.randint(0, NUM_CLASSES, (BATCH_SIZE,)),
-        )
+        (torch.randn(BATCH_SIZE, *SHAPE), torch.randint(0, NUM_CLASSES, (BATCH_SIZE,)))
         for _ in range(case.num_steps)
     ]
     task = case.task

@@ -95,9 +95,7 @@ def _cost(stages: tuple[Stage, ...], free_bytes: int, slots: int) -> float | Non
 
 
 def main(
-    *,
-    batch_size: int = 32,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    *, batch_size: int = 32, as_json: Annotated[bool, typer.Option("--json")] = False
 ) -> None:
     """Time plans for chains of three lengths, and state what rounding costs."""
     task = task_of(

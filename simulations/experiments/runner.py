@@ -179,11 +179,7 @@ def run_methods(
 
 
 def simulate_app(
-    app: ClientApp,
-    main: Callable[[Grid], None],
-    *,
-    num_clients: int,
-    num_workers: int,
+    app: ClientApp, main: Callable[[Grid], None], *, num_clients: int, num_workers: int
 ) -> None:
     """Run a server's function under Flower's simulation engine, a CPU per client."""
     server_app = ServerApp()

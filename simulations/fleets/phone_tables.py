@@ -113,9 +113,7 @@ def phone_groups_of(listed: list[dict[str, str]]) -> list[PhoneGroup]:
         num_groups = min(MAX_GROUPS, max(1, len(scores) // MIN_PHONES))
         groups += [
             PhoneGroup(
-                ram_gb=ram_gb,
-                float_score=round(fmean(part), 1),
-                num_phones=len(part),
+                ram_gb=ram_gb, float_score=round(fmean(part), 1), num_phones=len(part)
             )
             for part in np.array_split(np.array(scores), num_groups)
         ]

@@ -144,14 +144,10 @@ STOCK = (
         rule="with a pull of 0.1 to the global model",
     ),
     stock_method(
-        "fedadam",
-        partial(FedAdam, eta=0.03),
-        rule="with Adam on the server, rate 0.03",
+        "fedadam", partial(FedAdam, eta=0.03), rule="with Adam on the server, rate 0.03"
     ),
     stock_method(
-        "fedyogi",
-        partial(FedYogi, eta=0.01),
-        rule="with Yogi on the server, rate 0.01",
+        "fedyogi", partial(FedYogi, eta=0.01), rule="with Yogi on the server, rate 0.01"
     ),
     stock_method(
         "fedadagrad",

@@ -25,12 +25,7 @@ from simulations.report.studies.cells import (
 from simulations.report.studies.lines import CaseLines
 from simulations.report.studies.reading import CaseResults
 from simulations.report.studies.statistics import estimate, geometric_mean_ratio
-from simulations.report.summary import (
-    bytes_text,
-    joules_text,
-    ratio_text,
-    seconds_text,
-)
+from simulations.report.summary import bytes_text, joules_text, ratio_text, seconds_text
 
 Cell = Callable[[CaseLines, str], str]
 """``cell(case, method)`` is one cell of a method's row."""

@@ -15,11 +15,7 @@ from simulations.experiments.experiment import Experiment
 from simulations.experiments.partitions import Iid
 from simulations.experiments.provenance import Provenance
 from simulations.experiments.rows import EvaluationRow
-from simulations.experiments.runner import (
-    prepare,
-    quiet_libraries,
-    run_methods,
-)
+from simulations.experiments.runner import prepare, quiet_libraries, run_methods
 from simulations.fleets.presets import half_weak
 from simulations.report.summary import methods_object, read_results
 
