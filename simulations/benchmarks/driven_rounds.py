@@ -31,22 +31,14 @@ ModelT = TypeVar("ModelT", ArrayRecord, Parameters)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTime:
-    """Where the time of one training round went.
+    """Where the time of one training round went."""
 
-    Parameters
-    ----------
-    configure_seconds, aggregate_seconds : float
-        In the strategy, before and after the clients.
-    clients_seconds : float
-        From the first message out to the last one in.
-    cpu_seconds : float
-        CPU time of the server's process, all threads.
-    """
-
+    # configure_seconds, aggregate_seconds: in the strategy, before and after the
+    # clients
     configure_seconds: float
-    clients_seconds: float
+    clients_seconds: float  # From the first message out to the last one in
     aggregate_seconds: float
-    cpu_seconds: float
+    cpu_seconds: float  # CPU time of the server's process, all threads
 
     @property
     def server_seconds(self) -> float:

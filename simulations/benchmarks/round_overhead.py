@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -273,7 +274,7 @@ def main(  # noqa: PLR0913 - one argument per option of the command line
             total = len(apis) * ways * (rounds + 1)
             with progress_bar() as progress:
                 bar = progress.add_task(f"{size} clients", total=total)
-                found += simulate(setting, on_round=lambda: progress.advance(bar))
+                found += simulate(setting, on_round=partial(progress.advance, bar))
     if as_json:
         sys.stdout.write(json.dumps([as_values(each) for each in found]) + "\n")
         return

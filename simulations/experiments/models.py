@@ -26,21 +26,12 @@ NUM_GROUPS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The size of a small network.
+    """The size of a small network."""
 
-    Parameters
-    ----------
-    channels : tuple[int, ...]
-        Channels after each block, at full width.
-    pooled : tuple[int, ...]
-        Numbers of the blocks, from 1, that halve height and width.
-    side : int
-        Height and width of what is classified, in pixels.
-    """
-
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # Channels after each block, at full width
+    # Numbers of the blocks, from 1, that halve height and width
     pooled: tuple[int, ...]
-    side: int
+    side: int  # Height and width of what is classified, in pixels
 
 
 DIGITS = Layout(channels=(32, 40, 64), pooled=(2, 3), side=2)
@@ -241,13 +232,7 @@ def classifier_layers(
 
 
 class Scale(nn.Module):
-    """Multiply by a constant.
-
-    Parameters
-    ----------
-    factor : float
-        The constant.
-    """
+    """Multiply by a constant."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -258,7 +243,7 @@ class Scale(nn.Module):
         return inputs * self.factor
 
 
-# --- a classifier after each block -----------------------------------------------------
+# --- a classifier after each block ----------------------------------------------------
 
 
 def depth_model_fn(
@@ -287,17 +272,7 @@ def max_depth(experiment: Experiment) -> int:
 
 
 class DepthNetwork(nn.Module):
-    """Blocks in a row, each with a classifier.
-
-    Parameters
-    ----------
-    layout : Layout
-        Size of the whole network.
-    depth : int
-        How many blocks to build, from the first.
-    num_channels, num_classes : int
-        What goes in and comes out.
-    """
+    """Blocks in a row, each with a classifier."""
 
     def __init__(
         self, layout: Layout, *, depth: int, num_channels: int, num_classes: int

@@ -22,17 +22,7 @@ METHOD = "simulated-method"
 
 @final
 class MethodApp(ClientApp):
-    """Answer every message of every method.
-
-    Parameters
-    ----------
-    client_fn : Callable[..., SmartSplitNumPyClient]
-        ``client_fn(context, task=task)`` builds the client of one partition.
-    experiment : Experiment
-        What is run.
-    task_fns : Mapping[str, TaskFn]
-        By method.
-    """
+    """Answer every message of every method."""
 
     def __init__(
         self,

@@ -22,27 +22,13 @@ PROXIMAL_MU = "proximal-mu"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """All that a method is told.
+    """All that a method is told."""
 
-    Parameters
-    ----------
-    experiment : Experiment
-        What is run.
-    task : Task
-        What every place needs to build its part of the training.
-    journal : Path
-        Where the JSON lines go.
-    devices : Devices
-        The fleet, by the clients' numbers.
-    clock : Clock
-        Says how long it would have taken on these devices.
-    """
-
-    experiment: Experiment
-    task: Task
-    journal: Path
-    devices: Devices
-    clock: Clock
+    experiment: Experiment  # What is run
+    task: Task  # What every place needs to build its part of the training
+    journal: Path  # Where the JSON lines go
+    devices: Devices  # The fleet, by the clients' numbers
+    clock: Clock  # Says how long it would have taken on these devices
 
 
 StrategyFn = Callable[[Setting], Strategy]
@@ -70,28 +56,15 @@ def as_they_are(outputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """One way to train a fleet.
+    """One way to train a fleet."""
 
-    Parameters
-    ----------
-    name : str
-        What it is called on the command line and in every report.
-    summary : str
-        What it does, in one line.
-    strategy_fn : StrategyFn
-        Builds the server's side.
-    model_fn : Callable[[Experiment], Callable[[], nn.Module]]
-        Returns the function that builds its global model; the experiment's own
-        model, unless a method trains another.
-    outputs_fn : Callable[[Tensor], Tensor]
-        Makes class scores ``(batch, classes)`` of what the global model returns.
-    task_fn : TaskFn
-        What its clients train, where its messages name the method.
-    """
-
-    name: str
-    summary: str
-    strategy_fn: StrategyFn
+    name: str  # What it is called on the command line and in every report
+    summary: str  # What it does, in one line
+    strategy_fn: StrategyFn  # Builds the server's side
+    # Returns the function that builds its global model; the experiment's own model,
+    # unless a method trains another
     model_fn: Callable[[Experiment], Callable[[], nn.Module]] = model_fn
+    # Makes class scores ``(batch, classes)`` of what the global model returns
     outputs_fn: Callable[[Tensor], Tensor] = as_they_are
+    # What its clients train, where its messages name the method
     task_fn: TaskFn = usual_task

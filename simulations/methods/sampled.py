@@ -107,15 +107,7 @@ class Rounds(Protocol):
 
 @final
 class SampledRounds(Strategy):
-    """Let rounds train the sampled clients, and write the journal.
-
-    Parameters
-    ----------
-    rounds : Rounds
-        Asks the clients, and merges what they answer.
-    setting : Setting
-        Says how many clients take part, and where the journal goes.
-    """
+    """Let rounds train the sampled clients, and write the journal."""
 
     def __init__(self, rounds: Rounds, setting: Setting) -> None:
         self._rounds = rounds

@@ -17,20 +17,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What one client trained, and how much it counts.
+    """What one client trained, and how much it counts."""
 
-    Parameters
-    ----------
-    state : Mapping[str, ndarray]
-        Its arrays, each with the first values of the whole one.
-    weight : int
-        Its weight, such as its number of examples.
-    rows : Mapping[str, tuple[int, ...]]
-        The rows of an array that it trained, by name; all of them if not given.
-    """
-
-    state: State
-    weight: int
+    state: State  # Its arrays, each with the first values of the whole one
+    weight: int  # Its weight, such as its number of examples
+    # The rows of an array that it trained, by name; all of them if not given
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 

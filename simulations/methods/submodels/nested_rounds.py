@@ -44,27 +44,13 @@ Config = Mapping[str, float | int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One of the models that a client may train.
+    """One of the models that a client may train."""
 
-    Parameters
-    ----------
-    name : str
-        What the journal calls it, such as ``"width 0.25"``.
-    config : Mapping[str, float or int]
-        Asks a client for it.
-    shapes : Mapping[str, tuple[int, ...]]
-        Its arrays.
-    peak_bytes : int
-        The most that a device holds in a training step of it.
-    step_flops : float
-        Floating-point operations of such a step.
-    """
-
-    name: str
-    config: Config
-    shapes: Shapes
-    peak_bytes: int
-    step_flops: float
+    name: str  # What the journal calls it, such as ``"width 0.25"``
+    config: Config  # Asks a client for it
+    shapes: Shapes  # Its arrays
+    peak_bytes: int  # The most that a device holds in a training step of it
+    step_flops: float  # Floating-point operations of such a step
 
 
 def variant_of(task: Task, *, name: str, config: Config, batch_size: int) -> Variant:
@@ -99,23 +85,14 @@ def largest_that_fits(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
-    """What a method adds to the rounds.
+    """What a method adds to the rounds."""
 
-    Parameters
-    ----------
-    method : str
-        Its name: clients ask it for their task.
-    variants : tuple[Variant, ...]
-        From the largest, which is the global model, to the smallest.
-    config_fn : Callable[[int], Mapping[str, float or int]]
-        What every client is told in a round, besides its variant.
-    rows_fn : Callable[[str], Mapping[str, tuple[int, ...]]]
-        The rows that a client trains, by client_key, where it trains not all.
-    """
-
-    method: str
+    method: str  # Its name: clients ask it for their task
+    # From the largest, which is the global model, to the smallest
     variants: tuple[Variant, ...]
+    # What every client is told in a round, besides its variant
     config_fn: Callable[[int], Config] = lambda _: {}
+    # The rows that a client trains, by client_key, where it trains not all
     rows_fn: Callable[[str], Mapping[str, tuple[int, ...]]] = lambda _: {}
 
 

@@ -47,22 +47,13 @@ CURVES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryCase:
-    """One model on square images.
+    """One model on square images."""
 
-    Parameters
-    ----------
-    model, family : str
-        Its name in torchvision, and what it is one of.
-    input_side : int
-        Pixels of a side.
-    seed : int
-        Of its numbers and of the batch; no size depends on it.
-    """
-
+    # model, family: its name in torchvision, and what it is one of
     model: str
     family: str
-    input_side: int
-    seed: int = 0
+    input_side: int  # Pixels of a side
+    seed: int = 0  # Of its numbers and of the batch; no size depends on it
 
     @property
     def task(self) -> Task:

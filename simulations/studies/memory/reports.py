@@ -88,8 +88,8 @@ CAPTION = (
     "Whole: peak of a plain step. Device: measured (~ predicted) at the cut that needs "
     "least, then at the useful one: with a tenth of the forward's FLOPs before it (the "
     "share is given) and a boundary no larger than the inputs. Extra FLOPs: what its "
-    "plan adds to a forward of the model. Step time: CPU time of a split step over that "
-    "of a whole one."
+    "plan adds to a forward of the model. Step time: CPU time of a split step over "
+    "that of a whole one."
 )
 
 

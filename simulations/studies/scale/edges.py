@@ -37,21 +37,12 @@ PAPER_BYTES, PAPER_CLIENTS = 80_000_000_000, 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeCase:
-    """A model whose tails are hosted.
+    """A model whose tails are hosted."""
 
-    Parameters
-    ----------
-    title : str
-        Its name.
-    model_fn : Callable[[], nn.Module]
-        Builds it, for colour images of 32 x 32 in ten classes.
-    cut : int
-        The first unit at the edge.
-    """
-
-    title: str
+    title: str  # Its name
+    # Builds it, for colour images of 32 x 32 in ten classes
     model_fn: Callable[[], nn.Module]
-    cut: int
+    cut: int  # The first unit at the edge
 
     @property
     def task(self) -> Task:
