@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.flower.client_app import build_client_app
     from flwr_smartsplit.flower.legacy_strategy import LegacySmartSplit
     from flwr_smartsplit.flower.observations import measured_seconds
+    from flwr_smartsplit.flower.planning import Planning
     from flwr_smartsplit.flower.strategy import SmartSplit
     from flwr_smartsplit.memory.budget import MemoryBudget
     from flwr_smartsplit.memory.cap import memory_cap
@@ -24,26 +25,40 @@ if TYPE_CHECKING:
         deepest_u_shape,
         first_that_fits,
     )
-    from flwr_smartsplit.plan.selection.by_utility import SelectByUtility
-    from flwr_smartsplit.plan.selection.selection import select_at_random
+    from flwr_smartsplit.plan.selection.selection import (
+        Selection,
+        SelectionRequest,
+        select_at_random,
+    )
+    from flwr_smartsplit.plan.selection.utility import SelectByUtility
     from flwr_smartsplit.profile.profile import profile_chain
     from flwr_smartsplit.split.chain import Chain
     from flwr_smartsplit.split.segment import Unit
     from flwr_smartsplit.task import Task
     from flwr_smartsplit.train.fedprox import proximal
-    from flwr_smartsplit.types import DeviceTraits, Link, RecomputePlan, Route
+    from flwr_smartsplit.types import (
+        Constraints,
+        DeviceTraits,
+        Link,
+        RecomputePlan,
+        Route,
+    )
 
 __all__ = [
     "Chain",
+    "Constraints",
     "DeviceTraits",
     "LegacySmartSplit",
     "Link",
     "MemoryBudget",
+    "Planning",
     "RayEdge",
     "RecomputePlan",
     "Route",
     "RouteRequest",
     "SelectByUtility",
+    "Selection",
+    "SelectionRequest",
     "SmartSplit",
     "SmartSplitNumPyClient",
     "Task",
@@ -63,15 +78,19 @@ __all__ = [
 
 _HOMES = {
     "Chain": "split.chain",
+    "Constraints": "types",
     "DeviceTraits": "types",
     "LegacySmartSplit": "flower.legacy_strategy",
     "Link": "types",
     "MemoryBudget": "memory.budget",
+    "Planning": "flower.planning",
     "RayEdge": "edge.hosts.ray",
     "RecomputePlan": "types",
     "Route": "types",
     "RouteRequest": "plan.routes",
-    "SelectByUtility": "plan.selection.by_utility",
+    "SelectByUtility": "plan.selection.utility",
+    "Selection": "plan.selection.selection",
+    "SelectionRequest": "plan.selection.selection",
     "SmartSplit": "flower.strategy",
     "SmartSplitNumPyClient": "flower.client",
     "Task": "task",

@@ -1,45 +1,36 @@
 """The command line: ``python -m simulations run NAME | report DIR | list``."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 from flwr_smartsplit.errors import SmartSplitError
-from simulations.errors import ExperimentError
-from simulations.experiment import Experiment
-from simulations.measurement import MeasurementOptions, measurement_in
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.rows import EvaluationRow
+from simulations.experiments.runner import prepare, quiet_libraries, run_methods
 from simulations.methods import METHODS
-from simulations.provenance import Provenance
-from simulations.reporting import (
-    REPORT,
-    TABLE_COLUMNS,
-    comparison_table,
-    headline,
-    write_reports,
-)
-from simulations.rows import EvaluationRow
-from simulations.runner import prepare, quiet_libraries, run_methods
-from simulations.standard_output import only_ours_on_stdout
-from simulations.studies import STUDIES
-from simulations.studies.command import keep_lines, ready_study, show_lines, show_study
-from simulations.studies.folder import study_in
-from simulations.studies.study import StudyOptions
-from simulations.suites import MEASUREMENTS, SUITES
-from simulations.summary import percent_text, read_results
+from simulations.report.pages import REPORT
+from simulations.report.progress import only_ours_on_stdout, progress_bar
+from simulations.report.summary import percent_text
+from simulations.studies.command import keep_lines, run_study, show_lines, show_study
+from simulations.studies.folder import MEASUREMENT, STUDY, read_config
+from simulations.studies.measurement import MeasurementOptions
+from simulations.studies.study import StudyOptions, chosen_cases
+from simulations.studies.suites import MEASUREMENTS, SINGLE_CLAIMS, STUDIES, SUITES
 
-MISUSE, INTERRUPTED = 2, 130
+DIFFERS, MISUSE, INTERRUPTED = 1, 2, 130
 
 Run = Callable[[Path, bool], bool]
 """``run(folder, verbose)`` runs a suite and returns False if it was interrupted."""
@@ -52,87 +43,57 @@ app = typer.Typer(
 )
 
 
-DataOption = Annotated[
-    str | None,
-    typer.Option(help="digits (if not given), fashion_mnist, cifar10 or FILE.npz."),
-]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(help="Where torchvision's data sets are, or go; data if not given."),
-]
-ModelOption = Annotated[str | None, typer.Option(help="small or torchvision:NAME.")]
-RoundsOption = Annotated[int | None, typer.Option(help="Rounds of training.")]
-ClientsOption = Annotated[int | None, typer.Option(help="Clients in the fleet.")]
-ExamplesOption = Annotated[
-    int | None, typer.Option(help="Training examples to use at most.")
-]
-SeedOption = Annotated[int | None, typer.Option(help="Root of all chance.")]
-WorkersOption = Annotated[
-    int | None, typer.Option(help="Clients that train at once, a CPU each.")
-]
-MethodsOption = Annotated[
-    str | None, typer.Option(help="Names that `list` shows, with commas.")
-]
-ModelsOption = Annotated[
-    str | None, typer.Option(help="Suites without rounds: some models, with commas.")
-]
-CasesOption = Annotated[
-    str | None, typer.Option(help="Suites of cases: some of them, with commas.")
-]
-SeedsOption = Annotated[
-    int | None, typer.Option(help="Suites of cases: how many seeds, from 0 on.")
-]
-SmallOption = Annotated[
-    bool, typer.Option("--small", help="All but quickstart: a look, in minutes.")
-]
-OutOption = Annotated[
-    Path | None, typer.Option(help="Results folder; out/SUITE if not given.")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")
-]
-VerboseOption = Annotated[bool, typer.Option("--verbose", help="Let Flower log.")]
+def _option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text)
 
 
-# longer than 40 lines because every option has a line as argument and as value
+JsonOption = Annotated[bool, _option("Print one object of methods.", "--json")]
+OutOption = Annotated[Path | None, _option("Results folder; out/SUITE if not given.")]
+
+
+# longer than 40 lines because it has a line for every option
 @app.command()
 def run(  # noqa: PLR0913 - one argument per option of the command line
+    context: typer.Context,
     suite: Annotated[str, typer.Argument(help="A suite that `list` names.")],
     *,
-    data: DataOption = None,
-    data_dir: DataDirOption = None,
-    model: ModelOption = None,
-    rounds: RoundsOption = None,
-    clients: ClientsOption = None,
-    train_examples: ExamplesOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    methods: MethodsOption = None,
-    models: ModelsOption = None,
-    cases: CasesOption = None,
-    seeds: SeedsOption = None,
-    small: SmallOption = False,
+    data: Annotated[
+        str | None, _option("digits (if not given), fashion_mnist, cifar10, FILE.npz.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, _option("Where torchvision's data sets are; data if not given.")
+    ] = None,
+    model: Annotated[str | None, _option("small or torchvision:NAME.")] = None,
+    rounds: Annotated[int | None, _option("Rounds of training.")] = None,
+    clients: Annotated[int | None, _option("Clients in the fleet.")] = None,
+    train_examples: Annotated[
+        int | None, _option("Training examples, at most.")
+    ] = None,
+    seed: Annotated[int | None, _option("Root of all chance.")] = None,
+    workers: Annotated[int | None, _option("What runs at once, a CPU each.")] = None,
+    methods: Annotated[str | None, _option("Names of `list`, with commas.")] = None,
+    models: Annotated[
+        str | None, _option("Suites without rounds: some models, with commas.")
+    ] = None,
+    cases: Annotated[
+        str | None, _option("Suites of cases: some of them, with commas.")
+    ] = None,
+    seeds: Annotated[
+        int | None, _option("Suites of cases: how many seeds, from 0 on.")
+    ] = None,
+    small: Annotated[
+        bool, _option("A look, in minutes, as quickstart always is.", "--small")
+    ] = False,
     out: OutOption = None,
     as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    verbose: Annotated[bool, _option("Let Flower log.", "--verbose")] = False,
 ) -> None:
     """Run a suite; write its results, summary.json and report.html; print a table."""
-    given: dict[str, Any] = {
-        "data": data,
-        "data_dir": data_dir,
-        "model": model,
-        "rounds": rounds,
-        "clients": clients,
-        "train_examples": train_examples,
-        "seed": seed,
-        "workers": workers,
-        "methods": methods,
-        "models": models,
-        "cases": cases,
-        "seeds": seeds,
-        "small": small or None,
+    own = ("suite", "out", "as_json", "verbose")
+    given = {
+        n: v for n, v in context.params.items() if v is not None and v is not False
     }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if name not in own}
     folder = out or Path("out") / suite
     with _explained_errors():
         go_on = _prepared(suite, given)
@@ -177,12 +138,13 @@ def archive(
 def list_names() -> None:
     """List the suites and the methods."""
     table = Table("kind", "name", "what it is", box=None)
-    for name, suite in SUITES.items():
-        table.add_row("suite", name, (suite.__doc__ or "").splitlines()[0])
-    for name, measurement in MEASUREMENTS.items():
-        table.add_row("suite", name, (measurement.__doc__ or "").splitlines()[0])
-    for name, study in STUDIES.items():
-        table.add_row("suite", name, f"{study.summary} {study.cost}")
+    suites = {
+        name: (suite.__doc__ or "").splitlines()[0] for name, suite in SUITES.items()
+    }
+    suites |= {name: each.summary for name, each in MEASUREMENTS.items()}
+    suites |= {name: f"{study.summary} {study.cost}" for name, study in STUDIES.items()}
+    for name, text in suites.items():
+        table.add_row("suite", name, text)
     for name, method in METHODS.items():
         table.add_row("method", name, method.summary)
     Console().print(table)
@@ -205,18 +167,27 @@ def _study(suite: str, given: dict[str, Any]) -> Run:
         num_seeds=given.get("seeds"),
         changes=_changes(given),
     )
-    return ready_study(suite, options, _provenance()).run
+    cases, provenance = chosen_cases(STUDIES[suite], options), _provenance()
+    return lambda folder, verbose: run_study(
+        folder,
+        suite,
+        cases,
+        is_small=options.is_small,
+        provenance=provenance,
+        verbose=verbose,
+    )
 
 
 def _measurement(suite: str, given: dict[str, Any]) -> Run:
     """Make a measurement ready to run; it measures models, and has no rounds."""
-    _refuse(suite, given, set(given) - {"models", "small", "seed"})
+    _refuse(suite, given, set(given) - {"models", "small", "seed", "workers"})
     models = given.get("models")
     options = MeasurementOptions(
-        models=None if models is None else tuple(_names(models)),
+        models=None if models is None else _names(models),
         is_small="small" in given,
         seed=given.get("seed", 0),
-        provenance=asdict(_provenance()),
+        num_workers=given.get("workers", 1),
+        provenance=_provenance(),
     )
     return lambda folder, _: MEASUREMENTS[suite].run(folder, options)
 
@@ -225,12 +196,11 @@ def _experiment(suite: str, given: dict[str, Any]) -> Run:
     """Make an experiment with rounds ready to run."""
     data = given.get("data", "digits")
     experiment = _suite(suite, data)
-    _refuse(suite, given, {"models", "cases", "seeds", "small"} & set(given))
+    _refuse(suite, given, {"models", "cases", "seeds"} & set(given))
     changes = _changes(given)
     if "methods" in given:
         changes["methods"] = _method_names(given["methods"])
-    experiment = replace(experiment, **changes)
-    return lambda folder, verbose: _run(experiment, folder, verbose=verbose)
+    return partial(_run, replace(experiment, **changes))
 
 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
@@ -293,65 +263,47 @@ def _provenance() -> Provenance:
     return Provenance.of_this_process(sys.argv[1:], now=datetime.now(UTC))
 
 
-def _run(experiment: Experiment, folder: Path, *, verbose: bool) -> bool:
+def _run(experiment: Experiment, folder: Path, verbose: bool) -> bool:
     """Run with a progress bar; return False if interrupted."""
     prepared = prepare(experiment, folder, provenance=_provenance())
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]}"),
-        Elapsed(),
-        console=Console(stderr=True),
-    )
-    bars = {
-        name: progress.add_task(
-            name, total=experiment.num_rounds, start=False, accuracy=""
-        )
-        for name in experiment.methods
-    }
+    with progress_bar() as progress:
+        bars = {
+            name: progress.add_task(name, total=experiment.num_rounds, start=False)
+            for name in experiment.methods
+        }
 
-    def on_round(method: str, evaluation: EvaluationRow) -> None:
-        if evaluation.round == 0:
-            progress.start_task(bars[method])
-        progress.update(
-            bars[method],
-            completed=evaluation.round,
-            accuracy=percent_text(evaluation.accuracy),
-        )
+        def on_round(method: str, evaluation: EvaluationRow) -> None:
+            if evaluation.round == 0:
+                progress.start_task(bars[method])
+            progress.update(
+                bars[method],
+                completed=evaluation.round,
+                description=f"{method} {percent_text(evaluation.accuracy)}",
+            )
 
-    try:
-        with progress, quiet_libraries(verbose=verbose):
-            run_methods(experiment, folder, prepared=prepared, on_round=on_round)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: what was done so far is reported.", err=True)
-        return False
+        try:
+            with quiet_libraries(verbose=verbose):
+                run_methods(experiment, folder, prepared=prepared, on_round=on_round)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted: what was done so far is reported.", err=True)
+            return False
     return True
 
 
 def _show(folder: Path, *, as_json: bool) -> None:
     """Write the reports of a results folder and print what was found."""
-    measurement = MEASUREMENTS.get(measurement_in(folder))
-    if study_in(folder):
-        show_study(folder, as_json=as_json)
-    elif measurement is not None:
-        measurement.show(folder, as_json=as_json)
+    config = read_config(folder)
+    problems: list[str] = []
+    if MEASUREMENT in config:
+        measurement = MEASUREMENTS[config[MEASUREMENT]]
+        problems = measurement.show(folder, as_json=as_json)
     else:
-        _show_rounds(folder, as_json=as_json)
+        claims = STUDIES[config[STUDY]].claims if STUDY in config else SINGLE_CLAIMS
+        show_study(folder, claims, as_json=as_json)
     Console(stderr=True).print(f"[dim]open {folder / REPORT} for the pictures[/dim]")
-
-
-def _show_rounds(folder: Path, *, as_json: bool) -> None:
-    """Do so for an experiment with rounds."""
-    results = read_results(folder)
-    write_reports(results, folder)
-    if as_json:
-        sys.stdout.write(json.dumps(results.summary()) + "\n")
-        return
-    console = Console()
-    console.width = max(console.width, TABLE_COLUMNS)
-    console.print(f"{results.config['experiment']['name']}: {headline(results)}\n")
-    console.print(comparison_table(results))
+    if problems:
+        typer.echo("\n".join(problems), err=True)
+        raise typer.Exit(DIFFERS)
 
 
 def _report_afresh(folder: Path, *, as_json: bool) -> NoReturn:
@@ -373,12 +325,8 @@ def _explained_errors() -> Iterator[None]:
     try:
         yield
     except (ExperimentError, SmartSplitError) as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(MISUSE)
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(MISUSE) from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """``flwr run`` gives the bits of ``run_simulation``."""
 
 import pytest
+from flwr.serverapp.strategy import FedAvg
 
 from flwr_smartsplit import SmartSplit
 from flwr_smartsplit.edge.tensors import state_digest
@@ -32,7 +33,9 @@ def test_the_same_seeds_give_the_same_bits_under_flwr_run(flower: Flower) -> Non
         ROOT / "tests" / "flwr_app",
     )
     whole = SmartSplit(
-        TASK, seed=7, fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS
+        TASK,
+        seed=7,
+        strategy=FedAvg(fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS),
     )
     budgets = [None] * NUM_CLIENTS
     result = simulate(whole, budgets, num_rounds=NUM_ROUNDS, num_workers=2)

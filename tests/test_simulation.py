@@ -8,7 +8,7 @@ import pytest
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from flwr_smartsplit import RayEdge, Route, SmartSplit, predicted_peak_bytes
+from flwr_smartsplit import Planning, RayEdge, Route, SmartSplit, predicted_peak_bytes
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.routes import deepest_route
 from flwr_smartsplit.profile.profile import profile_chain
@@ -34,15 +34,19 @@ def budgets_for_every_cut() -> list[int]:
     return list(budgets.values())[:NUM_CLIENTS]
 
 
+def fedavg() -> FedAvg:
+    """Make the strategy inside; everybody takes part."""
+    return FedAvg(fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS)
+
+
 def smart_split(journal: Path | None = None) -> SmartSplit:
-    """Make the strategy under test; everybody takes part."""
+    """Make the strategy under test."""
     return SmartSplit(
         TASK,
         (RayEdge(),),
         seed=7,
+        strategy=fedavg(),
         journal=journal,
-        fraction_evaluate=0.0,
-        min_available_nodes=NUM_CLIENTS,
     )
 
 
@@ -108,10 +112,9 @@ def test_all_kinds_of_route_in_one_round_equal_the_whole_model(
         TASK,
         EDGES,
         seed=7,
+        strategy=fedavg(),
+        planning=Planning(choose_route=all_kinds),
         journal=journal,
-        choose_route=all_kinds,
-        fraction_evaluate=0.0,
-        min_available_nodes=NUM_CLIENTS,
     )
     mixed = simulate(
         strategy, [None] * NUM_CLIENTS, num_rounds=NUM_ROUNDS, num_workers=2
@@ -146,9 +149,7 @@ def test_stock_fedavg_drives_the_same_clients_to_the_same_state() -> None:
         num_workers=2,
     ).arrays
     ours = simulate(
-        SmartSplit(
-            TASK, seed=0, fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS
-        ),
+        SmartSplit(TASK, strategy=fedavg()),
         budgets,
         num_rounds=1,
         num_workers=2,

@@ -6,7 +6,6 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message, MessageType
 
-from flwr_smartsplit.flower.registry import Member
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.serde.records import (
     LEGACY,
@@ -21,19 +20,15 @@ from flwr_smartsplit.types import ClientReply, Failure
 
 
 def written(
-    dispatch: Dispatch,
-    members: Mapping[str, Member],
-    arrays: ArrayRecord,
-    config: Mapping[str, Any],
+    dispatch: Dispatch, arrays: ArrayRecord, config: Mapping[str, Any]
 ) -> list[Message]:
     """Write to every chosen client: the state of its own segments, and its plan.
 
     Parameters
     ----------
     dispatch : Dispatch
-        Who is sent what; learns how large it is.
-    members : Mapping[str, Member]
-        The clients by client_key.
+        Who is sent what, and the ``Member`` behind each client_key; learns how large
+        it is.
     arrays : ArrayRecord
         The global state.
     config : Mapping[str, Any]
@@ -42,33 +37,31 @@ def written(
     kind = MessageType.TRAIN if dispatch.is_train else MessageType.EVALUATE
     messages = []
     for key, sent in dispatch.sent.items():
+        member = dispatch.contacts[key]
         content = instruction(
-            members[key].dialect,
+            member.dialect,
             ArrayRecord({name: arrays[name] for name in sent.names}),
             {**config, **plan_to_scalars(sent.plan)},
             is_train=dispatch.is_train,
         )
         dispatch.sent_bytes[key] = record_bytes(content)
-        node = members[key].node_id
-        messages.append(Message(content, message_type=kind, dst_node_id=node))
+        messages.append(Message(content, message_type=kind, dst_node_id=member.node_id))
     return messages
 
 
 def read(
-    dispatch: Dispatch,
-    members: Mapping[str, Member],
-    messages: Iterable[Message],
-    chain: Chain,
+    dispatch: Dispatch, messages: Iterable[Message], chain: Chain
 ) -> tuple[list[ClientReply], list[Failure]]:
     """Read what came back, each message in its client's dialect."""
-    chosen = {members[key].node_id: members[key] for key in dispatch.sent}
+    members = [dispatch.contacts[key] for key in dispatch.sent]
+    chosen = {member.node_id: member for member in members}
     return dispatch.collect(
         _answer(dispatch, chosen, message, chain) for message in messages
     )
 
 
 def _answer(
-    dispatch: Dispatch, chosen: Mapping[int, Member], message: Message, chain: Chain
+    dispatch: Dispatch, chosen: Mapping[int, Any], message: Message, chain: Chain
 ) -> Answer:
     node = message.metadata.src_node_id
     member = chosen.get(node)

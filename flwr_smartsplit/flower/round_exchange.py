@@ -1,7 +1,8 @@
 """Dispatch: one phase of a round, blind to which of Flower's APIs carries it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flwr_smartsplit.errors import InvalidRoute, RefusedReply
 from flwr_smartsplit.split.chain import Chain
@@ -97,11 +98,20 @@ class Dispatch:
         Training or evaluation.
     started_seconds : float
         The clock when the phase began.
+    version : int
+        Which global state was sent. In a synchronous run, it is the round.
+    digest : str
+        Digest under which the edges hold that state.
+    contacts : Mapping[str, Any]
+        How the strategy reaches each client.
     """
 
     round_number: int
     is_train: bool
     started_seconds: float
+    version: int = 0
+    digest: str = ""
+    contacts: Mapping[str, Any] = field(default_factory=dict)
     sent: dict[str, Sent] = field(default_factory=dict)
     sent_bytes: dict[str, int] = field(default_factory=dict)
     received_bytes: dict[str, int] = field(default_factory=dict)

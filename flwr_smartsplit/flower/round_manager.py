@@ -6,29 +6,39 @@ the messages is the strategies' business. So the same replies give the same bits
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO, getLogger
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy.typing as npt
 
-from flwr_smartsplit.edge.protocol import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
-from flwr_smartsplit.flower.journal.journal import Journal
+from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, Journal, OnRow
 from flwr_smartsplit.flower.journal.round_log import RoundLog
 from flwr_smartsplit.flower.observations import cohort_in, observed
+from flwr_smartsplit.flower.planning import Planning
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names, returned
 from flwr_smartsplit.flower.serde.records import plain_values
-from flwr_smartsplit.flower.server_optimizer import ServerOptimizer
-from flwr_smartsplit.flower.settings import Settings, check_settings
+from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.selection.selection import select_at_random
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
-from flwr_smartsplit.server.aggregation import Settled, settle_round
+from flwr_smartsplit.server.aggregation import (
+    Mixing,
+    Replace,
+    RoundSummary,
+    ServerStep,
+    Settled,
+    next_state,
+    settle_round,
+    state_like,
+)
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
@@ -40,14 +50,31 @@ from flwr_smartsplit.types import (
     ClientPlan,
     ClientReply,
     Cohort,
-    Constraints,
     DeviceProfile,
     Failure,
     RoundPlan,
 )
 
 State = Mapping[str, npt.NDArray[Any]]
+BetweenRounds = Callable[[int, State, RoundSummary], State | None]
+"""Told each settled round's number, state and summary; may return another state."""
 _log = getLogger("flwr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What both strategies are given besides the task, edges and inner strategy.
+
+    ``SmartSplit`` says what each is.
+    """
+
+    planning: Planning = Planning()
+    mixing: Mixing = Replace()
+    server_steps: tuple[ServerStep, ...] = ()
+    seed: int = 0
+    journal: str | Path | None = DEFAULT_JOURNAL
+    on_row: Sequence[OnRow] = ()
+    between_rounds: BetweenRounds | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +87,15 @@ class Phase:
         The round, counted from 1.
     is_train : bool
         Training or evaluation.
-    fraction : float
-        The share of the clients to choose.
-    least : int
-        The least number of clients to choose.
+    sample_size : Callable[[int], int]
+        How many to choose of so many clients.
     config : Mapping[str, Any]
         What the user tells the clients.
     """
 
     round_number: int
     is_train: bool
-    fraction: float
-    least: int
+    sample_size: Callable[[int], int]
     config: Mapping[str, Any]
 
 
@@ -85,35 +109,41 @@ class CentralManager:
     edges : Sequence[Edge]
         Edges that host tails.
     settings : Settings
-        All else.
+        What the user chose besides.
+    take_step : Callable[[int, state, mean], state], optional
+        The inner strategy's server step.
     """
 
-    def __init__(self, task: Task, edges: Sequence[Edge], settings: Settings) -> None:
-        check_settings(settings)
+    def __init__(
+        self,
+        task: Task,
+        edges: Sequence[Edge],
+        settings: Settings,
+        *,
+        take_step: TakeStep | None = None,
+    ) -> None:
         self.task = task
         self.settings = settings
         self.chain = build_chain(task)
         self.edges = EdgePool(edges, task)
-        self.rounds = RoundLog(
-            Journal(settings.journal, settings.on_row), settings.clock
-        )
+        journal = Journal(settings.journal, settings.on_row)
+        self.rounds = RoundLog(journal, settings.planning.clock)
         self.round_plans: list[RoundPlan] = []
         self.history = NO_HISTORY
         if edges:
             self.chain.require_cuts()
-        self._constraints = Constraints(
-            min_device_units=settings.min_device_units,
-            recompute=settings.recompute,
-            kept_units=kept_units(self.chain, task),
-        )
-        self._profiles: dict[int, ChainProfile] = {}
-        self._current: State = {}
-        self._digest = ""
-        self._dispatch: Dispatch | None = None
-        self._optimizer: ServerOptimizer | None = None
-        if settings.server_optimizer is not None:
+        constraints = settings.planning.constraints
+        kept = constraints.kept_units | kept_units(self.chain, task)
+        self._constraints = replace(constraints, kept_units=kept)
+        self._server_steps = settings.server_steps
+        if take_step is not None:
             trained = frozenset(n for n, _ in self.chain.model.named_parameters())
-            self._optimizer = ServerOptimizer(settings.server_optimizer, trained)
+            step = ServerOptimizer(take_step, trained)
+            self._server_steps = (step, *settings.server_steps)
+        self._profiles: dict[int, ChainProfile] = {}
+        self._outstanding: dict[tuple[int, bool], Dispatch] = {}
+        self._newest = 0
+        self._state: State = {}
 
     def summary(self) -> None:
         """Log the settings, in Flower's shape."""
@@ -135,43 +165,43 @@ class CentralManager:
         clients : Mapping[str, DeviceProfile]
             Who is there, by client_key.
         """
-        started = self.settings.clock()
-        self._current, self._digest = state, state_digest(state)
-        addresses, unready = self.edges.prepare(self._digest, state)
+        dispatch = Dispatch(
+            phase.round_number,
+            phase.is_train,
+            self.settings.planning.clock(),
+            version=phase.round_number,
+            digest=state_digest(state),
+        )
+        self._state = state
+        if phase.is_train:
+            self._newest = dispatch.version
+        addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
-        dispatch = Dispatch(phase.round_number, phase.is_train, started)
-        cohort = None
-        if phase.is_train and self.settings.refine:
-            cohort = cohort_in(
-                plan.assignments,
-                clients,
-                self.history,
-                edges=self.edges.profiles(tuple(addresses)),
-            )
+        cohort = self._cohort(phase, plan, clients, tuple(addresses))
         for assignment in plan.assignments:
             key = assignment.client_key
             client_plan = self._client_plan(
-                assignment, phase, clients[key], addresses=addresses, cohort=cohort
-            )
-            names = device_names(client_plan, self.chain)
-            dispatch.sent[key] = Sent(
-                client_plan,
-                names,
-                returned(names, self.task.is_local),
                 assignment,
-                self._profiles[clients[key].batch_size],
+                phase,
+                clients[key],
+                digest=dispatch.digest,
+                addresses=addresses,
+                cohort=cohort,
             )
-        self._dispatch = dispatch
+            profile = self._profiles[clients[key].batch_size]
+            dispatch.sent[key] = self._sent(client_plan, assignment, profile)
+        # Flower's legacy server does not ask what came of a phase that asked nobody.
+        waiting = {k: d for k, d in self._outstanding.items() if d.sent}
+        self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}
         return dispatch
 
-    def take(self) -> Dispatch | None:
-        """Return what went out in the running phase, once."""
-        dispatch, self._dispatch = self._dispatch, None
-        return dispatch
+    def take(self, version: int, *, is_train: bool) -> Dispatch | None:
+        """Return what went out in a phase, once."""
+        return self._outstanding.pop((version, is_train), None)
 
     def settle(
         self,
@@ -179,26 +209,51 @@ class CentralManager:
         replies: Iterable[ClientReply],
         failures: Sequence[Failure],
     ) -> Settled:
-        """End a training phase: refuse, commit, drop, merge, step."""
-        received = self.settings.clock()
+        """End a training phase: refuse, commit, drop, merge, mix, step."""
+        received = self.settings.planning.clock()
         replies = list(replies)
         settled = settle_round(
             replies,
             round_number=dispatch.round_number,
             expected=dispatch.expectations(self.chain, replies),
-            current=self._current,
+            current=self._state,
             edges=self.edges,
-            step=self._step(dispatch.round_number),
         )
         failures = [*failures, *settled.failures]
         self.history = self.history.after(
-            observed(dispatch, settled.accepted, self.settings.client_seconds)
+            observed(dispatch, settled.accepted, self.settings.planning.client_seconds)
         )
-        if self.edges.names:
-            state = self._current if settled.state is None else settled.state
-            self.edges.release(dispatch.round_number, state_digest(state))
+        settled = replace(settled, state=self._after(dispatch, settled, failures))
+        self._release(dispatch)
         self._write(dispatch, settled.accepted, failures, received)
         return settled
+
+    def _after(
+        self, dispatch: Dispatch, settled: Settled, failures: Sequence[Failure]
+    ) -> State | None:
+        """Return the next state; None if nobody changes the present one."""
+        state, settings = settled.state, self.settings
+        summary = RoundSummary(
+            round_number=dispatch.round_number,
+            staleness=self._newest - dispatch.version,
+            reports={key: reply.report for key, reply in settled.accepted.items()},
+            failures=tuple(failures),
+        )
+        if state is not None:
+            state = next_state(
+                self._state,
+                state,
+                summary,
+                mixing=settings.mixing,
+                server_steps=self._server_steps,
+            )
+        if settings.between_rounds is not None:
+            seen = self._state if state is None else state
+            changed = settings.between_rounds(dispatch.round_number, seen, summary)
+            if changed is not None:
+                state = state_like(seen, changed, maker=settings.between_rounds)
+        self._state = self._state if state is None else state
+        return state
 
     def assess(
         self,
@@ -207,7 +262,7 @@ class CentralManager:
         failures: Sequence[Failure],
     ) -> dict[str, ClientReply]:
         """End an evaluation phase; return what counts, in client_key order."""
-        received = self.settings.clock()
+        received = self.settings.planning.clock()
         accepted: dict[str, ClientReply] = {}
         failures = list(failures)
         for reply in sorted(replies, key=lambda r: r.client_key):
@@ -217,9 +272,15 @@ class CentralManager:
                 failures.append(refusal(reply, error))
             else:
                 accepted[reply.client_key] = reply
-        self.edges.release(dispatch.round_number, self._digest)
+        self._release(dispatch)
         self._write(dispatch, accepted, failures, received)
         return accepted
+
+    def _release(self, dispatch: Dispatch) -> None:
+        """Let edges forget what nobody needs who is still at work."""
+        if self.edges.names and not any(d.sent for d in self._outstanding.values()):
+            digest = state_digest(self._state)
+            self.edges.release(max(self._newest, dispatch.round_number), digest)
 
     def _write(
         self,
@@ -243,21 +304,20 @@ class CentralManager:
     def _plan(
         self, phase: Phase, clients: Mapping[str, DeviceProfile], edges: Sequence[str]
     ) -> RoundPlan:
-        """Translate FedAvg's arguments into a call of the pure policy."""
+        """Translate what Flower asks for into a call of the pure policy."""
+        planning = self.settings.planning
         fleet = self._priced(phase.round_number, clients)
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
         plan = plan_round(
             fleet,
             self._profiles,
             round_number=phase.round_number,
-            num_clients=max(int(len(fleet) * phase.fraction), phase.least),
+            num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
                 edges=self.edges.profiles(edges),
-                select=self.settings.select if phase.is_train else select_at_random,
-                choose_route=self.settings.choose_route,
-                min_device_units=self.settings.min_device_units,
-                recompute=self.settings.recompute,
-                kept_units=self._constraints.kept_units,
+                select=planning.select if phase.is_train else select_at_random,
+                choose_route=planning.choose_route,
+                constraints=self._constraints,
             ),
             rng=Random(seed),
             history=self.history,
@@ -289,39 +349,64 @@ class CentralManager:
             raise problems[0]
         return priced
 
+    def _cohort(
+        self,
+        phase: Phase,
+        plan: RoundPlan,
+        clients: Mapping[str, DeviceProfile],
+        edges: Sequence[str],
+    ) -> Cohort | None:
+        """Say what edges compare clients with, if they may advise them."""
+        advisor = self.settings.planning.advisor
+        if advisor is None or not phase.is_train:
+            return None
+        return cohort_in(
+            advisor,
+            plan.assignments,
+            clients,
+            self.history,
+            edges=self.edges.profiles(edges),
+        )
+
+    def _sent(
+        self, plan: ClientPlan, assignment: Assignment, profile: ChainProfile
+    ) -> Sent:
+        """Name what a client is sent, and what it sends back."""
+        names = device_names(plan, self.chain)
+        back = returned(names, self.task.is_local)
+        return Sent(plan, names, back, assignment, profile)
+
     def _client_plan(
         self,
         assignment: Assignment,
         phase: Phase,
         device: DeviceProfile,
         *,
+        digest: str,
         addresses: Mapping[str, str],
         cohort: Cohort | None,
     ) -> ClientPlan:
+        option = assignment.option
         return ClientPlan(
             client_key=assignment.client_key,
             round_number=phase.round_number,
-            route=assignment.route,
+            route=option.route,
             seed=self.settings.seed,
-            num_threads=self.settings.num_threads,
+            num_threads=self.settings.planning.num_threads,
             budget_bytes=assignment.budget_bytes,
-            recompute=assignment.recompute,
-            predicted_peak_bytes=assignment.predicted_peak_bytes,
-            state_digest=self._digest,
-            edge_addresses={e: addresses[e] for e in assignment.route.edges()},
+            recompute=option.recompute,
+            predicted_peak_bytes=option.peak_bytes,
+            variant=option.variant,
+            codecs=option.codecs,
+            accumulate=option.accumulate,
+            state_digest=digest,
+            edge_addresses={e: addresses[e] for e in option.route.edges()},
             config=plain_values(phase.config),
             cohort=None if cohort is None else cohort.for_steps(device.num_steps),
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
             constraints=self._constraints,
         )
-
-    def _step(self, round_number: int) -> Callable[[State, State], State] | None:
-        """Return what follows the merge, if anything does."""
-        optimizer = self._optimizer
-        if optimizer is None:
-            return None
-        return lambda before, mean: optimizer.step(round_number, before, mean)
 
 
 def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Server optimizers: Flower's adaptive strategies, applied after the merge.
+"""Server optimizers: the server step of Flower's adaptive strategies, after the merge.
 
 They need nothing but the state before a round and the clients' mean, which is what a
 split round ends with too. The arithmetic is Flower's own.
@@ -10,92 +10,118 @@ References
    Federated Visual Classification", 2019, arXiv:1909.06335 (server momentum).
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from logging import WARNING, getLogger
 from typing import Any, cast
 
+import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.common import (
+    Code,
+    FitRes,
+    Parameters,
+    Status,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server import strategy as legacy
+from flwr.server.client_proxy import ClientProxy
+from flwr.serverapp.strategy import FedAvg, FedAvgM
 
+from flwr_smartsplit.flower.inner_strategy import without_fedavgs_log
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
+from flwr_smartsplit.server.aggregation import RoundSummary
 
 State = Mapping[str, npt.NDArray[Any]]
-
-_NEED_ONLY_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi)
-_log = getLogger("flwr")
+TakeStep = Callable[[int, State, State], State]
+"""Goes from a round's number, its state and the clients' mean to the next state."""
 
 
 class ServerOptimizer:
-    """Step from a round's state to the next by one of Flower's strategies.
+    """Step from a round's state to the next, as one of Flower's strategies does.
 
     Parameters
     ----------
-    strategy : FedAdam, FedYogi, FedAdagrad or FedAvgM
-        A copy of it keeps the moments; its sampling arguments are not used.
+    take_step : Callable[[int, state, mean], state]
+        ``message_step`` or ``legacy_step`` of a strategy, which keeps the moments.
     trained_names : frozenset[str]
         The parameters. Buffers, such as BatchNorm's statistics, take the mean: a step
         beyond it could make a variance negative.
-
-    Raises
-    ------
-    TypeError
-        If the strategy needs the clients' whole models one by one.
     """
 
-    def __init__(self, strategy: FedAvg, trained_names: frozenset[str]) -> None:
-        if type(strategy) not in _NEED_ONLY_THE_MEAN:
-            raise TypeError(
-                f"server_optimizer is a {type(strategy).__name__}: only strategies "
-                "that need no more than the clients' mean can follow a merge "
-                f"({', '.join(kind.__name__ for kind in _NEED_ONLY_THE_MEAN)}). Krum, "
-                "medians, trimmed means and q-FedAvg compare whole models of single "
-                "clients, and those are nowhere whole when they are split."
-            )
-        self._strategy = copy.deepcopy(strategy)
-        self._strategy.fraction_train = 0.0  # It takes the state and asks nobody.
+    def __init__(self, take_step: TakeStep, trained_names: frozenset[str]) -> None:
+        self._take_step = take_step
         self._trained_names = trained_names
+        self._taken: State = {}
 
-    def step(self, round_number: int, before: State, mean: State) -> State:
-        """Return the next state.
+    def step(self, before: State, after: State, summary: RoundSummary) -> State:
+        """Return the next state."""
+        names = [name for name in before if name in self._trained_names]
+        start = {name: self._unrounded(name, before[name]) for name in names}
+        mean = {name: after[name] for name in names}
+        self._taken = self._take_step(summary.round_number, start, mean)
+        return {**after, **self._taken}
 
-        Parameters
-        ----------
-        round_number : int
-            The round, counted from 1.
-        before, mean : Mapping[str, ndarray]
-            The state the round started from, and the merged one.
-        """
-        strategy = self._strategy
-        start, merged = self._trained(before), self._trained(mean)
-        config = ConfigRecord()
-        nobody = cast(Grid, None)
-        strategy.configure_train(round_number, to_array_record(start), config, nobody)
-        key = strategy.weighted_by_key
-        content = RecordDict(
-            {"arrays": to_array_record(merged), "metrics": MetricRecord({key: 1})}
-        )
-        reply = Message(content, message_type="train", dst_node_id=0)
-        with _quietly():  # It would log one reply.
-            arrays, _ = strategy.aggregate_train(round_number, [reply])
-        stepped = from_array_record(cast(ArrayRecord, arrays))
-        return {
-            name: stepped[name].astype(value.dtype) if name in stepped else value
-            for name, value in mean.items()
-        }
+    def _unrounded(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Go on from what the last step came to, which may be finer than the model."""
+        taken = self._taken.get(name)
+        if taken is None or not np.array_equal(taken.astype(array.dtype), array):
+            return array
+        return taken
 
-    def _trained(self, state: State) -> State:
-        return {n: array for n, array in state.items() if n in self._trained_names}
+
+def message_step(
+    strategy: FedAvg, round_number: int, start: State, mean: State
+) -> State:
+    """Let a Message-API strategy aggregate one reply: the mean."""
+    record = to_array_record(start)
+    # What its configure_train keeps, without the buffers.
+    kept = record if isinstance(strategy, FedAvgM) else dict(start)
+    vars(strategy)["current_arrays"] = kept
+    metrics = MetricRecord({strategy.weighted_by_key: 1})
+    content = RecordDict({"arrays": to_array_record(mean), "metrics": metrics})
+    reply = Message(content, message_type="train", dst_node_id=0)
+    with (
+        without_fedavgs_log(),
+        _instead(strategy, "train_metrics_aggr_fn", lambda *_: MetricRecord()),
+    ):
+        arrays, _ = strategy.aggregate_train(round_number, [reply])
+    return from_array_record(cast(ArrayRecord, arrays))
+
+
+def legacy_step(
+    strategy: legacy.FedAvg, round_number: int, start: State, mean: State
+) -> State:
+    """Let a legacy strategy aggregate one result: the mean."""
+    if isinstance(strategy, legacy.FedAvgM):
+        strategy.initial_parameters = ndarrays_to_parameters(list(start.values()))
+        # It makes its momentum in round 1, even if nobody trained then.
+        round_number = 1 if strategy.momentum_vector is None else round_number
+    else:
+        vars(strategy)["current_weights"] = list(start.values())
+    result = FitRes(
+        status=Status(Code.OK, ""),
+        parameters=ndarrays_to_parameters(list(mean.values())),
+        num_examples=1,
+        metrics={},
+    )
+    with (
+        without_fedavgs_log(),
+        _instead(strategy, "fit_metrics_aggregation_fn", lambda _: {}),
+    ):
+        nobody = cast(ClientProxy, None)
+        parameters, _ = strategy.aggregate_fit(round_number, [(nobody, result)], [])
+    arrays = parameters_to_ndarrays(cast(Parameters, parameters))
+    return dict(zip(start, arrays, strict=True))
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    level = _log.level
-    _log.setLevel(WARNING)
+def _instead(strategy: object, name: str, value: object) -> Iterator[None]:
+    """Do not show the user's function our one reply."""
+    usual = getattr(strategy, name)
+    setattr(strategy, name, value)
     try:
         yield
     finally:
-        _log.setLevel(level)
+        setattr(strategy, name, usual)

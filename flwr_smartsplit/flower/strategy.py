@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
 
@@ -9,21 +10,33 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
+    MessageType,
     MetricRecord,
     RecordDict,
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from flwr_smartsplit.edge.protocol import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower import messages
+from flwr_smartsplit.flower.inner_strategy import (
+    MESSAGE_API,
+    check_strategy,
+    has_server_step,
+    message_config,
+    overrides,
+    sample_size,
+    without_fedavgs_log,
+)
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
-from flwr_smartsplit.flower.observations import ClientSeconds
+from flwr_smartsplit.flower.planning import Planning
 from flwr_smartsplit.flower.registry import Fleet, Member
 from flwr_smartsplit.flower.round_manager import (
+    BetweenRounds,
     CentralManager,
     Phase,
+    Settings,
     refuse_wrappers,
 )
 from flwr_smartsplit.flower.serde.records import (
@@ -31,30 +44,23 @@ from flwr_smartsplit.flower.serde.records import (
     message_dialect,
     to_array_record,
 )
-from flwr_smartsplit.flower.serde.replies import (
-    metrics_of,
-)
-from flwr_smartsplit.flower.settings import Settings
-from flwr_smartsplit.plan.routes import ChooseRoute
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
-from flwr_smartsplit.plan.selection.selection import Select
+from flwr_smartsplit.flower.serde.replies import metrics_of
+from flwr_smartsplit.flower.server_optimizer import message_step
+from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
 
 _log = getLogger("flwr")
-MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
 
 class SmartSplit(Strategy):
-    """Federated averaging in which weak devices train only the front of the model.
+    """Let weak devices train only the front of a model, under a strategy of Flower's.
 
-    Each round it gives every chosen client the deepest route that its memory budget
-    allows; an edge trains the rest. With everybody on the whole route this is
-    FedAvg. A reconstruction: of SmartSplit (Tian et al., 2024) only the abstract
-    is public, and the present policy is a first one.
-
-    Arguments that are not explained here are those of
-    ``flwr.serverapp.strategy.FedAvg``.
+    Each round it gives every chosen client one of the routes that its memory budget
+    allows; an edge trains the rest. The clients' mean is exact whatever their routes;
+    the inner strategy takes its server step from it. With everybody on the whole route
+    this is the inner strategy. A reconstruction: of SmartSplit (Tian et al., 2024)
+    only the abstract is public, and the present policy is a first one.
 
     Parameters
     ----------
@@ -63,41 +69,27 @@ class SmartSplit(Strategy):
     edges : Sequence[Edge]
         Edges that host tails, such as ``(RayEdge(),)``; none means that only clients
         who can hold the whole model train.
+    strategy : FedAvg, optional
+        Flower's strategy, ``FedAvg()`` by default. Its sampling numbers, record keys,
+        metric functions and server step are kept (``FedAdam``, ``FedYogi``,
+        ``FedAdagrad``, ``FedAvgM``), and what it writes into a round's config. One that
+        must see whole client models is refused.
+    planning : Planning
+        How clients and routes are chosen.
+    mixing : Mixing
+        How much the clients' mean counts against the state that it meets.
+    server_steps : Sequence[ServerStep]
+        What the server adds after the inner strategy's step, in this order.
     seed : int
         Root of sampling and of every random stream of the clients.
-    num_threads : int
-        Torch threads at every place.
-    select : Callable[[SelectionRequest], Selection]
-        Chooses the clients that train, each with one of the routes and plans that its
-        memory allows: ``SelectByUtility()`` (default), ``select_at_random``, or a
-        function of one's own.
-    choose_route : Callable[[RouteRequest], Route], optional
-        Chooses each client's route beforehand: ``deepest_split``, ``deepest_u_shape``
-        if labels must stay on the devices, or a function of one's own.
-    min_device_units : int
-        How many units a cut leaves on the device at least, wherever it moves: shallow
-        boundaries leak.
-    recompute : bool
-        Whether a device may recompute activations.
-    refine : bool
-        Whether edges may move cuts and release slow, unimportant clients in a round.
-    client_seconds : Callable[[ClientPlan, StepReport], float], optional
-        How long a client's part took, for the selections to come, such as
-        ``measured_seconds``; by default as long as was predicted from its traits.
-        With it, the speed of devices that do not tell it is learned from their steps.
-    server_optimizer : FedAdam, FedYogi, FedAdagrad or FedAvgM, optional
-        Flower's strategy whose server step follows the merge.
     journal : str or Path, optional
         File for one JSON line per client and round; ``{number}`` in its name becomes
         the first number that is free. None writes no file.
     on_row : Sequence[Callable[[Mapping], None]]
         Told each of these lines as a mapping, such as ``TensorBoardRows(folder)``.
-    clock : Callable[[], float]
-        Seconds that only move forward.
-    profile_timeout_seconds : float
-        How long to wait for clients that are asked who they are.
-    weighted_by_key : str
-        What the weight is called in metrics; it is the number of examples.
+    between_rounds : Callable[[int, state, RoundSummary], state or None], optional
+        Told each settled round's number, state and summary, before the next begins. A
+        state that it returns is the next one.
 
     References
     ----------
@@ -105,72 +97,42 @@ class SmartSplit(Strategy):
     via Model Splitting", IEEE TPDS 35(12), 2024, arXiv:2410.11577.
     """
 
-    # longer than 40 lines because FedAvg's arguments are kept
-    def __init__(  # noqa: PLR0913
+    def __init__(  # noqa: PLR0913 - what can be chosen, one by one
         self,
         task: Task,
         edges: Sequence[Edge] = (),
         *,
+        strategy: FedAvg | None = None,
+        planning: Planning = Planning(),
+        mixing: Mixing = Replace(),
+        server_steps: Sequence[ServerStep] = (),
         seed: int = 0,
-        num_threads: int = 1,
-        select: Select = BY_UTILITY,
-        choose_route: ChooseRoute | None = None,
-        min_device_units: int = 1,
-        recompute: bool = True,
-        refine: bool = True,
-        client_seconds: ClientSeconds | None = None,
-        server_optimizer: FedAvg | None = None,
         journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
-        clock: Callable[[], float] = time.perf_counter,
-        fraction_train: float = 1.0,
-        fraction_evaluate: float = 1.0,
-        min_train_nodes: int = 2,
-        min_evaluate_nodes: int = 2,
-        min_available_nodes: int = 2,
-        weighted_by_key: str = "num-examples",
-        arrayrecord_key: str = "arrays",
-        configrecord_key: str = "config",
-        train_metrics_aggr_fn: MetricsFn | None = None,
-        evaluate_metrics_aggr_fn: MetricsFn | None = None,
-        profile_timeout_seconds: float = 120.0,
+        between_rounds: BetweenRounds | None = None,
     ) -> None:
-        # FedAvg checks and keeps its own arguments, and lends its averages.
-        self.fedavg = FedAvg(
-            fraction_train=fraction_train,
-            fraction_evaluate=fraction_evaluate,
-            min_train_nodes=min_train_nodes,
-            min_evaluate_nodes=min_evaluate_nodes,
-            min_available_nodes=min_available_nodes,
-            weighted_by_key=weighted_by_key,
-            arrayrecord_key=arrayrecord_key,
-            configrecord_key=configrecord_key,
-            train_metrics_aggr_fn=train_metrics_aggr_fn,
-            evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn,
+        self.strategy = FedAvg() if strategy is None else strategy
+        check_strategy(self.strategy, MESSAGE_API)
+        has_step = has_server_step(self.strategy, MESSAGE_API)
+        settings = Settings(
+            planning=planning,
+            mixing=mixing,
+            server_steps=tuple(server_steps),
+            seed=seed,
+            journal=journal,
+            on_row=on_row,
+            between_rounds=between_rounds,
         )
         self._central = CentralManager(
             task,
             edges,
-            Settings(
-                seed=seed,
-                num_threads=num_threads,
-                select=select,
-                choose_route=choose_route,
-                min_device_units=min_device_units,
-                recompute=recompute,
-                refine=refine,
-                client_seconds=client_seconds,
-                server_optimizer=server_optimizer,
-                journal=journal,
-                on_row=on_row,
-                clock=clock,
-            ),
+            settings,
+            take_step=partial(message_step, self.strategy) if has_step else None,
         )
+        keys = self.strategy.arrayrecord_key, self.strategy.configrecord_key
         self._fleet = Fleet(
-            message_dialect(arrayrecord_key, configrecord_key),
-            timeout_seconds=profile_timeout_seconds,
+            message_dialect(*keys), timeout_seconds=planning.profile_timeout_seconds
         )
-        self._members: dict[str, Member] = {}
 
     @property
     def failures(self) -> list[Failure]:
@@ -185,7 +147,7 @@ class SmartSplit(Strategy):
     def summary(self) -> None:
         """Log the strategy's settings, in Flower's shape."""
         self._central.summary()
-        self.fedavg.summary()
+        self.strategy.summary()
 
     def start(  # noqa: PLR0913, PLR0917 - Flower's signature
         self,
@@ -219,7 +181,7 @@ class SmartSplit(Strategy):
             )
         finally:
             self.close()
-        if not result.arrays and self.fedavg.fraction_train > 0:
+        if not result.arrays and self.strategy.fraction_train > 0:
             _log.log(WARNING, "Nobody trained: the result is the initial model.")
             result.arrays = initial_arrays
         return result
@@ -233,79 +195,84 @@ class SmartSplit(Strategy):
     ) -> Iterable[Message]:
         """Plan the round and send each chosen client its segments and its plan."""
         refuse_wrappers(self, (Strategy,))
-        average = self.fedavg
-        if average.fraction_train == 0.0:
-            return []
-        phase = Phase(
-            round_number=server_round,
-            is_train=True,
-            fraction=average.fraction_train,
-            least=average.min_train_nodes,
-            config=config,
-        )
-        return self._configure(phase, arrays, config, grid)
+        return self._configure(server_round, arrays, config, grid, is_train=True)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send each chosen client what it needs to evaluate along its route."""
-        average = self.fedavg
-        if average.fraction_evaluate == 0.0:
-            return []
-        phase = Phase(
-            round_number=server_round,
-            is_train=False,
-            fraction=average.fraction_evaluate,
-            least=average.min_evaluate_nodes,
-            config=config,
-        )
-        return self._configure(phase, arrays, config, grid)
+        return self._configure(server_round, arrays, config, grid, is_train=False)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Settle the round: refuse, commit, drop, merge."""
-        dispatch = self._central.take()
+        """Settle the round: refuse, commit, drop, merge, mix, step."""
+        dispatch = self._central.take(server_round, is_train=True)
         if dispatch is None:
             return None, None
-        read = messages.read(dispatch, self._members, replies, self._central.chain)
+        read = messages.read(dispatch, replies, self._central.chain)
         settled = self._central.settle(dispatch, *read)
-        if settled.state is None:
-            return None, None
-        return to_array_record(settled.state), self._average(
-            settled.accepted, self.fedavg.train_metrics_aggr_fn
-        )
+        arrays = None if settled.state is None else to_array_record(settled.state)
+        if not settled.accepted:
+            return arrays, None
+        contents = self._contents(settled.accepted)
+        key = self.strategy.weighted_by_key
+        return arrays, self.strategy.train_metrics_aggr_fn(contents, key)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Average what the clients measured along their routes."""
-        dispatch = self._central.take()
+        """Let the inner strategy average what the clients measured on their routes."""
+        dispatch = self._central.take(server_round, is_train=False)
         if dispatch is None:
             return None
-        read = messages.read(dispatch, self._members, replies, self._central.chain)
+        read = messages.read(dispatch, replies, self._central.chain)
         accepted = self._central.assess(dispatch, *read)
-        if not accepted:
-            return None
-        return self._average(accepted, self.fedavg.evaluate_metrics_aggr_fn)
+        contents = self._contents(accepted)
+        if not overrides(self.strategy, "aggregate_evaluate", MESSAGE_API):
+            average = self.strategy.evaluate_metrics_aggr_fn
+            return (
+                average(contents, self.strategy.weighted_by_key) if accepted else None
+            )
+        kind = MessageType.EVALUATE
+        merged = [Message(c, message_type=kind, dst_node_id=0) for c in contents]
+        with without_fedavgs_log():
+            return self.strategy.aggregate_evaluate(server_round, merged)
 
     # --- one phase ----------------------------------------------------------------
 
     def _configure(
-        self, phase: Phase, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
+        *,
+        is_train: bool,
     ) -> list[Message]:
-        self._members = self._present(grid, phase)
-        config["server-round"] = phase.round_number
+        told = message_config(
+            self.strategy, arrays, config, server_round=server_round, is_train=is_train
+        )
+        if told is None:
+            return []
+        phase = Phase(
+            round_number=server_round,
+            is_train=is_train,
+            sample_size=partial(sample_size, self.strategy, is_train=is_train),
+            config={**told, "server-round": server_round},
+        )
+        members = self._present(grid, phase)
         dispatch = self._central.begin(
             phase,
             from_array_record(arrays),
-            {key: member.profile for key, member in self._members.items()},
+            {key: member.profile for key, member in members.items()},
         )
-        return messages.written(dispatch, self._members, arrays, config)
+        dispatch.contacts = members
+        return messages.written(dispatch, arrays, phase.config)
 
     def _present(self, grid: Grid, phase: Phase) -> dict[str, Member]:
         """Wait for enough nodes, as FedAvg does, and learn who they are."""
-        least = self.fedavg.min_available_nodes
+        least = self.strategy.min_available_nodes
         while len(nodes := list(grid.get_node_ids())) < least:
             _log.log(
                 INFO,
@@ -324,13 +291,10 @@ class SmartSplit(Strategy):
             )
         return members
 
-    def _average(
-        self, accepted: Mapping[str, ClientReply], average: MetricsFn
-    ) -> MetricRecord:
-        """Average the clients' metrics, in client_key order."""
-        key = self.fedavg.weighted_by_key
-        contents = [
+    def _contents(self, accepted: Mapping[str, ClientReply]) -> list[RecordDict]:
+        """List the clients' metrics as their replies would, in client_key order."""
+        key = self.strategy.weighted_by_key
+        return [
             RecordDict({"metrics": MetricRecord(metrics_of(reply.report, key))})
             for reply in accepted.values()
         ]
-        return average(contents, key)

@@ -1,22 +1,23 @@
-"""Settle a round: refuse, commit, drop, merge, in this order.
+"""Settle a round: refuse, commit, drop, merge; then mix, and let the server add.
 
-Whatever happens to single clients or edges, the new state is the weighted mean of
-exactly the clients that were accepted everywhere. Both strategies call this one
-function, so the same replies give the same bits.
+Whatever happens to single clients or edges, the mean is that of exactly the clients
+that were accepted everywhere. Both strategies call these functions, so the same replies
+give the same bits.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.edge.protocol import Entry
 from flwr_smartsplit.edge.weighted_mean import Sums, add_states, add_sums, merge
-from flwr_smartsplit.errors import EdgeError, RefusedReply, SpillLost
+from flwr_smartsplit.errors import EdgeError, RefusedReply, SmartSplitError, TailLost
 from flwr_smartsplit.server.acceptance import check_reply, refusal
 from flwr_smartsplit.server.edge_pool import EdgePool
-from flwr_smartsplit.types import ClientReply, Expectation, Failure
+from flwr_smartsplit.types import ClientReply, Expectation, Failure, StepReport
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -28,7 +29,8 @@ class Settled:
     Parameters
     ----------
     state : Mapping[str, ndarray] or None
-        The new global state; None if nobody was accepted.
+        The clients' weighted mean, until the server acts on it; None if nobody was
+        accepted.
     accepted : Mapping[str, ClientReply]
         The merged replies, in client_key order.
     failures : tuple[Failure, ...]
@@ -40,6 +42,107 @@ class Settled:
     failures: tuple[Failure, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSummary:
+    """What a settled round came to, for whoever acts on its state.
+
+    Parameters
+    ----------
+    round_number : int
+        The round, counted from 1.
+    staleness : int
+        How many versions of the global state are newer than the one that these clients
+        started from; 0 where every round waits for its clients.
+    reports : Mapping[str, StepReport]
+        What the merged clients measured, in client_key order.
+    failures : tuple[Failure, ...]
+        Whose part was not merged.
+    """
+
+    round_number: int
+    staleness: int = 0
+    reports: Mapping[str, StepReport]
+    failures: tuple[Failure, ...] = ()
+
+
+class Mixing(Protocol):
+    """How much a result counts against the state that it meets."""
+
+    def mix(self, current: State, mean: State, summary: RoundSummary) -> State:
+        """Return the next state, with the names and shapes of ``current``.
+
+        Parameters
+        ----------
+        current, mean : Mapping[str, ndarray]
+            The newest global state, and the clients' mean.
+        summary : RoundSummary
+            How the mean came about, such as its staleness.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """The mean replaces the state: federated averaging."""
+
+    def mix(self, current: State, mean: State, summary: RoundSummary) -> State:
+        """Return the mean."""
+        del current, summary
+        return mean
+
+
+class ServerStep(Protocol):
+    """What the server adds to a state that was merged and mixed."""
+
+    def step(self, before: State, after: State, summary: RoundSummary) -> State:
+        """Return the next state, with the names and shapes of ``before``.
+
+        Parameters
+        ----------
+        before, after : Mapping[str, ndarray]
+            The global state before the merge, and now.
+        summary : RoundSummary
+            What was merged.
+        """
+
+
+def next_state(
+    current: State,
+    mean: State,
+    summary: RoundSummary,
+    *,
+    mixing: Mixing,
+    server_steps: Sequence[ServerStep],
+) -> State:
+    """Mix the clients' mean into the current state, then take the server's steps."""
+    state = state_like(current, mixing.mix(current, mean, summary), maker=mixing)
+    for each in server_steps:
+        state = state_like(current, each.step(current, state, summary), maker=each)
+    return state
+
+
+def state_like(current: State, state: State, *, maker: object) -> State:
+    """Give a state that somebody made the types of the current one.
+
+    Raises
+    ------
+    SmartSplitError
+        If its names or shapes are not those of the current one.
+    """
+    had, has = (
+        {name: np.shape(array) for name, array in each.items()}
+        for each in (current, state)
+    )
+    wrong = sorted(n for n in had.keys() | has.keys() if had.get(n) != has.get(n))
+    if wrong:
+        name = wrong[0]
+        raise SmartSplitError(
+            f"{maker!r} returns a state in which {len(wrong)} arrays are not the "
+            f"model's, such as {name!r}: {has.get(name, 'missing')} instead of "
+            f"{had.get(name, 'nothing')}. Return every name of the state that it gets."
+        )
+    return {n: np.asarray(state[n], dtype=array.dtype) for n, array in current.items()}
+
+
 def settle_round(
     replies: Iterable[ClientReply],
     *,
@@ -47,9 +150,8 @@ def settle_round(
     expected: Mapping[str, Expectation],
     current: State,
     edges: EdgePool,
-    step: Callable[[State, State], State] | None = None,
 ) -> Settled:
-    """Merge a round's replies into the next global state.
+    """Merge a round's replies into their weighted mean.
 
     Parameters
     ----------
@@ -60,12 +162,9 @@ def settle_round(
     expected : Mapping[str, Expectation]
         What each chosen client had to send.
     current : Mapping[str, ndarray]
-        The global state that the round started from.
+        The global state; what nobody trained keeps its value.
     edges : EdgePool
         Where the tails are sealed.
-    step : Callable[[state, mean], state], optional
-        Goes from the old state and the clients' mean to the new state, as a server
-        optimizer does.
     """
     accepted, failures = _accept(replies, round_number, expected, current)
     tail_sums, dropped = _commit(accepted, round_number, edges)
@@ -77,10 +176,8 @@ def settle_round(
     device_sums = add_states(
         (reply.state, reply.report.num_examples) for reply in accepted.values()
     )
-    state: State = merge(current, add_sums([device_sums, *tail_sums]))
-    if step is not None:
-        state = step(current, state)
-    return Settled(state=state, accepted=accepted, failures=tuple(failures))
+    mean: State = merge(current, add_sums([device_sums, *tail_sums]))
+    return Settled(state=mean, accepted=accepted, failures=tuple(failures))
 
 
 def _accept(
@@ -119,7 +216,7 @@ def _commit(
         for place, entries in _entries_by_place(remaining).items():
             try:
                 sums.append(edges.commit(place, round_number, tuple(entries.values())))
-            except SpillLost as error:
+            except TailLost as error:
                 named = [k for k, e in entries.items() if e.session in error.sessions]
                 lost |= dict.fromkeys(named or entries, str(error))
             except EdgeError as error:

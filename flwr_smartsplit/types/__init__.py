@@ -4,7 +4,7 @@ They stand apart so that deciding (``plan``) and carrying (``device``, ``edge``,
 ``server``, ``flower``) can talk to each other without knowing each other.
 """
 
-from flwr_smartsplit.types.advice import Advice, Cohort, Wish
+from flwr_smartsplit.types.advice import Action, Advice, Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan, Rerun
 from flwr_smartsplit.types.codecs import RAW, codec_at
 from flwr_smartsplit.types.constraints import NO_CONSTRAINTS, Constraints
@@ -51,6 +51,7 @@ __all__ = [
     "RAW",
     "WHOLE",
     "WHOLE_BATCH",
+    "Action",
     "Advice",
     "Assignment",
     "ChainProfile",
@@ -80,7 +81,6 @@ __all__ = [
     "TailExpectation",
     "UnitCost",
     "Variant",
-    "Wish",
     "Work",
     "codec_at",
 ]

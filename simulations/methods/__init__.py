@@ -1,11 +1,11 @@
 """The methods that experiments compare, one file each."""
 
-from simulations.method import Method
 from simulations.methods.chance import RANDOM
 from simulations.methods.depthfl import DEPTHFL
 from simulations.methods.drop_weak import DROP_WEAK
 from simulations.methods.fedavg import FEDAVG
 from simulations.methods.heterofl import HETEROFL
+from simulations.methods.method import Method
 from simulations.methods.oort import OORT
 from simulations.methods.smartsplit import SMARTSPLIT, VARIANTS
 from simulations.methods.splitfed import SPLITFED

@@ -12,13 +12,15 @@ Deep Networks from Decentralized Data. AISTATS 2017. arXiv:1602.05629.
 from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit.plan.selection.selection import select_at_random
-from simulations.method import Method, Setting
-from simulations.methods.splitting import split_strategy
+from simulations.methods.method import Method, Setting
+from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 
 def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that leaves weak devices out."""
-    return split_strategy(setting, edges=(), recompute=False, select=select_at_random)
+    return split_strategy(
+        setting, has_edges=False, constraints=NO_RECOMPUTE, select=select_at_random
+    )
 
 
 DROP_WEAK = Method(

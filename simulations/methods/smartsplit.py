@@ -1,8 +1,8 @@
 """SmartSplit: weak devices train the front of the model, an edge the rest.
 
 A reconstruction: the formulas of the paper are not public to us. Each round it chooses
-clients and routes together, by memory, speed, loss, labels and fairness; an edge moves
-cuts and lets slow, unimportant clients go. The variants leave one part out each.
+clients and routes together, by memory, speed, loss, labels and fairness. The variants
+have one part less, or more.
 
 References
 ----------
@@ -17,11 +17,12 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY, SelectByUtility
-from flwr_smartsplit.plan.selection.surrogate import Surrogate
-from simulations.method import Method, Setting
+from flwr_smartsplit import Constraints
+from flwr_smartsplit.plan.advisor import StragglerAdvisor
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY, SelectByUtility
+from simulations.methods.method import Method, Setting
 from simulations.methods.splitfed import one_cut_for_all
-from simulations.methods.splitting import split_strategy
+from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 Change = Callable[[Setting], dict[str, Any]]
 
@@ -37,7 +38,9 @@ def _select(rule: SelectByUtility) -> Change:
 
 def _keep(share: float) -> Change:
     return lambda setting: {
-        "min_device_units": max(int(len(setting.clock.profile.units) * share), 1)
+        "constraints": Constraints(
+            min_device_units=max(int(len(setting.clock.profile.units) * share), 1)
+        )
     }
 
 
@@ -54,11 +57,6 @@ VARIANTS = tuple(
         strategy_fn=partial(build_strategy, change=change),
     )
     for name, summary, change in (
-        (
-            "surrogate",
-            "with a Gaussian process that learns what choices bring",
-            _select(replace(BY_UTILITY, surrogate=Surrogate())),
-        ),
         (
             "no_loss",
             "without statistical utility",
@@ -82,8 +80,16 @@ VARIANTS = tuple(
         ),
         ("keep_quarter", "with a quarter of the units at devices", _keep(1 / 4)),
         ("keep_half", "with half of the units at devices", _keep(1 / 2)),
-        ("no_refining", "without the edge manager", lambda setting: {"refine": False}),
-        ("no_recompute", "without recomputation", lambda setting: {"recompute": False}),
+        (
+            "advised",
+            "with an edge manager that advises devices",
+            lambda setting: {"advisor": StragglerAdvisor()},
+        ),
+        (
+            "no_recompute",
+            "without recomputation",
+            lambda setting: {"constraints": NO_RECOMPUTE},
+        ),
         (
             "one_cut",
             "with one cut for all devices",

@@ -15,8 +15,8 @@ from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import Route, RouteRequest, predicted_peak_bytes
 from flwr_smartsplit.plan.selection.selection import select_at_random
-from simulations.method import Method, Setting
-from simulations.methods.splitting import split_strategy
+from simulations.methods.method import Method, Setting
+from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 
 def build_strategy(setting: Setting) -> Strategy:
@@ -25,8 +25,7 @@ def build_strategy(setting: Setting) -> Strategy:
         setting,
         select=select_at_random,
         choose_route=one_cut_for_all(setting),
-        recompute=False,
-        refine=False,
+        constraints=NO_RECOMPUTE,
     )
 
 

@@ -2,31 +2,32 @@
 
 from typing import Any
 
-from flwr_smartsplit import SmartSplit
-from simulations.clients import edges_of
-from simulations.method import Setting
+from flwr.serverapp.strategy import FedAvg
+
+from flwr_smartsplit import Constraints, Planning, SmartSplit
+from simulations.experiments.clients import edges_of
+from simulations.methods.method import Setting
+
+NO_RECOMPUTE = Constraints(recompute=False)
 
 
-def split_strategy(setting: Setting, **arguments: Any) -> SmartSplit:
-    """Build SmartSplit's strategy for a setting.
-
-    Parameters
-    ----------
-    setting : Setting
-        What is run.
-    **arguments : Any
-        More of the strategy's arguments, or others.
-    """
+def split_strategy(
+    setting: Setting, *, has_edges: bool = True, **planning: Any
+) -> SmartSplit:
+    """Build SmartSplit's strategy for a setting."""
     experiment = setting.experiment
-    usual: dict[str, Any] = {
-        "edges": edges_of(experiment),
-        "seed": experiment.seed,
-        "journal": setting.journal,
-        "fraction_train": experiment.fraction_train,
-        "fraction_evaluate": 0.0,
-        "min_train_nodes": 1,
-        "min_available_nodes": experiment.num_clients,
-    }
     if any(device.traits.flops_per_second for device in setting.devices):
-        usual["client_seconds"] = setting.clock.client_seconds
-    return SmartSplit(setting.task, **{**usual, **arguments})
+        planning.setdefault("client_seconds", setting.clock.client_seconds)
+    return SmartSplit(
+        setting.task,
+        edges_of(experiment) if has_edges else (),
+        strategy=FedAvg(
+            fraction_train=experiment.fraction_train,
+            fraction_evaluate=0.0,
+            min_train_nodes=1,
+            min_available_nodes=experiment.num_clients,
+        ),
+        planning=Planning(**planning),
+        seed=experiment.seed,
+        journal=setting.journal,
+    )

@@ -2,19 +2,18 @@
 
 from dataclasses import replace
 
-from simulations.fleets import heavy_phones, phones_near_edge
-from simulations.partitions import Dirichlet
+from simulations.experiments.partitions import Dirichlet
+from simulations.fleets.presets import heavy_phones, phones_near_edge
 from simulations.studies.accuracy import DIGITS, FASHION, many_of
 from simulations.studies.study import Case, Study
 
 METHODS = (
     "smartsplit",
-    "smartsplit_surrogate",
     "smartsplit_no_labels",
     "smartsplit_no_loss",
     "smartsplit_no_speed",
     "smartsplit_no_fairness",
-    "smartsplit_no_refining",
+    "smartsplit_advised",
     "smartsplit_no_recompute",
     "smartsplit_one_cut",
     "random",
@@ -25,7 +24,7 @@ METHODS = (
 SILENT_METHODS = (
     "smartsplit",
     "smartsplit_no_learning",
-    "smartsplit_no_refining",
+    "smartsplit_advised",
     "random",
 )
 """What is left to the managers where devices do not say how fast they are."""

@@ -7,9 +7,9 @@ beats chance. The small version needs no network.
 
 from dataclasses import replace
 
-from simulations.experiment import Experiment
-from simulations.fleets import half_weak
-from simulations.partitions import Dirichlet, OwnLabels
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.partitions import Dirichlet, OwnLabels
+from simulations.fleets.presets import half_weak
 from simulations.studies.study import Case, Study
 
 METHODS = (

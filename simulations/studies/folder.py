@@ -1,4 +1,4 @@
-"""The folder of a study: what its ``config.json`` says, and what may be added to it."""
+"""The folder of a suite's results: its configuration, and what may be added to it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from simulations.errors import ExperimentError
-from simulations.marks import write_whole
-from simulations.provenance import Provenance
+from simulations.experiments.errors import ExperimentError, writing_to
+from simulations.experiments.marks import write_whole
+from simulations.experiments.provenance import Provenance
+from simulations.report.summary import CONFIG
 from simulations.studies.study import Case
-from simulations.summary import CONFIG
 
-STUDY = "study"
-"""The key under which a results folder's configuration names its study."""
+STUDY, MEASUREMENT, SINGLE = "study", "measurement", "experiment"
+"""The key of a configuration says of what kind the suite is."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -25,20 +25,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def study_in(folder: Path) -> str:
-    """Name the study that a results folder is of; empty if it is of none."""
-    return str(read_config(folder).get(STUDY, ""))
-
-
-def begin(
+def begin_folder(
     folder: Path,
-    study: str,
+    kind: str,
+    suite: str,
     *,
-    cases: Sequence[Case],
+    cases: Sequence[Case] = (),
     is_small: bool,
     provenance: Provenance,
 ) -> None:
-    """Start the folder of a study, or make sure that it is one to go on with.
+    """Start the folder of a suite, or make sure that it is one to go on with.
 
     Cases, methods and seeds may be added to what is there; settings and versions must
     be the same, since otherwise its numbers could not be compared.
@@ -49,23 +45,18 @@ def begin(
         If it holds something else, saying what differs, or cannot be written to.
     """
     now = {
-        STUDY: study,
+        kind: suite,
         "is_small": is_small,
         "cases": {case.name: _case_values(case) for case in cases},
         **asdict(provenance),
     }
     before = read_config(folder)
     if before:
-        _refuse_another(folder, before, now)
-        now["cases"] = _joined(before["cases"], now["cases"])
-    try:
+        _refuse_another(folder, before, now, kind=kind)
+        now["cases"] = _joined(before.get("cases", {}), now["cases"])
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CONFIG, json.dumps(now, indent=2) + "\n")
-    except OSError as error:
-        raise ExperimentError(
-            f"results cannot be written to {str(folder)!r} ({error}): name another "
-            "folder with --out."
-        ) from error
 
 
 def differences(
@@ -101,14 +92,16 @@ def _case_values(case: Case) -> dict[str, Any]:
 
 
 def _refuse_another(
-    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, kind: str
 ) -> None:
-    if STUDY not in before:
+    if kind not in before:
         raise ExperimentError(
             f"{str(folder)!r} holds results of another suite: name another folder with "
             "--out."
         )
-    found = differences(_identity(before, now), _identity(now, before))
+    found = differences(
+        _identity(before, now, kind=kind), _identity(now, before, kind=kind)
+    )
     if found:
         raise ExperimentError(
             f"{str(folder)!r} was begun with another configuration: {'; '.join(found)}"
@@ -116,12 +109,14 @@ def _refuse_another(
         )
 
 
-def _identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(
+    one: Mapping[str, Any], other: Mapping[str, Any], *, kind: str
+) -> dict[str, Any]:
     """Return what two commands on the same folder must agree on."""
     shared = [name for name in one["cases"] if name in other["cases"]]
     same = ("settings", "target_accuracy")
     return {
-        STUDY: one[STUDY],
+        kind: one[kind],
         "is_small": one["is_small"],
         **{name: {k: one["cases"][name][k] for k in same} for name in shared},
         "versions": one["versions"],

@@ -6,9 +6,9 @@ for what takes him long. Nothing here is measured with a clock on the wall.
 
 from dataclasses import replace
 
-from simulations.experiment import Experiment
-from simulations.fleets import phones, phones_near_edge
-from simulations.partitions import Dirichlet
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.partitions import Dirichlet
+from simulations.fleets.presets import phones, phones_near_edge
 from simulations.studies.study import Case, Study
 
 METHODS = ("fedavg", "drop_weak", "splitfed", "oort", "smartsplit")

@@ -1,39 +1,44 @@
 """Run a study: the seeds of all cases, without what has finished before.
 
 Each seed of a case is a unit of work that depends on no other, so several run at once
-and the result is the same.
+and the result is the same. A process per unit gives its memory back, and one that is
+killed for lack of it ends with a reason and not with a wait.
 """
 
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from simulations.experiment import Experiment
-from simulations.local_runs import run_methods_here
-from simulations.marks import read_marks
+import torch
+
+from flwr_smartsplit.errors import SmartSplitError
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.marks import read_marks
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.rows import EvaluationRow
+from simulations.experiments.runner import (
+    OnRound,
+    prepare,
+    quiet_libraries,
+    run_methods,
+)
 from simulations.methods import METHODS
-from simulations.provenance import Provenance
-from simulations.rows import EvaluationRow
-from simulations.runner import OnRound, prepare
 from simulations.studies.study import Case, seed_folder
 
-RunUnit = Callable[[Experiment, Path, Provenance, OnRound], None]
-"""``run_unit(experiment, out, provenance, on_round)`` runs what ``out`` lacks."""
+ENDED_BY_SIGTERM = 143
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One seed of a case.
-
-    Parameters
-    ----------
-    case : str
-        The case's name.
-    experiment : Experiment
-        What is run, with its seed.
-    out : Path
-        Its results folder.
-    """
+    """One seed of a case: what is run, with its seed, and its results folder."""
 
     case: str
     experiment: Experiment
@@ -50,21 +55,14 @@ class Unit:
         return tuple(name for name in self.experiment.methods if name not in marks)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watcher:
-    """Who is told how far a study is.
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A unit has begun; or a method of it has a new accuracy; or it has ended."""
 
-    Parameters
-    ----------
-    on_begin, on_end : Callable[[Unit], None]
-        Told when a unit begins, and when it has ended.
-    on_round : Callable[[Unit, str, EvaluationRow], None]
-        Told each evaluation of each method.
-    """
-
-    on_begin: Callable[[Unit], None]
-    on_end: Callable[[Unit], None]
-    on_round: Callable[[Unit, str, EvaluationRow], None]
+    unit: Unit
+    method: str = ""
+    row: EvaluationRow | None = None
+    is_end: bool = False
 
 
 def units_of(folder: Path, cases: Sequence[Case]) -> list[Unit]:
@@ -80,49 +78,122 @@ def units_of(folder: Path, cases: Sequence[Case]) -> list[Unit]:
     ]
 
 
-def run_one_by_one(
-    units: Sequence[Unit],
-    *,
-    provenance: Provenance,
-    watcher: Watcher,
-    run_unit: RunUnit | None = None,
-) -> None:
-    """Run units in this process.
-
-    Parameters
-    ----------
-    units : Sequence[Unit]
-        What to run.
-    provenance : Provenance
-        Stored with each unit.
-    watcher : Watcher
-        Told how far it is.
-    run_unit : RunUnit, optional
-        Runs one unit; ``run_unfinished`` if not given.
-    """
-    run = run_unit or run_unfinished
-    for unit in units:
-        watcher.on_begin(unit)
-
-        def on_round(method: str, row: EvaluationRow, unit: Unit = unit) -> None:
-            watcher.on_round(unit, method, row)
-
-        run(unit.experiment, unit.out, provenance, on_round)
-        watcher.on_end(unit)
-
-
-def run_unfinished(
-    experiment: Experiment, out: Path, provenance: Provenance, on_round: OnRound
-) -> None:
-    """Run the methods of an experiment that have left no mark in its folder."""
-    finished = read_marks(out)
-    wanted = tuple(name for name in experiment.methods if name not in finished)
+def run_unfinished(unit: Unit, provenance: Provenance, on_round: OnRound) -> None:
+    """Run the methods of a unit that have left no mark in its folder."""
+    finished, wanted = read_marks(unit.out), unit.unfinished()
     if not wanted:
         return
     both = tuple(name for name in METHODS if name in {*wanted, *finished})
     prepared = prepare(
-        replace(experiment, methods=both), out, provenance=provenance, kept=finished
+        replace(unit.experiment, methods=both),
+        unit.out,
+        provenance=provenance,
+        kept=finished,
     )
-    run_methods_here(
-        replace(experiment, methods=wanted), out, prepared=prepared, on_round=on_round
+    run_methods(
+        replace(unit.experiment, methods=wanted),
+        unit.out,
+        prepared=prepared,
+        on_round=on_round,
     )
+
+
+def run_in_processes(
+    units: Sequence[Unit],
+    *,
+    provenance: Provenance,
+    num_workers: int,
+    verbose: bool = False,
+) -> Iterator[Event]:
+    """Run units, each in its own process with one torch thread.
+
+    Whatever ends this function also ends the processes.
+
+    Yields
+    ------
+    Event
+        How far it is.
+
+    Raises
+    ------
+    ExperimentError
+        If a unit cannot be run, or its process ends before it has.
+    """
+    waiting = deque(units)
+    active: dict[Connection, tuple[Unit, SpawnProcess]] = {}
+    try:
+        while waiting or active:
+            while waiting and len(active) < num_workers:
+                unit = waiting.popleft()
+                yield Event(unit)
+                connection, process = _started(unit, provenance, verbose)
+                active[connection] = unit, process
+            for ready in wait(list(active)):
+                yield _event(active, ready)  # type: ignore[arg-type]
+    finally:
+        for _, process in active.values():
+            process.terminate()
+            process.join()
+
+
+def _event(
+    active: dict[Connection, tuple[Unit, SpawnProcess]], ready: Connection
+) -> Event:
+    """Take one message of a process, or learn that it has ended."""
+    unit, process = active[ready]
+    try:
+        message = ready.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            raise ExperimentError(
+                f"{unit.label} ended with exit code {process.exitcode} and the log "
+                "above says why (-9: killed, most often for lack of memory; fewer "
+                "--workers take less). The same command goes on with what is left."
+            ) from None
+        del active[ready]
+        return Event(unit, is_end=True)
+    if isinstance(message, str):
+        raise ExperimentError(message)
+    return Event(unit, *message)
+
+
+def _started(
+    unit: Unit, provenance: Provenance, verbose: bool
+) -> tuple[Connection, SpawnProcess]:
+    """Start a unit's process; return where it says how far it is."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_work, args=(theirs, unit, provenance, verbose), daemon=True
+    )
+    with _deaf_to_interrupts():
+        process.start()
+    theirs.close()
+    return ours, process
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Let a process that is started here inherit that it ignores Ctrl-C.
+
+    A terminal sends it to all processes; the first one ends the others.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _work(
+    connection: Connection, unit: Unit, provenance: Provenance, verbose: bool
+) -> None:
+    """Run a unit in this process, and report to the one that started it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED_BY_SIGTERM))
+    torch.set_num_threads(1)
+    try:
+        with quiet_libraries(verbose=verbose):
+            run_unfinished(unit, provenance, lambda *told: connection.send(told))
+    except (ExperimentError, SmartSplitError) as error:
+        connection.send(str(error))

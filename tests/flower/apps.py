@@ -1,14 +1,16 @@
 """Client apps over the tiny task: Message API, legacy, and ones that misbehave."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from flwr_smartsplit import (
+    Constraints,
+    Planning,
     Route,
     SmartSplit,
     SmartSplitNumPyClient,
@@ -17,8 +19,8 @@ from flwr_smartsplit import (
     predicted_peak_bytes,
     profile_chain,
 )
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.edge.protocol import Edge
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from tests.in_process_grid import InProcessGrid
 from tests.tasks import BATCH_SIZE, SEED, TASK, State, initial_state, loader, tiny_chain
@@ -158,10 +160,31 @@ def run(
     return Run(strategy, result, grid)
 
 
-def smart_split(edges: Sequence[Edge] = (LocalEdge(),), **changes: Any) -> SmartSplit:
+PLANNING = {field.name for field in fields(Planning)} - {"constraints"}
+CONSTRAINTS = {field.name for field in fields(Constraints)}
+OURS = "strategy mixing server_steps seed journal on_row between_rounds".split()
+
+
+def composed(kind: Any, fedavg: Any, task: Task, edges: Any, **changes: Any) -> Any:
+    """Make one of our strategies; each change goes to where it belongs.
+
+    Those of nobody else are for the FedAvg inside.
+    """
+    constraints = {k: changes.pop(k) for k in CONSTRAINTS & changes.keys()}
+    planning = {k: changes.pop(k) for k in PLANNING & changes.keys()}
+    ours = {k: changes.pop(k) for k in OURS if k in changes}
+    ours.setdefault("strategy", fedavg(**changes))
+    rules = Planning(constraints=Constraints(**constraints), **planning)
+    return kind(task, edges, planning=rules, **ours)
+
+
+def smart_split(
+    edges: Sequence[Edge] = (LocalEdge(),), *, task: Task = TASK, **changes: Any
+) -> SmartSplit:
     """Make the strategy under test."""
     facts: dict[str, Any] = {"seed": SEED, "fraction_evaluate": 0.0}
-    return SmartSplit(TASK, edges, **{**facts, **changes})
+    made: SmartSplit = composed(SmartSplit, FedAvg, task, edges, **{**facts, **changes})
+    return made
 
 
 def messages(grid: InProcessGrid, *kinds: str) -> list[Message]:

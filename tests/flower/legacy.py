@@ -8,10 +8,11 @@ from flwr.clientapp import ClientApp
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import History, Server, SimpleClientManager
 from flwr.server.compat.grid_client_proxy import GridClientProxy
-from flwr.server.strategy import Strategy
+from flwr.server.strategy import FedAvg, Strategy
 
 from flwr_smartsplit import LegacySmartSplit
 from flwr_smartsplit.edge.hosts.local import LocalEdge
+from tests.flower.apps import composed
 from tests.in_process_grid import InProcessGrid
 from tests.tasks import SEED, TASK, State, initial_state
 
@@ -40,7 +41,7 @@ def legacy_smart_split(edges: Sequence[Any] = (LocalEdge(),), **changes: Any) ->
         "fraction_evaluate": 0.0,
         "initial_parameters": ndarrays_to_parameters(list(initial_state().values())),
     }
-    return LegacySmartSplit(TASK, edges, **{**facts, **changes})
+    return composed(LegacySmartSplit, FedAvg, TASK, edges, **{**facts, **changes})
 
 
 def run_legacy(

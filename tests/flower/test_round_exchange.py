@@ -35,19 +35,19 @@ class Round:
             key: replace(member, dialect=message_dialect()) if key != "c2" else member
             for key, member in found.items()
         }
-        self.dispatch = Dispatch(1, True, 0.0)
+        self.dispatch = Dispatch(1, True, 0.0, contacts=self.members)
 
     def message(self, client: int, route: Route = WHOLE) -> Message:
         """Write to one client."""
         plan = client_plan(client, route, initial_state(), addresses={"edge": "e-1"})
         names = device_names(plan, CHAIN)
         self.dispatch.sent[plan.client_key] = Sent(plan, names, names, 1)
-        every = written(self.dispatch, self.members, initial_arrays(), {"lr": 0.5})
+        every = written(self.dispatch, initial_arrays(), {"lr": 0.5})
         return every[list(self.dispatch.sent).index(plan.client_key)]
 
     def read(self, replies: list[Message]) -> tuple[list[ClientReply], list[Failure]]:
         """Read what came back."""
-        return read(self.dispatch, self.members, replies, CHAIN)
+        return read(self.dispatch, replies, CHAIN)
 
     def replies(self) -> list[Message]:
         """Write to all three, and collect what comes back."""
@@ -99,7 +99,7 @@ def test_expectations_are_every_name_exactly_once(a_round: Round) -> None:
     assert expected["c0"].tails == {}
     (tail,) = expected["c1"].tails.values()
     assert isinstance(tail, TailExpectation)
-    assert tail.session == "1/c1/edge"
+    assert tail.session == "1.0/c1/edge"
     assert expected["c1"].device_names | tail.names == everything
     assert not expected["c1"].device_names & tail.names
 

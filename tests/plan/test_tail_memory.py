@@ -17,7 +17,7 @@ from flwr_smartsplit.plan.tail_memory import TailBytes, tail_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.types import EdgeProfile, Status
-from simulations.scale.metered_edge import MeteredEdge
+from simulations.studies.scale.metered_edge import MeteredEdge
 from tests.plan.profiles import chain_of
 from tests.tasks import BATCH_SIZE, SHAPE, TASK, client_plan, examples
 

@@ -28,7 +28,9 @@ EXPECTED = {
         client_key="c1",
         device_names=frozenset({"a.weight", "a.count"}),
         tails={
-            "edge": TailExpectation(session="5/c1/edge", names=frozenset({"b.weight"}))
+            "edge": TailExpectation(
+                session="5.0/c1/edge", names=frozenset({"b.weight"})
+            )
         },
     ),
     "c2": Expectation(client_key="c2", device_names=frozenset(CURRENT), tails={}),
@@ -36,7 +38,7 @@ EXPECTED = {
 RECEIPT = Receipt(
     place="edge",
     incarnation="first life",
-    session="5/c1/edge",
+    session="5.0/c1/edge",
     names=("b.weight",),
     digest="0" * 64,
     num_examples=8,
@@ -187,14 +189,14 @@ REFUSALS: dict[str, tuple[ClientReply, str, str]] = {
         "for variant 'front'; 'whole' was planned",
     ),
     "session of another round": (
-        with_receipt(session="4/c1/edge"),
+        with_receipt(session="4.0/c1/edge"),
         "refused",
-        "session 4/c1/edge with 1 names; 5/c1/edge with 1 was expected",
+        "session 4.0/c1/edge with 1 names; 5.0/c1/edge with 1 was expected",
     ),
     "tail of other names": (
         with_receipt(names=("b.weight", "c.weight")),
         "refused",
-        "with 2 names; 5/c1/edge with 1",
+        "with 2 names; 5.0/c1/edge with 1",
     ),
     "another number of examples": (
         with_receipt(num_examples=80),
@@ -261,6 +263,6 @@ def test_a_second_reply_is_a_duplicate() -> None:
 
 def test_two_receipts_of_one_edge_are_refused_or_the_last_is_checked() -> None:
     """A good receipt cannot hide a wrong one behind it."""
-    wrong = replace(RECEIPT, session="4/c1/edge")
+    wrong = replace(RECEIPT, session="4.0/c1/edge")
     with pytest.raises(RefusedReply):
         check(replace(GOOD, receipts=(RECEIPT, wrong)))

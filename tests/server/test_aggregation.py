@@ -36,7 +36,7 @@ from tests.tasks import TASK, differences, tiny_chain
 ROUTES = (Route.split(2), Route.split(4), Route.whole(), Route.split(7))
 FAULTY = 1
 KEY = f"c{FAULTY}"
-SESSION = f"{ROUND}/{KEY}/{EDGE}"
+SESSION = f"{ROUND}.0/{KEY}/{EDGE}"
 OTHERS = {f"c{client}" for client in range(NUM_CLIENTS)} - {KEY}
 
 

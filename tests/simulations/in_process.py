@@ -11,15 +11,15 @@ from flwr.app import ArrayRecord
 
 from flwr_smartsplit.flower.serde.records import from_array_record
 from flwr_smartsplit.types import ChainProfile, UnitCost
-from simulations.clients import build_client, build_task
-from simulations.clock import Clock
-from simulations.devices import Devices, FleetDevice
-from simulations.experiment import Experiment
-from simulations.fleets import unlimited
-from simulations.method import Method, Setting
-from simulations.partitions import Iid
-from simulations.runner import initial_model
-from simulations.variants import VariantApp
+from simulations.experiments.clients import build_client, build_task
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.partitions import Iid
+from simulations.experiments.runner import initial_model
+from simulations.fleets.clock import Clock
+from simulations.fleets.devices import Devices, FleetDevice
+from simulations.fleets.presets import unlimited
+from simulations.methods.method import Method, Setting
+from simulations.methods.submodels.variants import VariantApp
 from tests.in_process_grid import InProcessGrid
 
 Budgets = tuple[int | None, ...]

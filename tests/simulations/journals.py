@@ -3,8 +3,8 @@
 import json
 from dataclasses import asdict
 
-from simulations.devices import FleetDevice
-from simulations.summary import PROFILE
+from simulations.fleets.devices import FleetDevice
+from simulations.report.summary import PROFILE
 
 KIB = 1024
 BUDGETS_BYTES = {"0": 100, "1": 400 * KIB, "2": None}

@@ -8,15 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from simulations.experiments.local_runs import run_methods_here
 
-from simulations.fleets import heavy_phones
-from simulations.local_runs import run_methods_here
-from simulations.marks import read_marks
-from simulations.partitions import Dirichlet
-from simulations.provenance import Provenance
-from simulations.runner import prepare, run_methods
-from simulations.suites.quickstart import quickstart
-from simulations.summary import read_results
+from simulations.experiments.marks import read_marks
+from simulations.experiments.partitions import Dirichlet
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.runner import prepare, run_methods
+from simulations.fleets.presets import heavy_phones
+from simulations.report.summary import read_results
+from simulations.studies.quickstart import quickstart
 
 ROOT = Path(__file__).parents[2]
 NUM_CLIENTS, NUM_ROUNDS = 6, 2

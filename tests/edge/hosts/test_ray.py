@@ -9,6 +9,7 @@ import ray
 
 from flwr_smartsplit import RayEdge, Route
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts import ray as ray_edge
 from flwr_smartsplit.errors import EdgeUnreachable, StaleSession
 from flwr_smartsplit.types import EDGE, ClientReply
 from tests.faults import tail_files
@@ -20,10 +21,11 @@ pytestmark = pytest.mark.ray
 ROUTES = (Route.split(2), Route.split(4), Route.whole(), Route.split(7))
 
 
-def kill_and_wait(transport: wire.Transport) -> None:
+def kill_and_wait(transport: wire.Transport, address: str) -> None:
     """Kill the actor, and wait until it lives again."""
+    actor = ray.get_actor(address, namespace=ray_edge._NAMESPACE)
     first = transport.send(wire.IsHeld("nothing")).incarnation
-    ray.kill(transport.actor, no_restart=False)
+    ray.kill(actor, no_restart=False)
     while transport.send(wire.IsHeld("nothing")).incarnation == first:
         time.sleep(0.05)  # The old process may answer for a moment.
 
@@ -46,15 +48,16 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
     pool, replies = start([edge], ROUTES)
     (folder,) = tmp_path.iterdir()
     try:
-        transport = edge.connect(folder.name.removeprefix("smartsplit-"))
-        kill_and_wait(transport)
+        address = folder.name.removeprefix("smartsplit-")
+        transport = edge.connect(address)
+        kill_and_wait(transport, address)
         settled = settle(replies, pool, ROUTES)
         assert sorted(settled.accepted) == ["c0", "c1", "c2", "c3"]
         assert settled.failures == ()
         assert settled.state is not None
         assert differences(settled.state, fedavg(whole)) == []
 
-        (tail,) = tail_files(folder, f"{ROUND}/c1/{EDGE}")
+        (tail,) = tail_files(folder, f"{ROUND}.0/c1/{EDGE}")
         tail.unlink()
         settled = settle(replies, pool, ROUTES)
         assert [(f.client_key, f.kind) for f in settled.failures] == [
@@ -65,11 +68,11 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
         assert differences(settled.state, truth) == []
 
         with pytest.raises(StaleSession):
-            transport.send(wire.Seal(f"{ROUND}/c0/{EDGE}", "an earlier life", 3))
+            transport.send(wire.Seal(f"{ROUND}.0/c0/{EDGE}", "an earlier life", 3))
     finally:
         pool.stop()
     assert not folder.exists()
     with pytest.raises(EdgeUnreachable, match="does not answer"):
         transport.send(wire.IsHeld("nothing"))
     with pytest.raises(EdgeUnreachable, match="not running in namespace"):
-        edge.connect(transport.address)
+        edge.connect(address)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 
-from flwr_smartsplit import SmartSplit
+from flwr_smartsplit import Planning, SmartSplit
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.flower.serde.records import from_array_record
 from tests.simulated_app import EDGES, TASK, all_kinds, initial_arrays
@@ -19,10 +20,9 @@ def main(grid: Grid, context: Context) -> None:
     strategy = SmartSplit(
         TASK,
         EDGES,
+        strategy=FedAvg(fraction_evaluate=0.0, min_available_nodes=6),
+        planning=Planning(choose_route=all_kinds),
         seed=7,
-        choose_route=all_kinds,
-        fraction_evaluate=0.0,
-        min_available_nodes=6,
     )
     result = strategy.start(grid, initial_arrays(), num_rounds=3, timeout=120)
     state = from_array_record(result.arrays)

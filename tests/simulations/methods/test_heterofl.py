@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from simulations.experiments.partitions import OwnLabels
 from simulations.methods.drop_weak import DROP_WEAK
 from simulations.methods.heterofl import CLASSIFIER, HETEROFL, width_variants
-from simulations.partitions import OwnLabels
-from simulations.variants import local_labels
+from simulations.methods.submodels.variants import local_labels
 from tests.simulations.in_process import EXPERIMENT, run_here
 
 

@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from simulations.__main__ import app
-from simulations.errors import ExperimentError
+from simulations.experiments.errors import ExperimentError
 from simulations.studies.command import keep_lines
-from tests.simulations.studies.folders import CASE, write_study
+from tests.simulations.folders import CASE, write_study
 
 
 @pytest.fixture(scope="module")

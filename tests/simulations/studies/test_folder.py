@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from simulations.errors import ExperimentError
+from simulations.experiments.errors import ExperimentError
 from simulations.studies.folder import begin, differences, read_config, study_in
-from tests.simulations.studies.folders import CASE, PROVENANCE, SECOND
+from tests.simulations.folders import CASE, PROVENANCE, SECOND
 
 
 def start(folder, *cases, is_small=True, provenance=PROVENANCE):

@@ -2,11 +2,11 @@
 
 import pytest
 
-from simulations.errors import ExperimentError
-from simulations.studies import STUDIES
+from simulations.experiments.errors import ExperimentError
+from simulations.report.studies.claims import CLAIMS
 from simulations.studies.accuracy import ACCURACY, METHODS
-from simulations.studies.claims import CLAIMS
 from simulations.studies.study import StudyOptions, chosen_cases
+from simulations.studies.suites import STUDIES
 
 BOTH = [(study, is_small) for study in STUDIES.values() for is_small in (True, False)]
 

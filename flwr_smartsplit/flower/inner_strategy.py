@@ -1,0 +1,270 @@
+"""The strategy inside SmartSplit: which can be, and what it tells the clients.
+
+Its metric functions, sampling numbers, keys and server step are its own. Its merge is
+not: of a split client, no whole model reaches the server.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import LogRecord, getLogger
+from types import SimpleNamespace
+from typing import Any, cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.common import EvaluateIns, FitIns, Parameters, Scalar
+from flwr.server import SimpleClientManager
+from flwr.server import strategy as legacy
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.criterion import Criterion
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as message
+
+from flwr_smartsplit.errors import SmartSplitError
+
+_log = getLogger("flwr")
+
+_WHY = {
+    ("Krum", "MultiKrum", "Bulyan", "FedMedian", "FedTrimmedAvg", "QFedAvg"): (
+        "it compares whole models of single clients, and those are nowhere whole when "
+        "they are split. Give one that needs no more than their mean"
+    ),
+    ("DifferentialPrivacy", "DPFedAvg"): (
+        "it clips and noises whole models of single clients, and those are nowhere "
+        "whole when they are split. Give the strategy that it wraps, without the "
+        "guarantee"
+    ),
+    ("FedXgb",): (
+        "it merges trees, not the state of a torch model. Run it without SmartSplit"
+    ),
+    ("SmartSplit", "LegacySmartSplit"): "it is one already. Give the strategy inside",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Api:
+    """What differs between Flower's two APIs."""
+
+    wrapper: str
+    base: type[Any]
+    module: str
+    merge: str
+    steps: tuple[type[Any], ...]
+
+
+MESSAGE_API = _Api(
+    "SmartSplit",
+    message.FedAvg,
+    "flwr.serverapp.strategy",
+    "aggregate_train",
+    (message.FedAdagrad, message.FedAdam, message.FedAvgM, message.FedYogi),
+)
+LEGACY_API = _Api(
+    "LegacySmartSplit",
+    legacy.FedAvg,
+    "flwr.server.strategy",
+    "aggregate_fit",
+    (legacy.FedAdagrad, legacy.FedAdam, legacy.FedAvgM, legacy.FedYogi),
+)
+
+
+def check_strategy(strategy: object, api: _Api) -> None:
+    """Refuse a strategy whose own work could not be done.
+
+    Raises
+    ------
+    TypeError
+        Naming the strategy, the reason, and what to give instead.
+    """
+    why = _why_not(strategy, api)
+    if why:
+        name = strategy if isinstance(strategy, type) else type(strategy)
+        others = ", ".join(kind.__name__ for kind in (api.base, *api.steps))
+        raise TypeError(
+            f"{api.wrapper} cannot hold strategy={name.__name__}: {why}. Instances of "
+            f"{api.module}'s {others} and FedProx can be, and subclasses that leave "
+            f"{api.merge} alone."
+        )
+
+
+def has_server_step(strategy: object, api: _Api) -> bool:
+    """Say whether a strategy changes the clients' mean."""
+    return _definer(type(strategy), api.merge) in api.steps
+
+
+def overrides(strategy: object, method: str, api: _Api) -> bool:
+    """Say whether a method is not FedAvg's own."""
+    return _definer(type(strategy), method) is not api.base
+
+
+def _why_not(strategy: object, api: _Api) -> str:
+    kind = type(strategy)
+    if isinstance(strategy, type):
+        return "it is a class, not an instance"
+    for names, why in _WHY.items():
+        if any(base.__name__.startswith(names) for base in kind.__mro__):
+            return why
+    if isinstance(strategy, message.Strategy | legacy.Strategy) and not isinstance(
+        strategy, message.Strategy if api is MESSAGE_API else legacy.Strategy
+    ):
+        other = LEGACY_API if api is MESSAGE_API else MESSAGE_API
+        return f"it is of Flower's other API, whose wrapper is {other.wrapper}"
+    if not isinstance(strategy, api.base):
+        return "it is no FedAvg, so nothing is known of what it does with a mean"
+    for method in (api.merge, "start"):
+        definer = _definer(kind, method)
+        if definer not in (None, api.base, *api.steps, message.Strategy):
+            return (
+                f"{definer.__name__ if definer else ''} overrides {method}, and no "
+                "whole model of a split client reaches the server. Do what it does "
+                "after the merge in server_steps or between_rounds"
+            )
+    return ""
+
+
+def _definer(kind: type, method: str) -> type | None:
+    return next((base for base in kind.__mro__ if method in vars(base)), None)
+
+
+# --- what it tells the clients --------------------------------------------------------
+
+
+def message_config(
+    strategy: message.FedAvg,
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    *,
+    server_round: int,
+    is_train: bool,
+) -> ConfigRecord | None:
+    """Let a strategy configure a phase, for its config; None if there is no phase.
+
+    Whom it would ask does not matter: SmartSplit chooses.
+    """
+    configure = strategy.configure_train if is_train else strategy.configure_evaluate
+    grid = _AnyNodes(strategy)
+    with without_fedavgs_log():
+        asked = list(configure(server_round, arrays, config, cast(Grid, grid)))
+    size = sample_size(strategy, len(grid.get_node_ids()), is_train=is_train)
+    configs = [_told(strategy, each, arrays) for each in asked]
+    return _one(strategy, configs, size)
+
+
+def sample_size(strategy: message.FedAvg, num_nodes: int, *, is_train: bool) -> int:
+    """Count how many of the nodes a strategy asks, as FedAvg does."""
+    if is_train:
+        fraction, least = strategy.fraction_train, strategy.min_train_nodes
+    else:
+        fraction, least = strategy.fraction_evaluate, strategy.min_evaluate_nodes
+    return max(int(num_nodes * fraction), least)
+
+
+def legacy_config(
+    strategy: legacy.FedAvg,
+    parameters: Parameters,
+    *,
+    server_round: int,
+    is_train: bool,
+) -> dict[str, Scalar] | None:
+    """Do what ``message_config`` does, in Flower's legacy API."""
+    configure = strategy.configure_fit if is_train else strategy.configure_evaluate
+    clients = _AnyClients(strategy)
+    with without_fedavgs_log():
+        asked: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]] = configure(
+            server_round, parameters, clients
+        )
+    if any(told.parameters is not parameters for _, told in asked):
+        raise _not_kept(strategy, "sends other parameters than the global model's")
+    size = legacy_sample_size(strategy, clients.num_available(), is_train=is_train)
+    return _one(strategy, [told.config for _, told in asked], size)
+
+
+def legacy_sample_size(
+    strategy: legacy.FedAvg, num_clients: int, *, is_train: bool
+) -> int:
+    """Count how many of the clients a strategy asks."""
+    count = strategy.num_fit_clients if is_train else strategy.num_evaluation_clients
+    return count(num_clients)[0]
+
+
+@contextmanager
+def without_fedavgs_log() -> Iterator[None]:
+    """Keep to oneself what FedAvg logs of clients that SmartSplit made up."""
+    _log.addFilter(_is_not_fedavgs)
+    try:
+        yield
+    finally:
+        _log.removeFilter(_is_not_fedavgs)
+
+
+def _is_not_fedavgs(record: LogRecord) -> bool:
+    return record.module != "fedavg"
+
+
+class _AnyNodes:
+    """A grid with as many nodes as a strategy needs, none of which is there."""
+
+    def __init__(self, strategy: message.FedAvg) -> None:
+        self._strategy = strategy
+
+    def get_node_ids(self) -> range:
+        each = self._strategy
+        least = each.min_available_nodes, each.min_train_nodes, each.min_evaluate_nodes
+        return range(max(*least, 1))
+
+
+class _AnyClients(SimpleClientManager):
+    """A manager of as many clients as a strategy needs, none of which is there."""
+
+    def __init__(self, strategy: legacy.FedAvg) -> None:
+        super().__init__()
+        self._strategy = strategy
+
+    def num_available(self) -> int:
+        each = self._strategy
+        least = each.min_fit_clients, each.min_evaluate_clients
+        return max(each.min_available_clients, *least, 1)
+
+    def all(self) -> dict[str, ClientProxy]:
+        raise _not_kept(self._strategy, "chooses clients by itself")
+
+    def sample(
+        self,
+        num_clients: int,
+        min_num_clients: int | None = None,
+        criterion: Criterion | None = None,
+    ) -> list[ClientProxy]:
+        del min_num_clients, criterion
+        return [cast(ClientProxy, SimpleNamespace(cid="any"))] * num_clients
+
+
+def _told(
+    strategy: message.FedAvg, asked: Message, arrays: ArrayRecord
+) -> ConfigRecord:
+    """Take the config out of a message that says nothing else but the arrays."""
+    content = dict(asked.content)
+    config = content.pop(strategy.configrecord_key, None)
+    if content.pop(strategy.arrayrecord_key, None) is not arrays or content:
+        raise _not_kept(strategy, "sends more than the global model and a config")
+    return cast(ConfigRecord, config)
+
+
+def _one(
+    strategy: object, configs: Sequence[Mapping[str, Any]], size: int
+) -> Any | None:
+    """Take the config that all are told."""
+    if not configs:
+        return None
+    if len(configs) != size:
+        raise _not_kept(strategy, "chooses clients by itself")
+    if any(dict(config) != dict(configs[0]) for config in configs):
+        raise _not_kept(strategy, "tells clients different things")
+    return configs[0]
+
+
+def _not_kept(strategy: object, what: str) -> SmartSplitError:
+    return SmartSplitError(
+        f"{type(strategy).__name__} {what} when it configures a round, which "
+        "SmartSplit cannot keep: it chooses clients by Planning(select=...) and gives "
+        "each its part of the model, with one config for all."
+    )

@@ -1,0 +1,81 @@
+"""Planning: how clients and their routes are chosen, for both strategies."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flwr_smartsplit.flower.observations import ClientSeconds
+from flwr_smartsplit.plan.advisor import Advisor
+from flwr_smartsplit.plan.routes import ChooseRoute
+from flwr_smartsplit.plan.selection.selection import Select
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY
+from flwr_smartsplit.types import NO_CONSTRAINTS, Constraints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planning:
+    """How a round is planned: who trains, along which route.
+
+    Parameters
+    ----------
+    select : Callable[[SelectionRequest], Selection]
+        Chooses the clients that train, each with one of the routes and plans that its
+        memory allows: ``SelectByUtility()`` (default), ``select_at_random``, or a
+        function of one's own.
+    choose_route : Callable[[RouteRequest], Route], optional
+        Chooses each client's route beforehand: ``deepest_split``, ``deepest_u_shape``
+        if labels must stay on the devices, or a function of one's own.
+    constraints : Constraints
+        What every route must respect, such as ``Constraints(min_device_units=2)``.
+    advisor : Advisor, optional
+        Lets edges move cuts and release slow, unimportant clients in a round, such as
+        ``StragglerAdvisor()``; by default they do not: ``docs/results.md`` says why.
+    client_seconds : Callable[[ClientPlan, StepReport], float], optional
+        How long a client's part took, such as ``measured_seconds``; by default, as
+        long as was predicted from its traits. With it, the speed of devices that do
+        not tell it is learned from their steps.
+    num_threads : int
+        Torch threads at every place.
+    clock : Callable[[], float]
+        Seconds that only move forward.
+    profile_timeout_seconds : float
+        How long to wait for clients that are asked who they are.
+
+    Raises
+    ------
+    TypeError
+        If something cannot choose clients or routes, or constrain them.
+
+    Examples
+    --------
+    >>> from flwr_smartsplit import deepest_u_shape
+    >>> Planning(choose_route=deepest_u_shape).num_threads
+    1
+    """
+
+    select: Select = BY_UTILITY
+    choose_route: ChooseRoute | None = None
+    constraints: Constraints = NO_CONSTRAINTS
+    advisor: Advisor | None = None
+    client_seconds: ClientSeconds | None = None
+    num_threads: int = 1
+    clock: Callable[[], float] = time.perf_counter
+    profile_timeout_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot plan."""
+        if self.choose_route is not None and not callable(self.choose_route):
+            raise TypeError(
+                f"choose_route is {self.choose_route!r}; give a function of a "
+                "RouteRequest, such as deepest_split or deepest_u_shape, or None."
+            )
+        if not callable(self.select):
+            raise TypeError(
+                f"select is {self.select!r}; give a function of a "
+                "SelectionRequest, such as SelectByUtility() or select_at_random."
+            )
+        if not isinstance(self.constraints, Constraints):
+            raise TypeError(
+                f"constraints is {self.constraints!r}; give a Constraints, such as "
+                "Constraints(min_device_units=2)."
+            )

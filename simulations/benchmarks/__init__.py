@@ -1,0 +1,1 @@
+"""Figures of speed, one file each: ``python -m simulations.benchmarks.NAME``."""

@@ -1,0 +1,91 @@
+"""Experiment: one frozen value that says everything a run depends on.
+
+It travels to Ray's workers, which rebuild data, partitions and models from it, so
+every process sees the same experiment and none has to be sent its data.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simulations.experiments.errors import ExperimentError
+from simulations.experiments.partitions import Partition
+from simulations.fleets.devices import Fleet
+
+TORCHVISION = "torchvision:"
+"""What the name of one of torchvision's models begins with."""
+
+LEAST = {
+    "num_clients": 2,
+    "num_rounds": 1,
+    "batch_size": 2,
+    "num_workers": 1,
+    "seed": 0,
+    "max_train_examples": 1,
+    "max_test_examples": 1,
+}
+"""The smallest value that each number may have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """One comparison of methods on the same data, clients and budgets.
+
+    Raises
+    ------
+    ExperimentError
+        Naming every value that no run could have.
+    """
+
+    name: str  # The suite it belongs to
+    methods: tuple[str, ...]  # Names of the methods to compare, in order
+    # Gives each client its device; a function of a module or a frozen value, so that
+    # experiments sent to another process stay equal
+    fleet: Fleet
+    partition: Partition  # Which client holds which examples
+    # ``"digits"``, ``"fashion_mnist"``, ``"cifar10"`` or the path of an ``.npz``
+    data: str = "digits"
+    data_dir: Path = Path("data")  # Where torchvision keeps the downloaded data sets
+    # max_train_examples, max_test_examples: take at most so many examples, drawn by the
+    # seed; None takes all
+    max_train_examples: int | None = None
+    max_test_examples: int | None = None
+    model: str = "small"  # ``"small"`` or ``"torchvision:NAME"``
+    # num_clients, num_rounds: size of the federation and length of the run
+    num_clients: int = 20
+    num_rounds: int = 15
+    fraction_train: float = 1.0  # Share of the clients asked to train in a round
+    batch_size: int = 16  # Examples per training step
+    # learning_rate, momentum: of SGD, restarted every round as in FedAvg
+    learning_rate: float = 0.03
+    momentum: float = 0.9
+    seed: int = 0  # Root of every random choice
+    # Clients that train at the same time, one process and one CPU each
+    num_workers: int = 2
+    # Whether clients and edges are to live in the process that runs the experiment, one
+    # client after the other, instead of under Flower's simulation engine
+    in_process: bool = False
+    # Whether clients tell the strategy how many examples of each class they have
+    share_labels: bool = False
+    # Whether they tell it how fast their devices and links are, if they know
+    share_speed: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could have, all problems at once."""
+        problems = [
+            f"{name} is {getattr(self, name)}, but must be at least {least}"
+            for name, least in LEAST.items()
+            if getattr(self, name) is not None and getattr(self, name) < least
+        ]
+        if not 0.0 < self.fraction_train <= 1.0:
+            problems.append(
+                f"fraction_train is {self.fraction_train}, but must be above 0 and "
+                f"at most 1"
+            )
+        if self.learning_rate <= 0.0:
+            problems.append(
+                f"learning_rate is {self.learning_rate}, but must be above 0"
+            )
+        if not self.methods:
+            problems.append("methods is empty: name at least one")
+        if problems:
+            raise ExperimentError("; ".join(problems) + ".")

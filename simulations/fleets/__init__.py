@@ -1,0 +1,1 @@
+"""Simulated devices: their memory, speed and links, and the clock of their time."""

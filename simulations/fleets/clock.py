@@ -1,0 +1,272 @@
+"""The clock: what a client's part of a round takes on its device, simulated.
+
+Nothing is measured in seconds here. Bytes come from the journal, FLOPs from the
+costs of the model's units; speeds, links and watts are the fleet's. So the same run
+gives the same seconds on any machine, and they are never those of the simulation
+itself, which are called wall-clock.
+
+Added up, since nothing overlaps: the device's work, the edge's work, what crosses the
+device's links, and a latency for each message. A round takes as long as the slowest
+of its clients; what the server does, and what passes between edges, takes no time.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from flwr_smartsplit.plan.timing import step_seconds, work_of
+from flwr_smartsplit.types import (
+    KEEP_ALL,
+    ChainProfile,
+    ClientPlan,
+    Link,
+    RecomputePlan,
+    Route,
+    StepReport,
+    Work,
+)
+from simulations.experiments.rows import ClientRow
+from simulations.fleets.devices import Devices, FleetDevice
+from simulations.report.plan_text import recompute_of, route_of
+
+NOMINAL_FLOPS_PER_SECOND = 1e10
+"""Of a device that does not say how fast it is: about the median of the phones."""
+
+NOMINAL_LINK = Link(
+    up_bytes_per_second=4.1e5, down_bytes_per_second=5.4e5, latency_seconds=0.035
+)
+"""Of a device that does not say how it is connected: the median of the links."""
+
+EDGE_FLOPS_PER_SECOND = 2e11
+"""What an edge does for one client, however many it serves."""
+
+EDGE_WATTS = 7.0
+"""What an edge takes to do it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Steps of a round with the same route and the same recompute plan."""
+
+    num_steps: int
+    route: Route
+    recompute: RecomputePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Bytes that a device received and sent in a round."""
+
+    server_down: float
+    server_up: float
+    edge_down: float
+    edge_up: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What a client's part of a round took."""
+
+    # device_seconds, edge_seconds: work at the device, and at the edge
+    device_seconds: float = 0.0
+    edge_seconds: float = 0.0
+    radio_seconds: float = 0.0  # Sending and receiving, latencies not counted
+    waiting_seconds: float = 0.0  # Latencies of all messages
+    # device_joules, edge_joules: above idle. A device that waits takes nothing.
+    device_joules: float = 0.0
+    edge_joules: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All of it, one after the other."""
+        return (
+            self.device_seconds
+            + self.edge_seconds
+            + self.radio_seconds
+            + self.waiting_seconds
+        )
+
+
+NOTHING = Spent()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """Simulated seconds and joules of clients."""
+
+    # Costs of the model's units at the batch size of the run. A last, smaller batch
+    # counts as a whole one.
+    profile: ChainProfile
+    devices: Devices  # The fleet; the client with key ``"3"`` has ``devices[3]``
+    # edge_flops_per_second, edge_watts: what an edge does for one client, and takes for
+    # it. Its clients do not share it: more of them do not make it slower.
+    edge_flops_per_second: float = EDGE_FLOPS_PER_SECOND
+    edge_watts: float = EDGE_WATTS
+    _works: dict[tuple[Route, RecomputePlan], Work] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def client_seconds(self, plan: ClientPlan, report: StepReport) -> float:
+        """Say how long a client took, from what a strategy knows while it runs.
+
+        Messages count as the state that they carry; the journal has their exact size.
+        """
+        cuts = [move.after for move in report.moves]
+        last = plan.route.with_first_cut(cuts[-1]) if cuts else plan.route
+        traffic = Traffic(
+            server_down=self._work(plan.route, KEEP_ALL).state_bytes,
+            server_up=self._work(last, KEEP_ALL).state_bytes,
+            edge_down=report.received_bytes,
+            edge_up=report.sent_bytes,
+        )
+        stretches = stretches_of(
+            Stretch(
+                num_steps=report.num_steps, route=plan.route, recompute=plan.recompute
+            ),
+            moves=[asdict(move) for move in report.moves],
+            replans=[asdict(replan) for replan in report.replans],
+        )
+        return self._spent(
+            self.devices[int(plan.client_key)],
+            plan.round_number,
+            self._works_of(stretches),
+            traffic=traffic,
+            edge=_first_edge(plan.route),
+        ).seconds
+
+    def step_seconds(
+        self, plan: ClientPlan, route: Route, recompute: RecomputePlan
+    ) -> float:
+        """Say how long a step takes on a route, from the costs of the units alone."""
+        device = self.devices[int(plan.client_key)]
+        return step_seconds(
+            self._work(route, recompute),
+            flops_per_second=true_flops_per_second(device, plan.round_number),
+            link=link_to(device, _first_edge(route)),
+            edge_flops_per_second=self.edge_flops_per_second,
+        )
+
+    def spent(self, row: ClientRow) -> Spent:
+        """Say what a row of a journal took; nothing if no step was made."""
+        if row.num_steps == 0:
+            return NOTHING
+        # A row with FLOPs of its own is of a smaller model, all of it at the device.
+        is_variant = row.step_flops is not None
+        planned = Stretch(
+            num_steps=row.num_steps,
+            route=Route.whole() if is_variant else route_of(row.route),
+            recompute=recompute_of(row.recompute),
+        )
+        traffic = Traffic(
+            server_down=row.bytes_down,
+            server_up=row.bytes_up,
+            edge_down=row.edge_bytes_down,
+            edge_up=row.edge_bytes_up,
+        )
+        stretches = stretches_of(planned, moves=row.moves, replans=row.replans)
+        works = self._works_of(stretches)
+        if row.step_flops is not None:
+            flops = row.step_flops
+            works = [(n, replace(work, device_flops=flops)) for n, work in works]
+        return self._spent(
+            self.devices[int(row.client_key)],
+            row.round,
+            works,
+            traffic=traffic,
+            edge=_first_edge(planned.route),
+        )
+
+    def _works_of(self, stretches: Sequence[Stretch]) -> list[tuple[int, Work]]:
+        return [(s.num_steps, self._work(s.route, s.recompute)) for s in stretches]
+
+    def _spent(
+        self,
+        device: FleetDevice,
+        round_number: int,
+        works: Sequence[tuple[int, Work]],
+        *,
+        traffic: Traffic,
+        edge: str | None,
+    ) -> Spent:
+        """Add up a client's part of a round."""
+        far, near = link_to(device, None), link_to(device, edge)
+        device_seconds = sum(
+            num_steps * work.device_flops for num_steps, work in works
+        ) / true_flops_per_second(device, round_number)
+        edge_seconds = (
+            sum(num_steps * work.edge_flops for num_steps, work in works)
+            / self.edge_flops_per_second
+        )
+        num_exchanges = sum(n * work.num_exchanges for n, work in works)
+        radio_seconds = (
+            traffic.server_down / far.down_bytes_per_second
+            + traffic.server_up / far.up_bytes_per_second
+            + traffic.edge_down / near.down_bytes_per_second
+            + traffic.edge_up / near.up_bytes_per_second
+        )
+        return Spent(
+            device_seconds=device_seconds,
+            edge_seconds=edge_seconds,
+            radio_seconds=radio_seconds,
+            waiting_seconds=2 * far.latency_seconds
+            + 2 * near.latency_seconds * num_exchanges,
+            device_joules=device_seconds * device.watts.compute
+            + radio_seconds * device.watts.radio,
+            edge_joules=edge_seconds * self.edge_watts,
+        )
+
+    def _work(self, route: Route, recompute: RecomputePlan) -> Work:
+        key = route, recompute
+        if key not in self._works:
+            self._works[key] = work_of(self.profile, route, recompute)
+        return self._works[key]
+
+
+def stretches_of(
+    planned: Stretch,
+    *,
+    moves: Sequence[Mapping[str, Any]],
+    replans: Sequence[Mapping[str, Any]],
+) -> list[Stretch]:
+    """Divide a round where its cut moves or its recompute plan changes.
+
+    Examples
+    --------
+    >>> whole = Stretch(num_steps=5, route=Route.split(3), recompute=KEEP_ALL)
+    >>> found = stretches_of(whole, moves=[{"step": 2, "after": 1}], replans=[])
+    >>> [(stretch.num_steps, str(stretch.route)) for stretch in found]
+    [(2, 'device[:3] > edge[3:]'), (3, 'device[:1] > edge[1:]')]
+    """
+    found, current = [], planned
+    begun = 0
+    changes = sorted([*moves, *replans], key=lambda change: int(change["step"]))
+    for change in changes:
+        step, after = int(change["step"]), change["after"]
+        if step > begun:
+            found.append(replace(current, num_steps=step - begun))
+            begun = step
+        if isinstance(after, str):
+            current = replace(current, recompute=recompute_of(after))
+        else:
+            current = replace(current, route=current.route.with_first_cut(after))
+    if planned.num_steps > begun:
+        found.append(replace(current, num_steps=planned.num_steps - begun))
+    return found
+
+
+def true_flops_per_second(device: FleetDevice, round_number: int) -> float:
+    """Say how fast a device really is in a round."""
+    declared = device.traits.flops_per_second or NOMINAL_FLOPS_PER_SECOND
+    return declared * device.speed_in(round_number)
+
+
+def link_to(device: FleetDevice, edge: str | None) -> Link:
+    """Find a device's link to an edge, or to the server."""
+    home = device.traits.link or NOMINAL_LINK
+    return home if edge is None else device.traits.edge_links.get(edge, home)
+
+
+def _first_edge(route: Route) -> str | None:
+    """Name the only place that a device exchanges steps with."""
+    edges = route.edges()
+    return edges[0] if edges else None

@@ -1,0 +1,87 @@
+"""Simulated devices: what a fleet is made of, and what it is made for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr_smartsplit.types import EDGE, NO_TRAITS, DeviceTraits, Link
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watts:
+    """What a device takes while it works, above what it takes when idle."""
+
+    compute: float = 3.0  # While it trains
+    radio: float = 2.0  # While it sends or receives
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a fleet is made for."""
+
+    # The most a device holds in a training step of the whole model
+    whole_peak_bytes: int
+    smallest_peak_bytes: int  # The least it can get by with, at the best cut
+    # Names of the edges, to which devices may have links of their own
+    edges: tuple[str, ...] = (EDGE,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetDevice:
+    """One simulated device."""
+
+    name: str  # What kind of device it is
+    # What its tensors may take when a round begins; None is no limit
+    budget_bytes: int | None
+    traits: DeviceTraits = NO_TRAITS  # The speed and the links that it declares
+    # Its budget over ``budget_bytes`` from step to step of a round, over and over;
+    # empty for a budget that stays. The first is 1.
+    free_memory: tuple[float, ...] = ()
+    # Its true speed over the declared one from round to round, over and over; empty for
+    # a device that is always as fast as it says
+    speed: tuple[float, ...] = ()
+    watts: Watts = Watts()  # What it takes
+
+    def speed_in(self, round_number: int) -> float:
+        """Return its true speed in a round, over the declared one.
+
+        Examples
+        --------
+        >>> FleetDevice(name="old", budget_bytes=None, speed=(1.0, 0.5)).speed_in(2)
+        0.5
+        """
+        if not self.speed:
+            return 1.0
+        return self.speed[(round_number - 1) % len(self.speed)]
+
+
+Devices = tuple[FleetDevice, ...]
+
+Fleet = Callable[[Needs, int, int], Devices]
+"""``fleet(needs, num_clients, seed)`` makes the devices, the least memory first."""
+
+
+def is_weak(device: FleetDevice, needs: Needs) -> bool:
+    """Say whether a device cannot hold the whole model."""
+    budget_bytes = device.budget_bytes
+    return budget_bytes is not None and budget_bytes < needs.whole_peak_bytes
+
+
+def device_from(values: dict[str, Any]) -> FleetDevice:
+    """Read what ``asdict(device)`` wrote, also by way of JSON."""
+    traits = dict(values["traits"])
+    link, edge_links = traits.pop("link"), traits.pop("edge_links")
+    counts = traits.pop("label_counts")
+    return FleetDevice(
+        name=values["name"],
+        budget_bytes=values["budget_bytes"],
+        traits=DeviceTraits(
+            link=None if link is None else Link(**link),
+            edge_links={name: Link(**each) for name, each in edge_links.items()},
+            label_counts=None if counts is None else tuple(counts),
+            **traits,
+        ),
+        free_memory=tuple(values["free_memory"]),
+        speed=tuple(values["speed"]),
+        watts=Watts(**values["watts"]),
+    )

@@ -1,0 +1,218 @@
+"""NestedRounds: each client trains the largest variant of the model that fits it.
+
+What HeteroFL and DepthFL have in common: a ladder of smaller models whose states are
+parts of the whole one's, chosen by memory and averaged value by value.
+"""
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, final
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+
+from flwr_smartsplit import Route, Task, predicted_peak_bytes, profile_chain
+from flwr_smartsplit.errors import RefusedReply
+from flwr_smartsplit.flower.journal.rows import Row, skipped_row
+from flwr_smartsplit.flower.registry import Member
+from flwr_smartsplit.flower.serde.records import (
+    from_array_record,
+    instruction,
+    message_dialect,
+    plan_to_scalars,
+    to_array_record,
+)
+from flwr_smartsplit.flower.serde.replies import reply_from_content
+from flwr_smartsplit.plan.timing import work_of
+from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.types import ClientPlan, ClientReply, DeviceProfile, Status
+from simulations.methods.client_app import METHOD
+from simulations.methods.sampled import Answer, Merged, Sample
+from simulations.methods.submodels.nested import (
+    Shapes,
+    Share,
+    State,
+    average_shares,
+    cut_state,
+    unusable,
+)
+from simulations.report.summary import bytes_text
+
+Config = Mapping[str, float | int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One of the models that a client may train."""
+
+    name: str  # What the journal calls it, such as ``"width 0.25"``
+    config: Config  # Asks a client for it
+    shapes: Shapes  # Its arrays
+    peak_bytes: int  # The most that a device holds in a training step of it
+    step_flops: float  # Floating-point operations of such a step
+
+
+def variant_of(task: Task, *, name: str, config: Config, batch_size: int) -> Variant:
+    """Work out what a variant holds and needs, by a dry run."""
+    needs = _needs(pickle.dumps(task), batch_size)
+    return Variant(name=name, config=config, **needs)
+
+
+@lru_cache(maxsize=32)
+def _needs(pickled_task: bytes, batch_size: int) -> dict[str, Any]:
+    """Find shapes and costs once for all experiments that train the same: seconds."""
+    task: Task = pickle.loads(pickled_task)
+    chain = build_chain(task)
+    profile = profile_chain(chain, batch_size=batch_size, task=task)
+    state = chain.model.state_dict()
+    return {
+        "shapes": {key: tuple(tensor.shape) for key, tensor in state.items()},
+        "peak_bytes": predicted_peak_bytes(profile, Route.whole()),
+        "step_flops": work_of(profile, Route.whole()).device_flops,
+    }
+
+
+def largest_that_fits(
+    variants: Sequence[Variant], budget_bytes: int | None
+) -> Variant | None:
+    """Choose the first of the variants, largest first, that a device can hold."""
+    if budget_bytes is None:
+        return variants[0]
+    fitting = (each for each in variants if each.peak_bytes <= budget_bytes)
+    return next(fitting, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ladder:
+    """What a method adds to the rounds."""
+
+    method: str  # Its name: clients ask it for their task
+    # From the largest, which is the global model, to the smallest
+    variants: tuple[Variant, ...]
+    # What every client is told in a round, besides its variant
+    config_fn: Callable[[int], Config] = lambda _: {}
+    # The rows that a client trains, by client_key, where it trains not all
+    rows_fn: Callable[[str], Mapping[str, tuple[int, ...]]] = lambda _: {}
+
+
+@final
+class NestedRounds:
+    """Send every sampled client the variant it can hold; average what comes back.
+
+    Clients are drawn as FedAvg draws them, without a look at their budgets. Who then
+    can hold no variant sits out. Each client trains under its budget as a cap.
+    """
+
+    def __init__(self, ladder: Ladder, *, seed: int) -> None:
+        self._ladder = ladder
+        self._seed = seed
+        self._state: State = {}
+        self._asked: dict[str, tuple[DeviceProfile, Variant]] = {}
+
+    def ask(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        sample: Sample,
+    ) -> tuple[list[Message], list[Row]]:
+        """Send each sampled client the largest variant that fits it."""
+        self._state, self._asked = from_array_record(arrays), {}
+        messages, rows = [], []
+        for key, member in sample.chosen.items():
+            profile = member.profile
+            variant = largest_that_fits(self._ladder.variants, profile.budget_bytes)
+            if variant is None:
+                cause = self._cause(profile.budget_bytes or 0)
+                rows.append(skipped_row(profile, cause, server_round, is_unfit=True))
+                continue
+            self._asked[key] = profile, variant
+            messages.append(self._message(server_round, variant, member, config))
+        return messages, rows
+
+    def merge(self, server_round: int, answers: Sequence[Answer]) -> Merged:
+        """Average value by value over the clients that trained it, by examples."""
+        del server_round
+        read = [self._read(key, message) for key, message in answers]
+        accepted = [reply for reply, _ in read if reply is not None]
+        shares = [
+            Share(
+                state=reply.state,
+                weight=reply.report.num_examples,
+                rows=self._ladder.rows_fn(reply.client_key),
+            )
+            for reply in accepted
+        ]
+        return Merged(
+            to_array_record(average_shares(self._state, shares)),
+            MetricRecord({"num-clients": len(accepted)}),
+            [row for _, row in read],
+        )
+
+    def _message(
+        self, server_round: int, variant: Variant, member: Member, config: ConfigRecord
+    ) -> Message:
+        """Write to one client: its part of the state, its variant and its cap."""
+        profile = member.profile
+        plan = ClientPlan(
+            client_key=profile.client_key,
+            round_number=server_round,
+            route=Route.whole(),
+            seed=self._seed,
+            budget_bytes=profile.budget_bytes,
+            predicted_peak_bytes=variant.peak_bytes,
+            edge_addresses={},
+        )
+        told: dict[str, Any] = {
+            **config,
+            METHOD: self._ladder.method,
+            **self._ladder.config_fn(server_round),
+            **variant.config,
+            **plan_to_scalars(plan),
+        }
+        record = to_array_record(cut_state(self._state, variant.shapes))
+        return Message(
+            instruction(message_dialect(), record, told, is_train=True),
+            message_type=MessageType.TRAIN,
+            dst_node_id=member.node_id,
+        )
+
+    def _read(self, key: str, message: Message) -> tuple[ClientReply | None, Row]:
+        """Read a reply, and say what it adds to the client's row."""
+        profile, variant = self._asked[key]
+        row: Row = {
+            "route": variant.name,
+            "budget_bytes": profile.budget_bytes,
+            "predicted_peak_bytes": variant.peak_bytes,
+        }
+        if message.has_error():
+            return None, row
+        try:
+            reply = reply_from_content(message.content)
+        except RefusedReply as error:
+            return None, row | {"status": error.kind, "cause": str(error)}
+        report = reply.report
+        row |= {
+            "peak_bytes": report.peak_bytes,
+            "num_examples": report.num_examples,
+            "loss": report.loss,
+            "seconds": report.seconds,
+            "num_steps": report.num_steps,
+            "step_flops": variant.step_flops,
+        }
+        if report.status is not Status.OK:
+            return None, row | {"status": report.status, "cause": report.message}
+        wrong = unusable(reply.state, variant.shapes)
+        if wrong:
+            cause = f"not what was asked for, or not finite: {', '.join(wrong)}"
+            return None, row | {"status": "refused", "cause": cause}
+        return reply, row
+
+    def _cause(self, budget_bytes: int) -> str:
+        smallest = self._ladder.variants[-1]
+        return (
+            f"no variant fits: the smallest ({smallest.name}) needs "
+            f"{bytes_text(smallest.peak_bytes)}, the budget is "
+            f"{bytes_text(budget_bytes)}"
+        )

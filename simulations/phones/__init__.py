@@ -1,1 +1,0 @@
-"""A fleet of measured phones, and the tables it is drawn from."""

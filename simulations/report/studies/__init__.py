@@ -1,0 +1,1 @@
+"""What is said of a study: claims, tables, pictures and the page."""

@@ -1,0 +1,114 @@
+"""The style of all pictures: colours, sizes, and figures as the text of an SVG file."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "fedavg": "#6b7280",
+    "drop_weak": "#d1700c",
+    "smartsplit": "#0b67b2",
+    "splitfed": "#2f9e8f",
+    "oort": "#b03060",
+    "random": "#a3862a",
+    "heterofl": "#7a3e9d",
+    "depthfl": "#2f7d4f",
+    "fedprox": "#a0a7b3",
+    "fedadam": "#c9a27e",
+}
+OTHER_COLOURS = ("#7a3e9d", "#2f7d4f", "#b03060", "#2f9e8f", "#a3862a", "#8c564b")
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titlepad": 10.0,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "font.size": 10,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "simulations",
+}
+WIDTH_INCHES = 9.0
+MAX_NAMES = 30
+ACCEPTED_COLOUR, FAILED_COLOUR = "#3a86c8", "#c0392b"
+Drawn = TypeVar("Drawn")
+
+
+def svg_of(plot: Callable[[Drawn], Figure | None], drawn: Drawn) -> str:
+    """Draw a plot and return it as the text of an SVG file; empty if it is None."""
+    text = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure = plot(drawn)
+        if figure is not None:
+            figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def colour_of(method: str, index: int) -> str:
+    """Give a method the colour it has in every plot."""
+    return COLOURS.get(method, OTHER_COLOURS[index % len(OTHER_COLOURS)])
+
+
+def spread(heights: Sequence[float], *, gap: float) -> list[float]:
+    """Move labels apart that would lie on each other, the highest first."""
+    order = sorted(range(len(heights)), key=lambda index: -heights[index])
+    placed = list(heights)
+    for above, below in pairwise(order):
+        placed[below] = min(placed[below], placed[above] - gap)
+    return placed
+
+
+def class_table(rows: Mapping[str, Sequence[float | None]]) -> Figure:
+    """Draw a table of colours: methods by classes."""
+    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 0.55 * max(len(rows), 1)))
+    axes = figure.subplots()
+    axes.grid(visible=False)
+    axes.set_title("Accuracy per class: " + _unlearned(rows))
+    if not rows:
+        return figure
+    values = np.array(
+        [[np.nan if v is None else 100 * v for v in row] for row in rows.values()]
+    )
+    image = axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        text = "–" if np.isnan(value) else f"{value:.0f}"
+        dark = value > 55  # noqa: PLR2004 - where white text reads better
+        axes.text(
+            column, row, text, ha="center", va="center", color="w" if dark else "k"
+        )
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xticks(range(values.shape[1]))
+    axes.set_xlabel("class")
+    bar = figure.colorbar(image, ax=axes, pad=0.01)
+    bar.set_label("accuracy (%)")
+    return figure
+
+
+def _unlearned(rows: Mapping[str, Sequence[float | None]]) -> str:
+    """Say which methods never get an example of some classes right."""
+    if not rows:
+        return "no round has ended yet"
+    zeros = {
+        method: [str(label) for label, value in enumerate(row) if value == 0.0]
+        for method, row in rows.items()
+    }
+    found = [
+        f"{method} knows nothing of {', '.join(labels)}"
+        for method, labels in zeros.items()
+        if labels
+    ]
+    return "; ".join(found) or "every method has learned something of every class"
+
+
+def shown_clients(keys: list[str]) -> range:
+    """Choose the clients whose names fit on an axis."""
+    return range(0, len(keys), math.ceil(len(keys) / MAX_NAMES))

@@ -1,0 +1,36 @@
+"""Every suite by its name."""
+
+from collections.abc import Callable
+
+from simulations.experiments.experiment import Experiment
+from simulations.studies.ablation import ABLATION
+from simulations.studies.accuracy import ACCURACY
+from simulations.studies.latency import LATENCY
+from simulations.studies.measurement import Measurement
+from simulations.studies.memory.suite import MEMORY
+from simulations.studies.quickstart import quickstart
+from simulations.studies.scale.suite import SCALE
+from simulations.studies.study import Study
+from simulations.studies.zoo.suite import ZOO
+
+SUITES: dict[str, Callable[[str], Experiment]] = {"quickstart": quickstart}
+"""Suites that train in rounds, each on a data set."""
+
+STUDIES: dict[str, Study] = {s.name: s for s in (ACCURACY, LATENCY, ABLATION)}
+"""Suites of several cases and seeds."""
+
+MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in (MEMORY, SCALE, ZOO)}
+"""Suites that measure models, without rounds."""
+
+SINGLE_CLAIMS = (
+    "accuracy",
+    "classes",
+    "memory",
+    "participation",
+    "routes",
+    "traffic",
+    "time",
+    "energy",
+    "duration",
+)
+"""What is said of a suite that trains in rounds."""

@@ -1,0 +1,172 @@
+"""Which models and cuts are compared, and what comparing one of them gives."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Self
+
+from torchvision import models
+
+from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
+from flwr_smartsplit.cli.specs import TORCHVISION, task_of
+from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
+
+EVERY_CUT = (
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "vgg11_bn",
+    "vit_b_32",
+)
+"""One model of each family, checked at every cut with every optimizer."""
+
+SUBSET = ("squeezenet1_1", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5")
+"""What a quick look compares: few parameters, and most of what can go wrong."""
+
+IMAGE_SIDE = 64
+IMAGE_SIDES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
+"""The sides of images that are small, yet large enough."""
+
+NUM_RANDOM_CUTS = 5
+BATCH_SIZE = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One model under one optimizer, and the cuts to compare."""
+
+    model: str
+    optimizer: str
+    is_every_cut: bool
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """What it is called in a results folder."""
+        return f"{self.model}, {self.optimizer}, seed {self.seed}"
+
+    def cuts(self, num_units: int) -> list[int]:
+        """Choose cuts; 0 is the whole model on the device."""
+        inner = range(1, num_units)
+        if self.is_every_cut or len(inner) <= NUM_RANDOM_CUTS:
+            return [0, *inner]
+        chosen = {1, num_units // 2, num_units - 1}
+        others = [cut for cut in inner if cut not in chosen]
+        rng = Random(f"{self.seed}/{self.model}")
+        return sorted(chosen | set(rng.sample(others, min(5, len(others)))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one case gave."""
+
+    # model, optimizer: the case
+    model: str
+    optimizer: str
+    # num_units, num_parameters, num_cuts: size of the chain, and how many of its cuts
+    # were compared
+    num_units: int
+    num_parameters: int
+    num_cuts: int
+    differences: list[str]  # What was not the stock model's, cut by cut
+    # The largest relative difference of a predicted peak from the measured one
+    worst_error: float
+    seconds: float  # How long it took
+    # The least that a device was measured to hold, over all cuts
+    least_peak_bytes: int | None = None
+
+    @classmethod
+    def from_values(cls, row: Mapping[str, Any]) -> Self:
+        """Read a row of a results file."""
+        return cls(**{n: row[n] for n in cls.__dataclass_fields__ if n in row})
+
+
+def image_shape(model: str) -> tuple[int, int, int]:
+    """Return the shape of the small images that a model is checked with."""
+    side = IMAGE_SIDES.get(model, IMAGE_SIDE)
+    return 3, side, side
+
+
+def run_case(case: Case) -> Outcome:
+    """Compare the chosen cuts of one model with the stock model."""
+    started = time.perf_counter()
+    shape = image_shape(case.model)
+    task = task_of(
+        f"{TORCHVISION}{case.model}", input_shape=shape, optimizer=case.optimizer
+    )
+    batches = example_batches(task, batch_size=BATCH_SIZE, seed=case.seed)
+    differences: list[str] = []
+    errors, peaks = [], []
+    with RouteChecker(task, batches) as checker:
+        chain = checker.chain
+        profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
+        cuts = case.cuts(len(chain))
+        for cut in cuts:
+            route = Route.split(cut) if cut else Route.whole()
+            found = checker.check(route)
+            differences += [f"{route}: {text}" for text in found.differences]
+            measured = found.measured_peak_bytes
+            peaks.append(measured)
+            predicted = predicted_peak_bytes(profile, route)
+            errors.append(abs(predicted - measured) / max(measured, 1))
+    return Outcome(
+        model=case.model,
+        optimizer=case.optimizer,
+        num_units=len(chain),
+        num_parameters=sum(p.numel() for p in chain.model.parameters()),
+        num_cuts=len(cuts),
+        differences=differences,
+        worst_error=max(errors),
+        seconds=time.perf_counter() - started,
+        least_peak_bytes=min(peaks),
+    )
+
+
+def measured_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Compare one model in a process of its own."""
+    del folder
+    return asdict(run_case(case))
+
+
+def classifiers() -> list[str]:
+    """List torchvision's classification models, the smallest first."""
+    return sorted(models.list_models(module=models), key=_num_parameters)
+
+
+def _num_parameters(name: str) -> int:
+    # The weights' descriptions are at hand without the weights.
+    weights: Any = next(iter(models.get_model_weights(name)))
+    return int(weights.meta["num_params"])
+
+
+def all_cases(names: Iterable[str], *, seed: int) -> Iterator[Case]:
+    """List the cases of models: three optimizers where every cut is compared."""
+    for name in names:
+        is_every_cut = name in EVERY_CUT
+        optimizers = ("sgd", "momentum", "adam")[0 if is_every_cut else 1 :]
+        for optimizer in optimizers:
+            yield Case(
+                model=name, optimizer=optimizer, is_every_cut=is_every_cut, seed=seed
+            )
+
+
+def read_outcomes(path: Path | None) -> list[Outcome]:
+    """Read a results file, if there is one."""
+    if path is None or not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Outcome.from_values(json.loads(line)) for line in lines]

@@ -1,0 +1,204 @@
+"""The zoo: every classifier is listed and can be read, and a difference is reported."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+from typer.testing import CliRunner
+
+from flwr_smartsplit.cli.specs import torchvision_fn
+from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.split.chain import Chain
+from simulations.studies.zoo import __main__ as command
+from simulations.studies.zoo.cases import (
+    EVERY_CUT,
+    SUBSET,
+    Case,
+    Outcome,
+    all_cases,
+    classifiers,
+    image_shape,
+    read_outcomes,
+    run_case,
+)
+from simulations.studies.zoo.reading import page, read, refusal_text
+
+CASE = Case(model="squeezenet1_1", optimizer="adam", is_every_cut=False, seed=0)
+
+
+def test_every_classifier_is_a_case_and_the_families_have_every_cut():
+    """The list is torchvision's own; sixteen models stand for their families."""
+    names = classifiers()
+    assert sorted(names) == sorted(models.list_models(module=models))
+    assert set(EVERY_CUT) <= set(names)
+    assert set(SUBSET) <= set(names)
+    cases = list(all_cases(names, seed=0))
+    assert len(cases) == 3 * len(EVERY_CUT) + 2 * (len(names) - len(EVERY_CUT))
+    assert {case.optimizer for case in cases if not case.is_every_cut} == {
+        "momentum",
+        "adam",
+    }
+
+
+def test_first_middle_last_and_five_random_cuts_are_compared():
+    """The seed and the model choose the random ones; every cut includes none."""
+    cuts = CASE.cuts(40)
+    assert cuts == CASE.cuts(40) == sorted(set(cuts))
+    assert {1, 20, 39} <= set(cuts)
+    assert len(cuts) == 3 + 5
+    assert cuts != replace(CASE, seed=1).cuts(40)
+    assert cuts != replace(CASE, model="resnet18").cuts(40)
+    assert replace(CASE, is_every_cut=True).cuts(40) == list(range(40))
+    assert CASE.cuts(4) == [0, 1, 2, 3]
+    assert CASE.cuts(1) == [0]
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [("squeezenet1_1", "adam"), ("mobilenet_v3_small", "momentum")],
+)
+def test_a_few_models_are_exact_and_known_to_the_byte(model, optimizer):
+    """What CI compares of the proof; the rest is a command of its own."""
+    found = run_case(replace(CASE, model=model, optimizer=optimizer))
+    assert found.num_cuts == 8
+    assert found.differences == []
+    assert found.worst_error == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SUBSET)
+def test_the_subset_is_exact_at_every_cut(model):
+    """Every cut of a few small models, with momentum."""
+    found = run_case(
+        replace(CASE, model=model, optimizer="momentum", is_every_cut=True)
+    )
+    assert found.differences == []
+    assert found.worst_error == 0.0
+
+
+def test_an_outcome_survives_its_file(tmp_path: Path):
+    """Results are read back as they were written; no file means none."""
+    outcome = Outcome(
+        model="m",
+        optimizer="sgd",
+        num_units=3,
+        num_parameters=10,
+        num_cuts=3,
+        differences=["device[:1] > edge[1:]: loss 1.0, not 2.0"],
+        worst_error=0.25,
+        seconds=1.5,
+    )
+    path = tmp_path / "results.jsonl"
+    assert read_outcomes(path) == read_outcomes(None) == []
+    path.write_text(outcome.to_json() + "\n" + outcome.to_json() + "\n")
+    assert read_outcomes(path) == [outcome, outcome]
+
+
+def spoil(monkeypatch: Any) -> None:
+    unpack = WireTensor.unpack
+
+    def unpack_bent(self: WireTensor) -> torch.Tensor:
+        values = unpack(self)
+        return values * (1 + 1e-6) if values.is_floating_point() else values
+
+    monkeypatch.setattr(WireTensor, "unpack", unpack_bent)
+
+
+def test_a_difference_ends_in_exit_1_and_is_shown(monkeypatch, tmp_path):
+    """A wire that bends values is found in every split, and named."""
+    spoil(monkeypatch)
+    found = run_case(CASE)
+    assert len({text.split(": ")[0] for text in found.differences}) == 8
+    out = tmp_path / "results.jsonl"
+    other = replace(found, optimizer="momentum", differences=[])
+    out.write_text(found.to_json() + "\n" + other.to_json() + "\n")
+    arguments = ["prove", "--models", CASE.model, "--out", str(out)]
+    monkeypatch.setattr(
+        command, "all_cases", lambda names, seed: iter([CASE, replace(CASE)])
+    )
+    result = CliRunner().invoke(command.app, arguments)
+    assert result.exit_code == 1
+    assert "squeezenet1_1, adam: device[:1] > edge[1:" in result.output
+    out.write_text(other.to_json() + "\n" + replace(other, optimizer="adam").to_json())
+    assert CliRunner().invoke(command.app, arguments).exit_code == 0
+
+
+# --- the page -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(models.list_models(module=models)))
+def test_every_classifier_can_be_cut(name):
+    """All of them, read without memory for their parameters."""
+    shape = image_shape(name)
+    reading = read(
+        "classification", name, torchvision_fn(name, shape), torch.zeros(1, *shape)
+    )
+    assert reading.num_units > 10
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def meta_sum() -> nn.Module:
+    layer = nn.Linear(2, 2)
+    return nn.Linear(2, int(layer.weight.sum()))
+
+
+@pytest.mark.parametrize(
+    ("build", "num_units", "reason"),
+    [
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 2, ""),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(True), nn.Linear(2, 2)),
+            2,
+            "1: written in place later",
+        ),
+        (Branching, 0, "torch.fx cannot trace Branching: "),
+        (meta_sum, 0, "it computes with its parameters while it is built: "),
+    ],
+)
+def test_a_reading_says_how_many_places_or_why_not(
+    build: Callable[[], nn.Module], num_units: int, reason: str
+):
+    """Each model gives a row, whatever happens to it."""
+    reading = read("own", "model", build, torch.zeros(1, 2))
+    assert reading.num_units == num_units
+    assert reading.reason.startswith(reason)
+
+
+def test_the_page_counts_what_cuts_and_what_was_compared():
+    """One table a kind, with the proofs of all optimizers added up."""
+    reading = read("own", "two", lambda: nn.Sequential(nn.Linear(2, 2)), torch.zeros(2))
+    cut = replace(reading, model="cut", num_units=5, num_parameters=2_500_000)
+    proof = Outcome(
+        model="cut",
+        optimizer="sgd",
+        num_units=5,
+        num_parameters=1,
+        num_cuts=4,
+        differences=["x"],
+        worst_error=0.0,
+        seconds=0.0,
+    )
+    text = page([cut, reading], [proof, proof], origin="torch 0")
+    assert "## Own: 1 of 2 cut" in text
+    assert "| cut | 2.5 M | 4 | 8 | 2 |" in text
+    assert "| two | 0.0 M | 0 | – | – |" in text
+
+
+def test_reasons_are_counted_by_kind():
+    """Near-identical refusals become one line."""
+    model = nn.Sequential(
+        *(nn.Linear(2, 2), nn.ReLU(True), nn.Linear(2, 2), nn.ReLU(True)),
+        nn.Linear(2, 2),
+    )
+    chain = Chain.from_module(model, torch.zeros(1, 2))
+    assert refusal_text(chain) == "2: written in place later"
