@@ -36,6 +36,7 @@ def opening_of(
     is_trained: bool,
     token: str,
     batch_size: int | None = None,
+    accumulate: int = 1,
 ) -> wire.OpenSession:
     """Ask the first of the edges of a route for a session, and it the next.
 
@@ -51,6 +52,8 @@ def opening_of(
         Of this opening.
     batch_size : int, optional
         The most examples that a batch will have, if the device knows.
+    accumulate : int
+        Into how many micro-batches a batch is divided.
     """
     leg, *rest = legs
     cut_index = plan.route.cuts.index(leg.start)
@@ -63,6 +66,7 @@ def opening_of(
             is_trained=is_trained,
             token=token,
             batch_size=batch_size,
+            accumulate=accumulate,
         )
         onward = wire.Onward(address, opening)
     return wire.OpenSession(
@@ -84,6 +88,7 @@ def opening_of(
         num_examples=plan.num_examples,
         batch_size=batch_size,
         variant=plan.variant,
+        accumulate=accumulate,
         codecs=plan.codecs[cut_index:],
     )
 

@@ -1,6 +1,6 @@
 """Divide a batch into micro-batches, as a loop that accumulates gradients does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -53,6 +53,19 @@ def micro_batches(
         start, stop = bounds[index], bounds[index + 1]
         part: Any = tree_map(lambda x, a=start, b=stop: x[a:b], batch)
         yield MicroBatch(index, count, total / (stop - start)), part
+
+
+def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
+    """Take the mean loss of a batch from those of its parts, ``(loss, examples)``.
+
+    Examples
+    --------
+    >>> mean_loss([(1.0, 2), (4.0, 1)])
+    2.0
+    """
+    if len(losses) == 1:
+        return losses[0][0]
+    return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 
 
 def micro_batch_size(batch_size: int, accumulate: int) -> int:

@@ -67,7 +67,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"max_gradient_norm": 0.3},
     "scheduled": {"schedule_fn": cosine},
     "autocast": {"autocast_dtype": torch.bfloat16},
+    "accumulated": {"accumulate": 2},
+    "accumulated, adam": {
+        "accumulate": 3,
+        "optimizer_fn": partial(torch.optim.Adam, lr=0.01),
+    },
+    "accumulated, clipped": {"accumulate": 4, "max_gradient_norm": 0.3},
     "all": {
+        "accumulate": 3,
         "max_gradient_norm": 0.3,
         "schedule_fn": cosine,
         "autocast_dtype": torch.bfloat16,
