@@ -1,6 +1,6 @@
 """Power-of-choice: of twice as many clients as wanted, those whose loss is highest.
 
-A selection of one's own, whole: docs/howto/selection.md shows it. From Cho, Wang, Joshi:
+A selection of one's own, shown in docs/howto/selection.md. From Cho, Wang, Joshi:
 Towards Understanding Biased Client Selection in Federated Learning. AISTATS 2022.
 """
 

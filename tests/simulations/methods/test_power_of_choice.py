@@ -1,4 +1,4 @@
-"""A selection of one's own: what the page shows is what runs, and it chooses by loss."""
+"""A selection of one's own: what the page shows is what runs; it chooses by loss."""
 
 from pathlib import Path
 from random import Random
