@@ -18,7 +18,7 @@
         ├── EdgeFull              the edge has no room: wait, or use another
         ├── RefusedMessage        bytes that are no message, or a value without bytes
         ├── RefusedTail           a tail cannot be sealed: its client sits out
-        └── SpillLost             sealed tails are gone: their clients are dropped
+        └── TailLost             sealed tails are gone: their clients are dropped
 
 Every exception carries its numbers as attributes and survives pickling, since
 it may travel from an edge to a device.
@@ -172,7 +172,7 @@ class RefusedTail(EdgeError):
     """A tail that must not be sealed: not finite, or not stepped as often as said."""
 
 
-class SpillLost(EdgeError):
+class TailLost(EdgeError):
     """Sealed tails that are gone or changed; ``sessions`` names them."""
 
     sessions: tuple[str, ...]

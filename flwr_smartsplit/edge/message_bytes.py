@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit import errors
-from flwr_smartsplit.edge import moving, protocol
+from flwr_smartsplit.edge import cut_moves, protocol
 from flwr_smartsplit.edge.protocol import Request
 from flwr_smartsplit.errors import EdgeError, RefusedMessage
 
@@ -366,7 +366,7 @@ def _message_types() -> dict[str, Any]:
     """Find all requests, their replies, and what both are made of."""
     hints: list[Any] = [
         thing
-        for module in (protocol, moving)
+        for module in (protocol, cut_moves)
         for thing in vars(module).values()
         if isinstance(thing, type) and issubclass(thing, Request)
     ]

@@ -103,7 +103,7 @@ class EdgePool:
 
         Raises
         ------
-        SpillLost
+        TailLost
             Naming the sessions it cannot merge.
         EdgeError
             If it cannot merge at all.

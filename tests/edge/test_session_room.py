@@ -12,7 +12,7 @@ import torch
 
 from flwr_smartsplit import Route
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
@@ -212,18 +212,19 @@ def test_a_round_that_ends_while_room_is_worked_out_leaves_none_taken(
     """A late client's step finds its session gone, and nobody pays for it."""
     edge = service(tmp_path, memory_bytes=need().memory_bytes)
     opened = edge.handle(opening("a", batch_size=None))
-    fit = edge._room.fit
+    fit = edge._admission.fit
 
     def late(*args: Any) -> None:
         edge.handle(ended_by)
         fit(*args)
 
-    monkeypatch.setattr(edge._room, "fit", late)
-    step = wire.TrainStep(
+    monkeypatch.setattr(edge._admission, "fit", late)
+    step = wire.Forward(
         session="a",
         incarnation=opened.incarnation,
         step=0,
-        boundary=WireTensor.pack(torch.zeros(BATCH_SIZE, 1)),
+        boundary=(WireTensor.pack(torch.zeros(BATCH_SIZE, 1)),),
+        num_examples=BATCH_SIZE,
         targets=WireTensor.pack(torch.zeros(BATCH_SIZE, dtype=torch.int64)),
     )
     with pytest.raises(StaleSession):
@@ -240,7 +241,7 @@ def test_who_finds_no_room_waits_for_it(
     outcomes: dict[int, Outcome] = {}
     is_one_there, is_other_asking = threading.Event(), threading.Event()
 
-    def hold(walk: Walk) -> None:
+    def hold(runner: RouteRunner) -> None:
         is_one_there.set()
         assert is_other_asking.wait(30)
         second.join(0.05)
@@ -284,15 +285,15 @@ def test_a_cut_moves_as_far_as_there_is_room(
     """Earlier is refused, and the session is as it was; later and back is not."""
     refused: list[RefusedMove] = []
 
-    def between(walk: Walk) -> None:
-        if walk.num_steps == 1:
+    def between(runner: RouteRunner) -> None:
+        if runner.num_steps == 1:
             with pytest.raises(RefusedMove, match="of memory left") as caught:
-                walk.move(1)
+                runner.move(1)
             refused.append(caught.value)
-            walk.move(6)
-            walk.move(4)  # The room for the way back is there until the next step.
-        if walk.num_steps == 2:
-            walk.move(6)
+            runner.move(6)
+            runner.move(4)  # The room for the way back is there until the next step.
+        if runner.num_steps == 2:
+            runner.move(6)
 
     outcome = train(0, *tight, between)
     assert outcome.report.status is Status.OK, outcome.report.message
@@ -311,16 +312,16 @@ def test_a_moved_cut_gives_room_back_with_the_next_step(
     edge, address = tight
     found = []
 
-    def between(walk: Walk) -> None:
+    def between(runner: RouteRunner) -> None:
         other = replace(edge, room_patience_seconds=0.0).connect(address)
-        if walk.num_steps == 1:
-            walk.move(7)
+        if runner.num_steps == 1:
+            runner.move(7)
             with pytest.raises(EdgeFull):
                 other.send(opening("b", start=7))
-        if walk.num_steps == 2:
+        if runner.num_steps == 2:
             found.append(other.send(opening("b", start=7)))
             with pytest.raises(RefusedMove):
-                walk.move(4)
+                runner.move(4)
 
     assert need(7).memory_bytes * 2 <= need(4).memory_bytes
     assert train(0, edge, address, between).report.status is Status.OK

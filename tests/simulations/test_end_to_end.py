@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-
 from simulations.experiments.local_runs import run_methods_here
+
 from simulations.experiments.marks import read_marks
 from simulations.experiments.partitions import Dirichlet
 from simulations.experiments.provenance import Provenance

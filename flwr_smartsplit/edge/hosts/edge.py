@@ -13,7 +13,7 @@ from flwr_smartsplit.edge.message_bytes import (
     reply_hint,
 )
 from flwr_smartsplit.edge.protocol import ReplyT, Request, Transport
-from flwr_smartsplit.edge.retry import PatientTransport
+from flwr_smartsplit.edge.retry import RetryingTransport
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EdgeProfile
@@ -76,9 +76,9 @@ class Edge:
         """Start the edge for one run (strategy's side); return its address."""
         return self.host.start(task, self.profile)
 
-    def connect(self, address: str) -> PatientTransport:
+    def connect(self, address: str) -> RetryingTransport:
         """Reach the edge at an address, and wait where it is full."""
-        return PatientTransport(self.host.connect(address), self.room_patience_seconds)
+        return RetryingTransport(self.host.connect(address), self.room_patience_seconds)
 
     def stop(self, address: str) -> None:
         """End the edge at an address."""

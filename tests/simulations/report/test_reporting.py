@@ -6,8 +6,6 @@ import re
 
 import pytest
 from rich.console import Console
-
-from simulations.report import plots, time_plots
 from simulations.report.reporting import (
     TABLE_COLUMNS,
     comparison_table,
@@ -15,6 +13,8 @@ from simulations.report.reporting import (
     write_reports,
 )
 from simulations.report.sections import SECTIONS
+
+from simulations.report import plots, time_plots
 from simulations.report.summary import read_results
 from tests.simulations.fleets.test_clock import PROFILE
 from tests.simulations.journals import (

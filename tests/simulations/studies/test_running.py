@@ -4,10 +4,10 @@ import random
 from dataclasses import replace
 
 import pytest
+from simulations.studies.processes import run_in_processes
 
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.marks import mark_path, read_marks
-from simulations.studies.processes import run_in_processes
 from simulations.studies.running import run_one_by_one, units_of
 from simulations.studies.study import seed_folder
 from tests.simulations.folders import (

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from simulations.report.studies.tables import study_summary
 
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.marks import mark_path
 from simulations.report.studies.lines import read_lines, write_lines
 from simulations.report.studies.reading import read_case, read_study, route_name
-from simulations.report.studies.tables import study_summary
 from tests.simulations.folders import mark_of, write_study
 
 

@@ -1,8 +1,8 @@
 """The page of a study: a chapter per case, pictures that can be drawn of anything."""
 
 import pytest
-
 from simulations.report.plots import svg_of
+
 from simulations.report.studies.claims import CLAIMS
 from simulations.report.studies.curves import gains_of_all_cases
 from simulations.report.studies.page import html_page

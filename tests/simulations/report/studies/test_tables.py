@@ -4,10 +4,6 @@ import json
 
 import pytest
 from rich.console import Console
-
-from simulations.experiments.marks import mark_path
-from simulations.report.studies.lines import CaseLines
-from simulations.report.studies.reading import read_study
 from simulations.report.studies.tables import (
     accuracy_rows,
     case_table,
@@ -21,6 +17,10 @@ from simulations.report.studies.tables import (
     study_summary,
     traffic_rows,
 )
+
+from simulations.experiments.marks import mark_path
+from simulations.report.studies.lines import CaseLines
+from simulations.report.studies.reading import read_study
 from tests.simulations.folders import CASE, write_study
 
 

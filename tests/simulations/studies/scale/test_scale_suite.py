@@ -7,6 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulations.studies.scale.items import (
+    EDGE_MEMORY,
+    ROUNDS,
+    TRAINING,
+    Item,
+    scale_items,
+)
 from torch import nn
 from typer.testing import CliRunner
 
@@ -21,13 +28,6 @@ from simulations.studies.scale.edges import (
     measure_edge,
     needed_bytes,
     work_out_vgg19,
-)
-from simulations.studies.scale.items import (
-    EDGE_MEMORY,
-    ROUNDS,
-    TRAINING,
-    Item,
-    scale_items,
 )
 from simulations.studies.scale.reports import scale_rows
 
