@@ -25,8 +25,12 @@ if TYPE_CHECKING:
         deepest_u_shape,
         first_that_fits,
     )
-    from flwr_smartsplit.plan.selection.by_utility import SelectByUtility
-    from flwr_smartsplit.plan.selection.selection import select_at_random
+    from flwr_smartsplit.plan.selection.selection import (
+        Selection,
+        SelectionRequest,
+        select_at_random,
+    )
+    from flwr_smartsplit.plan.selection.utility import SelectByUtility
     from flwr_smartsplit.profile.profile import profile_chain
     from flwr_smartsplit.split.chain import Chain
     from flwr_smartsplit.split.segment import Unit
@@ -53,6 +57,8 @@ __all__ = [
     "Route",
     "RouteRequest",
     "SelectByUtility",
+    "Selection",
+    "SelectionRequest",
     "SmartSplit",
     "SmartSplitNumPyClient",
     "Task",
@@ -82,7 +88,9 @@ _HOMES = {
     "RecomputePlan": "types",
     "Route": "types",
     "RouteRequest": "plan.routes",
-    "SelectByUtility": "plan.selection.by_utility",
+    "SelectByUtility": "plan.selection.utility",
+    "Selection": "plan.selection.selection",
+    "SelectionRequest": "plan.selection.selection",
     "SmartSplit": "flower.strategy",
     "SmartSplitNumPyClient": "flower.client",
     "Task": "task",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from flwr_smartsplit.types import Advice, Move, Replan, StepReport, Wish
+from flwr_smartsplit.types import Action, Advice, Move, Replan, StepReport
 
 
 class Metrics:
@@ -53,7 +53,7 @@ class Metrics:
 
     def is_released(self, advice: Advice | None) -> bool:
         """Say whether the edge has let this client stop, and note why."""
-        if advice is not None and advice.wish is Wish.RELEASE:
+        if advice is not None and advice.action is Action.RELEASE:
             self.released = advice.reason
         return bool(self.released)
 

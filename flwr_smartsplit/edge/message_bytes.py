@@ -91,6 +91,8 @@ def encode(message: Any) -> list[Piece]:
 
 def _written(value: Any, arrays: list[npt.NDArray[np.uint8]], depth: int) -> Any:
     """Return a value as JSON has it, and collect the arrays in it."""
+    if type(value) in _PLAIN and type(value) is not float:
+        return value
     if depth > MAX_DEPTH:
         raise RefusedMessage(f"values lie more than {MAX_DEPTH} deep in each other.")
 
@@ -115,9 +117,9 @@ def _written(value: Any, arrays: list[npt.NDArray[np.uint8]], depth: int) -> Any
             tree = {"map": [[inner(key), inner(item)] for key, item in value.items()]}
         case Exception():
             tree = {"error": _written_error(value, inner)}
-        case _ if type(value) is (cls := MESSAGE_TYPES.get(type(value).__name__)):
-            parts = {key: inner(getattr(value, key)) for key in _hints(cls)}
-            tree = {type(value).__name__: parts}
+        case _ if MESSAGE_TYPES.get(name := type(value).__name__) is type(value):
+            hints = _hints(MESSAGE_TYPES[name])
+            tree = {name: {key: inner(getattr(value, key)) for key in hints}}
         case _:
             raise RefusedMessage(
                 f"a {type(value).__name__} cannot be sent to or from an edge: use "
@@ -190,12 +192,16 @@ def decode(*pieces: Piece) -> Any:
             "the head does not fit its checksum: it changed on the way."
         )
     try:
-        tree = json.loads(str(head, "ascii"))
+        tree = json.loads(str(head, "ascii"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise RefusedMessage(f"the head is not JSON: {error}") from error
     message = _Reader(body).value(tree, 0)
     body.end()
     return message
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 class _Body:
@@ -244,7 +250,7 @@ class _Reader:
             raise RefusedMessage(
                 f"a message has at most {MAX_VALUES} values, {MAX_DEPTH} deep."
             )
-        if isinstance(tree, int) and tree not in _INTEGERS:
+        if type(tree) is int and tree not in _INTEGERS:
             raise RefusedMessage("an integer has more than 64 bits.")
         if isinstance(tree, list):
             return [self.value(item, depth + 1) for item in tree]
@@ -385,35 +391,37 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     RefusedMessage
         If it is something else.
     """
+    found = _fit(value, hint)
+    if found is _MISFIT:
+        raise RefusedMessage(f"{where} is a {type(value).__name__}, and not {hint}.")
+    return found
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    if hint is Any or type(value) is hint:
+        return value
     origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        for option in args:
-            try:
-                return fitted(value, option, where)
-            except RefusedMessage:
-                continue
     found: Any = _MISFIT
     match value:
-        case _ if hint is Any or type(value) is hint:
-            found = value
+        case _ if origin in (Union, UnionType):
+            options = (_fit(value, option) for option in args)
+            found = next((item for item in options if item is not _MISFIT), _MISFIT)
         case int() if hint is float and type(value) is int:
             found = value
         case tuple() if origin is tuple and args[1:] == (...,):
-            found = tuple(fitted(item, args[0], where) for item in value)
-        case dict() if origin is Mapping:
-            found = {
-                fitted(key, args[0], where): fitted(item, args[1], where)
-                for key, item in value.items()
-            }
+            items = tuple(_fit(item, args[0]) for item in value)
+            found = _MISFIT if any(item is _MISFIT for item in items) else items
+        case dict() if origin in (Mapping, dict):
+            pairs = {_fit(k, args[0]): _fit(v, args[1]) for k, v in value.items()}
+            misfits = (key is _MISFIT or v is _MISFIT for key, v in pairs.items())
+            found = _MISFIT if any(misfits) else pairs
         case np.ndarray() if value.ndim == 0 and hint in (bool, int, float):
-            found = fitted(value.item(), hint, where)
+            found = _fit(value.item(), hint)
         case np.ndarray() if origin is np.ndarray:
             (scalar,) = get_args(args[1])
             found = value if scalar in (Any, value.dtype.type) else _MISFIT
         case str() if isinstance(hint, type) and issubclass(hint, Enum):
             found = next((member for member in hint if member.value == value), _MISFIT)
-    if found is _MISFIT:
-        raise RefusedMessage(f"{where} is a {type(value).__name__}, and not {hint}.")
     return found
 
 

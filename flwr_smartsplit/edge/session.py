@@ -19,7 +19,7 @@ from flwr_smartsplit.edge.codec import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, checksum, moved_session
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
-from flwr_smartsplit.plan.refine import Progress, advised, changed, updated
+from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
@@ -222,21 +222,18 @@ class Advisor:
         """Judge the client by this step too, and say what it should change."""
         if self._cohort is None:
             return None
-        self._progress = updated(
+        self._progress, advice = judged(
             self._progress,
             self._cohort,
             loss=loss,
             num_examples=request.num_examples,
             step_seconds=request.step_seconds,
         )
-        advice = advised(self._progress, self._cohort)
-        if advice is not None:
-            self.cut_moved()
         return advice
 
     def cut_moved(self) -> None:
         """Wait before the next change."""
-        self._progress = changed(self._progress)
+        self._progress = self._progress.restarted()
 
 
 class RequestOrder:

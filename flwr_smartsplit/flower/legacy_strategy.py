@@ -34,8 +34,8 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
-from flwr_smartsplit.flower.legacy_registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.planning import Planning
+from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.round_manager import (
     BetweenRounds,

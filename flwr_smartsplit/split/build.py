@@ -95,7 +95,11 @@ def build_chain(task: Task) -> Chain:
             if chain is None:
                 model = _built(task)
                 if task.units_fn is None:
-                    chain = Chain.from_module(model, task.example_inputs)
+                    chain = Chain.from_module(
+                        model,
+                        task.example_inputs,
+                        max_boundary_tensors=task.max_boundary_tensors,
+                    )
                 else:
                     units = task.units_fn(model)
                     chain = Chain.from_units(model, units, task.example_inputs)
@@ -155,7 +159,8 @@ def _recipe(task: Task) -> _Recipe | None:
         units = units.func
     try:
         hash((function, units))
-        return function, units, pickle.dumps((task.model_fn, task.units_fn, inputs))
+        parts = (task.model_fn, task.units_fn, inputs, task.max_boundary_tensors)
+        return function, units, pickle.dumps(parts)
     except (pickle.PicklingError, AttributeError, TypeError):
         return None
 

@@ -4,7 +4,8 @@ One runner serves every place: the head on a device, a tail on an edge, the whol
 model. It lives beside the cost model because a prediction is a dry run of it.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -85,11 +86,11 @@ class SegmentRunner:
         self._streams = streams
         parameters = [p for p in segment.parameters() if p.requires_grad]
         needs_one = is_trained and bool(parameters)
-        self.optimizer = task.optimizer_fn(parameters) if needs_one else None
+        self.optimizer = optimizer_of(task, parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
         self.is_early = is_lean and _can_be_early(self.optimizer, task)
         self._entry: Tensor | None = None
-        self._receive: list[Callable[[], Tensor]] = []
+        self._receive: list[Callable[[], Gradients]] = []
         self._input_gradients: list[Tensor] = []
 
     def forward(
@@ -113,7 +114,8 @@ class SegmentRunner:
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
         boundary = as_boundary(outputs)
-        self._entry = GradientEntry.apply(boundary[0], self._receive)
+        trained = [tensor for tensor in boundary if tensor.requires_grad]
+        self._entry = GradientEntry.apply(self._receive, *trained)
         return tuple(tensor.detach() for tensor in boundary)
 
     def backward(self, receive: Callable[[], Gradients]) -> Gradients:
@@ -123,7 +125,8 @@ class SegmentRunner:
         ----------
         receive : Callable[[], tuple[Tensor, ...]]
             Makes the gradients of those outgoing tensors that need one, in order, when
-            the engine needs them and for the engine alone.
+            the engine needs them and for the engine alone. Not called if none does. An
+            empty tensor stands for no gradient.
 
         Returns
         -------
@@ -134,9 +137,10 @@ class SegmentRunner:
         entry, self._entry = self._entry, None
         if entry is None:
             raise RuntimeError("backward without forward: the step has no graph.")
-        self._receive[:] = [lambda: receive()[0]]
-        with phase("backward"), self._early_updates():
-            entry.backward(torch.empty_like(entry))
+        if entry.requires_grad:
+            self._receive[:] = [receive]
+            with phase("backward"), self._early_updates():
+                entry.backward(torch.empty_like(entry))
         del entry
         return self._end()
 
@@ -227,13 +231,20 @@ class SegmentRunner:
         return early_updates(self.optimizer)
 
     def _leaf(self, inputs: Batch) -> Batch:
-        """Let a boundary in, and have its gradient put aside."""
+        """Let a boundary in, and have its gradients put aside."""
         if isinstance(inputs, dict):
             raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
-        boundary, *context = inputs if isinstance(inputs, tuple) else (inputs,)
-        trigger = torch.empty(0, requires_grad=True)
-        leaf = GradientExit.apply(trigger, boundary, self._input_gradients)
-        return (leaf, *context) if context else leaf
+        boundary = inputs if isinstance(inputs, tuple) else (inputs,)
+        flags = self.segment.entering_gradients
+        if any(flags):
+            trained = itertools.compress(boundary, flags)
+            trigger = torch.empty(0, requires_grad=True)
+            leaves = iter(GradientExit.apply(trigger, self._input_gradients, *trained))
+            boundary = tuple(
+                next(leaves) if flag else tensor
+                for tensor, flag in itertools.zip_longest(boundary, flags)
+            )
+        return boundary if len(boundary) > 1 else boundary[0]
 
     def _end(self) -> Gradients:
         """Update, unless that has to wait; return what goes back."""
@@ -248,6 +259,19 @@ def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:
     """Say whether parameters may be stepped before all gradients are there."""
     waits = task.max_gradient_norm is not None
     return optimizer is not None and not waits and steps_one_by_one(optimizer)
+
+
+def optimizer_of(task: Task, parameters: Sequence[Tensor]) -> Optimizer | None:
+    """Build the optimizer of some parameters; None if the task's takes none of them.
+
+    An ``optimizer_fn`` may choose, for instance matrices only.
+    """
+    try:
+        return task.optimizer_fn(parameters)
+    except ValueError as error:
+        if "empty parameter list" not in str(error):
+            raise
+        return None
 
 
 def autocast_of(task: Task, device: torch.device = CPU) -> AbstractContextManager[Any]:

@@ -16,14 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp.strategy import Strategy
 
+from flwr_smartsplit import Selection, SelectionRequest
 from flwr_smartsplit.plan.selection.candidates import Candidate
 from flwr_smartsplit.plan.selection.history import Observation
-from flwr_smartsplit.plan.selection.selection import (
-    NOT_SAMPLED,
-    Chosen,
-    Selection,
-    SelectionRequest,
-)
 from simulations.methods.method import Method, Setting
 from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
@@ -32,36 +27,26 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectLikeOort:
-    """Exploit clients of high utility, explore those never tried, the fast ones first.
+    """Exploit clients of high utility; explore new ones, the fast ones first."""
 
-    Parameters
-    ----------
-    exploration, exploration_decay, least_exploration : float
-        Share of a round's clients that were never tried: at first, times so much each
-        round, and at least.
-    clip_quantile : float
-        Utilities above this quantile count as that.
-    penalty : float
-        Exponent of preferred over real duration, for clients that take longer.
-    preferred_percentile : float
-        The preferred duration is this percentile of those seen.
-    cutoff : float
-        Clients within this share of the last one needed are drawn from, too.
-    """
-
+    # exploration, exploration_decay, least_exploration: share of a round's clients that
+    # were never tried: at first, times so much each round, and at least
     exploration: float = 0.9
     exploration_decay: float = 0.95
     least_exploration: float = 0.2
-    clip_quantile: float = 0.98
+    clip_quantile: float = 0.98  # Utilities above this quantile count as that
+    # Exponent of preferred over real duration, for clients that take longer
     penalty: float = 2.0
+    # The preferred duration is this percentile of those seen
     preferred_percentile: float = 50.0
+    # Clients within this share of the last one needed are drawn from, too
     cutoff: float = 0.7
 
     def __call__(self, request: SelectionRequest) -> Selection:
         """Choose a round's clients."""
         seen = request.history.latest
-        tried = [c for c in request.candidates if c.device.client_key in seen]
-        new = [c for c in request.candidates if c.device.client_key not in seen]
+        tried = [c for c in request.candidates if c.client_key in seen]
+        new = [c for c in request.candidates if c.client_key not in seen]
         decay = self.exploration_decay ** (request.round_number - 1)
         share = max(self.exploration * decay, self.least_exploration)
         wanted = min(request.num_clients, len(request.candidates))
@@ -70,18 +55,7 @@ class SelectLikeOort:
             *self._exploit(request, tried, wanted - num_new),
             *_explore(request, new, num_new),
         ]
-        keys = {each.device.client_key for each in chosen}
-        return Selection(
-            chosen=[
-                Chosen(candidate=each, offer=each.menu.offers[each.best])
-                for each in chosen
-            ],
-            passed={
-                each.device.client_key: NOT_SAMPLED
-                for each in request.candidates
-                if each.device.client_key not in keys
-            },
-        )
+        return request.take(chosen)
 
     def _exploit(
         self, request: SelectionRequest, tried: list[Candidate], count: int
@@ -89,7 +63,7 @@ class SelectLikeOort:
         """Draw from the best, in proportion to their utility."""
         if count == 0:
             return []
-        last = [request.history.latest[each.device.client_key] for each in tried]
+        last = [request.history.latest[each.client_key] for each in tried]
         utilities = self.utilities(last, request.round_number)
         least = self.cutoff * np.sort(utilities)[-count]
         pool = [index for index, value in enumerate(utilities) if value >= least]
@@ -102,15 +76,7 @@ class SelectLikeOort:
         return drawn
 
     def utilities(self, last: list[Observation], round_number: int) -> Floats:
-        """Score clients by what they last did.
-
-        Parameters
-        ----------
-        last : list[Observation]
-            Each client's last part.
-        round_number : int
-            The round that is planned.
-        """
+        """Score clients by what they last did."""
         statistical = np.array([each.importance for each in last])
         clip = np.quantile(statistical, self.clip_quantile)
         least = statistical.min()

@@ -16,7 +16,7 @@ from flwr_smartsplit.edge.protocol import HoldState
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.memory.budget import as_budget
 from flwr_smartsplit.memory.cap import CapMode
-from flwr_smartsplit.plan.adapting import MARGIN, PATIENCE_STEPS, is_calm
+from flwr_smartsplit.plan.adaptation import MARGIN, PATIENCE_STEPS, is_calm
 from flwr_smartsplit.plan.checkpointing.plan import least_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.task import Task

@@ -3,7 +3,7 @@
 import pytest
 
 from flwr_smartsplit.device.metrics import Metrics
-from flwr_smartsplit.types import Advice, Move, Replan, Wish
+from flwr_smartsplit.types import Action, Advice, Move, Replan
 
 
 def counted(*sizes: list[int], released: str = "") -> Metrics:
@@ -65,8 +65,8 @@ def test_only_one_kind_of_advice_is_a_release() -> None:
     """It stays one, and its reason is kept."""
     metrics = counted([4])
     assert not metrics.is_released(None)
-    assert not metrics.is_released(Advice(Wish.EARLIER, "slow"))
-    assert metrics.is_released(Advice(Wish.RELEASE, "too slow"))
+    assert not metrics.is_released(Advice(Action.EARLIER, "slow"))
+    assert metrics.is_released(Advice(Action.RELEASE, "too slow"))
     assert metrics.is_released(None)
     assert metrics.report(num_epochs=1).released == "too slow"
 

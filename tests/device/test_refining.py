@@ -22,12 +22,12 @@ from flwr_smartsplit.errors import EdgeUnreachable, RefusedMove
 from flwr_smartsplit.memory.budget import as_budget
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.types import (
+    Action,
     Advice,
     ClientPlan,
     Cohort,
     RecomputePlan,
     Status,
-    Wish,
 )
 from tests.device.test_budget_adapter import Listed
 from tests.device.test_routes import FAR, NEAR, Pair
@@ -234,9 +234,10 @@ def test_nobody_is_sent_later_whose_pace_is_not_known(
 ) -> None:
     """As after a change of plan, when what was measured no longer counts."""
     monkeypatch.setattr(StepTimer, "latest", lambda *_: None)
+    advice = Advice(Action.LATER, "the edge finds it fast")
     monkeypatch.setattr(
-        "flwr_smartsplit.edge.session.advised",
-        lambda *_: Advice(Wish.LATER, "the edge finds it fast"),
+        "flwr_smartsplit.edge.session.judged",
+        lambda progress, *_, **__: (progress, advice),
     )
     refined.script = always(0.1)
     outcome = refined.run(SPLIT(4))

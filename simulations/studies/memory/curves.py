@@ -5,7 +5,6 @@ from itertools import pairwise
 
 from flwr_smartsplit import Route, predicted_peak_bytes
 from flwr_smartsplit.errors import InvalidPlan
-from flwr_smartsplit.plan.checkpointing.greedy import greedy_plan
 from flwr_smartsplit.plan.checkpointing.plan import (
     cheapest_plan,
     extra_flops,
@@ -13,6 +12,7 @@ from flwr_smartsplit.plan.checkpointing.plan import (
 )
 from flwr_smartsplit.plan.checkpointing.stages import stages_of
 from flwr_smartsplit.types import ChainProfile, RecomputePlan, Rerun
+from simulations.studies.memory.greedy import greedy_plan
 
 NUM_BUDGETS = 16
 PROGRAMME, GREEDY, SEQUENTIAL = (
@@ -27,13 +27,6 @@ Point = tuple[int, float]
 
 def plan_curves(profile: ChainProfile, cut: int) -> dict[str, list[Point]]:
     """Compare what each rule adds to a forward for which peak, at one cut.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs.
-    cut : int
-        Where the device ends.
 
     Returns
     -------

@@ -20,19 +20,7 @@ from flwr_smartsplit.types import EDGE, EdgeProfile
 
 
 class MeteredEdge:
-    """Host sessions and count the bytes of their tensors.
-
-    Parameters
-    ----------
-    task : Task
-        What the edge builds its segments from.
-    folder : Path
-        Its spill folder.
-    profile : EdgeProfile
-        Its name and budgets.
-    connect : Callable[[place, address], Transport]
-        Reaches other edges.
-    """
+    """Host sessions and count the bytes of their tensors."""
 
     def __init__(
         self,
