@@ -57,13 +57,7 @@ class Images:
 
 @lru_cache(maxsize=2)
 def load_images(experiment: Experiment) -> Images:
-    """Load the experiment's data set, cut down to the size it asks for.
-
-    Raises
-    ------
-    ExperimentError
-        If the data are not there and cannot be fetched, or do not fit together.
-    """
+    """Load the experiment's data set, cut down to the size it asks for."""
     name = experiment.data
     if name == "digits":
         arrays = _digits()
@@ -182,13 +176,7 @@ def _with_statistics(arrays: dict[str, NDArray[Any]]) -> Images:
 
 @lru_cache(maxsize=2)
 def client_indices(experiment: Experiment) -> list[NDArray[np.int64]]:
-    """Divide the training examples among the clients, the same in every process.
-
-    Raises
-    ------
-    ExperimentError
-        If a client gets fewer examples than a batch needs.
-    """
+    """Divide the training examples among the clients, the same in every process."""
     labels = load_images(experiment).y_train
     shares = experiment.partition.divide(
         labels, num_clients=experiment.num_clients, seed=experiment.seed

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from flwr_smartsplit import Task
 from simulations.experiments.data import input_shape, load_images
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.experiment import TORCHVISION, Experiment
@@ -40,13 +41,7 @@ IMAGES = Layout(channels=(16, 32, 128), pooled=(1, 2), side=4)
 
 
 def model_fn(experiment: Experiment) -> Callable[[], nn.Module]:
-    """Return the function that builds the experiment's model.
-
-    Raises
-    ------
-    ExperimentError
-        If there is no such model.
-    """
+    """Return the function that builds the experiment's model."""
     name = experiment.model
     if name.startswith(TORCHVISION):
         num_classes = load_images(experiment).num_classes
@@ -60,13 +55,7 @@ def model_fn(experiment: Experiment) -> Callable[[], nn.Module]:
 
 
 def narrow_model_fn(experiment: Experiment, width: float) -> Callable[[], nn.Module]:
-    """Return the function that builds the model with a share of its channels.
-
-    Raises
-    ------
-    ExperimentError
-        If the model is not a small network, or does not have that width.
-    """
+    """Return the function that builds the model with a share of its channels."""
     refuse_large_models(experiment)
     if width == 1:
         return model_fn(experiment)
@@ -79,13 +68,7 @@ def narrow_model_fn(experiment: Experiment, width: float) -> Callable[[], nn.Mod
 
 
 def refuse_large_models(experiment: Experiment) -> None:
-    """Refuse a model of which there are no smaller variants.
-
-    Raises
-    ------
-    ExperimentError
-        If it is not ``small``.
-    """
+    """Refuse a model of which there are no smaller variants: any but ``small``."""
     if experiment.model != "small":
         raise ExperimentError(
             f"model {experiment.model!r} has no narrower or shallower variants, which "
@@ -113,13 +96,7 @@ def ends(experiment: Experiment) -> dict[str, int]:
 
 
 def known_model(name: str) -> str:
-    """Strip ``torchvision:`` off a name that torchvision knows.
-
-    Raises
-    ------
-    ExperimentError
-        If it does not, with the closest names it knows.
-    """
+    """Strip ``torchvision:`` off a name, and refuse one that torchvision lacks."""
     import torchvision  # noqa: PLC0415 - takes seconds; the small networks need none
 
     wanted = name.removeprefix(TORCHVISION)
@@ -141,6 +118,17 @@ def torchvision_model(name: str, *, num_classes: int) -> nn.Module:
         name, weights=None, num_classes=num_classes
     )
     return model
+
+
+def image_task(model_fn: Callable[[], nn.Module], *, side: int = 32) -> Task:
+    """Train a model on colour images in ten classes, by SGD with momentum."""
+    return Task(
+        model_fn=model_fn,
+        loss_fn=nn.functional.cross_entropy,
+        optimizer_fn=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+        example_inputs=torch.zeros(1, 3, side, side),
+        example_targets=torch.zeros(1, dtype=torch.int64),
+    )
 
 
 def digits_network(
@@ -249,13 +237,7 @@ class Scale(nn.Module):
 def depth_model_fn(
     experiment: Experiment, depth: int | None = None
 ) -> Callable[[], nn.Module]:
-    """Return the function that builds the first blocks and their classifiers.
-
-    Raises
-    ------
-    ExperimentError
-        If the model is not a small network.
-    """
+    """Return the function that builds the first blocks and their classifiers."""
     refuse_large_models(experiment)
     layout = small_layout(experiment)
     return partial(

@@ -34,13 +34,13 @@ from simulations.experiments.clients import build_task
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.models import depth_model_fn, max_depth
 from simulations.methods.method import Method, Setting
-from simulations.methods.sampled import SampledRounds
-from simulations.methods.submodels.nested_rounds import (
+from simulations.methods.nested import (
     Ladder,
     NestedRounds,
     Variant,
     variant_of,
 )
+from simulations.methods.sampled import SampledRounds
 
 NAME, DEPTH, DISTILLATION = "depthfl", "depth", "distillation"
 

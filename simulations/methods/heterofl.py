@@ -39,13 +39,13 @@ from simulations.experiments.data import client_indices, load_images
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.models import narrow_model_fn
 from simulations.methods.method import Method, Setting
-from simulations.methods.sampled import SampledRounds
-from simulations.methods.submodels.nested_rounds import (
+from simulations.methods.nested import (
     Ladder,
     NestedRounds,
     Variant,
     variant_of,
 )
+from simulations.methods.sampled import SampledRounds
 
 NAME, WIDTH = "heterofl", "width"
 

@@ -15,11 +15,6 @@ WHOLE = str(Route.whole())
 def route_of(text: str) -> Route:
     """Read what ``str(route)`` wrote.
 
-    Raises
-    ------
-    ExperimentError
-        If it is no route.
-
     Examples
     --------
     >>> route_of("device[:2] > edge[2:6] > device[6:]") == Route.u_shape(2, 6)
@@ -41,11 +36,6 @@ def route_of(text: str) -> Route:
 @lru_cache(maxsize=1024)
 def recompute_of(text: str) -> RecomputePlan:
     """Read what ``str(plan)`` wrote.
-
-    Raises
-    ------
-    ExperimentError
-        If it is no recompute plan.
 
     Examples
     --------

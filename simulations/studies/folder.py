@@ -38,11 +38,6 @@ def begin_folder(
 
     Cases, methods and seeds may be added to what is there; settings and versions must
     be the same, since otherwise its numbers could not be compared.
-
-    Raises
-    ------
-    ExperimentError
-        If it holds something else, saying what differs, or cannot be written to.
     """
     now = {
         kind: suite,

@@ -18,6 +18,13 @@ NOT_SETTINGS = ("name", "methods", "seed", "data_dir", "num_workers", "in_proces
 """Fields of an experiment that change neither what a run computes nor its weights."""
 
 
+LEARNING_CLAIMS = (
+    *("accuracy", "gains", "classes", "participation", "routes", "memory"),
+    *("traffic", "time", "energy"),
+)
+"""What a report says of a study about what is learned."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One experiment of a study, to be run with several seeds."""
@@ -82,13 +89,7 @@ class StudyOptions:
 
 
 def chosen_cases(study: Study, options: StudyOptions) -> tuple[Case, ...]:
-    """Return the study's cases as the options want them.
-
-    Raises
-    ------
-    ExperimentError
-        If they name a case that there is not, no seed, or values no run could have.
-    """
+    """Return the study's cases as the options want them."""
     cases = {case.name: case for case in study.cases_fn(options.is_small)}
     wanted = tuple(cases) if options.cases is None else options.cases
     unknown = [name for name in wanted if name not in cases]
@@ -102,19 +103,17 @@ def chosen_cases(study: Study, options: StudyOptions) -> tuple[Case, ...]:
             f"--seeds is {options.num_seeds}, but must be at least 1: the number of "
             "seeds, which count from 0."
         )
-    return tuple(
-        _changed(case, options) for case in cases.values() if case.name in wanted
-    )
-
-
-def _changed(case: Case, options: StudyOptions) -> Case:
     changes = dict(options.changes or {})
     if options.methods is not None:
         changes["methods"] = options.methods
-    return replace(
-        case,
-        experiment=replace(case.experiment, **changes),
-        num_seeds=options.num_seeds or case.num_seeds,
+    return tuple(
+        replace(
+            case,
+            experiment=replace(case.experiment, **changes),
+            num_seeds=options.num_seeds or case.num_seeds,
+        )
+        for case in cases.values()
+        if case.name in wanted
     )
 
 

@@ -18,13 +18,14 @@ from simulations.report.studies.cells import (
     TAIL,
     bare_percent,
     depth_of,
+    estimate,
     gain,
+    geometric_mean_ratio,
     participants_text,
     per_class,
 )
 from simulations.report.studies.lines import CaseLines
 from simulations.report.studies.reading import CaseResults
-from simulations.report.studies.statistics import estimate, geometric_mean_ratio
 from simulations.report.summary import bytes_text, joules_text, ratio_text, seconds_text
 
 Cell = Callable[[CaseLines, str], str]

@@ -13,10 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from simulations.report.studies.cells import BOUND, OURS, TAIL, mean_of, per_class
+from simulations.report.studies.cells import (
+    BOUND,
+    OURS,
+    TAIL,
+    Estimate,
+    mean_of,
+    paired_difference,
+    per_class,
+)
 from simulations.report.studies.lines import CaseLines, Line
 from simulations.report.studies.reading import CaseResults
-from simulations.report.studies.statistics import Estimate, paired_difference
 from simulations.report.style import WIDTH_INCHES, class_table, colour_of, spread
 from simulations.report.summary import percent_text
 

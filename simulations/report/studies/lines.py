@@ -128,13 +128,7 @@ def write_lines(path: Path, study: StudyLines) -> None:
 
 
 def read_lines(path: Path) -> StudyLines:
-    """Read a file that ``write_lines`` has written.
-
-    Raises
-    ------
-    ExperimentError
-        If it is none.
-    """
+    """Read a file that ``write_lines`` has written."""
     try:
         first, *rest = path.read_text(encoding="utf-8").splitlines()
         config = json.loads(first)[HEADER]

@@ -84,11 +84,6 @@ def memory_cases(
 ) -> list[MemoryCase]:
     """List the cases, those with small images first.
 
-    Raises
-    ------
-    ExperimentError
-        If a model is not one of them.
-
     Examples
     --------
     >>> [case.title for case in memory_cases(["alexnet"])]

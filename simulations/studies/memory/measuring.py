@@ -15,14 +15,15 @@ from flwr_smartsplit.types import ChainProfile, Route
 from simulations.studies.memory.cases import BATCH_SIZE, OPTIMIZER, MemoryCase
 from simulations.studies.memory.choosing import (
     Choice,
+    Point,
     all_cuts,
     floor_parts,
     floor_text,
     flops_fraction,
     least_choice,
+    plan_curves,
     useful_cuts,
 )
-from simulations.studies.memory.curves import Point, plan_curves
 from simulations.studies.memory.stepping import (
     Batch,
     arriving_gradient,
@@ -47,9 +48,8 @@ MAX_TIMED_SECONDS = 20.0
 class RouteFigures:
     """What a device needs along one route."""
 
-    # cut, unit: where the device ends, and the name of its last unit
-    cut: int
-    unit: str
+    cut: int  # Where the device ends
+    unit: str  # Its last unit
     plan: str  # What it runs twice
     peak_bytes: int  # Measured, or predicted where it was not run
     predicted_bytes: int  # What the profile says
@@ -64,23 +64,17 @@ class RouteFigures:
 class MemoryRow:
     """What one case gave."""
 
-    # model, family, input_side, seed: the case
     model: str
     family: str
     input_side: int
     seed: int
-    # batch_size, optimizer: the same for all
     batch_size: int
     optimizer: str
-    # num_units, num_parameters, forward_flops: size of the chain, and of one forward of
-    # a batch
     num_units: int
     num_parameters: int
     forward_flops: int
-    # whole_peak_bytes, whole_lean_bytes: dry runs of the whole model: a plain step, and
-    # ours without recomputation
-    whole_peak_bytes: int
-    whole_lean_bytes: int
+    whole_peak_bytes: int  # A dry run of a plain step of the whole model
+    whole_lean_bytes: int  # The same of our step, without recomputation
     whole_measured_bytes: int | None  # The plain step, really run
     least: RouteFigures  # The route that needs least of all
     # The one that needs least of those with a tenth of the FLOPs on the device and a

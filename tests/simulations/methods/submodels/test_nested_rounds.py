@@ -8,7 +8,7 @@ import pytest
 from simulations.methods.heterofl import HETEROFL, width_variants
 from simulations.methods.method import Method
 from simulations.methods.submodels import nested_rounds
-from simulations.methods.submodels.nested_rounds import (
+from simulations.methods.nested import (
     Ladder,
     NestedRounds,
     Variant,

@@ -22,8 +22,12 @@ from simulations.experiments.errors import ExperimentError
 from simulations.studies.measurement import MeasurementOptions
 from simulations.studies.memory import measuring, stepping, suite
 from simulations.studies.memory.cases import FAMILIES, memory_cases
-from simulations.studies.memory.choosing import least_choice
-from simulations.studies.memory.curves import PROGRAMME, plan_curves, sequential_plans
+from simulations.studies.memory.choosing import (
+    PROGRAMME,
+    least_choice,
+    plan_curves,
+    sequential_plans,
+)
 from simulations.studies.memory.measuring import BATCH_SIZE, MemoryRow, measure_case
 
 KEYS = {
