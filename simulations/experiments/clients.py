@@ -52,14 +52,7 @@ def build_task(experiment: Experiment) -> Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CycledBudget(MemoryBudget):
-    """A budget that goes through the same factors over and over, one for each step.
-
-    Examples
-    --------
-    >>> budget = CycledBudget(budget_bytes=100, factors=(1.0, 0.5))
-    >>> [budget.read(step=step, live_bytes=0) for step in range(3)]
-    [100, 50, 100]
-    """
+    """A budget that goes through the same factors over and over, one for each step."""
 
     budget_bytes: int
     factors: tuple[float, ...]

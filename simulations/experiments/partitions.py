@@ -120,14 +120,7 @@ class OwnLabels:
 
 
 def topped_up(shares: Iterable[Indices], *, min_examples: int) -> list[Indices]:
-    """Move examples from the largest clients until nobody has too few.
-
-    Examples
-    --------
-    >>> shares = [np.arange(5), np.array([], np.int64), np.array([5])]
-    >>> [share.tolist() for share in topped_up(shares, min_examples=2)]
-    [[0, 1], [4, 3], [5, 2]]
-    """
+    """Move examples from the largest clients until nobody has too few."""
     held = [share.tolist() for share in shares]
     total = sum(map(len, held))
     if total < min_examples * len(held):

@@ -227,15 +227,7 @@ def stretches_of(
     moves: Sequence[Mapping[str, Any]],
     replans: Sequence[Mapping[str, Any]],
 ) -> list[Stretch]:
-    """Divide a round where its cut moves or its recompute plan changes.
-
-    Examples
-    --------
-    >>> whole = Stretch(num_steps=5, route=Route.split(3), recompute=KEEP_ALL)
-    >>> found = stretches_of(whole, moves=[{"step": 2, "after": 1}], replans=[])
-    >>> [(stretch.num_steps, str(stretch.route)) for stretch in found]
-    [(2, 'device[:3] > edge[3:]'), (3, 'device[:1] > edge[1:]')]
-    """
+    """Divide a round where its cut moves or its recompute plan changes."""
     found, current = [], planned
     begun = 0
     changes = sorted([*moves, *replans], key=lambda change: int(change["step"]))

@@ -43,13 +43,7 @@ class FleetDevice:
     watts: Watts = Watts()  # What it takes
 
     def speed_in(self, round_number: int) -> float:
-        """Return its true speed in a round, over the declared one.
-
-        Examples
-        --------
-        >>> FleetDevice(name="old", budget_bytes=None, speed=(1.0, 0.5)).speed_in(2)
-        0.5
-        """
+        """Return its true speed in a round, over the declared one."""
         if not self.speed:
             return 1.0
         return self.speed[(round_number - 1) % len(self.speed)]

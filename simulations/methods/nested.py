@@ -48,13 +48,7 @@ class Share:
 
 
 def cut_state(state: State, shapes: Shapes) -> dict[str, npt.NDArray[Any]]:
-    """Take the part of a state that a smaller model holds.
-
-    Examples
-    --------
-    >>> cut_state({"w": np.arange(6).reshape(2, 3), "b": np.ones(1)}, {"w": (1, 2)})
-    {'w': array([[0, 1]])}
-    """
+    """Take the part of a state that a smaller model holds."""
     return {name: state[name][_first(shape)].copy() for name, shape in shapes.items()}
 
 
@@ -64,13 +58,6 @@ def average_shares(
     """Replace each value by its weighted mean over the clients that trained it.
 
     Sums are in float64 and rounded once; they are made in the order of the shares.
-
-    Examples
-    --------
-    >>> small, large = {"w": np.float32([1])}, {"w": np.float32([4, 8])}
-    >>> shares = [Share(state=small, weight=2), Share(state=large, weight=1)]
-    >>> average_shares({"w": np.float32([0, 0, 7])}, shares)["w"]
-    array([2., 8., 7.], dtype=float32)
     """
     sums = {name: np.zeros(array.shape) for name, array in state.items()}
     weights = {name: np.zeros(array.shape) for name, array in state.items()}
@@ -92,15 +79,7 @@ def average_shares(
 
 
 def unusable(state: State, shapes: Shapes) -> list[str]:
-    """Name what a client should not have sent, as SmartSplit refuses it, too.
-
-    Examples
-    --------
-    >>> unusable({"a": np.ones(2), "b": np.array([np.nan])}, {"a": (2,), "b": (1,)})
-    ['b']
-    >>> unusable({"a": np.ones(2)}, {"a": (3,), "b": (1,)})
-    ['a', 'b']
-    """
+    """Name what a client should not have sent, as SmartSplit refuses it, too."""
     return [
         name
         for name in sorted({*state, *shapes})

@@ -57,13 +57,7 @@ def begin_folder(
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, path: str = ""
 ) -> list[str]:
-    """Say where two nested mappings differ, leaf by leaf.
-
-    Examples
-    --------
-    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
-    ['a.c is 2 there and 3 now']
-    """
+    """Say where two nested mappings differ, leaf by leaf."""
     found: list[str] = []
     for name in dict.fromkeys([*before, *now]):
         old, new = before.get(name), now.get(name)

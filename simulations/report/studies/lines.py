@@ -24,7 +24,6 @@ DIGITS = 5
 class Line:
     """What one method did with one seed of a case."""
 
-    # case, method: their names
     case: str
     method: str
     seed: int  # Root of all chance in this run

@@ -124,13 +124,7 @@ def _routes(run: MethodRun) -> dict[str, int]:
 
 
 def route_name(route: str) -> str:
-    """Shorten a route to what the device trains.
-
-    Examples
-    --------
-    >>> route_name("device[:3] > edge[3:]"), route_name("width 0.25")
-    ('device[:3]', 'width 0.25')
-    """
+    """Shorten a route to what the device trains."""
     return route.partition(" > ")[0]
 
 

@@ -82,13 +82,7 @@ class MemoryCase:
 def memory_cases(
     models: Sequence[str] | None = None, *, is_small: bool = False, seed: int = 0
 ) -> list[MemoryCase]:
-    """List the cases, those with small images first.
-
-    Examples
-    --------
-    >>> [case.title for case in memory_cases(["alexnet"])]
-    ['alexnet, 64 px', 'alexnet, 224 px']
-    """
+    """List the cases, those with small images first."""
     names = list(models if models is not None else SMALL if is_small else FAMILIES)
     unknown = [name for name in names if name not in FAMILIES]
     if unknown or not names:

@@ -1,23 +1,18 @@
 """The scale suite's table and pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from simulations.report.pages import Section, picture_of
 from simulations.report.style import WIDTH_INCHES
 from simulations.report.summary import bytes_text
 from simulations.studies.measurement import Report, Row
 
-MEMORY_COLOUR, DISK_COLOUR, PAPER_COLOUR = "#0b67b2", "#d1700c", "#c0392b"
-WAY_STYLES = {
-    "plain": ("FedAvg, plain client", "#9aa3af", "x"),
-    "fedavg": ("FedAvg", "#6b7280", "s"),
-    "smartsplit": ("SmartSplit", "#0b67b2", "o"),
-}
+MEMORY_COLOUR, DISK_COLOUR = "#0b67b2", "#d1700c"
 
 
 def edge_memory_picture(cases: dict[str, Any]) -> Figure:
@@ -44,81 +39,8 @@ def edge_memory_picture(cases: dict[str, Any]) -> Figure:
     return figure
 
 
-def vgg19_picture(values: dict[str, Any]) -> Figure:
-    """Draw 100 clients of VGG-19, worked out, beside the paper's number."""
-    figure = Figure(figsize=(WIDTH_INCHES, 2.4))
-    axes = figure.subplots()
-    clients = values["clients"]
-    bars = (
-        ("MP-SL's paper, one node", values["paper_bytes"], PAPER_COLOUR),
-        (f"all {clients} tails in memory", values["all_at_once_bytes"], "#9aa3af"),
-        ("memory, two at a time", values["memory_bytes"], MEMORY_COLOUR),
-        ("disk, all sealed tails", values["disk_bytes"], DISK_COLOUR),
-    )
-    for y, (_, num_bytes, colour) in enumerate(bars):
-        axes.barh(y, num_bytes / 1e9, color=colour, height=0.6)
-        axes.text(num_bytes / 1e9 + 1, y, f"{num_bytes / 1e9:.1f} GB", va="center")
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-    axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_xlim(0, 1.15 * max(size for _, size, _ in bars) / 1e9)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel("GB")
-    axes.set_title(f"{clients} clients of VGG-19 at one edge (worked out)")
-    return figure
-
-
-def rounds_picture(rounds: dict[str, Any]) -> Figure:
-    """Draw the seconds of a round by the number of clients, both on log axes."""
-    figure = Figure(figsize=(WIDTH_INCHES, 3.4))
-    axes = figure.subplots()
-    clients = [int(count) for count in rounds]
-    for way, (label, colour, marker) in WAY_STYLES.items():
-        seconds = [each["seconds_per_round"][way] for each in rounds.values()]
-        axes.plot(clients, seconds, color=colour, marker=marker, label=label)
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(plain)
-        axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    axes.set_xlabel("clients in a round")
-    axes.set_ylabel("seconds per round")
-    most = max(each["ratio"] for each in rounds.values())
-    axes.set_title(f"a round takes at most {most:.2f} times FedAvg's")
-    axes.legend(loc="best", fontsize=9)
-    return figure
-
-
-def training_picture(values: dict[str, Any]) -> Figure:
-    """Draw the accuracy by rounds."""
-    figure = Figure(figsize=(WIDTH_INCHES, 3.0))
-    axes = figure.subplots()
-    accuracy = [100 * value for value in values["accuracy"]]
-    axes.plot(range(len(accuracy)), accuracy, color=MEMORY_COLOUR, marker="o")
-    axes.set_xlabel("round")
-    axes.set_ylabel("accuracy (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(0, 100)
-    axes.set_title(
-        f"{values['clients']:,} clients, {values['clients_per_round']} in a round"
-    )
-    return figure
-
-
 PLANNING, EDGE_MEMORY, VGG19_100 = "planning", "edge_memory", "vgg19"
 ROUNDS, TRAINING = "rounds", "training"
-
-Picture = Callable[[dict[str, Any]], Figure]
-PICTURES: dict[str, tuple[Picture, str]] = {
-    EDGE_MEMORY: (
-        edge_memory_picture,
-        "An edge holds whom it trains, not whom the round selected",
-    ),
-    VGG19_100: (vgg19_picture, "A hundred clients of VGG-19"),
-    ROUNDS: (rounds_picture, "What a round takes besides training"),
-    TRAINING: (training_picture, "A thousand clients"),
-}
 COLUMNS = ("what", "clients", "found")
 
 
@@ -131,10 +53,13 @@ def report_of(rows: Sequence[Row]) -> Report:
         columns=COLUMNS,
         cells=scale_rows(summary),
         sections=[
-            Section(title=title, picture=picture_of(picture, summary[part]))
-            for part, (picture, title) in PICTURES.items()
-            if part in summary
-        ],
+            Section(
+                title="An edge holds whom it trains, not whom the round selected",
+                picture=picture_of(edge_memory_picture, summary[EDGE_MEMORY]),
+            )
+        ]
+        if EDGE_MEMORY in summary
+        else [],
     )
 
 
