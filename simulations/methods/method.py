@@ -16,6 +16,9 @@ from simulations.experiments.models import model_fn
 from simulations.fleets.clock import Clock
 from simulations.fleets.devices import Devices
 
+METHOD = "simulated-method"
+"""A message's config names with it the method whose ``task_fn`` is meant."""
+
 PROXIMAL_MU = "proximal-mu"
 """Weight of FedProx's term; the word is Flower's."""
 

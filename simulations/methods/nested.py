@@ -29,7 +29,7 @@ from flwr_smartsplit.flower.serde.replies import reply_from_content
 from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import ClientPlan, ClientReply, DeviceProfile, Status
-from simulations.experiments.client_app import METHOD
+from simulations.methods.method import METHOD
 from simulations.methods.sampled import Answer, Merged, Sample
 from simulations.report.summary import bytes_text
 
