@@ -71,21 +71,10 @@ def build_client(
     clock: Clock,
     task: Task | None = None,
 ) -> SmartSplitNumPyClient:
-    """Build the client of one partition.
+    """Build the client of one partition, which trains the experiment's task or another.
 
-    Parameters
-    ----------
-    context : Context
-        Flower's; its node_config holds the partition's number.
-    experiment : Experiment
-        What is run.
-    devices : Sequence[FleetDevice]
-        Every client's. A strategy that knows no budgets, such as Flower's FedAvg, has
-        whole models trained without a cap.
-    clock : Clock
-        Says how long a step takes on its device.
-    task : Task, optional
-        What to train; the experiment's own task if not given.
+    A strategy that knows no budgets, such as Flower's FedAvg, has whole models trained
+    without a cap.
     """
     client = int(context.node_config["partition-id"])
     return SmartSplitNumPyClient(

@@ -30,8 +30,7 @@ class Layout:
     """The size of a small network."""
 
     channels: tuple[int, ...]  # Channels after each block, at full width
-    # Numbers of the blocks, from 1, that halve height and width
-    pooled: tuple[int, ...]
+    pooled: tuple[int, ...]  # The blocks, from 1, that halve height and width
     side: int  # Height and width of what is classified, in pixels
 
 
@@ -177,17 +176,6 @@ def block_layers(
     The size of a normalised group is that of the full width, so that a slice of
     channels is normalised as it is in the whole network. A slice is scaled up by the
     inverse of its share.
-
-    Parameters
-    ----------
-    index : int
-        Number of the block, from 1.
-    channels : tuple[int, int]
-        Channels that go in and come out.
-    is_pooled : bool
-        Whether the block halves height and width.
-    width : float
-        Share of the channels that come out of the full block.
     """
     before, after = channels
     layers: dict[str, nn.Module] = {

@@ -276,14 +276,8 @@ def evaluation_row(
 ) -> EvaluationRow:
     """Work out accuracy, loss and per-class accuracy from outputs and targets.
 
-    Parameters
-    ----------
-    server_round : int
-        The round, 0 for the initial model.
-    batches : list[tuple[Tensor, Tensor]]
-        Outputs ``(batch, classes)`` with targets ``(batch,)``.
-    num_classes : int
-        A class without examples has no accuracy (None).
+    Batches are outputs ``(batch, classes)`` with targets ``(batch,)``. A class without
+    examples has no accuracy (None).
     """
     outputs = torch.cat([output for output, _ in batches])
     targets = torch.cat([target for _, target in batches])

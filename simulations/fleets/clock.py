@@ -66,7 +66,6 @@ class Traffic:
 class Spent:
     """What a client's part of a round took."""
 
-    # device_seconds, edge_seconds: work at the device, and at the edge
     device_seconds: float = 0.0
     edge_seconds: float = 0.0
     radio_seconds: float = 0.0  # Sending and receiving, latencies not counted
@@ -93,12 +92,9 @@ NOTHING = Spent()
 class Clock:
     """Simulated seconds and joules of clients."""
 
-    # Costs of the model's units at the batch size of the run. A last, smaller batch
-    # counts as a whole one.
-    profile: ChainProfile
+    profile: ChainProfile  # At the run's batch size; a last, smaller batch counts whole
     devices: Devices  # The fleet; the client with key ``"3"`` has ``devices[3]``
-    # edge_flops_per_second, edge_watts: what an edge does for one client, and takes for
-    # it. Its clients do not share it: more of them do not make it slower.
+    # What an edge does for one client, however many it has, and takes for it
     edge_flops_per_second: float = EDGE_FLOPS_PER_SECOND
     edge_watts: float = EDGE_WATTS
     _works: dict[tuple[Route, RecomputePlan], Work] = field(

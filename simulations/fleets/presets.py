@@ -80,7 +80,6 @@ FLEETS: dict[str, Fleet] = {
     "phones_near_edge": phones_near_edge,
     "heavy_phones": heavy_phones,
 }
-"""Every fleet that has a name."""
 
 
 def name_of(fleet: Fleet) -> str:

@@ -92,15 +92,8 @@ def depth_task(experiment: Experiment, depth: int, *, distillation: float) -> Ta
 def distilling_loss(outputs: Tensor, targets: Tensor, *, distillation: float) -> Tensor:
     """Add up the classifiers' cross-entropies, and how far they are from each other.
 
-    Parameters
-    ----------
-    outputs : Tensor
-        Scores of each classifier, ``(batch, classifiers, classes)``.
-    targets : Tensor
-        Classes, ``(batch,)``.
-    distillation : float
-        Weight of the mean divergence of each classifier from the others, which are
-        taken as they are.
+    Outputs are ``(batch, classifiers, classes)``; ``distillation`` weighs the mean
+    divergence of each classifier from the others, which are taken as they are.
     """
     logs = functional.log_softmax(outputs, dim=2).unbind(dim=1)
     loss = torch.stack([functional.nll_loss(each, targets) for each in logs]).sum()

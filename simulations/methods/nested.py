@@ -144,10 +144,8 @@ class Ladder:
     """What a method adds to the rounds."""
 
     method: str  # Its name: clients ask it for their task
-    # From the largest, which is the global model, to the smallest
-    variants: tuple[Variant, ...]
-    # What every client is told in a round, besides its variant
-    config_fn: Callable[[int], Config] = lambda _: {}
+    variants: tuple[Variant, ...]  # From the largest, the global model, to the smallest
+    config_fn: Callable[[int], Config] = lambda _: {}  # Told to all, by round
     # The rows that a client trains, by client_key, where it trains not all
     rows_fn: Callable[[str], Mapping[str, tuple[int, ...]]] = lambda _: {}
 

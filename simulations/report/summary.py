@@ -38,11 +38,8 @@ MANY_SECONDS = 1000
 class Timeline:
     """What the rounds of one run would have taken on its fleet."""
 
-    # Simulated seconds of each round that was finished: those of its slowest client
-    seconds_by_round: dict[int, float]
-    # Simulated seconds since the start, and accuracy then, for each evaluation
-    accuracies: tuple[tuple[float, float], ...]
-    # device_joules, edge_joules: of all rounds and clients together
+    seconds_by_round: dict[int, float]  # Of each round's slowest client
+    accuracies: tuple[tuple[float, float], ...]  # Seconds since the start, accuracy
     device_joules: float
     edge_joules: float
 
@@ -142,11 +139,9 @@ class Figures:
     per_class_accuracy: tuple[float | None, ...]  # After the last round
     participants: int  # Clients with at least one accepted update
     device_peak_bytes: int  # The most any device held while training
-    # The largest share of its budget that any device held
-    peak_over_budget: float | None
+    peak_over_budget: float | None  # The largest share of a budget that was held
     devices_over_budget: int  # How many devices held more than their budget
-    # The least budget of a client that took part and kept within it
-    smallest_served_budget_bytes: int | None
+    smallest_served_budget_bytes: int | None  # Of clients that kept within it
     bytes_down: int  # To devices, from the server and the edges
     bytes_up: int
     comm_bytes_total: int  # On any link, those between server and edges included

@@ -32,11 +32,9 @@ class Case:
     name: str  # Its folder, and its name on the command line
     title: str  # What it is, in a few words
     claim: str  # What it is to show, or to refute
-    # What is run; its ``methods`` may name some that do not exist yet
-    experiment: Experiment
+    experiment: Experiment  # Its ``methods`` may name some that do not exist yet
     num_seeds: int  # It is run with the seeds from 0 on
-    # Share of the test set that ends the wait in time-to-accuracy
-    target_accuracy: float
+    target_accuracy: float  # That time-to-accuracy waits for
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -69,10 +67,8 @@ class Study:
 
     name: str  # On the command line
     summary: str  # What it compares, in a line
-    # ``cases_fn(is_small)`` returns the cases, the most important one first
-    cases_fn: Callable[[bool], tuple[Case, ...]]
-    # Names of the claims that its report makes of every case, in order
-    claims: tuple[str, ...]
+    cases_fn: Callable[[bool], tuple[Case, ...]]  # Takes is_small
+    claims: tuple[str, ...]  # That its report makes of every case, in order
     cost: str  # How long it takes, small and in full
 
 
@@ -81,7 +77,6 @@ class StudyOptions:
     """What the command line asks of a study; None leaves a case as it is."""
 
     is_small: bool = False  # Whether minutes are all there is
-    # cases, methods: some of them
     cases: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     num_seeds: int | None = None  # Seeds of every case

@@ -36,10 +36,8 @@ Cell = Callable[[CaseLines, str], str]
 class Claim:
     """One question to every case of a study."""
 
-    # title, text: the question, and what to know about the numbers
-    title: str
+    title: str  # The question
     text: str
-    # Draws the answer; None if the journals do not know it
     picture: Callable[[CaseResults], Figure | None]
     cells: Mapping[str, Cell]  # The table's columns
     needs: str = FINAL  # A figure: a method that does not know it has no row

@@ -140,12 +140,11 @@ def _draw_routes(
     numbers = sorted({number for rounds in seeds for number in rounds})
     left = np.zeros(len(numbers))
     for name, colour in colours.items():
-        shares = np.array(
-            [
-                sum(rounds.get(number, Counter())[name] for rounds in seeds)
-                for number in numbers
-            ]
+        counts = (
+            sum(rounds.get(number, Counter())[name] for rounds in seeds)
+            for number in numbers
         )
+        shares = np.fromiter(counts, np.float64)
         heights = 100 * shares / len(seeds) / num_clients
         axes.bar(numbers, heights, bottom=left, color=colour, width=1.0, lw=0)
         left += heights

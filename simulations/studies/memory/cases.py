@@ -49,8 +49,7 @@ CURVES = {
 class MemoryCase:
     """One model on square images."""
 
-    # model, family: its name in torchvision, and what it is one of
-    model: str
+    model: str  # Its name in torchvision
     family: str
     input_side: int  # Pixels of a side
     seed: int = 0  # Of its numbers and of the batch; no size depends on it
@@ -90,13 +89,9 @@ def memory_cases(
             f"--models names {', '.join(map(repr, unknown)) or 'nothing'}, but the "
             f"models are {', '.join(FAMILIES)}."
         )
-    sides = [{name: LARGER_SIDES.get(name, SMALL_SIDE) for name in names}]
-    if not is_small:
-        sides.append(dict.fromkeys(names, LARGE_SIDE))
     return [
-        MemoryCase(
-            model=name, family=FAMILIES[name], input_side=by_name[name], seed=seed
-        )
-        for by_name in sides
+        MemoryCase(model=name, family=FAMILIES[name], input_side=side, seed=seed)
+        for is_large in ((False,) if is_small else (False, True))
         for name in names
+        for side in [LARGE_SIDE if is_large else LARGER_SIDES.get(name, SMALL_SIDE)]
     ]

@@ -56,8 +56,7 @@ class RouteFigures:
     is_measured: bool  # Whether it was run
     boundary_bytes: int  # Size of what crosses the cut, each way
     flops_fraction: float  # The device's share of the model's forward FLOPs
-    # What the plan adds, as a fraction of the model's forward FLOPs
-    extra_flops_fraction: float
+    extra_flops_fraction: float  # What the plan adds, over the model's forward FLOPs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,14 +76,11 @@ class MemoryRow:
     whole_lean_bytes: int  # The same of our step, without recomputation
     whole_measured_bytes: int | None  # The plain step, really run
     least: RouteFigures  # The route that needs least of all
-    # The one that needs least of those with a tenth of the FLOPs on the device and a
-    # boundary no larger than the inputs; None if there is none
-    useful: RouteFigures | None
+    useful: RouteFigures | None  # That of ``useful_cuts`` that needs least
     floor_bytes: int  # What no cut can go below
     floor_parts: dict[str, int]  # What it is made of
     floor_text: str  # Why the least is above it
-    # CPU time of a plain whole step and of the split one along ``useful`` that was done
-    # next to it; empty if none was
+    # CPU time of plain whole steps, each with that of the split one next to it
     step_seconds: list[tuple[float, float]] = field(default_factory=list)
     # Of each rule: predicted peaks and extra FLOPs at the useful cut
     curves: dict[str, list[Point]] = field(default_factory=dict)
@@ -231,13 +227,7 @@ def _measured(subject: _Subject, choice: Choice) -> int:
 def _whole_runs(
     subject: _Subject, useful: Choice | None, whole_bytes: int
 ) -> dict[str, Any]:
-    """Run the whole model and time it beside the useful route, if it is small enough.
-
-    Returns
-    -------
-    dict[str, Any]
-        Fields of a ``MemoryRow``.
-    """
+    """Run the whole model and time it beside the useful route, if small enough."""
     chain, task, batch = subject.chain, subject.task, subject.batch
     if whole_bytes > MAX_WHOLE_BYTES or subject.forward_flops > MAX_WHOLE_FLOPS:
         return {"whole_measured_bytes": None}

@@ -44,8 +44,7 @@ class EdgeCase:
     """A model whose tails are hosted."""
 
     title: str  # Its name
-    # Builds it, for colour images of 32 x 32 in ten classes
-    model_fn: Callable[[], nn.Module]
+    model_fn: Callable[[], nn.Module]  # For colour images of 32 x 32 in ten classes
     cut: int  # The first unit at the edge
 
     @property

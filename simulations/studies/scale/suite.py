@@ -20,7 +20,6 @@ from simulations.experiments.errors import ExperimentError
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.partitions import Iid
 from simulations.experiments.provenance import Provenance
-from simulations.experiments.rows import EvaluationRow
 from simulations.experiments.runner import prepare, quiet_libraries, run_methods
 from simulations.fleets.presets import half_weak
 from simulations.report.summary import methods_object, read_results
@@ -43,17 +42,15 @@ from simulations.studies.scale.reports import (
     report_of,
 )
 
-NUM_CLIENTS, NUM_PER_ROUND, NUM_ROUNDS = 1000, 50, 10
-
 
 def thousand_clients(seed: int) -> Experiment:
     """Describe the training: digits, four or five examples for each client."""
     return Experiment(
         name="scale",
         methods=("smartsplit",),
-        num_clients=NUM_CLIENTS,
-        num_rounds=NUM_ROUNDS,
-        fraction_train=NUM_PER_ROUND / NUM_CLIENTS,
+        num_clients=1000,
+        num_rounds=10,
+        fraction_train=0.05,
         fleet=half_weak,
         partition=Iid(),
         seed=seed,
@@ -64,26 +61,20 @@ def measure_training(
     folder: Path, experiment: Experiment, *, provenance: Provenance
 ) -> dict[str, Any]:
     """Train, and say how long it took and how good the model became."""
-    seen: list[EvaluationRow] = []
     experiment = replace(experiment, data=str(_with_shifted_digits(folder)))
     prepared = prepare(experiment, folder, provenance=provenance)
     with quiet_libraries(verbose=False):
-        run_methods(
-            experiment,
-            folder,
-            prepared=prepared,
-            on_round=lambda _, row: seen.append(row),
-        )
+        run_methods(experiment, folder, prepared=prepared, on_round=lambda *_: None)
     results = read_results(folder)
-    (figures,), rounds = results.figures().values(), results.runs[0].rounds
+    (figures,), (run,) = results.figures().values(), results.runs
     return {
         "figures": methods_object({"": asdict(figures)})["methods"][""],
         "clients": experiment.num_clients,
         "clients_per_round": round(experiment.fraction_train * experiment.num_clients),
         "rounds": experiment.num_rounds,
-        "accuracy": [row.accuracy for row in seen],
-        "seconds_per_round": [row.round_wall_clock_sec for row in rounds],
-        "accepted": [row.accepted for row in rounds],
+        "accuracy": [row.accuracy for row in run.evaluations],
+        "seconds_per_round": [row.round_wall_clock_sec for row in run.rounds],
+        "accepted": [row.accepted for row in run.rounds],
     }
 
 

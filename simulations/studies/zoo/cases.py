@@ -64,17 +64,13 @@ class Outcome:
 
     model: str
     optimizer: str
-    # num_units, num_parameters, num_cuts: size of the chain, and how many of its cuts
-    # were compared
     num_units: int
     num_parameters: int
-    num_cuts: int
+    num_cuts: int  # That were compared
     differences: list[str]  # What was not the stock model's, cut by cut
-    # The largest relative difference of a predicted peak from the measured one
-    worst_error: float
+    worst_error: float  # The largest relative one of a predicted peak
     seconds: float  # How long it took
-    # The least that a device was measured to hold, over all cuts
-    least_peak_bytes: int | None = None
+    least_peak_bytes: int | None = None  # Measured, over all cuts
 
     @classmethod
     def from_values(cls, row: Mapping[str, Any]) -> Self:
