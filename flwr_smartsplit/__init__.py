@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.flower.strategy import SmartSplit
     from flwr_smartsplit.memory.budget import MemoryBudget
     from flwr_smartsplit.memory.cap import memory_cap
+    from flwr_smartsplit.plan.advisor import StragglerAdvisor
     from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
     from flwr_smartsplit.plan.checkpointing.plan import plan_recompute
     from flwr_smartsplit.plan.routes import (
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
         deepest_u_shape,
         first_that_fits,
     )
-    from flwr_smartsplit.plan.selection.by_utility import SelectByUtility
-    from flwr_smartsplit.plan.selection.selection import select_at_random
+    from flwr_smartsplit.plan.selection.selection import (
+        Selection,
+        SelectionRequest,
+        select_at_random,
+    )
+    from flwr_smartsplit.plan.selection.utility import SelectByUtility
     from flwr_smartsplit.profile.profile import profile_chain
     from flwr_smartsplit.split.chain import Chain
     from flwr_smartsplit.split.segment import Unit
@@ -53,8 +58,11 @@ __all__ = [
     "Route",
     "RouteRequest",
     "SelectByUtility",
+    "Selection",
+    "SelectionRequest",
     "SmartSplit",
     "SmartSplitNumPyClient",
+    "StragglerAdvisor",
     "Task",
     "Unit",
     "build_client_app",
@@ -82,9 +90,12 @@ _HOMES = {
     "RecomputePlan": "types",
     "Route": "types",
     "RouteRequest": "plan.routes",
-    "SelectByUtility": "plan.selection.by_utility",
+    "SelectByUtility": "plan.selection.utility",
+    "Selection": "plan.selection.selection",
+    "SelectionRequest": "plan.selection.selection",
     "SmartSplit": "flower.strategy",
     "SmartSplitNumPyClient": "flower.client",
+    "StragglerAdvisor": "plan.advisor",
     "Task": "task",
     "Unit": "split.segment",
     "build_client_app": "flower.client_app",

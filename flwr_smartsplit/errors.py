@@ -16,8 +16,9 @@
         ├── OutOfOrderStep        a step was skipped or changed: the session is lost
         ├── StateNotHeld          the edge lacks a global state: send it again
         ├── EdgeFull              the edge has no room: wait, or use another
+        ├── RefusedMessage        bytes that are no message, or a value without bytes
         ├── RefusedTail           a tail cannot be sealed: its client sits out
-        └── SpillLost             sealed tails are gone: their clients are dropped
+        └── TailLost             sealed tails are gone: their clients are dropped
 
 Every exception carries its numbers as attributes and survives pickling, since
 it may travel from an edge to a device.
@@ -163,11 +164,15 @@ class EdgeFull(EdgeError):
     retry_after_seconds: float | None
 
 
+class RefusedMessage(EdgeError):
+    """Bytes that are no request or reply, or a value that cannot be one's part."""
+
+
 class RefusedTail(EdgeError):
     """A tail that must not be sealed: not finite, or not stepped as often as said."""
 
 
-class SpillLost(EdgeError):
+class TailLost(EdgeError):
     """Sealed tails that are gone or changed; ``sessions`` names them."""
 
     sessions: tuple[str, ...]

@@ -48,6 +48,11 @@ class Task:
     autocast_dtype : torch.dtype, optional
         Run forward and loss under ``torch.autocast`` with this type, such as
         ``torch.bfloat16``; not ``torch.float16``, which needs loss scaling.
+    max_boundary_tensors : int
+        The most tensors that may cross a cut. With 1, a model is cut where a single
+        tensor is needed; with more, also inside blocks with skip connections, such as
+        those of a U-Net or a DenseNet. It changes what a unit is, and with it the
+        numbers of cuts and the random numbers that units draw.
     is_local : Callable[[str], bool], optional
         Says by its name which state stays on the device that trained it and is not
         merged, such as BatchNorm's or a personal last layer. Its units are on the
@@ -76,6 +81,7 @@ class Task:
     schedule_fn: "Callable[[Optimizer, Mapping[str, Any]], Any] | None" = None
     max_gradient_norm: float | None = None
     autocast_dtype: "dtype | None" = None
+    max_boundary_tensors: int = 1
     is_local: Callable[[str], bool] | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +114,11 @@ class Task:
 
     def _check_options(self) -> None:
         """Refuse what no place could do."""
+        if self.max_boundary_tensors < 1:
+            raise ValueError(
+                f"max_boundary_tensors is {self.max_boundary_tensors}: at least one "
+                "tensor crosses a cut."
+            )
         norm = self.max_gradient_norm
         if norm is not None and not norm > 0:
             raise ValueError(f"max_gradient_norm is {norm}: give a number above 0.")

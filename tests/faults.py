@@ -11,11 +11,12 @@ from urllib.parse import quote
 import torch
 
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.cut_moves import MoveCut
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import EDGE, Receipt
+from flwr_smartsplit.types import EDGE, EdgeProfile, Receipt
 
 Deliver = Callable[[Any], Any]
 Hook = Callable[[Any, Deliver], Any]
@@ -57,6 +58,7 @@ class MortalEdge:
         self, folder: Path, *, name: str = EDGE, hook: Hook = deliver_all
     ) -> None:
         self.name = name
+        self.profile = EdgeProfile(name=name)
         self.folder = folder
         self.hook = hook
         self.neighbours: dict[str, MortalEdge] = {}
@@ -113,11 +115,16 @@ class MortalEdge:
 
 def _without_payload(request: Any) -> Any:
     """Leave tensors out: to remember them would keep the device's memory in use."""
-    nothing = WireTensor.pack(torch.empty(0))
-    payload = ("boundary", "targets", "gradient")
-    parts = {n: nothing for n in payload if hasattr(request, n)}
-    if hasattr(request, "carried"):
-        parts["carried"] = None
+    parts: dict[str, Any] = {}
+    if isinstance(request, wire.Forward):
+        parts["boundary"] = ()
+        if request.targets is not None:
+            empty = torch.empty(request.num_examples, 0)
+            parts["targets"] = WireTensor.pack(empty)
+    if isinstance(request, wire.Backward):
+        parts["gradients"] = ()
+    if isinstance(request, MoveCut):
+        parts["units"] = None
     return replace(request, **parts)
 
 
@@ -147,12 +154,13 @@ def poisoned_steps(session: str) -> Hook:
     """Give one session's tail values that are not numbers; its device sees zeros."""
 
     def hook(request: Any, deliver: Deliver) -> Any:
-        if not isinstance(request, wire.TrainStep) or request.session != session:
+        if not isinstance(request, wire.Forward) or request.session != session:
             return deliver(request)
-        boundary = request.boundary.unpack()
+        boundary = request.boundary[0].unpack()
         poison = WireTensor.pack(torch.full_like(boundary, float("nan")))
-        reply = deliver(replace(request, boundary=poison))
-        return replace(reply, gradient=WireTensor.pack(torch.zeros_like(boundary)))
+        reply = deliver(replace(request, boundary=(poison,)))
+        zeros = WireTensor.pack(torch.zeros_like(boundary))
+        return replace(reply, gradients=(zeros,))
 
     return hook
 

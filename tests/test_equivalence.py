@@ -25,7 +25,7 @@ from flwr_smartsplit.device.local_training import (
 )
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.edge.hosts.ray import RayEdge
+from flwr_smartsplit.edge.hosts.ray import RayEdge, RayHost
 from flwr_smartsplit.edge.tensors import WireTensor, state_digest
 from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.split.chain import Chain
@@ -144,7 +144,7 @@ class Place:
     def send(self, request: wire.Request[Any]) -> Any:
         reply = self.transport.send(request)
         if isinstance(reply, wire.Stepped):
-            self.losses.append(reply.loss)
+            self.losses.append(reply.values["loss"])
         return reply
 
     def connect(self, place: str, address: str) -> wire.Transport:
@@ -198,7 +198,7 @@ def place_at(tmp_path_factory) -> Iterator[Callable[[Any, str, str], Place]]:
 
     @cache
     def open_place(edge: Any, name: str, optimizer: str) -> Place:
-        if isinstance(edge, RayEdge) and not ray.is_initialized():
+        if isinstance(edge.host, RayHost) and not ray.is_initialized():
             ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
         folder = tmp_path_factory.mktemp("gradients")
         task = SUBJECTS[name].task(optimizer)
@@ -278,17 +278,22 @@ class SpoilingTransport:
     spoil: Callable[[torch.Tensor, bool], torch.Tensor]
 
     def send(self, request: wire.Request[Any]) -> Any:
-        if isinstance(request, wire.TrainStep):
+        if isinstance(request, wire.Forward):
             boundary = self.spoiled(request.boundary, is_gradient=False)
             request = replace(request, boundary=boundary)
         reply = self.inner.send(request)
         if isinstance(reply, wire.Stepped):
-            gradient = self.spoiled(reply.gradient, is_gradient=True)
-            reply = replace(reply, gradient=gradient)
+            gradients = self.spoiled(reply.gradients, is_gradient=True)
+            reply = replace(reply, gradients=gradients)
         return reply
 
-    def spoiled(self, packed: WireTensor, *, is_gradient: bool) -> WireTensor:
-        return WireTensor.pack(self.spoil(packed.unpack(), is_gradient))
+    def spoiled(
+        self, packed: tuple[WireTensor, ...], *, is_gradient: bool
+    ) -> tuple[WireTensor, ...]:
+        return tuple(
+            WireTensor.pack(self.spoil(tensor.unpack(), is_gradient))
+            for tensor in packed
+        )
 
 
 def bend_gradient(tensor: torch.Tensor, is_gradient: bool) -> torch.Tensor:

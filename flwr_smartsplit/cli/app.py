@@ -273,18 +273,18 @@ def _front(subject: "Subject", budget_bytes: int | None) -> "FrontReport":
     """Plan all routes with a progress bar on stderr."""
     from flwr_smartsplit.cli.plan_report import (  # noqa: PLC0415
         front_report,
-        planned_choices,
+        planned_options,
         planned_routes,
     )
 
     routes = planned_routes(subject)
     with _bar() as progress:
-        choices = [
-            choice
+        options = [
+            option
             for route in progress.track(routes, description="routes")
-            for choice in planned_choices(subject, route)
+            for option in planned_options(subject, route)
         ]
-    return front_report(subject, tuple(choices), budget_bytes=budget_bytes)
+    return front_report(subject, tuple(options), budget_bytes=budget_bytes)
 
 
 def _bar() -> Progress:

@@ -1,4 +1,4 @@
-"""A picture of the choices: device memory against extra work, a line per route.
+"""A picture of the options: device memory against extra work, a line per route.
 
 matplotlib is needed for this file and ``profile_plot`` only.
 """
@@ -14,8 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 from flwr_smartsplit.cli.plan_report import FrontReport, last_unit
 from flwr_smartsplit.cli.profile_plot import STYLE
 from flwr_smartsplit.errors import bytes_text
-from flwr_smartsplit.plan.search_space import Choice
-from flwr_smartsplit.types import Route
+from flwr_smartsplit.types import Route, RouteOption
 
 WIDTH_INCHES, HEIGHT_INCHES = 10.0, 5.2
 MAX_ROUTES, MAX_LETTERS = 14, 26
@@ -33,9 +32,9 @@ def plan_figure(report: FrontReport) -> Figure:
     """Draw extra work over device memory: a stair per route, and the budget."""
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES))
     axes = figure.subplots()
-    by_route: dict[Route, list[Choice]] = {}
-    for choice in report.choices:
-        by_route.setdefault(choice.route, []).append(choice)
+    by_route: dict[Route, list[RouteOption]] = {}
+    for option in report.options:
+        by_route.setdefault(option.route, []).append(option)
     size = len(report.subject.profile.units)
     routes = sorted(by_route, key=lambda route: route.cuts or (size,))
     named = set(routes[:: math.ceil(len(routes) / MAX_ROUTES)])
@@ -56,21 +55,21 @@ def plan_figure(report: FrontReport) -> Figure:
     return figure
 
 
-def extra_share(choice: Choice) -> float:
+def extra_share(option: RouteOption) -> float:
     """Give extra FLOPs as a fraction of the whole model's forward."""
-    return choice.extra_flops_fraction * choice.device_flops_fraction
+    return option.work.extra_fraction * option.work.device_fraction
 
 
 def _draw_route(
     axes: Axes,
-    choices: list[Choice],
+    options: list[RouteOption],
     *,
     colour: tuple[float, float, float, float],
     label: str | None,
 ) -> None:
-    """Draw a route's choices; what needs less memory serves until the next one."""
-    memory = [choice.peak_bytes for choice in choices]
-    extra = [extra_share(choice) for choice in choices]
+    """Draw a route's options; what needs less memory serves until the next one."""
+    memory = [option.peak_bytes for option in options]
+    extra = [extra_share(option) for option in options]
     axes.plot(
         memory,
         extra,
@@ -83,10 +82,10 @@ def _draw_route(
         label=label,
         clip_on=False,
     )
-    plain = [choice for choice in choices if choice.recompute.is_empty]
+    plain = [option for option in options if option.recompute.is_empty]
     axes.plot(
-        [choice.peak_bytes for choice in plain],
-        [extra_share(choice) for choice in plain],
+        [option.peak_bytes for option in plain],
+        [extra_share(option) for option in plain],
         color=colour,
         ls="none",
         marker="o",
@@ -121,10 +120,10 @@ def _draw_budget(axes: Axes, report: FrontReport) -> None:
 
 def _scale(axes: Axes, report: FrontReport) -> None:
     """Scale memory by logarithm, in readable sizes; extra work from 0."""
-    sizes = [choice.peak_bytes for choice in report.choices]
+    sizes = [option.peak_bytes for option in report.options]
     low, high = min(sizes) / MARGIN, max(sizes) * MARGIN
     budget_bytes = report.budget_bytes
-    # A budget far from all choices would press them together.
+    # A budget far from all options would press them together.
     if budget_bytes is not None and low / FAR < budget_bytes < high * FAR:
         low, high = min(low, budget_bytes / MARGIN), max(high, budget_bytes * MARGIN)
     axes.set_xscale("log", base=2)
@@ -132,7 +131,7 @@ def _scale(axes: Axes, report: FrontReport) -> None:
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: bytes_text(int(size))))
-    most = max(map(extra_share, report.choices))
+    most = max(map(extra_share, report.options))
     axes.set_ylim(0, 1.08 * most or 0.1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 

@@ -1,4 +1,4 @@
-"""What ``smartsplit plan`` says: the choices of a model, or the plan of one route."""
+"""What ``smartsplit plan`` says: the options of a model, or the plan of one route."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,14 +14,13 @@ from flwr_smartsplit.cli.subject import Subject
 from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.plan.checkpointing.plan import plan_recompute
 from flwr_smartsplit.plan.search_space import (
-    Choice,
-    choice_of,
-    choices_of_route,
-    recommended_choice,
+    option_of,
+    options_of_route,
+    recommended_option,
     routes_worth_a_plan,
     undominated,
 )
-from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, Route
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, Route, RouteOption
 
 _HEADERS = (
     "",
@@ -43,54 +42,54 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class FrontReport:
-    """The choices that no other beats, and the one to take within a budget.
+    """The options that no other beats, and the one to take within a budget.
 
     Parameters
     ----------
     subject : Subject
         The model and its profile.
-    choices : tuple[Choice, ...]
+    options : tuple[RouteOption, ...]
         The front, whatever fits; the least memory first.
     budget_bytes : int or None
         What a device's tensors may take; None if nobody asked.
     """
 
     subject: Subject
-    choices: tuple[Choice, ...]
+    options: tuple[RouteOption, ...]
     budget_bytes: int | None
 
     @cached_property
-    def recommended(self) -> Choice | None:
-        """The choice to take within the budget; None without one."""
+    def recommended(self) -> RouteOption | None:
+        """The option to take within the budget; None without one."""
         if self.budget_bytes is None:
             return None
-        return recommended_choice(
-            self.subject.profile, self.choices, budget_bytes=self.budget_bytes
+        return recommended_option(
+            self.subject.profile, self.options, budget_bytes=self.budget_bytes
         )
 
     @cached_property
-    def shown(self) -> tuple[Choice, ...]:
-        """The choices within the budget, the recommended one among them."""
+    def shown(self) -> tuple[RouteOption, ...]:
+        """The options within the budget, the recommended one among them."""
         extra = () if self.recommended is None else (self.recommended,)
-        return undominated((*self.choices, *extra), budget_bytes=self.budget_bytes)
+        return undominated((*self.options, *extra), budget_bytes=self.budget_bytes)
 
     def as_json(self) -> str:
         """Write everything as one JSON object."""
         facts = _facts(self.subject, self.budget_bytes)
-        facts["choices"] = [_choice_facts(self.subject, each) for each in self.shown]
+        facts["choices"] = [_option_facts(self.subject, each) for each in self.shown]
         if self.budget_bytes is not None:
             best = self.recommended
-            facts["recommended"] = best and _choice_facts(self.subject, best)
+            facts["recommended"] = best and _option_facts(self.subject, best)
         return json.dumps(facts)
 
     def for_people(self) -> RenderableType:
-        """Lay the choices out as a table, with what they mean below."""
+        """Lay the options out as a table, with what they mean below."""
         table = _table(_HEADERS, _LEFT)
-        for choice in self.shown:
-            is_best = choice == self.recommended
+        for option in self.shown:
+            is_best = option == self.recommended
             table.add_row(
                 "→" if is_best else "",
-                *_choice_cells(self.subject, choice),
+                *_option_cells(self.subject, option),
                 style="bold" if is_best else None,
             )
         lines = [*_legend(self.shown), *self._recommendation()]
@@ -121,20 +120,20 @@ class RouteReport:
     ----------
     subject : Subject
         The model and its profile.
-    choice : Choice
+    option : RouteOption
         The route, its plan and what they cost.
     budget_bytes : int
         What a device's tensors may take.
     """
 
     subject: Subject
-    choice: Choice
+    option: RouteOption
     budget_bytes: int
 
     def as_json(self) -> str:
         """Write everything as one JSON object."""
         facts = _facts(self.subject, self.budget_bytes)
-        facts["choice"] = _choice_facts(self.subject, self.choice)
+        facts["choice"] = _option_facts(self.subject, self.option)
         facts["units"] = [
             {"name": name, "num_runs": num_runs, "is_light": is_light}
             for _, name, num_runs, is_light in self._units()
@@ -143,7 +142,7 @@ class RouteReport:
 
     def for_people(self) -> RenderableType:
         """List the units on the device, with how often each runs."""
-        choice, profile = self.choice, self.subject.profile
+        option, profile = self.option, self.subject.profile
         table = _table(
             ("", "unit\non the device", "forward\nruns", "light", "fwd.\nFLOPs"),
             ("unit\non the device", "light"),
@@ -153,26 +152,26 @@ class RouteReport:
             light = "light" if is_light else ""
             table.add_row(str(index + 1), name, str(num_runs), light, count_text(flops))
         lines = [self._summary()]
-        if not choice.recompute.is_empty:
-            lines += [f"The plan: {choice.recompute}", *_legend([choice])]
+        if not option.recompute.is_empty:
+            lines += [f"The plan: {option.recompute}", *_legend([option])]
         heading = self.subject.heading()
         return Group(f"{heading}\n", table, *(f"\n{line}" for line in lines))
 
     def _summary(self) -> str:
-        choice, profile = self.choice, self.subject.profile
-        plain_bytes = choice_of(profile, choice.route, KEEP_ALL).peak_bytes
-        needed = f"{choice.route} needs {bytes_text(choice.peak_bytes)}"
-        if choice.recompute.is_empty:
+        option, profile = self.option, self.subject.profile
+        plain_bytes = option_of(profile, option.route, KEEP_ALL).peak_bytes
+        needed = f"{option.route} needs {bytes_text(option.peak_bytes)}"
+        if option.recompute.is_empty:
             return f"{needed} with nothing recomputed."
         return (
             f"{needed}, and {bytes_text(plain_bytes)} with nothing recomputed. Extra "
-            f"work: {_extra_text(choice)}."
+            f"work: {_extra_text(option)}."
         )
 
     def _units(self) -> Iterator[tuple[int, str, int, bool]]:
         """Yield index, name, number of forward runs and lightness of each unit."""
-        plan, units = self.choice.recompute, self.subject.profile.units
-        for leg in self.choice.route.device_legs(len(units)):
+        plan, units = self.option.recompute, self.subject.profile.units
+        for leg in self.option.route.device_legs(len(units)):
             for index in range(leg.start, leg.stop):
                 is_light = index in plan.light
                 yield index, units[index].name, plan.num_runs(index), is_light
@@ -183,24 +182,24 @@ def planned_routes(subject: Subject) -> tuple[Route, ...]:
     return routes_worth_a_plan(subject.profile)
 
 
-def planned_choices(subject: Subject, route: Route) -> tuple[Choice, ...]:
+def planned_options(subject: Subject, route: Route) -> tuple[RouteOption, ...]:
     """Plan one route for several budgets."""
-    return choices_of_route(subject.profile, route)
+    return options_of_route(subject.profile, route)
 
 
 def front_report(
-    subject: Subject, choices: tuple[Choice, ...], *, budget_bytes: int | None
+    subject: Subject, options: tuple[RouteOption, ...], *, budget_bytes: int | None
 ) -> FrontReport:
-    """Keep the best choices, and make sure that one fits.
+    """Keep the best options, and make sure that one fits.
 
     Raises
     ------
     NoFeasiblePlan
         If none does; with the bytes that would do.
     """
-    report = FrontReport(subject, undominated(choices), budget_bytes)
+    report = FrontReport(subject, undominated(options), budget_bytes)
     if budget_bytes is not None and not report.shown:
-        least = report.choices[0].route
+        least = report.options[0].route
         plan_recompute(subject.profile, least, budget_bytes=budget_bytes)
     return report
 
@@ -227,7 +226,7 @@ def route_report(subject: Subject, cut: int, *, budget_bytes: int) -> RouteRepor
     plan = plan_recompute(profile, route, budget_bytes=budget_bytes)
     return RouteReport(
         subject=subject,
-        choice=choice_of(profile, route, plan),
+        option=option_of(profile, route, plan),
         budget_bytes=budget_bytes,
     )
 
@@ -254,23 +253,23 @@ def last_unit(subject: Subject, route: Route) -> str:
     return subject.profile.units[route.cuts[0] - 1 if route.cuts else -1].name
 
 
-def _legend(choices: Iterable[Choice]) -> list[str]:
+def _legend(options: Iterable[RouteOption]) -> list[str]:
     """Explain the words for what runs again, if anything does."""
-    is_needed = any(not choice.recompute.is_empty for choice in choices)
+    is_needed = any(not option.recompute.is_empty for option in options)
     return [_LEGEND] if is_needed else []
 
 
-def _choice_cells(subject: Subject, choice: Choice) -> list[str]:
+def _option_cells(subject: Subject, option: RouteOption) -> list[str]:
     num_units = len(subject.profile.units)
     return [
-        _cut_text(choice.route),
-        last_unit(subject, choice.route),
-        recompute_text(choice.recompute, num_units),
-        bytes_text(choice.peak_bytes),
-        count_text(choice.extra_flops),
-        f"{choice.extra_flops_fraction:.0%}",
-        bytes_text(choice.boundary_bytes) if choice.route.cuts else "",
-        f"{choice.device_flops_fraction:.0%}",
+        _cut_text(option.route),
+        last_unit(subject, option.route),
+        recompute_text(option.recompute, num_units),
+        bytes_text(option.peak_bytes),
+        count_text(option.work.extra_flops),
+        f"{option.work.extra_fraction:.0%}",
+        bytes_text(option.work.boundary_bytes) if option.route.cuts else "",
+        f"{option.work.device_fraction:.0%}",
     ]
 
 
@@ -278,10 +277,10 @@ def _cut_text(route: Route) -> str:
     return str(route.cuts[0]) if route.cuts else "whole"
 
 
-def _extra_text(choice: Choice) -> str:
+def _extra_text(option: RouteOption) -> str:
     return (
-        f"{count_text(choice.extra_flops)} FLOPs, "
-        f"{choice.extra_flops_fraction:.0%} of the device's forward"
+        f"{count_text(option.work.extra_flops)} FLOPs, "
+        f"{option.work.extra_fraction:.0%} of the device's forward"
     )
 
 
@@ -297,17 +296,17 @@ def _facts(subject: Subject, budget_bytes: int | None) -> dict[str, Any]:
     }
 
 
-def _choice_facts(subject: Subject, choice: Choice) -> dict[str, Any]:
+def _option_facts(subject: Subject, option: RouteOption) -> dict[str, Any]:
     return {
-        "route": str(choice.route),
-        "cuts": choice.route.cuts,
-        "last_unit": last_unit(subject, choice.route),
-        "recompute": choice.recompute.to_lists(),
-        "peak_bytes": choice.peak_bytes,
-        "extra_flops": choice.extra_flops,
-        "extra_flops_fraction": choice.extra_flops_fraction,
-        "boundary_bytes": choice.boundary_bytes,
-        "device_flops_fraction": choice.device_flops_fraction,
+        "route": str(option.route),
+        "cuts": option.route.cuts,
+        "last_unit": last_unit(subject, option.route),
+        "recompute": option.recompute.to_lists(),
+        "peak_bytes": option.peak_bytes,
+        "extra_flops": option.work.extra_flops,
+        "extra_flops_fraction": option.work.extra_fraction,
+        "boundary_bytes": option.work.boundary_bytes,
+        "device_flops_fraction": option.work.device_fraction,
     }
 
 

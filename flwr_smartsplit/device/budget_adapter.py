@@ -2,15 +2,20 @@
 
 from dataclasses import dataclass, replace
 
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.memory.budget import MemoryBudget
-from flwr_smartsplit.plan.adapting import Change, Standing, adapted, is_calm
+from flwr_smartsplit.plan.adaptation import (
+    Standing,
+    adapted,
+    followed,
+    is_calm,
+    scaled,
+)
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
-from flwr_smartsplit.plan.following import Way, followed, scaled
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile, Wish
+from flwr_smartsplit.types import Action, ChainProfile, RouteOption
 
 
 @dataclass
@@ -20,14 +25,6 @@ class _Known:
     standing: Standing | None = None
     no_room_bytes: float = -1
     room_bytes: float = float("inf")
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """What a device does as long as its budget allows it, and needs for it."""
-
-    way: Way
-    peak_bytes: int | None
 
 
 class Adapter:
@@ -54,10 +51,10 @@ class Adapter:
         self._is_fixed = False
         self._profile: ChainProfile | None = None
         self._known = _Known()
-        self._planned: _Planned | None = None
+        self._planned: RouteOption | None = None
 
-    def __call__(self, walk: Walk) -> None:
-        """Adapt a walk before its next step.
+    def __call__(self, runner: RouteRunner) -> None:
+        """Adapt a route before its next step.
 
         Raises
         ------
@@ -65,21 +62,22 @@ class Adapter:
             If nothing fits.
         """
         budget_bytes = self._budget.read(
-            step=walk.num_steps, live_bytes=walk.live_bytes
+            step=runner.num_steps, live_bytes=runner.live_bytes
         )
-        walk.cap.limit(budget_bytes)
-        self._follow(walk, budget_bytes)
-        if self._is_at_ease(walk, budget_bytes):
+        runner.cap.limit(budget_bytes)
+        self._follow(runner, budget_bytes)
+        if self._is_at_ease(runner, budget_bytes):
             return
-        profile, standing = self._costs(), self._standing(walk)
+        profile, standing = self._costs(), self._standing(runner)
         change = adapted(profile, standing, budget_bytes)
-        if change is not None and not self._is_done(walk, change):
+        if change is not None and not self._is_done(runner, *change):
             # The cut stays where it is; what is left are tighter plans.
             self._is_fixed = True
-            change = adapted(profile, self._standing(walk), budget_bytes)
+            change = adapted(profile, self._standing(runner), budget_bytes)
             if change is not None:
-                walk.replan(change.recompute, reason=change.reason)
-        standing = self._standing(walk)
+                option, reason = change
+                runner.replan(option.recompute, reason=reason)
+        standing = self._standing(runner)
         is_room = change is None and self._is_calm(profile, standing, budget_bytes)
         self._calm_steps = self._calm_steps + 1 if is_room else 0
 
@@ -89,47 +87,51 @@ class Adapter:
             self._profile = profile_of(self._task, batch_size=self._batch_size)
         return self._profile
 
-    def _follow(self, walk: Walk, budget_bytes: int | None) -> None:
+    def _follow(self, runner: RouteRunner, budget_bytes: int | None) -> None:
         """Move the cut where the edge would have it, if it can go there."""
-        advice, cohort = walk.advice, walk.plan.cohort
-        if advice is None or advice.wish is Wish.RELEASE or cohort is None:
+        advice, cohort = runner.advice, runner.plan.cohort
+        if advice is None or advice.action is Action.RELEASE or cohort is None:
             return
-        profile, way = self._costs(), (walk.route, walk.recompute)
-        latest = walk.pace.latest(*way)
+        profile, now = self._costs(), _option(runner)
+        latest = runner.timer.latest(runner.route, runner.recompute)
         if latest is None:
             return  # Nobody knows what a step takes now.
-        seconds_of = walk.pace.given or scaled(profile, way, latest)
+        seconds_of = runner.timer.given or scaled(profile, now, latest)
         found = followed(
             profile,
-            way,
-            advice.wish,
+            now,
+            advice.action,
             budget_bytes=budget_bytes,
             cohort=cohort,
             seconds_of=seconds_of,
-            min_device_units=walk.plan.constraints.min_device_units,
+            constraints=runner.plan.constraints,
         )
         if found is None:
             return
-        change = Change(route=found[0], recompute=found[1], reason=advice.reason)
-        is_new = advice.wish is Wish.EARLIER or (
-            found[0].cuts > self._plan(walk).way[0].cuts
+        is_new = advice.action is Action.EARLIER or (
+            found.route.cuts > self._plan(runner).route.cuts
         )
-        if self._is_done(walk, change) and is_new:
-            self._planned = _Planned(found, predicted_peak_bytes(profile, *found))
+        if self._is_done(runner, found, advice.reason) and is_new:
+            peak = predicted_peak_bytes(profile, found.route, found.recompute)
+            self._planned = replace(found, peak_bytes=peak)
 
-    def _plan(self, walk: Walk) -> _Planned:
+    def _plan(self, runner: RouteRunner) -> RouteOption:
         """Say what is planned: what the strategy did, or the edge since."""
-        plan = walk.plan
-        return self._planned or _Planned(
-            (plan.route, plan.recompute), plan.predicted_peak_bytes
+        return self._planned or RouteOption(
+            route=runner.plan.route,
+            recompute=runner.plan.recompute,
+            peak_bytes=runner.plan.predicted_peak_bytes or 0,
         )
 
-    def _is_at_ease(self, walk: Walk, budget_bytes: int | None) -> bool:
+    def _is_at_ease(self, runner: RouteRunner, budget_bytes: int | None) -> bool:
         """Say whether all is as planned and fits, so that no costs are needed."""
-        planned = self._plan(walk)
-        needed = planned.peak_bytes
-        fits = budget_bytes is None or (needed is not None and needed <= budget_bytes)
-        return (walk.route, walk.recompute) == planned.way and fits
+        planned = self._plan(runner)
+        fits = budget_bytes is None or 0 < planned.peak_bytes <= budget_bytes
+        is_as_planned = (runner.route, runner.recompute) == (
+            planned.route,
+            planned.recompute,
+        )
+        return is_as_planned and fits
 
     def _is_calm(
         self, profile: ChainProfile, standing: Standing, budget_bytes: int | None
@@ -155,27 +157,35 @@ class Adapter:
             known.no_room_bytes = budget_bytes
         return is_room
 
-    def _standing(self, walk: Walk) -> Standing:
+    def _standing(self, runner: RouteRunner) -> Standing:
         return Standing(
-            planned=self._plan(walk).way[0],
-            route=walk.route,
-            recompute=walk.recompute,
+            planned=self._plan(runner).route,
+            option=_option(runner),
             calm_steps=self._calm_steps,
             is_fixed=self._is_fixed,
-            min_device_units=walk.plan.constraints.min_device_units,
+            constraints=runner.plan.constraints,
         )
 
-    def _is_done(self, walk: Walk, change: Change) -> bool:
+    def _is_done(self, runner: RouteRunner, option: RouteOption, reason: str) -> bool:
         """Change; say whether the cut could be moved where it had to."""
-        if change.route.cuts != walk.route.cuts:
+        if option.route.cuts != runner.route.cuts:
             try:
-                walk.move(
-                    change.route.cuts[0],
-                    recompute=change.recompute,
-                    reason=change.reason,
+                runner.move(
+                    option.route.cuts[0], recompute=option.recompute, reason=reason
                 )
             except (RefusedMove, MemoryCapExceeded):
                 return False
             return True
-        walk.replan(change.recompute, reason=change.reason)
+        runner.replan(option.recompute, reason=reason)
         return True
+
+
+def _option(runner: RouteRunner) -> RouteOption:
+    """Say what is done now; the plan says what does not change."""
+    return RouteOption(
+        route=runner.route,
+        recompute=runner.recompute,
+        variant=runner.plan.variant,
+        codecs=runner.plan.codecs,
+        accumulate=runner.plan.accumulate,
+    )

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from flwr_smartsplit.device.route_runner import Walk
-from flwr_smartsplit.device.step_timer import Pace, StepSeconds
+from flwr_smartsplit.device.route_runner import RouteRunner
+from flwr_smartsplit.device.step_timer import StepSeconds, StepTimer
 from flwr_smartsplit.edge.client import Connect
 from flwr_smartsplit.errors import (
     EdgeError,
@@ -34,6 +34,7 @@ from flwr_smartsplit.memory.process import (
 )
 from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.segment_runner import CPU
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import ClientPlan, Receipt, Status, StepReport
 
@@ -68,12 +69,14 @@ class Conditions:
         plan's budget and a slack of 32 MiB.
     clock : Callable[[], float]
         Seconds that only move forward.
-    between_steps : Callable[[Walk], None], optional
-        Called before each training step; it may move the walk's cut or have more run
+    between_steps : Callable[[RouteRunner], None], optional
+        Called before each training step; it may move the runner's cut or have more run
         twice, as an ``Adapter`` does.
     step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
         Says what a training step takes, as a simulation knows it; without it, the
         clock measures.
+    device : torch.device
+        Where the client's segments compute.
     """
 
     task: Task
@@ -84,8 +87,9 @@ class Conditions:
     batch_size: int | None = None
     owns_process: bool = False
     clock: Callable[[], float] = time.perf_counter
-    between_steps: Callable[[Walk], None] | None = None
+    between_steps: Callable[[RouteRunner], None] | None = None
     step_seconds: StepSeconds | None = None
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
@@ -138,15 +142,15 @@ def train_locally(
     """
     start = conditions.clock()
     with torch_threads(plan.num_threads), _resident_growth(conditions) as resident:
-        walk = _walk(plan, conditions, is_trained=True)
+        runner = _route_runner(plan, conditions, is_trained=True)
         try:
             with _fence(plan, conditions):
-                outcome = _trained(walk, state, loader, conditions)
+                outcome = _trained(runner, state, loader, conditions)
         except (MemoryCapExceeded, NoFeasiblePlan, EdgeError) as error:
-            walk.abandon()
-            outcome = Outcome(state={}, receipts=(), report=_failure(walk, error))
+            runner.abandon()
+            outcome = Outcome(state={}, receipts=(), report=_failure(runner, error))
         except BaseException:
-            walk.abandon()
+            runner.abandon()
             raise
     report = replace(
         outcome.report,
@@ -157,23 +161,23 @@ def train_locally(
 
 
 def _trained(
-    walk: Walk, state: State, loader: Loader, conditions: Conditions
+    runner: RouteRunner, state: State, loader: Loader, conditions: Conditions
 ) -> Outcome:
     """Take all steps of a round, or those until the edge has enough, or raise."""
     token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
-    walk.open(state, conditions.connect, token=token, batch_size=size)
+    runner.open(state, conditions.connect, token=token, batch_size=size)
     for epoch in range(conditions.local_epochs):
-        walk.tally.begin_epoch()
-        for batch in walk.streams.batches(loader, epoch):
-            if walk.tally.is_released(walk.advice):
+        runner.metrics.begin_epoch()
+        for batch in runner.streams.batches(loader, epoch):
+            if runner.metrics.is_released(runner.advice):
                 break
             if conditions.between_steps is not None:
-                conditions.between_steps(walk)
-            walk.train_step(*_own_batch(batch))
+                conditions.between_steps(runner)
+            runner.train_step(*_own_batch(batch))
     return Outcome(
-        receipts=walk.seal(),
-        state=walk.state(),
-        report=walk.report(num_epochs=conditions.local_epochs),
+        receipts=runner.seal(),
+        state=runner.state(),
+        report=runner.report(num_epochs=conditions.local_epochs),
     )
 
 
@@ -198,37 +202,45 @@ def evaluate_locally(
     Parameters and outcome are as for ``train_locally``; nothing is sealed.
     """
     start = conditions.clock()
-    walk = _walk(plan, conditions, is_trained=False)
+    runner = _route_runner(plan, conditions, is_trained=False)
     token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
     with torch_threads(plan.num_threads):
         try:
-            walk.open(state, conditions.connect, token=token, batch_size=size)
-            for batch in walk.streams.batches(loader, 0):
-                walk.evaluate_step(*_own_batch(batch))
-            report = walk.report(num_epochs=1)
+            runner.open(state, conditions.connect, token=token, batch_size=size)
+            for batch in runner.streams.batches(loader, 0):
+                runner.evaluate_step(*_own_batch(batch))
+            report = runner.report(num_epochs=1)
         except (MemoryCapExceeded, EdgeError) as error:
-            report = _failure(walk, error)
+            report = _failure(runner, error)
         finally:
-            walk.abandon()
+            runner.abandon()
     return replace(report, seconds=conditions.clock() - start)
 
 
-def _walk(plan: ClientPlan, conditions: Conditions, *, is_trained: bool) -> Walk:
+def _route_runner(
+    plan: ClientPlan, conditions: Conditions, *, is_trained: bool
+) -> RouteRunner:
     cap = MemoryCap(
         plan.budget_bytes,
         name=f"client {plan.client_key}",
         mode=conditions.cap_mode,
         every=conditions.meter_every,
     )
-    pace = Pace(plan, clock=conditions.clock, given=conditions.step_seconds)
-    return Walk(plan, conditions.task, cap, is_trained=is_trained, pace=pace)
+    return RouteRunner(
+        plan,
+        conditions.task,
+        cap,
+        is_trained=is_trained,
+        timer=StepTimer(plan, clock=conditions.clock, given=conditions.step_seconds),
+        device=conditions.device,
+    )
 
 
-def _failure(walk: Walk, error: SmartSplitError) -> StepReport:
+def _failure(runner: RouteRunner, error: SmartSplitError) -> StepReport:
     """Sum up what was done before it ended in ``error``."""
     over = isinstance(error, MemoryCapExceeded | NoFeasiblePlan)
     return replace(
-        walk.report(num_epochs=1),
+        runner.report(num_epochs=1),
         status=Status.OUT_OF_MEMORY if over else Status.EDGE_FAILED,
         message=str(error),
     )

@@ -1,12 +1,12 @@
-"""Tally: what adds up while a client goes through its batches."""
+"""Metrics: what adds up while a client goes through its batches."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
-from flwr_smartsplit.device.losses import Losses
-from flwr_smartsplit.types import Advice, Move, Replan, StepReport, Wish
+from flwr_smartsplit.types import Action, Advice, Move, Replan, StepReport
 
 
-class Tally:
+class Metrics:
     """Count a client's steps, examples, losses and metrics."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Tally:
         self._replans: list[Replan] = []
         self._by_epoch: list[int] = []
         self._sums: dict[str, float] = {"loss": 0.0}
-        self._losses = Losses()
+        self._losses: list[tuple[float, int]] = []
 
     def begin_epoch(self) -> None:
         """Count what comes to another pass over the examples."""
@@ -37,7 +37,7 @@ class Tally:
         self.num_examples += num_examples
         if self._by_epoch:
             self._by_epoch[-1] += num_examples
-        self._losses.add(float(values["loss"]), num_examples)
+        self._losses.append((float(values["loss"]), num_examples))
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * num_examples
 
@@ -53,7 +53,7 @@ class Tally:
 
     def is_released(self, advice: Advice | None) -> bool:
         """Say whether the edge has let this client stop, and note why."""
-        if advice is not None and advice.wish is Wish.RELEASE:
+        if advice is not None and advice.action is Action.RELEASE:
             self.released = advice.reason
         return bool(self.released)
 
@@ -81,10 +81,38 @@ class Tally:
             num_epochs=num_epochs,
             num_steps=self.num_steps,
             loss=means.pop("loss"),
-            loss_rms=self._losses.rms,
-            loss_drop=self._losses.drop,
+            loss_rms=rms(self._losses),
+            loss_drop=drop(self._losses),
             metrics=means,
             moves=tuple(self._moves),
             replans=tuple(self._replans),
             released=self.released,
         )
+
+
+def rms(losses: Sequence[tuple[float, int]]) -> float:
+    """Root of the mean over the examples of their batch's loss, squared.
+
+    Parameters
+    ----------
+    losses : Sequence[(loss, num_examples)]
+        Of each step, in order.
+    """
+    return math.sqrt(_mean([(loss**2, count) for loss, count in losses]))
+
+
+def drop(losses: Sequence[tuple[float, int]]) -> float:
+    """Mean loss of the first half of the steps, less that of the second half.
+
+    Examples
+    --------
+    >>> drop([(3.0, 8), (2.0, 8), (1.0, 8)])
+    2.0
+    """
+    half = max(len(losses) // 2, 1)
+    return _mean(losses[:half]) - _mean(losses[-half:])
+
+
+def _mean(weighted: Sequence[tuple[float, int]]) -> float:
+    total = sum(count for _, count in weighted)
+    return sum(value * count for value, count in weighted) / max(total, 1)

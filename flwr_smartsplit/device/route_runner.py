@@ -1,4 +1,4 @@
-"""Walk: one client's way along its route in one round, step by step.
+"""RouteRunner: one client's route in one round, step by step.
 
 The device has the first segment, and the last one too if the route comes back; edges
 have what lies between.
@@ -7,19 +7,20 @@ have what lies between.
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from flwr_smartsplit.device.metrics import Tally
-from flwr_smartsplit.device.step_timer import Pace
-from flwr_smartsplit.edge.client import Connect, EdgeLink, opening_of, packed, unpacked
-from flwr_smartsplit.edge.moving import off_wire
+from flwr_smartsplit.device.cut_mover import CutMover
+from flwr_smartsplit.device.metrics import Metrics
+from flwr_smartsplit.device.step_timer import StepTimer
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of
 from flwr_smartsplit.edge.tensors import WireTensor
-from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
+from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
@@ -27,8 +28,7 @@ from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
 from flwr_smartsplit.train.rng import UnitStreams
-from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.train.unit_migration import carried, check_kept, rebuilt
+from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.types import (
     KEEP_ALL,
     Advice,
@@ -42,7 +42,7 @@ from flwr_smartsplit.types import (
 State = Mapping[str, npt.NDArray[Any]]
 
 
-class Walk:
+class RouteRunner:
     """Train or evaluate batch after batch along a client's route.
 
     Parameters
@@ -55,8 +55,10 @@ class Walk:
         Watches what the device holds.
     is_trained : bool
         Whether there are training steps to come, or only evaluation.
-    pace : Pace, optional
+    timer : StepTimer, optional
         Knows what a step takes; without it, the steps are measured.
+    device : torch.device
+        Where the device's segments compute.
     """
 
     def __init__(
@@ -66,21 +68,23 @@ class Walk:
         cap: MemoryCap,
         *,
         is_trained: bool,
-        pace: Pace | None = None,
+        timer: StepTimer | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.plan = plan
         self.route = plan.route
         self.recompute = plan.recompute
         self.cap = cap
-        self.pace = pace or Pace(plan, clock=time.perf_counter)
-        self.tally = Tally()
+        self.timer = timer or StepTimer(plan, clock=time.perf_counter)
+        self.metrics = Metrics()
         self.advice: Advice | None = None
-        self._is_trained = is_trained
         self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
+        self._is_trained = is_trained
+        self._device = device
         self._task = task
         self._chain = build_chain(task)
         self._runners: list[SegmentRunner] = []
-        self._link: EdgeLink | None = None
+        self._edge: EdgeClient | None = None
         self._norm: float | None = None
 
     def open(
@@ -117,25 +121,28 @@ class Walk:
                 batch_size=batch_size,
             )
             address = self.plan.edge_addresses[legs[0].place]
-            self._link = EdgeLink(connect(legs[0].place, address), opening)
+            transport = connect(legs[0].place, address)
+            self._edge = EdgeClient(transport, opening, device=self._device)
 
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
         """Do one training step, metered if it is its turn."""
+        inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
-            with self.pace.step(self.route, self.recompute):
+            with self.timer.step(self.route, self.recompute):
                 loss = self._step(inputs, targets)
-        self.tally.count(int(targets.shape[0]), {"loss": loss})
+        self.metrics.count(int(targets.shape[0]), {"loss": loss})
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
         """Evaluate one batch, metered if it is its turn."""
+        inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             values = self._evaluated(inputs, targets)
-        self.tally.count(int(targets.shape[0]), values)
+        self.metrics.count(int(targets.shape[0]), values)
 
     @property
     def num_steps(self) -> int:
         """How many steps are done."""
-        return self.tally.num_steps
+        return self.metrics.num_steps
 
     @property
     def live_bytes(self) -> int:
@@ -165,7 +172,7 @@ class Walk:
             return
         for leg in self.route.device_legs(len(self._chain)):
             recompute.within(leg.start, leg.stop)
-        self.tally.replan(str(self.recompute), str(recompute), reason)
+        self.metrics.replan(str(self.recompute), str(recompute), reason)
         self.recompute = recompute
         for runner in self._runners:
             runner.recompute = recompute
@@ -201,22 +208,33 @@ class Walk:
         route.legs(len(self._chain))
         if route == before:
             return
-        self._runners[0] = self._moved(before.cuts[0], cut)
+        if self._edge is None or not self._is_trained:
+            raise RefusedMove("a cut moves only while a session at an edge is trained.")
+        for runner in self._runners:
+            runner.release_gradients()  # They have been used.
+        mover = CutMover(self._task, self._chain, self.cap, self._runner)
+        self._runners[0] = mover.move(
+            self._runners[0],
+            self._edge,
+            (before.cuts[0], cut),
+            step=self.num_steps,
+            norm=self._norm,
+        )
         self.route = route
         self.cap.start_over()
-        self.tally.move(before.cuts[0], cut, reason)
+        self.metrics.move(before.cuts[0], cut, reason)
         self.replan(recompute, reason=reason)
 
     def seal(self) -> tuple[Receipt, ...]:
         """Finish the sessions at the edges, if there are any."""
-        if self._link is None:
+        if self._edge is None:
             return ()
-        return self._link.seal(self.num_steps, self._norm)
+        return self._edge.seal(self.num_steps, self._norm)
 
     def abandon(self) -> None:
         """Tell the edges to forget this client, if they can still be told."""
-        if self._link is not None:
-            self._link.abandon_quietly()
+        if self._edge is not None:
+            self._edge.abandon_quietly()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Copy the state of the device's segments, in the chain's order."""
@@ -227,62 +245,66 @@ class Walk:
 
     def report(self, *, num_epochs: int) -> StepReport:
         """Sum up what was done and measured."""
-        sent, received = (0, 0) if self._link is None else self._link.traffic()
+        sent, received = (0, 0) if self._edge is None else self._edge.traffic()
         return replace(
-            self.tally.report(num_epochs=num_epochs),
+            self.metrics.report(num_epochs=num_epochs),
             peak_bytes=self.cap.peak_bytes,
             sent_bytes=sent,
             received_bytes=received,
             num_threads=torch.get_num_threads(),
-            step_seconds=self.pace.mean(self.route, self.recompute) or 0.0,
+            step_seconds=self.timer.mean(self.route, self.recompute) or 0.0,
         )
 
     # --- one step -----------------------------------------------------------------
 
     def _step(self, inputs: Batch, targets: Tensor) -> float:
         """Train on one batch; what a step holds ends where it is used last."""
-        head, step = self._runners[0], self.num_steps
-        seconds = self.pace.latest(self.route, self.recompute)
-        if self._link is None:
-            loss, _ = head.finish(inputs, targets, step=step, inputs_are_boundary=False)
+        head, edge = self._runners[0], self._edge
+        if edge is None:
+            loss, _ = head.finish(
+                inputs, targets, step=self.num_steps, inputs_are_boundary=False
+            )
             self._update({})
             return float(loss)
-        if self.route.returns:
-            return self._returning_step(inputs, targets, self._link)
-        boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
-        labels = WireTensor.pack(targets)
-        stepped = self._link.train(
-            step, boundary, labels, self._norm, step_seconds=seconds
+        stepped = edge.forward(
+            head.forward(inputs, step=self.num_steps, inputs_are_boundary=False),
+            self._request(targets),
         )
-        del boundary  # It shares the memory of what was sent.
-        self.advice = stepped.advice
-        head.backward(lambda: (stepped.gradient.unpack(),))
+        self.advice, mean_loss = stepped.advice, stepped.values.get("loss", 0.0)
+        if self.route.returns:
+            mean_loss, stepped = self._finish(stepped, targets, edge)
+        head.backward(lambda: edge.outward.decode(stepped.gradients))
         self._update(stepped.norms)
-        return stepped.loss
+        return mean_loss
 
-    def _returning_step(self, inputs: Batch, targets: Tensor, link: EdgeLink) -> float:
-        """Train on one batch whose loss is here: the labels never leave the device."""
-        (head, tail), step = self._runners, self.num_steps
-        boundary = packed(head.forward(inputs, step=step, inputs_are_boundary=False))
-        num_examples = int(targets.shape[0])
-        forwarded = link.forward(step, boundary, num_examples, self._norm)
-        del boundary
+    def _finish(
+        self, stepped: wire.Stepped, targets: Tensor, edge: EdgeClient
+    ) -> tuple[float, wire.Stepped]:
+        """Finish a step whose end is here: the labels never leave the device."""
+        tail, step = self._runners[-1], self.num_steps
         loss, gradients = tail.finish(
-            unpacked(forwarded), targets, step=step, inputs_are_boundary=True
+            edge.returning.decode(stepped.boundary),
+            targets,
+            step=step,
+            inputs_are_boundary=True,
         )
         mean_loss = float(loss)
         del loss
-        if not gradients:
-            raise RuntimeError("the last segment gave its boundary no gradient.")
         if self._task.max_gradient_norm is None:
             tail.release_gradients()  # They have been used.
-        sent = WireTensor.pack(gradients[0])
+        sent = edge.returning.encode(gradients)
         del gradients
-        returned = link.backward(step, sent)
-        del sent
-        head.backward(lambda: (returned.gradient.unpack(),))
-        self._update(returned.norms)
-        return mean_loss
+        return mean_loss, edge.backward(wire.Backward(step=step, gradients=sent))
+
+    def _request(self, targets: Tensor) -> wire.Forward:
+        """Say all of a step but its boundary."""
+        return wire.Forward(
+            step=self.num_steps,
+            targets=None if self.route.returns else WireTensor.pack(targets),
+            num_examples=int(targets.shape[0]),
+            norm=self._norm,
+            step_seconds=self.timer.latest(self.route, self.recompute),
+        )
 
     def _update(self, norms: Mapping[str, float]) -> None:
         """Update what waits for the norm of all gradients, those at edges too."""
@@ -296,17 +318,16 @@ class Walk:
 
     def _evaluated(self, inputs: Batch, targets: Tensor) -> Mapping[str, float]:
         """Return loss and metrics of one batch."""
-        head, *rest = self._runners
-        outputs = head.evaluate(inputs)
-        if self._link is None:
-            return head.assess(outputs, targets)
-        sent = packed(as_boundary(outputs))
-        del outputs
-        if not rest:
-            return self._link.evaluate(sent, WireTensor.pack(targets))
-        forwarded = self._link.evaluate_forward(sent)
-        del sent
-        return rest[0].assess(rest[0].evaluate(unpacked(forwarded)), targets)
+        head, tail, edge = self._runners[0], self._runners[-1], self._edge
+        if edge is None:
+            return head.assess(head.evaluate(inputs), targets)
+        stepped = edge.forward(
+            as_boundary(head.evaluate(inputs)), self._request(targets)
+        )
+        if not self.route.returns:
+            return stepped.values
+        returned = edge.returning.decode(stepped.boundary)
+        return tail.assess(tail.evaluate(returned), targets)
 
     # --- what runs here -----------------------------------------------------------
 
@@ -324,35 +345,18 @@ class Walk:
             config=self.plan.config,
             is_trained=self._is_trained,
             is_lean=True,
+            device=self._device,
         )
         runner.recompute = self.recompute
         return runner
 
-    def _moved(self, before: int, cut: int) -> SegmentRunner:
-        """Give the first segment units, or take some; the edge has switched then."""
-        link, head, step = self._link, self._runners[0], self.num_steps
-        if link is None or not self._is_trained:
-            raise RefusedMove("a cut moves only while a session at an edge is trained.")
-        for runner in self._runners:
-            runner.release_gradients()  # They have been used.
-        remake = partial(rebuilt, head, self._chain, range(cut), make=self._runner)
-        if cut < before:
-            check_kept(self._chain, self._task, range(cut, before))
-            fewer = remake(num_steps=step)
-            leaving = carried(head, self._chain, cut, before)
-            link.move(step, cut, leaving, self._norm)
-            return fewer
-        arriving = link.move(step, cut, None, self._norm)
-        if arriving is None:
-            raise RuntimeError("the edge gave units away and did not send them.")
-        try:
-            with self.cap.building():
-                more = remake(num_steps=step, arriving=off_wire(arriving))
-                self.cap.track(more.segment, more.optimizer)
-        except (MemoryCapExceeded, RefusedMove):
-            link.move(step, before, arriving, self._norm)
-            raise
-        return more
+    def _placed(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
+        """Bring a batch to where this device computes."""
+        if self._device == CPU:
+            return inputs, targets
+        placed: tuple[Batch, Tensor]
+        placed = tree_map(lambda x: x.to(self._device), (inputs, targets))
+        return placed
 
     def _owners(self) -> list[Any]:
         return [

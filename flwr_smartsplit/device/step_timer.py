@@ -1,4 +1,4 @@
-"""Pace: what a training step takes, as its edge is told."""
+"""StepTimer: what a training step takes, as its edge is told."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ _WARM_UP_STEPS = 2
 """The first steps on a route allocate, and are metered."""
 
 
-class Pace:
+class StepTimer:
     """Measure a client's steps, or have somebody say what they take.
 
     Parameters
@@ -36,13 +36,13 @@ class Pace:
         self.given = None if given is None else partial(given, plan)
         self._clock = clock
         self._measured: list[float] = []
-        self._way: tuple[Route, RecomputePlan] | None = None
+        self._measured_at: tuple[Route, RecomputePlan] | None = None
 
     @contextmanager
     def step(self, route: Route, recompute: RecomputePlan) -> Iterator[None]:
         """Measure a step; another route or plan begins anew."""
-        if self._way != (route, recompute):
-            self._way, self._measured = (route, recompute), []
+        if self._measured_at != (route, recompute):
+            self._measured_at, self._measured = (route, recompute), []
         start = self._clock()
         yield
         self._measured.append(self._clock() - start)
@@ -63,6 +63,6 @@ class Pace:
 
     def _steps(self, route: Route, recompute: RecomputePlan) -> list[float]:
         """List the steps that count."""
-        if self._way != (route, recompute):
+        if self._measured_at != (route, recompute):
             return []
         return self._measured[_WARM_UP_STEPS:]

@@ -1,6 +1,6 @@
-"""Room: what an edge's sessions may take of its memory and its disk.
+"""Admission: what an edge's sessions may take of its memory and its disk.
 
-A session takes all it will ever need when it is opened, so that nobody is refused in
+A session reserves all it will ever need when it is opened, so that nobody is refused in
 the middle of a round, and nothing is swapped. It never waits in here: a thread that
 waits could not serve the sessions it waits for. Whoever asks is told when to ask again.
 """
@@ -9,19 +9,29 @@ import time
 from collections.abc import Callable, Mapping
 from threading import Lock
 
-from flwr_smartsplit.errors import EdgeFull, bytes_text
-from flwr_smartsplit.plan.tail_memory import TailBytes
-from flwr_smartsplit.types import EdgeProfile
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.cut_moves import MoveCut
+from flwr_smartsplit.edge.session import Session, StepRequest
+from flwr_smartsplit.errors import EdgeFull, RefusedMove, bytes_text
+from flwr_smartsplit.plan.tail_memory import TailBytes, tail_bytes
+from flwr_smartsplit.profile.task_profiles import profile_of
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import ChainProfile, EdgeProfile
 
 LEAST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.05, 5.0
 _NOTHING = TailBytes(0, 0)
+_Needed = tuple[int, int]
+"""Batch size and first unit."""
+_UNKNOWN = (1, 0)
 
 
-class Room:
-    """Keep account of what open sessions and sealed tails take at one edge.
+class Admission:
+    """Let sessions open, grow and move within an edge's budgets; all if it has none.
 
     Parameters
     ----------
+    task : Task
+        What is trained; its dry run says what a session takes.
     profile : EdgeProfile
         The edge's name and its budgets.
     sealed : Mapping[str, int]
@@ -32,11 +42,13 @@ class Room:
 
     def __init__(
         self,
+        task: Task,
         profile: EdgeProfile,
         *,
         sealed: Mapping[str, int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._task = task
         self._profile = profile
         self._clock = clock
         self._open: dict[str, TailBytes] = {}
@@ -44,6 +56,8 @@ class Room:
         self._sealed = dict(sealed)
         self._usual_seconds = 0.0
         self._lock = Lock()
+        self._profiles: dict[int, ChainProfile] = {}
+        self._needed: dict[str, _Needed] = {}
 
     @property
     def is_limited(self) -> bool:
@@ -51,8 +65,87 @@ class Room:
         budgets = (self._profile.memory_bytes, self._profile.disk_bytes)
         return any(budget is not None for budget in budgets)
 
-    def take(self, session: str, need: TailBytes) -> None:
+    # --- what sessions ask for ----------------------------------------------------
+
+    def open(self, request: wire.OpenSession) -> None:
+        """Reserve all that a session will need, or say when to ask again.
+
+        A device that does not know its batch size is taken at one example, and given
+        more at its first batch.
+
+        Raises
+        ------
+        EdgeFull
+            If there is not so much.
+        """
+        if self.is_limited:
+            self._reserve_for(request, (request.batch_size or 1, request.start))
+
+    def fit(self, session: Session, request: StepRequest) -> None:
+        """Reserve as much as a batch needs, where the cut is by now.
+
+        Raises
+        ------
+        EdgeFull
+            If the batch is larger than those before, and does not fit.
+        """
+        if not self.is_limited:
+            return
+        opened = session.opened
+        before = self._needed.get(opened.session, _UNKNOWN)
+        num_examples = getattr(request, "num_examples", 0)
+        needed = max(before[0], num_examples), session.start
+        if needed != before:
+            self._reserve_for(opened, needed)
+
+    def widen(self, session: Session, request: MoveCut) -> None:
+        """Reserve what a move needs, and still what the way back needs.
+
+        Raises
+        ------
+        RefusedMove
+            If the units that would come do not fit.
+        """
+        opened = session.opened
+        if not self.is_limited or not 0 < request.start < opened.stop:
+            return
+        batch_size, _ = self._needed.get(opened.session, _UNKNOWN)
+        need = self._need(opened, (batch_size, request.start))
+        try:
+            self.reserve(opened.session, need, keeps=True)
+        except EdgeFull as error:
+            raise RefusedMove(
+                f"session {opened.session} cannot begin at {request.start} instead of "
+                f"{session.start}: {error}"
+            ) from error
+        # The next step settles it; until then the units may come back.
+        self._needed[opened.session] = (batch_size, 0)
+
+    def _reserve_for(self, opened: wire.OpenSession, needed: _Needed) -> None:
+        self.reserve(opened.session, self._need(opened, needed))
+        self._needed[opened.session] = needed
+
+    def _need(self, opened: wire.OpenSession, needed: _Needed) -> TailBytes:
+        batch_size, start = needed
+        if batch_size not in self._profiles:
+            profile = profile_of(self._task, batch_size=batch_size)
+            self._profiles[batch_size] = profile
+        need = tail_bytes(self._profiles[batch_size], start, opened.stop)
+        return need if opened.is_trained else need._replace(disk_bytes=0)
+
+    # --- the account --------------------------------------------------------------
+
+    def reserve(self, session: str, need: TailBytes, *, keeps: bool = False) -> None:
         """Let a session have so much, instead of what it had before.
+
+        Parameters
+        ----------
+        session : str
+            The session's name.
+        need : TailBytes
+            What it takes.
+        keeps : bool
+            Whether it keeps what it had: then it has the larger of each.
 
         Raises
         ------
@@ -60,21 +153,12 @@ class Room:
             If it does not fit; the session keeps what it had.
         """
         with self._lock:
+            if keeps:
+                need = TailBytes(*map(max, self._open.get(session, _NOTHING), need))
             self._check(session, need)
             self._open[session] = need
             self._since.setdefault(session, self._clock())
             self._sealed.pop(session, None)
-
-    def widen(self, session: str, need: TailBytes) -> None:
-        """Let a session have so much besides what it has: the larger of each.
-
-        Raises
-        ------
-        EdgeFull
-            If it does not fit; the session keeps what it had.
-        """
-        held = self._open.get(session, _NOTHING)
-        self.take(session, TailBytes(*map(max, held, need)))
 
     def seal(self, session: str) -> None:
         """Give a session's memory back; its tail stays on disk."""
@@ -86,6 +170,7 @@ class Room:
 
     def free(self, session: str) -> None:
         """Give back all that a session has."""
+        self._needed.pop(session, None)
         with self._lock:
             self._sealed.pop(session, None)
             if self._open.pop(session, None) is not None:

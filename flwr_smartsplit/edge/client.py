@@ -1,19 +1,20 @@
-"""EdgeLink: one client's session at an edge, seen from where the boundary comes from.
+"""EdgeClient: one client's session at an edge, seen from where the boundary comes from.
 
 That is the device, or the edge before on a route over several.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
-from torch import Tensor
+import torch
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.moving import MoveCut, on_wire
-from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.edge.codec import Crossing
+from flwr_smartsplit.edge.cut_moves import MoveCut, pack_units
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
-from flwr_smartsplit.split.segment import Batch, Boundary
-from flwr_smartsplit.train.unit_migration import Carried
+from flwr_smartsplit.split.segment import Boundary
+from flwr_smartsplit.train.segment_runner import CPU
+from flwr_smartsplit.train.unit_migration import MigratedUnits
 from flwr_smartsplit.types import ClientPlan, Leg, Receipt
 
 Connect = Callable[[str, str], wire.Transport]
@@ -28,6 +29,7 @@ def nowhere(place: str, address: str) -> wire.Transport:
     )
 
 
+# longer than 40 lines because it fills in every field of an opening
 def opening_of(
     plan: ClientPlan,
     legs: tuple[Leg, ...],
@@ -51,41 +53,35 @@ def opening_of(
     batch_size : int, optional
         The most examples that a batch will have, if the device knows.
     """
-    leg, *rest = legs
     onward = None
-    if rest:
-        address = plan.edge_addresses[rest[0].place]
-        opening = opening_of(
-            plan,
-            tuple(rest),
+    for leg in reversed(legs):
+        cut_index = plan.route.cuts.index(leg.start)
+        opening = wire.OpenSession(
+            session=plan.session(leg.place) + ("" if is_trained else "/evaluate"),
+            place=leg.place,
+            round_number=plan.round_number,
+            client_key=plan.client_key,
+            start=leg.start,
+            stop=leg.stop,
+            state_digest=plan.state_digest,
+            seed=plan.seed,
+            num_threads=plan.num_threads,
+            config=plan.config,
+            onward=onward,
             is_trained=is_trained,
             token=token,
+            cohort=plan.cohort if is_trained and cut_index == 0 else None,
+            importance=plan.importance,
+            num_examples=plan.num_examples,
             batch_size=batch_size,
+            variant=plan.variant,
+            codecs=plan.codecs[cut_index:],
         )
-        onward = wire.Onward(address, opening)
-    return wire.OpenSession(
-        session=plan.session(leg.place) + ("" if is_trained else "/evaluate"),
-        place=leg.place,
-        round_number=plan.round_number,
-        client_key=plan.client_key,
-        start=leg.start,
-        stop=leg.stop,
-        state_digest=plan.state_digest,
-        seed=plan.seed,
-        num_threads=plan.num_threads,
-        config=plan.config,
-        onward=onward,
-        is_trained=is_trained,
-        token=token,
-        cohort=plan.cohort if is_trained and leg.start == plan.route.cuts[0] else None,
-        importance=plan.importance,
-        num_examples=plan.num_examples,
-        batch_size=batch_size,
-        variant=plan.variant,
-    )
+        onward = wire.Onward(plan.edge_addresses[leg.place], opening)
+    return opening
 
 
-class EdgeLink:
+class EdgeClient:
     """Open a session at an edge, and talk to it.
 
     Parameters
@@ -94,71 +90,58 @@ class EdgeLink:
         Reaches the edge.
     opening : OpenSession
         The session to open.
+    device : torch.device
+        Where the place that asks computes.
+
+    Attributes
+    ----------
+    outward, returning : Crossing
+        How to write and read at the cut before the edge; and at the last cut of the
+        route, where that comes back to the device.
     """
 
-    def __init__(self, transport: wire.Transport, opening: wire.OpenSession) -> None:
+    def __init__(
+        self,
+        transport: wire.Transport,
+        opening: wire.OpenSession,
+        *,
+        device: torch.device = CPU,
+    ) -> None:
+        self.outward = Crossing.at(opening.codecs, 0, device)
+        self.returning = Crossing.at(opening.codecs, -1, device)
         self._transport = wire.CountingTransport(transport)
         self._session = opening.session
         self._num_moves = 0
         self._incarnation = self._transport.send(opening).incarnation
 
-    def train(
-        self,
-        step: int,
-        boundary: tuple[WireTensor, ...],
-        targets: WireTensor,
-        norm: float | None,
-        *,
-        step_seconds: float | None = None,
-    ) -> wire.Stepped:
-        """Have the rest of a step done."""
+    def forward(self, boundary: Boundary, request: wire.Forward) -> wire.Stepped:
+        """Send a step's boundary on.
+
+        Parameters
+        ----------
+        boundary : tuple[Tensor, ...]
+            What this place made of the step.
+        request : Forward
+            The step as it came here; session and boundary are replaced.
+        """
         return self._transport.send(
-            wire.TrainStep(
+            replace(
+                request,
                 session=self._session,
                 incarnation=self._incarnation,
-                step=step,
-                boundary=boundary[0],
-                context=boundary[1:],
-                targets=targets,
-                norm=norm,
-                step_seconds=step_seconds,
+                boundary=self.outward.encode(boundary),
             )
         )
 
-    def forward(
-        self,
-        step: int,
-        boundary: tuple[WireTensor, ...],
-        num_examples: int,
-        norm: float | None,
-    ) -> wire.Forwarded:
-        """Have a step's forward done up to where the route comes back."""
+    def backward(self, request: wire.Backward) -> wire.Stepped:
+        """Send the gradients of what came back on, as they were written."""
         return self._transport.send(
-            wire.ForwardStep(
-                session=self._session,
-                incarnation=self._incarnation,
-                step=step,
-                boundary=boundary[0],
-                context=boundary[1:],
-                num_examples=num_examples,
-                norm=norm,
-            )
-        )
-
-    def backward(self, step: int, gradient: WireTensor) -> wire.Returned:
-        """Have the backward of that step done."""
-        return self._transport.send(
-            wire.BackwardStep(
-                session=self._session,
-                incarnation=self._incarnation,
-                step=step,
-                gradient=gradient,
-            )
+            replace(request, session=self._session, incarnation=self._incarnation)
         )
 
     def move(
-        self, step: int, start: int, units: Carried | None, norm: float | None
-    ) -> Carried | None:
+        self, step: int, start: int, units: MigratedUnits | None, norm: float | None
+    ) -> MigratedUnits | None:
         """Have the session begin at another unit; return the units it gives away."""
         request = MoveCut(
             session=self._session,
@@ -166,36 +149,12 @@ class EdgeLink:
             step=step,
             number=self._num_moves,
             start=start,
-            carried=None if units is None else on_wire(units),
+            units=None if units is None else pack_units(units),
             norm=norm,
         )
         moved = self._transport.send(request)
         self._num_moves += 1
-        return moved.carried
-
-    def evaluate(
-        self, boundary: tuple[WireTensor, ...], targets: WireTensor
-    ) -> Mapping[str, float]:
-        """Have the rest of a batch evaluated; return loss and metrics."""
-        request = wire.EvaluateStep(
-            session=self._session,
-            incarnation=self._incarnation,
-            boundary=boundary[0],
-            context=boundary[1:],
-            targets=targets,
-        )
-        return self._transport.send(request).values
-
-    def evaluate_forward(self, boundary: tuple[WireTensor, ...]) -> wire.Forwarded:
-        """Have a batch brought up to where the route comes back."""
-        return self._transport.send(
-            wire.EvaluateForward(
-                session=self._session,
-                incarnation=self._incarnation,
-                boundary=boundary[0],
-                context=boundary[1:],
-            )
-        )
+        return moved.units
 
     def seal(self, num_steps: int, norm: float | None) -> tuple[Receipt, ...]:
         """Finish the session here and at the edges after it."""
@@ -217,15 +176,3 @@ class EdgeLink:
     def traffic(self) -> tuple[int, int]:
         """Count the bytes that were sent, and those that were received."""
         return self._transport.sent_bytes, self._transport.received_bytes
-
-
-def packed(boundary: Boundary) -> tuple[WireTensor, ...]:
-    """Make a boundary ready to cross."""
-    return tuple(WireTensor.pack(tensor) for tensor in boundary)
-
-
-def unpacked(message: Any) -> Batch:
-    """Read the boundary of a message, with its context if it has one."""
-    tensors: tuple[WireTensor, ...] = (message.boundary, *message.context)
-    values: tuple[Tensor, ...] = tuple(tensor.unpack() for tensor in tensors)
-    return values if message.context else values[0]

@@ -87,6 +87,8 @@ class OpenSession(Request[Opened]):
         The most examples that a batch will have, if the device knows.
     variant : Variant
         What of the global model is trained; the receipt says it again.
+    codecs : tuple[str, ...]
+        How each crossing is written from the one into this edge on; empty for ``RAW``.
     """
 
     session: str
@@ -107,6 +109,7 @@ class OpenSession(Request[Opened]):
     num_examples: int = 0
     batch_size: int | None = None
     variant: Variant = WHOLE
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,118 +120,98 @@ class Onward:
     opening: OpenSession
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """Loss of a batch, the gradient of the boundary, and norms if they are clipped.
+    """What a place answers to ``Forward`` or ``Backward``.
 
-    ``advice`` is what the edge would have changed before the next step.
+    Parameters
+    ----------
+    boundary : tuple[WireTensor, ...]
+        What goes back to the device, where the route ends there.
+    gradients : tuple[WireTensor, ...]
+        The gradients of those tensors of the boundary that need one, in order.
+    values : Mapping[str, float]
+        Mean loss of the batch, and metrics in evaluation.
+    norms : Mapping[str, float]
+        The norm of each gradient, where they are clipped.
+    advice : Advice or None
+        What the edge would have changed before the next step.
     """
 
-    loss: float
-    gradient: WireTensor
+    boundary: tuple[WireTensor, ...] = ()
+    gradients: tuple[WireTensor, ...] = ()
+    values: Mapping[str, float] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
     advice: Advice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainStep(Request[Stepped]):
-    """Do all that is left of one training step, exactly once.
+class Forward(Request[Stepped]):
+    """Go forward from a boundary, and do all that can be done of the step.
+
+    With targets that is everything: loss, backward and update in a session that trains,
+    loss and metrics in one that evaluates. Without, the boundary comes back to the
+    device, and ``Backward`` follows if the session trains.
 
     Parameters
     ----------
     session, incarnation : str
         The session, and the life of the edge that opened it.
     step : int
-        Number of the step, from 0; repeating the last one repeats its reply.
-    boundary, targets : WireTensor
-        What the device computed, and what the batch should give.
-    context : tuple[WireTensor, ...]
-        What goes along with the boundary and needs no gradient.
+        Number of the step, from 0. In training, repeating the last one repeats its
+        reply; in evaluation, nothing is remembered.
+    boundary : tuple[WireTensor, ...]
+        The tensors that cross.
+    targets : WireTensor, optional
+        What the batch should give.
+    num_examples : int
+        Examples in the batch.
     norm : float, optional
         The norm of all gradients of the step before, whose update waited for it.
     step_seconds : float, optional
         What a step takes the device, as the route is now.
+
+    Raises
+    ------
+    ValueError
+        If there are targets, and not for so many examples.
     """
 
-    session: str
-    incarnation: str
+    session: str = ""
+    incarnation: str = ""
     step: int
-    boundary: WireTensor
-    targets: WireTensor
-    context: tuple[WireTensor, ...] = ()
+    boundary: tuple[WireTensor, ...] = ()
+    targets: WireTensor | None = None
+    num_examples: int
     norm: float | None = None
     step_seconds: float | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Forwarded:
-    """The boundary that goes back to the device, with its context."""
-
-    boundary: WireTensor
-    context: tuple[WireTensor, ...]
+    def __post_init__(self) -> None:
+        """Refuse a number of examples that the targets contradict."""
+        given = None if self.targets is None else self.targets.shape[:1]
+        if self.targets is not None and given != (self.num_examples,):
+            raise ValueError(
+                f"step {self.step} brings targets of shape {self.targets.shape} for "
+                f"{self.num_examples} examples."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardStep(Request[Forwarded]):
-    """Do the edges' forward of a step whose end is on the device.
+class Backward(Request[Stepped]):
+    """Go backward in the step whose ``Forward`` was last, and update.
 
-    The parameters are those of ``TrainStep``, with the number of examples instead of
-    the labels, which stay where they are.
+    Parameters
+    ----------
+    session, incarnation, step : str, str, int
+        As for ``Forward``.
+    gradients : tuple[WireTensor, ...]
+        Of those tensors of the returned boundary that need one, in order.
     """
 
-    session: str
-    incarnation: str
+    session: str = ""
+    incarnation: str = ""
     step: int
-    boundary: WireTensor
-    num_examples: int
-    context: tuple[WireTensor, ...] = ()
-    norm: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Returned:
-    """The gradient of the boundary that came in, and norms if they are clipped."""
-
-    gradient: WireTensor
-    norms: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackwardStep(Request[Returned]):
-    """Do the edges' backward of the step whose forward was last."""
-
-    session: str
-    incarnation: str
-    step: int
-    gradient: WireTensor
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """Mean loss and metrics of a batch."""
-
-    values: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateStep(Request[Evaluated]):
-    """Do all that is left of evaluating one batch; nothing is remembered."""
-
-    session: str
-    incarnation: str
-    boundary: WireTensor
-    targets: WireTensor
-    context: tuple[WireTensor, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateForward(Request[Forwarded]):
-    """Do the edges' part of evaluating a batch whose labels stay on the device."""
-
-    session: str
-    incarnation: str
-    boundary: WireTensor
-    context: tuple[WireTensor, ...] = ()
+    gradients: tuple[WireTensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +225,7 @@ class Seal(Request[tuple[Receipt, ...]]):
     num_steps : int
         How many steps the device counts.
     norm : float, optional
-        As for ``TrainStep``.
+        As for ``Forward``.
     """
 
     session: str
@@ -306,23 +289,6 @@ class Transport(Protocol):
         """Deliver the request and return its reply, or raise an ``EdgeError``."""
 
 
-class Edge(Protocol):
-    """How a client and a strategy reach an edge; a small value that pickles."""
-
-    @property
-    def name(self) -> str:
-        """The place's name in routes."""
-
-    def start(self, task: Any) -> str:
-        """Start the edge for a run (strategy's side); return its address."""
-
-    def connect(self, address: str) -> Transport:
-        """Reach the edge at an address."""
-
-    def stop(self, address: str) -> None:
-        """End the edge at an address."""
-
-
 @dataclass
 class CountingTransport:
     """Count the payload bytes that go through another transport."""
@@ -337,14 +303,6 @@ class CountingTransport:
         reply = self.inner.send(request)
         self.received_bytes += payload_bytes(reply)
         return reply
-
-
-def num_examples_of(request: Any) -> int:
-    """Count the examples of a step's message; 0 if it brings none."""
-    if hasattr(request, "num_examples"):
-        return int(request.num_examples)
-    tensor = getattr(request, "targets", None) or getattr(request, "boundary", None)
-    return 0 if tensor is None else int(tensor.shape[0])
 
 
 def payload_bytes(message: Any) -> int:

@@ -1,65 +1,46 @@
-"""Waiting for room at an edge: it says when to ask again, and the asker sleeps."""
+"""Ask a full edge again, when it says so."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from flwr_smartsplit.edge.protocol import ReplyT, Request, Transport
 from flwr_smartsplit.errors import EdgeFull
 
-AnswerT = TypeVar("AnswerT")
-
-
-def ask_patiently(
-    ask: Callable[[], AnswerT],
-    patience_seconds: float,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> AnswerT:
-    """Ask until there is room, or until patience ends.
-
-    Parameters
-    ----------
-    ask : Callable
-        Asks once.
-    patience_seconds : float
-        How long to go on asking.
-    clock, sleep : Callable
-        Seconds that only move forward, and what passes them.
-
-    Raises
-    ------
-    EdgeFull
-        The last refusal, where patience has ended or waiting does not help.
-    """
-    deadline = clock() + patience_seconds
-    while True:
-        try:
-            return ask()
-        except EdgeFull as error:
-            wait = error.retry_after_seconds
-            if wait is None or clock() + wait > deadline:
-                raise
-            sleep(wait)
-
 
 @dataclass(frozen=True, slots=True)
-class PatientTransport:
-    """Send through another transport, and wait where the edge is full.
+class RetryingTransport:
+    """Send through another transport, and again while the edge is full.
 
     Parameters
     ----------
     inner : Transport
         Reaches the edge.
-    patience_seconds : float
-        How long to wait for one request.
+    max_wait_seconds : float
+        How long to go on asking, for one request.
+    clock, sleep : Callable
+        Seconds that only move forward, and what passes them.
     """
 
     inner: Transport
-    patience_seconds: float
+    max_wait_seconds: float
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
-        """Deliver the request once there is room for it."""
-        return ask_patiently(lambda: self.inner.send(request), self.patience_seconds)
+        """Deliver the request once the edge is not full.
+
+        Raises
+        ------
+        EdgeFull
+            The last refusal, where time is up or waiting does not help.
+        """
+        deadline = self.clock() + self.max_wait_seconds
+        while True:
+            try:
+                return self.inner.send(request)
+            except EdgeFull as error:
+                wait = error.retry_after_seconds
+                if wait is None or self.clock() + wait > deadline:
+                    raise
+                self.sleep(wait)

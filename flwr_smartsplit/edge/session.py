@@ -1,35 +1,36 @@
-"""Session: one client's segment at an edge while it trains, step by step.
+"""Session: one client's segment at an edge, step by step, each request once.
 
-If the route goes on, the session has a link to the next edge: a boundary goes from
+If the route goes on, the session is a client of the next edge: a boundary goes from
 edge to edge and never back through the device, which may be too small to hold it.
 """
 
 import threading
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.client import EdgeLink, packed, unpacked
-from flwr_smartsplit.edge.moving import MoveCut, Moved, checksum, moved_session
+from flwr_smartsplit.edge.client import EdgeClient
+from flwr_smartsplit.edge.codec import Crossing
+from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, checksum, moved_session
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
-from flwr_smartsplit.plan.refine import Progress, advised, changed, updated
+from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
-from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.train.unit_migration import Make
 from flwr_smartsplit.types import Advice
 
-PER_STEP = 2  # A step has two halves in the order of messages: there, and back.
+StepRequest = wire.Forward | wire.Backward
 
 
-@dataclass
 class Session:
-    """One client's replica of its segment, and what it was last asked.
+    """One client's replica of its segment at an edge.
 
     Parameters
     ----------
@@ -39,71 +40,115 @@ class Session:
         Names this opening.
     runner : SegmentRunner
         Trains the segment.
-    onward : EdgeLink, optional
+    onward : EdgeClient, optional
         The edge where the route goes on.
+    device : torch.device
+        Where the segment computes.
     """
 
-    opened: wire.OpenSession
-    incarnation: str
-    runner: SegmentRunner
-    onward: EdgeLink | None
-    num_examples: int = 0
-    start: int = field(init=False)
-    progress: Progress = field(init=False)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    _next: int = 0
-    _last: int = -1
-    _last_checksum: int = 0
-    _last_reply: Any = None
-    _num_updated: int = 0
-    _num_moves: int = 0
-    _last_move: tuple[int, Moved] | None = None
-
-    def __post_init__(self) -> None:
-        """Begin where the opening says; a move changes it."""
-        self.start = self.opened.start
-        self.progress = Progress(
-            num_examples=self.opened.num_examples,
-            importance_before=self.opened.importance,
-        )
+    def __init__(
+        self,
+        opened: wire.OpenSession,
+        incarnation: str,
+        runner: SegmentRunner,
+        onward: EdgeClient | None,
+        *,
+        device: torch.device = CPU,
+    ) -> None:
+        self.opened = opened
+        self.incarnation = incarnation
+        self.runner = runner
+        self.onward = onward
+        self.start = opened.start
+        self.num_examples = 0
+        self.lock = threading.Lock()
+        self._inward = Crossing.at(opened.codecs, 0, device)
+        self._returning = Crossing.at(opened.codecs, -1, device)
+        self._order = RequestOrder(opened.session)
+        self._advisor = Advisor(opened)
+        self._num_updated = 0
 
     @property
     def num_steps(self) -> int:
-        """How many steps are done."""
-        return self._next // PER_STEP
+        """How many training steps are done."""
+        return self._order.num_steps
 
-    def answer(self, request: Any) -> Any:
-        """Do what a message of a step asks for, exactly once.
+    def answer(self, request: StepRequest) -> wire.Stepped:
+        """Train, each request exactly once; or evaluate, if that is what it is for.
 
         Raises
         ------
         OutOfOrderStep
-            If it is neither the next message nor a repetition of the last.
+            If a training request is neither the next nor a repetition of the last.
         """
-        place, checksum = _place_of(request), _checksum(request)
-        if place == self._last and checksum == self._last_checksum:
-            return self._last_reply
-        if place != self._next:
-            raise self._out_of_order(request, is_changed=place == self._last)
-        self._last_reply = None  # Who asks for more has it, and it takes memory.
-        self._last_reply = self._do(request)
-        self._last_move = None
-        self._last, self._last_checksum = place, checksum
-        # A step that comes back has two halves, and one message for each.
-        self._next += (
-            1 if isinstance(request, wire.ForwardStep | wire.BackwardStep) else PER_STEP
-        )
-        return self._last_reply
+        if isinstance(request, wire.Backward):
+            return self._order.answer(request, lambda: self._backward(request))
+        if not self.opened.is_trained:
+            return self._evaluate(request)
+        return self._order.answer(request, lambda: self._forward(request))
 
-    def _out_of_order(self, request: Any, *, is_changed: bool) -> OutOfOrderStep:
-        what = "was changed" if is_changed else "came"
-        return OutOfOrderStep(
-            f"session {self.opened.session}: step {request.step} {what} after "
-            f"{self.num_steps} steps, in a {type(request).__name__}. The session is "
-            "void: this client sits the round out.",
+    def _forward(self, request: wire.Forward) -> wire.Stepped:
+        """Go forward; and backward at once, if the loss is here or further on."""
+        self.update(request.norm)
+        self.num_examples += request.num_examples
+        if self.onward is None and request.targets is not None:
+            loss, gradients = self.runner.finish(
+                self._inward.decode(request.boundary),
+                request.targets.unpack().to(self._inward.device),
+                step=request.step,
+                inputs_are_boundary=True,
+            )
+            stepped = wire.Stepped(values={"loss": float(loss)})
+        elif self.onward is None:
+            return wire.Stepped(boundary=self._returning.encode(self._enter(request)))
+        else:
+            stepped = self.onward.forward(self._enter(request), request)
+            if request.targets is None:
+                return stepped
+            decode = self.onward.outward.decode
+            gradients = self.runner.backward(lambda: decode(stepped.gradients))
+        advice = self._advisor.after(request, stepped.values["loss"])
+        return self._returned(stepped, gradients, advice)
+
+    def _enter(self, request: wire.Forward) -> Boundary:
+        """Run the segment forward, so that the route can go on."""
+        return self.runner.forward(
+            self._inward.decode(request.boundary),
             step=request.step,
-            num_steps=self.num_steps,
+            inputs_are_boundary=True,
         )
+
+    def _backward(self, request: wire.Backward) -> wire.Stepped:
+        """Go backward from what the device, or the edge further on, sends."""
+        stepped, crossing = wire.Stepped(gradients=request.gradients), self._returning
+        if self.onward is not None:
+            stepped, crossing = self.onward.backward(request), self.onward.outward
+        gradients = self.runner.backward(lambda: crossing.decode(stepped.gradients))
+        return self._returned(stepped, gradients)
+
+    def _returned(
+        self,
+        stepped: wire.Stepped,
+        gradients: tuple[Tensor, ...],
+        advice: Advice | None = None,
+    ) -> wire.Stepped:
+        """Send back this place's gradients, and its norms beside those further on."""
+        return replace(
+            stepped,
+            gradients=self._inward.encode(gradients),
+            norms={**stepped.norms, **self.runner.gradient_norms()},
+            advice=advice,
+        )
+
+    def _evaluate(self, request: wire.Forward) -> wire.Stepped:
+        """Bring one batch to the end of the route, or to where it comes back."""
+        outputs = self.runner.evaluate(self._inward.decode(request.boundary))
+        if self.onward is not None:
+            return self.onward.forward(as_boundary(outputs), request)
+        if request.targets is None:
+            return wire.Stepped(boundary=self._returning.encode(as_boundary(outputs)))
+        targets = request.targets.unpack().to(self._inward.device)
+        return wire.Stepped(values=self.runner.assess(outputs, targets))
 
     def update(self, norm: float | None) -> None:
         """Do the update of the last step, if it waited for the common norm."""
@@ -115,14 +160,14 @@ class Session:
                 f"session {self.opened.session}: the task clips gradients by their "
                 "common norm, and the message has none. Use one version everywhere."
             )
-        self._last_reply = None
+        self._order.forget_reply()
         self.runner.update(norm)
         self._num_updated = self.num_steps
 
     def finish(self, norm: float | None) -> None:
         """Do the last update, and let go of what only steps need."""
         self.update(norm)
-        self._last_reply = None
+        self._order.forget_reply()
         self.runner.release_gradients()
 
     def move(self, request: MoveCut, chain: Chain, make: Make) -> Moved:
@@ -140,142 +185,140 @@ class Session:
         Raises
         ------
         OutOfOrderStep
-            If it is neither the next message nor a repetition of the last.
+            If it is neither the next request nor a repetition of the last.
         RefusedMove
             If it cannot be done exactly; the session is as it was.
         """
-        code = checksum(request)
-        is_next = request.step * PER_STEP == self._next
-        if is_next and request.number == self._num_moves - 1 and self._last_move:
-            last_code, reply = self._last_move
-            if code == last_code:
-                return reply
-        if not is_next or request.number != self._num_moves:
-            is_changed = is_next and request.number == self._num_moves - 1
-            raise self._out_of_order(request, is_changed=is_changed)
-        self.update(request.norm)
-        units = range(self.start, self.opened.stop)
-        self.runner, reply = moved_session(
-            self.runner, chain, units, request, make=make
+
+        def do() -> Moved:
+            self.update(request.norm)
+            units = range(self.start, self.opened.stop)
+            self.runner, reply = moved_session(
+                self.runner, chain, units, request, make=make
+            )
+            self.start = request.start
+            self._advisor.cut_moved()
+            return reply
+
+        return self._order.answer_move(request, do)
+
+
+class Advisor:
+    """Judge one client step by step, if it has a cohort to be compared with.
+
+    Parameters
+    ----------
+    opened : OpenSession
+        What is known of the client when its session opens.
+    """
+
+    def __init__(self, opened: wire.OpenSession) -> None:
+        self._cohort = opened.cohort
+        self._progress = Progress(
+            num_examples=opened.num_examples, importance_before=opened.importance
         )
-        self.start = request.start
-        self.progress = changed(self.progress)
+
+    def after(self, request: wire.Forward, loss: float) -> Advice | None:
+        """Judge the client by this step too, and say what it should change."""
+        if self._cohort is None:
+            return None
+        self._progress, advice = judged(
+            self._progress,
+            self._cohort,
+            loss=loss,
+            num_examples=request.num_examples,
+            step_seconds=request.step_seconds,
+        )
+        return advice
+
+    def cut_moved(self) -> None:
+        """Wait before the next change."""
+        self._progress = self._progress.restarted()
+
+
+class RequestOrder:
+    """Do each request of one session once and in order; answer a repetition again.
+
+    A step takes one request if its end is at an edge, and two if it is at the device:
+    places in the order are counted in half steps.
+
+    Parameters
+    ----------
+    session : str
+        Its name, for messages.
+    """
+
+    def __init__(self, session: str) -> None:
+        self._session = session
+        self._next = 0
+        self._last: tuple[int, int] | None = None  # Place and checksum.
+        self._last_reply = wire.Stepped()
+        self._num_moves = 0
+        self._last_move: tuple[int, Moved] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps are done."""
+        return self._next // 2
+
+    def answer(
+        self, request: StepRequest, do: Callable[[], wire.Stepped]
+    ) -> wire.Stepped:
+        """Do a step's request, or repeat the reply to it."""
+        is_back = isinstance(request, wire.Backward)
+        place, code = 2 * request.step + is_back, _checksum(request)
+        if self._last == (place, code):
+            return self._last_reply
+        if place != self._next:
+            is_changed = self._last is not None and place == self._last[0]
+            raise self._out_of_order(request, is_changed=is_changed)
+        self.forget_reply()
+        self._last_reply = do()
+        self._last, self._last_move = (place, code), None
+        is_half = isinstance(request, wire.Backward) or request.targets is None
+        self._next += 1 if is_half else 2
+        return self._last_reply
+
+    def answer_move(self, request: MoveCut, do: Callable[[], Moved]) -> Moved:
+        """Do a move between two steps, or repeat the reply to it."""
+        code = checksum(request)
+        is_between = 2 * request.step == self._next
+        is_last = is_between and request.number == self._num_moves - 1
+        if is_last and self._last_move is not None and self._last_move[0] == code:
+            return self._last_move[1]
+        if not is_between or request.number != self._num_moves:
+            raise self._out_of_order(request, is_changed=is_last)
+        reply = do()
         self._num_moves += 1
         self._last_move = code, reply
         return reply
 
-    def evaluate(self, request: wire.EvaluateStep) -> wire.Evaluated:
-        """Evaluate one batch to the end of the route."""
-        outputs = self.runner.evaluate(unpacked(request))
-        if self.onward is not None:
-            boundary = packed(as_boundary(outputs))
-            values = self.onward.evaluate(boundary, request.targets)
-            return wire.Evaluated(values)
-        return wire.Evaluated(self.runner.assess(outputs, request.targets.unpack()))
+    def forget_reply(self) -> None:
+        """Free the last reply: who asks for more has it, and it takes memory."""
+        self._last, self._last_reply = None, wire.Stepped()
 
-    def evaluate_forward(self, request: wire.EvaluateForward) -> wire.Forwarded:
-        """Bring one batch to where the route goes back to the device."""
-        boundary = packed(as_boundary(self.runner.evaluate(unpacked(request))))
-        if self.onward is not None:
-            return self.onward.evaluate_forward(boundary)
-        return wire.Forwarded(boundary[0], boundary[1:])
-
-    def _do(self, request: Any) -> Any:
-        if isinstance(request, wire.BackwardStep):
-            return self._backward(request)
-        self.update(request.norm)
-        if isinstance(request, wire.ForwardStep):
-            return self._forward(request)
-        return self._train(request)
-
-    def _advice(self, request: wire.TrainStep, loss: float) -> Advice | None:
-        """Judge the client by this step too, and say what it should change."""
-        cohort = self.opened.cohort
-        if cohort is None:
-            return None
-        self.progress = updated(
-            self.progress,
-            cohort,
-            loss=loss,
-            num_examples=request.targets.shape[0],
-            step_seconds=request.step_seconds,
-        )
-        advice = advised(self.progress, cohort)
-        if advice is not None:
-            self.progress = changed(self.progress)
-        return advice
-
-    def _train(self, request: wire.TrainStep) -> wire.Stepped:
-        self.num_examples += request.targets.shape[0]
-        if self.onward is None:
-            loss, gradients = self.runner.finish(
-                unpacked(request),
-                request.targets.unpack(),
-                step=request.step,
-                inputs_are_boundary=True,
-            )
-            mean_loss, norms = float(loss), self.runner.gradient_norms()
-            advice = self._advice(request, mean_loss)
-            return wire.Stepped(mean_loss, _packed_gradient(gradients), norms, advice)
-        boundary = packed(self._enter(request))
-        stepped = self.onward.train(
-            request.step, boundary, request.targets, request.norm
-        )
-        del boundary  # It shares the memory of what was sent.
-        gradients = self.runner.backward(lambda: (stepped.gradient.unpack(),))
-        norms = {**stepped.norms, **self.runner.gradient_norms()}
-        advice = self._advice(request, stepped.loss)
-        return wire.Stepped(stepped.loss, _packed_gradient(gradients), norms, advice)
-
-    def _forward(self, request: wire.ForwardStep) -> wire.Forwarded:
-        self.num_examples += request.num_examples
-        boundary = packed(self._enter(request))
-        if self.onward is None:
-            return wire.Forwarded(boundary[0], boundary[1:])
-        return self.onward.forward(
-            request.step, boundary, request.num_examples, request.norm
-        )
-
-    def _backward(self, request: wire.BackwardStep) -> wire.Returned:
-        gradient, norms = request.gradient, {}
-        if self.onward is not None:
-            returned = self.onward.backward(request.step, gradient)
-            gradient, norms = returned.gradient, dict(returned.norms)
-        incoming = self.runner.backward(lambda: (gradient.unpack(),))
-        norms |= self.runner.gradient_norms()
-        return wire.Returned(_packed_gradient(incoming), norms)
-
-    def _enter(self, request: Any) -> Boundary:
-        """Run the segment forward, so that the route can go on."""
-        return self.runner.forward(
-            unpacked(request), step=request.step, inputs_are_boundary=True
+    def _out_of_order(
+        self, request: StepRequest | MoveCut, *, is_changed: bool
+    ) -> OutOfOrderStep:
+        what = "was changed" if is_changed else "came"
+        return OutOfOrderStep(
+            f"session {self._session}: step {request.step} {what} after "
+            f"{self.num_steps} steps, in a {type(request).__name__}. The session is "
+            "void: this client sits the round out.",
+            step=request.step,
+            num_steps=self.num_steps,
         )
 
 
-def _packed_gradient(gradients: tuple[Tensor, ...]) -> WireTensor:
-    if not gradients:
-        raise RuntimeError("the segment gave its boundary no gradient.")
-    return WireTensor.pack(gradients[0])
-
-
-def _place_of(request: Any) -> int:
-    """Tell a message's place in the order of its session, in half steps."""
-    return int(request.step) * PER_STEP + isinstance(request, wire.BackwardStep)
-
-
-def _checksum(request: Any) -> int:
-    """Tell a repeated message from a changed one."""
-    names = ("norm", "num_examples", "stop", "step_seconds")
-    values = [getattr(request, name, None) for name in names]
-    checksum = zlib.crc32(f"{type(request).__name__} {values}".encode())
-    for tensor in _tensors(request):
-        checksum = tensor.checksum(checksum)
-    return checksum
-
-
-def _tensors(request: Any) -> Iterator[WireTensor]:
+def _checksum(request: StepRequest) -> int:
+    """Tell a repeated request from a changed one."""
+    values: list[Any] = [type(request).__name__]
+    tensors: list[WireTensor] = []
     for each in fields(request):
         value = getattr(request, each.name)
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, WireTensor):
-                yield tensor
+        for item in value if isinstance(value, tuple) else (value,):
+            (tensors if isinstance(item, WireTensor) else values).append(item)
+    code = zlib.crc32(repr(values).encode())
+    for tensor in tensors:
+        code = tensor.checksum(code)
+    return code

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.errors import EdgeError, SpillLost, StateNotHeld
+from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
 
 State = Mapping[str, npt.NDArray[Any]]
 
 
-class Spill:
+class StateStore:
     """One edge's folder of states and sealed tails.
 
     Parameters
@@ -80,12 +80,12 @@ class Spill:
 
         Raises
         ------
-        SpillLost
+        TailLost
             Naming every session whose tail is missing or changed.
         """
         lost = tuple(s for s, digest in digests.items() if not self._fits(s, digest))
         if lost:
-            raise SpillLost(
+            raise TailLost(
                 f"sealed tails of {', '.join(lost)} are missing or changed: "
                 "drop these clients from the round.",
                 sessions=lost,
@@ -96,13 +96,13 @@ class Spill:
 
         Raises
         ------
-        SpillLost
+        TailLost
             If it is gone.
         """
         try:
             return _read(self._tail_path(session))
         except (OSError, SafetensorError) as error:
-            raise SpillLost(
+            raise TailLost(
                 f"the sealed tail of {session} cannot be read: {error}",
                 sessions=(session,),
             ) from error
@@ -132,7 +132,7 @@ class Spill:
     def _fits(self, session: str, digest: str) -> bool:
         try:
             return state_digest(self.read_tail(session)) == digest
-        except SpillLost:
+        except TailLost:
             return False
 
     def _state_path(self, digest: str) -> Path:
@@ -186,8 +186,8 @@ def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> 
 
 
 def iterate_tails(
-    spill: Spill, weights: Mapping[str, int]
+    store: StateStore, weights: Mapping[str, int]
 ) -> Iterator[tuple[State, int]]:
     """Read tails one by one with their weights, so that one is in memory at a time."""
     for session, weight in weights.items():
-        yield spill.read_tail(session), weight
+        yield store.read_tail(session), weight

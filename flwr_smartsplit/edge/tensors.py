@@ -8,6 +8,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +16,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flwr_smartsplit.split.layout import is_dense
+from flwr_smartsplit.split.layout import is_dense, num_spanned
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16),
+        *(torch.float32, torch.float64, torch.complex64, torch.complex128),
+    )
+}
+"""What a tensor that crosses may hold, by name."""
+
+MAX_DIMS = 32
+MAX_SPREAD = 2**14
+"""How many times its values a tensor with gaps may take when it is laid out again.
+
+A sequence model that hands on its last token has gaps as long as its context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +49,11 @@ class WireTensor:
     shape, strides : tuple[int, ...]
         As torch gives them; strides count elements.
 
+    Raises
+    ------
+    ValueError
+        If they contradict each other, so that it could not be unpacked.
+
     Examples
     --------
     >>> boundary = torch.arange(6.0).reshape(2, 3).t()
@@ -43,6 +66,31 @@ class WireTensor:
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what claims more memory than its bytes can fill."""
+        shape, strides, data = self.shape, self.strides, self.data
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.dtype!r:.99} is none of {', '.join(DTYPES)}.")
+        if not len(shape) == len(strides) <= MAX_DIMS or any(
+            not 0 <= number < 2**62 for number in (*shape, *strides)
+        ):
+            raise ValueError(
+                f"shape {shape} with strides {strides}: give as many numbers in both, "
+                f"at most {MAX_DIMS}, from 0 to 2**62."
+            )
+        size = prod(shape)
+        num_bytes = size * DTYPES[self.dtype].itemsize
+        if data.dtype != np.uint8 or data.shape != (num_bytes,):
+            raise ValueError(
+                f"a tensor of shape {shape} and {self.dtype} has {num_bytes} bytes, "
+                f"not {data.dtype} of shape {data.shape}."
+            )
+        if num_spanned(shape, strides) > MAX_SPREAD * size:
+            raise ValueError(
+                f"strides {strides} lay {size} values over more than {MAX_SPREAD} "
+                "times their memory: send a contiguous copy."
+            )
 
     @classmethod
     def pack(cls, tensor: Tensor) -> Self:
@@ -60,8 +108,8 @@ class WireTensor:
 
     def unpack(self) -> Tensor:
         """Make a tensor of one's own; the bytes may be somebody else's."""
-        num_elements = int(np.prod(self.shape, dtype=np.int64))
-        flat = torch.empty(num_elements, dtype=getattr(torch, self.dtype))
+        num_elements = prod(self.shape)
+        flat = torch.empty(num_elements, dtype=DTYPES[self.dtype])
         if num_elements:
             flat.view(torch.uint8).numpy()[:] = self.data
         if is_dense(self.shape, self.strides):
@@ -88,11 +136,6 @@ def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:
             target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     target.copy_(values)
     return result
-
-
-def state_bytes(state: Mapping[str, npt.NDArray[Any]]) -> int:
-    """Add up the sizes of a state's arrays."""
-    return sum(int(array.nbytes) for array in state.values())
 
 
 def state_digest(state: Mapping[str, npt.NDArray[Any]]) -> str:

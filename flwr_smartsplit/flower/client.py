@@ -18,7 +18,8 @@ from flwr_smartsplit.device.local_training import (
     train_locally,
 )
 from flwr_smartsplit.device.step_timer import StepSeconds
-from flwr_smartsplit.edge.protocol import Edge, Transport
+from flwr_smartsplit.edge.hosts.edge import Edge
+from flwr_smartsplit.edge.protocol import Transport
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
 from flwr_smartsplit.flower.round_exchange import device_names, moved_plan, returned
 from flwr_smartsplit.flower.serde.records import (

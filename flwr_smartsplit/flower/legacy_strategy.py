@@ -23,7 +23,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
-from flwr_smartsplit.edge.protocol import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.flower.inner_strategy import (
     LEGACY_API,
@@ -34,8 +34,8 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
-from flwr_smartsplit.flower.legacy_registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.planning import Planning
+from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.round_manager import (
     BetweenRounds,
@@ -58,15 +58,14 @@ class LegacySmartSplit(Strategy):
     """``SmartSplit`` for servers that speak Flower's legacy API.
 
     From the same replies both make the same state, bit for bit. Parameters and arrays
-    are in the order of the model's ``state_dict``.
+    are in the order of the model's ``state_dict``. All arguments but one are those of
+    ``SmartSplit``.
 
     Parameters
     ----------
     strategy : flwr.server.strategy.FedAvg, optional
         Flower's legacy strategy, which keeps its sampling numbers, config and metric
         functions, ``evaluate_fn``, ``initial_parameters`` and server step.
-    task, edges, planning, mixing, server_steps, seed, journal, on_row, between_rounds
-        As for ``SmartSplit``.
 
     Notes
     -----

@@ -5,9 +5,9 @@ from dataclasses import replace
 from math import inf, isfinite
 
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, moved_plan
-from flwr_smartsplit.plan.refine import cohort_of
+from flwr_smartsplit.plan.advisor import Advisor
 from flwr_smartsplit.plan.selection.history import History, Observation
-from flwr_smartsplit.plan.timing import Work, work_of
+from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
     KEEP_ALL,
     Assignment,
@@ -17,6 +17,7 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     EdgeProfile,
     StepReport,
+    Work,
 )
 
 ClientSeconds = Callable[[ClientPlan, StepReport], float]
@@ -50,7 +51,7 @@ def observed(
     """
     for key, reply in sorted(accepted.items()):
         sent, report = dispatch.sent[key], reply.report
-        seconds = sent.assignment.predicted_seconds
+        seconds = sent.assignment.option.seconds
         if client_seconds is not None:
             seconds = client_seconds(sent.plan, report)
         edges = sent.plan.route.edges()
@@ -59,16 +60,15 @@ def observed(
             round_number=dispatch.round_number,
             num_examples=report.num_examples,
             loss_rms=max(_finite(report.loss_rms), 0.0),
-            loss_drop=_finite(report.loss_drop),
             seconds=_time(seconds),
             step_seconds=report.step_seconds if client_seconds is not None else None,
             work=_work(sent, report),
             edge=edges[0] if edges else None,
-            features=sent.assignment.features,
         )
 
 
 def cohort_in(
+    advisor: Advisor,
     assignments: Iterable[Assignment],
     devices: Mapping[str, DeviceProfile],
     history: History,
@@ -79,6 +79,8 @@ def cohort_in(
 
     Parameters
     ----------
+    advisor : Advisor
+        Sums them up.
     assignments : Iterable[Assignment]
         Who was chosen.
     devices : Mapping[str, DeviceProfile]
@@ -90,12 +92,12 @@ def cohort_in(
     """
     pairs = []
     for each in assignments:
-        key, seconds = each.client_key, each.predicted_seconds
+        key, seconds = each.client_key, each.option.seconds
         seen = history.latest.get(key)
         if seconds is None and seen is not None and seen.step_seconds is not None:
             seconds = seen.step_seconds * devices[key].num_steps
         pairs.append((seconds, history.importance.get(key)))
-    cohort = cohort_of(pairs)
+    cohort = advisor.cohort(pairs)
     if cohort is None:
         return None
     is_limited = any(edge.memory_bytes is not None for edge in edges)

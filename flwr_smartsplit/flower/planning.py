@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flwr_smartsplit.flower.observations import ClientSeconds
+from flwr_smartsplit.plan.advisor import Advisor
 from flwr_smartsplit.plan.routes import ChooseRoute
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
 from flwr_smartsplit.plan.selection.selection import Select
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from flwr_smartsplit.types import NO_CONSTRAINTS, Constraints
 
 
@@ -26,8 +27,9 @@ class Planning:
         if labels must stay on the devices, or a function of one's own.
     constraints : Constraints
         What every route must respect, such as ``Constraints(min_device_units=2)``.
-    refine : bool
-        Whether edges may move cuts and release slow, unimportant clients in a round.
+    advisor : Advisor, optional
+        Lets edges move cuts and release slow, unimportant clients in a round, such as
+        ``StragglerAdvisor()``; by default they do not: ``docs/results.md`` says why.
     client_seconds : Callable[[ClientPlan, StepReport], float], optional
         How long a client's part took, such as ``measured_seconds``; by default, as
         long as was predicted from its traits. With it, the speed of devices that do
@@ -54,7 +56,7 @@ class Planning:
     select: Select = BY_UTILITY
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
-    refine: bool = True
+    advisor: Advisor | None = None
     client_seconds: ClientSeconds | None = None
     num_threads: int = 1
     clock: Callable[[], float] = time.perf_counter

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from flwr_smartsplit.edge.protocol import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, Journal, OnRow
@@ -37,6 +37,7 @@ from flwr_smartsplit.server.aggregation import (
     Settled,
     next_state,
     settle_round,
+    state_like,
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
@@ -250,8 +251,7 @@ class CentralManager:
             seen = self._state if state is None else state
             changed = settings.between_rounds(dispatch.round_number, seen, summary)
             if changed is not None:
-                self.chain.check_state({n: a.shape for n, a in changed.items()})
-                state = {n: changed[n].astype(a.dtype) for n, a in seen.items()}
+                state = state_like(seen, changed, maker=settings.between_rounds)
         self._state = self._state if state is None else state
         return state
 
@@ -317,9 +317,7 @@ class CentralManager:
                 edges=self.edges.profiles(edges),
                 select=planning.select if phase.is_train else select_at_random,
                 choose_route=planning.choose_route,
-                min_device_units=self._constraints.min_device_units,
-                recompute=self._constraints.recompute,
-                kept_units=self._constraints.kept_units,
+                constraints=self._constraints,
             ),
             rng=Random(seed),
             history=self.history,
@@ -359,10 +357,16 @@ class CentralManager:
         edges: Sequence[str],
     ) -> Cohort | None:
         """Say what edges compare clients with, if they may advise them."""
-        if not (phase.is_train and self.settings.planning.refine):
+        advisor = self.settings.planning.advisor
+        if advisor is None or not phase.is_train:
             return None
-        profiles = self.edges.profiles(edges)
-        return cohort_in(plan.assignments, clients, self.history, edges=profiles)
+        return cohort_in(
+            advisor,
+            plan.assignments,
+            clients,
+            self.history,
+            edges=self.edges.profiles(edges),
+        )
 
     def _sent(
         self, plan: ClientPlan, assignment: Assignment, profile: ChainProfile
@@ -382,17 +386,21 @@ class CentralManager:
         addresses: Mapping[str, str],
         cohort: Cohort | None,
     ) -> ClientPlan:
+        option = assignment.option
         return ClientPlan(
             client_key=assignment.client_key,
             round_number=phase.round_number,
-            route=assignment.route,
+            route=option.route,
             seed=self.settings.seed,
             num_threads=self.settings.planning.num_threads,
             budget_bytes=assignment.budget_bytes,
-            recompute=assignment.recompute,
-            predicted_peak_bytes=assignment.predicted_peak_bytes,
+            recompute=option.recompute,
+            predicted_peak_bytes=option.peak_bytes,
+            variant=option.variant,
+            codecs=option.codecs,
+            accumulate=option.accumulate,
             state_digest=digest,
-            edge_addresses={e: addresses[e] for e in assignment.route.edges()},
+            edge_addresses={e: addresses[e] for e in option.route.edges()},
             config=plain_values(phase.config),
             cohort=None if cohort is None else cohort.for_steps(device.num_steps),
             importance=self.history.importance.get(device.client_key, 0.0),

@@ -56,15 +56,12 @@ class ServerOptimizer:
         self._taken: State = {}
 
     def step(self, before: State, after: State, summary: RoundSummary) -> State:
-        """Return the next state, in the types that the model has."""
+        """Return the next state."""
         names = [name for name in before if name in self._trained_names]
         start = {name: self._unrounded(name, before[name]) for name in names}
         mean = {name: after[name] for name in names}
         self._taken = self._take_step(summary.round_number, start, mean)
-        return {
-            name: self._taken[name].astype(value.dtype) if name in start else value
-            for name, value in after.items()
-        }
+        return {**after, **self._taken}
 
     def _unrounded(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Go on from what the last step came to, which may be finer than the model."""

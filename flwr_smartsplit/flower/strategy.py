@@ -17,7 +17,7 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from flwr_smartsplit.edge.protocol import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower import messages
 from flwr_smartsplit.flower.inner_strategy import (

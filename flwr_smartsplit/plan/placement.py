@@ -1,11 +1,10 @@
 """Placing: which edge hosts the rest of a client's model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from flwr_smartsplit.plan.menu import Offer
 from flwr_smartsplit.plan.timing import round_seconds
-from flwr_smartsplit.types import DeviceProfile, EdgeProfile
+from flwr_smartsplit.types import DeviceProfile, EdgeProfile, RouteOption
 
 NEAR = 1.1
 """Edges over which a client's round takes at most this much longer than over the
@@ -34,44 +33,59 @@ class Places:
         self._memory_bytes = dict.fromkeys(names, 0)
         self._disk_bytes = dict.fromkeys(names, 0)
 
-    def find(
-        self, device: DeviceProfile, offer: Offer, home: str | None
-    ) -> EdgeProfile | None:
-        """Choose an edge that has room; None if none has.
-
-        Of the edges over which the client is about as fast, the one where it was
-        before, unless others have two clients fewer; else the one with the fewest.
+    def place(
+        self, device: DeviceProfile, options: Iterable[RouteOption], home: str | None
+    ) -> RouteOption | None:
+        """Give a client the first of some options for which an edge has room.
 
         Parameters
         ----------
         device : DeviceProfile
             The client.
-        offer : Offer
-            What it is to do.
+        options : Iterable[RouteOption]
+            What it can do, the most wanted first.
         home : str or None
             The edge where it was before.
+
+        Returns
+        -------
+        RouteOption or None
+            With the edge in its route; None if no edge has room for any.
         """
-        roomy = [edge for edge in self.edges if self._has_room(edge, offer)]
-        if not roomy:
+        for option in options:
+            if option.is_placed or not option.route.cuts:
+                return option.at(None)
+            edge = self._find(device, option, home)
+            if edge is not None:
+                self._clients[edge.name] += 1
+                self._memory_bytes[edge.name] += option.edge_memory_bytes
+                self._disk_bytes[edge.name] += option.edge_disk_bytes
+                return option.at(edge.name)
+        return None
+
+    def _find(
+        self, device: DeviceProfile, option: RouteOption, home: str | None
+    ) -> EdgeProfile | None:
+        """Choose an edge that has room; None if none has.
+
+        Of the edges over which the client is about as fast, the one where it was
+        before, unless others have two clients fewer; else the one with the fewest.
+        """
+        free = [edge for edge in self.edges if self._has_room(edge, option)]
+        if not free:
             return None
-        seconds = {e.name: round_seconds(offer.work, device, e) or 0.0 for e in roomy}
+        seconds = {e.name: round_seconds(option.work, device, e) or 0.0 for e in free}
         limit = NEAR * min(seconds.values())
-        near = [edge for edge in roomy if seconds[edge.name] <= limit]
+        near = [edge for edge in free if seconds[edge.name] <= limit]
         fewest = min(self._clients[edge.name] for edge in near)
         for edge in near:
             if edge.name == home and self._clients[home] <= fewest + 1:
                 return edge
         return next(edge for edge in near if self._clients[edge.name] == fewest)
 
-    def take(self, edge: EdgeProfile, offer: Offer) -> None:
-        """Count a client in."""
-        self._clients[edge.name] += 1
-        self._memory_bytes[edge.name] += offer.edge_memory_bytes
-        self._disk_bytes[edge.name] += offer.edge_disk_bytes
-
-    def _has_room(self, edge: EdgeProfile, offer: Offer) -> bool:
-        memory = self._memory_bytes[edge.name] + offer.edge_memory_bytes
-        disk = self._disk_bytes[edge.name] + offer.edge_disk_bytes
+    def _has_room(self, edge: EdgeProfile, option: RouteOption) -> bool:
+        memory = self._memory_bytes[edge.name] + option.edge_memory_bytes
+        disk = self._disk_bytes[edge.name] + option.edge_disk_bytes
         return (edge.memory_bytes is None or memory <= edge.memory_bytes) and (
             edge.disk_bytes is None or disk <= edge.disk_bytes
         )

@@ -1,34 +1,29 @@
 """plan_round: who trains what where. The one entry that strategies call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import isnan, nan
+from dataclasses import dataclass, replace
+from math import nan
 from random import Random
 
 import numpy as np
 
 from flwr_smartsplit.errors import NoFeasibleRoute
-from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
-from flwr_smartsplit.plan.menu import Menu, Offer, Terms, menu_of
-from flwr_smartsplit.plan.routes import (
-    ChooseRoute,
-    RouteRequest,
-    check_route,
-    plan_of,
-)
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
+from flwr_smartsplit.plan.routes import ChooseRoute, RouteRequest, chosen_option
+from flwr_smartsplit.plan.search_space import SearchSpace, search_space
 from flwr_smartsplit.plan.selection.candidates import (
     Candidate,
     by_batch_size,
     candidates_of,
 )
 from flwr_smartsplit.plan.selection.history import NO_HISTORY, History
-from flwr_smartsplit.plan.selection.selection import Chosen, Select, SelectionRequest
+from flwr_smartsplit.plan.selection.selection import Select, SelectionRequest
 from flwr_smartsplit.plan.selection.speed_estimates import with_speeds
-from flwr_smartsplit.plan.timing import round_seconds, work_of
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY
+from flwr_smartsplit.plan.timing import round_seconds
 from flwr_smartsplit.types import (
-    Assignment,
+    NO_CONSTRAINTS,
     ChainProfile,
+    Constraints,
     DeviceProfile,
     EdgeProfile,
     RoundPlan,
@@ -44,24 +39,18 @@ class Routing:
     edges : tuple[EdgeProfile, ...]
         The edges that are ready.
     select : Callable[[SelectionRequest], Selection]
-        Chooses clients, with one of the routes and plans that each can take.
+        Chooses clients, with one of the options that each has.
     choose_route : Callable[[RouteRequest], Route], optional
         Chooses the route of each client beforehand; without it, ``select`` may choose
         from all.
-    kept_units : frozenset[int]
-        Units that must be on the device on every route.
-    min_device_units : int
-        How many units a cut leaves on the device at least.
-    recompute : bool
-        Whether a device may recompute activations.
+    constraints : Constraints
+        What the user allows.
     """
 
     edges: tuple[EdgeProfile, ...] = ()
     select: Select = BY_UTILITY
     choose_route: ChooseRoute | None = None
-    kept_units: frozenset[int] = frozenset()
-    min_device_units: int = 1
-    recompute: bool = True
+    constraints: Constraints = NO_CONSTRAINTS
 
 
 def plan_round(  # noqa: PLR0913 - all that a plan hangs on
@@ -105,7 +94,7 @@ def plan_round(  # noqa: PLR0913 - all that a plan hangs on
     """
     devices = [
         with_speeds(device, history.speeds.get(device.client_key), routing.edges)
-        for device in sorted(fleet, key=_client_key)
+        for device in sorted(fleet, key=lambda each: each.client_key)
     ]
     if routing.choose_route is None:
         candidates, unfit = _free(devices, profiles, routing)
@@ -121,13 +110,10 @@ def plan_round(  # noqa: PLR0913 - all that a plan hangs on
             rng=rng,
         )
     )
-    chosen = sorted(
-        selection.chosen, key=lambda each: _client_key(each.candidate.device)
-    )
     reasons = {**unfit, **selection.passed}
     return RoundPlan(
         round_number=round_number,
-        assignments=tuple(map(_assigned, chosen)),
+        assignments=tuple(sorted(selection.chosen, key=lambda each: each.client_key)),
         skipped={key: reasons[key] for key in sorted(reasons)},
         unfit=frozenset(unfit),
     )
@@ -138,41 +124,30 @@ def _free(
     profiles: Mapping[int, ChainProfile],
     routing: Routing,
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """List everybody with all offers within its budget."""
+    """List everybody with all options within its budget."""
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
     for batch_size, group in by_batch_size(devices).items():
-        menu = _menu(profiles[batch_size], group, routing)
-        found, left_out = candidates_of(group, menu, routing.edges)
+        space = _space(profiles[batch_size], group, routing)
+        found, left_out = candidates_of(group, space, routing.edges)
         candidates += found
         unfit |= left_out
-    return sorted(candidates, key=lambda each: _client_key(each.device)), unfit
+    return sorted(candidates, key=lambda each: each.client_key), unfit
 
 
-def _menu(
+def _space(
     profile: ChainProfile, devices: Sequence[DeviceProfile], routing: Routing
-) -> Menu:
-    """Make the menu; plans that recompute only where a budget is short."""
-    terms = Terms(
-        has_edges=bool(routing.edges),
-        kept_units=routing.kept_units,
-        min_device_units=routing.min_device_units,
-        recompute=False,
-    )
-    menu = menu_of(profile, terms)
-    most = int(menu.peaks.max(initial=0))
+) -> SearchSpace:
+    """List the options; plans that recompute only where a budget is short."""
+    constraints, has_edges = routing.constraints, bool(routing.edges)
+    plain = replace(constraints, recompute=False)
+    space = search_space(profile, plain, has_edges=has_edges)
+    most = int(space.peaks.max())
     budgets = [device.budget_bytes for device in devices]
     is_short = any(budget is not None and budget < most for budget in budgets)
-    if not (routing.recompute and is_short):
-        return menu
-    return menu_of(
-        profile,
-        Terms(
-            has_edges=terms.has_edges,
-            kept_units=terms.kept_units,
-            min_device_units=terms.min_device_units,
-        ),
-    )
+    if not (constraints.recompute and is_short):
+        return space
+    return search_space(profile, constraints, has_edges=has_edges)
 
 
 def _routed(
@@ -191,61 +166,18 @@ def _routed(
             profile=profiles[device.batch_size],
             edges=tuple(edges),
             index=index,
-            kept_units=routing.kept_units,
-            recompute=routing.recompute,
-            min_device_units=routing.min_device_units,
+            constraints=routing.constraints,
         )
         try:
-            offer = _only_offer(request, choose_route)
+            option = chosen_option(request, choose_route)
         except NoFeasibleRoute as error:
             unfit[device.client_key] = str(error)
             continue
-        edge = edges[offer.route.edges()[0]] if offer.route.edges() else None
-        known = round_seconds(offer.work, device, edge)
+        edge = edges[option.route.edges()[0]] if option.route.edges() else None
+        known = round_seconds(option.work, device, edge)
         seconds = nan if known is None else known
-        menu = Menu(request.profile, (offer,))
-        only = np.zeros(1, np.int64)
+        space, only = SearchSpace(request.profile, (option,)), np.zeros(1, np.int64)
         candidates.append(
-            Candidate(device, menu, only, np.array([seconds]), 0, seconds)
+            Candidate(device, space, only, np.array([seconds]), 0, seconds)
         )
     return candidates, unfit
-
-
-def _only_offer(request: RouteRequest, choose_route: ChooseRoute) -> Offer:
-    """Let a client's route be chosen, and plan what it runs twice on it.
-
-    Raises
-    ------
-    NoFeasibleRoute
-        If it can take none.
-    """
-    route = choose_route(request)
-    check_route(route, request)
-    recompute = plan_of(route, request)
-    return Offer(
-        route=route,
-        recompute=recompute,
-        peak_bytes=predicted_peak_bytes(request.profile, route, recompute),
-        work=work_of(request.profile, route, recompute),
-        is_placed=True,
-    )
-
-
-def _assigned(chosen: Chosen) -> Assignment:
-    candidate, offer = chosen.candidate, chosen.offer
-    (taken,) = (candidate.fits == candidate.menu.offers.index(offer)).nonzero()
-    seconds = float(candidate.seconds[taken[0]])
-    return Assignment(
-        client_key=candidate.device.client_key,
-        route=offer.at(chosen.edge),
-        budget_bytes=candidate.device.budget_bytes,
-        predicted_peak_bytes=offer.peak_bytes,
-        recompute=offer.recompute,
-        predicted_seconds=None if isnan(seconds) else seconds,
-        why=chosen.why,
-        features=chosen.features,
-    )
-
-
-def _client_key(device: DeviceProfile) -> str:
-    return device.client_key

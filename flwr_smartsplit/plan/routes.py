@@ -1,9 +1,4 @@
-"""Which routes fit a client's memory, and which of them to take.
-
-The first policies: the route that fits with the most units on the device, since it
-leaves the least leaky boundary. Peaks do not grow evenly with depth (a pooled boundary
-can cost less than the one before it), so every cut is tried.
-"""
+"""Choosing a client's route by a function, and checking what such a function chose."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,12 +10,19 @@ from flwr_smartsplit.plan.checkpointing.plan import (
     least_bytes,
     plan_recompute,
 )
+from flwr_smartsplit.plan.search_space import (
+    option_of,
+    split_routes,
+    u_shape_routes,
+)
 from flwr_smartsplit.types import (
     KEEP_ALL,
+    NO_CONSTRAINTS,
     ChainProfile,
+    Constraints,
     DeviceProfile,
-    RecomputePlan,
     Route,
+    RouteOption,
 )
 
 
@@ -38,21 +40,15 @@ class RouteRequest:
         The edges that are ready, in the strategy's order.
     index : int
         The client's place in client_key order, to deal clients out to edges.
-    kept_units : frozenset[int]
-        Units that must be on the device, since their state is the client's own.
-    recompute : bool
-        Whether the device may recompute activations where nothing else fits.
-    min_device_units : int
-        Fewest units that a cut leaves at the device.
+    constraints : Constraints
+        What the user allows.
     """
 
     device: DeviceProfile
     profile: ChainProfile
     edges: tuple[str, ...] = ()
     index: int = 0
-    kept_units: frozenset[int] = frozenset()
-    recompute: bool = True
-    min_device_units: int = 1
+    constraints: Constraints = NO_CONSTRAINTS
 
     @property
     def edge(self) -> str | None:
@@ -63,17 +59,6 @@ class RouteRequest:
     def num_units(self) -> int:
         """The length of the chain."""
         return len(self.profile.units)
-
-    def keeps(self, route: Route) -> bool:
-        """Say whether the units that must be on the device are there."""
-        if route.cuts and route.cuts[0] < self.min_device_units:
-            return False
-        if not self.kept_units:
-            return True
-        on_device: set[int] = set()
-        for leg in route.device_legs(self.num_units):
-            on_device |= set(range(leg.start, leg.stop))
-        return self.kept_units <= on_device
 
 
 ChooseRoute = Callable[[RouteRequest], Route]
@@ -93,14 +78,7 @@ def deepest_split(request: RouteRequest) -> Route:
     NoFeasibleRoute
         With the least bytes that would do.
     """
-    return first_that_fits(_whole_or_split(request), request)
-
-
-def _whole_or_split(request: RouteRequest) -> Iterator[Route]:
-    yield Route.whole()
-    if request.edge is not None:
-        for cut in range(request.num_units - 1, 0, -1):
-            yield Route.split(cut, edge=request.edge)
+    return first_that_fits(split_routes(request.num_units, edge=request.edge), request)
 
 
 def deepest_route(
@@ -143,22 +121,15 @@ def deepest_u_shape(request: RouteRequest) -> Route:
     NoFeasibleRoute
         With the least bytes that would do.
     """
-    return first_that_fits(_whole_or_u_shape(request), request)
-
-
-def _whole_or_u_shape(request: RouteRequest) -> Iterator[Route]:
-    yield Route.whole()
-    if request.edge is not None:
-        for last in range(request.num_units - 1, 1, -1):
-            for first in range(last - 1, 0, -1):
-                yield Route.u_shape(first, last, edge=request.edge)
+    routes = u_shape_routes(request.num_units, edge=request.edge)
+    return first_that_fits(routes, request)
 
 
 def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
     """Return the first of some routes that the client can take.
 
-    Without running anything twice, if that is possible; else with, unless the request
-    forbids it.
+    Without running anything twice, if that is possible; else with, unless the
+    constraints forbid it.
 
     Parameters
     ----------
@@ -172,57 +143,56 @@ def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
     NoFeasibleRoute
         With the least bytes that would do.
     """
-    budget_bytes = request.device.budget_bytes
-    kept = list(filter(request.keeps, routes))
-    if budget_bytes is None and kept:
-        return kept[0]
-    needs = _least_first(kept, request)
-    least: tuple[int, Route] | None = None
-    for peak, route in needs:
-        if budget_bytes is not None and peak <= budget_bytes:
-            return route
-        if least is None or peak < least[0]:
-            least = (peak, route)
-    if least is None or budget_bytes is None:
+    budget_bytes, constraints = request.device.budget_bytes, request.constraints
+    size = request.num_units
+    allowed = [each for each in routes if constraints.allow(each, num_units=size)]
+    if not allowed:
         raise NoFeasibleRoute(
-            f"no route keeps the first {request.min_device_units} units on the device, "
-            f"and those whose state is its own ({sorted(request.kept_units)}): lower "
-            "min_device_units, or let fewer names be local.",
+            f"no route keeps the first {constraints.min_device_units} units on the "
+            "device, and those whose state is its own "
+            f"({sorted(constraints.kept_units)}): lower min_device_units, or let fewer "
+            "names be local.",
         )
+    if budget_bytes is None:
+        return allowed[0]
+    tried: list[tuple[int, Route]] = []
+    for peak, route in _peaks(allowed, request, budget_bytes):
+        if peak <= budget_bytes:
+            return route
+        tried.append((peak, route))
+    least, route = min(tried, key=lambda each: each[0])
     advice = ", give the strategy an edge" if request.edge is None else ""
     raise NoFeasibleRoute(
-        f"no route fits: the cheapest ({least[1]}) needs {bytes_text(least[0])} "
+        f"no route fits: the cheapest ({route}) needs {bytes_text(least)} "
         f"at batch size {request.profile.batch_size}, the budget is "
         f"{bytes_text(budget_bytes)}. Lower the batch size{advice} or raise the "
         "budget.",
-        needed_bytes=least[0],
+        needed_bytes=least,
         budget_bytes=budget_bytes,
     )
 
 
-def _least_first(
-    routes: Iterable[Route], request: RouteRequest
+def _peaks(
+    routes: Iterable[Route], request: RouteRequest, budget_bytes: int
 ) -> Iterator[tuple[int, Route]]:
     """Say what each route needs: as it is, and then with what can run twice."""
     for route in routes:
         yield predicted_peak_bytes(request.profile, route), route
-    if request.recompute:
-        budget_bytes = request.device.budget_bytes or 0
+    if request.constraints.recompute:
         for route in routes:
             if floor_bytes(request.profile, route) <= budget_bytes:
                 yield least_bytes(request.profile, route), route
 
 
-def plan_of(route: Route, request: RouteRequest) -> RecomputePlan:
-    """Choose what a client recomputes on a route that was checked."""
-    budget_bytes = request.device.budget_bytes
-    if budget_bytes is None:
-        return KEEP_ALL
-    return plan_recompute(request.profile, route, budget_bytes=budget_bytes)
+def chosen_option(request: RouteRequest, choose_route: ChooseRoute) -> RouteOption:
+    """Let a function choose a client's route, check it, and plan for its memory.
 
-
-def check_route(route: Route, request: RouteRequest) -> None:
-    """Make sure that a client can take a route that was chosen for it.
+    Parameters
+    ----------
+    request : RouteRequest
+        The client, the costs and the edges.
+    choose_route : Callable[[RouteRequest], Route]
+        Chooses the route.
 
     Raises
     ------
@@ -232,6 +202,16 @@ def check_route(route: Route, request: RouteRequest) -> None:
         If an edge is not there, the memory is not enough, or the device lacks units
         that it must have.
     """
+    route = choose_route(request)
+    _check_route(route, request)
+    budget_bytes = request.device.budget_bytes
+    recompute = KEEP_ALL
+    if budget_bytes is not None:
+        recompute = plan_recompute(request.profile, route, budget_bytes=budget_bytes)
+    return option_of(request.profile, route, recompute).at(None)
+
+
+def _check_route(route: Route, request: RouteRequest) -> None:
     if not isinstance(route, Route):
         raise InvalidRoute(
             f"choose_route returns a {type(route).__name__} for client "

@@ -4,7 +4,6 @@ The same few sums serve the planner, which compares routes, and the clock of the
 simulations, which says how long a round would have taken on a fleet.
 """
 
-from dataclasses import dataclass
 from math import inf
 
 from flwr_smartsplit.plan.checkpointing.plan import extra_flops
@@ -16,36 +15,11 @@ from flwr_smartsplit.types import (
     Link,
     RecomputePlan,
     Route,
+    Work,
 )
-
-STEP_OVER_FORWARD = 3
-"""FLOPs of forward and backward together over those of forward: backward multiplies
-each layer's gradient with its weights and with its inputs."""
+from flwr_smartsplit.types.options import STEP_OVER_FORWARD
 
 NO_WAIT = Link()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What a route asks of a device, its link and its edges.
-
-    Parameters
-    ----------
-    device_flops, edge_flops : float
-        Floating-point operations of a training step, at the device and at edges.
-    boundary_bytes : float
-        What a step sends from the device over its cuts; as much comes back.
-    num_exchanges : int
-        Messages there and back over the device's link, per step.
-    state_bytes : float
-        The device segments' parameters and buffers, which come and go once a round.
-    """
-
-    device_flops: float
-    edge_flops: float
-    boundary_bytes: float
-    num_exchanges: int
-    state_bytes: float
 
 
 def work_of(
@@ -87,6 +61,7 @@ def work_of(
         boundary_bytes=sum(units[cut - 1].boundary_bytes for cut in crossed),
         num_exchanges=len(crossed),
         state_bytes=sum(unit.parameter_bytes + unit.buffer_bytes for unit in own),
+        extra_flops=extra,
     )
 
 
@@ -108,8 +83,7 @@ def step_seconds(
 
     Examples
     --------
-    >>> work = Work(device_flops=6, edge_flops=8, boundary_bytes=10, num_exchanges=1,
-    ...             state_bytes=0)
+    >>> work = Work(device_flops=6, edge_flops=8, boundary_bytes=10, num_exchanges=1)
     >>> link = Link(up_bytes_per_second=5, down_bytes_per_second=10,
     ...             latency_seconds=0.25)
     >>> step_seconds(work, flops_per_second=2, link=link, edge_flops_per_second=8)

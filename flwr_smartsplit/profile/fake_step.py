@@ -42,7 +42,7 @@ class DryStep:
         task = replace(task, max_gradient_norm=None, schedule_fn=None)
         self._mode, self.meter = DryRun(), LoggingMeter()
         self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
-        self.observed = Observed(self.segment, self.meter)
+        self.observed = Observed(self.segment, self.meter, num_units=len(chain))
         self._batch = fake_batch(
             (chain.example_inputs, task.example_targets),
             self._mode,

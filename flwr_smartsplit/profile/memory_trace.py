@@ -7,7 +7,8 @@ first, so all of the rest is done when a boundary's gradient is there, and
 every cut. What differs is added: how the gradient arrives, and whose optimizer runs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -87,20 +88,48 @@ class Passage:
     packing_bytes: int
     backward_start: int = 0
     flops_before: int | None = None  # Forward's, when its gradient came.
-    gradient_birth: int = UNKNOWN
-    gradient_bytes: int = 0
-    unpacking_bytes: int = 0
+    gradients: dict[int, int] = field(default_factory=dict)  # Bytes, by birth.
+    unpacking_bytes: int = 0  # On arrival; and what packing them takes:
+    gradient_packing_bytes: int = 0
+    crosses_alone: bool = True
     outputs: tuple[tuple[int, int], ...] = ()  # Birth and bytes of each storage.
     changes_tensors: bool = False
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Size of all gradients that come back."""
+        return sum(self.gradients.values())
+
+
+class _Watched(torch.autograd.Function):
+    """Let a boundary pass, and tell of its gradients when all of them are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, came: Callable[..., None], *boundary: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Hand the boundary on."""
+        ctx.set_materialize_grads(False)
+        ctx.came = came
+        return tuple(tensor.detach() for tensor in boundary)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Tell of the gradients, and hand them on."""
+        ctx.came(*gradients)
+        return None, *gradients
 
 
 class Observed(nn.Module):
     """A segment that tells a log of its units' values while it trains."""
 
-    def __init__(self, segment: nn.Module, meter: LoggingMeter) -> None:
+    def __init__(
+        self, segment: nn.Module, meter: LoggingMeter, *, num_units: int
+    ) -> None:
         super().__init__()
         self.segment = segment
         self.meter = meter
+        self._last = num_units - 1
         self.passages: list[Passage] = []
         self._changeable = _changeable(segment)
         self._versions: list[tuple[int, int]] = []
@@ -111,8 +140,7 @@ class Observed(nn.Module):
         self._versions = _versions(self._changeable)
         return self.segment(inputs, observe=self._observe, **how)
 
-    def _observe(self, index: int, value: Any) -> None:
-        del index
+    def _observe(self, index: int, value: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         passage = Passage(
             forward_end=self.meter.position,
@@ -134,21 +162,37 @@ class Observed(nn.Module):
             {t.untyped_storage()._cdata: self._storage(t) for t in tensors}.values()
         )
         self.passages.append(passage)
-        if tensors and tensors[0].requires_grad:
-            tensors[0].register_hook(partial(self._gradient_came, passage))
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        came = partial(self._gradients_came, passage)
+        if type(value) is tuple and len(trained) > 1 and index < self._last:
+            passage.crosses_alone = False
+            watched = iter(_Watched.apply(came, *trained))
+            return tuple(next(watched) if t.requires_grad else t for t in tensors)
+        if trained:
+            trained[0].register_hook(came)
+        return value
 
     def _storage(self, tensor: Tensor) -> tuple[int, int]:
         return self.meter.birth_of(tensor), tensor.untyped_storage().nbytes()
 
-    def _gradient_came(self, passage: Passage, gradient: Tensor) -> None:
-        shape, strides = tuple(gradient.shape), gradient.stride()
-        size = gradient.element_size()
+    def _gradients_came(self, passage: Passage, *gradients: Tensor | None) -> None:
         passage.backward_start = self.meter.position
         passage.flops_before = self.meter.forward_flops
-        passage.gradient_birth = self.meter.birth_of(gradient)
-        passage.gradient_bytes = num_spanned(shape, strides) * size
-        if not is_dense(shape, strides):
-            passage.unpacking_bytes = gradient.numel() * size
+        most = 0
+        for gradient in gradients:
+            if gradient is None:
+                continue
+            shape, strides = tuple(gradient.shape), gradient.stride()
+            size, birth = gradient.element_size(), self.meter.birth_of(gradient)
+            # Those that share memory do not where they arrive: at most, this is it.
+            spanned = (
+                passage.gradients.get(birth, 0) + num_spanned(shape, strides) * size
+            )
+            passage.gradients[birth] = spanned
+            packed = 0 if is_dense(shape, strides) else gradient.numel() * size
+            passage.gradient_packing_bytes += packed
+            most = max(most, passage.gradient_bytes + packed)
+        passage.unpacking_bytes = most - passage.gradient_bytes
 
 
 _Place = tuple[dict[str, Any], str]
@@ -225,6 +269,9 @@ class StepLog:
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
         self.passages = passages
+        for passage in passages[:-1]:
+            if not passage.gradients:  # It is frozen up to there.
+                passage.backward_start = backward_end
         self.start = start
         self.backward_end = backward_end
         self._all_flops = meter.forward_flops
@@ -254,6 +301,8 @@ class StepLog:
         The boundary is dropped once sent; what backward needs of it is still held.
         """
         passage = self.passages[index]
+        if not passage.gradients:
+            return 0
         until = slice(self.start, passage.backward_start)
         births = self.births[until]
         from_forward = (births >= self.start) & (births < passage.forward_end)
@@ -286,7 +335,7 @@ class StepLog:
             entered + (passage.boundary_bytes if is_sparse else 0),
             entered + highest(changes),
             left + optimizer_temporary_bytes,
-            left + passage.unpacking_bytes,
+            left + passage.gradient_packing_bytes,
         )
 
     def _left_bytes(self, passage: Passage) -> int:
@@ -297,8 +346,9 @@ class StepLog:
         changes = self.changes[passage.forward_end : self.backward_end]
         births = self.births[passage.forward_end : self.backward_end]
         mine = (births >= passage.forward_end) & (births < passage.backward_start)
-        mine &= births != passage.gradient_birth
-        return int(changes[mine].sum()) + passage.gradient_bytes
+        goes_back = np.isin(births, list(passage.gradients))
+        is_over = np.arange(births.size) >= passage.backward_start - passage.forward_end
+        return int(changes[mine & ~(goes_back & is_over)].sum())
 
     def head_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
         """Find the most a device that ends with a unit holds besides what stays.
@@ -310,20 +360,21 @@ class StepLog:
         forward = slice(self.start, passage.forward_end)
         births = self.births
         from_forward = (births >= self.start) & (births < passage.forward_end)
-        held = self.waiting_bytes(index)
         sending = int(self.changes[forward][births[forward] >= self.start].sum())
+        going = max(self._forward_highest(forward), sending + passage.packing_bytes)
+        if not passage.gradients:
+            return going
+        held = self.waiting_bytes(index)
         backward = slice(passage.backward_start, self.backward_end)
         from_backward = births >= passage.backward_start
-        is_gradient = births == passage.gradient_birth
-        changes = np.where(
-            is_gradient[backward], -passage.gradient_bytes, self.changes[backward]
+        changes, is_gradient = as_arrived(
+            passage, self.changes[backward], births[backward]
         )
-        changes = changes[(from_forward | from_backward | is_gradient)[backward]]
+        changes = changes[(from_forward | from_backward)[backward] | is_gradient]
         arrived = held + passage.gradient_bytes
         left = arrived + int(changes.sum())
         return max(
-            self._forward_highest(forward),
-            sending + passage.packing_bytes,
+            going,
             arrived + passage.unpacking_bytes,
             arrived + highest(changes),
             left + optimizer_temporary_bytes,
@@ -331,6 +382,16 @@ class StepLog:
 
     def _forward_highest(self, forward: slice) -> int:
         return highest(self.changes[forward][self.births[forward] >= self.start])
+
+
+def as_arrived(
+    passage: Passage, changes: npt.NDArray[np.int64], births: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Give the gradients of a passage the sizes that they have over the wire."""
+    changes = changes.copy()
+    for birth, size in passage.gradients.items():
+        changes[births == birth] = -size
+    return changes, np.isin(births, list(passage.gradients))
 
 
 def highest(changes: npt.NDArray[np.int64]) -> int:

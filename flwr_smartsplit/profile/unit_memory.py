@@ -15,7 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_smartsplit.profile.fake_step import DryStep
-from flwr_smartsplit.profile.memory_trace import LoggingMeter, StepLog, highest
+from flwr_smartsplit.profile.memory_trace import (
+    LoggingMeter,
+    StepLog,
+    as_arrived,
+    highest,
+)
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
 from flwr_smartsplit.task import Task
@@ -81,10 +86,21 @@ def _unit(log: StepLog, index: int) -> StepBytes:
     if index == log.num_units - 1:
         end = passage.backward_start
     alive = {b for b in new if _sum(log, slice(log.start, end), log.births == b)}
-    # What travels along as context stays, whoever keeps it.
-    context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
+    crossing_bytes = context = 0
     output_bytes = next(iter(new.values()), 0)
     is_saved = bool(new) and next(iter(new)) in alive
+    if passage.crosses_alone:
+        # What travels along as context stays, whoever keeps it.
+        context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
+    else:
+        since = _last_alone(log, index)
+        crossing = {birth: size for birth, size in passage.outputs if birth >= since}
+        crossing_bytes, is_saved = sum(crossing.values()), False
+        output_bytes = sum(
+            size
+            for birth, size in crossing.items()
+            if not _sum(log, slice(log.start, end), log.births == birth)
+        )
     sent = _sum(log, slice(log.start, last), mine) + passage.packing_bytes
     return StepBytes(
         saved_bytes=saved + context,
@@ -93,10 +109,17 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         backward_peak_bytes=_backward_peak(log, index, kept + context),
         left_bytes=_left(log, index),
         output_bytes=output_bytes,
+        crossing_bytes=crossing_bytes,
         gradient_bytes=passage.gradient_bytes,
         is_output_saved=is_saved,
         can_rerun=not passage.changes_tensors,
     )
+
+
+def _last_alone(log: StepLog, index: int) -> int:
+    """Find where the last boundary before a unit was made that is a single tensor."""
+    alone = (p for p in reversed(log.passages[:index]) if p.crosses_alone)
+    return next((passage.forward_end for passage in alone), log.start)
 
 
 def _sum(log: StepLog, until: slice, mine: npt.NDArray[np.bool_]) -> int:
@@ -117,9 +140,8 @@ def _backward(log: StepLog, index: int) -> slice:
 def _backward_peak(log: StepLog, index: int, kept: int) -> int:
     passage, during = log.passages[index], _backward(log, index)
     first = log.passages[index - 1].forward_end if index else log.start
-    births, changes = log.births[during], log.changes[during]
-    is_gradient = births == passage.gradient_birth
-    changes = np.where(is_gradient, -passage.gradient_bytes, changes)
+    births = log.births[during]
+    changes, is_gradient = as_arrived(passage, log.changes[during], births)
     mine = (births >= first) & (births < passage.forward_end)
     changes = changes[mine | is_gradient | (births >= during.start)]
     arrived = kept + passage.gradient_bytes
@@ -130,8 +152,8 @@ def _left(log: StepLog, index: int) -> int:
     """Size of what a unit's backward makes and leaves, but for what goes on."""
     during = _backward(log, index)
     births = log.births[during]
-    onward = log.passages[index - 1].gradient_birth if index else -1
-    mine = (births >= during.start) & (births != onward)
+    onward = list(log.passages[index - 1].gradients) if index else []
+    mine = (births >= during.start) & ~np.isin(births, onward)
     return int(log.changes[during][mine].sum())
 
 
@@ -141,9 +163,8 @@ def _loss(log: StepLog) -> StepBytes:
     births = log.births[during]
     changes = log.changes[during][births >= during.start]
     peak = highest(changes)
-    left = log.changes[during][
-        (births >= during.start) & (births != last.gradient_birth)
-    ]
+    is_onward = np.isin(births, list(last.gradients))
+    left = log.changes[during][(births >= during.start) & ~is_onward]
     return StepBytes(
         forward_peak_bytes=peak,
         passing_peak_bytes=peak,
@@ -162,10 +183,15 @@ def _passing_peaks(
     batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
     meter.track(segment, batch)
     ends = [meter.position]
+
+    def end(_: int, value: Any) -> Any:
+        ends.append(meter.position)
+        return value
+
     with mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(task):
         segment(
             batch,
-            observe=lambda *_: ends.append(meter.position),
+            observe=end,
             recompute=recompute,
         )
     changes, births = np.array(meter.changes), np.array(meter.births)
@@ -207,9 +233,8 @@ class _Reruns:
             return None
         passage = self._dry.observed.passages[index]
         during = slice(passage.backward_start, self._first_use[index])
-        births, changes = self._births[during], self._changes[during]
-        is_gradient = births == passage.gradient_birth
-        changes = np.where(is_gradient, -passage.gradient_bytes, changes)
+        births = self._births[during]
+        changes, is_gradient = as_arrived(passage, self._changes[during], births)
         mine = is_gradient | (births >= during.start)
         return passage.gradient_bytes + int(changes[mine].sum())
 
@@ -245,10 +270,11 @@ def unit_flops(chain: Chain, *, batch_size: int) -> list[tuple[int, int]]:
         del tensor
         saved = total()
 
-    def end(*_: Any) -> None:
+    def end(_: int, value: Any) -> Any:
         nonlocal before
         found.append((total() - before, max(0, saved - before)))
         before = total()
+        return value
 
     with mode, counter, saved_tensors_hooks(save, _drop):
         segment(batch, observe=end)

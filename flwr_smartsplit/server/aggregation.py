@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.edge.protocol import Entry
 from flwr_smartsplit.edge.weighted_mean import Sums, add_states, add_sums, merge
-from flwr_smartsplit.errors import EdgeError, RefusedReply, SpillLost
+from flwr_smartsplit.errors import EdgeError, RefusedReply, SmartSplitError, TailLost
 from flwr_smartsplit.server.acceptance import check_reply, refusal
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.types import ClientReply, Expectation, Failure, StepReport
@@ -68,7 +69,7 @@ class Mixing(Protocol):
     """How much a result counts against the state that it meets."""
 
     def mix(self, current: State, mean: State, summary: RoundSummary) -> State:
-        """Return the next state, with the names, shapes and types of ``current``.
+        """Return the next state, with the names and shapes of ``current``.
 
         Parameters
         ----------
@@ -93,7 +94,7 @@ class ServerStep(Protocol):
     """What the server adds to a state that was merged and mixed."""
 
     def step(self, before: State, after: State, summary: RoundSummary) -> State:
-        """Return the next state, with the names, shapes and types of ``before``.
+        """Return the next state, with the names and shapes of ``before``.
 
         Parameters
         ----------
@@ -113,10 +114,33 @@ def next_state(
     server_steps: Sequence[ServerStep],
 ) -> State:
     """Mix the clients' mean into the current state, then take the server's steps."""
-    state = mixing.mix(current, mean, summary)
+    state = state_like(current, mixing.mix(current, mean, summary), maker=mixing)
     for each in server_steps:
-        state = each.step(current, state, summary)
+        state = state_like(current, each.step(current, state, summary), maker=each)
     return state
+
+
+def state_like(current: State, state: State, *, maker: object) -> State:
+    """Give a state that somebody made the types of the current one.
+
+    Raises
+    ------
+    SmartSplitError
+        If its names or shapes are not those of the current one.
+    """
+    had, has = (
+        {name: np.shape(array) for name, array in each.items()}
+        for each in (current, state)
+    )
+    wrong = sorted(n for n in had.keys() | has.keys() if had.get(n) != has.get(n))
+    if wrong:
+        name = wrong[0]
+        raise SmartSplitError(
+            f"{maker!r} returns a state in which {len(wrong)} arrays are not the "
+            f"model's, such as {name!r}: {has.get(name, 'missing')} instead of "
+            f"{had.get(name, 'nothing')}. Return every name of the state that it gets."
+        )
+    return {n: np.asarray(state[n], dtype=array.dtype) for n, array in current.items()}
 
 
 def settle_round(
@@ -192,7 +216,7 @@ def _commit(
         for place, entries in _entries_by_place(remaining).items():
             try:
                 sums.append(edges.commit(place, round_number, tuple(entries.values())))
-            except SpillLost as error:
+            except TailLost as error:
                 named = [k for k, e in entries.items() if e.session in error.sessions]
                 lost |= dict.fromkeys(named or entries, str(error))
             except EdgeError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.task import Task
@@ -33,7 +34,7 @@ class EdgePool:
         What they build their segments from.
     """
 
-    def __init__(self, edges: Sequence[wire.Edge], task: Task) -> None:
+    def __init__(self, edges: Sequence[Edge], task: Task) -> None:
         if not isinstance(edges, list | tuple):
             raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
         names = [edge.name for edge in edges]
@@ -51,17 +52,14 @@ class EdgePool:
         return tuple(self._edges)
 
     def profiles(self, names: Sequence[str]) -> tuple[EdgeProfile, ...]:
-        """Say what some edges offer; one that does not say has no limits.
+        """Say what some edges offer.
 
         Parameters
         ----------
         names : Sequence[str]
             The edges, in the order in which they are wanted.
         """
-        return tuple(
-            getattr(self._edges[name], "profile", EdgeProfile(name=name))
-            for name in names
-        )
+        return tuple(self._edges[name].profile for name in names)
 
     def prepare(
         self, digest: str, state: State
@@ -105,7 +103,7 @@ class EdgePool:
 
         Raises
         ------
-        SpillLost
+        TailLost
             Naming the sessions it cannot merge.
         EdgeError
             If it cannot merge at all.

@@ -20,13 +20,15 @@ from flwr_smartsplit.types import Rerun
 RunUnit = Callable[[int, Any], Any]
 """``run(index, value)`` runs one unit."""
 
-Observer = Callable[[int, Any], None]
-"""``observe(index, value)`` is told the value of each unit that has run."""
+Observer = Callable[[int, Any], Any]
+"""``observe(index, value)`` is told the value of each unit that has run, and returns
+what to go on with."""
 
 
-def observe_nothing(index: int, value: Any) -> None:
+def observe_nothing(index: int, value: Any) -> Any:
     """Look away."""
-    del index, value
+    del index
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Passage:
         Runs one unit.
     root : nn.Module
         The module that they are part of.
-    observe : Callable[[int, value], None]
+    observe : Callable[[int, value], value]
         Is told the value of each unit.
     preserves_chance : bool
         Whether torch's generator has to be put back to draw the same numbers again;
@@ -71,13 +73,11 @@ def run_units(
     index = units.start
     for part in reruns:
         for unit in range(index, part.start):
-            value = passage.run(unit, value)
-            passage.observe(unit, value)
+            value = passage.observe(unit, passage.run(unit, value))
         value = _run_again(value, part, passage)
         index = part.stop
     for unit in range(index, units.stop):
-        value = passage.run(unit, value)
-        passage.observe(unit, value)
+        value = passage.observe(unit, passage.run(unit, value))
     return value
 
 

@@ -95,7 +95,11 @@ def build_chain(task: Task) -> Chain:
             if chain is None:
                 model = _built(task)
                 if task.units_fn is None:
-                    chain = Chain.from_module(model, task.example_inputs)
+                    chain = Chain.from_module(
+                        model,
+                        task.example_inputs,
+                        max_boundary_tensors=task.max_boundary_tensors,
+                    )
                 else:
                     units = task.units_fn(model)
                     chain = Chain.from_units(model, units, task.example_inputs)
@@ -155,7 +159,8 @@ def _recipe(task: Task) -> _Recipe | None:
         units = units.func
     try:
         hash((function, units))
-        return function, units, pickle.dumps((task.model_fn, task.units_fn, inputs))
+        parts = (task.model_fn, task.units_fn, inputs, task.max_boundary_tensors)
+        return function, units, pickle.dumps(parts)
     except (pickle.PicklingError, AttributeError, TypeError):
         return None
 
@@ -238,7 +243,7 @@ def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
 def state_of(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
     """Copy a module's state into contiguous arrays, by name."""
     return {
-        name: np.array(tensor.detach().numpy(), order="C")
+        name: np.array(tensor.detach().cpu().numpy(), order="C")
         for name, tensor in module.state_dict().items()
     }
 
@@ -249,6 +254,6 @@ def state_views(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
     They change with the module.
     """
     return {
-        name: np.asarray(tensor.detach().numpy(), order="C")
+        name: np.asarray(tensor.detach().cpu().numpy(), order="C")
         for name, tensor in module.state_dict().items()
     }

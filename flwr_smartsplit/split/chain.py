@@ -59,7 +59,9 @@ class Chain:
         self._state_names: dict[tuple[int, int], tuple[str, ...]] = {}
 
     @classmethod
-    def from_module(cls, model: nn.Module, example_inputs: Batch) -> Self:
+    def from_module(
+        cls, model: nn.Module, example_inputs: Batch, *, max_boundary_tensors: int = 1
+    ) -> Self:
         """Read a model as a chain; its parameters may be on meta.
 
         Parameters
@@ -69,13 +71,18 @@ class Chain:
         example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
             One batch, ``(batch, *input shape)`` each, as the model's ``forward`` takes
             it (a dict by keyword); only shapes and dtypes matter.
+        max_boundary_tensors : int
+            The most tensors that may cross a cut: 1 cuts where the model is narrow,
+            more cut inside blocks with skip connections, too.
 
         Raises
         ------
         NotSplittable
             If torch.fx cannot trace the model, or a module uses a name twice.
         """
-        units, refusals = trace_units(model, example_inputs)
+        units, refusals = trace_units(
+            model, example_inputs, max_boundary_tensors=max_boundary_tensors
+        )
         return cls(model, units, example_inputs, refusals=refusals)
 
     @classmethod
@@ -149,7 +156,9 @@ class Chain:
                 f"units: choose 0 <= start < stop <= {len(self)}."
             )
         root = self.model if source is None else source
-        return Segment(self.units[start:stop], start, root, self._odd_modes)
+        entering = self.units[start - 1].gradients if start else ()
+        units = self.units[start:stop]
+        return Segment(units, start, root, self._odd_modes, entering)
 
     def own_segment(self, start: int, stop: int) -> Segment:
         """Copy units ``[start, stop)``, so that their modules are nobody else's."""
@@ -166,6 +175,21 @@ class Chain:
                 name for name in self.model.state_dict() if name in names
             )
         return self._state_names[start, stop]
+
+    def changed_names(self, start: int, stop: int) -> tuple[str, ...]:
+        """Name the state of units ``[start, stop)`` that training can change.
+
+        Parameters that are frozen stay as they are, and so do the buffers of units
+        that write into none.
+        """
+        changed: set[str] = set()
+        for index in range(start, stop):
+            unit = self.segment(index, index + 1)
+            parameters = unit.named_parameters(remove_duplicate=False)
+            changed |= {name for name, p in parameters if p.requires_grad}
+            if self.units[index].changes_buffers:
+                changed |= dict(unit.named_buffers(remove_duplicate=False)).keys()
+        return tuple(n for n in self.state_names(start, stop) if n in changed)
 
     def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Make sure that a state is one of this model, by names and shapes.

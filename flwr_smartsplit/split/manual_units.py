@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
+    constants_of,
     fake_batch,
     fake_copy,
     warnings_ignored,
@@ -28,7 +30,7 @@ from flwr_smartsplit.split.trace.cut_points import (
     torch_log_silenced,
     with_nearest,
 )
-from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder
+from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder, storages_of
 
 
 @warnings_ignored()
@@ -71,7 +73,12 @@ def declared_units(
         _dry_run(model, units, example_inputs, training=mode) for mode in (True, False)
     )
     units = [
-        replace(unit, is_random=facts.is_random)
+        replace(
+            unit,
+            is_random=facts.is_random,
+            gradients=tuple(t.requires_grad for t in _tensors(facts.value)),
+            changes_buffers=facts.changes_model,
+        )
         for unit, facts in zip(units, train, strict=True)
     ]
     refused = {}
@@ -118,7 +125,8 @@ def _list_problems(model: nn.Module, units: Sequence[Unit]) -> list[str]:
 def _parameters_at(model: nn.Module, target: str) -> list[Tensor]:
     path, _, name = target.rpartition(".")
     thing = getattr(model.get_submodule(path), name)
-    return list(thing.parameters()) if isinstance(thing, nn.Module) else [thing]
+    tensors = thing.parameters() if isinstance(thing, nn.Module) else [thing]
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
 def _dry_run(
@@ -133,7 +141,8 @@ def _dry_run(
     for index, unit in enumerate(units):
         root = Segment([unit], index, whole, odd).train(training)
         run = unit.forward_in(training)
-        recorder.facts = NodeFacts()
+        recorder.facts = facts = NodeFacts()
+        own = storages_of([*root.buffers(), *constants_of(root).values()])
         try:
             with mode, recorder, torch.set_grad_enabled(training), torch_log_silenced():
                 value = run_unit(run, root, value)
@@ -141,8 +150,9 @@ def _dry_run(
             raise cannot_run(
                 model, inputs, error, part=f"unit {unit.name!r}"
             ) from error
-        recorder.facts.value = value
-        found.append(recorder.facts)
+        facts.value = value
+        facts.changes_model = not own.isdisjoint(facts.written)
+        found.append(facts)
     return found
 
 
@@ -156,7 +166,7 @@ def _refusal(
     after = index + 1
     for found, training in zip(facts, (True, False), strict=True):
         value = found[index].value
-        reason = _value_problem(value, training=training)
+        reason = _value_problem(value)
         if reason is None:
             names = [unit.name for unit in units[after:]]
             later = dict(zip(names, found[after:], strict=True))
@@ -167,21 +177,24 @@ def _refusal(
         {name for unit in side for name in unit.reads}
         for side in (units[:after], units[after:])
     )
+    trained = [t for t in _tensors(facts[0][index].value) if t.requires_grad]
+    if not trained and not any(_parameters_at(model, name) for name in before):
+        return "no layer with parameters is before it"
+    if len({(tensor.grad_fn, tensor.output_nr) for tensor in trained}) < len(trained):
+        return "two of the tensors of its value are one"
     return tied(model, before, behind)
 
 
-def _value_problem(value: Any, *, training: bool) -> str | None:
+def _value_problem(value: Any) -> str | None:
     """Say why a unit's value is not a boundary, if so."""
     tensors = value if type(value) is tuple else (value,)
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return f"its value is a {type(value).__name__}, not one tensor or several"
-    if not training:
+    if tensors and all(isinstance(tensor, Tensor) for tensor in tensors):
         return None
-    if not tensors[0].requires_grad:
-        return "the first tensor of its value needs no gradient"
-    if any(tensor.requires_grad for tensor in tensors[1:]):
-        return "more than the first tensor of its value needs a gradient"
-    return None
+    return f"its value is a {type(value).__name__}, not one tensor or several"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _joined(units: Sequence[Unit], cuts: Sequence[int]) -> tuple[Unit, ...]:
@@ -209,4 +222,6 @@ def _as_one(units: Sequence[Unit]) -> Unit:
         eval_forward=partial(run, False),
         reads=tuple(sorted({name for unit in units for name in unit.reads})),
         is_random=any(unit.is_random for unit in units),
+        gradients=units[-1].gradients,
+        changes_buffers=any(unit.changes_buffers for unit in units),
     )

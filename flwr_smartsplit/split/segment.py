@@ -20,8 +20,7 @@ Streams = Callable[[int, int], AbstractContextManager[None]]
 """``streams(step, unit)`` opens the random stream that unit runs under."""
 
 Boundary = tuple[Tensor, ...]
-"""The tensor that a gradient comes back for, then its context: tensors that travel
-along and need no gradient, such as an attention mask."""
+"""All tensors that cross a cut. ``Unit.gradients`` says which need a gradient."""
 
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
@@ -43,8 +42,7 @@ class Unit:
     forward : Callable
         ``forward(root, *values)``: ``root`` has the modules of ``reads`` under the
         model's own names; the values are the batch (by keyword if it is a mapping),
-        or what the unit before returned: one tensor, or a tuple of one tensor that
-        needs a gradient and others that do not.
+        or what the unit before returned: one tensor, or a tuple of several.
     reads : tuple[str, ...]
         Dotted names of the modules, parameters and constants it uses.
     eval_forward : Callable, optional
@@ -54,6 +52,11 @@ class Unit:
     light_forward : Callable, optional
         What it does in training if its cheap operators run twice: the same values,
         gradients and buffers, with less kept for backward.
+    gradients : tuple[bool, ...]
+        For each tensor that it returns, whether a gradient comes back for it. A chain
+        finds out; nothing comes back for the last unit, nor for frozen ones.
+    changes_buffers : bool
+        Whether it changes a tensor of the model in training, as a BatchNorm does.
 
     Examples
     --------
@@ -68,6 +71,8 @@ class Unit:
     eval_forward: Callable[..., Any] | None = None
     is_random: bool = False
     light_forward: Callable[..., Any] | None = None
+    gradients: tuple[bool, ...] = (True,)
+    changes_buffers: bool = True
 
     def forward_in(
         self, training: bool, *, is_light: bool = False
@@ -91,6 +96,13 @@ class Segment(nn.Module):
         The model whose modules and parameters the segment shares.
     odd_modes : Mapping[bool, frozenset[str]]
         For ``train(mode)``, the modules that the model leaves in the other mode.
+    entering : tuple[bool, ...]
+        For each tensor of the boundary that enters, whether it needs a gradient.
+
+    Attributes
+    ----------
+    entering_gradients : tuple[bool, ...]
+        The same.
     """
 
     def __init__(
@@ -99,8 +111,10 @@ class Segment(nn.Module):
         start: int,
         source: nn.Module,
         odd_modes: Mapping[bool, frozenset[str]] | None = None,
+        entering: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
+        self.entering_gradients = entering
         # Mangled names, because the model's own children stand beside them.
         self.__units = tuple(units)
         self.__start = start
@@ -160,7 +174,7 @@ class Segment(nn.Module):
 
 
 def as_boundary(outputs: Any) -> Boundary:
-    """Take what a segment returns as a boundary, with its context if it has one."""
+    """Take what a segment returns as a boundary."""
     return outputs if type(outputs) is tuple else (outputs,)
 
 

@@ -5,7 +5,7 @@ gradient at the end of a segment, a copy of the boundary's gradient at its begin
 and all gradients at once until the optimizer runs.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,46 +30,50 @@ _HOOK_MARK = "_treats_parameters_one_by_one"
 
 
 class GradientEntry(torch.autograd.Function):
-    """End a graph with nothing where a gradient will come in later.
+    """End a graph with nothing where gradients will come in later.
 
-    Neither the boundary nor its gradient is held by anyone but the graph and the
-    engine: the boundary goes once it is sent, the gradient once it is used.
+    Neither the boundary nor its gradients are held by anyone but the graph and the
+    engine: the boundary goes once it is sent, a gradient once it is used.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, boundary: Tensor, receive: list[Callable[[], Tensor]]
+        ctx: Any, receive: list[Callable[[], Sequence[Tensor]]], *boundary: Tensor
     ) -> Tensor:
         """Return an empty tensor to go backward from."""
         ctx.receive = receive
-        return boundary.new_empty(0)
+        ctx.sizes = [tensor.numel() for tensor in boundary]
+        return torch.empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        """Make the gradient now, for the engine alone."""
-        return ctx.receive.pop()(), None
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Make the gradients now, for the engine alone."""
+        gradients = zip(ctx.receive.pop()(), ctx.sizes, strict=True)
+        # The far side may have found that a tensor needs none.
+        return None, *(g if g.numel() == size else None for g, size in gradients)
 
 
 class GradientExit(torch.autograd.Function):
-    """Begin a graph with a boundary whose gradient goes out as the engine made it.
+    """Begin a graph with a boundary whose gradients go out as the engine made them.
 
-    A leaf would copy it, and ``.grad`` would lay it out anew.
+    A leaf would copy them, and ``.grad`` would lay them out anew.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, trigger: Tensor, boundary: Tensor, caught: list[Tensor]
-    ) -> Tensor:
+        ctx: Any, trigger: Tensor, caught: list[Tensor], *boundary: Tensor
+    ) -> tuple[Tensor, ...]:
         """Let the boundary in; ``trigger`` makes it part of the graph."""
         del trigger
+        ctx.set_materialize_grads(False)
         ctx.caught = caught
-        return boundary.detach()
+        return tuple(tensor.detach() for tensor in boundary)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        """Put the gradient aside."""
-        ctx.caught.append(gradients[0])
-        return None, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        """Put the gradients aside; an empty tensor stands for none."""
+        ctx.caught += [torch.empty(0) if g is None else g for g in gradients]
+        return None, None, *(None for _ in gradients)
 
 
 def one_by_one(hook: Callable[..., None]) -> Callable[..., None]:

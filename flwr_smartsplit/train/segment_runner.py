@@ -4,7 +4,8 @@ One runner serves every place: the head on a device, a tail on an edge, the whol
 model. It lives beside the cost model because a prediction is a dry run of it.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +32,7 @@ from flwr_smartsplit.train.optimizer_in_backward import (
 )
 from flwr_smartsplit.types import KEEP_ALL
 
+CPU = torch.device("cpu")
 Gradients = tuple[Tensor, ...]
 
 
@@ -52,6 +54,8 @@ class SegmentRunner:
     is_lean : bool
         Whether large parameters are stepped inside backward, which frees their
         gradients at once and costs a little time. Only done where it is exact.
+    device : torch.device
+        Where it computes; the segment is moved there.
 
     Attributes
     ----------
@@ -64,7 +68,7 @@ class SegmentRunner:
     update waits for ``update(norm)``, since part of that norm may lie elsewhere.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what runs, and how its place runs it
         self,
         segment: nn.Module,
         task: Task,
@@ -73,18 +77,20 @@ class SegmentRunner:
         config: Mapping[str, Any] | None = None,
         is_trained: bool = True,
         is_lean: bool = False,
+        device: torch.device = CPU,
     ) -> None:
-        self.segment = segment
+        self.segment = segment if device == CPU else segment.to(device)
+        self.device = device
         self.task = task
         self.recompute = KEEP_ALL
         self._streams = streams
         parameters = [p for p in segment.parameters() if p.requires_grad]
         needs_one = is_trained and bool(parameters)
-        self.optimizer = task.optimizer_fn(parameters) if needs_one else None
+        self.optimizer = optimizer_of(task, parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
         self.is_early = is_lean and _can_be_early(self.optimizer, task)
         self._entry: Tensor | None = None
-        self._receive: list[Callable[[], Tensor]] = []
+        self._receive: list[Callable[[], Gradients]] = []
         self._input_gradients: list[Tensor] = []
 
     def forward(
@@ -108,7 +114,8 @@ class SegmentRunner:
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
         boundary = as_boundary(outputs)
-        self._entry = GradientEntry.apply(boundary[0], self._receive)
+        trained = [tensor for tensor in boundary if tensor.requires_grad]
+        self._entry = GradientEntry.apply(self._receive, *trained)
         return tuple(tensor.detach() for tensor in boundary)
 
     def backward(self, receive: Callable[[], Gradients]) -> Gradients:
@@ -118,7 +125,8 @@ class SegmentRunner:
         ----------
         receive : Callable[[], tuple[Tensor, ...]]
             Makes the gradients of those outgoing tensors that need one, in order, when
-            the engine needs them and for the engine alone.
+            the engine needs them and for the engine alone. Not called if none does. An
+            empty tensor stands for no gradient.
 
         Returns
         -------
@@ -129,9 +137,10 @@ class SegmentRunner:
         entry, self._entry = self._entry, None
         if entry is None:
             raise RuntimeError("backward without forward: the step has no graph.")
-        self._receive[:] = [lambda: receive()[0]]
-        with phase("backward"), self._early_updates():
-            entry.backward(torch.empty_like(entry))
+        if entry.requires_grad:
+            self._receive[:] = [receive]
+            with phase("backward"), self._early_updates():
+                entry.backward(torch.empty_like(entry))
         del entry
         return self._end()
 
@@ -148,7 +157,7 @@ class SegmentRunner:
             As ``backward`` returns them.
         """
         outputs = self._run(inputs, step, inputs_are_boundary)
-        with phase("loss"), autocast_of(self.task):
+        with phase("loss"), autocast_of(self.task, self.device):
             loss = self.task.loss_fn(outputs, targets)
             if loss.untyped_storage().nbytes() > loss.nbytes:
                 # Some losses leave their mean where all of their terms were.
@@ -191,13 +200,13 @@ class SegmentRunner:
     def evaluate(self, inputs: Batch) -> Any:
         """Run the segment forward in evaluation mode, without a graph."""
         self.segment.eval()
-        with phase("forward"), autocast_of(self.task):
+        with phase("forward"), autocast_of(self.task, self.device):
             return self.segment(inputs)
 
     @torch.no_grad()
     def assess(self, outputs: Any, targets: Tensor) -> dict[str, float]:
         """Return loss and metrics of the outputs, in evaluation."""
-        with autocast_of(self.task):
+        with autocast_of(self.task, self.device):
             values = {"loss": float(self.task.loss_fn(outputs, targets))}
             if self.task.metrics_fn is not None:
                 # First, so that none of them takes the place of the loss.
@@ -211,7 +220,7 @@ class SegmentRunner:
         self._input_gradients.clear()
         if inputs_are_boundary:
             inputs = self._leaf(inputs)
-        with phase("forward"), autocast_of(self.task):
+        with phase("forward"), autocast_of(self.task, self.device):
             return self.segment(
                 inputs, streams=self._streams, step=step, recompute=self.recompute
             )
@@ -222,13 +231,20 @@ class SegmentRunner:
         return early_updates(self.optimizer)
 
     def _leaf(self, inputs: Batch) -> Batch:
-        """Let a boundary in, and have its gradient put aside."""
+        """Let a boundary in, and have its gradients put aside."""
         if isinstance(inputs, dict):
             raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
-        boundary, *context = inputs if isinstance(inputs, tuple) else (inputs,)
-        trigger = torch.empty(0, requires_grad=True)
-        leaf = GradientExit.apply(trigger, boundary, self._input_gradients)
-        return (leaf, *context) if context else leaf
+        boundary = inputs if isinstance(inputs, tuple) else (inputs,)
+        flags = self.segment.entering_gradients
+        if any(flags):
+            trained = itertools.compress(boundary, flags)
+            trigger = torch.empty(0, requires_grad=True)
+            leaves = iter(GradientExit.apply(trigger, self._input_gradients, *trained))
+            boundary = tuple(
+                next(leaves) if flag else tensor
+                for tensor, flag in itertools.zip_longest(boundary, flags)
+            )
+        return boundary if len(boundary) > 1 else boundary[0]
 
     def _end(self) -> Gradients:
         """Update, unless that has to wait; return what goes back."""
@@ -245,7 +261,20 @@ def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:
     return optimizer is not None and not waits and steps_one_by_one(optimizer)
 
 
-def autocast_of(task: Task) -> AbstractContextManager[Any]:
+def optimizer_of(task: Task, parameters: Sequence[Tensor]) -> Optimizer | None:
+    """Build the optimizer of some parameters; None if the task's takes none of them.
+
+    An ``optimizer_fn`` may choose, for instance matrices only.
+    """
+    try:
+        return task.optimizer_fn(parameters)
+    except ValueError as error:
+        if "empty parameter list" not in str(error):
+            raise
+        return None
+
+
+def autocast_of(task: Task, device: torch.device = CPU) -> AbstractContextManager[Any]:
     """Switch mixed precision on, if the task says so."""
     dtype = task.autocast_dtype
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

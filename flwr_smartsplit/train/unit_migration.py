@@ -22,7 +22,7 @@ from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.split.sharing import share
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 
 State = Mapping[str, npt.NDArray[Any]]
 Make = Callable[[Segment], SegmentRunner]
@@ -32,7 +32,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
+class MigratedUnits:
     """What units ``[start, stop)`` of a running segment take along.
 
     Parameters
@@ -58,7 +58,9 @@ class Carried:
     settings: Mapping[str, str]
 
 
-def carried(runner: SegmentRunner, chain: Chain, start: int, stop: int) -> Carried:
+def migrated_units(
+    runner: SegmentRunner, chain: Chain, start: int, stop: int
+) -> MigratedUnits:
     """Take what units ``[start, stop)`` of a segment have become; it shares memory.
 
     Parameters
@@ -81,7 +83,7 @@ def carried(runner: SegmentRunner, chain: Chain, start: int, stop: int) -> Carri
     states = {n: s for n, s in _optimizer_states(runner).items() if n in names}
     for name, state in states.items():
         _check_sendable(name, state)
-    return Carried(
+    return MigratedUnits(
         start=start,
         stop=stop,
         state={n: t.detach().numpy() for n, t in part.state_dict().items()},
@@ -98,7 +100,7 @@ def rebuilt(
     *,
     make: Make,
     num_steps: int,
-    arriving: Carried | None = None,
+    arriving: MigratedUnits | None = None,
 ) -> SegmentRunner:
     """Go on with other units: those that stay are shared, those that arrive are built.
 
@@ -115,14 +117,17 @@ def rebuilt(
         Makes a runner as this place does.
     num_steps : int
         The steps done so far.
-    arriving : Carried, optional
+    arriving : MigratedUnits, optional
         The units among them that are new here.
 
     Raises
     ------
     RefusedMove
-        If optimizer or schedule cannot be brought exactly to where they were.
+        If optimizer or schedule cannot be brought exactly to where they were, or the
+        units are on an accelerator.
     """
+    if runner.device != CPU:
+        raise RefusedMove(f"units move from CPU to CPU; these are on {runner.device}.")
     runner.release_gradients()
     sources = {name: runner.segment for i in units for name in chain.units[i].reads}
     if arriving is not None:
@@ -176,7 +181,7 @@ def check_kept(chain: Chain, task: Task, leaving: range) -> None:
 # --- values ---------------------------------------------------------------------------
 
 
-def _built(chain: Chain, arriving: Carried) -> Segment:
+def _built(chain: Chain, arriving: MigratedUnits) -> Segment:
     part = materialise(chain, arriving.start, arriving.stop, arriving.state)
     for name, value in arriving.buffers.items():
         parent, _, last = name.rpartition(".")

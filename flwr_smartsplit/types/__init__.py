@@ -4,7 +4,7 @@ They stand apart so that deciding (``plan``) and carrying (``device``, ``edge``,
 ``server``, ``flower``) can talk to each other without knowing each other.
 """
 
-from flwr_smartsplit.types.advice import Advice, Cohort, Wish
+from flwr_smartsplit.types.advice import Action, Advice, Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan, Rerun
 from flwr_smartsplit.types.codecs import RAW, codec_at
 from flwr_smartsplit.types.constraints import NO_CONSTRAINTS, Constraints
@@ -49,6 +49,7 @@ __all__ = [
     "NO_WORK",
     "RAW",
     "WHOLE",
+    "Action",
     "Advice",
     "Assignment",
     "ChainProfile",
@@ -77,7 +78,6 @@ __all__ = [
     "TailExpectation",
     "UnitCost",
     "Variant",
-    "Wish",
     "Work",
     "codec_at",
 ]

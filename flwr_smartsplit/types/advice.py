@@ -5,8 +5,8 @@ from enum import StrEnum
 from math import inf
 
 
-class Wish(StrEnum):
-    """What an edge would have a device do from its next step on."""
+class Action(StrEnum):
+    """What an edge advises a device to do from its next step on."""
 
     EARLIER = "earlier"
     LATER = "later"
@@ -15,9 +15,9 @@ class Wish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """A wish, and why, for the journal."""
+    """An action, and why, for the journal."""
 
-    wish: Wish
+    action: Action
     reason: str
 
 
@@ -37,6 +37,12 @@ class Cohort:
         A quarter of them are at most as important.
     relieves_edge : bool
         Whether fast devices should take work off the edge.
+    slow_factor, fast_factor : float
+        A device is slow above, and fast below, so many times the median step.
+    patience_steps : int
+        So many steps in a row must speak for the same change.
+    spacing_steps : int
+        At least so many steps lie between two changes.
 
     Raises
     ------
@@ -48,6 +54,10 @@ class Cohort:
     median_importance: float
     low_importance: float
     relieves_edge: bool = True
+    slow_factor: float = 1.5
+    fast_factor: float = 0.7
+    patience_steps: int = 2
+    spacing_steps: int = 4
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""

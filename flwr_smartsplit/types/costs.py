@@ -33,6 +33,10 @@ class StepBytes:
     arriving_bytes : int or None
         Size of the gradients where its backward first asks for what it saved; None if
         it saves nothing.
+    crossing_bytes : int
+        Where more than one tensor needs a gradient after it: size of all that cross and
+        were made since a single one did. Then ``output_bytes`` is the part of them that
+        nobody saves, and no rerun begins there.
     is_output_saved : bool
         Whether ``saved_bytes`` has the output.
     rerun_flops : int
@@ -53,6 +57,7 @@ class StepBytes:
     output_bytes: int = 0
     gradient_bytes: int = 0
     arriving_bytes: int | None = None
+    crossing_bytes: int = 0
     is_output_saved: bool = True
     rerun_flops: int = 0
     can_rerun: bool = True

@@ -7,6 +7,10 @@ from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
 from flwr_smartsplit.types.routes import Route
 from flwr_smartsplit.types.variants import WHOLE, Variant
 
+STEP_OVER_FORWARD = 3
+"""FLOPs of forward and backward together over those of forward: backward multiplies
+each layer's gradient with its weights and with its inputs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -16,11 +20,11 @@ class Work:
     ----------
     device_flops, edge_flops : float
         Floating-point operations at the device and at edges.
-    boundary_bytes : float
+    boundary_bytes : int
         What goes from the device over its cuts; as much comes back.
     num_exchanges : int
         Messages there and back over the device's link.
-    state_bytes : float
+    state_bytes : int
         The device segments' parameters and buffers, which come and go once a round.
     extra_flops : int
         What of ``device_flops`` recomputation adds.
@@ -28,9 +32,9 @@ class Work:
 
     device_flops: float = 0
     edge_flops: float = 0
-    boundary_bytes: float = 0
+    boundary_bytes: int = 0
     num_exchanges: int = 0
-    state_bytes: float = 0
+    state_bytes: int = 0
     extra_flops: int = 0
 
     @property
@@ -39,6 +43,12 @@ class Work:
         own = self.device_flops - self.extra_flops
         total = own + self.edge_flops
         return own / total if total else 1.0
+
+    @property
+    def extra_fraction(self) -> float:
+        """The recomputed FLOPs over those of the device's forward."""
+        own = self.device_flops - self.extra_flops
+        return STEP_OVER_FORWARD * self.extra_flops / own if own else 0.0
 
 
 NO_WORK = Work()
@@ -61,7 +71,7 @@ class RouteOption:
     accumulate : int
         Micro-batches of a step.
     peak_bytes : int
-        The most that the device holds during a step, as predicted.
+        The most that the device holds during a step, as predicted; 0 if unknown.
     work : Work
         What a step asks of device, link and edge.
     edge_memory_bytes, edge_disk_bytes : int

@@ -8,6 +8,7 @@ from flwr_smartsplit.types.advice import Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
 from flwr_smartsplit.types.constraints import NO_CONSTRAINTS, Constraints
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits
+from flwr_smartsplit.types.options import RouteOption
 from flwr_smartsplit.types.routes import Route
 from flwr_smartsplit.types.variants import WHOLE, Variant
 
@@ -47,36 +48,24 @@ class DeviceProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """The route the policy gives one chosen client, and what it should cost.
+    """What one chosen client is to do in a round.
 
     Parameters
     ----------
     client_key : str
         The client.
-    route : Route
-        Where its segments run.
+    option : RouteOption
+        Where and how it trains, and what that should cost.
     budget_bytes : int or None
         The cap of the device; None for no cap.
-    predicted_peak_bytes : int
-        What the device should hold at most.
-    recompute : RecomputePlan
-        What the device runs twice.
-    predicted_seconds : float or None
-        How long its part should take; None if its speed is unknown.
     why : str
         Why it was chosen.
-    features : tuple[float, ...]
-        What a surrogate knew of it, to learn from what the round brings.
     """
 
     client_key: str
-    route: Route
+    option: RouteOption
     budget_bytes: int | None
-    predicted_peak_bytes: int
-    recompute: RecomputePlan = KEEP_ALL
-    predicted_seconds: float | None = None
     why: str = ""
-    features: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,7 +163,12 @@ def _first_draws(chain: Chain, inputs: Batch) -> dict[int, int]:
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(inputs, mode, batch_size=len(tree_leaves(inputs)[0]))
     counts = [0]
+
+    def count(_: int, value: Any) -> Any:
+        counts.append(draws.count)
+        return value
+
     with mode, draws:
-        segment(batch, observe=lambda *_: counts.append(draws.count))
+        segment(batch, observe=count)
     drawn = enumerate(pairwise(counts))
     return {before: unit for unit, (before, after) in drawn if after > before}

@@ -25,7 +25,8 @@ from rich.table import Table
 from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes
 from flwr_smartsplit.device.budget_adapter import Adapter
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.protocol import HoldState
 from flwr_smartsplit.edge.tensors import state_digest
@@ -61,7 +62,7 @@ class Wave(MemoryBudget):
 class Followed:
     """One run: each step's loss, budget, peak and CPU time, and the outcome.
 
-    It looks at each step of a walk, and adapts it first if there is a budget.
+    It looks at each step of a route, and adapts it first if there is a budget.
     """
 
     outcome: Outcome
@@ -73,14 +74,14 @@ class Followed:
         self.peaks: list[int] = []
         self.times: list[float] = []
 
-    def __call__(self, walk: Walk) -> None:
+    def __call__(self, runner: RouteRunner) -> None:
         """Note how the last step went; then adapt."""
-        self.losses.append(walk.tally.loss_sum)
-        self.peaks.append(walk.cap.peak_bytes)
+        self.losses.append(runner.metrics.loss_sum)
+        self.peaks.append(runner.cap.peak_bytes)
         if self._adapter is not None:
-            self._adapter(walk)
-        self.budgets.append(walk.cap.meter.budget_bytes or 0)
-        walk.cap.meter.peak_bytes = 0  # Each step has a peak of its own.
+            self._adapter(runner)
+        self.budgets.append(runner.cap.meter.budget_bytes or 0)
+        runner.cap.meter.peak_bytes = 0  # Each step has a peak of its own.
         self.times.append(time.process_time())
 
     def end(self, outcome: Outcome) -> None:
@@ -118,7 +119,7 @@ class Course:
             edge.stop(address)
         return followed
 
-    def _trained(self, edge: LocalEdge, address: str, followed: Followed) -> Outcome:
+    def _trained(self, edge: Edge, address: str, followed: Followed) -> Outcome:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             state = state_of(self.task.model_fn())

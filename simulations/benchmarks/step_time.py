@@ -23,8 +23,9 @@ from torch import Tensor
 
 from flwr_smartsplit import RayEdge, Route, Task
 from flwr_smartsplit.device.local_training import Conditions, train_locally
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.edge.protocol import Edge, ReplyT, Request, Transport
+from flwr_smartsplit.edge.protocol import ReplyT, Request, Transport
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain, state_of

@@ -12,8 +12,8 @@ import torch
 from flwr.app import Context
 
 from flwr_smartsplit import MemoryBudget, RayEdge, SmartSplitNumPyClient, Task
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.edge.protocol import Edge
 from flwr_smartsplit.types import NO_TRAITS, DeviceTraits
 from simulations.experiments.data import (
     client_indices,

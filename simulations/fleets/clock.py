@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from flwr_smartsplit.plan.timing import Work, step_seconds, work_of
+from flwr_smartsplit.plan.timing import step_seconds, work_of
 from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,
@@ -23,6 +23,7 @@ from flwr_smartsplit.types import (
     RecomputePlan,
     Route,
     StepReport,
+    Work,
 )
 from simulations.experiments.rows import ClientRow
 from simulations.fleets.devices import Devices, FleetDevice

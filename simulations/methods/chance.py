@@ -5,45 +5,28 @@ What a choice by utility has to beat.
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit.plan.placement import Places
-from flwr_smartsplit.plan.selection.selection import (
-    EDGES_FULL,
-    NOT_SAMPLED,
-    Selection,
-    SelectionRequest,
-    place,
-    sample_clients,
-)
+from flwr_smartsplit import Selection, SelectionRequest
+from flwr_smartsplit.plan.selection.candidates import Candidate
+from flwr_smartsplit.plan.selection.selection import sampled
+from flwr_smartsplit.types import RouteOption
 from simulations.methods.method import Method, Setting
 from simulations.methods.splitting import split_strategy
 
 
 def random_routes(request: SelectionRequest) -> Selection:
-    """Draw clients, and for each of them one of the offers that fit."""
-    candidates = request.candidates
-    passed = {each.device.client_key: NOT_SAMPLED for each in candidates}
-    drawn = sample_clients(
-        list(passed), num_clients=request.num_clients, rng=request.rng
-    )
-    places, chosen = Places(request.edges), []
-    for index, each in enumerate(candidates):
-        key = each.device.client_key
-        if key not in drawn:
-            continue
-        wanted = [int(offer) for offer in each.fits]
-        request.rng.shuffle(wanted)
-        placed = place(each, wanted, places, request.home(index))
-        if placed is None:
-            passed[key] = EDGES_FULL
-        else:
-            chosen.append(placed)
-            del passed[key]
-    return Selection(chosen=chosen, passed=passed)
+    """Draw clients, and for each of them one of the options that fit."""
+
+    def shuffled(candidate: Candidate) -> list[RouteOption]:
+        options = list(candidate.options)
+        request.rng.shuffle(options)
+        return options
+
+    return request.take(sampled(request), shuffled)
 
 
 def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that leaves clients and routes to chance."""
-    return split_strategy(setting, select=random_routes, refine=False)
+    return split_strategy(setting, select=random_routes)
 
 
 RANDOM = Method(

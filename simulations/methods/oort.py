@@ -16,14 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp.strategy import Strategy
 
+from flwr_smartsplit import Selection, SelectionRequest
 from flwr_smartsplit.plan.selection.candidates import Candidate
 from flwr_smartsplit.plan.selection.history import Observation
-from flwr_smartsplit.plan.selection.selection import (
-    NOT_SAMPLED,
-    Chosen,
-    Selection,
-    SelectionRequest,
-)
 from simulations.methods.method import Method, Setting
 from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
@@ -46,8 +41,8 @@ class SelectLikeOort:
     def __call__(self, request: SelectionRequest) -> Selection:
         """Choose a round's clients."""
         seen = request.history.latest
-        tried = [c for c in request.candidates if c.device.client_key in seen]
-        new = [c for c in request.candidates if c.device.client_key not in seen]
+        tried = [c for c in request.candidates if c.client_key in seen]
+        new = [c for c in request.candidates if c.client_key not in seen]
         decay = self.exploration_decay ** (request.round_number - 1)
         share = max(self.exploration * decay, self.least_exploration)
         wanted = min(request.num_clients, len(request.candidates))
@@ -56,18 +51,7 @@ class SelectLikeOort:
             *self._exploit(request, tried, wanted - num_new),
             *_explore(request, new, num_new),
         ]
-        keys = {each.device.client_key for each in chosen}
-        return Selection(
-            chosen=[
-                Chosen(candidate=each, offer=each.menu.offers[each.best])
-                for each in chosen
-            ],
-            passed={
-                each.device.client_key: NOT_SAMPLED
-                for each in request.candidates
-                if each.device.client_key not in keys
-            },
-        )
+        return request.take(chosen)
 
     def _exploit(
         self, request: SelectionRequest, tried: list[Candidate], count: int
@@ -75,7 +59,7 @@ class SelectLikeOort:
         """Draw from the best, in proportion to their utility."""
         if count == 0:
             return []
-        last = [request.history.latest[each.device.client_key] for each in tried]
+        last = [request.history.latest[each.client_key] for each in tried]
         utilities = self.utilities(last, request.round_number)
         least = self.cutoff * np.sort(utilities)[-count]
         pool = [index for index, value in enumerate(utilities) if value >= least]

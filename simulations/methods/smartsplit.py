@@ -1,8 +1,8 @@
 """SmartSplit: weak devices train the front of the model, an edge the rest.
 
 A reconstruction: the formulas of the paper are not public to us. Each round it chooses
-clients and routes together, by memory, speed, loss, labels and fairness; an edge moves
-cuts and lets slow, unimportant clients go. The variants leave one part out each.
+clients and routes together, by memory, speed, loss, labels and fairness. The variants
+have one part less, or more.
 
 References
 ----------
@@ -18,8 +18,8 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import Constraints
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY
-from flwr_smartsplit.plan.selection.surrogate import Surrogate
+from flwr_smartsplit.plan.advisor import StragglerAdvisor
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from simulations.methods.method import Method, Setting
 from simulations.methods.splitfed import one_cut_for_all
 from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
@@ -58,11 +58,6 @@ VARIANTS = tuple(
         strategy_fn=partial(build_strategy, change=change),
     )
     for name, summary, change in (
-        (
-            "surrogate",
-            "with a Gaussian process that learns what choices bring",
-            _select(surrogate=Surrogate()),
-        ),
         ("no_loss", "without statistical utility", _select(loss=0.0)),
         ("no_speed", "without the speed of devices", _select(speed=0.0)),
         ("no_labels", "without label coverage", _select(coverage=0.0)),
@@ -74,7 +69,11 @@ VARIANTS = tuple(
         ),
         ("keep_quarter", "with a quarter of the units at devices", _keep(1 / 4)),
         ("keep_half", "with half of the units at devices", _keep(1 / 2)),
-        ("no_refining", "without the edge manager", lambda _: {"refine": False}),
+        (
+            "advised",
+            "with an edge manager that advises devices",
+            lambda _: {"advisor": StragglerAdvisor()},
+        ),
         (
             "no_recompute",
             "without recomputation",

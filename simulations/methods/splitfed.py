@@ -26,7 +26,6 @@ def build_strategy(setting: Setting) -> Strategy:
         select=select_at_random,
         choose_route=one_cut_for_all(setting),
         constraints=NO_RECOMPUTE,
-        refine=False,
     )
 
 

@@ -9,12 +9,11 @@ from simulations.studies.study import LEARNING_CLAIMS, Case, Study
 
 METHODS = (
     "smartsplit",
-    "smartsplit_surrogate",
     "smartsplit_no_labels",
     "smartsplit_no_loss",
     "smartsplit_no_speed",
     "smartsplit_no_fairness",
-    "smartsplit_no_refining",
+    "smartsplit_advised",
     "smartsplit_no_recompute",
     "smartsplit_one_cut",
     "random",
@@ -25,7 +24,7 @@ METHODS = (
 SILENT_METHODS = (
     "smartsplit",
     "smartsplit_no_learning",
-    "smartsplit_no_refining",
+    "smartsplit_advised",
     "random",
 )
 """What is left to the managers where devices do not say how fast they are."""

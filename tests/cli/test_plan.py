@@ -18,7 +18,13 @@ from flwr_smartsplit.cli.profile_plot import STYLE
 from flwr_smartsplit.cli.subject import read_subject
 from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.plan.checkpointing.plan import least_bytes, plan_recompute
-from flwr_smartsplit.plan.search_space import choice_of, front_of_choices
+from flwr_smartsplit.plan.search_space import (
+    extra_work,
+    option_of,
+    options_of_route,
+    routes_worth_a_plan,
+    undominated,
+)
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, Route
 
 SMALL = ["tests.cli.subjects:small", "--input", 4]
@@ -38,21 +44,25 @@ def cnn():
 
 @pytest.fixture(scope="module")
 def front(cnn):
-    return front_of_choices(cnn.profile)
+    return undominated(
+        option
+        for route in routes_worth_a_plan(cnn.profile)
+        for option in options_of_route(cnn.profile, route)
+    )
 
 
-def facts_of(choice, cnn):
-    cuts = choice.route.cuts
+def facts_of(option, cnn):
+    cuts = option.route.cuts
     return {
-        "route": str(choice.route),
+        "route": str(option.route),
         "cuts": list(cuts),
         "last_unit": cnn.profile.units[cuts[0] - 1 if cuts else -1].name,
-        "recompute": json.loads(json.dumps(choice.recompute.to_lists())),
-        "peak_bytes": choice.peak_bytes,
-        "extra_flops": choice.extra_flops,
-        "extra_flops_fraction": choice.extra_flops_fraction,
-        "boundary_bytes": choice.boundary_bytes,
-        "device_flops_fraction": choice.device_flops_fraction,
+        "recompute": json.loads(json.dumps(option.recompute.to_lists())),
+        "peak_bytes": option.peak_bytes,
+        "extra_flops": option.work.extra_flops,
+        "extra_flops_fraction": option.work.extra_fraction,
+        "boundary_bytes": option.work.boundary_bytes,
+        "device_flops_fraction": option.work.device_fraction,
     }
 
 
@@ -70,13 +80,13 @@ def test_json_has_the_front_and_nothing_else_is_printed(cnn, front):
         "versions": found["versions"],
         "no_cut_reason": None,
         "budget_bytes": None,
-        "choices": [facts_of(choice, cnn) for choice in front],
+        "choices": [facts_of(option, cnn) for option in front],
     }
-    assert any(choice["recompute"] != [[], []] for choice in found["choices"])
+    assert any(option["recompute"] != [[], []] for option in found["choices"])
 
 
 def test_a_budget_that_something_fits_whole_recommends_the_deepest_of_these(cnn, front):
-    plain = [choice for choice in front if choice.recompute.is_empty]
+    plain = [option for option in front if option.recompute.is_empty]
     budget = plain[-1].peak_bytes
     arguments = ["plan", *SMALL_CNN, "--budget", f"{budget}B"]
 
@@ -86,7 +96,7 @@ def test_a_budget_that_something_fits_whole_recommends_the_deepest_of_these(cnn,
     assert deepest.route == Route.whole()
     assert found["recommended"] == facts_of(deepest, cnn)
     assert [each["peak_bytes"] for each in found["choices"]] == [
-        choice.peak_bytes for choice in front if choice.peak_bytes <= budget
+        option.peak_bytes for option in front if option.peak_bytes <= budget
     ]
     text = call(*arguments).stdout
     assert f"Recommended within {bytes_text(budget)}: {deepest.route}, the" in text
@@ -99,7 +109,7 @@ def test_a_budget_between_two_choices_gets_a_plan_of_its_own(cnn):
     whole, profile = Route.whole(), cnn.profile
     least = least_bytes(profile, whole)
     ends = tuple(
-        choice_of(profile, whole, plan)
+        option_of(profile, whole, plan)
         for plan in (plan_recompute(profile, whole, budget_bytes=least), KEEP_ALL)
     )
     between = [
@@ -109,11 +119,11 @@ def test_a_budget_between_two_choices_gets_a_plan_of_its_own(cnn):
     budget, plan = next(
         (budget, plan)
         for budget, plan in between
-        if choice_of(profile, whole, plan).work < ends[0].work
+        if extra_work(option_of(profile, whole, plan)) < extra_work(ends[0])
     )
 
     report = FrontReport(cnn, ends, budget)
-    assert report.recommended == choice_of(profile, whole, plan)
+    assert report.recommended == option_of(profile, whole, plan)
     assert report.recommended in report.shown
     assert report.recommended not in ends
     assert "of least extra work" in "".join(report._recommendation())
@@ -125,11 +135,11 @@ def test_people_see_a_row_per_choice_and_what_the_words_mean(cnn, front):
 
     rows = [line.split() for line in result.stdout.splitlines()][4 : 4 + len(front)]
     assert [row[0] for row in rows] == [
-        str(choice.route.cuts[0]) if choice.route.cuts else "whole" for choice in front
+        str(option.route.cuts[0]) if option.route.cuts else "whole" for option in front
     ]
     assert [
-        bytes_text(choice.peak_bytes) in " ".join(row)
-        for choice, row in zip(front, rows, strict=True)
+        bytes_text(option.peak_bytes) in " ".join(row)
+        for option, row in zip(front, rows, strict=True)
     ] == [True] * len(front)
     assert "again: units whose forward runs twice" in result.stdout
     assert "Recommended" not in result.stdout
@@ -146,7 +156,7 @@ def test_one_cut_is_planned_for_exactly_the_budget(cnn, name):
     arguments = ["plan", *SMALL_CNN, "--budget", f"{budget}B", "--cut", cut]
 
     found = json.loads(call(*arguments, "--json").stdout)
-    assert found["choice"] == facts_of(choice_of(profile, route, plan), cnn)
+    assert found["choice"] == facts_of(option_of(profile, route, plan), cnn)
     assert RecomputePlan.from_lists(found["choice"]["recompute"]) == plan
     assert found["units"] == [
         {
@@ -199,7 +209,7 @@ def test_a_model_without_cuts_is_planned_whole():
     found = json.loads(
         call("plan", "tests.cli.subjects:UsedTwice", "--input", 4, "--json").stdout
     )
-    assert [choice["route"] for choice in found["choices"]] == ["whole"]
+    assert [option["route"] for option in found["choices"]] == ["whole"]
     assert "both sides" in found["no_cut_reason"]
 
 
@@ -266,17 +276,17 @@ def test_the_stairs_are_the_front_and_the_ring_what_is_recommended(cnn, front):
     limit = lines.pop(f"budget, {bytes_text(budget)}")
     assert set(limit.get_xdata()) == {budget}
     found = {xy for line in lines.values() for xy in zip(*line.get_data(), strict=True)}
-    assert found == {(choice.peak_bytes, extra_share(choice)) for choice in front}
+    assert found == {(option.peak_bytes, extra_share(option)) for option in front}
     named = [label for label in lines if not label.startswith("_")]
-    assert len(named) == len({choice.route for choice in front})
-    plain = [choice for choice in front if choice.recompute.is_empty]
+    assert len(named) == len({option.route for option in front})
+    plain = [option for option in front if option.recompute.is_empty]
     filled = [line for line in lines.values() if line.get_linestyle() == "None"]
     assert {x for line in filled for x in line.get_xdata()} == {
-        choice.peak_bytes for choice in plain
+        option.peak_bytes for option in plain
     }
     total = sum(unit.forward_flops for unit in cnn.profile.units)
-    for choice in front:
-        assert math.isclose(extra_share(choice), choice.extra_flops / total)
+    for option in front:
+        assert math.isclose(extra_share(option), option.work.extra_flops / total)
 
 
 def test_a_budget_far_off_leaves_the_choices_in_sight(cnn, front):

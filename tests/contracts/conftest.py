@@ -1,19 +1,23 @@
 """Every way to an edge that the contracts hold for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from flwr_smartsplit import RayEdge
+from flwr_smartsplit.edge.hosts.edge import BytesTransport, answered
+from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.edge.protocol import (
     CountingTransport,
     LocalTransport,
     Transport,
 )
 from flwr_smartsplit.edge.service import EdgeService
+from flwr_smartsplit.memory.meter import unmetered
 from tests.tasks import TASK
 
 
@@ -23,6 +27,16 @@ class Place:
 
     transport: Transport
     folder: Path
+
+
+def through_bytes(handle: Callable[[Any], Any]) -> Transport:
+    """Reach an edge in this process as from another one: nothing but bytes cross."""
+
+    def carry(pieces: list[Piece]) -> list[Piece]:
+        with unmetered():
+            return [b"".join(answered(handle, b"".join(pieces)))]
+
+    return BytesTransport(carry)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +52,7 @@ def ray_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture(
-    params=["local", "counting", pytest.param("ray", marks=pytest.mark.ray)]
+    params=["local", "counting", "bytes", pytest.param("ray", marks=pytest.mark.ray)]
 )
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """Reach an edge in each of the ways."""
@@ -49,4 +63,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     transport: Transport = LocalTransport(service.handle)
     if request.param == "counting":
         transport = CountingTransport(transport)
+    if request.param == "bytes":
+        transport = through_bytes(service.handle)
     return Place(transport, tmp_path)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.moving import MoveCut
+from flwr_smartsplit.edge.cut_moves import MoveCut
 from flwr_smartsplit.edge.tensors import WireTensor, state_digest
-from flwr_smartsplit.train.unit_migration import Carried
+from flwr_smartsplit.train.unit_migration import MigratedUnits
 from flwr_smartsplit.types import EDGE, Receipt
 from tests.contracts.conftest import Place
 from tests.tasks import BATCH_SIZE, NUM_CLASSES, SEED, initial_state, tiny_chain
@@ -39,6 +39,7 @@ class Session:
     suffix: str = ""
     incarnation: str = ""
     batch_size: int = BATCH_SIZE
+    is_trained: bool = True
 
     @property
     def name(self) -> str:
@@ -67,6 +68,7 @@ class Session:
                 seed=SEED,
                 num_threads=1,
                 token=token,
+                is_trained=self.is_trained,
             )
         )
         self.incarnation = opened.incarnation
@@ -79,14 +81,15 @@ class Session:
             "session": self.name,
             "incarnation": self.incarnation,
             "step": step,
-            "boundary": WireTensor.pack(boundary),
+            "boundary": (WireTensor.pack(boundary),),
             "targets": WireTensor.pack(targets),
+            "num_examples": self.batch_size,
         }
-        return self.send(wire.TrainStep(**{**parts, **changes}))
+        return self.send(wire.Forward(**{**parts, **changes}))
 
     def move(
         self, step: int, number: int, start: int, **changes: Any
-    ) -> Carried | None:
+    ) -> MigratedUnits | None:
         """Begin at another unit; ``changes`` replace parts of the request."""
         parts = {
             "session": self.name,
@@ -95,18 +98,7 @@ class Session:
             "number": number,
             "start": start,
         }
-        return self.send(MoveCut(**{**parts, **changes})).carried
-
-    def evaluate(self, step: int = 0, **changes: Any) -> wire.Evaluated:
-        """Evaluate one batch."""
-        boundary, targets = payload(self.client, step, num_examples=self.batch_size)
-        parts = {
-            "session": self.name,
-            "incarnation": self.incarnation,
-            "boundary": WireTensor.pack(boundary),
-            "targets": WireTensor.pack(targets),
-        }
-        return self.send(wire.EvaluateStep(**{**parts, **changes}))
+        return self.send(MoveCut(**{**parts, **changes})).units
 
     def seal(self, num_steps: int, *, incarnation: str = "") -> Receipt:
         """Finish the session."""

@@ -12,16 +12,16 @@ import torch
 from safetensors.numpy import load_file
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.moving import MoveCut, checksum
+from flwr_smartsplit.edge.cut_moves import MoveCut, checksum
 from flwr_smartsplit.edge.tensors import WireTensor, state_digest
 from flwr_smartsplit.errors import (
     EdgeError,
     OutOfOrderStep,
     RefusedMove,
     RefusedTail,
-    SpillLost,
     StaleSession,
     StateNotHeld,
+    TailLost,
 )
 from flwr_smartsplit.split.build import materialise, state_of
 from flwr_smartsplit.train.rng import UnitStreams
@@ -30,7 +30,14 @@ from flwr_smartsplit.types import Receipt
 from tests.contracts.conftest import Place
 from tests.contracts.sessions import CUT, Session, payload
 from tests.faults import tail_files
-from tests.tasks import SEED, TASK, initial_state, tiny_chain
+from tests.tasks import (
+    BATCH_SIZE,
+    NUM_CLASSES,
+    SEED,
+    TASK,
+    initial_state,
+    tiny_chain,
+)
 
 
 def same_bits(one: WireTensor, other: WireTensor) -> bool:
@@ -39,6 +46,11 @@ def same_bits(one: WireTensor, other: WireTensor) -> bool:
         one.data.tobytes() == other.data.tobytes()
         and replace(one, data=other.data) == other
     )
+
+
+def crossing(*tensors: torch.Tensor) -> tuple[WireTensor, ...]:
+    """Pack the tensors of a boundary."""
+    return tuple(map(WireTensor.pack, tensors))
 
 
 def entry_of(receipt: Receipt, weight: int) -> wire.Entry:
@@ -76,8 +88,8 @@ def test_a_tail_trains_as_a_segment_in_this_process_does(
             boundary, targets, step=step, inputs_are_boundary=True
         )
         stepped = session.step(step)
-        assert stepped.loss == float(loss)
-        assert same_bits(stepped.gradient, WireTensor.pack(gradient))
+        assert stepped.values == {"loss": float(loss)}
+        assert same_bits(stepped.gradients[0], WireTensor.pack(gradient))
     assert session.seal(3).digest == state_digest(state_of(segment))
 
 
@@ -88,8 +100,8 @@ def test_a_repeated_step_gives_the_same_reply_and_trains_once(place: Place) -> N
         first = session.step(step)
         for _ in range(2):
             again = session.step(step)
-            assert again.loss == first.loss
-            assert same_bits(again.gradient, first.gradient)
+            assert again.values == first.values
+            assert same_bits(again.gradients[0], first.gradients[0])
     receipt = session.seal(2)
     once = Session(place, round_number=session.round_number, suffix="/once").sealed(2)
     assert receipt.digest == once.digest
@@ -102,8 +114,8 @@ def test_a_step_that_comes_several_times_at_once_trains_once(place: Place) -> No
     with ThreadPoolExecutor(4) as pool:
         for step in range(3):
             replies = list(pool.map(session.step, [step] * 4))
-            assert len({reply.loss for reply in replies}) == 1
-            assert len({reply.gradient.data.tobytes() for reply in replies}) == 1
+            assert len({reply.values["loss"] for reply in replies}) == 1
+            assert len({reply.gradients[0].data.tobytes() for reply in replies}) == 1
     once = replace(session, suffix="/once")
     assert session.seal(3).digest == once.sealed(3).digest
 
@@ -117,7 +129,10 @@ def test_a_repeated_step_with_another_payload_voids_the_session(
     session.step(0)
     other = dict(zip(("boundary", "targets"), payload("c9", 0), strict=True))[part]
     with pytest.raises(OutOfOrderStep, match="step 0 was changed after 1 steps"):
-        session.step(0, **{part: WireTensor.pack(other)})
+        session.step(
+            0,
+            **{part: crossing(other) if part == "boundary" else WireTensor.pack(other)},
+        )
     assert_void(session)
 
 
@@ -129,7 +144,7 @@ def test_a_boundary_that_differs_in_one_bit_is_another_payload(place: Place) -> 
     bent = boundary.clone()
     bent[1, 2, 3, 4] = torch.nextafter(bent[1, 2, 3, 4], torch.tensor(9.0))
     with pytest.raises(OutOfOrderStep):
-        session.step(0, boundary=WireTensor.pack(bent))
+        session.step(0, boundary=crossing(bent))
     assert_void(session)
 
 
@@ -153,21 +168,68 @@ def test_a_step_that_fails_voids_the_session_and_names_the_cause(place: Place) -
     session = Session(place).open()
     session.step(0)
     with pytest.raises(RuntimeError, match="expected input"):
-        session.step(1, boundary=WireTensor.pack(torch.zeros(4, 9, 6, 6)))
+        session.step(1, boundary=crossing(torch.zeros(4, 9, 6, 6)))
     assert_void(session)
 
 
-def test_evaluating_changes_nothing(place: Place) -> None:
-    """Loss and metrics come from the tail in eval mode, and it trains as before."""
+def test_a_session_that_evaluates_changes_nothing(place: Place) -> None:
+    """Loss and metrics come from the tail in eval mode, in any order of steps."""
     session = Session(place).open()
-    before = session.evaluate()
+    beside = replace(session, suffix="/evaluate", is_trained=False).open()
     session.step(0)
-    after = session.evaluate()
-    assert session.evaluate() == after != before
-    assert set(after.values) == {"accuracy", "loss"}
+    replies = [beside.step(step) for step in (0, 3, 0)]
+    assert replies[0] == replies[2] != replies[1]
+    assert set(replies[0].values) == {"accuracy", "loss"}
+    assert replies[0].gradients == ()
     session.step(1)
     plain = Session(place, round_number=session.round_number, suffix="/plain")
     assert session.seal(2).digest == plain.sealed(2).digest
+    chain, boundary, targets = tiny_chain(), *payload(session.client, 0)
+    tail = materialise(chain, CUT, len(chain), initial_state())
+    runner = SegmentRunner(tail, TASK, is_trained=False)
+    assert replies[0].values == runner.assess(runner.evaluate(boundary), targets)
+
+
+def test_a_session_that_evaluates_does_not_go_backward(place: Place) -> None:
+    """There was no forward to go back from."""
+    session = Session(place, is_trained=False).open()
+    session.step(0, targets=None)
+    back = {"session": session.name, "incarnation": session.incarnation, "step": 0}
+    gradients = crossing(torch.zeros(BATCH_SIZE, NUM_CLASSES))
+    with pytest.raises(OutOfOrderStep, match="in a Backward"):
+        session.send(wire.Backward(**back, gradients=gradients))
+
+
+def test_a_session_without_targets_takes_two_requests_for_a_step(place: Place) -> None:
+    """What comes back is its output; each request is done once, in this order."""
+    session = Session(place).open()
+    chain = tiny_chain()
+    segment = materialise(chain, CUT, len(chain), initial_state())
+    streams = UnitStreams(SEED, session.round_number, session.client)
+    runner = SegmentRunner(segment, TASK, streams=streams)
+    back = {"session": session.name, "incarnation": session.incarnation}
+    gradients = (torch.full((BATCH_SIZE, NUM_CLASSES), 0.1),)
+    for step in range(2):
+        boundary, _ = payload(session.client, step)
+        outputs = runner.forward(boundary, step=step, inputs_are_boundary=True)
+        expected = runner.backward(lambda: gradients)
+        for _ in range(2):
+            stepped = session.step(step, targets=None)
+            assert same_bits(stepped.boundary[0], WireTensor.pack(outputs[0]))
+        for _ in range(2):
+            request = wire.Backward(**back, step=step, gradients=crossing(*gradients))
+            returned = session.send(request)
+            assert same_bits(returned.gradients[0], WireTensor.pack(expected[0]))
+    with pytest.raises(OutOfOrderStep, match="step 1 came after 2 steps, in a Forward"):
+        session.step(1, targets=None)
+    assert_void(session)
+
+
+def test_targets_for_another_number_of_examples_make_no_request() -> None:
+    """Receipts count examples, so no request may contradict itself."""
+    targets = WireTensor.pack(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"shape \(3,\) for 4 examples"):
+        wire.Forward(step=0, targets=targets, num_examples=4)
 
 
 # --- sessions -------------------------------------------------------------------------
@@ -180,8 +242,6 @@ def test_another_incarnation_is_stale_and_harms_nothing(place: Place) -> None:
     with pytest.raises(StaleSession, match="an earlier life") as raised:
         session.step(1, incarnation="an earlier life")
     assert raised.value.session == session.name
-    with pytest.raises(StaleSession):
-        session.evaluate(incarnation="an earlier life")
     with pytest.raises(StaleSession):
         session.seal(1, incarnation="an earlier life")
     session.step(1)
@@ -246,7 +306,7 @@ def test_an_abandoned_tail_cannot_be_committed(place: Place) -> None:
     session = Session(place)
     receipt = session.sealed(1)
     session.send(wire.Abandon(session.name))
-    with pytest.raises(SpillLost) as raised:
+    with pytest.raises(TailLost) as raised:
         session.commit(entry_of(receipt, 1))
     assert raised.value.sessions == (session.name,)
 
@@ -264,7 +324,7 @@ def test_a_cut_that_moves_there_and_back_changes_no_bit(place: Place) -> None:
     units = session.move(1, 0, LATER)
     assert units is not None
     assert set(units.state) == set(tiny_chain().state_names(CUT, LATER))
-    assert session.move(1, 1, CUT, carried=units) is None
+    assert session.move(1, 1, CUT, units=units) is None
     session.step(1)
     assert session.seal(2).digest == plain.sealed(2).digest
 
@@ -284,16 +344,14 @@ def test_a_repeated_move_gives_the_same_reply_and_moves_once(place: Place) -> No
     replies = [session.move(1, 0, LATER) for _ in range(3)]
     codes = {
         checksum(
-            MoveCut(
-                session="", incarnation="", step=1, number=0, start=6, carried=units
-            )
+            MoveCut(session="", incarnation="", step=1, number=0, start=6, units=units)
         )
         for units in replies
     }
     assert len(codes) == 1
     units = replies[0]
     for _ in range(2):
-        session.move(1, 1, CUT, carried=units)
+        session.move(1, 1, CUT, units=units)
     once = Session(place, round_number=session.round_number, suffix="/once")
     assert session.seal(1).digest == once.sealed(1).digest
 
@@ -316,12 +374,12 @@ def test_a_repeated_move_that_differs_voids_the_session(place: Place) -> None:
     session.step(0)
     units = session.move(1, 0, LATER)
     assert units is not None
-    session.move(1, 1, CUT, carried=units)
+    session.move(1, 1, CUT, units=units)
     weight = units.state["4.weight"].copy()
     weight.flat[0] = np.nextafter(weight.flat[0], np.float32(9))
     bent = replace(units, state={**units.state, "4.weight": weight})
     with pytest.raises(OutOfOrderStep, match="step 1 was changed after 1 steps"):
-        session.move(1, 1, CUT, carried=bent)
+        session.move(1, 1, CUT, units=bent)
     assert_void(session)
 
 
@@ -384,7 +442,7 @@ def test_a_tail_that_is_not_finite_is_refused(place: Place) -> None:
     session = Session(place).open()
     session.step(0)
     poison = torch.full_like(payload("c0", 1)[0], float("nan"))
-    assert np.isnan(session.step(1, boundary=WireTensor.pack(poison)).loss)
+    assert np.isnan(session.step(1, boundary=crossing(poison)).values["loss"])
     with pytest.raises(RefusedTail, match=r"not finite after 2 steps: .*8\.weight"):
         session.seal(2)
     assert_void(session)
@@ -464,7 +522,7 @@ def test_tails_that_are_gone_or_changed_are_named(place: Place) -> None:
     bent.write_bytes(content)
     torn = tail_files(place.folder, sessions[2].name)[0]
     torn.write_bytes(torn.read_bytes()[:100])
-    with pytest.raises(SpillLost) as raised:
+    with pytest.raises(TailLost) as raised:
         first.commit(*(entry_of(receipt, 1) for receipt in receipts))
     lost = tuple(session.name for session in sessions[:3])
     assert raised.value.sessions == lost
@@ -476,7 +534,7 @@ def test_a_receipt_with_another_digest_commits_nothing(place: Place) -> None:
     """The digest that came through the device must fit the file."""
     session = Session(place)
     receipt = replace(session.sealed(1), digest="0" * 64)
-    with pytest.raises(SpillLost):
+    with pytest.raises(TailLost):
         session.commit(entry_of(receipt, 1))
 
 
@@ -510,8 +568,8 @@ def outcome_of(session: Session) -> tuple[list[float], list[bytes], str]:
     session.open()
     replies = [session.step(step) for step in range(3)]
     return (
-        [reply.loss for reply in replies],
-        [reply.gradient.data.tobytes() for reply in replies],
+        [reply.values["loss"] for reply in replies],
+        [reply.gradients[0].data.tobytes() for reply in replies],
         session.seal(3).digest,
     )
 
@@ -540,7 +598,7 @@ def test_an_edge_says_what_it_cannot_be_asked(place: Place) -> None:
     "error",
     [
         OutOfOrderStep("a", step=3, num_steps=2),
-        SpillLost("b", sessions=("1/c0/edge",)),
+        TailLost("b", sessions=("1/c0/edge",)),
         StateNotHeld("c", digest="f"),
     ],
 )
@@ -556,8 +614,8 @@ def test_a_repeated_opening_leaves_the_session_as_it_is(place: Place) -> None:
     """Its reply was lost, not the session; another token starts over."""
     session = Session(place).open(token="a")
     session.step(0)
-    second = session.step(1).loss
-    assert session.open(token="a").step(1).loss == second
+    second = session.step(1).values
+    assert session.open(token="a").step(1).values == second
     session.step(2)
     with pytest.raises(OutOfOrderStep):
         session.open(token="b").step(1)

@@ -9,13 +9,14 @@ from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes
 from flwr_smartsplit.device import budget_adapter as adapting
 from flwr_smartsplit.device.budget_adapter import Adapter
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.protocol import HoldState
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.memory.budget import as_budget
 from flwr_smartsplit.memory.cap import CapMode
-from flwr_smartsplit.plan.adapting import MARGIN, PATIENCE_STEPS, is_calm
+from flwr_smartsplit.plan.adaptation import MARGIN, PATIENCE_STEPS, is_calm
 from flwr_smartsplit.plan.checkpointing.plan import least_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.task import Task
@@ -53,7 +54,7 @@ class Listed(MemoryBudget):
 
 
 @pytest.fixture
-def edge() -> Iterator[tuple[LocalEdge, str]]:
+def edge() -> Iterator[tuple[Edge, str]]:
     """Start an edge that holds the first state."""
     edge = LocalEdge()
     address = edge.start(TASK)
@@ -64,7 +65,7 @@ def edge() -> Iterator[tuple[LocalEdge, str]]:
 
 
 def run(
-    edge: tuple[LocalEdge, str],
+    edge: tuple[Edge, str],
     budgets: Sequence[int | None] | None,
     *,
     task: Task = TASK,
@@ -80,10 +81,10 @@ def run(
     adapter = budget and Adapter(budget, task, batch_size=BATCH_SIZE)
     losses: list[float] = []
 
-    def between(walk: Walk) -> None:
-        losses.append(walk.tally.loss_sum)
+    def between(runner: RouteRunner) -> None:
+        losses.append(runner.metrics.loss_sum)
         if adapter is not None:
-            adapter(walk)
+            adapter(runner)
 
     batches = list(batches_for(NUM_STEPS))
     conditions = Conditions(
@@ -145,8 +146,8 @@ def test_live_bytes_stay_below_a_budget_that_a_walk_ignores_is_crossed(edge):
     found, _ = run(edge, FALLS_AND_RISES)
     assert found.report.peak_bytes <= NEEDED * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Walk, "replan", lambda *_, **__: None)
-        patch.setattr(Walk, "move", lambda *_, **__: None)
+        patch.setattr(RouteRunner, "replan", lambda *_, **__: None)
+        patch.setattr(RouteRunner, "move", lambda *_, **__: None)
         ignored, _ = run(edge, FALLS_AND_RISES)
     assert ignored.report.status is Status.OUT_OF_MEMORY
     assert "over the cap" in ignored.report.message

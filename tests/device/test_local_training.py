@@ -19,7 +19,7 @@ from flwr_smartsplit.device.local_training import (
     train_locally,
 )
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.state_store import Spill
+from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import (
     EdgeUnreachable,
@@ -137,7 +137,7 @@ def test_every_cut_ends_in_the_bits_of_the_whole_model(
     for cut in CUTS:
         split = client.train(Route.split(cut), local_epochs=local_epochs)
         (receipt,) = split.receipts
-        tail = Spill(client.folder).read_tail(receipt.session)
+        tail = StateStore(client.folder).read_tail(receipt.session)
         assert not split.state.keys() & tail.keys()
         assert differences({**split.state, **tail}, whole.state) == [], cut
         assert split.report.loss == whole.report.loss
@@ -343,9 +343,9 @@ def restarting(client: Client, kind: type, nth: int) -> Hook:
 
 
 MOMENTS = [
-    (wire.TrainStep, 0),
-    (wire.TrainStep, 1),
-    (wire.TrainStep, 2),
+    (wire.Forward, 0),
+    (wire.Forward, 1),
+    (wire.Forward, 2),
     (wire.Seal, 0),
 ]
 
@@ -358,7 +358,7 @@ def test_losing_the_edge_ends_in_a_report(client: Client, kind: type, nth: int) 
     assert outcome.report.status is Status.EDGE_FAILED
     assert outcome.report.message == "edge 'edge' does not answer."
     assert (outcome.state, outcome.receipts) == ({}, ())
-    done = {wire.OpenSession: 0, wire.TrainStep: nth, wire.Seal: 3}[kind]
+    done = {wire.OpenSession: 0, wire.Forward: nth, wire.Seal: 3}[kind]
     assert outcome.report.num_steps == done
 
 
@@ -374,7 +374,7 @@ def test_a_restarted_edge_does_not_know_the_session(
     assert tail_files(client.folder) == []
 
 
-@pytest.mark.parametrize("kind", [wire.OpenSession, wire.TrainStep, wire.Seal])
+@pytest.mark.parametrize("kind", [wire.OpenSession, wire.Forward, wire.Seal])
 def test_a_lost_reply_changes_no_bit(client: Client, kind: type) -> None:
     """A request that is delivered twice has the effect of one."""
     expected = client.train(Route.split(4))

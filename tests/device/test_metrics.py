@@ -2,20 +2,20 @@
 
 import pytest
 
-from flwr_smartsplit.device.metrics import Tally
-from flwr_smartsplit.types import Advice, Move, Replan, Wish
+from flwr_smartsplit.device.metrics import Metrics
+from flwr_smartsplit.types import Action, Advice, Move, Replan
 
 
-def counted(*sizes: list[int], released: str = "") -> Tally:
+def counted(*sizes: list[int], released: str = "") -> Metrics:
     """Go through passes with batches of these sizes; the loss is the batch's number."""
-    tally = Tally()
+    metrics = Metrics()
     for epoch in sizes:
-        tally.begin_epoch()
+        metrics.begin_epoch()
         for size in epoch:
-            loss = tally.num_steps + 1.0
-            tally.count(size, {"loss": loss, "accuracy": 1 / loss})
-    tally.released = released
-    return tally
+            loss = metrics.num_steps + 1.0
+            metrics.count(size, {"loss": loss, "accuracy": 1 / loss})
+    metrics.released = released
+    return metrics
 
 
 def test_means_are_over_examples() -> None:
@@ -52,10 +52,10 @@ def test_who_is_released_counts_what_it_trained_on(
 
 def test_what_changed_is_noted_with_the_step() -> None:
     """In order."""
-    tally = counted([4, 4])
-    tally.move(5, 3, "slow")
-    tally.replan("none", "[0:3]", "tight")
-    report = tally.report(num_epochs=1)
+    metrics = counted([4, 4])
+    metrics.move(5, 3, "slow")
+    metrics.replan("none", "[0:3]", "tight")
+    report = metrics.report(num_epochs=1)
     assert report.moves == (Move(step=2, before=5, after=3, reason="slow"),)
     after = Replan(step=2, before="none", after="[0:3]", reason="tight")
     assert report.replans == (after,)
@@ -63,15 +63,15 @@ def test_what_changed_is_noted_with_the_step() -> None:
 
 def test_only_one_kind_of_advice_is_a_release() -> None:
     """It stays one, and its reason is kept."""
-    tally = counted([4])
-    assert not tally.is_released(None)
-    assert not tally.is_released(Advice(Wish.EARLIER, "slow"))
-    assert tally.is_released(Advice(Wish.RELEASE, "too slow"))
-    assert tally.is_released(None)
-    assert tally.report(num_epochs=1).released == "too slow"
+    metrics = counted([4])
+    assert not metrics.is_released(None)
+    assert not metrics.is_released(Advice(Action.EARLIER, "slow"))
+    assert metrics.is_released(Advice(Action.RELEASE, "too slow"))
+    assert metrics.is_released(None)
+    assert metrics.report(num_epochs=1).released == "too slow"
 
 
 def test_nothing_is_no_reason_to_divide_by_it() -> None:
     """A client that failed before its first step has a report, too."""
-    report = Tally().report(num_epochs=1)
+    report = Metrics().report(num_epochs=1)
     assert (report.num_examples, report.loss, report.metrics) == (0, 0.0, {})

@@ -14,20 +14,20 @@ from flwr_smartsplit import MemoryBudget, Route, predicted_peak_bytes
 from flwr_smartsplit.device import budget_adapter as adapting
 from flwr_smartsplit.device.budget_adapter import Adapter, profile_of
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
-from flwr_smartsplit.device.route_runner import Walk
-from flwr_smartsplit.device.step_timer import Pace
+from flwr_smartsplit.device.route_runner import RouteRunner
+from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.moving import MoveCut
+from flwr_smartsplit.edge.cut_moves import MoveCut
 from flwr_smartsplit.errors import EdgeUnreachable, RefusedMove
 from flwr_smartsplit.memory.budget import as_budget
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.types import (
+    Action,
     Advice,
     ClientPlan,
     Cohort,
     RecomputePlan,
     Status,
-    Wish,
 )
 from tests.device.test_budget_adapter import Listed
 from tests.device.test_routes import FAR, NEAR, Pair
@@ -73,7 +73,7 @@ class Refined:
     budget: MemoryBudget | int | None = None
     cohort: Cohort | None = IMPORTANT
     epochs: int = 1
-    _walk: Walk | None = None
+    _walk: RouteRunner | None = None
 
     def run(self, route: Route, *, num_steps: int = NUM_STEPS) -> Outcome:
         """Train along a route."""
@@ -96,13 +96,13 @@ class Refined:
             plan, device_part(state, route), batches(num_steps), conditions
         )
 
-    def _between(self) -> Callable[[Walk], None]:
+    def _between(self) -> Callable[[RouteRunner], None]:
         budget = as_budget(self.budget)
         adapter = Adapter(budget, self.pair.task, batch_size=BATCH_SIZE)
 
-        def between(walk: Walk) -> None:
-            self._walk = walk
-            adapter(walk)
+        def between(runner: RouteRunner) -> None:
+            self._walk = runner
+            adapter(runner)
 
         return between
 
@@ -233,10 +233,11 @@ def test_nobody_is_sent_later_whose_pace_is_not_known(
     refined: Refined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a change of plan, when what was measured no longer counts."""
-    monkeypatch.setattr(Pace, "latest", lambda *_: None)
+    monkeypatch.setattr(StepTimer, "latest", lambda *_: None)
+    advice = Advice(Action.LATER, "the edge finds it fast")
     monkeypatch.setattr(
-        "flwr_smartsplit.edge.session.advised",
-        lambda *_: Advice(Wish.LATER, "the edge finds it fast"),
+        "flwr_smartsplit.edge.session.judged",
+        lambda progress, *_, **__: (progress, advice),
     )
     refined.script = always(0.1)
     outcome = refined.run(SPLIT(4))
@@ -360,7 +361,7 @@ def test_a_step_that_comes_twice_is_judged_once(refined: Refined) -> None:
     once = refined.run(SPLIT(1))
 
     def hook(request: Any, deliver: Deliver) -> Any:
-        if isinstance(request, wire.TrainStep):
+        if isinstance(request, wire.Forward):
             deliver(request)
         return deliver(request)
 
@@ -376,7 +377,7 @@ def test_a_step_that_comes_again_with_another_time_voids_the_session(
     """It was changed on the way."""
 
     def hook(request: Any, deliver: Deliver) -> Any:
-        if isinstance(request, wire.TrainStep) and request.step == 1:
+        if isinstance(request, wire.Forward) and request.step == 1:
             deliver(request)
             return deliver(replace(request, step_seconds=99.0))
         return deliver(request)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from flwr_smartsplit import Route, Task
-from flwr_smartsplit.device import route_runner as walk_module
+from flwr_smartsplit.device import route_runner as runner_module
 from flwr_smartsplit.device.local_training import (
     Conditions,
     Outcome,
@@ -26,8 +26,8 @@ from flwr_smartsplit.device.local_training import (
     train_locally,
 )
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge import session as session_module
 from flwr_smartsplit.edge.client import nowhere
+from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
@@ -128,10 +128,13 @@ def test_a_last_bit_that_changes_between_places_is_seen(
     route: Route, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted error in what an edge sends on, or back."""
-    packed = session_module._packed_gradient
-    monkeypatch.setattr(
-        session_module, "_packed_gradient", lambda gradient: bent(packed(gradient))
-    )
+    returned = Session._returned
+
+    def bend(session: Session, *args: Any) -> wire.Stepped:
+        stepped = returned(session, *args)
+        return replace(stepped, gradients=tuple(map(bent, stepped.gradients)))
+
+    monkeypatch.setattr(Session, "_returned", bend)
     task = variant("momentum")
     with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
         assert checker.check(route).differences
@@ -141,12 +144,12 @@ def test_a_norm_that_leaves_a_place_out_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A planted error: each device clips by the norm of what it holds itself."""
-    total = walk_module.total_norm
+    total = runner_module.total_norm
 
     def partial_norm(norms: dict[str, float], model: nn.Module) -> float:
         return total(dict(list(norms.items())[:1]), model)
 
-    monkeypatch.setattr(walk_module, "total_norm", partial_norm)
+    monkeypatch.setattr(runner_module, "total_norm", partial_norm)
     task = variant("clipped")
     with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
         assert checker.check(HOPS).differences
@@ -264,15 +267,20 @@ def test_every_kind_evaluates_as_the_whole_model(pair: Pair, route: Route) -> No
         assert asked.count(wire.OpenSession) == asked.count(wire.Abandon) == 1
 
 
+def has_targets(request: Any) -> bool:
+    """Say whether a request brings labels along."""
+    return getattr(request, "targets", None) is not None
+
+
 @pytest.mark.parametrize("route", [U_SHAPE, BOTH], ids=str)
 def test_labels_stay_on_the_device(pair: Pair, route: Route) -> None:
     """On a route that comes back, no edge is asked anything with targets."""
     pair.train(route)
     pair.evaluate(route)
     for edge in pair.edges.values():
-        assert not any(hasattr(request, "targets") for request in edge.requests)
+        assert not any(map(has_targets, edge.requests))
     pair.train(HOPS)  # The check sees them where they go along.
-    assert any(hasattr(r, "targets") for r in pair.edges[FAR].requests)
+    assert any(map(has_targets, pair.edges[FAR].requests))
 
 
 def test_a_boundary_between_edges_does_not_pass_the_device(pair: Pair) -> None:
@@ -288,14 +296,13 @@ def test_a_boundary_between_edges_does_not_pass_the_device(pair: Pair) -> None:
 # --- what fails -----------------------------------------------------------------------
 
 
-STEPS = [wire.OpenSession, wire.TrainStep, wire.ForwardStep, wire.BackwardStep]
+STEPS = [wire.OpenSession, wire.Forward, wire.Backward]
 MOMENTS = [
     (route, kind, place)
     for route in KINDS
     for kind in [*STEPS, wire.Seal]
     for place in route.edges()
-    if not (kind is wire.TrainStep and route.returns)
-    and not (kind in (wire.ForwardStep, wire.BackwardStep) and not route.returns)
+    if not (kind is wire.Backward and not route.returns)
 ]
 
 
@@ -340,9 +347,10 @@ def test_values_that_are_not_finite_are_sealed_nowhere(
     """The edge that finds them refuses, and the others are told."""
 
     def hook(request: Any, deliver: Deliver) -> Any:
-        if isinstance(request, wire.TrainStep | wire.ForwardStep):
-            poison = torch.full_like(request.boundary.unpack(), float("nan"))
-            request = replace(request, boundary=type(request.boundary).pack(poison))
+        if isinstance(request, wire.Forward):
+            (packed,) = request.boundary
+            poison = torch.full_like(packed.unpack(), float("nan"))
+            request = replace(request, boundary=(type(packed).pack(poison),))
         return deliver(request)
 
     pair.edges[FAR].hook = hook
@@ -356,14 +364,14 @@ def test_a_backward_without_its_forward_voids_the_session(pair: Pair) -> None:
     """Messages of a step come there, then back."""
 
     def hook(request: Any, deliver: Deliver) -> Any:
-        if isinstance(request, wire.BackwardStep):
+        if isinstance(request, wire.Backward):
             request = replace(request, step=request.step + 1)
         return deliver(request)
 
     pair.edges[NEAR].hook = hook
     report = pair.train(U_SHAPE).report
     assert report.status is Status.EDGE_FAILED
-    assert "step 1 came after 0 steps, in a BackwardStep" in report.message
+    assert "step 1 came after 0 steps, in a Backward" in report.message
 
 
 def test_an_edge_without_a_way_to_others_says_so() -> None:
@@ -377,7 +385,7 @@ def test_a_missing_norm_is_refused(tmp_path: Path) -> None:
     pair = Pair(tmp_path, variant("clipped"))
 
     def hook(request: Any, deliver: Deliver) -> Any:
-        if isinstance(request, wire.TrainStep):
+        if isinstance(request, wire.Forward):
             request = replace(request, norm=None)
         return deliver(request)
 

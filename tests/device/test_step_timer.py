@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from flwr_smartsplit import RecomputePlan, Route
-from flwr_smartsplit.device.step_timer import Pace
+from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.types import KEEP_ALL, Rerun
 from tests.tasks import client_plan, initial_state
 
@@ -12,7 +12,7 @@ WAY = (Route.split(3), KEEP_ALL)
 OTHER = (Route.split(2), KEEP_ALL)
 
 
-def measured(*seconds: float, way: tuple[Route, RecomputePlan] = WAY) -> Pace:
+def measured(*seconds: float, way: tuple[Route, RecomputePlan] = WAY) -> StepTimer:
     """Do steps that take so long by a clock of our own."""
 
     def times() -> Iterator[float]:
@@ -23,36 +23,36 @@ def measured(*seconds: float, way: tuple[Route, RecomputePlan] = WAY) -> Pace:
             yield now
 
     clock = times()
-    pace = Pace(PLAN, clock=lambda: next(clock))
+    timer = StepTimer(PLAN, clock=lambda: next(clock))
     for _ in seconds:
-        with pace.step(*way):
+        with timer.step(*way):
             pass
-    return pace
+    return timer
 
 
 def test_the_first_two_steps_do_not_count() -> None:
     """They allocate what later ones find, and the cap looks at them."""
     assert measured(9.0, 9.0).latest(*WAY) is None
-    pace = measured(9.0, 9.0, 1.0, 2.0)
-    assert (pace.latest(*WAY), pace.mean(*WAY)) == (2.0, 1.5)
+    timer = measured(9.0, 9.0, 1.0, 2.0)
+    assert (timer.latest(*WAY), timer.mean(*WAY)) == (2.0, 1.5)
 
 
 def test_another_way_begins_anew() -> None:
     """Another route, or another plan; times of the way before say nothing."""
-    pace = measured(1.0, 1.0, 1.0)
+    timer = measured(1.0, 1.0, 1.0)
     again = (WAY[0], RecomputePlan((Rerun(0, 2),)))
-    assert pace.latest(*OTHER) is pace.latest(*again) is pace.mean(*OTHER) is None
-    pace._clock = lambda: 0.0
-    with pace.step(*OTHER):
+    assert timer.latest(*OTHER) is timer.latest(*again) is timer.mean(*OTHER) is None
+    timer._clock = lambda: 0.0
+    with timer.step(*OTHER):
         pass
-    assert pace.latest(*WAY) is pace.latest(*OTHER) is None
+    assert timer.latest(*WAY) is timer.latest(*OTHER) is None
 
 
 def test_seconds_that_are_given_are_not_measured() -> None:
     """They are known before the first step, and for every way."""
-    pace = Pace(
+    timer = StepTimer(
         PLAN,
         clock=lambda: 0.0,
         given=lambda plan, route, recompute: route.cuts[0] + plan.round_number / 2,
     )
-    assert (pace.latest(*WAY), pace.mean(*OTHER)) == (3.5, 2.5)
+    assert (timer.latest(*WAY), timer.mean(*OTHER)) == (3.5, 2.5)

@@ -16,13 +16,14 @@ FOUR = np.zeros(4, np.float32)
 PACKED = WireTensor.pack(torch.zeros(2, 3))
 
 
-def step() -> wire.TrainStep:
+def step() -> wire.Forward:
     """Make a step with 24 bytes of boundary and 8 of targets."""
-    return wire.TrainStep(
+    return wire.Forward(
         session="a long name that counts for nothing",
         incarnation="i",
         step=0,
-        boundary=PACKED,
+        boundary=(PACKED,),
+        num_examples=1,
         targets=WireTensor.pack(torch.zeros(1, dtype=torch.int64)),
     )
 
@@ -36,9 +37,10 @@ def step() -> wire.TrainStep:
         ({"a": FOUR, "b": FOUR}, 32),
         (PACKED, 24),
         (step(), 32),
-        (wire.Stepped(0.5, PACKED), 24),
+        (wire.Stepped(gradients=(PACKED,), values={"loss": 0.5}), 24),
         (wire.HoldState("digest", {"a": FOUR}), 16),
-        (wire.Evaluated({"loss": 0.5, "accuracy": 0.5}), 0),
+        (wire.Stepped(values={"loss": 0.5, "accuracy": 0.5}), 0),
+        (wire.Backward(step=0, gradients=(PACKED, PACKED)), 48),
         (wire.Committed({"a": WeightedSum.of(FOUR, 2)}), 64),
         (wire.Commit(1, (wire.Entry("s", "d", 1),)), 0),
     ],
@@ -50,7 +52,7 @@ def test_payload_is_the_bytes_of_the_arrays(message: Any, num_bytes: int) -> Non
 
 def test_a_counting_transport_adds_up_both_ways() -> None:
     """And hands on what came, unchanged."""
-    reply = wire.Stepped(0.5, PACKED)
+    reply = wire.Stepped(gradients=(PACKED,), values={"loss": 0.5})
     counting = wire.CountingTransport(wire.LocalTransport(lambda request: reply))
     assert counting.send(step()) is reply
     counting.send(step())

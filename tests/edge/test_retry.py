@@ -1,10 +1,12 @@
-"""Patience: ask again when the edge says so, not more often and not for ever."""
+"""Retrying: ask again when the edge says so, not more often and not for ever."""
 
 import pytest
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.retry import PatientTransport, ask_patiently
+from flwr_smartsplit.edge.retry import RetryingTransport
 from flwr_smartsplit.errors import EdgeFull
+
+REQUEST = wire.IsHeld("digest")
 
 
 class Busy:
@@ -14,10 +16,12 @@ class Busy:
         self.left, self.wait = num_refusals, retry_after_seconds
         self.seconds = 0.0
         self.num_asked = 0
+        self.seen: list[object] = []
 
-    def ask(self) -> str:
+    def send(self, request: wire.Request[str]) -> str:
         """Answer, or refuse."""
         self.num_asked += 1
+        self.seen.append(request)
         if self.num_asked > self.left:
             return "room"
         raise EdgeFull("full", retry_after_seconds=self.wait)
@@ -31,9 +35,10 @@ class Busy:
         return self.seconds
 
 
-def answer(busy: Busy, patience_seconds: float) -> str:
-    """Ask with patience."""
-    return ask_patiently(busy.ask, patience_seconds, clock=busy.clock, sleep=busy.sleep)
+def answer(busy: Busy, max_wait_seconds: float) -> str:
+    """Ask for so long."""
+    transport = RetryingTransport(busy, max_wait_seconds, busy.clock, busy.sleep)
+    return transport.send(REQUEST)
 
 
 def test_it_asks_again_after_the_time_it_is_told() -> None:
@@ -42,7 +47,7 @@ def test_it_asks_again_after_the_time_it_is_told() -> None:
     assert (busy.num_asked, busy.seconds) == (4, 1.5)
 
 
-def test_patience_ends() -> None:
+def test_time_is_up_at_last() -> None:
     """The last refusal is what the caller gets, and nobody sleeps past the end."""
     busy = Busy(100, 0.5)
     with pytest.raises(EdgeFull):
@@ -50,25 +55,18 @@ def test_patience_ends() -> None:
     assert (busy.num_asked, busy.seconds) == (3, 1.0)
 
 
-@pytest.mark.parametrize(("wait", "patience"), [(None, 10.0), (0.5, 0.0)])
+@pytest.mark.parametrize(("wait", "max_wait"), [(None, 10.0), (0.5, 0.0)])
 def test_nobody_waits_where_it_does_not_help(
-    wait: float | None, patience: float
+    wait: float | None, max_wait: float
 ) -> None:
     busy = Busy(1, wait)
     with pytest.raises(EdgeFull):
-        answer(busy, patience)
+        answer(busy, max_wait)
     assert (busy.num_asked, busy.seconds) == (1, 0.0)
 
 
-def test_a_transport_repeats_the_same_request() -> None:
+def test_the_same_request_is_repeated() -> None:
     """It is delivered once there is room."""
-    seen, busy = [], Busy(2, 0.0)
-
-    class Inner:
-        def send(self, request):
-            seen.append(request)
-            return busy.ask()
-
-    request = wire.IsHeld("digest")
-    assert PatientTransport(Inner(), 1.0).send(request) == "room"
-    assert seen == [request] * 3
+    busy = Busy(2, 0.0)
+    assert answer(busy, 1.0) == "room"
+    assert busy.seen == [REQUEST] * 3

@@ -7,7 +7,7 @@ import pytest
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.service import EdgeService
-from flwr_smartsplit.edge.state_store import Spill
+from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import StaleSession
 from tests.tasks import SEED, TASK, initial_state, tiny_chain
@@ -39,14 +39,14 @@ def test_a_session_opened_during_a_seal_outlives_it(
         return opened.incarnation
 
     earlier, later = open_session("a"), []
-    put = Spill.put_tail
+    put = StateStore.put_tail
 
-    def put_slowly(spill: Spill, *args: Any) -> str:
-        monkeypatch.setattr(Spill, "put_tail", put)
+    def put_slowly(spill: StateStore, *args: Any) -> str:
+        monkeypatch.setattr(StateStore, "put_tail", put)
         later.append(open_session("b"))
         return put(spill, *args)
 
-    monkeypatch.setattr(Spill, "put_tail", put_slowly)
+    monkeypatch.setattr(StateStore, "put_tail", put_slowly)
     with pytest.raises(StaleSession):
         service.handle(wire.Seal("s", earlier, 0))
     (receipt,) = service.handle(wire.Seal("s", later[0], 0))

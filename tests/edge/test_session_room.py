@@ -12,8 +12,9 @@ import torch
 
 from flwr_smartsplit import Route
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.edge.tensors import WireTensor, state_digest
@@ -77,7 +78,7 @@ def opening(session: str, **changes: Any) -> wire.OpenSession:
     return replace(plain, **changes)
 
 
-def train(client: int, edge: LocalEdge, address: str, between: Any = None) -> Outcome:
+def train(client: int, edge: Edge, address: str, between: Any = None) -> Outcome:
     """Train a client whose tail is at an edge."""
     plan = client_plan(client, Route.split(4), STATE, addresses={EDGE: address})
     conditions = Conditions(
@@ -100,7 +101,7 @@ def whole() -> list[Outcome]:
 
 
 @pytest.fixture
-def tight() -> Iterator[tuple[LocalEdge, str]]:
+def tight() -> Iterator[tuple[Edge, str]]:
     """Start an edge with memory for one client."""
     edge = LocalEdge(memory_bytes=need().memory_bytes)
     address = edge.start(TASK)
@@ -211,18 +212,19 @@ def test_a_round_that_ends_while_room_is_worked_out_leaves_none_taken(
     """A late client's step finds its session gone, and nobody pays for it."""
     edge = service(tmp_path, memory_bytes=need().memory_bytes)
     opened = edge.handle(opening("a", batch_size=None))
-    fit = edge._room.fit
+    fit = edge._admission.fit
 
     def late(*args: Any) -> None:
         edge.handle(ended_by)
         fit(*args)
 
-    monkeypatch.setattr(edge._room, "fit", late)
-    step = wire.TrainStep(
+    monkeypatch.setattr(edge._admission, "fit", late)
+    step = wire.Forward(
         session="a",
         incarnation=opened.incarnation,
         step=0,
-        boundary=WireTensor.pack(torch.zeros(BATCH_SIZE, 1)),
+        boundary=(WireTensor.pack(torch.zeros(BATCH_SIZE, 1)),),
+        num_examples=BATCH_SIZE,
         targets=WireTensor.pack(torch.zeros(BATCH_SIZE, dtype=torch.int64)),
     )
     with pytest.raises(StaleSession):
@@ -233,13 +235,13 @@ def test_a_round_that_ends_while_room_is_worked_out_leaves_none_taken(
 
 
 def test_who_finds_no_room_waits_for_it(
-    whole: list[Outcome], tight: tuple[LocalEdge, str]
+    whole: list[Outcome], tight: tuple[Edge, str]
 ) -> None:
     """Both clients end with the bits they have where there is room for both."""
     outcomes: dict[int, Outcome] = {}
     is_one_there, is_other_asking = threading.Event(), threading.Event()
 
-    def hold(walk: Walk) -> None:
+    def hold(runner: RouteRunner) -> None:
         is_one_there.set()
         assert is_other_asking.wait(30)
         second.join(0.05)
@@ -262,7 +264,7 @@ def test_who_finds_no_room_waits_for_it(
         assert found.digest == wanted.digest
 
 
-def test_whose_patience_ends_sits_the_round_out(tight: tuple[LocalEdge, str]) -> None:
+def test_whose_patience_ends_sits_the_round_out(tight: tuple[Edge, str]) -> None:
     """With the numbers in the report; the one inside goes on."""
     edge, address = tight
     edge.connect(address).send(opening("b"))
@@ -273,25 +275,25 @@ def test_whose_patience_ends_sits_the_round_out(tight: tuple[LocalEdge, str]) ->
     edge.connect(address).send(wire.Seal("b", _life(edge, address) + "t", 0))
 
 
-def _life(edge: LocalEdge, address: str) -> str:
+def _life(edge: Edge, address: str) -> str:
     return edge.connect(address).send(wire.IsHeld(DIGEST)).incarnation
 
 
 def test_a_cut_moves_as_far_as_there_is_room(
-    whole: list[Outcome], tight: tuple[LocalEdge, str]
+    whole: list[Outcome], tight: tuple[Edge, str]
 ) -> None:
     """Earlier is refused, and the session is as it was; later and back is not."""
     refused: list[RefusedMove] = []
 
-    def between(walk: Walk) -> None:
-        if walk.num_steps == 1:
+    def between(runner: RouteRunner) -> None:
+        if runner.num_steps == 1:
             with pytest.raises(RefusedMove, match="of memory left") as caught:
-                walk.move(1)
+                runner.move(1)
             refused.append(caught.value)
-            walk.move(6)
-            walk.move(4)  # The room for the way back is there until the next step.
-        if walk.num_steps == 2:
-            walk.move(6)
+            runner.move(6)
+            runner.move(4)  # The room for the way back is there until the next step.
+        if runner.num_steps == 2:
+            runner.move(6)
 
     outcome = train(0, *tight, between)
     assert outcome.report.status is Status.OK, outcome.report.message
@@ -304,22 +306,22 @@ def test_a_cut_moves_as_far_as_there_is_room(
 
 
 def test_a_moved_cut_gives_room_back_with_the_next_step(
-    tight: tuple[LocalEdge, str],
+    tight: tuple[Edge, str],
 ) -> None:
     """What a later cut leaves is for others; coming back is refused then."""
     edge, address = tight
     found = []
 
-    def between(walk: Walk) -> None:
+    def between(runner: RouteRunner) -> None:
         other = replace(edge, room_patience_seconds=0.0).connect(address)
-        if walk.num_steps == 1:
-            walk.move(7)
+        if runner.num_steps == 1:
+            runner.move(7)
             with pytest.raises(EdgeFull):
                 other.send(opening("b", start=7))
-        if walk.num_steps == 2:
+        if runner.num_steps == 2:
             found.append(other.send(opening("b", start=7)))
             with pytest.raises(RefusedMove):
-                walk.move(4)
+                runner.move(4)
 
     assert need(7).memory_bytes * 2 <= need(4).memory_bytes
     assert train(0, edge, address, between).report.status is Status.OK

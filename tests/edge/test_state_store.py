@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flwr_smartsplit.edge.state_store import Spill, iterate_tails
+from flwr_smartsplit.edge.state_store import StateStore, iterate_tails
 from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.errors import EdgeError, SpillLost, StateNotHeld
+from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
 from tests.faults import tail_files
 from tests.tasks import differences
 
@@ -23,9 +23,9 @@ SESSION = "1/client 7/../é/edge"
 
 def test_a_tail_comes_back_in_every_bit(tmp_path: Path) -> None:
     """Names, dtypes, shapes, values; also after the edge restarted."""
-    digest = Spill(tmp_path).put_tail(SESSION, 1, STATE)
+    digest = StateStore(tmp_path).put_tail(SESSION, 1, STATE)
     assert digest == state_digest(STATE)
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     assert differences(spill.read_tail(SESSION), STATE) == []
     spill.verify({SESSION: digest})
 
@@ -33,7 +33,7 @@ def test_a_tail_comes_back_in_every_bit(tmp_path: Path) -> None:
 def test_a_session_name_cannot_leave_the_folder(tmp_path: Path) -> None:
     """Client keys are anybody's text; files stay inside, and apart."""
     folder = tmp_path / "spill"
-    spill = Spill(folder)
+    spill = StateStore(folder)
     sessions = ["../x", "a/b", "a%2Fb", "/etc/x", "a b", "."]
     for session in sessions:
         spill.put_tail(session, 1, {"w": np.zeros(1)})
@@ -43,7 +43,7 @@ def test_a_session_name_cannot_leave_the_folder(tmp_path: Path) -> None:
 
 def test_states_are_held_by_digest_and_read_by_name(tmp_path: Path) -> None:
     """A device's tail needs some names only."""
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     digest = state_digest(STATE)
     assert not spill.holds(digest)
     spill.hold(digest, STATE)
@@ -55,7 +55,7 @@ def test_states_are_held_by_digest_and_read_by_name(tmp_path: Path) -> None:
 def test_a_state_that_is_not_held_is_named(tmp_path: Path) -> None:
     """The error carries the digest that has to be sent."""
     with pytest.raises(StateNotHeld, match="no global state abcdefabcdef is") as raised:
-        Spill(tmp_path).read_state("abcdef" * 3, ())
+        StateStore(tmp_path).read_state("abcdef" * 3, ())
     assert raised.value.digest == "abcdef" * 3
 
 
@@ -67,7 +67,7 @@ def test_a_state_that_cannot_be_read_just_now_stays(
     def fails(*_: Any, **__: Any) -> None:
         raise OSError(24, "Too many open files")
 
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     digest = state_digest(STATE)
     spill.hold(digest, STATE)
     with monkeypatch.context() as now:
@@ -80,7 +80,7 @@ def test_a_state_that_cannot_be_read_just_now_stays(
 
 
 def test_a_spoilt_state_is_sent_again(tmp_path: Path) -> None:
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     digest = state_digest(STATE)
     spill.hold(digest, STATE)
     (path,) = tmp_path.iterdir()
@@ -92,7 +92,7 @@ def test_a_spoilt_state_is_sent_again(tmp_path: Path) -> None:
 
 def test_arrays_of_any_layout_keep_their_values(tmp_path: Path) -> None:
     """A transposed array is not written in memory order under its own shape."""
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     state = {"t": np.arange(6.0).reshape(2, 3).T, "s": np.arange(10.0)[::2]}
     digest = spill.put_tail("s", 1, state)
     assert differences(spill.read_tail("s"), state) == []
@@ -101,7 +101,7 @@ def test_arrays_of_any_layout_keep_their_values(tmp_path: Path) -> None:
 
 def test_verify_names_every_tail_that_does_not_fit(tmp_path: Path) -> None:
     """Missing, changed, cut short, emptied, replaced by another."""
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     cases = ("good", "missing", "changed", "short", "emptied", "replaced")
     digests = {
         case: spill.put_tail(case, 1, {"w": np.full(3, float(index))})
@@ -115,7 +115,7 @@ def test_verify_names_every_tail_that_does_not_fit(tmp_path: Path) -> None:
     files["short"].write_bytes(files["short"].read_bytes()[:-1])
     files["emptied"].write_bytes(b"")
     files["replaced"].write_bytes(files["good"].read_bytes())
-    with pytest.raises(SpillLost) as raised:
+    with pytest.raises(TailLost) as raised:
         spill.verify(digests)
     assert raised.value.sessions == cases[1:]
     spill.verify({"good": digests["good"]})
@@ -123,7 +123,7 @@ def test_verify_names_every_tail_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_dropping_a_tail_twice_is_no_error(tmp_path: Path) -> None:
     """Nor dropping one that never was."""
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     spill.put_tail("s", 1, STATE)
     spill.drop_tail("s")
     spill.drop_tail("s")
@@ -132,7 +132,7 @@ def test_dropping_a_tail_twice_is_no_error(tmp_path: Path) -> None:
 
 def test_release_keeps_later_rounds_and_one_state(tmp_path: Path) -> None:
     """Everything else goes."""
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     for number in (1, 2, 3):
         spill.put_tail(f"{number}/c/edge", number, STATE)
         spill.hold(f"state {number}", STATE)
@@ -146,7 +146,7 @@ def test_release_keeps_later_rounds_and_one_state(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\xff" * 100])
 def test_release_deletes_a_damaged_tail(tmp_path: Path, content: bytes) -> None:
     """What cannot be read cannot be merged, and must not end the run."""
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     spill.put_tail("9/c/edge", 9, STATE)
     (path,) = tail_files(tmp_path)
     path.write_bytes(content)
@@ -156,17 +156,17 @@ def test_release_deletes_a_damaged_tail(tmp_path: Path, content: bytes) -> None:
 
 def test_an_unfinished_file_is_not_a_tail(tmp_path: Path) -> None:
     """A process that dies while writing leaves nothing that could be merged."""
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     digest = spill.put_tail("s", 1, STATE)
     (path,) = tail_files(tmp_path)
     path.rename(path.with_suffix(".unfinished"))
-    with pytest.raises(SpillLost):
+    with pytest.raises(TailLost):
         spill.verify({"s": digest})
 
 
 def test_tails_are_read_one_at_a_time(tmp_path: Path) -> None:
     """In the order asked for; a later file is not opened before its turn."""
-    spill = Spill(tmp_path)
+    spill = StateStore(tmp_path)
     for value in range(3):
         spill.put_tail(str(value), 1, {"w": np.array([float(value)])})
     tails = iterate_tails(spill, {"2": 5, "0": 7, "1": 9})
@@ -174,6 +174,6 @@ def test_tails_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert (state["w"].tolist(), weight) == ([2.0], 5)
     spill.drop_tail("1")
     assert next(tails)[1] == 7
-    with pytest.raises(SpillLost, match="tail of 1 ") as lost:
+    with pytest.raises(TailLost, match="tail of 1 ") as lost:
         next(tails)
     assert lost.value.sessions == ("1",)

@@ -19,8 +19,8 @@ from flwr_smartsplit import (
     predicted_peak_bytes,
     profile_chain,
 )
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.edge.protocol import Edge
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from tests.in_process_grid import InProcessGrid
 from tests.tasks import BATCH_SIZE, SEED, TASK, State, initial_state, loader, tiny_chain

@@ -39,9 +39,9 @@ def apps(kind: Kind) -> list[ClientApp]:
 def run_with(kind: Kind, **changes: Any) -> Any:
     """Run the clients under the strategy that speaks their API."""
     if kind is KINDS[0]:
-        strategy = smart_split(EDGES, refine=False, **changes)
+        strategy = smart_split(EDGES, **changes)
         return run(apps(kind), strategy, num_rounds=NUM_ROUNDS)
-    legacy = legacy_smart_split(EDGES, refine=False, **changes)
+    legacy = legacy_smart_split(EDGES, **changes)
     return run_legacy(apps(kind), legacy, num_rounds=NUM_ROUNDS)
 
 

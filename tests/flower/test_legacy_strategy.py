@@ -193,6 +193,6 @@ def test_plans_are_kept() -> None:
     """With everybody's route."""
     made = run_legacy(legacy_apps(), num_rounds=1)
     (plan,) = made.strategy.round_plans  # type: ignore[attr-defined]
-    routes = {a.client_key: a.route for a in plan.assignments}
+    routes = {a.client_key: a.option.route for a in plan.assignments}
     assert routes["c2"] == Route.whole()
     assert routes["c1"] == Route.split(4)

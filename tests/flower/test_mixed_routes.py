@@ -62,7 +62,9 @@ def test_a_mixed_round_is_fedavg_bit_for_bit(
     """States after two rounds, training metrics and evaluation along the routes."""
     made = run(clients(make), mixed())
     assert made.kinds() == []
-    routes = {a.client_key: a.route for a in made.strategy.round_plans[0].assignments}
+    routes = {
+        a.client_key: a.option.route for a in made.strategy.round_plans[0].assignments
+    }
     assert routes == ROUTES
     assert differences(made.state, whole_run.state) == []
     for phase in ("train_metrics_clientapp", "evaluate_metrics_clientapp"):
@@ -107,7 +109,7 @@ def test_labels_stay_on_weak_devices() -> None:
     strategy = smart_split(choose_route=deepest_u_shape)
     made = run([*apps([None, budget, 10**9]), message_app(3, 10)], strategy)
     plan = strategy.round_plans[0]
-    routes = {a.client_key: str(a.route) for a in plan.assignments}
+    routes = {a.client_key: str(a.option.route) for a in plan.assignments}
     assert routes["c0"] == routes["c2"] == "whole"
     assert routes["c1"].endswith("device[8:]")
     assert "no route fits" in plan.skipped["c3"]

@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit import Route, SmartSplitNumPyClient, build_client_app
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidRoute
 from flwr_smartsplit.flower.round_exchange import (
@@ -38,7 +38,7 @@ MOVES: dict[str, dict[int, int]] = {
     "c3": {2: 5},
 }
 CHAIN = tiny_chain()
-Between = Callable[[Walk], None]
+Between = Callable[[RouteRunner], None]
 Kind = Callable[[Callable[[Context], SmartSplitNumPyClient]], ClientApp]
 
 
@@ -55,11 +55,11 @@ def legacy_kind(client_fn: Callable[[Context], SmartSplitNumPyClient]) -> Client
 KINDS: list[Kind] = [build_client_app, legacy_kind]
 
 
-def move_along(walk: Walk) -> None:
+def move_along(runner: RouteRunner) -> None:
     """Make the moves that belong to a client."""
-    plan = MOVES[walk.plan.client_key]
-    if walk.num_steps in plan:
-        walk.move(plan[walk.num_steps], reason="told to")
+    plan = MOVES[runner.plan.client_key]
+    if runner.num_steps in plan:
+        runner.move(plan[runner.num_steps], reason="told to")
 
 
 def clients(kind: Kind, between: Between | None, **changes: Any) -> list[ClientApp]:
@@ -131,13 +131,13 @@ def test_a_client_that_only_says_that_its_cut_moved_is_refused(
     run_with: Any, kind: Kind, moves: tuple[Move, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names and receipts are not those of the route it claims; nobody else minds."""
-    report = Walk.report
+    report = RouteRunner.report
 
-    def claimed(self: Walk, *, num_epochs: int) -> StepReport:
+    def claimed(self: RouteRunner, *, num_epochs: int) -> StepReport:
         true = report(self, num_epochs=num_epochs)
         return replace(true, moves=moves) if self.plan.client_key == "c1" else true
 
-    monkeypatch.setattr(Walk, "report", claimed)
+    monkeypatch.setattr(RouteRunner, "report", claimed)
     made = run_with(clients(kind, None), num_rounds=1)
     assert made.kinds() == [("c1", "refused")]
 
@@ -147,12 +147,12 @@ def test_a_client_that_hides_that_its_cut_moved_is_refused(
     run_with: Any, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it sends does not fit its plan; the others are merged without it."""
-    report = Walk.report
+    report = RouteRunner.report
 
-    def hidden(self: Walk, *, num_epochs: int) -> StepReport:
+    def hidden(self: RouteRunner, *, num_epochs: int) -> StepReport:
         return replace(report(self, num_epochs=num_epochs), moves=())
 
-    monkeypatch.setattr(Walk, "report", hidden)
+    monkeypatch.setattr(RouteRunner, "report", hidden)
     made = run_with(clients(kind, move_along), num_rounds=1)
     keys = {key for key, _ in made.kinds()}
     assert keys == {key for key, moves in MOVES.items() if moves}
@@ -164,10 +164,10 @@ def test_state_of_ones_own_stays_at_home_when_the_cut_moves(kind: Kind) -> None:
     task = replace(TASK, is_local=lambda name: name.startswith("1."))
     routes = {**ROUTES, "c2": Route.u_shape(3, 7, edge="near")}
 
-    def between(walk: Walk) -> None:
-        plan = {"c1": {0: 7, 1: 2}, "c3": {1: 4, 2: 3}}.get(walk.plan.client_key, {})
-        if walk.num_steps in plan:
-            walk.move(plan[walk.num_steps])
+    def between(runner: RouteRunner) -> None:
+        plan = {"c1": {0: 7, 1: 2}, "c3": {1: 4, 2: 3}}.get(runner.plan.client_key, {})
+        if runner.num_steps in plan:
+            runner.move(plan[runner.num_steps])
 
     def made(between: Between | None) -> Run:
         strategy = smart_split(

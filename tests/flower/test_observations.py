@@ -11,8 +11,9 @@ from flwr_smartsplit.flower.observations import (
     observed,
 )
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent
+from flwr_smartsplit.plan.advisor import StragglerAdvisor
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
-from flwr_smartsplit.plan.timing import Work, work_of
+from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
     Assignment,
     ClientPlan,
@@ -25,7 +26,9 @@ from flwr_smartsplit.types import (
     Replan,
     Rerun,
     Route,
+    RouteOption,
     StepReport,
+    Work,
 )
 from tests.plan.fleets import seen
 from tests.plan.profiles import chain_of
@@ -35,10 +38,8 @@ def assigned(key: str, seconds: float | None) -> Assignment:
     """Choose a client whose round should take so long."""
     return Assignment(
         client_key=key,
-        route=Route.whole(),
+        option=RouteOption(route=Route.whole(), peak_bytes=1, seconds=seconds),
         budget_bytes=None,
-        predicted_peak_bytes=1,
-        predicted_seconds=seconds,
     )
 
 
@@ -54,7 +55,7 @@ def test_a_cohort_is_of_rounds_and_each_client_is_told_it_for_its_steps() -> Non
         [seen("a", num_examples=10), seen("c", num_examples=30, step_seconds=2.0)]
     )
     chosen = [assigned("a", 6.0), assigned("b", 30.0), assigned("c", None)]
-    found = cohort_in(chosen, devices, history)
+    found = cohort_in(StragglerAdvisor(), chosen, devices, history)
     assert found == Cohort(
         median_step_seconds=10.0,
         median_importance=20.0,
@@ -62,9 +63,9 @@ def test_a_cohort_is_of_rounds_and_each_client_is_told_it_for_its_steps() -> Non
         relieves_edge=False,
     )
     limited = (EdgeProfile(name="x"), EdgeProfile(name="y", memory_bytes=5))
-    assert cohort_in(chosen, devices, history, edges=limited) == replace(
-        found, relieves_edge=True
-    )
+    assert cohort_in(
+        StragglerAdvisor(), chosen, devices, history, edges=limited
+    ) == replace(found, relieves_edge=True)
     assert found is not None
     assert found.for_steps(5).median_step_seconds == 2.0
     assert found.for_steps(5).low_importance == 15.0
@@ -75,16 +76,14 @@ def test_a_loss_that_is_no_number_is_none_and_times_are_those_that_were_said() -
     plan = ClientPlan(
         client_key="a", round_number=2, route=Route.split(1), edge_addresses={}, seed=0
     )
-    report = StepReport(
-        num_examples=8, loss_rms=float("nan"), loss_drop=0.5, seconds=3.0, metrics={}
-    )
+    report = StepReport(num_examples=8, loss_rms=float("nan"), seconds=3.0, metrics={})
     reply = ClientReply(
         client_key="a", round_number=2, state={}, receipts=(), report=report
     )
     dispatch = Dispatch(2, is_train=True, started_seconds=0.0)
     dispatch.sent["a"] = Sent(plan, (), (), assigned("a", 7.0))
     (found,) = observed(dispatch, {"a": reply}, None)
-    assert (found.loss_rms, found.loss_drop, found.seconds) == (0.0, 0.5, 7.0)
+    assert (found.loss_rms, found.seconds) == (0.0, 7.0)
     assert (found.edge, found.round_number, found.step_seconds) == ("edge", 2, None)
     (timed,) = observed(dispatch, {"a": reply}, measured_seconds)
     assert timed.seconds == 3.0
@@ -92,7 +91,7 @@ def test_a_loss_that_is_no_number_is_none_and_times_are_those_that_were_said() -
 
 def test_without_any_speed_there_is_no_cohort() -> None:
     """So edges advise nobody."""
-    assert cohort_in([assigned("a", None)], {}, NO_HISTORY) is None
+    assert cohort_in(StragglerAdvisor(), [assigned("a", None)], {}, NO_HISTORY) is None
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def test_devices_that_recompute_change_no_bit(
     journal = tmp_path / "rows.jsonl"
     strategy = smart_split(EDGES, choose_route=deep, journal=journal)
     made = run(clients(make), strategy)
-    plans = {a.client_key: a.recompute for a in strategy.round_plans[0].assignments}
+    plans = {
+        a.client_key: a.option.recompute for a in strategy.round_plans[0].assignments
+    }
     assert {key: plan.is_empty for key, plan in plans.items()} == {
         "c0": True,
         "c1": False,

@@ -71,7 +71,9 @@ def test_any_mix_of_routes_gives_the_bits_of_whole_models() -> None:
     """Three rounds, four routes, one of them whole."""
     mixed = run(apps(MIXED), num_rounds=3)
     whole = run(apps([None] * 4), num_rounds=3)
-    routes = {a.route for plan in mixed.strategy.round_plans for a in plan.assignments}
+    routes = {
+        a.option.route for plan in mixed.strategy.round_plans for a in plan.assignments
+    }
     assert routes == {Route.whole(), *map(Route.split, (1, 4, 8))}
     assert differences(mixed.state, whole.state) == []
     assert len(differences(mixed.state, initial_state())) > 12
@@ -127,7 +129,7 @@ def test_weights_that_lie_column_by_column_are_not_mixed_up() -> None:
         )
         for b in (budget, None)
     )
-    routes = {a.route for a in split.strategy.round_plans[0].assignments}
+    routes = {a.option.route for a in split.strategy.round_plans[0].assignments}
     assert len(routes) == 1
     assert Route.whole() not in routes
     assert differences(split.state, whole.state) == []

@@ -6,34 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from flwr_smartsplit.plan.menu import Menu, Offer
+from flwr_smartsplit.plan.search_space import SearchSpace
 from flwr_smartsplit.plan.selection.candidates import Candidate
 from flwr_smartsplit.plan.selection.history import Observation
 from flwr_smartsplit.plan.selection.selection import SelectionRequest
-from flwr_smartsplit.plan.timing import Work
 from flwr_smartsplit.types import (
-    KEEP_ALL,
     DeviceProfile,
     DeviceTraits,
     Link,
     Route,
+    RouteOption,
+    Work,
 )
 from tests.plan.profiles import chain_of
 
-MENU = Menu(
+SPACE = SearchSpace(
     chain_of([40]),
     tuple(
-        Offer(
+        RouteOption(
             route=route,
-            recompute=KEEP_ALL,
             peak_bytes=40,
-            work=Work(
-                device_flops=flops,
-                edge_flops=10 - flops,
-                boundary_bytes=0,
-                num_exchanges=0,
-                state_bytes=0,
-            ),
+            work=Work(device_flops=flops, edge_flops=10 - flops),
             edge_memory_bytes=memory,
             edge_disk_bytes=memory,
         )
@@ -54,7 +47,7 @@ def candidate(
     num_examples: int = 10,
     **traits: Any,
 ) -> Candidate:
-    """Make a client that can take the first offers, each in so many seconds."""
+    """Make a client that can take the first options, each in so many seconds."""
     device = DeviceProfile(
         client_key=key,
         budget_bytes=traits.pop("budget_bytes", None),
@@ -65,7 +58,7 @@ def candidate(
     known = np.array(seconds, np.float64)
     best = 0 if np.isnan(known[0]) else int(known.argmin())
     return Candidate(
-        device, MENU, np.arange(len(known)), known, best, float(known[best])
+        device, SPACE, np.arange(len(known)), known, best, float(known[best])
     )
 
 

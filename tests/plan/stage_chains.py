@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from random import Random
 
-from flwr_smartsplit.plan.checkpointing.stages import Stage, Way
+from flwr_smartsplit.plan.checkpointing.stages import Stage, StageRun
 from flwr_smartsplit.types import RecomputePlan, Rerun
 
 
@@ -17,18 +17,18 @@ def _random_stage(rng: Random, index: int) -> Stage:
     gradient = rng.randint(1, 5)
     cost = rng.randint(0, 9)
     saved = output + inside
-    plain = Way(
+    plain = StageRun(
         saved_bytes=saved,
         kept_bytes=rng.randint(0, saved),
         forward_peak_bytes=saved + rng.randint(0, 3),
         rerun_peak_bytes=rng.randint(0, saved),
         backward_peak_bytes=saved + gradient + rng.randint(0, 5),
     )
-    ways = (plain,) if rng.random() < 0.7 else (plain, _light(plain, index, rng))
+    runs = (plain,) if rng.random() < 0.7 else (plain, _light(plain, index, rng))
     return Stage(
         start=index,
         stop=index + 1,
-        ways=ways,
+        runs=runs,
         passing_peak_bytes=output + rng.randint(0, 4),
         output_bytes=output,
         arriving_bytes=gradient,
@@ -39,9 +39,9 @@ def _random_stage(rng: Random, index: int) -> Stage:
     )
 
 
-def _light(plain: Way, index: int, rng: Random) -> Way:
+def _light(plain: StageRun, index: int, rng: Random) -> StageRun:
     less = rng.randint(0, plain.kept_bytes)
-    return Way(
+    return StageRun(
         saved_bytes=plain.saved_bytes - less,
         kept_bytes=plain.kept_bytes - less,
         forward_peak_bytes=plain.forward_peak_bytes,
@@ -55,7 +55,7 @@ def _light(plain: Way, index: int, rng: Random) -> Way:
 def every_plan(stages: tuple[Stage, ...]) -> Iterator[RecomputePlan]:
     """List all nested plans of a chain, light stages included."""
     for reruns in nested(0, len(stages)):
-        for light in _subsets([w.light[0] for s in stages for w in s.ways[1:]]):
+        for light in _subsets([w.light[0] for s in stages for w in s.runs[1:]]):
             yield RecomputePlan(reruns, light)
 
 

@@ -1,10 +1,12 @@
 """Placing: near edges first, where one was before, and never beyond what is there."""
 
-from flwr_smartsplit.plan.placement import Places
-from flwr_smartsplit.types import EdgeProfile
-from tests.plan.fleets import FAST, MENU, SLOW, candidate
+from dataclasses import replace
 
-SPLIT = MENU.offers[1]
+from flwr_smartsplit.plan.placement import Places
+from flwr_smartsplit.types import EdgeProfile, Route, Work
+from tests.plan.fleets import FAST, SLOW, SPACE, candidate
+
+SPLIT = SPACE.options[1]
 NEAR_X = candidate("a", flops_per_second=1.0, link=FAST, edge_links={"y": SLOW}).device
 ANY = candidate("b").device
 
@@ -16,15 +18,8 @@ def edges(**memory_bytes: int | None) -> tuple[EdgeProfile, ...]:
 
 def taken(places: Places, *homes: str | None) -> list[str]:
     """Place one client after the other."""
-    found = []
-    for home in homes:
-        edge = places.find(ANY, SPLIT, home)
-        if edge is None:
-            found.append("none")
-        else:
-            places.take(edge, SPLIT)
-            found.append(edge.name)
-    return found
+    options = [places.place(ANY, [SPLIT], home) for home in homes]
+    return ["none" if o is None else o.route.edges()[0] for o in options]
 
 
 def test_clients_without_a_home_fill_edges_evenly() -> None:
@@ -52,23 +47,21 @@ def test_memory_and_disk_are_never_exceeded() -> None:
 
 def test_a_fast_link_beats_a_short_queue() -> None:
     """Only edges that are about as fast share a client's load."""
-    offer = MENU.offers[1]
-    slow_work = offer.work.__class__(
-        device_flops=1,
-        edge_flops=1,
-        boundary_bytes=100,
-        num_exchanges=1,
-        state_bytes=0,
-    )
-    far = offer.__class__(
-        route=offer.route,
-        recompute=offer.recompute,
-        peak_bytes=40,
-        work=slow_work,
-    )
+    work = Work(device_flops=1, edge_flops=1, boundary_bytes=100, num_exchanges=1)
+    option = replace(SPLIT, work=work)
     places = Places(edges(y=None, x=None))
     for _ in range(3):
-        edge = places.find(NEAR_X, far, "y")
-        assert edge is not None
-        assert edge.name == "x"
-        places.take(edge, far)
+        placed = places.place(NEAR_X, [option], "y")
+        assert placed is not None
+        assert placed.route == Route.split(2, edge="x")
+
+
+def test_a_whole_model_and_a_placed_route_need_no_room() -> None:
+    """Whoever chose a route beforehand chose its edge, too."""
+    places = Places(edges(x=0))
+    assert places.place(ANY, [SPLIT], None) is None
+    placed = SPLIT.at("y")
+    assert places.place(ANY, [SPLIT, placed], None) == placed
+    whole = places.place(ANY, [SPLIT, SPACE.options[0]], None)
+    assert whole is not None
+    assert (whole.route, whole.is_placed) == (Route.whole(), True)

@@ -47,13 +47,13 @@ def test_everybody_gets_the_deepest_route_that_fits() -> None:
     """Budgets and batch sizes are the client's own; order is client_key's."""
     found = plan()
     assert found.round_number == 3
-    assert [(a.client_key, str(a.route)) for a in found.assignments] == [
+    assert [(a.client_key, str(a.option.route)) for a in found.assignments] == [
         ("a", "whole"),
         ("b", "whole"),
         ("d", "device[:2] > x[2:]"),
         ("e", "device[:2] > x[2:]"),
     ]
-    assert [a.predicted_peak_bytes for a in found.assignments] == [40, 40, 20, 40]
+    assert [a.option.peak_bytes for a in found.assignments] == [40, 40, 20, 40]
     assert [a.budget_bytes for a in found.assignments] == [None, 40, 25, 45]
 
 
@@ -96,12 +96,12 @@ def test_clients_are_dealt_out_to_edges_in_turn() -> None:
     """By their place in the fleet, so that a client's edge does not hang on chance."""
     weak = [device(key, 15) for key in "abcd"]
     found = plan(weak, edges=["x", "y"])
-    assert [a.route for a in found.assignments] == [
+    assert [a.option.route for a in found.assignments] == [
         Route.split(1, edge=edge) for edge in "xyxy"
     ]
     fewer = plan(weak, edges=["x", "y"], num_clients=2)
-    edge_of = {a.client_key: a.route for a in found.assignments}
-    assert all(edge_of[a.client_key] == a.route for a in fewer.assignments)
+    edge_of = {a.client_key: a.option.route for a in found.assignments}
+    assert all(edge_of[a.client_key] == a.option.route for a in fewer.assignments)
 
 
 def test_without_edges_only_whole_models_train() -> None:

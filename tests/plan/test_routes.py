@@ -10,11 +10,11 @@ from flwr_smartsplit.errors import NoFeasibleRoute
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.plan.routes import (
     RouteRequest,
-    check_route,
+    chosen_option,
     deepest_route,
     deepest_split,
 )
-from flwr_smartsplit.types import Route
+from flwr_smartsplit.types import Constraints, Route
 from tests.plan.profiles import chain_of, device
 
 PEAKS = st.lists(st.integers(1, 1000), min_size=1, max_size=12)
@@ -57,25 +57,35 @@ def test_no_chosen_cut_leaves_the_device_less_than_it_keeps() -> None:
     """If that fits nobody, the client sits out."""
     profile = chain_of([10, 20, 30, 40, 50])
     request = RouteRequest(
-        device=device("a", 49), profile=profile, edges=("edge",), recompute=False
+        device=device("a", 49),
+        profile=profile,
+        edges=("edge",),
+        constraints=Constraints(recompute=False),
     )
     (deepest,) = deepest_split(request).cuts
-    kept = replace(request, min_device_units=deepest)
-    assert deepest_split(kept).cuts == (deepest,)
+
+    def keeping(units: int) -> RouteRequest:
+        kept = Constraints(recompute=False, min_device_units=units)
+        return replace(request, constraints=kept)
+
+    assert deepest_split(keeping(deepest)).cuts == (deepest,)
     with pytest.raises(NoFeasibleRoute, match="no route fits"):
-        deepest_split(replace(request, min_device_units=deepest + 1))
+        deepest_split(keeping(deepest + 1))
 
 
 def test_a_route_of_ones_own_keeps_as_many_units_at_the_device() -> None:
     """Shallow boundaries leak, whoever chooses them."""
     profile = chain_of([10, 20, 30, 40, 50])
     request = RouteRequest(
-        device=device("a"), profile=profile, edges=("edge",), min_device_units=2
+        device=device("a"),
+        profile=profile,
+        edges=("edge",),
+        constraints=Constraints(min_device_units=2),
     )
-    check_route(Route.split(2), request)
-    check_route(Route.whole(), request)
+    for route in (Route.split(2), Route.whole()):
+        assert chosen_option(request, lambda _, route=route: route).route == route
     with pytest.raises(NoFeasibleRoute, match="first 2 units on the device"):
-        check_route(Route.split(1), request)
+        chosen_option(request, lambda _: Route.split(1))
 
 
 def test_without_an_edge_only_the_whole_model_will_do() -> None:

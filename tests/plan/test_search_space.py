@@ -11,11 +11,11 @@ from flwr_smartsplit.cli.specs import task_of
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.plan.checkpointing.plan import least_bytes, plan_recompute
 from flwr_smartsplit.plan.search_space import (
-    Choice,
-    choice_of,
-    choices_of_route,
-    front_of_choices,
-    recommended_choice,
+    dominates,
+    extra_work,
+    option_of,
+    options_of_route,
+    recommended_option,
     routes_worth_a_plan,
     undominated,
 )
@@ -27,8 +27,10 @@ from flwr_smartsplit.types import (
     RecomputePlan,
     Rerun,
     Route,
+    RouteOption,
     StepBytes,
     UnitCost,
+    Work,
 )
 
 SIZES = st.integers(1, 9)
@@ -75,23 +77,38 @@ def profiles(draw):
 COSTS = st.tuples(SIZES, st.integers(0, 3), st.booleans(), st.integers(0, 3))
 
 
-@st.composite
-def made_choices(draw):
-    """Choices with any costs, equal ones among them."""
-    return [
-        Choice(
-            route=Route.split(cut),
-            recompute=RecomputePlan((Rerun(0, 1),)) if again else KEEP_ALL,
-            peak_bytes=peak,
+def made_option(cut, peak, extra, again, boundary):
+    """Make an option of one cut, with any costs."""
+    return RouteOption(
+        route=Route.split(cut) if cut else Route.whole(),
+        recompute=RecomputePlan((Rerun(0, 1),)) if again else KEEP_ALL,
+        peak_bytes=peak,
+        work=Work(
+            device_flops=cut + extra,
+            edge_flops=100 - cut,
             extra_flops=extra,
-            extra_flops_fraction=0.0,
             boundary_bytes=boundary,
-            device_flops_fraction=cut / 100,
-        )
-        for cut, (peak, extra, again, boundary) in enumerate(
-            draw(st.lists(COSTS, max_size=20)), start=1
-        )
-    ]
+        ),
+    )
+
+
+@st.composite
+def made_options(draw):
+    """Options with any costs, equal ones among them."""
+    costs = draw(st.lists(COSTS, max_size=20))
+    return [made_option(cut, *each) for cut, each in enumerate(costs, start=1)]
+
+
+def front_of(profile, *, budget_bytes=None, num_between=3, with_u_shapes=False):
+    """List the options that no other beats, as ``smartsplit plan`` does."""
+    return undominated(
+        (
+            option
+            for route in routes_worth_a_plan(profile, with_u_shapes=with_u_shapes)
+            for option in options_of_route(profile, route, num_between=num_between)
+        ),
+        budget_bytes=budget_bytes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,77 +118,70 @@ def small_cnn():
     return profile_chain(build_chain(task), batch_size=8, task=task)
 
 
-def costs_of(choice):
-    return choice.peak_bytes, choice.work, choice.boundary_bytes
+def costs_of(option):
+    return option.peak_bytes, extra_work(option), option.work.boundary_bytes
 
 
-def as_good(choice, others):
-    """Whether some choice is nowhere worse."""
-    mine = costs_of(choice)
+def as_good(option, others):
+    """Whether some option is nowhere worse."""
+    mine = costs_of(option)
     return any(
         all(a <= b for a, b in zip(costs_of(other), mine, strict=True))
         for other in others
     )
 
 
-@given(made_choices())
-def test_the_front_has_no_dominated_choice_and_one_as_good_as_each_left_out(choices):
-    front = undominated(choices)
+@given(made_options())
+def test_the_front_has_no_dominated_option_and_one_as_good_as_each_left_out(options):
+    front = undominated(options)
 
-    assert not any(a.dominates(b) for a, b in product(front, front))
-    assert len({costs_of(choice) for choice in front}) == len(front)
-    assert all(as_good(choice, front) for choice in choices)
+    assert not any(dominates(a, b) for a, b in product(front, front))
+    assert len({costs_of(option) for option in front}) == len(front)
+    assert all(as_good(option, front) for option in options)
     assert [c.peak_bytes for c in front] == sorted(c.peak_bytes for c in front)
 
 
-@given(made_choices())
-def test_of_equal_choices_the_deepest_is_kept(choices):
-    for kept in undominated(choices):
-        equal = [c.route.cuts for c in choices if costs_of(c) == costs_of(kept)]
+@given(made_options())
+def test_of_equal_choices_the_deepest_is_kept(options):
+    for kept in undominated(options):
+        equal = [c.route.cuts for c in options if costs_of(c) == costs_of(kept)]
         assert kept.route.cuts == max(equal)
 
 
-def test_no_choice_dominates_its_equal():
-    equal = Choice(
-        route=Route.whole(),
-        recompute=KEEP_ALL,
-        peak_bytes=1,
-        extra_flops=0,
-        extra_flops_fraction=0.0,
-        boundary_bytes=0,
-        device_flops_fraction=1.0,
-    )
+def test_no_option_dominates_its_equal():
+    equal = made_option(0, 1, 0, False, 0)
     less = replace(equal, peak_bytes=0)
 
-    assert not equal.dominates(equal)
-    assert less.dominates(equal)
-    assert not less.dominates(replace(equal, boundary_bytes=-1))
+    less_traffic = replace(equal, work=replace(equal.work, boundary_bytes=-1))
+    assert not dominates(equal, equal)
+    assert dominates(less, equal)
+    assert not dominates(less, less_traffic)
     rerun = replace(equal, recompute=RecomputePlan((Rerun(0, 1),)))
-    assert equal.dominates(rerun)
-    assert not replace(rerun, peak_bytes=0).dominates(equal)
+    assert dominates(equal, rerun)
+    assert not dominates(replace(rerun, peak_bytes=0), equal)
 
 
 @settings(max_examples=40, deadline=None)
 @given(profiles(), st.integers(0, 140), st.integers(0, 60))
 def test_more_budget_loses_nothing_but_to_what_beats_it(profile, budget, more):
-    low = front_of_choices(profile, budget_bytes=budget)
-    high = front_of_choices(profile, budget_bytes=budget + more)
+    low = front_of(profile, budget_bytes=budget)
+    high = front_of(profile, budget_bytes=budget + more)
 
-    assert all(choice.peak_bytes <= budget for choice in low)
+    assert all(option.peak_bytes <= budget for option in low)
     assert all(
-        choice in high or any(other.dominates(choice) for other in high)
-        for choice in low
+        option in high or any(dominates(other, option) for other in high)
+        for option in low
     )
-    assert not any(a.dominates(b) for a, b in product(high, high))
+    assert not any(dominates(a, b) for a, b in product(high, high))
 
 
 @settings(max_examples=40, deadline=None)
 @given(profiles())
-def test_each_choice_is_what_its_route_and_plan_cost(profile):
-    for choice in front_of_choices(profile):
-        assert choice == choice_of(profile, choice.route, choice.recompute)
-        assert choice.peak_bytes == predicted_peak_bytes(
-            profile, choice.route, choice.recompute
+def test_each_option_is_what_its_route_and_plan_cost(profile):
+    for option in front_of(profile):
+        assert option == option_of(profile, option.route, option.recompute)
+        assert option.peak_bytes == predicted_peak_bytes(
+            profile, option.route, option.recompute
         )
 
 
@@ -180,42 +190,42 @@ def test_each_choice_is_what_its_route_and_plan_cost(profile):
 def test_what_is_recommended_fits_and_nothing_in_the_front_takes_less_work(
     profile, budget
 ):
-    front = front_of_choices(profile)
-    found = recommended_choice(profile, front, budget_bytes=budget)
-    fitting = [choice for choice in front if choice.peak_bytes <= budget]
+    front = front_of(profile)
+    found = recommended_option(profile, front, budget_bytes=budget)
+    fitting = [option for option in front if option.peak_bytes <= budget]
 
     if found is None:
         assert not fitting
         return
     assert found.peak_bytes <= budget
-    assert found.work <= min(choice.work for choice in fitting)
-    plain = [choice for choice in fitting if choice.recompute.is_empty]
+    assert extra_work(found) <= min(map(extra_work, fitting))
+    plain = [option for option in fitting if option.recompute.is_empty]
     if plain:
         assert found in plain
-        deepest = max(choice.device_flops_fraction for choice in plain)
-        assert found.device_flops_fraction == deepest
+        deepest = max(option.work.device_fraction for option in plain)
+        assert found.work.device_fraction == deepest
 
 
 def test_the_extremes_of_a_route_are_there(small_cnn):
     for route in (Route.split(4), Route.whole(), Route.u_shape(2, 4)):
-        choices = choices_of_route(small_cnn, route, num_between=2)
-        assert choices[0].peak_bytes == least_bytes(small_cnn, route)
-        assert choices[-1].recompute.is_empty
-        assert len(choices) <= 4
+        options = options_of_route(small_cnn, route, num_between=2)
+        assert options[0].peak_bytes == least_bytes(small_cnn, route)
+        assert options[-1].recompute.is_empty
+        assert len(options) <= 4
 
 
 def test_the_shares_of_the_work_are_the_units(small_cnn):
     flops = [unit.forward_flops for unit in small_cnn.units]
     plan = RecomputePlan((Rerun(0, 4),))
 
-    choice = choice_of(small_cnn, Route.split(4), plan)
-    assert choice.device_flops_fraction == sum(flops[:4]) / sum(flops)
-    assert 0 < choice.extra_flops <= sum(flops[:4])
-    assert choice.extra_flops_fraction == choice.extra_flops / sum(flops[:4])
-    assert choice.boundary_bytes == small_cnn.units[3].boundary_bytes
-    u_shape = choice_of(small_cnn, Route.u_shape(1, 4), KEEP_ALL)
-    assert u_shape.device_flops_fraction == (flops[0] + sum(flops[4:])) / sum(flops)
-    assert u_shape.boundary_bytes == sum(
+    option = option_of(small_cnn, Route.split(4), plan)
+    assert option.work.device_fraction == sum(flops[:4]) / sum(flops)
+    assert 0 < option.work.extra_flops <= sum(flops[:4])
+    assert option.work.extra_fraction == option.work.extra_flops / sum(flops[:4])
+    assert option.work.boundary_bytes == small_cnn.units[3].boundary_bytes
+    u_shape = option_of(small_cnn, Route.u_shape(1, 4), KEEP_ALL)
+    assert u_shape.work.device_fraction == (flops[0] + sum(flops[4:])) / sum(flops)
+    assert u_shape.work.boundary_bytes == sum(
         small_cnn.units[cut - 1].boundary_bytes for cut in (1, 4)
     )
 
@@ -224,8 +234,8 @@ def test_units_without_flops_leave_no_division_by_zero(small_cnn):
     first = replace(small_cnn.units[0], forward_flops=0)
     profile = replace(small_cnn, units=(first,))
 
-    choice = choice_of(profile, Route.whole(), KEEP_ALL)
-    assert (choice.extra_flops_fraction, choice.device_flops_fraction) == (0.0, 1.0)
+    option = option_of(profile, Route.whole(), KEEP_ALL)
+    assert (option.work.extra_fraction, option.work.device_fraction) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("with_u_shapes", [False, True])
@@ -236,13 +246,13 @@ def test_routes_left_out_would_add_nothing_to_the_front(small_cnn, with_u_shapes
         pairs = product(range(1, size), range(1, size))
         every += [Route.u_shape(a, b) for a, b in pairs if a < b]
     worth = routes_worth_a_plan(small_cnn, with_u_shapes=with_u_shapes)
-    front = front_of_choices(small_cnn, with_u_shapes=with_u_shapes)
+    front = front_of(small_cnn, with_u_shapes=with_u_shapes)
     exhaustive = undominated(
-        choice for route in every for choice in choices_of_route(small_cnn, route)
+        option for route in every for option in options_of_route(small_cnn, route)
     )
 
     assert set(worth) < set(every)
-    assert all(as_good(choice, front) for choice in exhaustive)
+    assert all(as_good(option, front) for option in exhaustive)
 
 
 @settings(max_examples=40, deadline=None)
@@ -251,44 +261,46 @@ def test_of_every_route_left_out_another_is_as_good_with_nothing_recomputed(prof
     size = len(profile.units)
     every = [*map(Route.split, range(1, size)), Route.whole()]
     worth = routes_worth_a_plan(profile)
-    plain = [choice_of(profile, route, KEEP_ALL) for route in worth]
+    plain = [option_of(profile, route, KEEP_ALL) for route in worth]
 
     for route in every:
-        assert as_good(choice_of(profile, route, KEEP_ALL), plain)
+        assert as_good(option_of(profile, route, KEEP_ALL), plain)
     assert len(undominated(plain)) == len(plain)
 
 
 def test_u_shapes_are_there_if_asked_for(small_cnn):
-    without = front_of_choices(small_cnn, num_between=0)
-    with_them = front_of_choices(small_cnn, num_between=0, with_u_shapes=True)
+    without = front_of(small_cnn, num_between=0)
+    with_them = front_of(small_cnn, num_between=0, with_u_shapes=True)
 
-    assert not any(choice.route.returns for choice in without)
-    assert all(as_good(choice, with_them) for choice in without)
+    assert not any(option.route.returns for option in without)
+    assert all(as_good(option, with_them) for option in without)
 
 
 def test_a_recommended_plan_is_made_for_exactly_the_budget(small_cnn):
     whole = Route.whole()
-    ends = choices_of_route(small_cnn, whole, num_between=0)
+    ends = options_of_route(small_cnn, whole, num_between=0)
     least, plain = ends[0].peak_bytes, ends[-1].peak_bytes
     assert least < plain
     better = 0
     for budget in range(least, plain, (plain - least) // 7):
-        found = recommended_choice(small_cnn, ends, budget_bytes=budget)
+        found = recommended_option(small_cnn, ends, budget_bytes=budget)
         exact = plan_recompute(small_cnn, whole, budget_bytes=budget)
         assert not found.recompute.is_empty
-        assert found.work == min(ends[0].work, choice_of(small_cnn, whole, exact).work)
-        better += found.work < ends[0].work
+        assert extra_work(found) == min(
+            extra_work(ends[0]), extra_work(option_of(small_cnn, whole, exact))
+        )
+        better += extra_work(found) < extra_work(ends[0])
     assert better
 
 
 @pytest.mark.parametrize("budget_bytes", [-1, 1.5, "64MiB", float("nan"), True])
 def test_what_is_no_budget_is_refused(small_cnn, budget_bytes):
     with pytest.raises(ValueError, match="whole number of bytes"):
-        front_of_choices(small_cnn, budget_bytes=budget_bytes)
+        front_of(small_cnn, budget_bytes=budget_bytes)
     with pytest.raises(ValueError, match="whole number of bytes"):
-        recommended_choice(small_cnn, (), budget_bytes=budget_bytes)
+        recommended_option(small_cnn, (), budget_bytes=budget_bytes)
 
 
 def test_a_negative_number_of_budgets_is_refused(small_cnn):
     with pytest.raises(ValueError, match="num_between is -1: give 0 or more"):
-        front_of_choices(small_cnn, num_between=-1)
+        front_of(small_cnn, num_between=-1)

@@ -8,6 +8,7 @@ import numpy as np
 from flwr_smartsplit import Route
 from flwr_smartsplit.device.local_training import Conditions, train_locally
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.server.aggregation import Settled, settle_round
@@ -47,7 +48,7 @@ def train(
     routes: Iterable[Route],
     state: State,
     *,
-    edges: Mapping[str, wire.Edge] | None = None,
+    edges: Mapping[str, Edge] | None = None,
     addresses: Mapping[str, str] | None = None,
 ) -> list[ClientReply]:
     """Let one client per route train, and collect their replies."""
@@ -97,7 +98,7 @@ def expectations(routes: Iterable[Route]) -> dict[str, Expectation]:
 
 
 def start(
-    edges: Sequence[wire.Edge], routes: Iterable[Route]
+    edges: Sequence[Edge], routes: Iterable[Route]
 ) -> tuple[EdgePool, list[ClientReply]]:
     """Bring edges up, give them the state, and let everybody train."""
     state = initial_state()

@@ -7,13 +7,13 @@ import pytest
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.edge.tensors import state_bytes, state_digest
+from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EdgeProfile
 from tests.faults import Deliver, MortalEdge
-from tests.tasks import TASK, State, initial_state
+from tests.tasks import TASK, State, initial_state, state_bytes
 
 STATE = initial_state()
 DIGEST = state_digest(STATE)
@@ -231,13 +231,9 @@ def test_edges_keep_their_order_after_a_restart(
 
 
 def test_a_pool_says_what_its_edges_offer() -> None:
-    """In the order asked for; an edge that says nothing has no limits."""
-
-    class Plain:
-        name = "plain"
-
+    """In the order asked for."""
     near = LocalEdge(name="near", memory_bytes=3, disk_bytes=4, flops_per_second=5.0)
-    pool = EdgePool([near, Plain()], TASK)
+    pool = EdgePool([near, LocalEdge(name="plain")], TASK)
     assert pool.profiles(("plain", "near")) == (
         EdgeProfile(name="plain"),
         EdgeProfile(name="near", memory_bytes=3, disk_bytes=4, flops_per_second=5.0),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flwr_smartsplit.device import route_runner as walk
-from flwr_smartsplit.edge import service as edge
+from flwr_smartsplit.device import route_runner as runner
+from flwr_smartsplit.edge import session_table as edge
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.split.segment import Unit
 from flwr_smartsplit.task import Task
@@ -133,14 +133,14 @@ def test_a_tail_that_is_sealed_wrong_is_found_by_name(monkeypatch):
 
 def test_a_front_that_is_returned_wrong_is_found_by_name(monkeypatch):
     """A changed last bit in the device's part is named."""
-    state_of = walk.state_of
+    state_of = runner.state_of
 
     def spoilt(module: nn.Module) -> Any:
         state = state_of(module)
         state["norm1.running_mean"][0] = np.nextafter(state["norm1.running_mean"][0], 1)
         return state
 
-    monkeypatch.setattr(walk, "state_of", spoilt)
+    monkeypatch.setattr(runner, "state_of", spoilt)
     assert differences(small_task()) == ["state norm1.running_mean"]
 
 

@@ -6,24 +6,24 @@ wait for ever. It never starts or joins a cluster itself: whoever runs the
 simulation or the deployment does.
 """
 
-import pickle
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError
 
-from flwr_smartsplit.edge.protocol import ReplyT, Request, payload_bytes
-from flwr_smartsplit.edge.retry import ask_patiently
+from flwr_smartsplit.edge.hosts.edge import BytesTransport, Edge, answered
+from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.edge.service import EdgeService
-from flwr_smartsplit.errors import EdgeUnreachable, SmartSplitError
+from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
@@ -36,62 +36,78 @@ _MOST_BYTES_IN_PARTS = 768 * 1024
 _PAUSE_SECONDS = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RayEdge:
-    """An edge that runs as an actor of the Ray cluster this process belongs to.
+def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
+    *,
+    name: str = EDGE,
+    max_concurrency: int = 8,
+    spill_dir: str | None = None,
+    memory_bytes: int | None = None,
+    disk_bytes: int | None = None,
+    flops_per_second: float | None = None,
+    resources: Mapping[str, float] | None = None,
+    room_patience_seconds: float = 600.0,
+    patience_seconds: float = 60.0,
+    timeout_seconds: float = 600.0,
+) -> Edge:
+    """Describe an edge that runs as an actor of the Ray cluster of this process.
 
     Parameters
     ----------
-    name : str
-        The place's name in routes.
-    max_concurrency : int
-        Requests served at the same time.
-    spill_dir : str, optional
-        Parent folder for held states and sealed tails, where the actor runs; the
-        temporary folder of that machine by default.
-    memory_bytes, disk_bytes : int or None
-        What its sessions and sealed tails may take; None means no limit.
-    flops_per_second : float or None
-        Floating-point operations it does in a second, for one client, for whoever
-        plans; None if unknown.
-    resources : Mapping[str, float], optional
-        Custom resources of Ray that the actor asks for, such as ``{"berlin": 0.001}``:
-        it then runs on a machine that offers them.
+    name, memory_bytes, disk_bytes, flops_per_second
+        As in ``EdgeProfile``.
     room_patience_seconds : float
         How long a client waits for room.
-    patience_seconds : float
-        How long to wait for Ray to come up, or for a restarting edge.
-    timeout_seconds : float
-        How long one request may take.
+    max_concurrency, spill_dir, resources, patience_seconds, timeout_seconds
+        As in ``RayHost``.
 
     Examples
     --------
     >>> RayEdge(name="berlin").name
     'berlin'
     """
+    profile = EdgeProfile(
+        name=name,
+        memory_bytes=memory_bytes,
+        disk_bytes=disk_bytes,
+        flops_per_second=flops_per_second,
+    )
+    host = RayHost(
+        max_concurrency=max_concurrency,
+        spill_dir=spill_dir,
+        resources=resources,
+        patience_seconds=patience_seconds,
+        timeout_seconds=timeout_seconds,
+    )
+    return Edge(profile, host, room_patience_seconds)
 
-    name: str = EDGE
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayHost:
+    """Run edges as actors.
+
+    Parameters
+    ----------
+    max_concurrency : int
+        Requests served at the same time.
+    spill_dir : str, optional
+        Parent folder for held states and sealed tails, where the actor runs; the
+        temporary folder of that machine by default.
+    resources : Mapping[str, float], optional
+        Custom resources of Ray that the actor asks for, such as ``{"berlin": 0.001}``:
+        it then runs on a machine that offers them.
+    patience_seconds : float
+        How long to wait for Ray to come up, or for a restarting edge.
+    timeout_seconds : float
+        How long one request may take.
+    """
+
     max_concurrency: int = 8
     spill_dir: str | None = None
-    memory_bytes: int | None = None
-    disk_bytes: int | None = None
-    flops_per_second: float | None = None
     resources: Mapping[str, float] | None = None
-    room_patience_seconds: float = 600.0
     patience_seconds: float = 60.0
     timeout_seconds: float = 600.0
 
-    @property
-    def profile(self) -> EdgeProfile:
-        """What the edge offers."""
-        return EdgeProfile(
-            name=self.name,
-            memory_bytes=self.memory_bytes,
-            disk_bytes=self.disk_bytes,
-            flops_per_second=self.flops_per_second,
-        )
-
-    def start(self, task: Task) -> str:
+    def start(self, task: Task, profile: EdgeProfile) -> str:
         """Start the actor for one run, and return the name it is reached by.
 
         Raises
@@ -105,12 +121,12 @@ class RayEdge:
             # Flower's simulation brings Ray up in another thread.
             if time.monotonic() > deadline:
                 raise EdgeUnreachable(
-                    f"edge {self.name!r}: this process has no Ray cluster after "
+                    f"edge {profile.name!r}: this process has no Ray cluster after "
                     f"{self.patience_seconds:.0f} s. Run under Flower's simulation "
                     "engine, or call ray.init() first."
                 )
             time.sleep(_PAUSE_SECONDS)
-        address = f"{self.name}-{uuid.uuid4().hex[:12]}"
+        address = f"{profile.name}-{uuid.uuid4().hex[:12]}"
         actor: Any = ray.remote(_EdgeActor).options(
             name=address,
             namespace=_NAMESPACE,
@@ -119,7 +135,7 @@ class RayEdge:
             max_restarts=-1,
             max_concurrency=self.max_concurrency,
         )
-        handle = actor.remote(task, address, self)
+        handle = actor.remote(task, address, profile, self)
         _actors[address] = (handle, _folder(self.spill_dir, address))
         try:
             folder = ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
@@ -127,13 +143,13 @@ class RayEdge:
             self.stop(address)
             asked = dict(self.resources or {})
             raise EdgeUnreachable(
-                f"edge {self.name!r} cannot start: {error}"
+                f"edge {profile.name!r} cannot start: {error}"
                 + (f" It asks for {asked} of one machine." if asked else "")
             ) from error
         _actors[address] = (handle, folder)
         return address
 
-    def connect(self, address: str) -> "RayTransport":
+    def connect(self, address: str) -> BytesTransport:
         """Reach the actor by its name.
 
         Raises
@@ -152,7 +168,7 @@ class RayEdge:
             raise EdgeUnreachable(
                 f"edge {address!r} is not running in namespace {_NAMESPACE!r}: {error}"
             ) from error
-        return RayTransport(actor, address, self)
+        return BytesTransport(_Carrier(actor, address, self).carry)
 
     def stop(self, address: str) -> None:
         """End the actor and delete its files."""
@@ -175,49 +191,40 @@ _actors: dict[str, tuple[Any, Path]] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class RayTransport:
-    """Send requests to one actor; requests may be repeated, so it retries."""
+class _Carrier:
+    """Bring bytes to one actor; requests may be repeated, so it retries."""
 
     actor: Any
     address: str
-    edge: RayEdge
+    host: RayHost
 
-    def send(self, request: Request[ReplyT]) -> ReplyT:
-        """Deliver the request and return its reply, or raise what the edge raised."""
-        patience_seconds = self.edge.room_patience_seconds
-        return ask_patiently(lambda: self._sent(request), patience_seconds)
-
-    def _sent(self, request: Request[ReplyT]) -> ReplyT:
-        """Deliver the request, also to an edge that is being restarted."""
+    def carry(self, pieces: list[Piece]) -> Sequence[Piece]:
+        """Deliver a request, also to an edge that is being restarted."""
         deadline = float("inf")
         while True:
             try:
-                return self._ask(request)
-            except RayTaskError as error:
-                is_ours = isinstance(error.cause, SmartSplitError)
-                raise error.cause from (None if is_ours else error)
+                return self._ask(pieces)
             except ActorUnavailableError as error:
                 now = time.monotonic()
-                deadline = min(deadline, now + self.edge.patience_seconds)
+                deadline = min(deadline, now + self.host.patience_seconds)
                 if now >= deadline:
                     raise self._unreachable(error) from error
                 time.sleep(_PAUSE_SECONDS)
             except RayError as error:
                 raise self._unreachable(error) from error
 
-    def _ask(self, request: Request[ReplyT]) -> ReplyT:
+    def _ask(self, pieces: list[Piece]) -> Sequence[Piece]:
         """Send as one object, or in parts if that is faster."""
-        timeout = self.edge.timeout_seconds
-        reply: ReplyT
-        if not _INLINE_BYTES < payload_bytes(request) <= _MOST_BYTES_IN_PARTS:
-            reply = ray.get(self.actor.handle.remote(request), timeout=timeout)
-            return reply
-        data = pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL)
-        num_parts = len(data) // _INLINE_BYTES + 2
+        timeout = self.host.timeout_seconds
+        size = sum(map(len, pieces))
+        if not _INLINE_BYTES < size <= _MOST_BYTES_IN_PARTS:
+            asked = self.actor.handle.remote(_one_object(pieces))
+            reply: Any = ray.get(asked, timeout=timeout)
+            return [reply] if isinstance(reply, bytes) else reply
+        num_parts = size // _INLINE_BYTES + 2
         ask = self.actor.handle_parts.options(num_returns=num_parts)
-        parts = ray.get(ask.remote(*_divide(data, num_parts)), timeout=timeout)
-        reply = pickle.loads(b"".join(parts))
-        return reply
+        parts = ask.remote(*_divide(b"".join(pieces), num_parts))
+        return [b"".join(ray.get(parts, timeout=timeout))]
 
     def _unreachable(self, error: Exception) -> EdgeUnreachable:
         return EdgeUnreachable(
@@ -229,30 +236,29 @@ class RayTransport:
 class _EdgeActor:
     """An ``EdgeService`` in a process of its own; each start is an incarnation."""
 
-    def __init__(self, task: Task, address: str, edge: RayEdge) -> None:
-        self._folder = _folder(edge.spill_dir, address)
+    def __init__(
+        self, task: Task, address: str, profile: EdgeProfile, host: RayHost
+    ) -> None:
+        self._folder = _folder(host.spill_dir, address)
         self._service = EdgeService(
             task,
             spill_dir=self._folder,
             incarnation=uuid.uuid4().hex,
-            # An edge that waits for another would keep its own clients waiting.
-            connect=lambda place, address: replace(
-                edge, name=place, room_patience_seconds=0.0
-            ).connect(address),
-            profile=edge.profile,
+            connect=lambda _, address: host.connect(address),
+            profile=profile,
         )
 
     def ready(self) -> Path:
         return self._folder
 
-    def handle(self, request: Request[ReplyT]) -> ReplyT:
-        return self._service.handle(request)
+    def handle(self, request: Any) -> Any:
+        pieces = [request] if isinstance(request, bytes) else request
+        return _one_object(answered(self._service.handle, *pieces))
 
     def handle_parts(self, *parts: bytes) -> tuple[bytes, ...]:
         """Answer a request that came in parts, in as many parts."""
-        reply = self._service.handle(pickle.loads(b"".join(parts)))
-        data = pickle.dumps(reply, protocol=pickle.HIGHEST_PROTOCOL)
-        return _divide(data, len(parts))
+        reply = answered(self._service.handle, b"".join(parts))
+        return _divide(b"".join(reply), len(parts))
 
     def clean_up(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -261,6 +267,13 @@ class _EdgeActor:
 def _folder(parent: str | None, address: str) -> Path:
     """Name the folder of one actor on the machine that this is called on."""
     return Path(parent or tempfile.gettempdir()) / f"smartsplit-{address}"
+
+
+def _one_object(pieces: list[Piece]) -> Any:
+    """Join what Ray sends inline; else let it put the arrays into shared memory."""
+    if sum(map(len, pieces)) <= _INLINE_BYTES:
+        return b"".join(pieces)
+    return [p if isinstance(p, bytes) else np.frombuffer(p, np.uint8) for p in pieces]
 
 
 def _divide(data: bytes, num_parts: int) -> tuple[bytes, ...]:

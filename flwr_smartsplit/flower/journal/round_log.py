@@ -64,7 +64,9 @@ class RoundLog:
             len(plan.assignments),
             len(profiles),
         )
-        routes = Counter(str(assignment.route) for assignment in plan.assignments)
+        routes = Counter(
+            str(assignment.option.route) for assignment in plan.assignments
+        )
         for route, num_clients in routes.items():
             _log.log(INFO, "\t> Route %s: %s clients", route, num_clients)
         for key, reason in plan.skipped.items():

@@ -125,8 +125,8 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
             "bytes_up": dispatch.received_bytes.get(key, 0),
         }
         if dispatch.is_train:
-            row["predicted_peak_bytes"] = sent.assignment.predicted_peak_bytes
-            row["predicted_seconds"] = sent.assignment.predicted_seconds
+            row["predicted_peak_bytes"] = sent.assignment.option.peak_bytes
+            row["predicted_seconds"] = sent.assignment.option.seconds
             row["why"] = sent.assignment.why
     return row
 

@@ -7,7 +7,7 @@ in one record, because legacy clients take nothing else.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -227,14 +227,13 @@ def plain_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | st
 
 
 def plan_to_scalars(plan: ClientPlan) -> Scalars:
-    """Put a plan into one text."""
-    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    values["route"] = {"cuts": plan.route.cuts, "places": plan.route.places}
-    values["recompute"] = plan.recompute.to_lists()
-    values["cohort"] = None if plan.cohort is None else asdict(plan.cohort)
-    kept = sorted(plan.constraints.kept_units)
-    values["constraints"] = {**asdict(plan.constraints), "kept_units": kept}
-    values["variant"] = asdict(plan.variant)
+    """Put a plan into one text; what is neutral is left out."""
+    given = ((field, getattr(plan, field.name)) for field in fields(plan))
+    values = {
+        field.name: _WRITE.get(field.name, _as_it_is)(value)
+        for field, value in given
+        if value != field.default
+    }
     return {_PLAN: json.dumps(values)}
 
 
@@ -243,18 +242,31 @@ def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
     if _PLAN not in config:
         return None
     values = json.loads(str(config[_PLAN]))
-    route, cohort = values.pop("route"), values.pop("cohort", None)
-    constraints = values.pop("constraints")
-    kept = frozenset(constraints.pop("kept_units"))
-    return ClientPlan(
-        route=Route(tuple(route["cuts"]), tuple(route["places"])),
-        recompute=RecomputePlan.from_lists(values.pop("recompute")),
-        cohort=None if cohort is None else Cohort(**cohort),
-        constraints=Constraints(**constraints, kept_units=kept),
-        variant=Variant(**values.pop("variant")),
-        codecs=tuple(values.pop("codecs")),
-        **values,
-    )
+    read = {name: _READ.get(name, _as_it_is)(value) for name, value in values.items()}
+    return ClientPlan(**read)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+_WRITE: Mapping[str, Callable[[Any], Any]] = {
+    "route": asdict,
+    "recompute": RecomputePlan.to_lists,
+    "constraints": lambda c: {**asdict(c), "kept_units": sorted(c.kept_units)},
+    "variant": asdict,
+    "cohort": asdict,
+}
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    "route": lambda v: Route(tuple(v["cuts"]), tuple(v["places"])),
+    "recompute": RecomputePlan.from_lists,
+    "constraints": lambda v: Constraints(
+        **{**v, "kept_units": frozenset(v["kept_units"])}
+    ),
+    "variant": lambda v: Variant(**v),
+    "codecs": tuple,
+    "cohort": lambda v: Cohort(**v),
+}
 
 
 def instruction(

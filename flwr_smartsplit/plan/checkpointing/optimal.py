@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from flwr_smartsplit.plan.checkpointing.stages import (
     Stage,
-    Way,
+    StageRun,
     left_from,
     passing_peaks,
 )
@@ -128,7 +128,7 @@ class Rotor:
 
     def _fill_one(self, start: int, last: int) -> None:
         """Find the best of keeping the first stage, and of rerunning up to each."""
-        keep = [self._kept(start, last, way) for way in self._stages[start].ways]
+        keep = [self._kept(start, last, run) for run in self._stages[start].runs]
         rows = [np.stack(keep), self._rerun(start, last)]
         table = np.concatenate([row for row in rows if row.size])
         choice = table.argmin(axis=0)
@@ -143,27 +143,27 @@ class Rotor:
             held = self._slots_of(self._stages[start - 1].output_bytes)
             self._shifted[start, last] = _shifted(best, held)
 
-    def _kept(self, start: int, last: int, way: Way) -> _Costs:
-        """Cost of keeping the first stage one way, and the best of the rest."""
+    def _kept(self, start: int, last: int, run: StageRun) -> _Costs:
+        """Cost of keeping the first stage after one run, and the best of the rest."""
         stage = self._stages[start]
         arriving = self._arriving(last)
         is_last = start == min(last, self._top - 1)
         ends = is_last and last < self._top
-        forward = way.rerun_peak_bytes if ends else way.forward_peak_bytes
+        forward = run.rerun_peak_bytes if ends else run.forward_peak_bytes
         needed = max(
             self._slots_of(arriving + forward),
-            self._slots_of(self._left[start + 1] + way.backward_peak_bytes),
+            self._slots_of(self._left[start + 1] + run.backward_peak_bytes),
         )
         if not is_last:
             after = _shifted(
-                self._best[start + 1, last], self._slots_of(way.saved_bytes)
+                self._best[start + 1, last], self._slots_of(run.saved_bytes)
             )
             cost = self._cost(start, start + 1)
         else:
             after = np.zeros(self._all_slots + 1)
             share = stage.rerun_cost / stage.cost if stage.cost else 1.0
             cost = self._cost(start, start + 1) * share
-        cost = way.extra_cost + (cost if last < self._top else 0.0)
+        cost = run.extra_cost + (cost if last < self._top else 0.0)
         costs: _Costs = np.where(self._range >= needed, after + cost, _NEVER)
         return costs
 
@@ -215,9 +215,9 @@ class Rotor:
             choice = int(self._choice[start, last, slots])
             stage = self._stages[start]
             if choice < 0:
-                way = stage.ways[-1 - choice]
-                light += way.light
-                slots -= self._slots_of(way.saved_bytes)
+                run = stage.runs[-1 - choice]
+                light += run.light
+                slots -= self._slots_of(run.saved_bytes)
                 start += 1
                 continue
             inner = self._read(start, choice - 1, slots, light)

@@ -30,7 +30,6 @@ def plan_recompute(
     route: Route,
     *,
     budget_bytes: int,
-    unit_costs: Sequence[float] | None = None,
 ) -> RecomputePlan:
     """Choose what a device recomputes so that its route fits a budget.
 
@@ -42,9 +41,6 @@ def plan_recompute(
         Any route of the chain.
     budget_bytes : int
         What the device's tensors may take at any moment.
-    unit_costs : Sequence[float], optional
-        What a forward of each unit costs, such as measured milliseconds; without it,
-        FLOPs count.
 
     Returns
     -------
@@ -75,8 +71,7 @@ def plan_recompute(
     'none'
     """
     check_budget(budget_bytes)
-    costs = None if unit_costs is None else tuple(unit_costs)
-    found = cheapest_plan(profile, route, budget_bytes, costs)
+    found = cheapest_plan(profile, route, budget_bytes)
     if found is not None:
         return found
     needed = least_bytes(profile, route)
@@ -114,15 +109,12 @@ def check_budget(budget_bytes: object) -> None:
 
 @lru_cache(maxsize=4096)
 def cheapest_plan(
-    profile: ChainProfile,
-    route: Route,
-    budget_bytes: int,
-    unit_costs: tuple[float, ...] | None = None,
+    profile: ChainProfile, route: Route, budget_bytes: int
 ) -> RecomputePlan | None:
     """Choose as ``plan_recompute`` does; return None where no plan fits."""
     if predicted_peak_bytes(profile, route) <= budget_bytes:
         return KEEP_ALL
-    segments = _segments(profile, route, unit_costs)
+    segments = _segments(profile, route)
     fitting = [
         (_extra(segments, plan), index, plan)
         for index, plan in enumerate(_candidates(segments, budget_bytes))
@@ -144,19 +136,19 @@ def least_bytes(profile: ChainProfile, route: Route) -> int:
 @lru_cache(maxsize=4096)
 def floor_bytes(profile: ChainProfile, route: Route) -> int:
     """Find what no plan of a route can go below: it is quick, and may be too low."""
-    segments = _segments(profile, route, None)
+    segments = _segments(profile, route)
     needs = [0]
     for stages in (segments.head, segments.tail):
         for before, stage in zip((None, *stages), stages, strict=False):
             held = before.output_bytes if before is not None else 0
-            least = min(way.backward_peak_bytes for way in stage.ways)
+            least = min(run.backward_peak_bytes for run in stage.runs)
             needs.append(held + least)
     return min(segments.static_bytes + max(needs), predicted_peak_bytes(profile, route))
 
 
 def extra_flops(profile: ChainProfile, route: Route, plan: RecomputePlan) -> int:
     """Count the floating-point operations that a plan adds to a step's forward."""
-    return round(_extra(_segments(profile, route, None), plan))
+    return round(_extra(_segments(profile, route), plan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +163,9 @@ class _Segments:
 
 
 @lru_cache(maxsize=1024)
-def _segments(
-    profile: ChainProfile, route: Route, costs: tuple[float, ...] | None
-) -> _Segments:
+def _segments(profile: ChainProfile, route: Route) -> _Segments:
     legs = route.device_legs(len(profile.units))
-    head, *tail = (stages_of(profile, leg, costs) for leg in legs)
+    head, *tail = (stages_of(profile, leg) for leg in legs)
     static = always_held_bytes(profile, legs)
     entered = profile.units[legs[1].start - 1].boundary_bytes if tail else 0
     return _Segments(head, tail[0] if tail else (), static, entered, legs)
@@ -215,7 +205,7 @@ def _joined(head: RecomputePlan, tail: RecomputePlan) -> RecomputePlan:
 @lru_cache(maxsize=1024)
 def _leanest(profile: ChainProfile, route: Route) -> RecomputePlan:
     """Find the plan of least memory, to a slot."""
-    segments = _segments(profile, route, None)
+    segments = _segments(profile, route)
     best, least = KEEP_ALL, (predicted_peak_bytes(profile, route), 0.0)
     for _ in range(3):  # Each time with finer slots.
         found = {
@@ -256,10 +246,10 @@ def _extra(segments: _Segments, plan: RecomputePlan) -> float:
 def cost_of(stages: Sequence[Stage], plan: RecomputePlan) -> float:
     """Add up the cost of what a plan of one segment runs again."""
     light = sum(
-        way.extra_cost
+        run.extra_cost
         for stage in stages
-        for way in stage.ways[1:]
-        if set(way.light) <= set(plan.light)
+        for run in stage.runs[1:]
+        if set(run.light) <= set(plan.light)
     )
     return light + sum(_rerun_cost(stages, part) for part in plan.reruns)
 

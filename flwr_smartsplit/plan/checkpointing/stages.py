@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from flwr_smartsplit.types import ChainProfile, Leg, StepBytes, UnitCost
+from flwr_smartsplit.types import ChainProfile, Leg, StepBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class StageRun:
     """One way to run a stage once and keep what backward needs.
 
     Parameters
@@ -44,8 +44,8 @@ class Stage:
     ----------
     start, stop : int
         The units; none for the loss.
-    ways : tuple[Way, ...]
-        How it can be run, the plain way first.
+    runs : tuple[StageRun, ...]
+        How it can be run, keeping all first.
     passing_peak_bytes : int
         The most that its forward makes where nothing is kept.
     output_bytes, arriving_bytes : int
@@ -62,7 +62,7 @@ class Stage:
 
     start: int
     stop: int
-    ways: tuple[Way, ...]
+    runs: tuple[StageRun, ...]
     passing_peak_bytes: int = 0
     output_bytes: int = 0
     arriving_bytes: int = 0
@@ -72,9 +72,7 @@ class Stage:
     can_rerun: bool = True
 
 
-def stages_of(
-    profile: ChainProfile, leg: Leg, costs: Sequence[float] | None = None
-) -> tuple[Stage, ...]:
+def stages_of(profile: ChainProfile, leg: Leg) -> tuple[Stage, ...]:
     """Divide a device's segment into stages; the loss is the last if it is there.
 
     Parameters
@@ -83,19 +81,17 @@ def stages_of(
         Exact costs at the client's batch size and optimizer.
     leg : Leg
         The segment.
-    costs : Sequence[float], optional
-        What a forward of each unit of the chain costs, such as measured milliseconds;
-        without it, FLOPs count.
     """
     found: list[Stage] = []
     pending: list[int] = []
     for index in range(leg.start, leg.stop):
         pending.append(index)
         step = profile.units[index].step
-        if step.output_bytes and step.is_output_saved and index < leg.stop - 1:
-            found.append(_merged(profile, pending, costs))
+        is_place = step.is_output_saved and not step.crossing_bytes
+        if step.output_bytes and is_place and index < leg.stop - 1:
+            found.append(_merged(profile, pending))
             pending = []
-    found.append(_merged(profile, pending, costs))
+    found.append(_merged(profile, pending))
     if leg.stop == len(profile.units):
         last = profile.units[-1].step
         if last.output_bytes and last.is_output_saved:
@@ -105,59 +101,36 @@ def stages_of(
     return tuple(found)
 
 
-def _merged(
-    profile: ChainProfile, indices: Sequence[int], costs: Sequence[float] | None
-) -> Stage:
+def _merged(profile: ChainProfile, indices: Sequence[int]) -> Stage:
     units = [profile.units[index] for index in indices]
     plain = [unit.step for unit in units]
-    ways = [_way(plain)]
+    runs = [_run_of(plain)]
     light = [unit.light_step or unit.step for unit in units]
     which = tuple(i for i, u in zip(indices, units, strict=True) if u.light_step)
-    own = [
-        unit.forward_flops if costs is None else costs[index]
-        for index, unit in zip(indices, units, strict=True)
-    ]
-    reruns = [_rerun_cost(unit, cost) for unit, cost in zip(units, own, strict=True)]
     if which:
-        extra = sum(
-            _light_cost(unit, None if costs is None else cost)
-            for unit, cost in zip(units, own, strict=True)
-        )
-        ways.append(replace(_way(light), extra_cost=extra, light=which))
+        extra = sum(u.light_step.rerun_flops for u in units if u.light_step)
+        runs.append(replace(_run_of(light), extra_cost=extra, light=which))
     passing = alive = 0
     for step in plain:
         passing = max(passing, alive + step.passing_peak_bytes)
-        alive = step.output_bytes or alive
+        alive = step.crossing_bytes or step.output_bytes or alive
     arriving = (step.arriving_bytes for step in reversed(plain))
     return Stage(
         start=indices[0],
         stop=indices[-1] + 1,
-        ways=tuple(ways),
+        runs=tuple(runs),
         passing_peak_bytes=passing,
         output_bytes=alive,
         arriving_bytes=next(filter(None, arriving), plain[-1].gradient_bytes),
         left_bytes=sum(step.left_bytes for step in plain),
-        cost=sum(own),
-        rerun_cost=sum(own[:-1]) + reruns[-1],
+        cost=sum(unit.forward_flops for unit in units),
+        rerun_cost=sum(unit.forward_flops for unit in units[:-1])
+        + units[-1].step.rerun_flops,
         can_rerun=all(step.can_rerun for step in plain),
     )
 
 
-def _rerun_cost(unit: UnitCost, cost: float) -> float:
-    """Take the part of a forward's cost up to the last tensor that it saves."""
-    if not unit.forward_flops:
-        return cost
-    return cost * unit.step.rerun_flops / unit.forward_flops
-
-
-def _light_cost(unit: UnitCost, cost: float | None) -> float:
-    """Say what a light unit adds; of measured times at most all of its forward."""
-    if unit.light_step is None:
-        return 0.0
-    return unit.light_step.rerun_flops if cost is None else cost
-
-
-def _way(steps: Sequence[StepBytes]) -> Way:
+def _run_of(steps: Sequence[StepBytes]) -> StageRun:
     """Add up what units in a row hold, if all of them run once."""
     saved = alive = forward = rerun = kept = 0
     before: list[int] = []
@@ -167,13 +140,13 @@ def _way(steps: Sequence[StepBytes]) -> Way:
         forward = max(forward, saved + alive + step.forward_peak_bytes)
         kept = saved + step.kept_bytes
         saved += step.saved_bytes
-        if step.output_bytes:
+        if step.output_bytes or step.crossing_bytes:
             alive = 0 if step.is_output_saved else step.output_bytes
     backward = left = 0
     for step, held in zip(reversed(steps), reversed(before), strict=True):
         backward = max(backward, held + left + step.backward_peak_bytes)
         left += step.left_bytes
-    return Way(
+    return StageRun(
         saved_bytes=saved,
         kept_bytes=kept,
         forward_peak_bytes=forward,
@@ -186,7 +159,7 @@ def _loss(step: StepBytes, index: int) -> Stage:
     return Stage(
         start=index,
         stop=index,
-        ways=(_way([step]),),
+        runs=(_run_of([step]),),
         left_bytes=step.left_bytes,
         can_rerun=False,
     )
@@ -196,19 +169,19 @@ def _with_loss(stage: Stage, loss: StepBytes, alive_bytes: int) -> Stage:
     """Join the loss to the last stage, whose output it does not keep."""
     peak = alive_bytes + loss.forward_peak_bytes
 
-    def joined(way: Way) -> Way:
-        held = way.saved_bytes + peak
+    def joined(run: StageRun) -> StageRun:
+        held = run.saved_bytes + peak
         return replace(
-            way,
-            forward_peak_bytes=max(way.forward_peak_bytes, held),
+            run,
+            forward_peak_bytes=max(run.forward_peak_bytes, held),
             backward_peak_bytes=max(
-                way.backward_peak_bytes + loss.left_bytes, held + loss.left_bytes
+                run.backward_peak_bytes + loss.left_bytes, held + loss.left_bytes
             ),
         )
 
     return replace(
         stage,
-        ways=tuple(map(joined, stage.ways)),
+        runs=tuple(map(joined, stage.runs)),
         left_bytes=stage.left_bytes + loss.left_bytes,
         can_rerun=False,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from flwr_smartsplit.errors import InvalidPlan
 from flwr_smartsplit.plan.checkpointing.stages import (
     Stage,
-    Way,
+    StageRun,
     left_from,
     passing_peaks,
 )
@@ -113,10 +113,10 @@ class _Ledger:
             held.append(live)
             ends = is_rerun and number == len(items)
             if inner is None:
-                way = self._way(first)
-                peak = way.rerun_peak_bytes if ends else way.forward_peak_bytes
+                run = self._run_of(first)
+                peak = run.rerun_peak_bytes if ends else run.forward_peak_bytes
                 self._see(live + peak)
-                live += way.saved_bytes
+                live += run.saved_bytes
             elif not ends:
                 passing = passing_peaks(self._stages[first : last + 1])
                 self._see(live + passing[-1])
@@ -129,8 +129,8 @@ class _Ledger:
             reversed(items), reversed(held), strict=True
         ):
             if inner is None:
-                way = self._way(first)
-                self._see(base + self._left[first + 1] + way.backward_peak_bytes)
+                run = self._run_of(first)
+                self._see(base + self._left[first + 1] + run.backward_peak_bytes)
             else:
                 arriving = self._arriving(last)
                 again = self.forward(inner, base + arriving, is_rerun=True)
@@ -143,14 +143,14 @@ class _Ledger:
     def stays(self, item: Item) -> int:
         """Say what the last item of a segment keeps while the rest runs elsewhere."""
         first, _, inner = item
-        return self._way(first).kept_bytes if inner is None else 0
+        return self._run_of(first).kept_bytes if inner is None else 0
 
-    def _way(self, index: int) -> Way:
+    def _run_of(self, index: int) -> StageRun:
         stage = self._stages[index]
-        for way in stage.ways[1:]:
-            if self._light.issuperset(way.light):
-                return way
-        return stage.ways[0]
+        for run in stage.runs[1:]:
+            if self._light.issuperset(run.light):
+                return run
+        return stage.runs[0]
 
     def _see(self, num_bytes: int) -> None:
         self.peak_bytes = max(self.peak_bytes, num_bytes)

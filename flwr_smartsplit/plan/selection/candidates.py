@@ -1,16 +1,22 @@
-"""Candidates: the clients that have a route, and which offers each of them can take."""
+"""Candidates: the clients that have a route, and the options that each of them has."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import inf, nan
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isnan, nan
 
 import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.errors import bytes_text
-from flwr_smartsplit.plan.menu import Menu
+from flwr_smartsplit.plan.search_space import SearchSpace
 from flwr_smartsplit.plan.timing import NO_WAIT
-from flwr_smartsplit.types import DeviceProfile, EdgeProfile, Link
+from flwr_smartsplit.types import (
+    Assignment,
+    DeviceProfile,
+    EdgeProfile,
+    Link,
+    RouteOption,
+)
 
 Floats = npt.NDArray[np.float64]
 NO_BUDGET_BYTES = np.iinfo(np.int64).max
@@ -25,28 +31,66 @@ class Candidate:
     ----------
     device : DeviceProfile
         The client.
-    menu : Menu
+    space : SearchSpace
         What there is at its batch size.
     fits : ndarray
-        Places in the menu of the offers within its budget, shape (offers that fit,).
+        Indices of the options within its budget, shape (options that fit,).
     seconds : ndarray
         What each of these would take in a round; NaN if the device's speed is unknown.
     best : int
-        Place in the menu of the fastest one; of the first one if nobody knows.
+        Index of the fastest option that fits; of the first one if nobody knows.
     best_seconds : float
         What that one would take; NaN if unknown.
     """
 
     device: DeviceProfile
-    menu: Menu
+    space: SearchSpace
     fits: npt.NDArray[np.int64]
     seconds: Floats
     best: int
     best_seconds: float
 
+    @property
+    def client_key(self) -> str:
+        """The client's key."""
+        return self.device.client_key
+
+    @property
+    def options(self) -> tuple[RouteOption, ...]:
+        """The options within the budget, with their seconds; the deepest first."""
+        return tuple(map(self._option, range(len(self.fits))))
+
+    def preferred(self) -> Iterator[RouteOption]:
+        """Yield the best option, then all, as ``options`` has them."""
+        (best,) = (self.fits == self.best).nonzero()
+        for index in (*best, *range(len(self.fits))):
+            yield self._option(index)
+
+    def assigned(self, option: RouteOption, *, why: str = "") -> Assignment:
+        """Give the client one of its options.
+
+        Parameters
+        ----------
+        option : RouteOption
+            With an edge that has room for it.
+        why : str
+            Why this client was chosen, for the journal.
+        """
+        return Assignment(
+            client_key=self.client_key,
+            option=option,
+            budget_bytes=self.device.budget_bytes,
+            why=why,
+        )
+
+    def _option(self, index: int) -> RouteOption:
+        seconds = float(self.seconds[index])
+        option = self.space.options[int(self.fits[index])]
+        return replace(option, seconds=None if isnan(seconds) else seconds)
+
 
 def candidates_of(
-    devices: Sequence[DeviceProfile], menu: Menu, edges: Sequence[EdgeProfile]
+    devices: Sequence[DeviceProfile], space: SearchSpace, edges: Sequence[EdgeProfile]
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Find out who can take what.
 
@@ -54,7 +98,7 @@ def candidates_of(
     ----------
     devices : Sequence[DeviceProfile]
         All of one batch size.
-    menu : Menu
+    space : SearchSpace
         What there is at this batch size.
     edges : Sequence[EdgeProfile]
         The edges that are ready.
@@ -76,10 +120,10 @@ def candidates_of(
         ],
         np.int64,
     )
-    is_fit = menu.peaks[None, :] <= budgets[:, None]
-    seconds = _seconds(devices, menu, edges)
-    # Where the time is unknown, the first offer that fits is the best one.
-    ranked = np.where(np.isnan(seconds), np.arange(len(menu.offers)), seconds)
+    is_fit = space.peaks[None, :] <= budgets[:, None]
+    seconds = _seconds(devices, space, edges)
+    # Where the time is unknown, the first option that fits is the best one.
+    ranked = np.where(np.isnan(seconds), np.arange(len(space.options)), seconds)
     ranked = np.minimum(ranked, MOST_SECONDS)  # What does not fit comes after all.
     best = np.where(is_fit, ranked, inf).argmin(axis=1).tolist()
     candidates: list[Candidate] = []
@@ -87,37 +131,35 @@ def candidates_of(
     for row, device in enumerate(devices):
         (fits,) = is_fit[row].nonzero()
         if not len(fits):
-            unfit[device.client_key] = why_unfit(device, menu, has_edges=bool(edges))
+            unfit[device.client_key] = _why_unfit(device, space, has_edges=bool(edges))
             continue
         own = seconds[row]
         candidates.append(
-            Candidate(device, menu, fits, own[fits], best[row], float(own[best[row]]))
+            Candidate(device, space, fits, own[fits], best[row], float(own[best[row]]))
         )
     return candidates, unfit
 
 
-def why_unfit(device: DeviceProfile, menu: Menu, *, has_edges: bool) -> str:
+def _why_unfit(device: DeviceProfile, space: SearchSpace, *, has_edges: bool) -> str:
     """Say why a device has no route, with the least bytes that would do."""
-    cheapest = menu.cheapest
-    if cheapest is None:
-        return "no route keeps all units on the device whose state is its own."
+    cheapest = space.cheapest
     advice = "" if has_edges else ", give the strategy an edge"
     return (
         f"no route fits: the cheapest ({cheapest.route}) needs "
-        f"{bytes_text(cheapest.peak_bytes)} at batch size {menu.profile.batch_size}, "
+        f"{bytes_text(cheapest.peak_bytes)} at batch size {space.profile.batch_size}, "
         f"the budget is {bytes_text(device.budget_bytes or 0)}. Lower the batch size"
         f"{advice} or raise the budget."
     )
 
 
 def _seconds(
-    devices: Sequence[DeviceProfile], menu: Menu, edges: Sequence[EdgeProfile]
+    devices: Sequence[DeviceProfile], space: SearchSpace, edges: Sequence[EdgeProfile]
 ) -> Floats:
-    """Say what each offer takes each device, over its fastest link to an edge.
+    """Say what each option takes each device, over its fastest link to an edge.
 
     The sums are those of ``timing.round_seconds``, for all at once.
     """
-    works = [offer.work for offer in menu.offers]
+    works = [option.work for option in space.options]
     device_flops = np.array([work.device_flops for work in works], np.float64)
     edge_flops = np.array([work.edge_flops for work in works], np.float64)
     boundary = np.array([work.boundary_bytes for work in works], np.float64)

@@ -2,14 +2,43 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Self
 
-from flwr_smartsplit.plan.refine import importance_of
 from flwr_smartsplit.plan.selection.speed_estimates import Speeds, learned
-from flwr_smartsplit.plan.timing import Work
+from flwr_smartsplit.types import Work
 
-WINDOW = 400
-"""So many observations are kept for the surrogate: what is older says little."""
+KEPT_FRACTION = 0.7
+"""What a moving average keeps of what it was."""
+
+
+def averaged(before: float, now: float) -> float:
+    """Go on with a moving average; from 0 on it begins."""
+    return now if before == 0 else KEPT_FRACTION * before + (1 - KEPT_FRACTION) * now
+
+
+def importance_of(num_examples: int, loss_rms: float, *, before: float = 0.0) -> float:
+    """Say how important a client is: many examples, and losses that are still high.
+
+    Parameters
+    ----------
+    num_examples : int
+        The client's examples.
+    loss_rms : float
+        Root of the mean of its squared losses in a round; if that is not finite, all
+        stays as it was.
+    before : float
+        Its importance before that round; 0 if that is not known.
+
+    Examples
+    --------
+    >>> importance_of(10, 2.0)
+    20.0
+    >>> importance_of(10, 2.0, before=30.0)
+    27.0
+    """
+    now = num_examples * loss_rms
+    return averaged(before, now) if isfinite(now) else before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +55,6 @@ class Observation:
         Examples it trained on.
     loss_rms : float
         Root of the mean squared loss during the round.
-    loss_drop : float
-        How much lower the loss was in the second half of its steps than in the first.
     seconds : float or None
         How long it took; None if nobody says so.
     step_seconds : float or None
@@ -36,20 +63,16 @@ class Observation:
         What such a step asked for; None if that is not known.
     edge : str or None
         The first edge on its route.
-    features : tuple[float, ...]
-        What the surrogate knew when the client was chosen; empty without one.
     """
 
     client_key: str
     round_number: int
     num_examples: int
     loss_rms: float
-    loss_drop: float = 0.0
     seconds: float | None = None
     step_seconds: float | None = None
     work: Work | None = None
     edge: str | None = None
-    features: tuple[float, ...] = ()
 
     @property
     def importance(self) -> float:
@@ -72,14 +95,11 @@ class History:
         Each client's importance, smoothed over its rounds.
     speeds : Mapping[str, Speeds]
         How fast each client seems to be, where somebody says what its steps took.
-    window : tuple[Observation, ...]
-        The last observations of all clients, the oldest first.
     """
 
     latest: Mapping[str, Observation] = field(default_factory=dict)
     importance: Mapping[str, float] = field(default_factory=dict)
     speeds: Mapping[str, Speeds] = field(default_factory=dict)
-    window: tuple[Observation, ...] = ()
 
     def after(self, observations: Iterable[Observation]) -> Self:
         """Add what a round brought.
@@ -106,7 +126,6 @@ class History:
             latest={**self.latest, **{each.client_key: each for each in seen}},
             importance=importance,
             speeds=speeds,
-            window=(*self.window, *seen)[-WINDOW:],
         )
 
 

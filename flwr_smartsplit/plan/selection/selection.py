@@ -1,17 +1,36 @@
-"""Who takes part in a round, and on which route: what any selection gets and gives."""
+"""Who takes part in a round, and on which route: what any selection gets and gives.
 
-from collections.abc import Callable, Mapping, Sequence
+A selection is a function of a ``SelectionRequest``. It ranks the candidates and lets
+``SelectionRequest.take`` find each of them a place; ``select_at_random`` is one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from flwr_smartsplit.plan.menu import Offer
 from flwr_smartsplit.plan.placement import Places
 from flwr_smartsplit.plan.selection.candidates import Candidate
 from flwr_smartsplit.plan.selection.history import NO_HISTORY, History
-from flwr_smartsplit.types import EdgeProfile
+from flwr_smartsplit.types import Assignment, EdgeProfile, RouteOption
 
 NOT_SAMPLED = "not sampled in this round"
 EDGES_FULL = "no edge has room for the rest of its model in this round"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Who was chosen, and why the others were not.
+
+    Parameters
+    ----------
+    chosen : Sequence[Assignment]
+        In any order.
+    passed : Mapping[str, str]
+        For every other candidate the reason, by client_key.
+    """
+
+    chosen: Sequence[Assignment]
+    passed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,51 +62,47 @@ class SelectionRequest:
 
     def home(self, index: int) -> str | None:
         """Name the edge where a candidate was last, or else whose turn it is."""
-        seen = self.history.latest.get(self.candidates[index].device.client_key)
+        seen = self.history.latest.get(self.candidates[index].client_key)
         if seen is not None and seen.edge is not None:
             return seen.edge
         return self.edges[index % len(self.edges)].name if self.edges else None
 
+    def take(
+        self,
+        ranked: Iterable[Candidate],
+        options: Callable[[Candidate], Iterable[RouteOption]] = Candidate.preferred,
+    ) -> Selection:
+        """Take candidates in this order, as long as clients are wanted.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
-    """One chosen client.
+        Parameters
+        ----------
+        ranked : Iterable[Candidate]
+            Some or all of the candidates, the most wanted first.
+        options : Callable[[Candidate], Iterable[RouteOption]]
+            The options of one of them, the most wanted first; by default those of
+            ``Candidate.preferred``.
 
-    Parameters
-    ----------
-    candidate : Candidate
-        The client.
-    offer : Offer
-        What it does.
-    edge : str or None
-        Where the rest of the model is; None if it has all of it.
-    why : str
-        For the journal.
-    features : tuple[float, ...]
-        What the surrogate knew.
-    """
-
-    candidate: Candidate
-    offer: Offer
-    edge: str | None = None
-    why: str = ""
-    features: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Who was chosen, and why the others were not.
-
-    Parameters
-    ----------
-    chosen : Sequence[Chosen]
-        In any order.
-    passed : Mapping[str, str]
-        For every other candidate the reason, by client_key.
-    """
-
-    chosen: Sequence[Chosen]
-    passed: Mapping[str, str] = field(default_factory=dict)
+        Returns
+        -------
+        Selection
+            Each client with its first option for which an edge has room.
+        """
+        places = Places(self.edges)
+        index_of = {each.client_key: i for i, each in enumerate(self.candidates)}
+        passed = dict.fromkeys(index_of, NOT_SAMPLED)
+        chosen: list[Assignment] = []
+        for each in ranked:
+            if len(chosen) == self.num_clients:
+                break
+            key = each.client_key
+            home = self.home(index_of[key])
+            option = places.place(each.device, options(each), home)
+            if option is None:
+                passed[key] = EDGES_FULL
+            else:
+                chosen.append(each.assigned(option))
+                del passed[key]
+        return Selection(chosen=chosen, passed=passed)
 
 
 Select = Callable[[SelectionRequest], Selection]
@@ -95,59 +110,24 @@ Select = Callable[[SelectionRequest], Selection]
 
 
 def select_at_random(request: SelectionRequest) -> Selection:
-    """Draw clients uniformly, as FedAvg does; each takes its best offer.
+    """Draw clients uniformly, as FedAvg does; each takes its best option.
 
     Parameters
     ----------
     request : SelectionRequest
         The candidates, in client_key order.
     """
+    return request.take(sampled(request))
+
+
+def sampled(request: SelectionRequest) -> list[Candidate]:
+    """Draw as many candidates as are wanted; return them in client_key order."""
     drawn = sample_clients(
-        [each.device.client_key for each in request.candidates],
+        [each.client_key for each in request.candidates],
         num_clients=request.num_clients,
         rng=request.rng,
     )
-    places = Places(request.edges)
-    chosen: list[Chosen] = []
-    passed: dict[str, str] = {}
-    for index, each in enumerate(request.candidates):
-        key = each.device.client_key
-        if key not in drawn:
-            passed[key] = NOT_SAMPLED
-            continue
-        placed = place(each, [each.best, *each.fits], places, request.home(index))
-        if placed is None:
-            passed[key] = EDGES_FULL
-        else:
-            chosen.append(placed)
-    return Selection(chosen=chosen, passed=passed)
-
-
-def place(
-    candidate: Candidate, wanted: Sequence[int], places: Places, home: str | None
-) -> Chosen | None:
-    """Give a client the first of some offers for which an edge has room.
-
-    Parameters
-    ----------
-    candidate : Candidate
-        The client.
-    wanted : Sequence[int]
-        Places in its menu, the most wanted first.
-    places : Places
-        The edges, and what is taken of them.
-    home : str or None
-        The edge where it was before.
-    """
-    for index in wanted:
-        offer = candidate.menu.offers[index]
-        if not offer.route.cuts or offer.is_placed:
-            return Chosen(candidate=candidate, offer=offer)
-        edge = places.find(candidate.device, offer, home)
-        if edge is not None:
-            places.take(edge, offer)
-            return Chosen(candidate=candidate, offer=offer, edge=edge.name)
-    return None
+    return [each for each in request.candidates if each.client_key in drawn]
 
 
 def sample_clients(

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
 
-from flwr_smartsplit.plan.timing import Work
-from flwr_smartsplit.types import DeviceProfile, EdgeProfile, Link
+from flwr_smartsplit.types import DeviceProfile, EdgeProfile, Link, Work
 from flwr_smartsplit.types.devices import LEAST_RATE, MOST_FLOPS_PER_SECOND
 
 LEAST_SECONDS = 1e-9
@@ -77,8 +76,7 @@ def learned(
     Examples
     --------
     >>> def work(flops, num_bytes):
-    ...     return Work(device_flops=flops, edge_flops=0, boundary_bytes=num_bytes,
-    ...                 num_exchanges=1, state_bytes=0)
+    ...     return Work(device_flops=flops, boundary_bytes=num_bytes, num_exchanges=1)
     >>> whole = learned(None, work(80, 0), 4.0)
     >>> whole.flops_per_second, whole.bytes_per_second
     (20.0, None)

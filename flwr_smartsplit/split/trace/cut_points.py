@@ -1,7 +1,9 @@
 """Why a place in a model can or cannot be cut.
 
-A place is a node of the model's graph after which one tensor is all that is still
-needed. A dry run under fake tensors finds out what every operation does: which
+A place is a node of the model's graph after which few tensors are still needed; all of
+them cross. A gradient that is added up on both sides of a cut is added in the stock
+model's order: autograd runs the operations in reverse, so the far side's sum is there
+first, at whatever place. A dry run under fake tensors finds out what every operation does: which
 storages it writes, whether it draws random numbers, whether its value needs a
 gradient. Guessing from names would miss functional and user-written operations.
 """
@@ -25,7 +27,7 @@ from flwr_smartsplit.split.fake_tensors import (
     warnings_ignored,
 )
 from flwr_smartsplit.split.segment import Batch, Segment, Unit
-from flwr_smartsplit.split.trace.liveness import live_places
+from flwr_smartsplit.split.trace.liveness import Place, live_places
 from flwr_smartsplit.split.trace.op_recorder import (
     NodeFacts,
     Recorder,
@@ -34,9 +36,6 @@ from flwr_smartsplit.split.trace.op_recorder import (
 )
 
 _READS_MODEL = ("call_module", "get_attr")
-
-Place = tuple[fx.Node, tuple[fx.Node, ...]]
-"""A node whose value may cross, and the sizes that cross with it."""
 
 
 class _FactFinder(fx.Interpreter):
@@ -179,6 +178,8 @@ def admissible_cuts(
     train_graph: fx.Graph,
     eval_graph: fx.Graph,
     facts: dict[fx.Node, NodeFacts],
+    *,
+    max_tensors: int = 1,
 ) -> tuple[list[tuple[Place, Place]], dict[str, str]]:
     """Keep the places that can be cut without changing a number.
 
@@ -188,30 +189,40 @@ def admissible_cuts(
         The places that may be cut, in order: the one of the training graph and the
         one of the same name of the evaluation graph.
     refusals : dict[str, str]
-        For each other place with a single live value, the reason.
+        For each other place with at most ``max_tensors`` live tensors, the reason.
     """
     order = {node: index for index, node in enumerate(eval_graph.nodes)}
     reached = grad_nodes(facts[list(train_graph.nodes)[-1]].value)
-    twins = {
-        node.name: (node, sizes) for node, sizes in live_places(eval_graph).items()
-    }
+    twins = {n.name: place for n, place in live_places(eval_graph, max_tensors).items()}
     kept: list[tuple[Place, Place]] = []
     refusals = {}
-    for node, sizes in live_places(train_graph).items():
+    for node, place in live_places(train_graph, max_tensors).items():
         twin = twins.get(node.name)
-        reason = _refusal(node, facts, reached)
+        reason = _refusal(model, place, facts, reached)
         if reason is None and twin is None:
             reason = "evaluation mode has no such place"
         if reason is None and twin is not None:
-            if kept and order[twin[0]] < order[kept[-1][1][0]]:
+            if kept and order[twin.node] < order[kept[-1][1].node]:
                 reason = "evaluation mode comes to it in another order"
+            elif [n.name for n in twin.tensors] != [n.name for n in place.tensors]:
+                reason = "evaluation mode needs other tensors after it"
             else:
-                reason = _tied(model, node, twin[0])
+                reason = _tied(model, node, twin.node)
         if reason is None and twin is not None:
-            kept.append(((node, sizes), twin))
+            kept.append((place, twin))
         else:
             refusals[node.name] = str(reason)
     return kept, refusals
+
+
+def gradient_flags(
+    place: Place | None, facts: Mapping[fx.Node, NodeFacts]
+) -> tuple[bool, ...]:
+    """Say of each tensor that crosses at a place whether a gradient comes back."""
+    if place is None:
+        return ()
+    needed = (facts[node].value.requires_grad for node in place.tensors)
+    return (*needed, *(False for _ in place.sizes))
 
 
 def grad_nodes(outputs: Any) -> set[Any]:
@@ -228,20 +239,86 @@ def grad_nodes(outputs: Any) -> set[Any]:
 
 
 def _refusal(
-    node: fx.Node, facts: dict[fx.Node, NodeFacts], reached: set[Any]
+    model: nn.Module,
+    place: Place,
+    facts: dict[fx.Node, NodeFacts],
+    reached: set[Any],
 ) -> str | None:
-    """Say why the value of ``node`` must not be a boundary, if so."""
-    value = facts[node].value
+    """Say why the tensors of a place must not be a boundary, if so."""
+    before, after = _sides(place.node)
+    for node in place.tensors:
+        problem = _value_problem(facts[node].value)
+        if problem:
+            return problem if node is place.node else f"{node.name} crosses: {problem}"
+    values = [facts[node].value for node in place.tensors]
+    trained = [value for value in values if value.requires_grad]
+    if not trained:
+        read = {str(used.target) for node in before for used in used_by(node)}
+        tensors = _tensors_of(model, read).values()
+        frozen = [p for name, p in model.named_parameters() if name in tensors]
+        if not frozen:
+            return "no layer with parameters is before it"
+        if any(parameter.requires_grad for parameter in frozen):
+            return "no gradient comes back to it"
+    elif not any(value.grad_fn in reached for value in trained):
+        return "no gradient comes back to it"
+    inputs = [n for n in before if n.op == "placeholder"]
+    for node in place.tensors[:-1]:
+        for given in inputs:
+            if storages_of(facts[given].value) & storages_of(facts[node].value):
+                return f"the input {given.name} is needed after it, and must not leave"
+    later = {other.name: facts[other] for other in after if other.op != "output"}
+    return overwritten(values, later) or _shared_gradients(place, facts, set(after))
+
+
+def _value_problem(value: Any) -> str | None:
     if not isinstance(value, Tensor):
         return f"its value is a {type(value).__name__}, not one tensor"
     if value.is_conj() or value.is_neg():
         return "it is a conjugate or negative view"
-    if not value.requires_grad:
-        return "nothing before it can be trained"
-    if value.grad_fn not in reached:
-        return "no gradient comes back to it"
-    after = [other for other in _sides(node)[1] if other.op != "output"]
-    return overwritten(value, {other.name: facts[other] for other in after})
+    return None
+
+
+def _shared_gradients(
+    place: Place, facts: Mapping[fx.Node, NodeFacts], after: set[fx.Node]
+) -> str | None:
+    """Say which two tensors would get gradients in the same memory, if any.
+
+    A sum, or a concatenation, gives its terms one gradient, or parts of one. On the far
+    side of a cut they would be several, and take more memory than the model does.
+    """
+    users: dict[fx.Node, fx.Node] = {}
+    edges: dict[Any, fx.Node] = {}
+    for node in place.tensors:
+        value = facts[node].value
+        if not value.requires_grad:
+            continue
+        twin = edges.setdefault((value.grad_fn, value.output_nr), node)
+        if twin is not node:
+            return f"{twin.name} and {node.name} are one tensor"
+        user = _only_user(node, facts, after)
+        other = user and users.setdefault(user, node)
+        if user and other and other is not node:
+            return (
+                f"{user.name} alone uses {other.name} and {node.name}, whose gradients "
+                "may share memory"
+            )
+    return None
+
+
+def _only_user(
+    node: fx.Node, facts: Mapping[fx.Node, NodeFacts], after: set[fx.Node]
+) -> fx.Node | None:
+    """Find the one operation that uses a value, or a view of it, later."""
+    users = [user for user in node.users if user in after]
+    if len(users) != 1:
+        return None
+    (user,) = users
+    if user.op != "output" and (
+        storages_of(facts[user].value) & storages_of(facts[node].value)
+    ):
+        return _only_user(user, facts, after)
+    return user
 
 
 def overwritten(value: Any, later: Mapping[str, NodeFacts]) -> str | None:

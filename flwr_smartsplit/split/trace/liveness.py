@@ -1,14 +1,15 @@
 """What is still needed after each operation of a model's graph.
 
-A place for a cut is an operation after which one tensor is all that is still needed,
-besides parameters, which are read where they are used, and sizes. Sizes are whole
-numbers that a model reads off the shape of a tensor; they travel along as the shape
-of an empty tensor, so that neither memory nor values are involved.
+A place for a cut is an operation after which few tensors are still needed, besides
+parameters, which are read where they are used, and sizes. Sizes are whole numbers that
+a model reads off the shape of a tensor; they travel along as the shape of an empty
+tensor, so that neither memory nor values are involved.
 """
 
 import itertools
 import operator
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,19 +37,38 @@ def read_sizes_early(graph: fx.Graph) -> None:
             sources[0].append(node)
 
 
-def live_places(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Find the nodes after which one tensor is alive, and the sizes alive with it.
+@dataclass(frozen=True)
+class Place:
+    """Where a graph may be cut: after ``node``, which is one of the ``tensors``.
 
-    A node whose value only ends the model is none.
+    Parameters
+    ----------
+    node : fx.Node
+        The last operation before the cut.
+    tensors, sizes : tuple[fx.Node, ...]
+        What crosses, in the order it was made.
+    """
+
+    node: fx.Node
+    tensors: tuple[fx.Node, ...]
+    sizes: tuple[fx.Node, ...] = ()
+
+
+def live_places(graph: fx.Graph, max_tensors: int = 1) -> dict[fx.Node, Place]:
+    """Find the nodes after which their value and at most a few others are alive.
+
+    A node after which nothing is computed is none.
     """
     last = list(graph.nodes)[-1]
     places = {}
     for node, live in _live_after(graph).items():
-        tensors = {other for other in live if not is_size(other)}
-        if node.op in ("placeholder", "get_attr") or tensors != {node}:
+        tensors = tuple(other for other in live if not is_size(other))
+        if node.op in ("placeholder", "get_attr") or node not in tensors:
             continue
-        if set(node.users) != {last}:
-            places[node] = tuple(other for other in live if is_size(other))
+        is_over = all(set(other.users) == {last} for other in tensors)
+        if len(tensors) <= max_tensors and not is_over:
+            sizes = tuple(other for other in live if is_size(other))
+            places[node] = Place(node, tensors, sizes)
     return places
 
 

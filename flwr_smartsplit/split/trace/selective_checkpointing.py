@@ -126,13 +126,13 @@ class _UnitGraph:
 
     def _entered(self, piece: Piece, facts: dict[fx.Node, NodeFacts]) -> set[int]:
         if piece.entering is not None:
-            return storages_of(facts[piece.entering[0]].value)
+            return storages_of([facts[n].value for n in piece.entering.tensors])
         batch = [n for n in piece.nodes if n.op == "placeholder"]
         return storages_of([facts[node].value for node in batch])
 
     def _left(self, piece: Piece, facts: dict[fx.Node, NodeFacts]) -> set[int]:
         if piece.leaving is not None:
-            return storages_of(facts[piece.leaving[0]].value)
+            return storages_of([facts[n].value for n in piece.leaving.tensors])
         outputs = [n for n in piece.nodes if n.op == "output"]
         return storages_of([facts[node].value for node in outputs])
 

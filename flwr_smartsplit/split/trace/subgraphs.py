@@ -14,8 +14,7 @@ from torch import fx, nn
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.activation_checkpointing import run_twice
-from flwr_smartsplit.split.trace.cut_points import Place
-from flwr_smartsplit.split.trace.liveness import as_size, as_tensor
+from flwr_smartsplit.split.trace.liveness import Place, as_size, as_tensor
 
 NO_OPERATIONS = ("output", "get_attr")
 
@@ -109,8 +108,9 @@ def compiled(
     # To fx, this name is the module itself.
     root = graph.placeholder("self") if regions else None
     if piece.entering is not None:
-        boundary, sizes = piece.entering
-        copy.copies[boundary] = graph.placeholder("boundary")
+        for index, tensor in enumerate(piece.entering.tensors):
+            copy.copies[tensor] = graph.placeholder(f"boundary_{index}")
+        sizes = piece.entering.sizes
         carriers = [graph.placeholder(f"size_{i}") for i in range(len(sizes))]
         for size, carrier in zip(sizes, carriers, strict=True):
             copy.copies[size] = graph.call_function(as_size, (carrier,))
@@ -132,10 +132,11 @@ def compiled(
 def _result(piece: Piece, copy: _Copy) -> Any:
     if piece.leaving is None:
         return fx.map_arg(piece.nodes[-1].args[0], copy.of)
-    boundary, sizes = piece.leaving
-    carried = [copy.graph.call_function(as_tensor, (copy.of(s),)) for s in sizes]
-    result = copy.of(boundary)
-    return (result, *carried) if carried else result
+    tensors = [copy.of(tensor) for tensor in piece.leaving.tensors]
+    sizes = map(copy.of, piece.leaving.sizes)
+    carried = [copy.graph.call_function(as_tensor, (size,)) for size in sizes]
+    boundary = (*tensors, *carried)
+    return boundary if len(boundary) > 1 else boundary[0]
 
 
 def _first(value: Any, other: Any) -> Any:

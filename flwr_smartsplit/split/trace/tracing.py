@@ -18,15 +18,19 @@ from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
 from flwr_smartsplit.split.trace.cut_points import (
-    Place,
     admissible_cuts,
     find_facts,
+    gradient_flags,
     is_reshaped,
     used_by,
     with_nearest,
 )
 from flwr_smartsplit.split.trace.guards import refuse_switches, trace_strictly
-from flwr_smartsplit.split.trace.liveness import longest_needed, read_sizes_early
+from flwr_smartsplit.split.trace.liveness import (
+    Place,
+    longest_needed,
+    read_sizes_early,
+)
 from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
 from flwr_smartsplit.split.trace.selective_checkpointing import light_function
 from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
@@ -146,7 +150,7 @@ def input_names(model: nn.Module, inputs: Batch) -> list[str]:
 
 
 def trace_units(
-    model: nn.Module, example_inputs: Batch
+    model: nn.Module, example_inputs: Batch, *, max_boundary_tensors: int = 1
 ) -> tuple[tuple[Unit, ...], dict[str, str]]:
     """Read a model as a chain of units.
 
@@ -156,14 +160,16 @@ def trace_units(
         Any module that torch.fx can trace; its parameters may be on meta.
     example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
         One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
+    max_boundary_tensors : int
+        The most tensors that may cross a cut, besides sizes.
 
     Returns
     -------
     units : tuple[Unit, ...]
         The chain; cuts are possible between any two neighbours.
     refusals : dict[str, str]
-        For each single-tensor place that must not be cut, the reason and the nearest
-        place that can be.
+        For each place with few enough tensors that must not be cut, the reason and the
+        nearest place that can be.
 
     Raises
     ------
@@ -182,7 +188,13 @@ def trace_units(
         if not is_reshaped(facts):
             read_sizes_early(train_graph)
             read_sizes_early(eval_graph)
-        cuts, refusals = admissible_cuts(model, train_graph, eval_graph, facts)
+        cuts, refusals = admissible_cuts(
+            model,
+            train_graph,
+            eval_graph,
+            facts,
+            max_tensors=max_boundary_tensors,
+        )
         train_parts = _pieces(train_graph, [train for train, _ in cuts])
         eval_parts = _pieces(eval_graph, [evaluate for _, evaluate in cuts])
         names = _unit_names(train_parts)
@@ -194,7 +206,7 @@ def trace_units(
     refused = {order.index(name): (name, why) for name, why in refusals.items()}
     if not cuts and not refused:
         refused = _needed_everywhere(train_graph)
-    places = [order.index(train.name) for (train, _), _ in cuts]
+    places = [order.index(train.node.name) for train, _ in cuts]
     return units, with_nearest(refused, dict(zip(places, names, strict=False)))
 
 
@@ -250,7 +262,7 @@ def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
 def _pieces(graph: fx.Graph, cuts: list[Place]) -> list[Piece]:
     """Divide the graph's nodes after each cut; the last piece ends the model."""
     nodes = list(graph.nodes)
-    bounds = [0, *(nodes.index(cut) + 1 for cut, _ in cuts), len(nodes)]
+    bounds = [0, *(nodes.index(cut.node) + 1 for cut in cuts), len(nodes)]
     places = [None, *cuts, None]
     return [
         Piece(nodes[low:high], entering, leaving)
@@ -287,4 +299,6 @@ def _make_unit(
         reads=tuple(sorted(reads)),
         is_random=any(facts[n].is_random for n in train.nodes if n in facts),
         light_forward=light_function(model, train, facts),
+        gradients=gradient_flags(train.leaving, facts),
+        changes_buffers=any(facts[n].changes_model for n in train.nodes if n in facts),
     )

@@ -9,7 +9,6 @@ from itertools import accumulate, pairwise
 
 from flwr_smartsplit import Route, predicted_peak_bytes
 from flwr_smartsplit.errors import InvalidPlan
-from flwr_smartsplit.plan.checkpointing.greedy import greedy_plan
 from flwr_smartsplit.plan.checkpointing.plan import (
     cheapest_plan,
     extra_flops,
@@ -18,6 +17,7 @@ from flwr_smartsplit.plan.checkpointing.plan import (
 from flwr_smartsplit.plan.checkpointing.stages import stages_of
 from flwr_smartsplit.types import ChainProfile, RecomputePlan, Rerun
 from simulations.report.summary import bytes_text
+from simulations.studies.memory.greedy import greedy_plan
 
 USEFUL_FRACTION = 0.1
 """The least share of a model's forward FLOPs that is worth a device."""
@@ -57,7 +57,7 @@ def _bound(profile: ChainProfile, cut: int) -> int:
     (leg,) = Route.split(cut).device_legs(len(profile.units))
     most = later = 0
     for stage in reversed(stages_of(profile, leg)):
-        own = min(way.backward_peak_bytes for way in stage.ways)
+        own = min(run.backward_peak_bytes for run in stage.runs)
         most = max(most, later + own)
         later += stage.left_bytes
     resident = sum(unit.resident_bytes for unit in profile.units[:cut])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flwr_smartsplit import Task
-from flwr_smartsplit.edge.client import packed
+from flwr_smartsplit.edge.codec import Crossing, Raw
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.build import materialise
@@ -28,6 +28,7 @@ from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Batch = tuple[Tensor, Tensor]
 State = Mapping[str, npt.NDArray[Any]]
+packed = Crossing(Raw()).encode
 MIN_PAIRS, MAX_PAIRS = 3, 15
 NUM_STEPS = 2
 """Optimizer state is made in the first; the second is the one that counts."""

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from flwr_smartsplit import Task
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.client import EdgeLink, packed
+from flwr_smartsplit.edge.client import EdgeClient
 from flwr_smartsplit.edge.tensors import WireTensor, state_digest
 from flwr_smartsplit.plan.tail_memory import TailBytes, tail_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
-from flwr_smartsplit.split.segment import as_boundary
+from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.types import EDGE, EdgeProfile
 from simulations.experiments.models import (
     image_network,
@@ -78,7 +78,7 @@ def measure_edge(case: EdgeCase, num_clients: int, *, seed: int) -> dict[str, An
     """
     need, points = needed_bytes(case), []
     with _metered_edge(case, AT_ONCE * need.memory_bytes) as edge:
-        state, step = _first_batch(case, seed)
+        state, boundary, request = _first_batch(case, seed)
         digest = state_digest(state)
         edge.service.handle(wire.HoldState(digest, state))
         del state
@@ -88,7 +88,7 @@ def measure_edge(case: EdgeCase, num_clients: int, *, seed: int) -> dict[str, An
             links = [open_session(client) for client in clients]
             for number in range(NUM_STEPS):
                 for link in links:
-                    link.train(number, *step, None)
+                    link.forward(boundary, replace(request, step=number))
             for client, link in zip(clients, links, strict=True):
                 link.seal(NUM_STEPS, None)
                 points.append((client + 1, edge.meter.peak_bytes, edge.disk_bytes))
@@ -129,19 +129,22 @@ def _metered_edge(case: EdgeCase, memory_bytes: int) -> Iterator[MeteredEdge]:
 
 def _first_batch(
     case: EdgeCase, seed: int
-) -> tuple[wire.State, tuple[tuple[WireTensor, ...], WireTensor]]:
+) -> tuple[wire.State, Boundary, wire.Forward]:
     """Draw a state and a batch, and bring it up to the cut."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         state = state_of(case.model_fn())
         inputs = torch.randn(BATCH_SIZE, 3, SIDE, SIDE)
         front = materialise(build_chain(case.task), 0, case.cut, state)
-        boundary = packed(as_boundary(front(inputs)))
+        boundary = as_boundary(front(inputs))
     targets: Tensor = torch.arange(BATCH_SIZE) % NUM_CLASSES
-    return state, (boundary, WireTensor.pack(targets))
+    request = wire.Forward(
+        step=0, targets=WireTensor.pack(targets), num_examples=BATCH_SIZE
+    )
+    return state, boundary, request
 
 
-def _opened(edge: MeteredEdge, case: EdgeCase, digest: str, client: int) -> EdgeLink:
+def _opened(edge: MeteredEdge, case: EdgeCase, digest: str, client: int) -> EdgeClient:
     opening = wire.OpenSession(
         session=f"1/{client}/{EDGE}",
         place=EDGE,
@@ -155,4 +158,4 @@ def _opened(edge: MeteredEdge, case: EdgeCase, digest: str, client: int) -> Edge
         token="t",
         batch_size=BATCH_SIZE,
     )
-    return EdgeLink(edge.connect(EDGE), opening)
+    return EdgeClient(edge.connect(EDGE), opening)

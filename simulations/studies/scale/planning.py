@@ -15,13 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
+from flwr_smartsplit import (
+    Route,
+    Selection,
+    SelectionRequest,
+    predicted_peak_bytes,
+    profile_chain,
+)
 from flwr_smartsplit.plan.rounds import Routing, plan_round
-from flwr_smartsplit.plan.selection.by_utility import BY_UTILITY, SelectByUtility
 from flwr_smartsplit.plan.selection.history import NO_HISTORY, History, Observation
 from flwr_smartsplit.plan.selection.label_coverage import divergence
-from flwr_smartsplit.plan.selection.selection import Selection, SelectionRequest
-from flwr_smartsplit.plan.selection.utility import factors_of, normalised
+from flwr_smartsplit.plan.selection.utility import (
+    BY_UTILITY,
+    SelectByUtility,
+    factors_of,
+    normalised,
+)
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import ChainProfile, DeviceProfile, EdgeProfile
 from simulations.experiments.models import image_task, torchvision_model
@@ -43,7 +52,7 @@ def measure_planning(
     -------
     dict[str, Any]
         ``seconds`` is the median wall-clock time of a plan, ``first_seconds`` that of
-        the first one, with recompute plans made for the menu; ``peak_mib`` the most
+        the first one, with plans that recompute; ``peak_mib`` the most
         that a plan allocates; ``regret`` the share of the utility that is lost by
         looking at the most promising clients only.
     """
@@ -91,7 +100,7 @@ def utility_of(
     """Say what a set of clients is worth: what a choice by utility climbs.
 
     From 0, where the least promising client adds nothing, so that a share of it means
-    something. Without a surrogate.
+    something.
     """
     factors = factors_of(
         asked.candidates,
@@ -124,7 +133,7 @@ class _Judge:
 
     def __call__(self, request: SelectionRequest) -> Selection:
         selection = self.rule(request)
-        keys = [each.candidate.device.client_key for each in selection.chosen]
+        keys = [each.client_key for each in selection.chosen]
         self.found.append(utility_of(self.rule, request, keys))
         return selection
 

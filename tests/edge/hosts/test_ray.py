@@ -9,6 +9,7 @@ import ray
 
 from flwr_smartsplit import RayEdge, Route
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts import ray as ray_edge
 from flwr_smartsplit.errors import EdgeUnreachable, StaleSession
 from flwr_smartsplit.types import EDGE, ClientReply
 from tests.faults import tail_files
@@ -20,10 +21,11 @@ pytestmark = pytest.mark.ray
 ROUTES = (Route.split(2), Route.split(4), Route.whole(), Route.split(7))
 
 
-def kill_and_wait(transport: wire.Transport) -> None:
+def kill_and_wait(transport: wire.Transport, address: str) -> None:
     """Kill the actor, and wait until it lives again."""
+    actor = ray.get_actor(address, namespace=ray_edge._NAMESPACE)
     first = transport.send(wire.IsHeld("nothing")).incarnation
-    ray.kill(transport.actor, no_restart=False)
+    ray.kill(actor, no_restart=False)
     while transport.send(wire.IsHeld("nothing")).incarnation == first:
         time.sleep(0.05)  # The old process may answer for a moment.
 
@@ -46,8 +48,9 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
     pool, replies = start([edge], ROUTES)
     (folder,) = tmp_path.iterdir()
     try:
-        transport = edge.connect(folder.name.removeprefix("smartsplit-"))
-        kill_and_wait(transport)
+        address = folder.name.removeprefix("smartsplit-")
+        transport = edge.connect(address)
+        kill_and_wait(transport, address)
         settled = settle(replies, pool, ROUTES)
         assert sorted(settled.accepted) == ["c0", "c1", "c2", "c3"]
         assert settled.failures == ()
@@ -72,4 +75,4 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
     with pytest.raises(EdgeUnreachable, match="does not answer"):
         transport.send(wire.IsHeld("nothing"))
     with pytest.raises(EdgeUnreachable, match="not running in namespace"):
-        edge.connect(transport.address)
+        edge.connect(address)

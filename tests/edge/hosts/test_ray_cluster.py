@@ -47,9 +47,9 @@ def cluster() -> Iterator[Cluster]:
         made.shutdown()
 
 
-def node_of(edge: RayEdge, address: str) -> str:
+def node_of(address: str) -> str:
     """Ask an actor on which node it runs."""
-    actor = edge.connect(address).actor
+    actor = ray.get_actor(address, namespace=ray_edge._NAMESPACE)
     where = actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
     node: str = ray.get(where, timeout=30)
     return node
@@ -62,7 +62,7 @@ def test_edges_run_where_their_resources_are_and_one_nodes_end_costs_its_clients
     pool, replies = start([NEAR, FAR], ROUTES)
     try:
         addresses = {name: link.address for name, link in pool._links.items()}
-        nodes = {name: node_of(EDGES[name], addresses[name]) for name in EDGES}
+        nodes = {name: node_of(addresses[name]) for name in EDGES}
         offers = {
             node["NodeID"]: set(node["Resources"]) & set(EDGES) for node in ray.nodes()
         }

@@ -29,7 +29,7 @@ from tests.flower.apps import (
 from tests.flower.legacy import legacy_smart_split, run_legacy
 from tests.tasks import TASK
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MIXED = budgets_of(1, 4, None, 8)
 CLIENT = {"kind": "client", "phase": "train", "round": 1, "status": "accepted"}
 

@@ -171,18 +171,6 @@ def test_both_segments_of_a_route_that_returns_are_planned():
     assert not plan.is_empty
 
 
-def test_measured_times_can_decide_instead_of_flops():
-    """A unit that is slow on this device is rather kept."""
-    _, profile = made("squeezenet1_1")
-    route = Route.split(6)
-    budget = budgets_between(profile, route)[2]
-    plan = plan_recompute(profile, route, budget_bytes=budget)
-    again = [u for u in range(6) if plan.num_runs(u) > 1 or u in plan.light]
-    costs = [1000.0 if unit in again else 1.0 for unit in range(len(profile.units))]
-    other = plan_recompute(profile, route, budget_bytes=budget, unit_costs=costs)
-    assert other != plan
-
-
 @pytest.mark.parametrize("budget", [-1, float("nan"), "64MiB", True, None])
 def test_what_is_no_budget_is_refused(budget):
     """With what it is and what to give."""

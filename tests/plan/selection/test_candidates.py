@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
-from flwr_smartsplit.plan.menu import Terms, menu_of
+from flwr_smartsplit.plan.search_space import search_space
 from flwr_smartsplit.plan.selection import candidates
 from flwr_smartsplit.plan.selection.candidates import candidates_of
 from flwr_smartsplit.plan.timing import round_seconds
 from flwr_smartsplit.types import (
+    Constraints,
     DeviceProfile,
     DeviceTraits,
     EdgeProfile,
@@ -21,7 +22,7 @@ from tests.plan.profiles import chain_of, device
 
 CHAIN = chain_of([10, 30, 20, 40])
 EDGES = (EdgeProfile(name="x", flops_per_second=100.0), EdgeProfile(name="y"))
-PLAIN = Terms(has_edges=True, recompute=False)
+PLAIN = Constraints(recompute=False)
 LINKS = st.builds(
     Link,
     up_bytes_per_second=st.floats(1, 1000),
@@ -33,48 +34,48 @@ LINKS = st.builds(
 def test_an_endless_time_does_not_open_what_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A device that cannot be timed takes the first offer that fits it."""
-    menu = menu_of(CHAIN, PLAIN)
-    endless = np.full((1, len(menu.offers)), np.inf)
+    """A device that cannot be timed takes the first option that fits it."""
+    space = search_space(CHAIN, PLAIN)
+    endless = np.full((1, len(space.options)), np.inf)
     monkeypatch.setattr(candidates, "_seconds", lambda *_: endless)
-    (found,), unfit = candidates_of([device("a", 10)], menu, EDGES)
+    (found,), unfit = candidates_of([device("a", 10)], space, EDGES)
     assert unfit == {}
-    assert menu.offers[found.best].route == Route.split(1)
+    assert space.options[found.best].route == Route.split(1)
 
 
-def test_the_menu_has_the_deepest_first() -> None:
+def test_the_space_has_the_deepest_first() -> None:
     """The whole model, then every cut."""
-    menu = menu_of(CHAIN, PLAIN)
-    assert [offer.route for offer in menu.offers] == [
+    space = search_space(CHAIN, PLAIN)
+    assert [option.route for option in space.options] == [
         Route.whole(),
         Route.split(3),
         Route.split(2),
         Route.split(1),
     ]
-    assert menu.peaks.tolist() == [40, 20, 30, 10]
-    assert menu.whole_peak_bytes == 40
-    assert menu.cheapest is menu.offers[3]
+    assert space.peaks.tolist() == [40, 20, 30, 10]
+    assert space.whole_peak_bytes == 40
+    assert space.cheapest is space.options[3]
 
 
-def test_terms_shorten_the_menu() -> None:
+def test_constraints_shrink_the_space() -> None:
     """No edges: no cuts. Units that must stay, or a least number: no cut before."""
-    assert len(menu_of(CHAIN, Terms(has_edges=False)).offers) == 1
-    for terms in (
-        Terms(has_edges=True, kept_units=frozenset({1}), recompute=False),
-        Terms(has_edges=True, min_device_units=2, recompute=False),
+    assert len(search_space(CHAIN, has_edges=False).options) == 1
+    for constraints in (
+        Constraints(kept_units=frozenset({1}), recompute=False),
+        Constraints(min_device_units=2, recompute=False),
     ):
-        routes = [offer.route for offer in menu_of(CHAIN, terms).offers]
+        routes = [option.route for option in search_space(CHAIN, constraints).options]
         assert routes == [Route.whole(), Route.split(3), Route.split(2)]
 
 
 def test_what_recomputes_comes_after_what_does_not() -> None:
-    """And every offer's peak is that of its route and plan."""
-    menu = menu_of(CHAIN, Terms(has_edges=True))
-    is_plain = [offer.recompute.is_empty for offer in menu.offers]
+    """And every option's peak is that of its route and plan."""
+    space = search_space(CHAIN)
+    is_plain = [option.recompute.is_empty for option in space.options]
     assert is_plain == sorted(is_plain, reverse=True)
-    for offer in menu.offers:
-        assert offer.peak_bytes == predicted_peak_bytes(
-            CHAIN, offer.route, offer.recompute
+    for option in space.options:
+        assert option.peak_bytes == predicted_peak_bytes(
+            CHAIN, option.route, option.recompute
         )
 
 
@@ -88,12 +89,12 @@ def test_what_recomputes_comes_after_what_does_not() -> None:
         (10, ["1"]),
     ],
 )
-def test_offers_within_the_budget_fit(budget: int | None, routes: list[str]) -> None:
+def test_options_within_the_budget_fit(budget: int | None, routes: list[str]) -> None:
     """Peaks do not fall with the cut."""
-    menu = menu_of(CHAIN, PLAIN)
-    (found,), unfit = candidates_of([device("a", budget)], menu, EDGES)
-    offers = [menu.offers[index].route for index in found.fits]
-    assert [str(r.cuts[0]) if r.cuts else "whole" for r in offers] == routes
+    space = search_space(CHAIN, PLAIN)
+    (found,), unfit = candidates_of([device("a", budget)], space, EDGES)
+    options = [space.options[index].route for index in found.fits]
+    assert [str(r.cuts[0]) if r.cuts else "whole" for r in options] == routes
     assert found.best == found.fits[0]
     assert np.isnan(found.best_seconds)
     assert unfit == {}
@@ -101,14 +102,12 @@ def test_offers_within_the_budget_fit(budget: int | None, routes: list[str]) -> 
 
 def test_who_fits_nothing_is_told_the_least_that_would_do() -> None:
     """With the route, the batch size and the budget."""
-    menu = menu_of(CHAIN, PLAIN)
-    found, unfit = candidates_of([device("a", 9), device("b", 10)], menu, EDGES)
+    space = search_space(CHAIN, PLAIN)
+    found, unfit = candidates_of([device("a", 9), device("b", 10)], space, EDGES)
     assert [each.device.client_key for each in found] == ["b"]
     assert "(device[:1] > edge[1:]) needs 10 B at batch size 4" in unfit["a"]
     assert "the budget is 9 B" in unfit["a"]
-    _, unfit = candidates_of(
-        [device("a", 9)], menu_of(CHAIN, Terms(has_edges=False)), ()
-    )
+    _, unfit = candidates_of([device("a", 9)], search_space(CHAIN, has_edges=False), ())
     assert "give the strategy an edge" in unfit["a"]
 
 
@@ -124,9 +123,9 @@ def test_seconds_are_those_of_the_slow_sums(
     near: Link | None,
     num_edges: int,
 ) -> None:
-    """For every device and offer at once, over the fastest edge."""
+    """For every device and option at once, over the fastest edge."""
     edges = EDGES[:num_edges]
-    menu = menu_of(CHAIN, Terms(has_edges=bool(edges), recompute=False))
+    space = search_space(CHAIN, PLAIN, has_edges=bool(edges))
     devices = [
         DeviceProfile(
             client_key=str(index),
@@ -141,12 +140,12 @@ def test_seconds_are_those_of_the_slow_sums(
         )
         for index, speed in enumerate(flops)
     ]
-    found, _ = candidates_of(devices, menu, edges)
+    found, _ = candidates_of(devices, space, edges)
     for each in found:
         for place, seconds in zip(each.fits, each.seconds, strict=True):
-            offer = menu.offers[place]
-            places = edges if offer.route.cuts else (None,)
-            slow = [round_seconds(offer.work, each.device, edge) for edge in places]
+            option = space.options[place]
+            places = edges if option.route.cuts else (None,)
+            slow = [round_seconds(option.work, each.device, edge) for edge in places]
             if each.device.traits.flops_per_second is None:
                 assert np.isnan(seconds)
                 assert slow[0] is None

@@ -1,6 +1,5 @@
-"""History: the last of each client, a smoothed importance, a bounded window."""
+"""History: the last of each client, and a smoothed importance."""
 
-from flwr_smartsplit.plan.selection import history
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from tests.plan.fleets import seen
 
@@ -13,11 +12,3 @@ def test_importance_is_examples_times_loss_smoothed() -> None:
     assert twice.importance["a"] == 0.7 * 10 + (1 - 0.7) * 30
     assert twice.latest["a"].round_number == 2
     assert NO_HISTORY.latest == {}
-
-
-def test_the_window_is_bounded_and_keeps_the_last() -> None:
-    """Whoever is no longer in it still has a last observation."""
-    many = [seen(str(index)) for index in range(history.WINDOW + 5)]
-    after = NO_HISTORY.after(many)
-    assert after.window == tuple(many[5:])
-    assert "0" in after.latest

@@ -6,7 +6,12 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flwr_smartsplit.plan.selection.selection import sample_clients
+from flwr_smartsplit.plan.selection.selection import (
+    sample_clients,
+    select_at_random,
+)
+from flwr_smartsplit.types import EdgeProfile, Route
+from tests.plan.fleets import candidate, request
 
 KEYS = st.lists(st.text(min_size=1, max_size=3), unique=True, max_size=12)
 
@@ -45,3 +50,13 @@ def test_the_list_is_left_as_it_was() -> None:
     keys = ["b", "a"]
     sample_clients(keys, num_clients=1, rng=Random(0))
     assert keys == ["b", "a"]
+
+
+def test_a_random_selection_takes_each_ones_best_option() -> None:
+    """Uniform over clients, and edges' memory counts, too."""
+    weak = [candidate(str(index), seconds=(9.0, 1.0)) for index in range(4)]
+    edges = (EdgeProfile(name="x", memory_bytes=45),)
+    found = select_at_random(request(weak, num_clients=3, edges=edges))
+    assert len(found.chosen) == 3
+    routes = Counter(each.option.route for each in found.chosen)
+    assert routes == {Route.split(2, edge="x"): 2, Route.whole(): 1}

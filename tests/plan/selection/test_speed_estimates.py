@@ -181,7 +181,7 @@ def test_a_slow_device_takes_another_route_once_it_was_seen() -> None:
             rng=Random(0),
             history=history,
         )
-        route = plan.assignments[0].route
+        route = plan.assignments[0].option.route
         routes.append(route)
         asked = work_of(profile, route)
         seconds = step_seconds(

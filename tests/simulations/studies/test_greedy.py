@@ -5,7 +5,6 @@ from random import Random
 
 import pytest
 
-from flwr_smartsplit.plan.checkpointing.greedy import greedy_plan
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.plan.checkpointing.plan import (
     cheapest_plan,
@@ -22,6 +21,7 @@ from flwr_smartsplit.types import (
     StepBytes,
     UnitCost,
 )
+from simulations.studies.memory.greedy import greedy_plan
 from tests.models import resnet18, small_cnn, task_of
 from tests.tasks import TASK
 

@@ -18,7 +18,12 @@ from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.train.unit_migration import Carried, Make, carried, rebuilt
+from flwr_smartsplit.train.unit_migration import (
+    Make,
+    MigratedUnits,
+    migrated_units,
+    rebuilt,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +32,11 @@ class Moved:
 
     Parameters
     ----------
-    carried : Carried, optional
+    units : MigratedUnits, optional
         The units that are the device's now, if the cut moved later.
     """
 
-    carried: Carried | None = None
+    units: MigratedUnits | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +54,10 @@ class MoveCut(Request[Moved]):
         next step repeats its reply.
     start : int
         The session's first unit from now on.
-    carried : Carried, optional
+    units : MigratedUnits, optional
         The units that are new at the edge, if the cut moves earlier.
     norm : float, optional
-        As for ``TrainStep``.
+        As for ``Forward``.
     """
 
     session: str
@@ -60,23 +65,23 @@ class MoveCut(Request[Moved]):
     step: int
     number: int
     start: int
-    carried: Carried | None = None
+    units: MigratedUnits | None = None
     norm: float | None = None
 
 
-def on_wire(units: Carried) -> Carried:
+def pack_units(units: MigratedUnits) -> MigratedUnits:
     """Make what units carry ready to cross; it shares their memory."""
     return _mapped(units, lambda x: WireTensor.pack(x) if isinstance(x, Tensor) else x)
 
 
-def off_wire(units: Carried) -> Carried:
+def unpack_units(units: MigratedUnits) -> MigratedUnits:
     """Read what came, into tensors of one's own."""
     return _mapped(units, lambda x: x.unpack() if isinstance(x, WireTensor) else x)
 
 
 def checksum(request: MoveCut) -> int:
     """Tell a repeated move from a changed one."""
-    units = request.carried
+    units = request.units
     code = zlib.crc32(repr((request.start, request.norm, units is None)).encode())
     if units is None:
         return code
@@ -125,7 +130,7 @@ def moved_session(
     """
     start = request.start
     _check(chain, units, request)
-    arriving = None if request.carried is None else off_wire(request.carried)
+    arriving = None if request.units is None else unpack_units(request.units)
     new = rebuilt(
         runner,
         chain,
@@ -136,12 +141,14 @@ def moved_session(
     )
     if start < units.start:
         return new, Moved()
-    return new, Moved(carried=on_wire(carried(runner, chain, units.start, start)))
+    return new, Moved(
+        units=pack_units(migrated_units(runner, chain, units.start, start))
+    )
 
 
 def _check(chain: Chain, units: range, request: MoveCut) -> None:
     """Refuse a move that does not fit the session."""
-    start, arriving = request.start, request.carried
+    start, arriving = request.start, request.units
     if not 0 < start < units.stop or start == units.start:
         raise RefusedMove(
             f"session {request.session} has units [{units.start}, {units.stop}) and "
@@ -158,7 +165,7 @@ def _check(chain: Chain, units: range, request: MoveCut) -> None:
         )
 
 
-def _mapped(units: Carried, change: Any) -> Carried:
+def _mapped(units: MigratedUnits, change: Any) -> MigratedUnits:
     return replace(
         units,
         buffers=tree_map(change, dict(units.buffers)),

@@ -22,11 +22,11 @@ from flwr_smartsplit import (
     proximal,
 )
 from flwr_smartsplit.device.local_training import Conditions, Outcome
-from flwr_smartsplit.device.route_runner import Walk
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.edge import client as link_module
-from flwr_smartsplit.edge import moving as moving_module
+from flwr_smartsplit.edge import cut_moves as moving_module
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.moving import MoveCut, on_wire
+from flwr_smartsplit.edge.cut_moves import MoveCut, pack_units
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.errors import (
     EdgeUnreachable,
@@ -38,7 +38,7 @@ from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.train import unit_migration as carrying_module
-from flwr_smartsplit.train.unit_migration import Carried
+from flwr_smartsplit.train.unit_migration import MigratedUnits
 from flwr_smartsplit.types import Status
 from tests.device.test_routes import FAR, NEAR, Pair
 from tests.faults import Deliver, Hook
@@ -56,7 +56,7 @@ from tests.tasks import (
 
 NUM_STEPS = 9  # Three epochs, each with a last batch of one example.
 SPLIT = partial(Route.split, edge=NEAR)
-Between = Callable[[Walk], None]
+Between = Callable[[RouteRunner], None]
 
 
 def one_cycle(optimizer: Optimizer, config: Any) -> LRScheduler:
@@ -122,17 +122,17 @@ class Moving(Pair):
 
 def losses_into(losses: list[float]) -> Between:
     """Write down the mean loss so far before each step."""
-    return lambda walk: losses.append(walk.report(num_epochs=1).loss)
+    return lambda runner: losses.append(runner.report(num_epochs=1).loss)
 
 
 def moving(plan: dict[int, int], *others: Between) -> Between:
     """Move the cut before certain steps."""
 
-    def between(walk: Walk) -> None:
+    def between(runner: RouteRunner) -> None:
         for other in others:
-            other(walk)
-        if walk.num_steps in plan:
-            walk.move(plan[walk.num_steps], reason=f"test {walk.num_steps}")
+            other(runner)
+        if runner.num_steps in plan:
+            runner.move(plan[runner.num_steps], reason=f"test {runner.num_steps}")
 
     return between
 
@@ -187,12 +187,12 @@ def test_every_cut_moves_to_every_other(pair: Moving, start: int, cut: int) -> N
     """And back again before the next step, which changes nothing either."""
     plain = pair.run(SPLIT(cut))
 
-    def there_and_back(walk: Walk) -> None:
-        if walk.num_steps == 2:
-            walk.move(cut)
-        if walk.num_steps == 5:
-            walk.move(start)
-            walk.move(cut)
+    def there_and_back(runner: RouteRunner) -> None:
+        if runner.num_steps == 2:
+            runner.move(cut)
+        if runner.num_steps == 5:
+            runner.move(start)
+            runner.move(cut)
 
     outcome = pair.run(SPLIT(start), there_and_back)
     assert outcome.receipts == plain.receipts
@@ -224,11 +224,11 @@ def test_the_peak_after_a_move_is_that_of_the_new_route(
     profile = profile_chain(pair.chain, batch_size=BATCH_SIZE, task=task)
     peaks: list[tuple[int, int]] = []
 
-    def between(walk: Walk) -> None:
-        if walk.num_steps and walk.num_steps % 3 == 0:
-            peaks.append((walk.route.cuts[0], walk.cap.peak_bytes))
-            walk.move(cuts[len(peaks) - 1])
-            walk.cap.meter.peak_bytes = 0
+    def between(runner: RouteRunner) -> None:
+        if runner.num_steps and runner.num_steps % 3 == 0:
+            peaks.append((runner.route.cuts[0], runner.cap.peak_bytes))
+            runner.move(cuts[len(peaks) - 1])
+            runner.cap.meter.peak_bytes = 0
 
     pair.cap_mode = cap_mode
     pair.run(route, between, epochs=4)
@@ -242,14 +242,14 @@ def test_moving_earlier_holds_nothing_twice(pair: Moving) -> None:
     """The device's memory only falls while it gives units away."""
     seen: list[tuple[int, int]] = []
 
-    def between(walk: Walk) -> None:
-        if walk.num_steps == 4:
-            before = walk.cap.live_bytes
-            walk.cap.meter.peak_bytes = 0
-            with walk.cap.building():
-                walk.move(2)
-            assert walk.cap.peak_bytes <= before
-            seen.append((before, walk.cap.live_bytes))
+    def between(runner: RouteRunner) -> None:
+        if runner.num_steps == 4:
+            before = runner.cap.live_bytes
+            runner.cap.meter.peak_bytes = 0
+            with runner.cap.building():
+                runner.move(2)
+            assert runner.cap.peak_bytes <= before
+            seen.append((before, runner.cap.live_bytes))
 
     assert pair.run(SPLIT(8), between).report.status is Status.OK
     ((before, after),) = seen
@@ -262,12 +262,12 @@ def test_units_that_do_not_fit_stay_where_they_are(tmp_path: Path, name: str) ->
     pair = Moving(tmp_path, replace(TASK, **VARIANTS[name]))
     refused: list[str] = []
 
-    def between(walk: Walk) -> None:
-        if walk.num_steps in (2, 5):
-            meter = walk.cap.meter
+    def between(runner: RouteRunner) -> None:
+        if runner.num_steps in (2, 5):
+            meter = runner.cap.meter
             meter.budget_bytes = meter.live_bytes + 100
             try:
-                walk.move(8)
+                runner.move(8)
             except MemoryCapExceeded as error:
                 refused.append(str(error))
             meter.budget_bytes = None
@@ -283,9 +283,9 @@ def test_units_that_do_not_fit_stay_where_they_are(tmp_path: Path, name: str) ->
 def test_units_that_do_not_fit_end_in_a_report_if_nobody_cares(pair: Moving) -> None:
     """As a step over the cap does."""
 
-    def between(walk: Walk) -> None:
-        walk.cap.meter.budget_bytes = walk.cap.live_bytes + 100
-        walk.move(8)
+    def between(runner: RouteRunner) -> None:
+        runner.cap.meter.budget_bytes = runner.cap.live_bytes + 100
+        runner.move(8)
 
     outcome = pair.run(SPLIT(3), between)
     assert outcome.report.status is Status.OUT_OF_MEMORY
@@ -343,10 +343,10 @@ def test_what_cannot_be_carried_exactly_is_refused_and_goes_on_unmoved(
     pair = Moving(tmp_path, task)
     refused: list[str] = []
 
-    def between(walk: Walk) -> None:
-        if walk.num_steps == 3:
+    def between(runner: RouteRunner) -> None:
+        if runner.num_steps == 3:
             try:
-                walk.move(cut)
+                runner.move(cut)
             except RefusedMove as error:
                 refused.append(str(error))
 
@@ -419,11 +419,11 @@ def test_a_module_that_counts_outside_its_buffers_is_refused(tmp_path: Path) -> 
     """Its number would not come along."""
     pair = Moving(tmp_path, task_with(Counting))
 
-    def between(walk: Walk) -> None:
-        if walk.num_steps == 2:
+    def between(runner: RouteRunner) -> None:
+        if runner.num_steps == 2:
             with pytest.raises(RefusedMove, match="training changes calls"):
-                walk.move(9 - walk.route.cuts[0])
-            walk.move(4 if walk.route.cuts[0] == 3 else 7)
+                runner.move(9 - runner.route.cuts[0])
+            runner.move(4 if runner.route.cuts[0] == 3 else 7)
 
     for cut, last in ((6, 7), (3, 4)):
         moves = pair.run(SPLIT(cut), between).report.moves
@@ -444,11 +444,11 @@ def test_what_stays_on_the_device_does_not_leave_it(tmp_path: Path) -> None:
     task = replace(TASK, is_local=lambda name: name.startswith("1."))
     pair = Moving(tmp_path, task)
 
-    def between(walk: Walk) -> None:
-        if walk.num_steps == 2:
+    def between(runner: RouteRunner) -> None:
+        if runner.num_steps == 2:
             with pytest.raises(RefusedMove, match="cannot move below 2"):
-                walk.move(1)
-            walk.move(2)
+                runner.move(1)
+            runner.move(2)
 
     outcome = pair.run(SPLIT(4), between)
     assert [move.after for move in outcome.report.moves] == [2]
@@ -466,9 +466,9 @@ def test_what_stays_on_the_device_does_not_leave_it(tmp_path: Path) -> None:
 def test_there_is_no_such_cut(pair: Moving, route: Route, cut: int, error: str) -> None:
     """The device says so itself; nothing was sent."""
 
-    def between(walk: Walk) -> None:
+    def between(runner: RouteRunner) -> None:
         with pytest.raises(InvalidRoute, match=error):
-            walk.move(cut)
+            runner.move(cut)
 
     assert pair.run(route, between).report.status is Status.OK
     assert not any(isinstance(r, MoveCut) for r in pair.edges[NEAR].requests)
@@ -478,12 +478,12 @@ def test_an_evaluation_does_not_move(pair: Moving) -> None:
     """It has no steps that it could be fenced by."""
     state = initial_state()
     plan = client_plan(0, SPLIT(3), state, addresses=pair.addresses)
-    walk = Walk(plan, TASK, MemoryCap(None), is_trained=False)
+    runner = RouteRunner(plan, TASK, MemoryCap(None), is_trained=False)
     connect = lambda place, address: pair.edges[place].connect(address)  # noqa: E731
-    walk.open(device_part(state, SPLIT(3)), connect, token="t")
+    runner.open(device_part(state, SPLIT(3)), connect, token="t")
     with pytest.raises(RefusedMove, match="is trained"):
-        walk.move(2)
-    walk.abandon()
+        runner.move(2)
+    runner.abandon()
 
 
 # --- faults ---------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_an_edge_that_restarts_knows_no_session_to_move(pair: Moving) -> None:
     assert "is not open at this edge" in outcome.report.message
 
 
-@pytest.mark.parametrize("late", [wire.TrainStep, wire.Seal])
+@pytest.mark.parametrize("late", [wire.Forward, wire.Seal])
 def test_a_move_that_comes_again_after_the_next_step_voids_the_session(
     pair: Moving, late: type
 ) -> None:
@@ -575,18 +575,18 @@ def test_a_move_that_comes_again_after_the_next_step_voids_the_session(
 # --- planted errors -------------------------------------------------------------------
 
 
-def forgetting(part: str) -> Callable[[Carried], Carried]:
+def forgetting(part: str) -> Callable[[MigratedUnits], MigratedUnits]:
     """Make a carrier that loses something on the way."""
 
-    def carry(units: Carried) -> Carried:
+    def carry(units: MigratedUnits) -> MigratedUnits:
         if part == "momentum":
-            return replace(on_wire(units), optimizer={})
+            return replace(pack_units(units), optimizer={})
         initial = initial_state()
         kept = {
             name: initial[name] if name.endswith(part) else array
             for name, array in units.state.items()
         }
-        return replace(on_wire(units), state=kept)
+        return replace(pack_units(units), state=kept)
 
     return carry
 
@@ -602,7 +602,7 @@ def test_a_move_that_forgets_something_is_seen(
     expected = pair.run(SPLIT(cut))
     moved = pair.run(SPLIT(10 - cut), moving({4: cut}))
     assert moved.receipts == expected.receipts
-    monkeypatch.setattr(place, "on_wire", forgetting(part))
+    monkeypatch.setattr(place, "pack_units", forgetting(part))
     outcome = pair.run(SPLIT(10 - cut), moving({4: cut}))
     assert outcome.report.status is Status.OK
     same = outcome.receipts == expected.receipts

@@ -1,0 +1,220 @@
+"""SessionTable: which sessions of an edge are open, and which are sealed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.admission import Admission
+from flwr_smartsplit.edge.client import EdgeClient
+from flwr_smartsplit.edge.session import Session
+from flwr_smartsplit.edge.state_store import StateStore
+from flwr_smartsplit.errors import EdgeFull, RefusedMove, RefusedTail, StaleSession
+from flwr_smartsplit.split.build import state_views
+from flwr_smartsplit.train.threads import torch_threads
+from flwr_smartsplit.types import Receipt
+
+ReplyT = TypeVar("ReplyT")
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """What is left of a session whose tail is on disk."""
+
+    incarnation: str
+    receipts: tuple[Receipt, ...]
+    onward: EdgeClient | None
+
+
+class Named(Protocol):
+    """A request to one opening of a session."""
+
+    @property
+    def session(self) -> str:
+        """The session's name."""
+
+    @property
+    def incarnation(self) -> str:
+        """The opening, as it was answered."""
+
+
+class SessionTable:
+    """Keep an edge's sessions, each for one opening and one request at a time.
+
+    Parameters
+    ----------
+    store : StateStore
+        Where sealed tails go.
+    admission : Admission
+        Keeps account of what sessions take.
+    incarnation : str
+        Names this life of the edge.
+    """
+
+    def __init__(
+        self, store: StateStore, admission: Admission, *, incarnation: str
+    ) -> None:
+        self._store = store
+        self._admission = admission
+        self._incarnation = incarnation
+        self._open: dict[str, Session] = {}
+        self._sealed: dict[str, _Sealed] = {}
+
+    def opened_by(self, request: wire.OpenSession) -> Session | None:
+        """Find the session that this very request has opened already."""
+        known = self._open.get(request.session)
+        is_it = known is not None and request.token and known.opened == request
+        return known if is_it else None
+
+    def open(self, request: wire.OpenSession, build: Callable[[], Session]) -> Session:
+        """Open a session anew: whatever it did before, sealed or not, is void."""
+        name = request.session
+        self._admission.open(request)
+        self._open.pop(name, None)
+        self._sealed.pop(name, None)
+        self._store.drop_tail(name)
+        try:
+            session = build()
+        except BaseException:
+            self._admission.free(name)
+            raise
+        self._open[name] = session
+        return session
+
+    @contextmanager
+    def held(self, request: Named) -> Iterator[Session]:
+        """Have a session to oneself, if it is still this opening's.
+
+        Raises
+        ------
+        StaleSession
+            If it is not.
+        """
+        session = self._open.get(request.session)
+        if session is None or session.incarnation != request.incarnation:
+            raise self._stale(request)
+        with session.lock, torch_threads(session.opened.num_threads):
+            if self._open.get(request.session) is not session:
+                raise self._stale(request)
+            yield session
+
+    @contextmanager
+    def void_on_error(self, session: Session) -> Iterator[None]:
+        """Void a session whose part failed, so that it can never be sealed."""
+        try:
+            yield
+        except RefusedMove:  # It is as it was.
+            raise
+        except Exception as error:
+            if not session.opened.is_trained:  # Asking again does no harm.
+                raise
+            if self._open.get(session.opened.session) is session:
+                self.forget(session.opened.session)  # It is not a later opening's.
+            if session.onward is not None:
+                session.onward.abandon_quietly()
+            if isinstance(error, EdgeFull):  # Of an edge further on, and too late.
+                error.retry_after_seconds = None
+            raise
+
+    def require_open(self, session: Session) -> None:
+        """Give back what was reserved for a session that has ended meanwhile.
+
+        Raises
+        ------
+        StaleSession
+            If it has.
+        """
+        name = session.opened.session
+        current = self._open.get(name)
+        if current is session:
+            return
+        if current is None:
+            self._admission.free(name)
+        raise self._stale(wire.Abandon(name, session.incarnation))
+
+    def seal(self, session: Session, request: wire.Seal) -> tuple[Receipt, ...]:
+        """Finish a session here and further on, put its tail on disk, and close it.
+
+        Raises
+        ------
+        RefusedTail
+            If the tail is not finite, or was not stepped as often as the device says.
+        StaleSession
+            If the session was abandoned or opened again meanwhile.
+        """
+        name, opened = request.session, session.opened
+        if session.num_steps != request.num_steps:
+            raise RefusedTail(
+                f"session {name}: the device counts {request.num_steps} "
+                f"steps, the edge {session.num_steps}. The tail is not sealed."
+            )
+        session.finish(request.norm)
+        after: tuple[Receipt, ...] = ()
+        if session.onward is not None:
+            after = session.onward.seal(request.num_steps, request.norm)
+        # The session ends here: nothing changes them.
+        state = state_views(session.runner.segment)
+        broken = [name for name, a in state.items() if not np.isfinite(a).all()]
+        if broken:
+            raise RefusedTail(
+                f"session {name}: not finite after {session.num_steps} "
+                f"steps: {', '.join(broken)}. Lower the learning rate or clip the loss."
+            )
+        receipt = Receipt(
+            place=opened.place,
+            incarnation=self._incarnation,
+            session=name,
+            names=tuple(state),
+            digest=self._store.put_tail(name, opened.round_number, state),
+            num_examples=session.num_examples,
+            num_steps=session.num_steps,
+            variant=opened.variant,
+        )
+        if self._open.get(name) is not session:  # A later opening stays.
+            self._store.drop_tail(name)
+            raise self._stale(request)
+        receipts = (receipt, *after)
+        self._sealed[name] = _Sealed(session.incarnation, receipts, session.onward)
+        del self._open[name]
+        self._admission.seal(name)
+        return receipts
+
+    def sealed_by(self, request: wire.Seal) -> tuple[Receipt, ...] | None:
+        """Find the receipts of a session that was sealed before."""
+        known = self._sealed.get(request.session)
+        is_it = known is not None and known.incarnation == request.incarnation
+        return known.receipts if known is not None and is_it else None
+
+    def abandon(self, request: wire.Abandon) -> None:
+        """Forget a session here and further on, unless it is a later opening's."""
+        known = self._open.get(request.session) or self._sealed.get(request.session)
+        if known is None or request.incarnation in ("", known.incarnation):
+            self.forget(request.session)
+            if known is not None and known.onward is not None:
+                known.onward.abandon_quietly()
+
+    def release(self, round_number: int) -> None:
+        """Forget this round's and earlier sessions, and every sealed one."""
+        for name, session in list(self._open.items()):
+            if session.opened.round_number <= round_number:
+                self.forget(name)
+        self._sealed.clear()
+
+    def forget(self, name: str) -> None:
+        """Delete a session and its tail, and give back what it took."""
+        self._open.pop(name, None)
+        self._sealed.pop(name, None)
+        self._store.drop_tail(name)
+        self._admission.free(name)
+
+    def _stale(self, request: Named) -> StaleSession:
+        name, opening = request.session, request.incarnation
+        return StaleSession(
+            f"session {name} of incarnation {opening!r} is not open at this edge "
+            f"(incarnation {self._incarnation!r}): the edge restarted or the session "
+            "ended. This client sits the round out.",
+            session=name,
+        )

@@ -1,0 +1,211 @@
+"""What an edge advises its clients step by step: by their speed and their importance.
+
+SmartSplit's MEC manager fine-tunes split points by statistical importance and avoids
+the delay of slow devices. What counts as slow and as important is our reconstruction.
+It is off by default: ``docs/results.md`` says what it was measured to bring.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from math import inf, sqrt
+from statistics import median
+from typing import Protocol
+
+import numpy as np
+
+from flwr_smartsplit.plan.selection.history import averaged
+from flwr_smartsplit.types import Action, Advice, Cohort
+
+_LOW_QUANTILE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What an edge knows of one client after some steps of a round.
+
+    Parameters
+    ----------
+    num_examples : int
+        The client's examples.
+    importance_before : float
+        Its importance when the round began; 0 if that is not known.
+    num_seen : int
+        Examples of the steps so far.
+    squared_loss : float
+        Sum over them of their batch's loss, squared.
+    step_seconds : float or None
+        Moving average since the last change; None if there is no number yet.
+    action : Action or None
+        What the last step spoke for, and
+    held_steps : int
+        for how many steps in a row it did.
+    quiet_steps : float
+        Steps since the last change; infinite if there was none.
+    """
+
+    num_examples: int
+    importance_before: float = 0.0
+    num_seen: int = 0
+    squared_loss: float = 0.0
+    step_seconds: float | None = None
+    action: Action | None = None
+    held_steps: int = 0
+    quiet_steps: float = inf
+
+    @property
+    def importance(self) -> float:
+        """The client's importance, this round's losses so far included."""
+        if self.num_seen == 0:
+            return self.importance_before
+        loss_rms = sqrt(self.squared_loss / self.num_seen)
+        return averaged(self.importance_before, self.num_examples * loss_rms)
+
+    def restarted(self) -> "Progress":
+        """Begin to look anew: the cut has moved, or it was advised to."""
+        return replace(
+            self, step_seconds=None, action=None, held_steps=0, quiet_steps=0
+        )
+
+
+def judged(
+    progress: Progress,
+    cohort: Cohort,
+    *,
+    loss: float,
+    num_examples: int,
+    step_seconds: float | None,
+) -> tuple[Progress, Advice | None]:
+    """Take in one step, and say what the device should change now.
+
+    Slow and important, its cut moves earlier; slow and unimportant, it may stop early;
+    fast, its cut moves later, where the edge needs relief.
+
+    Parameters
+    ----------
+    progress : Progress
+        What was known before.
+    cohort : Cohort
+        What the client is compared with.
+    loss : float
+        The step's mean loss.
+    num_examples : int
+        Its examples.
+    step_seconds : float or None
+        What a step takes as the route is now; None if the device does not know.
+
+    Returns
+    -------
+    progress : Progress
+        What is known now.
+    advice : Advice or None
+        None if all stays.
+    """
+    seconds = progress.step_seconds
+    if step_seconds is not None and 0 < step_seconds < inf:
+        seconds = averaged(seconds or 0.0, step_seconds)
+    after = replace(
+        progress,
+        num_seen=progress.num_seen + num_examples,
+        squared_loss=progress.squared_loss + num_examples * loss * loss,
+        step_seconds=seconds,
+        quiet_steps=progress.quiet_steps + 1,
+    )
+    action = _action(after, cohort)
+    held_steps = progress.held_steps + 1 if action is progress.action else 1
+    after = replace(after, action=action, held_steps=held_steps)
+    is_due = (
+        held_steps >= cohort.patience_steps
+        and after.quiet_steps >= cohort.spacing_steps
+    )
+    if action is None or not is_due:
+        return after, None
+    return after.restarted(), Advice(action, _reason(after, action, cohort))
+
+
+def _action(progress: Progress, cohort: Cohort) -> Action | None:
+    seconds, usual = progress.step_seconds, cohort.median_step_seconds
+    if seconds is None:
+        return None
+    if seconds < cohort.fast_factor * usual:
+        return Action.LATER if cohort.relieves_edge else None
+    if not seconds > cohort.slow_factor * usual:
+        return None
+    importance = progress.importance
+    if importance >= cohort.median_importance:
+        return Action.EARLIER
+    return Action.RELEASE if importance <= cohort.low_importance else None
+
+
+def _reason(progress: Progress, action: Action, cohort: Cohort) -> str:
+    speed = "fast" if action is Action.LATER else "slow"
+    return (
+        f"the edge finds it {speed}: {progress.step_seconds:.3g} s a step, the median "
+        f"is {cohort.median_step_seconds:.3g} s; its importance is "
+        f"{progress.importance:.3g}, the median is {cohort.median_importance:.3g}"
+    )
+
+
+class Advisor(Protocol):
+    """Says what edges compare their clients with; without a cohort, they are silent."""
+
+    def cohort(
+        self, pairs: Iterable[tuple[float | None, float | None]]
+    ) -> Cohort | None:
+        """Sum up the clients of a round.
+
+        Parameters
+        ----------
+        pairs : Iterable[(seconds, importance)]
+            Two numbers for each client: what its round takes, and how important it is;
+            None, or a number that means nothing, where one is not known.
+
+        Returns
+        -------
+        Cohort or None
+            None if nobody is to be advised.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StragglerAdvisor:
+    """Compare clients with the median time, and with median and quartile importance.
+
+    Parameters
+    ----------
+    slow_factor : float
+        A device is slow above so many times the median step,
+    fast_factor : float
+        and fast below so many times.
+    patience_steps : int
+        So many steps in a row must speak for the same change.
+    spacing_steps : int
+        At least so many steps lie between two changes.
+
+    Examples
+    --------
+    >>> found = StragglerAdvisor().cohort([(1.0, 10.0), (2.0, 30.0), (9.0, 50.0)])
+    >>> found.median_step_seconds, found.median_importance, found.low_importance
+    (2.0, 30.0, 20.0)
+    """
+
+    slow_factor: float = 1.5
+    fast_factor: float = 0.7
+    patience_steps: int = 2
+    spacing_steps: int = 4
+
+    def cohort(
+        self, pairs: Iterable[tuple[float | None, float | None]]
+    ) -> Cohort | None:
+        """Sum up the clients of a round; None if no time or no importance is known."""
+        known = list(pairs)
+        seconds = [s for s, _ in known if s is not None and 0 < s < inf]
+        importances = [i for _, i in known if i is not None and 0 <= i < inf]
+        if not seconds or not importances:
+            return None
+        return Cohort(
+            median_step_seconds=median(seconds),
+            median_importance=median(importances),
+            low_importance=float(np.quantile(importances, _LOW_QUANTILE)),
+            **asdict(self),
+        )
