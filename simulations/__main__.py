@@ -43,88 +43,57 @@ app = typer.Typer(
 )
 
 
-DataOption = Annotated[
-    str | None,
-    typer.Option(help="digits (if not given), fashion_mnist, cifar10 or FILE.npz."),
-]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(help="Where torchvision's data sets are, or go; data if not given."),
-]
-ModelOption = Annotated[str | None, typer.Option(help="small or torchvision:NAME.")]
-RoundsOption = Annotated[int | None, typer.Option(help="Rounds of training.")]
-ClientsOption = Annotated[int | None, typer.Option(help="Clients in the fleet.")]
-ExamplesOption = Annotated[
-    int | None, typer.Option(help="Training examples to use at most.")
-]
-SeedOption = Annotated[int | None, typer.Option(help="Root of all chance.")]
-WorkersOption = Annotated[
-    int | None, typer.Option(help="Clients that train at once, a CPU each.")
-]
-MethodsOption = Annotated[
-    str | None, typer.Option(help="Names that `list` shows, with commas.")
-]
-ModelsOption = Annotated[
-    str | None, typer.Option(help="Suites without rounds: some models, with commas.")
-]
-CasesOption = Annotated[
-    str | None, typer.Option(help="Suites of cases: some of them, with commas.")
-]
-SeedsOption = Annotated[
-    int | None, typer.Option(help="Suites of cases: how many seeds, from 0 on.")
-]
-SmallOption = Annotated[
-    bool,
-    typer.Option("--small", help="A look, in minutes, as quickstart always is."),
-]
-OutOption = Annotated[
-    Path | None, typer.Option(help="Results folder; out/SUITE if not given.")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one object of methods, nothing else.")
-]
-VerboseOption = Annotated[bool, typer.Option("--verbose", help="Let Flower log.")]
+def _option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text)
 
 
-# longer than 40 lines because every option has a line as argument and as value
+JsonOption = Annotated[bool, _option("Print one object of methods.", "--json")]
+OutOption = Annotated[Path | None, _option("Results folder; out/SUITE if not given.")]
+
+
+# longer than 40 lines because it has a line for every option
 @app.command()
 def run(  # noqa: PLR0913 - one argument per option of the command line
+    context: typer.Context,
     suite: Annotated[str, typer.Argument(help="A suite that `list` names.")],
     *,
-    data: DataOption = None,
-    data_dir: DataDirOption = None,
-    model: ModelOption = None,
-    rounds: RoundsOption = None,
-    clients: ClientsOption = None,
-    train_examples: ExamplesOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    methods: MethodsOption = None,
-    models: ModelsOption = None,
-    cases: CasesOption = None,
-    seeds: SeedsOption = None,
-    small: SmallOption = False,
+    data: Annotated[
+        str | None, _option("digits (if not given), fashion_mnist, cifar10, FILE.npz.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, _option("Where torchvision's data sets are; data if not given.")
+    ] = None,
+    model: Annotated[str | None, _option("small or torchvision:NAME.")] = None,
+    rounds: Annotated[int | None, _option("Rounds of training.")] = None,
+    clients: Annotated[int | None, _option("Clients in the fleet.")] = None,
+    train_examples: Annotated[
+        int | None, _option("Training examples, at most.")
+    ] = None,
+    seed: Annotated[int | None, _option("Root of all chance.")] = None,
+    workers: Annotated[int | None, _option("What runs at once, a CPU each.")] = None,
+    methods: Annotated[str | None, _option("Names of `list`, with commas.")] = None,
+    models: Annotated[
+        str | None, _option("Suites without rounds: some models, with commas.")
+    ] = None,
+    cases: Annotated[
+        str | None, _option("Suites of cases: some of them, with commas.")
+    ] = None,
+    seeds: Annotated[
+        int | None, _option("Suites of cases: how many seeds, from 0 on.")
+    ] = None,
+    small: Annotated[
+        bool, _option("A look, in minutes, as quickstart always is.", "--small")
+    ] = False,
     out: OutOption = None,
     as_json: JsonOption = False,
-    verbose: VerboseOption = False,
+    verbose: Annotated[bool, _option("Let Flower log.", "--verbose")] = False,
 ) -> None:
     """Run a suite; write its results, summary.json and report.html; print a table."""
-    given: dict[str, Any] = {
-        "data": data,
-        "data_dir": data_dir,
-        "model": model,
-        "rounds": rounds,
-        "clients": clients,
-        "train_examples": train_examples,
-        "seed": seed,
-        "workers": workers,
-        "methods": methods,
-        "models": models,
-        "cases": cases,
-        "seeds": seeds,
-        "small": small or None,
+    own = ("suite", "out", "as_json", "verbose")
+    given = {
+        n: v for n, v in context.params.items() if v is not None and v is not False
     }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if name not in own}
     folder = out or Path("out") / suite
     with _explained_errors():
         go_on = _prepared(suite, given)
@@ -169,12 +138,13 @@ def archive(
 def list_names() -> None:
     """List the suites and the methods."""
     table = Table("kind", "name", "what it is", box=None)
-    for name, suite in SUITES.items():
-        table.add_row("suite", name, (suite.__doc__ or "").splitlines()[0])
-    for name, measurement in MEASUREMENTS.items():
-        table.add_row("suite", name, measurement.summary)
-    for name, study in STUDIES.items():
-        table.add_row("suite", name, f"{study.summary} {study.cost}")
+    suites = {
+        name: (suite.__doc__ or "").splitlines()[0] for name, suite in SUITES.items()
+    }
+    suites |= {name: each.summary for name, each in MEASUREMENTS.items()}
+    suites |= {name: f"{study.summary} {study.cost}" for name, study in STUDIES.items()}
+    for name, text in suites.items():
+        table.add_row("suite", name, text)
     for name, method in METHODS.items():
         table.add_row("method", name, method.summary)
     Console().print(table)
@@ -355,12 +325,8 @@ def _explained_errors() -> Iterator[None]:
     try:
         yield
     except (ExperimentError, SmartSplitError) as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(MISUSE)
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(MISUSE) from error
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ one strategy down and not the other.
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -32,22 +31,14 @@ ModelT = TypeVar("ModelT", ArrayRecord, Parameters)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTime:
-    """Where the time of one training round went.
+    """Where the time of one training round went."""
 
-    Parameters
-    ----------
-    configure_seconds, aggregate_seconds : float
-        In the strategy, before and after the clients.
-    clients_seconds : float
-        From the first message out to the last one in.
-    cpu_seconds : float
-        CPU time of the server's process, all threads.
-    """
-
+    # configure_seconds, aggregate_seconds: in the strategy, before and after the
+    # clients
     configure_seconds: float
-    clients_seconds: float
+    clients_seconds: float  # From the first message out to the last one in
     aggregate_seconds: float
-    cpu_seconds: float
+    cpu_seconds: float  # CPU time of the server's process, all threads
 
     @property
     def server_seconds(self) -> float:
@@ -63,6 +54,8 @@ class RoundTime:
 class Rounds(Protocol):
     """A strategy and its global model, in one of Flower's APIs."""
 
+    strategy: Any
+
     def configure(self, number: int) -> Any:
         """Make a round's messages."""
 
@@ -72,33 +65,15 @@ class Rounds(Protocol):
     def aggregate(self, number: int, answers: Any) -> None:
         """Make the next global model."""
 
-    def close(self) -> None:
-        """End what the strategy started."""
 
-
-def timed_round(
-    rounds: Rounds, number: int, watched: AbstractContextManager[Any] | None = None
-) -> RoundTime:
-    """Run one round and time its phases.
-
-    Parameters
-    ----------
-    rounds : Rounds
-        Whose round.
-    number : int
-        The round, counted from 1.
-    watched : context manager, optional
-        Entered while the strategy works, such as a profiler.
-    """
-    watched = nullcontext() if watched is None else watched
+def timed_round(rounds: Rounds, number: int) -> RoundTime:
+    """Run one round, counted from 1, and time its phases."""
     cpu, started = time.process_time(), time.perf_counter()
-    with watched:
-        sent = rounds.configure(number)
+    sent = rounds.configure(number)
     configured = time.perf_counter()
     answers = rounds.exchange(number, sent)
     answered = time.perf_counter()
-    with watched:
-        rounds.aggregate(number, answers)
+    rounds.aggregate(number, answers)
     return RoundTime(
         configure_seconds=configured - started,
         clients_seconds=answered - configured,
@@ -108,24 +83,12 @@ def timed_round(
 
 
 class MessageRounds:
-    """Rounds of a Message-API strategy.
-
-    Parameters
-    ----------
-    strategy : Strategy
-        Whose rounds.
-    grid : Grid
-        Reaches the clients.
-    state : Mapping[str, ndarray]
-        The first global model.
-    config : Mapping[str, Any]
-        What each message to a client says besides.
-    """
+    """Rounds of a Message-API strategy; ``config`` goes into each message."""
 
     def __init__(
         self, strategy: Strategy, grid: Grid, state: State, config: Mapping[str, Any]
     ) -> None:
-        self._strategy = strategy
+        self.strategy = strategy
         self._grid = grid
         self._arrays = to_array_record(state)
         self._config = ConfigRecord(dict(config))
@@ -133,7 +96,7 @@ class MessageRounds:
     def configure(self, number: int) -> list[Message]:
         """Make a round's messages."""
         arrays, grid = self._arrays, self._grid
-        return list(self._strategy.configure_train(number, arrays, self._config, grid))
+        return list(self.strategy.configure_train(number, arrays, self._config, grid))
 
     def exchange(self, number: int, sent: list[Message]) -> list[Message]:
         """Let the clients answer them."""
@@ -143,41 +106,23 @@ class MessageRounds:
     def aggregate(self, number: int, answers: list[Message]) -> None:
         """Make the next global model."""
         failed = [last_line(a.error.reason) for a in answers if a.has_error()]
-        arrays, _ = self._strategy.aggregate_train(number, answers)
-        self._arrays = _checked(arrays, failed, self._strategy)
-
-    def close(self) -> None:
-        """End the edges, if the strategy has any."""
-        _close(self._strategy)
+        arrays, _ = self.strategy.aggregate_train(number, answers)
+        self._arrays = _checked(arrays, failed, self.strategy)
 
 
 class LegacyRounds:
-    """Rounds of a strategy of Flower's legacy API, with its usual pool of threads.
-
-    Parameters
-    ----------
-    strategy : flwr.server.strategy.Strategy
-        Whose rounds.
-    clients : ClientManager
-        Knows the clients.
-    state : Mapping[str, ndarray]
-        The first global model.
-    """
+    """Rounds of a strategy of Flower's legacy API, with its usual pool of threads."""
 
     def __init__(
         self, strategy: LegacyStrategy, clients: ClientManager, state: State
     ) -> None:
-        self._strategy = strategy
+        self.strategy = strategy
         self._clients = clients
         self._parameters = ndarrays_to_parameters(list(state.values()))
 
     def configure(self, number: int) -> list[tuple[ClientProxy, FitIns]]:
         """Make a round's instructions."""
-        return self._strategy.configure_fit(
-            server_round=number,
-            parameters=self._parameters,
-            client_manager=self._clients,
-        )
+        return self.strategy.configure_fit(number, self._parameters, self._clients)
 
     def exchange(
         self, number: int, sent: list[tuple[ClientProxy, FitIns]]
@@ -188,13 +133,9 @@ class LegacyRounds:
     def aggregate(self, number: int, answers: FitResultsAndFailures) -> None:
         """Make the next global model."""
         results, failures = answers
-        parameters, _ = self._strategy.aggregate_fit(number, results, failures)
+        parameters, _ = self.strategy.aggregate_fit(number, results, failures)
         failed = [last_line(failure) for failure in failures]
-        self._parameters = _checked(parameters, failed, self._strategy)
-
-    def close(self) -> None:
-        """End the edges, if the strategy has any."""
-        _close(self._strategy)
+        self._parameters = _checked(parameters, failed, self.strategy)
 
 
 def _checked(
@@ -211,6 +152,7 @@ def _checked(
     return model
 
 
-def _close(strategy: Strategy | LegacyStrategy) -> None:
+def close(strategy: Strategy | LegacyStrategy) -> None:
+    """End the edges of a strategy, if it has any."""
     if isinstance(strategy, SmartSplit | LegacySmartSplit):
         strategy.close()

@@ -17,8 +17,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -28,6 +26,7 @@ from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import SegmentRunner
 from simulations.experiments.models import torchvision_model
+from simulations.report.progress import progress_bar
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -104,19 +103,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What metering added to an epoch, as fractions of the unmetered epoch.
-
-    Parameters
-    ----------
-    model : str
-        Name of the case.
-    num_steps, num_metered : int
-        Steps of an epoch, and how many of them a sampled cap meters.
-    off_seconds_per_step : float
-        Median over epochs.
-    sampled, strict : list[float]
-        One fraction for each epoch.
-    """
+    """What metering added to each epoch, as fractions of the unmetered epoch."""
 
     model: str
     num_steps: int
@@ -179,10 +166,7 @@ def measure(
     """Measure the epochs of a case, after a short one that warms caches up."""
     torch.manual_seed(0)
     batches = [
-        (
-            torch.randn(BATCH_SIZE, *SHAPE),
-            torch.randint(0, NUM_CLASSES, (BATCH_SIZE,)),
-        )
+        (torch.randn(BATCH_SIZE, *SHAPE), torch.randint(0, NUM_CLASSES, (BATCH_SIZE,)))
         for _ in range(case.num_steps)
     ]
     task = case.task
@@ -240,7 +224,7 @@ def main(
         )
     torch.set_num_threads(1)
     costs = []
-    with _progress() as progress:
+    with progress_bar() as progress:
         for case in map(CASES.__getitem__, names):
             bar = progress.add_task(case.name, total=case.num_epochs)
             advance = partial(progress.advance, bar)
@@ -249,17 +233,6 @@ def main(
         sys.stdout.write(json.dumps([asdict(cost) for cost in costs]) + "\n")
     else:
         Console().print(cost_table(costs))
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Elapsed(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -207,37 +206,6 @@ def _median_ratio(plain: Followed, moved: Followed) -> float:
     return statistics.median(own / other for own, other in pairs)
 
 
-def drawn(moved: Followed) -> Figure:
-    """Draw the budget and each step's peak."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
-    steps = range(len(moved.budgets))
-    axes.step(
-        steps,
-        [b / 2**20 for b in moved.budgets],
-        where="post",
-        color="tab:red",
-        label="budget",
-        linewidth=1.5,
-    )
-    axes.step(
-        range(len(moved.peaks)),
-        [p / 2**20 for p in moved.peaks],
-        where="post",
-        color="tab:blue",
-        label="peak of a step",
-    )
-    for move in moved.outcome.report.moves:
-        axes.axvline(move.step, color="0.7", linewidth=0.8, zorder=0)
-    axes.set(xlabel="step", ylabel="MiB", ylim=(0, None))
-    axes.set_title(
-        "The peak follows the budget; grey lines: the cut moves", fontsize=10
-    )
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
 def shown(summary: dict[str, Any]) -> Table:
     """List every change, and what it was for."""
     table = Table("step", "change", "why", box=None)
@@ -261,7 +229,6 @@ def main(  # noqa: PLR0913 - one argument per option of the command line
     batch_size: int = 16,
     steps: int = 200,
     cut: Annotated[int | None, typer.Option(help="The planned cut.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw budget and peaks.")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Train under a budget that falls and rises, and compare with a run without."""
@@ -273,8 +240,6 @@ def main(  # noqa: PLR0913 - one argument per option of the command line
     plain = course.run(None)
     moved = course.run(Wave(course.needed_bytes, steps))
     summary = summarised(course, plain, moved)
-    if plot is not None:
-        drawn(moved).savefig(plot, dpi=150)
     if as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
         return

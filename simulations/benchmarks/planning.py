@@ -34,25 +34,15 @@ NUM_BUDGETS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class PlanningCost:
-    """What planning costs for one length of a chain.
+    """What planning costs for one length of a chain."""
 
-    Parameters
-    ----------
-    num_units, num_stages : int
-        Length of the device's segment.
-    seconds : float
-        Median CPU time of a plan.
-    most_gap_fraction : float
-        The largest extra work that rounding costs, as a part of the forward's FLOPs.
-    num_missed : int
-        Budgets for which only more slots find a plan.
-    """
-
+    # num_units, num_stages: length of the device's segment
     num_units: int
     num_stages: int
-    seconds: float
+    seconds: float  # Median CPU time of a plan
+    # The largest extra work that rounding costs, as a part of the forward's FLOPs
     most_gap_fraction: float
-    num_missed: int
+    num_missed: int  # Budgets for which only more slots find a plan
 
 
 def measured(profile: ChainProfile, num_units: int) -> PlanningCost:
@@ -95,9 +85,7 @@ def _cost(stages: tuple[Stage, ...], free_bytes: int, slots: int) -> float | Non
 
 
 def main(
-    *,
-    batch_size: int = 32,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    *, batch_size: int = 32, as_json: Annotated[bool, typer.Option("--json")] = False
 ) -> None:
     """Time plans for chains of three lengths, and state what rounding costs."""
     task = task_of(

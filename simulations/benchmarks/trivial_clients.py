@@ -72,13 +72,7 @@ def initial_state(num_hidden: int) -> dict[str, npt.NDArray[Any]]:
 
 
 def build_app(num_hidden: int) -> ClientApp:
-    """Make the app of both kinds of clients.
-
-    Parameters
-    ----------
-    num_hidden : int
-        Size of the model's hidden layer.
-    """
+    """Make the app of both kinds of clients."""
     ours = build_client_app(partial(build_client, num_hidden=num_hidden))
     return EitherClient(ours, num_hidden)
 
@@ -96,15 +90,7 @@ def build_client(context: Context, *, num_hidden: int) -> SmartSplitNumPyClient:
 
 
 class EitherClient(ClientApp):
-    """Hand each message to our client or to the plain one.
-
-    Parameters
-    ----------
-    ours : ClientApp
-        Our app.
-    num_hidden : int
-        Size of the plain client's hidden layer.
-    """
+    """Hand each message to our client or to the plain one."""
 
     def __init__(self, ours: ClientApp, num_hidden: int) -> None:
         super().__init__()
@@ -124,13 +110,7 @@ class EitherClient(ClientApp):
 
 
 class PlainNumPyClient(NumPyClient):
-    """Train as any ``NumPyClient`` of Flower's examples does.
-
-    Parameters
-    ----------
-    num_hidden : int
-        Size of the model's hidden layer.
-    """
+    """Train as any ``NumPyClient`` of Flower's examples does."""
 
     def __init__(self, num_hidden: int) -> None:
         self._model = tiny_model(num_hidden)

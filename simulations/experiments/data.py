@@ -30,22 +30,16 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Images:
-    """A labelled image set, as stored.
+    """A labelled image set, as stored."""
 
-    Parameters
-    ----------
-    x_train, x_test : NDArray
-        Images, ``(num, height, width)`` or ``(num, height, width, channels)``.
-    y_train, y_test : NDArray[int64]
-        Their classes, from 0.
-    mean, std : NDArray[float32]
-        Per channel, over the training images.
-    """
-
+    # x_train, x_test: images, ``(num, height, width)`` or ``(num, height, width,
+    # channels)``
     x_train: NDArray[Any]
+    # y_train, y_test: their classes, from 0
     y_train: NDArray[np.int64]
     x_test: NDArray[Any]
     y_test: NDArray[np.int64]
+    # mean, std: per channel, over the training images
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
 

@@ -30,70 +30,43 @@ LEAST = {
 class Experiment:
     """One comparison of methods on the same data, clients and budgets.
 
-    Parameters
-    ----------
-    name : str
-        The suite it belongs to.
-    methods : tuple[str, ...]
-        Names of the methods to compare, in order.
-    fleet : Fleet
-        Gives each client its device; a function of a module or a frozen value, so
-        that experiments sent to another process stay equal.
-    partition : Partition
-        Which client holds which examples.
-    data : str
-        ``"digits"``, ``"fashion_mnist"``, ``"cifar10"`` or the path of an ``.npz``.
-    data_dir : Path
-        Where torchvision keeps the downloaded data sets.
-    max_train_examples, max_test_examples : int or None
-        Take at most so many examples, drawn by the seed; None takes all.
-    model : str
-        ``"small"`` or ``"torchvision:NAME"``.
-    num_clients, num_rounds : int
-        Size of the federation and length of the run.
-    fraction_train : float
-        Share of the clients asked to train in a round.
-    batch_size : int
-        Examples per training step.
-    learning_rate, momentum : float
-        Of SGD, restarted every round as in FedAvg.
-    seed : int
-        Root of every random choice.
-    num_workers : int
-        Clients that train at the same time, one process and one CPU each.
-    in_process : bool
-        Whether clients and edges are to live in the process that runs the experiment,
-        one client after the other, instead of under Flower's simulation engine.
-    share_labels : bool
-        Whether clients tell the strategy how many examples of each class they have.
-    share_speed : bool
-        Whether they tell it how fast their devices and links are, if they know.
-
     Raises
     ------
     ExperimentError
         Naming every value that no run could have.
     """
 
-    name: str
-    methods: tuple[str, ...]
+    name: str  # The suite it belongs to
+    methods: tuple[str, ...]  # Names of the methods to compare, in order
+    # Gives each client its device; a function of a module or a frozen value, so that
+    # experiments sent to another process stay equal
     fleet: Fleet
-    partition: Partition
+    partition: Partition  # Which client holds which examples
+    # ``"digits"``, ``"fashion_mnist"``, ``"cifar10"`` or the path of an ``.npz``
     data: str = "digits"
-    data_dir: Path = Path("data")
+    data_dir: Path = Path("data")  # Where torchvision keeps the downloaded data sets
+    # max_train_examples, max_test_examples: take at most so many examples, drawn by the
+    # seed; None takes all
     max_train_examples: int | None = None
     max_test_examples: int | None = None
-    model: str = "small"
+    model: str = "small"  # ``"small"`` or ``"torchvision:NAME"``
+    # num_clients, num_rounds: size of the federation and length of the run
     num_clients: int = 20
     num_rounds: int = 15
-    fraction_train: float = 1.0
-    batch_size: int = 16
+    fraction_train: float = 1.0  # Share of the clients asked to train in a round
+    batch_size: int = 16  # Examples per training step
+    # learning_rate, momentum: of SGD, restarted every round as in FedAvg
     learning_rate: float = 0.03
     momentum: float = 0.9
-    seed: int = 0
+    seed: int = 0  # Root of every random choice
+    # Clients that train at the same time, one process and one CPU each
     num_workers: int = 2
+    # Whether clients and edges are to live in the process that runs the experiment, one
+    # client after the other, instead of under Flower's simulation engine
     in_process: bool = False
+    # Whether clients tell the strategy how many examples of each class they have
     share_labels: bool = False
+    # Whether they tell it how fast their devices and links are, if they know
     share_speed: bool = True
 
     def __post_init__(self) -> None:

@@ -28,15 +28,7 @@ in every run; 1 is the server."""
 
 @final
 class LocalGrid(Grid):
-    """Deliver messages to a client app in this process.
-
-    Parameters
-    ----------
-    app : ClientApp
-        Serves every client.
-    num_clients : int
-        Their number; a client finds its own in ``partition-id``.
-    """
+    """Deliver messages to a client app in this process."""
 
     def __init__(self, app: ClientApp, num_clients: int) -> None:
         self._app = app

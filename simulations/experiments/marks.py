@@ -19,24 +19,12 @@ SUFFIX = ".finished.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What is known of a method's run once it has ended.
+    """What is known of a method's run once it has ended."""
 
-    Parameters
-    ----------
-    method : str
-        Its name.
-    state_sha256 : str
-        ``state_digest`` of the final global state.
-    accuracy : float
-        Share of the test set that the final model gets right.
-    num_rounds : int
-        Rounds that were run.
-    """
-
-    method: str
-    state_sha256: str
-    accuracy: float
-    num_rounds: int
+    method: str  # Its name
+    state_sha256: str  # ``state_digest`` of the final global state
+    accuracy: float  # Share of the test set that the final model gets right
+    num_rounds: int  # Rounds that were run
 
 
 def mark_path(out: Path, method: str) -> Path:
@@ -46,11 +34,6 @@ def mark_path(out: Path, method: str) -> Path:
 
 def state_digest(state: Mapping[str, NDArray[Any]]) -> str:
     """Digest names, types, shapes and bytes of a state, in the order of the names.
-
-    Parameters
-    ----------
-    state : Mapping[str, NDArray]
-        Parameters and buffers by name.
 
     Examples
     --------

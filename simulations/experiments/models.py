@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from simulations.experiments.data import input_shape, load_images
@@ -25,21 +26,12 @@ NUM_GROUPS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The size of a small network.
+    """The size of a small network."""
 
-    Parameters
-    ----------
-    channels : tuple[int, ...]
-        Channels after each block, at full width.
-    pooled : tuple[int, ...]
-        Numbers of the blocks, from 1, that halve height and width.
-    side : int
-        Height and width of what is classified, in pixels.
-    """
-
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # Channels after each block, at full width
+    # Numbers of the blocks, from 1, that halve height and width
     pooled: tuple[int, ...]
-    side: int
+    side: int  # Height and width of what is classified, in pixels
 
 
 DIGITS = Layout(channels=(32, 40, 64), pooled=(2, 3), side=2)
@@ -69,13 +61,6 @@ def model_fn(experiment: Experiment) -> Callable[[], nn.Module]:
 
 def narrow_model_fn(experiment: Experiment, width: float) -> Callable[[], nn.Module]:
     """Return the function that builds the model with a share of its channels.
-
-    Parameters
-    ----------
-    experiment : Experiment
-        Says which model, for which data.
-    width : float
-        Share of the channels; 1 is the experiment's model.
 
     Raises
     ------
@@ -247,13 +232,7 @@ def classifier_layers(
 
 
 class Scale(nn.Module):
-    """Multiply by a constant.
-
-    Parameters
-    ----------
-    factor : float
-        The constant.
-    """
+    """Multiply by a constant."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -262,3 +241,69 @@ class Scale(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the inputs times the factor, in their shape."""
         return inputs * self.factor
+
+
+# --- a classifier after each block ----------------------------------------------------
+
+
+def depth_model_fn(
+    experiment: Experiment, depth: int | None = None
+) -> Callable[[], nn.Module]:
+    """Return the function that builds the first blocks and their classifiers.
+
+    Raises
+    ------
+    ExperimentError
+        If the model is not a small network.
+    """
+    refuse_large_models(experiment)
+    layout = small_layout(experiment)
+    return partial(
+        DepthNetwork,
+        layout,
+        depth=len(layout.channels) if depth is None else depth,
+        **ends(experiment),
+    )
+
+
+def max_depth(experiment: Experiment) -> int:
+    """Count the blocks of the experiment's small network."""
+    return len(small_layout(experiment).channels)
+
+
+class DepthNetwork(nn.Module):
+    """Blocks in a row, each with a classifier."""
+
+    def __init__(
+        self, layout: Layout, *, depth: int, num_channels: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        channels = (num_channels, *layout.channels[:depth])
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                OrderedDict(
+                    block_layers(
+                        index,
+                        channels[index - 1 : index + 1],
+                        is_pooled=index in layout.pooled,
+                    )
+                )
+            )
+            for index in range(1, depth + 1)
+        )
+        # The deepest first: so it begins, as the blocks do, like the small network.
+        classifiers = [
+            nn.Sequential(
+                OrderedDict(classifier_layers(after, layout.side, num_classes))
+            )
+            for after in reversed(channels[1:])
+        ]
+        self.classifiers = nn.ModuleList(reversed(classifiers))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the scores of all classifiers, ``(batch, depth, classes)``."""
+        scores = []
+        for block, classifier in zip(self.blocks, self.classifiers, strict=True):
+            inputs = block(inputs)
+            scores.append(classifier(inputs))
+        return torch.stack(scores, dim=1)

@@ -16,24 +16,12 @@ PACKAGES = ("flwr-smartsplit", "flwr", "ray", "torch", "torchvision", "numpy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a result comes from.
+    """Where a result comes from."""
 
-    Parameters
-    ----------
-    command : str
-        What was typed.
-    date : str
-        When, in ISO 8601 with the time zone.
-    versions : dict[str, str]
-        Of Python and of every package that matters.
-    hardware : dict[str, str]
-        Processor, cores and memory.
-    """
-
-    command: str
-    date: str
-    versions: dict[str, str]
-    hardware: dict[str, str]
+    command: str  # What was typed
+    date: str  # When, in ISO 8601 with the time zone
+    versions: dict[str, str]  # Of Python and of every package that matters
+    hardware: dict[str, str]  # Processor, cores and memory
 
     @classmethod
     def of_this_process(cls, arguments: Sequence[str], *, now: datetime) -> Self:

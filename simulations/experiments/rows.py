@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 ACCEPTED = "accepted"
 NOT_SAMPLED = "not_sampled"
 SAT_OUT = "sat_out"
+LOST = "lost"
 TRAIN = "train"
 
 

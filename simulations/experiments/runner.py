@@ -41,8 +41,8 @@ from simulations.fleets.clock import Clock
 from simulations.fleets.devices import Devices, Needs, is_weak
 from simulations.fleets.presets import name_of
 from simulations.methods import METHODS
+from simulations.methods.client_app import MethodApp
 from simulations.methods.method import Method, Setting
-from simulations.methods.submodels.variants import VariantApp
 from simulations.report.summary import CONFIG, PROFILE
 
 WAKING_TIMEOUT_SECONDS = 600.0
@@ -68,17 +68,6 @@ def prepare(
     kept: Collection[str] = (),
 ) -> Prepared:
     """Make the fleet and start a results folder.
-
-    Parameters
-    ----------
-    experiment : Experiment
-        What will be run.
-    out : Path
-        The results folder; journals of an earlier run in it are removed.
-    provenance : Provenance
-        Stored with the configuration.
-    kept : Collection[str]
-        Methods whose journals and marks stay, because they have finished.
 
     Raises
     ------
@@ -159,17 +148,6 @@ def run_methods(
 
     Clients are told by each message whether to train a part or the whole model, and
     within which budget.
-
-    Parameters
-    ----------
-    experiment : Experiment
-        What to run, and whether in this process.
-    out : Path
-        The results folder.
-    prepared : Prepared
-        What ``prepare`` worked out.
-    on_round : OnRound
-        Told how good the model is after every round.
     """
 
     def run(name: str, grid: Grid) -> None:
@@ -183,39 +161,45 @@ def run_methods(
         run_method(METHODS[name], setting, grid, on_round=on_round)
 
     app = client_app_of(experiment, prepared)
-    if not experiment.in_process:
-        _under_flower(experiment, app, run)
+    if experiment.in_process:
+        for name in experiment.methods:
+            # Flower's strategies draw from Python's own generator: what one draws must
+            # not depend on which methods ran before.
+            random.seed(experiment.seed)
+            run(name, LocalGrid(app, experiment.num_clients))
         return
-    for name in experiment.methods:
-        # Flower's strategies draw from Python's own generator: what one draws must not
-        # depend on which methods ran before.
-        random.seed(experiment.seed)
-        run(name, LocalGrid(app, experiment.num_clients))
 
-
-def _under_flower(
-    experiment: Experiment, app: ClientApp, run: Callable[[str, Grid], None]
-) -> None:
-    """Let the methods share one simulation, and its clients."""
-    server_app = ServerApp()
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        del context
+    def main(grid: Grid) -> None:
         _wake_clients(grid, experiment.num_clients)
         for name in experiment.methods:
             run(name, grid)
 
+    num_workers = experiment.num_workers
+    simulate_app(app, main, num_clients=experiment.num_clients, num_workers=num_workers)
+
+
+def simulate_app(
+    app: ClientApp, main: Callable[[Grid], None], *, num_clients: int, num_workers: int
+) -> None:
+    """Run a server's function under Flower's simulation engine, a CPU per client."""
+    server_app = ServerApp()
+
+    @server_app.main()
+    def run(grid: Grid, context: Context) -> None:
+        del context
+        main(grid)
+
     run_simulation(
         server_app=server_app,
         client_app=app,
-        num_supernodes=experiment.num_clients,
+        num_supernodes=num_clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             # Else Ray silently joins whatever cluster runs on this machine.
             "init_args": {
                 "address": "local",
-                "num_cpus": experiment.num_workers,
+                "num_cpus": num_workers,
+                "include_dashboard": False,
                 "log_to_driver": False,
             },
         },
@@ -230,7 +214,8 @@ def client_app_of(experiment: Experiment, prepared: Prepared) -> ClientApp:
         devices=prepared.devices,
         clock=prepared.clock,
     )
-    return VariantApp(client_fn, experiment)
+    task_fns = {name: method.task_fn for name, method in METHODS.items()}
+    return MethodApp(client_fn, experiment, task_fns)
 
 
 def _wake_clients(grid: Grid, num_clients: int) -> None:

@@ -65,24 +65,14 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """What a client's part of a round took.
+    """What a client's part of a round took."""
 
-    Parameters
-    ----------
-    device_seconds, edge_seconds : float
-        Work at the device, and at the edge.
-    radio_seconds : float
-        Sending and receiving, latencies not counted.
-    waiting_seconds : float
-        Latencies of all messages.
-    device_joules, edge_joules : float
-        Above idle. A device that waits takes nothing.
-    """
-
+    # device_seconds, edge_seconds: work at the device, and at the edge
     device_seconds: float = 0.0
     edge_seconds: float = 0.0
-    radio_seconds: float = 0.0
-    waiting_seconds: float = 0.0
+    radio_seconds: float = 0.0  # Sending and receiving, latencies not counted
+    waiting_seconds: float = 0.0  # Latencies of all messages
+    # device_joules, edge_joules: above idle. A device that waits takes nothing.
     device_joules: float = 0.0
     edge_joules: float = 0.0
 
@@ -102,22 +92,14 @@ NOTHING = Spent()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Simulated seconds and joules of clients.
+    """Simulated seconds and joules of clients."""
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Costs of the model's units at the batch size of the run. A last, smaller batch
-        counts as a whole one.
-    devices : Devices
-        The fleet; the client with key ``"3"`` has ``devices[3]``.
-    edge_flops_per_second, edge_watts : float
-        What an edge does for one client, and takes for it. Its clients do not share
-        it: more of them do not make it slower.
-    """
-
+    # Costs of the model's units at the batch size of the run. A last, smaller batch
+    # counts as a whole one.
     profile: ChainProfile
-    devices: Devices
+    devices: Devices  # The fleet; the client with key ``"3"`` has ``devices[3]``
+    # edge_flops_per_second, edge_watts: what an edge does for one client, and takes for
+    # it. Its clients do not share it: more of them do not make it slower.
     edge_flops_per_second: float = EDGE_FLOPS_PER_SECOND
     edge_watts: float = EDGE_WATTS
     _works: dict[tuple[Route, RecomputePlan], Work] = field(
@@ -247,13 +229,6 @@ def stretches_of(
     replans: Sequence[Mapping[str, Any]],
 ) -> list[Stretch]:
     """Divide a round where its cut moves or its recompute plan changes.
-
-    Parameters
-    ----------
-    planned : Stretch
-        All steps, as they were planned.
-    moves, replans : Sequence[Mapping]
-        As a journal has them.
 
     Examples
     --------

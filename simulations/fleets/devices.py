@@ -9,67 +9,38 @@ from flwr_smartsplit.types import EDGE, NO_TRAITS, DeviceTraits, Link
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watts:
-    """What a device takes while it works, above what it takes when idle.
+    """What a device takes while it works, above what it takes when idle."""
 
-    Parameters
-    ----------
-    compute : float
-        While it trains.
-    radio : float
-        While it sends or receives.
-    """
-
-    compute: float = 3.0
-    radio: float = 2.0
+    compute: float = 3.0  # While it trains
+    radio: float = 2.0  # While it sends or receives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a fleet is made for.
+    """What a fleet is made for."""
 
-    Parameters
-    ----------
-    whole_peak_bytes : int
-        The most a device holds in a training step of the whole model.
-    smallest_peak_bytes : int
-        The least it can get by with, at the best cut.
-    edges : tuple[str, ...]
-        Names of the edges, to which devices may have links of their own.
-    """
-
+    # The most a device holds in a training step of the whole model
     whole_peak_bytes: int
-    smallest_peak_bytes: int
+    smallest_peak_bytes: int  # The least it can get by with, at the best cut
+    # Names of the edges, to which devices may have links of their own
     edges: tuple[str, ...] = (EDGE,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetDevice:
-    """One simulated device.
+    """One simulated device."""
 
-    Parameters
-    ----------
-    name : str
-        What kind of device it is.
-    budget_bytes : int or None
-        What its tensors may take when a round begins; None is no limit.
-    traits : DeviceTraits
-        The speed and the links that it declares.
-    free_memory : tuple[float, ...]
-        Its budget over ``budget_bytes`` from step to step of a round, over and over;
-        empty for a budget that stays. The first is 1.
-    speed : tuple[float, ...]
-        Its true speed over the declared one from round to round, over and over; empty
-        for a device that is always as fast as it says.
-    watts : Watts
-        What it takes.
-    """
-
-    name: str
+    name: str  # What kind of device it is
+    # What its tensors may take when a round begins; None is no limit
     budget_bytes: int | None
-    traits: DeviceTraits = NO_TRAITS
+    traits: DeviceTraits = NO_TRAITS  # The speed and the links that it declares
+    # Its budget over ``budget_bytes`` from step to step of a round, over and over;
+    # empty for a budget that stays. The first is 1.
     free_memory: tuple[float, ...] = ()
+    # Its true speed over the declared one from round to round, over and over; empty for
+    # a device that is always as fast as it says
     speed: tuple[float, ...] = ()
-    watts: Watts = Watts()
+    watts: Watts = Watts()  # What it takes
 
     def speed_in(self, round_number: int) -> float:
         """Return its true speed in a round, over the declared one.

@@ -24,22 +24,13 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhoneGroup:
-    """Phones with the same memory and about the same speed.
+    """Phones with the same memory and about the same speed."""
 
-    Parameters
-    ----------
-    ram_gb : float
-        Memory of the phone, in 10**9 bytes.
-    float_score : float
-        Mean of AI Benchmark's score for float networks on the CPU; about
-        proportional to speed.
-    num_phones : float
-        How many of the listed phones it stands for.
-    """
-
-    ram_gb: float
+    ram_gb: float  # Memory of the phone, in 10**9 bytes
+    # Mean of AI Benchmark's score for float networks on the CPU; about proportional to
+    # speed
     float_score: float
-    num_phones: float
+    num_phones: float  # How many of the listed phones it stands for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +104,7 @@ def phone_groups_of(listed: list[dict[str, str]]) -> list[PhoneGroup]:
         num_groups = min(MAX_GROUPS, max(1, len(scores) // MIN_PHONES))
         groups += [
             PhoneGroup(
-                ram_gb=ram_gb,
-                float_score=round(fmean(part), 1),
-                num_phones=len(part),
+                ram_gb=ram_gb, float_score=round(fmean(part), 1), num_phones=len(part)
             )
             for part in np.array_split(np.array(scores), num_groups)
         ]

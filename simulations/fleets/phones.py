@@ -59,20 +59,6 @@ Floats = NDArray[np.float64]
 class Phones:
     """A fleet of phones, the least memory first.
 
-    Parameters
-    ----------
-    weak_fraction : float or None
-        Budgets keep the ratios of the phones' memory, and are scaled so that this
-        share of the phones cannot hold the model at hand. None leaves the bytes as
-        they are, which only large models fill.
-    edge_link : Link or None
-        To all edges; None takes the phone's link to the server.
-    is_steady : bool
-        Whether free memory and speed stay as they are declared.
-    slowdown : float
-        So many times slower than measured is every phone: a small model then takes as
-        long as one that is so many times the work.
-
     Raises
     ------
     ExperimentError
@@ -80,9 +66,15 @@ class Phones:
         than it is.
     """
 
+    # Budgets keep the ratios of the phones' memory, and are scaled so that this share
+    # of the phones cannot hold the model at hand. None leaves the bytes as they are,
+    # which only large models fill.
     weak_fraction: float | None = 0.5
+    # To all edges; None takes the phone's link to the server
     edge_link: Link | None = None
-    is_steady: bool = False
+    is_steady: bool = False  # Whether free memory and speed stay as they are declared
+    # So many times slower than measured is every phone: a small model then takes as
+    # long as one that is so many times the work
     slowdown: float = 1.0
 
     def __post_init__(self) -> None:
@@ -98,17 +90,7 @@ class Phones:
             )
 
     def __call__(self, needs: Needs, num_clients: int, seed: int) -> Devices:
-        """Draw the phones.
-
-        Parameters
-        ----------
-        needs : Needs
-            What the model takes.
-        num_clients : int
-            Size of the fleet.
-        seed : int
-            Root of the draw: the same phones for any model.
-        """
+        """Draw the phones."""
         rng = np.random.default_rng(seed)
         groups = phone_groups()
         counts = np.array([group.num_phones for group in groups])

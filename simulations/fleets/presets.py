@@ -38,15 +38,6 @@ def half_weak(needs: Needs, num_clients: int, seed: int = 0) -> Devices:
     smallest part up to just too little for the whole model; the strong ones from just
     enough for the whole model up to four times that.
 
-    Parameters
-    ----------
-    needs : Needs
-        What the model takes.
-    num_clients : int
-        Size of the fleet.
-    seed : int
-        Not used: nothing here is chance.
-
     Examples
     --------
     >>> needs = Needs(whole_peak_bytes=1000, smallest_peak_bytes=100)

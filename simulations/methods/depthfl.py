@@ -19,21 +19,30 @@ ICLR 2023.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import torch
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
+from torch.nn import functional
 
+from flwr_smartsplit import Task
+from simulations.experiments.clients import build_task
 from simulations.experiments.experiment import Experiment
-from simulations.experiments.models_depth import depth_model_fn, max_depth
+from simulations.experiments.models import depth_model_fn, max_depth
 from simulations.methods.method import Method, Setting
+from simulations.methods.sampled import SampledRounds
 from simulations.methods.submodels.nested_rounds import (
     Ladder,
     NestedRounds,
     Variant,
     variant_of,
 )
-from simulations.methods.submodels.variants import DEPTH, DISTILLATION, depth_task
+
+NAME, DEPTH, DISTILLATION = "depthfl", "depth", "distillation"
 
 RAMP_FRACTION = 0.3
 """Share of the rounds in which the weight of distillation rises to 1."""
@@ -64,18 +73,63 @@ def distillation_weight(server_round: int, *, num_rounds: int) -> float:
     return math.exp(-5 * (1 - risen) ** 2)
 
 
+def task_for(experiment: Experiment, client: int, config: Mapping[str, Any]) -> Task:
+    """Build the task of a client that was asked for a depth."""
+    del client
+    distillation = float(config[DISTILLATION])
+    return depth_task(experiment, int(config[DEPTH]), distillation=distillation)
+
+
+def depth_task(experiment: Experiment, depth: int, *, distillation: float) -> Task:
+    """Build the task of a client that trains so many blocks, from the first."""
+    return replace(
+        build_task(experiment),
+        model_fn=depth_model_fn(experiment, depth),
+        loss_fn=partial(distilling_loss, distillation=distillation),
+    )
+
+
+def distilling_loss(outputs: Tensor, targets: Tensor, *, distillation: float) -> Tensor:
+    """Add up the classifiers' cross-entropies, and how far they are from each other.
+
+    Parameters
+    ----------
+    outputs : Tensor
+        Scores of each classifier, ``(batch, classifiers, classes)``.
+    targets : Tensor
+        Classes, ``(batch,)``.
+    distillation : float
+        Weight of the mean divergence of each classifier from the others, which are
+        taken as they are.
+    """
+    logs = functional.log_softmax(outputs, dim=2).unbind(dim=1)
+    loss = torch.stack([functional.nll_loss(each, targets) for each in logs]).sum()
+    divergences = [
+        functional.kl_div(
+            pupil, teacher.detach(), reduction="batchmean", log_target=True
+        )
+        for pupil in logs
+        for teacher in logs
+        if pupil is not teacher
+    ]
+    if not divergences:
+        return loss
+    weight = distillation / (len(logs) - 1)
+    return loss + weight * torch.stack(divergences).sum()
+
+
 def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that gives each client the most blocks it can hold."""
     num_rounds = setting.experiment.num_rounds
     ladder = Ladder(
+        method=NAME,
         variants=depth_variants(setting.experiment),
-        config_fn=partial(_round_config, num_rounds=num_rounds),
+        config_fn=lambda server_round: {
+            DISTILLATION: distillation_weight(server_round, num_rounds=num_rounds)
+        },
     )
-    return NestedRounds(ladder, setting)
-
-
-def _round_config(server_round: int, *, num_rounds: int) -> dict[str, float]:
-    return {DISTILLATION: distillation_weight(server_round, num_rounds=num_rounds)}
+    rounds = NestedRounds(ladder, seed=setting.experiment.seed)
+    return SampledRounds(rounds, setting)
 
 
 def ensemble(outputs: Tensor) -> Tensor:
@@ -84,9 +138,10 @@ def ensemble(outputs: Tensor) -> Tensor:
 
 
 DEPTHFL = Method(
-    name="depthfl",
+    name=NAME,
     summary="weak devices train the first blocks, with classifiers of their own",
     strategy_fn=build_strategy,
     model_fn=depth_model_fn,
     outputs_fn=ensemble,
+    task_fn=task_for,
 )

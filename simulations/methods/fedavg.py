@@ -9,16 +9,8 @@ McMahan, Moore, Ramage, Hampson, Agüera y Arcas: Communication-Efficient Learni
 Deep Networks from Decentralized Data. AISTATS 2017. arXiv:1602.05629.
 """
 
-from flwr.serverapp.strategy import FedAvg, Strategy
-
-from simulations.methods.journalled import ASKED_BY_SAMPLER, Journalled
-from simulations.methods.method import Method, Setting
-
-
-def build_strategy(setting: Setting) -> Strategy:
-    """Build Flower's FedAvg over everybody."""
-    return Journalled(FedAvg(**ASKED_BY_SAMPLER), setting)
-
+from simulations.methods.method import Method
+from simulations.methods.stock import build_strategy
 
 FEDAVG = Method(
     name="fedavg",

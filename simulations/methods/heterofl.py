@@ -22,23 +22,39 @@ Diao, Ding, Tarokh: HeteroFL: Computation and Communication Efficient Federated 
 for Heterogeneous Clients. ICLR 2021. arXiv:2010.01264.
 """
 
-from flwr.serverapp.strategy import Strategy
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
 
-from simulations.experiments.data import load_images
+import numpy as np
+import torch
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+from torch.nn import functional
+
+from flwr_smartsplit import Task
+from simulations.experiments.clients import build_task
+from simulations.experiments.data import client_indices, load_images
 from simulations.experiments.experiment import Experiment
+from simulations.experiments.models import narrow_model_fn
 from simulations.methods.method import Method, Setting
+from simulations.methods.sampled import SampledRounds
 from simulations.methods.submodels.nested_rounds import (
     Ladder,
     NestedRounds,
     Variant,
     variant_of,
 )
-from simulations.methods.submodels.variants import WIDTH, local_labels, width_task
+
+NAME, WIDTH = "heterofl", "width"
 
 WIDTHS = (1.0, 0.5, 0.25, 0.125)
 """Shares of the channels: the paper's computation complexity levels a to d."""
 
 CLASSIFIER = ("classify.weight", "classify.bias")
+
+Labels = tuple[int, ...]
 
 
 def width_variants(experiment: Experiment) -> tuple[Variant, ...]:
@@ -55,18 +71,64 @@ def width_variants(experiment: Experiment) -> tuple[Variant, ...]:
     )
 
 
+@lru_cache(maxsize=2)
+def local_labels(experiment: Experiment) -> tuple[Labels, ...]:
+    """List the classes that each client has examples of."""
+    targets = load_images(experiment).y_train
+    shares = client_indices(experiment)
+    return tuple(tuple(map(int, np.unique(targets[share]))) for share in shares)
+
+
+def task_for(experiment: Experiment, client: int, config: Mapping[str, Any]) -> Task:
+    """Build the task of a client that was asked for a width."""
+    labels = local_labels(experiment)[client]
+    return width_task(experiment, float(config[WIDTH]), labels)
+
+
+def width_task(experiment: Experiment, width: float, labels: Labels) -> Task:
+    """Build the task of a client with these labels and a share of the channels."""
+    num_classes = load_images(experiment).num_classes
+    is_foreign = tuple(label not in labels for label in range(num_classes))
+    return replace(
+        build_task(experiment),
+        model_fn=narrow_model_fn(experiment, width),
+        loss_fn=partial(masked_cross_entropy, is_foreign=is_foreign),
+    )
+
+
+def masked_cross_entropy(
+    outputs: Tensor, targets: Tensor, *, is_foreign: tuple[bool, ...]
+) -> Tensor:
+    """Work out the cross-entropy with the scores of foreign classes set to zero.
+
+    Parameters
+    ----------
+    outputs : Tensor
+        Scores, ``(batch, classes)``.
+    targets : Tensor
+        Classes, ``(batch,)``.
+    is_foreign : tuple[bool, ...]
+        For each class, whether the client has no example of it.
+    """
+    masked = outputs.masked_fill(torch.tensor(is_foreign), 0.0)
+    return functional.cross_entropy(masked, targets)
+
+
 def build_strategy(setting: Setting) -> Strategy:
     """Build the strategy that gives each client the widest slice it can hold."""
     labels = local_labels(setting.experiment)
     ladder = Ladder(
+        method=NAME,
         variants=width_variants(setting.experiment),
         rows_fn=lambda key: dict.fromkeys(CLASSIFIER, labels[int(key)]),
     )
-    return NestedRounds(ladder, setting)
+    rounds = NestedRounds(ladder, seed=setting.experiment.seed)
+    return SampledRounds(rounds, setting)
 
 
 HETEROFL = Method(
-    name="heterofl",
+    name=NAME,
     summary="weak devices train a slice of the channels",
     strategy_fn=build_strategy,
+    task_fn=task_for,
 )

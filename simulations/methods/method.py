@@ -1,46 +1,52 @@
 """Method: what a file in ``methods`` says about itself, and what it is given."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
-from flwr_smartsplit import Task
+from flwr_smartsplit import Task, proximal
+from simulations.experiments.clients import build_task
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.models import model_fn
 from simulations.fleets.clock import Clock
 from simulations.fleets.devices import Devices
 
+PROXIMAL_MU = "proximal-mu"
+"""Weight of FedProx's term; the word is Flower's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """All that a method is told.
+    """All that a method is told."""
 
-    Parameters
-    ----------
-    experiment : Experiment
-        What is run.
-    task : Task
-        What every place needs to build its part of the training.
-    journal : Path
-        Where the JSON lines go.
-    devices : Devices
-        The fleet, by the clients' numbers.
-    clock : Clock
-        Says how long it would have taken on these devices.
-    """
-
-    experiment: Experiment
-    task: Task
-    journal: Path
-    devices: Devices
-    clock: Clock
+    experiment: Experiment  # What is run
+    task: Task  # What every place needs to build its part of the training
+    journal: Path  # Where the JSON lines go
+    devices: Devices  # The fleet, by the clients' numbers
+    clock: Clock  # Says how long it would have taken on these devices
 
 
 StrategyFn = Callable[[Setting], Strategy]
 """``strategy_fn(setting)`` builds the server's side."""
+
+
+TaskFn = Callable[[Experiment, int, Mapping[str, Any]], Task]
+"""``task_fn(experiment, client, config)`` builds what a message asks a client for."""
+
+
+def usual_task(experiment: Experiment, client: int, config: Mapping[str, Any]) -> Task:
+    """Build the experiment's own task, with FedProx's pull where the message has it."""
+    del client
+    task, mu = build_task(experiment), float(config.get(PROXIMAL_MU, 0.0))
+    if mu <= 0:
+        return task
+    pulled = partial(proximal, optimizer_fn=task.optimizer_fn, mu=mu)
+    return replace(task, optimizer_fn=pulled)
 
 
 def as_they_are(outputs: Tensor) -> Tensor:
@@ -50,25 +56,15 @@ def as_they_are(outputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """One way to train a fleet.
+    """One way to train a fleet."""
 
-    Parameters
-    ----------
-    name : str
-        What it is called on the command line and in every report.
-    summary : str
-        What it does, in one line.
-    strategy_fn : StrategyFn
-        Builds the server's side.
-    model_fn : Callable[[Experiment], Callable[[], nn.Module]]
-        Returns the function that builds its global model; the experiment's own
-        model, unless a method trains another.
-    outputs_fn : Callable[[Tensor], Tensor]
-        Makes class scores ``(batch, classes)`` of what the global model returns.
-    """
-
-    name: str
-    summary: str
-    strategy_fn: StrategyFn
+    name: str  # What it is called on the command line and in every report
+    summary: str  # What it does, in one line
+    strategy_fn: StrategyFn  # Builds the server's side
+    # Returns the function that builds its global model; the experiment's own model,
+    # unless a method trains another
     model_fn: Callable[[Experiment], Callable[[], nn.Module]] = model_fn
+    # Makes class scores ``(batch, classes)`` of what the global model returns
     outputs_fn: Callable[[Tensor], Tensor] = as_they_are
+    # What its clients train, where its messages name the method
+    task_fn: TaskFn = usual_task

@@ -27,29 +27,19 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectLikeOort:
-    """Exploit clients of high utility, explore those never tried, the fast ones first.
+    """Exploit clients of high utility; explore new ones, the fast ones first."""
 
-    Parameters
-    ----------
-    exploration, exploration_decay, least_exploration : float
-        Share of a round's clients that were never tried: at first, times so much each
-        round, and at least.
-    clip_quantile : float
-        Utilities above this quantile count as that.
-    penalty : float
-        Exponent of preferred over real duration, for clients that take longer.
-    preferred_percentile : float
-        The preferred duration is this percentile of those seen.
-    cutoff : float
-        Clients within this share of the last one needed are drawn from, too.
-    """
-
+    # exploration, exploration_decay, least_exploration: share of a round's clients that
+    # were never tried: at first, times so much each round, and at least
     exploration: float = 0.9
     exploration_decay: float = 0.95
     least_exploration: float = 0.2
-    clip_quantile: float = 0.98
+    clip_quantile: float = 0.98  # Utilities above this quantile count as that
+    # Exponent of preferred over real duration, for clients that take longer
     penalty: float = 2.0
+    # The preferred duration is this percentile of those seen
     preferred_percentile: float = 50.0
+    # Clients within this share of the last one needed are drawn from, too
     cutoff: float = 0.7
 
     def __call__(self, request: SelectionRequest) -> Selection:
@@ -86,15 +76,7 @@ class SelectLikeOort:
         return drawn
 
     def utilities(self, last: list[Observation], round_number: int) -> Floats:
-        """Score clients by what they last did.
-
-        Parameters
-        ----------
-        last : list[Observation]
-            Each client's last part.
-        round_number : int
-            The round that is planned.
-        """
+        """Score clients by what they last did."""
         statistical = np.array([each.importance for each in last])
         clip = np.quantile(statistical, self.clip_quantile)
         least = statistical.min()

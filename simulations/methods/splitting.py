@@ -14,17 +14,7 @@ NO_RECOMPUTE = Constraints(recompute=False)
 def split_strategy(
     setting: Setting, *, has_edges: bool = True, **planning: Any
 ) -> SmartSplit:
-    """Build SmartSplit's strategy for a setting.
-
-    Parameters
-    ----------
-    setting : Setting
-        What is run.
-    has_edges : bool
-        Whether there is an edge to split models with.
-    **planning : Any
-        Arguments of ``Planning``, if others than usual.
-    """
+    """Build SmartSplit's strategy for a setting."""
     experiment = setting.experiment
     if any(device.traits.flops_per_second for device in setting.devices):
         planning.setdefault("client_seconds", setting.clock.client_seconds)

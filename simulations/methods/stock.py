@@ -15,9 +15,13 @@ FedMedian, FedTrimmedAvg: Yin, Chen, Ramchandran, Bartlett: Byzantine-Robust Dis
 Learning. ICML 2018. arXiv:1803.01498.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, cast
 
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     FedAdagrad,
     FedAdam,
@@ -30,8 +34,18 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from simulations.methods.journalled import ASKED_BY_SAMPLER, Journalled
+from flwr_smartsplit.flower.journal.rows import Row
+from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from simulations.methods.method import Method, Setting
+from simulations.methods.sampled import Answer, Merged, Sample, SampledRounds
+
+ASKED_BY_SAMPLER: dict[str, Any] = {
+    "fraction_train": 1.0,
+    "fraction_evaluate": 0.0,
+    "min_train_nodes": 1,
+    "min_available_nodes": 1,
+}
+"""Arguments of a strategy that asks every node it sees: it sees the sample only."""
 
 
 def stock_method(name: str, inner_fn: Callable[..., FedAvg], *, rule: str) -> Method:
@@ -49,12 +63,78 @@ def stock_method(name: str, inner_fn: Callable[..., FedAvg], *, rule: str) -> Me
     return Method(
         name=name,
         summary=f"fedavg {rule}; budgets ignored",
-        strategy_fn=partial(_build_strategy, inner_fn=inner_fn),
+        strategy_fn=partial(build_strategy, inner_fn=inner_fn),
     )
 
 
-def _build_strategy(setting: Setting, *, inner_fn: Callable[..., FedAvg]) -> Strategy:
-    return Journalled(inner_fn(**ASKED_BY_SAMPLER), setting)
+def build_strategy(
+    setting: Setting, *, inner_fn: Callable[..., FedAvg] = FedAvg
+) -> Strategy:
+    """Build a strategy of Flower's over the sampled clients."""
+    return SampledRounds(StockRounds(inner_fn(**ASKED_BY_SAMPLER)), setting)
+
+
+@dataclass(slots=True)
+class StockRounds:
+    """Rounds of a strategy of Flower's: every client trains the whole model.
+
+    What it returns is sent on in the types it came in: some return float64, which is
+    twice the bytes.
+    """
+
+    inner: FedAvg
+    _dtypes: dict[str, str] = field(default_factory=dict)
+
+    def ask(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        sample: Sample,
+    ) -> tuple[list[Message], list[Row]]:
+        """Ask the sampled clients as the strategy does."""
+        self._dtypes = {name: array.dtype for name, array in arrays.items()}
+        seen = cast(Grid, _Nodes([each.node_id for each in sample.chosen.values()]))
+        asked = self.inner.configure_train(server_round, arrays, config, seen)
+        return list(asked), []
+
+    def merge(self, server_round: int, answers: Sequence[Answer]) -> Merged:
+        """Merge as the strategy does."""
+        messages = [message for _, message in answers]
+        arrays, metrics = self.inner.aggregate_train(server_round, messages)
+        if arrays is not None:
+            state = from_array_record(arrays).items()
+            arrays = to_array_record(
+                {name: a.astype(self._dtypes[name], copy=False) for name, a in state}
+            )
+        return Merged(arrays, metrics, [_row(message) for message in messages])
+
+
+def _row(message: Message) -> Row:
+    """Say what a client that trained the whole model did."""
+    row: Row = {"route": "whole", "budget_bytes": None}
+    if message.has_error():
+        return row
+    (metrics,) = message.content.metric_records.values()
+    return row | {
+        "peak_bytes": metrics["device-peak-bytes"],
+        "num_examples": metrics["num-examples"],
+        "loss": metrics["loss"],
+        "edge_bytes_up": metrics["sent-bytes"],
+        "edge_bytes_down": metrics["received-bytes"],
+        "seconds": metrics["seconds"],
+        "num_steps": metrics["num-steps"],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Nodes:
+    """All that a strategy asks of a grid before it sends."""
+
+    node_ids: list[int]
+
+    def get_node_ids(self) -> list[int]:
+        return self.node_ids
 
 
 STOCK = (
@@ -64,14 +144,10 @@ STOCK = (
         rule="with a pull of 0.1 to the global model",
     ),
     stock_method(
-        "fedadam",
-        partial(FedAdam, eta=0.03),
-        rule="with Adam on the server, rate 0.03",
+        "fedadam", partial(FedAdam, eta=0.03), rule="with Adam on the server, rate 0.03"
     ),
     stock_method(
-        "fedyogi",
-        partial(FedYogi, eta=0.01),
-        rule="with Yogi on the server, rate 0.01",
+        "fedyogi", partial(FedYogi, eta=0.01), rule="with Yogi on the server, rate 0.01"
     ),
     stock_method(
         "fedadagrad",

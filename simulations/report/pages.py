@@ -22,32 +22,18 @@ Rows = Sequence[tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of a page; what it does not have is left out.
+    """A part of a page; what it does not have is left out."""
 
-    Parameters
-    ----------
-    title, text : str
-        What it shows, and what to know about it.
-    picture : str
-        An address that holds a picture.
-    columns, rows : Sequence
-        A table.
-    has_words : bool
-        Whether the table's cells are words, and not numbers.
-    notes : Sequence[str]
-        What a reader must not overlook.
-    is_chapter : bool
-        Whether the sections that follow belong to it.
-    """
-
+    # title, text: what it shows, and what to know about it
     title: str = ""
     text: str = ""
-    picture: str = ""
+    picture: str = ""  # An address that holds a picture
+    # columns, rows: A table
     columns: Sequence[str] = ()
     rows: Rows = ()
-    has_words: bool = False
-    notes: Sequence[str] = ()
-    is_chapter: bool = False
+    has_words: bool = False  # Whether the table's cells are words, and not numbers
+    notes: Sequence[str] = ()  # What a reader must not overlook
+    is_chapter: bool = False  # Whether the sections that follow belong to it
 
 
 def html_page(

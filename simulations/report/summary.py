@@ -74,71 +74,46 @@ class Results:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """The figures of one method.
+    """The figures of one method."""
 
-    Parameters
-    ----------
-    num_rounds : int
-        Rounds that were finished.
-    accuracy, accuracy_last5 : float or None
-        Share of the test set that is right after the last round, and the mean over
-        the last five evaluations; None before the first round's end.
-    per_class_accuracy : tuple[float or None, ...]
-        After the last round.
-    participants : int
-        Clients with at least one accepted update.
-    device_peak_bytes : int
-        The most any device held while training.
-    peak_over_budget : float or None
-        The largest share of its budget that any device held; above 1, it would have
-        run out of memory. FedAvg ignores the budgets and is measured against them.
-    devices_over_budget : int
-        How many devices held more than their budget.
-    smallest_served_budget_bytes : int or None
-        The least budget of a client that took part and kept within it.
-    bytes_down, bytes_up : int
-        What the devices received and sent in all, from the server and the edges.
-    comm_bytes_total : int
-        What crossed any link, those between server and edges included.
-    seconds_per_round : float or None
-        Wall-clock time, as all seconds that are not called simulated. Median over the
-        rounds without the first, in which workers and edges warm up.
-    first_round_seconds : float or None
-        Time of the first round.
-    round_wall_clock_sec, server_aggregation_time_sec : float or None
-        Means over the rounds.
-    client_peak_cpu_memory_mb : float
-        ``device_peak_bytes`` in megabytes of a million bytes.
-    simulated_seconds : float or None
-        What all rounds would have taken on the fleet.
-    simulated_seconds_per_round : float or None
-        The slowest selected device's time: median over the rounds.
-    simulated_seconds_slowest_round : float or None
-        The same in the slowest round: the peak latency.
-    simulated_device_joules, simulated_edge_joules : float or None
-        Energy of all rounds, all devices, and what the edges did for them.
-    """
-
-    num_rounds: int
+    num_rounds: int  # Rounds that were finished
+    # accuracy, accuracy_last5: share of the test set that is right after the last
+    # round, and the mean over the last five evaluations; None before the first round's
+    # end
     accuracy: float | None
     accuracy_last5: float | None
-    per_class_accuracy: tuple[float | None, ...]
-    participants: int
-    device_peak_bytes: int
+    per_class_accuracy: tuple[float | None, ...]  # After the last round
+    participants: int  # Clients with at least one accepted update
+    device_peak_bytes: int  # The most any device held while training
+    # The largest share of its budget that any device held; above 1, it would have run
+    # out of memory. FedAvg ignores the budgets and is measured against them.
     peak_over_budget: float | None
-    devices_over_budget: int
+    devices_over_budget: int  # How many devices held more than their budget
+    # The least budget of a client that took part and kept within it
     smallest_served_budget_bytes: int | None
+    # bytes_down, bytes_up: what the devices received and sent in all, from the server
+    # and the edges
     bytes_down: int
     bytes_up: int
+    # What crossed any link, those between server and edges included
     comm_bytes_total: int
+    # Wall-clock time, as all seconds that are not called simulated. Median over the
+    # rounds without the first, in which workers and edges warm up.
     seconds_per_round: float | None
-    first_round_seconds: float | None
+    first_round_seconds: float | None  # Time of the first round
+    # round_wall_clock_sec, server_aggregation_time_sec: means over the rounds
     round_wall_clock_sec: float | None
     server_aggregation_time_sec: float | None
+    # ``device_peak_bytes`` in megabytes of a million bytes
     client_peak_cpu_memory_mb: float
+    # What all rounds would have taken on the fleet
     simulated_seconds: float | None = None
+    # The slowest selected device's time: median over the rounds
     simulated_seconds_per_round: float | None = None
+    # The same in the slowest round: the peak latency
     simulated_seconds_slowest_round: float | None = None
+    # simulated_device_joules, simulated_edge_joules: energy of all rounds, all devices,
+    # and what the edges did for them
     simulated_device_joules: float | None = None
     simulated_edge_joules: float | None = None
 
@@ -179,17 +154,7 @@ def _clock(profile: Path, config: dict[str, Any]) -> Clock | None:
 def figures_of(
     run: MethodRun, budgets_bytes: Mapping[str, int], clock: Clock | None = None
 ) -> Figures:
-    """Work out the figures of one method.
-
-    Parameters
-    ----------
-    run : MethodRun
-        Its journal.
-    budgets_bytes : Mapping[str, int]
-        The budget of every client that has one.
-    clock : Clock, optional
-        Without it there are no simulated seconds.
-    """
+    """Work out the figures of one method."""
     trained = [row for row in run.evaluations if row.round > 0]
     last = trained[-1] if trained else None
     training = run.training()

@@ -10,20 +10,13 @@ from simulations.fleets.clock import Clock, Spent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """What the rounds of one run would have taken on its fleet.
+    """What the rounds of one run would have taken on its fleet."""
 
-    Parameters
-    ----------
-    seconds_by_round : dict[int, float]
-        Simulated seconds of each round that was finished: those of its slowest client.
-    accuracies : tuple[tuple[float, float], ...]
-        Simulated seconds since the start, and accuracy then, for each evaluation.
-    device_joules, edge_joules : float
-        Of all rounds and clients together.
-    """
-
+    # Simulated seconds of each round that was finished: those of its slowest client
     seconds_by_round: dict[int, float]
+    # Simulated seconds since the start, and accuracy then, for each evaluation
     accuracies: tuple[tuple[float, float], ...]
+    # device_joules, edge_joules: of all rounds and clients together
     device_joules: float
     edge_joules: float
 

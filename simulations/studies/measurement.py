@@ -36,27 +36,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementOptions:
-    """What the command line asks of a measurement.
+    """What the command line asks of a measurement."""
 
-    Parameters
-    ----------
-    models : tuple[str, ...] or None
-        Some of its models; all if None.
-    is_small : bool
-        Whether a quick look is enough.
-    seed : int
-        Root of all chance.
-    num_workers : int
-        Processes, where the items are measured in their own.
-    provenance : Provenance
-        Which program on which machine; stored with the results.
-    """
-
-    models: tuple[str, ...] | None = None
-    is_small: bool = False
-    seed: int = 0
-    num_workers: int = 1
-    provenance: Provenance
+    models: tuple[str, ...] | None = None  # Some of its models; all if None
+    is_small: bool = False  # Whether a quick look is enough
+    seed: int = 0  # Root of all chance
+    num_workers: int = 1  # Processes, where the items are measured in their own
+    provenance: Provenance  # Which program on which machine; stored with the results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,53 +55,30 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What the rows say.
+    """What the rows say."""
 
-    Parameters
-    ----------
-    headline : str
-        In a line.
-    columns, cells : Sequence
-        The table.
-    caption : str
-        What to know about it.
-    sections : Sequence[Section]
-        What the page has besides.
-    problems : Sequence[str]
-        What should not be so; a run that finds any fails.
-    """
-
-    headline: str
+    headline: str  # In a line
+    # columns, cells: the table
     columns: Sequence[str]
     cells: Sequence[tuple[str, ...]]
-    caption: str = ""
-    sections: Sequence[Section] = ()
-    problems: Sequence[str] = ()
+    caption: str = ""  # What to know about it
+    sections: Sequence[Section] = ()  # What the page has besides
+    problems: Sequence[str] = ()  # What should not be so; a run that finds any fails
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """A suite of items.
+    """A suite of items."""
 
-    Parameters
-    ----------
-    name, summary : str
-        On the command line, and what it measures.
-    items_fn : Callable[[MeasurementOptions], list[Item]]
-        Lists what is to be measured, the quickest first.
-    report_fn : Callable[[list[Row]], Report]
-        Makes the report of the rows.
-    figures_fn : Callable[[list[Row]], dict[str, Row]]
-        Names what is compared, with what ``--json`` prints of it.
-    in_processes : bool
-        Whether each item gets a process of its own: what it leaves harms no other.
-    """
-
+    # name, summary: on the command line, and what it measures
     name: str
     summary: str
+    # Lists what is to be measured, the quickest first
     items_fn: Callable[[MeasurementOptions], list[Item]]
-    report_fn: Callable[[list[Row]], Report]
+    report_fn: Callable[[list[Row]], Report]  # Makes the report of the rows
+    # Names what is compared, with what ``--json`` prints of it
     figures_fn: Callable[[list[Row]], dict[str, Row]]
+    # Whether each item gets a process of its own: what it leaves harms no other
     in_processes: bool = False
 
     def run(self, folder: Path, options: MeasurementOptions) -> bool:

@@ -109,17 +109,6 @@ def run_in_processes(
 
     Whatever ends this function also ends the processes.
 
-    Parameters
-    ----------
-    units : Sequence[Unit]
-        What to run.
-    provenance : Provenance
-        Stored with each unit.
-    num_workers : int
-        Units that run at the same time.
-    verbose : bool
-        Whether Flower may log.
-
     Yields
     ------
     Event

@@ -20,29 +20,15 @@ NOT_SETTINGS = ("name", "methods", "seed", "data_dir", "num_workers", "in_proces
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One experiment of a study, to be run with several seeds.
+    """One experiment of a study, to be run with several seeds."""
 
-    Parameters
-    ----------
-    name : str
-        Its folder, and its name on the command line.
-    title : str
-        What it is, in a few words.
-    claim : str
-        What it is to show, or to refute.
-    experiment : Experiment
-        What is run; its ``methods`` may name some that do not exist yet.
-    num_seeds : int
-        It is run with the seeds from 0 on.
-    target_accuracy : float
-        Share of the test set that ends the wait in time-to-accuracy.
-    """
-
-    name: str
-    title: str
-    claim: str
+    name: str  # Its folder, and its name on the command line
+    title: str  # What it is, in a few words
+    claim: str  # What it is to show, or to refute
+    # What is run; its ``methods`` may name some that do not exist yet
     experiment: Experiment
-    num_seeds: int
+    num_seeds: int  # It is run with the seeds from 0 on
+    # Share of the test set that ends the wait in time-to-accuracy
     target_accuracy: float
 
     @property
@@ -72,50 +58,27 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """A suite with one command: cases, and what they cost.
+    """A suite with one command: cases, and what they cost."""
 
-    Parameters
-    ----------
-    name : str
-        On the command line.
-    summary : str
-        What it compares, in a line.
-    cases_fn : Callable[[bool], tuple[Case, ...]]
-        ``cases_fn(is_small)`` returns the cases, the most important one first.
-    claims : tuple[str, ...]
-        Names of the claims that its report makes of every case, in order.
-    cost : str
-        How long it takes, small and in full.
-    """
-
-    name: str
-    summary: str
+    name: str  # On the command line
+    summary: str  # What it compares, in a line
+    # ``cases_fn(is_small)`` returns the cases, the most important one first
     cases_fn: Callable[[bool], tuple[Case, ...]]
+    # Names of the claims that its report makes of every case, in order
     claims: tuple[str, ...]
-    cost: str
+    cost: str  # How long it takes, small and in full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyOptions:
-    """What the command line asks of a study; None leaves a case as it is.
+    """What the command line asks of a study; None leaves a case as it is."""
 
-    Parameters
-    ----------
-    is_small : bool
-        Whether minutes are all there is.
-    cases, methods : tuple[str, ...] or None
-        Some of them.
-    num_seeds : int or None
-        Seeds of every case.
-    changes : dict[str, Any] or None
-        Fields to replace in every experiment.
-    """
-
-    is_small: bool = False
+    is_small: bool = False  # Whether minutes are all there is
+    # cases, methods: some of them
     cases: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
-    num_seeds: int | None = None
-    changes: dict[str, Any] | None = None
+    num_seeds: int | None = None  # Seeds of every case
+    changes: dict[str, Any] | None = None  # Fields to replace in every experiment
 
 
 def chosen_cases(study: Study, options: StudyOptions) -> tuple[Case, ...]:

@@ -17,32 +17,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What one client trained, and how much it counts.
+    """What one client trained, and how much it counts."""
 
-    Parameters
-    ----------
-    state : Mapping[str, ndarray]
-        Its arrays, each with the first values of the whole one.
-    weight : int
-        Its weight, such as its number of examples.
-    rows : Mapping[str, tuple[int, ...]]
-        The rows of an array that it trained, by name; all of them if not given.
-    """
-
-    state: State
-    weight: int
+    state: State  # Its arrays, each with the first values of the whole one
+    weight: int  # Its weight, such as its number of examples
+    # The rows of an array that it trained, by name; all of them if not given
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def cut_state(state: State, shapes: Shapes) -> dict[str, npt.NDArray[Any]]:
     """Take the part of a state that a smaller model holds.
-
-    Parameters
-    ----------
-    state : Mapping[str, ndarray]
-        The whole model's arrays.
-    shapes : Mapping[str, tuple[int, ...]]
-        The shape of each array of the smaller model.
 
     Examples
     --------
@@ -58,13 +42,6 @@ def average_shares(
     """Replace each value by its weighted mean over the clients that trained it.
 
     Sums are in float64 and rounded once; they are made in the order of the shares.
-
-    Parameters
-    ----------
-    state : Mapping[str, ndarray]
-        The whole model before; a value that nobody trained stays as it is.
-    shares : Iterable[Share]
-        What the clients trained.
 
     Examples
     --------

@@ -25,12 +25,7 @@ from simulations.report.studies.cells import (
 from simulations.report.studies.lines import CaseLines
 from simulations.report.studies.reading import CaseResults
 from simulations.report.studies.statistics import estimate, geometric_mean_ratio
-from simulations.report.summary import (
-    bytes_text,
-    joules_text,
-    ratio_text,
-    seconds_text,
-)
+from simulations.report.summary import bytes_text, joules_text, ratio_text, seconds_text
 
 Cell = Callable[[CaseLines, str], str]
 """``cell(case, method)`` is one cell of a method's row."""
@@ -38,25 +33,15 @@ Cell = Callable[[CaseLines, str], str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """One question to every case of a study.
+    """One question to every case of a study."""
 
-    Parameters
-    ----------
-    title, text : str
-        The question, and what to know about the numbers.
-    picture : Callable[[CaseResults], Figure or None]
-        Draws the answer; None if the journals do not know it.
-    cells : Mapping[str, Cell]
-        The table's columns.
-    needs : str
-        A figure: a method that does not know it has no row.
-    """
-
+    # title, text: the question, and what to know about the numbers
     title: str
     text: str
+    # Draws the answer; None if the journals do not know it
     picture: Callable[[CaseResults], Figure | None]
-    cells: Mapping[str, Cell]
-    needs: str = FINAL
+    cells: Mapping[str, Cell]  # The table's columns
+    needs: str = FINAL  # A figure: a method that does not know it has no row
 
     @property
     def columns(self) -> tuple[str, ...]:

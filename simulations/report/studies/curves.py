@@ -125,8 +125,7 @@ def gains_of_all_cases(cases: Sequence[CaseLines]) -> Figure | None:
     for axes in panels[len(drawn) :]:
         axes.set_visible(False)
     figure.supxlabel(
-        f"{OURS} minus the method, points of the mean of the last 5",
-        fontsize=10,
+        f"{OURS} minus the method, points of the mean of the last 5", fontsize=10
     )
     return figure
 

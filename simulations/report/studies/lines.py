@@ -22,33 +22,20 @@ DIGITS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """What one method did with one seed of a case.
+    """What one method did with one seed of a case."""
 
-    Parameters
-    ----------
-    case, method : str
-        Their names.
-    seed : int
-        Root of all chance in this run.
-    num_clients : int
-        Size of the fleet.
-    state_sha256 : str
-        Digest of the final global state; empty if the run was cut short.
-    figures : Mapping[str, Any]
-        ``simulations.report.summary.Figures``, and what is known of simulated time.
-    accuracies : Sequence[float]
-        Share of the test set that is right, from the first model on.
-    slowest_seconds : Sequence[float]
-        Simulated seconds of each round's slowest device; empty if unknown.
-    """
-
+    # case, method: their names
     case: str
     method: str
-    seed: int
-    num_clients: int
+    seed: int  # Root of all chance in this run
+    num_clients: int  # Size of the fleet
+    # Digest of the final global state; empty if the run was cut short
     state_sha256: str
+    # ``simulations.report.summary.Figures``, and what is known of simulated time
     figures: Mapping[str, Any]
+    # Share of the test set that is right, from the first model on
     accuracies: Sequence[float]
+    # Simulated seconds of each round's slowest device; empty if unknown
     slowest_seconds: Sequence[float] = ()
 
     @property
@@ -59,35 +46,19 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseLines:
-    """The lines of one case, with what is to be known of it.
+    """The lines of one case, with what is to be known of it."""
 
-    Parameters
-    ----------
-    name, title, claim : str
-        What it is, and what it is to show.
-    methods : tuple[str, ...]
-        In the order of reports.
-    missing : tuple[str, ...]
-        Methods that it was to compare and that nobody has written.
-    target_accuracy : float
-        What time-to-accuracy waits for.
-    num_rounds : int
-        Rounds of a finished run.
-    num_seeds : int
-        Seeds that were asked for.
-    lines : tuple[Line, ...]
-        Of runs that have ended and of runs that were cut short.
-    """
-
+    # name, title, claim: what it is, and what it is to show
     name: str
     title: str
     claim: str
-    methods: tuple[str, ...]
+    methods: tuple[str, ...]  # In the order of reports
+    # Methods that it was to compare and that nobody has written
     missing: tuple[str, ...]
-    target_accuracy: float
-    num_rounds: int
-    num_seeds: int
-    lines: tuple[Line, ...]
+    target_accuracy: float  # What time-to-accuracy waits for
+    num_rounds: int  # Rounds of a finished run
+    num_seeds: int  # Seeds that were asked for
+    lines: tuple[Line, ...]  # Of runs that have ended and of runs that were cut short
 
     @classmethod
     def of(

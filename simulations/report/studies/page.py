@@ -28,17 +28,7 @@ OVERVIEW = (
 
 
 def study_page(folder: Path, study: StudyLines, claims: Sequence[str]) -> str:
-    """Make the page of a study.
-
-    Parameters
-    ----------
-    folder : Path
-        The study's folder, whose journals are read again case by case.
-    study : StudyLines
-        What was found in it.
-    claims : Sequence[str]
-        What is said of every case.
-    """
+    """Make the page of a study."""
     config = study.config
     overview = picture_of(gains_of_all_cases, study.cases())
     sections = [Section(picture=overview, text=OVERVIEW)] if overview else []

@@ -29,18 +29,10 @@ class SeedResults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseResults:
-    """All that a case left: pictures are drawn from this, tables from its lines.
+    """All that a case left: pictures are drawn from this, tables from its lines."""
 
-    Parameters
-    ----------
-    lines : CaseLines
-        What was found.
-    seeds : tuple[SeedResults, ...]
-        The seeds that were begun, in order.
-    """
-
-    lines: CaseLines
-    seeds: tuple[SeedResults, ...]
+    lines: CaseLines  # What was found
+    seeds: tuple[SeedResults, ...]  # The seeds that were begun, in order
 
     def runs(self, method: str) -> list[tuple[SeedResults, MethodRun]]:
         """Return the finished runs of a method."""
@@ -151,13 +143,6 @@ def route_name(route: str) -> str:
 
 def rounds_to(accuracies: Sequence[float], target: float) -> int | None:
     """Return the round whose evaluation first reaches the target.
-
-    Parameters
-    ----------
-    accuracies : Sequence[float]
-        From the first model on: one more than there are rounds.
-    target : float
-        The accuracy to wait for; None is returned if it never comes.
 
     Examples
     --------

@@ -12,21 +12,11 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean, and how far the truth may be from it.
+    """A mean, and how far the truth may be from it."""
 
-    Parameters
-    ----------
-    mean : float
-        Over the seeds.
-    half_width : float or None
-        Half of the 95 % t interval; None with a single seed.
-    num : int
-        Seeds.
-    """
-
-    mean: float
-    half_width: float | None
-    num: int
+    mean: float  # Over the seeds
+    half_width: float | None  # Half of the 95 % t interval; None with a single seed
+    num: int  # Seeds
 
     def text(self, *, scale: float = 100.0, sign: str = "+") -> str:
         """Print mean and half width, in points if not told otherwise.
@@ -44,11 +34,6 @@ class Estimate:
 
 def estimate(values: Sequence[float]) -> Estimate | None:
     """Return the mean with its t interval; None of nothing.
-
-    Parameters
-    ----------
-    values : Sequence[float]
-        One per seed, taken as draws from one normal distribution.
 
     Examples
     --------
@@ -69,11 +54,6 @@ def paired_difference(
     first: Mapping[int, float], second: Mapping[int, float]
 ) -> Estimate | None:
     """Estimate ``first - second`` from the seeds that both have.
-
-    Parameters
-    ----------
-    first, second : Mapping[int, float]
-        A value for each seed.
 
     Examples
     --------

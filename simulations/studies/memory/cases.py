@@ -47,22 +47,13 @@ CURVES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryCase:
-    """One model on square images.
+    """One model on square images."""
 
-    Parameters
-    ----------
-    model, family : str
-        Its name in torchvision, and what it is one of.
-    input_side : int
-        Pixels of a side.
-    seed : int
-        Of its numbers and of the batch; no size depends on it.
-    """
-
+    # model, family: its name in torchvision, and what it is one of
     model: str
     family: str
-    input_side: int
-    seed: int = 0
+    input_side: int  # Pixels of a side
+    seed: int = 0  # Of its numbers and of the batch; no size depends on it
 
     @property
     def task(self) -> Task:
@@ -92,15 +83,6 @@ def memory_cases(
     models: Sequence[str] | None = None, *, is_small: bool = False, seed: int = 0
 ) -> list[MemoryCase]:
     """List the cases, those with small images first.
-
-    Parameters
-    ----------
-    models : Sequence[str], optional
-        Some of the models.
-    is_small : bool
-        Whether only images of few pixels are used, of a few models unless named.
-    seed : int
-        Root of all chance.
 
     Raises
     ------

@@ -30,13 +30,6 @@ def least_choice(profile: ChainProfile, cuts: Iterable[int]) -> Choice | None:
     """Find the cut that needs least if its device recomputes what helps.
 
     A cut is passed over where even one stage alone needs more than another cut does.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs.
-    cuts : Iterable[int]
-        Those to choose from; None is returned if there are none.
     """
     best: tuple[int, int] | None = None
     for bound, cut in sorted((_bound(profile, cut), cut) for cut in cuts):
@@ -71,15 +64,7 @@ def all_cuts(profile: ChainProfile) -> range:
 
 
 def useful_cuts(profile: ChainProfile, input_bytes: int) -> list[int]:
-    """List the cuts that relieve an edge and send no more than the inputs.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs.
-    input_bytes : int
-        Size of a batch's inputs, without targets.
-    """
+    """List the cuts that relieve an edge and send no more than the inputs."""
     return [
         cut
         for cut in all_cuts(profile)

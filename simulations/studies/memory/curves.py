@@ -28,13 +28,6 @@ Point = tuple[int, float]
 def plan_curves(profile: ChainProfile, cut: int) -> dict[str, list[Point]]:
     """Compare what each rule adds to a forward for which peak, at one cut.
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs.
-    cut : int
-        Where the device ends.
-
     Returns
     -------
     dict[str, list[tuple[int, float]]]

@@ -45,95 +45,56 @@ MAX_TIMED_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteFigures:
-    """What a device needs along one route.
+    """What a device needs along one route."""
 
-    Parameters
-    ----------
-    cut, unit : int, str
-        Where the device ends, and the name of its last unit.
-    plan : str
-        What it runs twice.
-    peak_bytes : int
-        Measured, or predicted where it was not run.
-    predicted_bytes : int
-        What the profile says.
-    is_measured : bool
-        Whether it was run.
-    boundary_bytes : int
-        Size of what crosses the cut, each way.
-    flops_fraction : float
-        The device's share of the model's forward FLOPs.
-    extra_flops_fraction : float
-        What the plan adds, as a fraction of the model's forward FLOPs.
-    """
-
+    # cut, unit: where the device ends, and the name of its last unit
     cut: int
     unit: str
-    plan: str
-    peak_bytes: int
-    predicted_bytes: int
-    is_measured: bool
-    boundary_bytes: int
-    flops_fraction: float
+    plan: str  # What it runs twice
+    peak_bytes: int  # Measured, or predicted where it was not run
+    predicted_bytes: int  # What the profile says
+    is_measured: bool  # Whether it was run
+    boundary_bytes: int  # Size of what crosses the cut, each way
+    flops_fraction: float  # The device's share of the model's forward FLOPs
+    # What the plan adds, as a fraction of the model's forward FLOPs
     extra_flops_fraction: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRow:
-    """What one case gave.
+    """What one case gave."""
 
-    Parameters
-    ----------
-    model, family, input_side, seed : str, str, int, int
-        The case.
-    batch_size, optimizer : int, str
-        The same for all.
-    num_units, num_parameters, forward_flops : int
-        Size of the chain, and of one forward of a batch.
-    whole_peak_bytes, whole_lean_bytes : int
-        Dry runs of the whole model: a plain step, and ours without recomputation.
-    whole_measured_bytes : int or None
-        The plain step, really run.
-    least : RouteFigures
-        The route that needs least of all.
-    useful : RouteFigures or None
-        The one that needs least of those with a tenth of the FLOPs on the device and a
-        boundary no larger than the inputs; None if there is none.
-    floor_bytes : int
-        What no cut can go below.
-    floor_parts : dict[str, int]
-        What it is made of.
-    floor_text : str
-        Why the least is above it.
-    step_seconds : list[tuple[float, float]]
-        CPU time of a plain whole step and of the split one along ``useful`` that was
-        done next to it; empty if none was.
-    curves : dict[str, list[Point]]
-        Of each rule: predicted peaks and extra FLOPs at the useful cut.
-    case_seconds : float
-        How long all this took.
-    """
-
+    # model, family, input_side, seed: the case
     model: str
     family: str
     input_side: int
     seed: int
+    # batch_size, optimizer: the same for all
     batch_size: int
     optimizer: str
+    # num_units, num_parameters, forward_flops: size of the chain, and of one forward of
+    # a batch
     num_units: int
     num_parameters: int
     forward_flops: int
+    # whole_peak_bytes, whole_lean_bytes: dry runs of the whole model: a plain step, and
+    # ours without recomputation
     whole_peak_bytes: int
     whole_lean_bytes: int
-    whole_measured_bytes: int | None
-    least: RouteFigures
+    whole_measured_bytes: int | None  # The plain step, really run
+    least: RouteFigures  # The route that needs least of all
+    # The one that needs least of those with a tenth of the FLOPs on the device and a
+    # boundary no larger than the inputs; None if there is none
     useful: RouteFigures | None
-    floor_bytes: int
-    floor_parts: dict[str, int]
-    floor_text: str
+    floor_bytes: int  # What no cut can go below
+    floor_parts: dict[str, int]  # What it is made of
+    floor_text: str  # Why the least is above it
+    # CPU time of a plain whole step and of the split one along ``useful`` that was done
+    # next to it; empty if none was
     step_seconds: list[tuple[float, float]] = field(default_factory=list)
+    # Of each rule: predicted peaks and extra FLOPs at the useful cut
     curves: dict[str, list[Point]] = field(default_factory=dict)
-    case_seconds: float = 0.0
+    case_seconds: float = 0.0  # How long all this took
 
     @property
     def title(self) -> str:
@@ -202,15 +163,7 @@ class _Subject:
 
 
 def measure_case(case: MemoryCase, *, cache_dir: Path | None = None) -> MemoryRow:
-    """Find, measure and time the routes of one model.
-
-    Parameters
-    ----------
-    case : MemoryCase
-        Which model, on images of which size.
-    cache_dir : Path, optional
-        A folder to keep its profile in.
-    """
+    """Find, measure and time the routes of one model."""
     started = time.perf_counter()
     task = case.task
     chain = build_chain(task)

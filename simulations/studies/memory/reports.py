@@ -86,9 +86,9 @@ def _mark(is_measured: bool) -> str:
 
 CAPTION = (
     "Whole: peak of a plain step. Device: measured (~ predicted) at the cut that needs "
-    "least, then at the useful one that does: with a tenth of the forward's FLOPs before "
-    "it (the share is given) and a boundary no larger than the inputs. Extra FLOPs: what "
-    "its plan adds to a forward of the model. Step time: CPU time of a split step over "
+    "least, then at the useful one: with a tenth of the forward's FLOPs before it (the "
+    "share is given) and a boundary no larger than the inputs. Extra FLOPs: what its "
+    "plan adds to a forward of the model. Step time: CPU time of a split step over "
     "that of a whole one."
 )
 
@@ -119,8 +119,7 @@ def _sections(rows: Sequence[MemoryRow]) -> Iterator[Section]:
             "budgets from the least that does to where everything is kept; the greedy "
             "rule the same ones, and stops where it finds no plan. "
             "checkpoint_sequential divides the stages into k segments of equal length "
-            "and keeps the last, for every k. Plans that cost much more than the others "
-            "are not drawn.",
+            "and keeps the last, for every k. Much dearer plans are not drawn.",
         )
     yield Section(
         title="The floor",

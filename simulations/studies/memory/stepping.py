@@ -74,17 +74,7 @@ def runner_of(
 
 
 def dry_whole_peak_bytes(chain: Chain, task: Task, *, batch_size: int) -> int:
-    """Find the peak of a plain step of the whole model; nothing is allocated.
-
-    Parameters
-    ----------
-    chain : Chain
-        The model; its parameters may be on meta.
-    task : Task
-        Supplies loss and optimizer.
-    batch_size : int
-        Examples per step.
-    """
+    """Find the peak of a plain step of the whole model; nothing is allocated."""
     mode = FakeTensorMode()
     segment = fake_copy(chain.segment(0, len(chain)), mode)
     example = chain.example_inputs, task.example_targets
@@ -112,15 +102,6 @@ def measured_peak_bytes(
     runner: SegmentRunner, batch: Batch, gradient: WireTensor
 ) -> int:
     """Measure the peak of a device's part of a step.
-
-    Parameters
-    ----------
-    runner : SegmentRunner
-        The device's segment, with its plan.
-    batch : tuple[Tensor, Tensor]
-        Inputs and targets, both held.
-    gradient : WireTensor
-        What the edge would send back.
 
     Returns
     -------
@@ -207,21 +188,6 @@ def timed_steps(
     max_seconds: float,
 ) -> list[tuple[float, float]]:
     """Time plain whole steps and split ones in turn, after a pair that warms caches up.
-
-    Parameters
-    ----------
-    chain : Chain
-        The model.
-    task : Task
-        Supplies loss and optimizer.
-    batch : tuple[Tensor, Tensor]
-        Inputs and targets.
-    cut : int
-        Where the device ends; the rest runs in this process.
-    plan : RecomputePlan
-        What the device runs twice.
-    max_seconds : float
-        CPU time to spend; there are 3 to 15 pairs in any case.
 
     Returns
     -------

@@ -37,21 +37,12 @@ PAPER_BYTES, PAPER_CLIENTS = 80_000_000_000, 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeCase:
-    """A model whose tails are hosted.
+    """A model whose tails are hosted."""
 
-    Parameters
-    ----------
-    title : str
-        Its name.
-    model_fn : Callable[[], nn.Module]
-        Builds it, for colour images of 32 x 32 in ten classes.
-    cut : int
-        The first unit at the edge.
-    """
-
-    title: str
+    title: str  # Its name
+    # Builds it, for colour images of 32 x 32 in ten classes
     model_fn: Callable[[], nn.Module]
-    cut: int
+    cut: int  # The first unit at the edge
 
     @property
     def task(self) -> Task:
@@ -85,15 +76,6 @@ def needed_bytes(case: EdgeCase) -> TailBytes:
 def measure_edge(case: EdgeCase, num_clients: int, *, seed: int) -> dict[str, Any]:
     """Train the tails of many clients, two at a time, within a budget for two.
 
-    Parameters
-    ----------
-    case : EdgeCase
-        What is hosted.
-    num_clients : int
-        How many clients are selected in the round.
-    seed : int
-        Draws the state and the batch.
-
     Returns
     -------
     dict[str, Any]
@@ -126,13 +108,7 @@ def measure_edge(case: EdgeCase, num_clients: int, *, seed: int) -> dict[str, An
 
 
 def work_out_vgg19(measured: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Work out 100 clients of VGG-19 from what one of them takes.
-
-    Parameters
-    ----------
-    measured : dict[str, Any], optional
-        What ``measure_edge`` found for some clients.
-    """
+    """Work out 100 clients of VGG-19 from what one of them takes."""
     need = needed_bytes(VGG19)
     return {
         "is_worked_out": True,

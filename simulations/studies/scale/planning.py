@@ -50,13 +50,6 @@ def measure_planning(
 ) -> dict[str, Any]:
     """Plan the same round a few times; compare with a choice among all.
 
-    Parameters
-    ----------
-    num_devices, num_selected : int
-        Size of the fleet, and how many of it are chosen.
-    seed : int
-        Root of all chance.
-
     Returns
     -------
     dict[str, Any]
@@ -110,15 +103,6 @@ def utility_of(
 
     From 0, where the least promising client adds nothing, so that a share of it means
     something.
-
-    Parameters
-    ----------
-    rule : SelectByUtility
-        The weights.
-    asked : SelectionRequest
-        The candidates.
-    chosen : Sequence[str]
-        Some of them, by client_key.
     """
     factors = factors_of(
         asked.candidates,

@@ -108,11 +108,6 @@ def _vgg19(*, is_small: bool, seed: int) -> Row:
 def measure_rounds(num_clients: int) -> Row:
     """Time steady rounds in which all clients do next to nothing.
 
-    Parameters
-    ----------
-    num_clients : int
-        How many take part in every round.
-
     Returns
     -------
     dict[str, Any]

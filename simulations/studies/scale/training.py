@@ -15,11 +15,7 @@ from simulations.experiments.experiment import Experiment
 from simulations.experiments.partitions import Iid
 from simulations.experiments.provenance import Provenance
 from simulations.experiments.rows import EvaluationRow
-from simulations.experiments.runner import (
-    prepare,
-    quiet_libraries,
-    run_methods,
-)
+from simulations.experiments.runner import prepare, quiet_libraries, run_methods
 from simulations.fleets.presets import half_weak
 from simulations.report.summary import methods_object, read_results
 
@@ -43,17 +39,7 @@ def thousand_clients(seed: int) -> Experiment:
 def measure_training(
     folder: Path, experiment: Experiment, *, provenance: Provenance
 ) -> dict[str, Any]:
-    """Train, and say how long it took and how good the model became.
-
-    Parameters
-    ----------
-    folder : Path
-        Where the journals go.
-    experiment : Experiment
-        What is run.
-    provenance : Provenance
-        Stored with it.
-    """
+    """Train, and say how long it took and how good the model became."""
     seen: list[EvaluationRow] = []
     experiment = replace(experiment, data=str(_with_shifted_digits(folder)))
     prepared = prepare(experiment, folder, provenance=provenance)

@@ -72,32 +72,21 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one case gave.
+    """What one case gave."""
 
-    Parameters
-    ----------
-    model, optimizer : str
-        The case.
-    num_units, num_parameters, num_cuts : int
-        Size of the chain, and how many of its cuts were compared.
-    differences : list[str]
-        What was not the stock model's, cut by cut.
-    worst_error : float
-        The largest relative difference of a predicted peak from the measured one.
-    seconds : float
-        How long it took.
-    least_peak_bytes : int or None
-        The least that a device was measured to hold, over all cuts.
-    """
-
+    # model, optimizer: the case
     model: str
     optimizer: str
+    # num_units, num_parameters, num_cuts: size of the chain, and how many of its cuts
+    # were compared
     num_units: int
     num_parameters: int
     num_cuts: int
-    differences: list[str]
+    differences: list[str]  # What was not the stock model's, cut by cut
+    # The largest relative difference of a predicted peak from the measured one
     worst_error: float
-    seconds: float
+    seconds: float  # How long it took
+    # The least that a device was measured to hold, over all cuts
     least_peak_bytes: int | None = None
 
     @classmethod

@@ -32,25 +32,14 @@ VIDEO_SHAPES = {"mvit": (3, 16, 224, 224), "s3d": (3, 16, 224, 224)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What one model gave when it was read as a chain.
+    """What one model gave when it was read as a chain."""
 
-    Parameters
-    ----------
-    kind, model : str
-        What it is for, and its name.
-    num_parameters : int
-        Numbers in its parameters.
-    num_units : int
-        Units of its chain; 0 if it cannot be read.
-    reason : str
-        Why there is no cut, or at how many places there is none and why.
-    """
-
+    # kind, model: what it is for, and its name
     kind: str
     model: str
-    num_parameters: int
-    num_units: int
-    reason: str
+    num_parameters: int  # Numbers in its parameters
+    num_units: int  # Units of its chain; 0 if it cannot be read
+    reason: str  # Why there is no cut, or at how many places there is none and why
 
 
 def readings() -> Iterator[Reading]:

@@ -58,7 +58,6 @@ def report_of(rows: Sequence[Row]) -> Report:
         headline=f"zoo: {models}, {cuts} cuts compared, {differ} differ",
         columns=COLUMNS,
         cells=[*cells, (models, "", str(cuts), str(differ), f"{worst:.3%}")],
-        limits=("Small images and three batches; the weights are random.",),
         problems=[
             f"{outcome.model}, {outcome.optimizer}: {text}"
             for outcome in outcomes
