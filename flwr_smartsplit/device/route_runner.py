@@ -344,7 +344,7 @@ class RouteRunner:
             streams=self.streams,
             config=self.plan.config,
             is_trained=self._is_trained,
-            is_lean=True,
+            steps_in_backward=True,
             device=self._device,
         )
         runner.recompute = self.recompute
