@@ -29,6 +29,7 @@ def nowhere(place: str, address: str) -> wire.Transport:
     )
 
 
+# longer than 40 lines because it fills in every field of an opening
 def opening_of(
     plan: ClientPlan,
     legs: tuple[Leg, ...],
