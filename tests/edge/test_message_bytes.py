@@ -31,7 +31,7 @@ from flwr_smartsplit.errors import (
     MemoryCapExceeded,
     OutOfOrderStep,
     RefusedMessage,
-    SpillLost,
+    TailLost,
 )
 from flwr_smartsplit.types import Cohort
 
@@ -156,7 +156,7 @@ def test_replies_without_a_type_of_their_own_come_back(message: Any) -> None:
 
 ERRORS = [
     OutOfOrderStep("a", step=3, num_steps=2),
-    SpillLost("b", sessions=("1/c0/edge",)),
+    TailLost("b", sessions=("1/c0/edge",)),
     EdgeFull(
         "c", needed_bytes=3, free_bytes=2, budget_bytes=9, retry_after_seconds=None
     ),
@@ -186,7 +186,7 @@ def test_an_error_that_the_other_end_does_not_know_is_its_nearest_base() -> None
     class Odd(OSError):
         pass
 
-    class Lost(SpillLost):
+    class Lost(TailLost):
         pass
 
     class Strange(Exception):
@@ -195,7 +195,7 @@ def test_an_error_that_the_other_end_does_not_know_is_its_nearest_base() -> None
     found = decode(joined(Odd("disk")))
     assert (type(found), str(found)) == (OSError, "Odd: disk")
     found = decode(joined(Lost("gone", sessions=("a",), by=print)))
-    assert type(found) is SpillLost
+    assert type(found) is TailLost
     assert (found.sessions, found.by) == (("a",), repr(print))
     found = decode(joined(Strange("why")))
     assert (type(found), str(found)) == (EdgeError, "Strange: why")
@@ -382,8 +382,8 @@ FORGED: dict[str, tuple[bytes, str]] = {
         "'SystemExit' is no error",
     ),
     "an error without its numbers": (
-        framed({"error": ["SpillLost", "x", {}]}),
-        "SpillLost.sessions is a NoneType",
+        framed({"error": ["TailLost", "x", {}]}),
+        "TailLost.sessions is a NoneType",
     ),
     "numbers that mean nothing": (
         framed(
