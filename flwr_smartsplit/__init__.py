@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.flower.strategy import SmartSplit
     from flwr_smartsplit.memory.budget import MemoryBudget
     from flwr_smartsplit.memory.cap import memory_cap
+    from flwr_smartsplit.plan.advisor import StragglerAdvisor
     from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
     from flwr_smartsplit.plan.checkpointing.plan import plan_recompute
     from flwr_smartsplit.plan.routes import (
@@ -61,6 +62,7 @@ __all__ = [
     "SelectionRequest",
     "SmartSplit",
     "SmartSplitNumPyClient",
+    "StragglerAdvisor",
     "Task",
     "Unit",
     "build_client_app",
@@ -93,6 +95,7 @@ _HOMES = {
     "SelectionRequest": "plan.selection.selection",
     "SmartSplit": "flower.strategy",
     "SmartSplitNumPyClient": "flower.client",
+    "StragglerAdvisor": "plan.advisor",
     "Task": "task",
     "Unit": "split.segment",
     "build_client_app": "flower.client_app",

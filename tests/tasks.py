@@ -146,6 +146,11 @@ def client_plan(
     )
 
 
+def state_bytes(state: Mapping[str, Any]) -> int:
+    """Add up the sizes of a state's arrays."""
+    return sum(int(array.nbytes) for array in state.values())
+
+
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Name the arrays whose names, dtypes, shapes or bits differ."""
     return sorted(

@@ -38,6 +38,7 @@ PUBLIC_NAMES = [
     "SelectionRequest",
     "SmartSplit",
     "SmartSplitNumPyClient",
+    "StragglerAdvisor",
     "Task",
     "Unit",
     "build_client_app",

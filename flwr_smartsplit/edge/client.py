@@ -29,6 +29,7 @@ def nowhere(place: str, address: str) -> wire.Transport:
     )
 
 
+# longer than 40 lines because it fills in every field of an opening
 def opening_of(
     plan: ClientPlan,
     legs: tuple[Leg, ...],
@@ -52,40 +53,32 @@ def opening_of(
     batch_size : int, optional
         The most examples that a batch will have, if the device knows.
     """
-    leg, *rest = legs
-    cut_index = plan.route.cuts.index(leg.start)
     onward = None
-    if rest:
-        address = plan.edge_addresses[rest[0].place]
-        opening = opening_of(
-            plan,
-            tuple(rest),
+    for leg in reversed(legs):
+        cut_index = plan.route.cuts.index(leg.start)
+        opening = wire.OpenSession(
+            session=plan.session(leg.place) + ("" if is_trained else "/evaluate"),
+            place=leg.place,
+            round_number=plan.round_number,
+            client_key=plan.client_key,
+            start=leg.start,
+            stop=leg.stop,
+            state_digest=plan.state_digest,
+            seed=plan.seed,
+            num_threads=plan.num_threads,
+            config=plan.config,
+            onward=onward,
             is_trained=is_trained,
             token=token,
+            cohort=plan.cohort if is_trained and cut_index == 0 else None,
+            importance=plan.importance,
+            num_examples=plan.num_examples,
             batch_size=batch_size,
+            variant=plan.variant,
+            codecs=plan.codecs[cut_index:],
         )
-        onward = wire.Onward(address, opening)
-    return wire.OpenSession(
-        session=plan.session(leg.place) + ("" if is_trained else "/evaluate"),
-        place=leg.place,
-        round_number=plan.round_number,
-        client_key=plan.client_key,
-        start=leg.start,
-        stop=leg.stop,
-        state_digest=plan.state_digest,
-        seed=plan.seed,
-        num_threads=plan.num_threads,
-        config=plan.config,
-        onward=onward,
-        is_trained=is_trained,
-        token=token,
-        cohort=plan.cohort if is_trained and cut_index == 0 else None,
-        importance=plan.importance,
-        num_examples=plan.num_examples,
-        batch_size=batch_size,
-        variant=plan.variant,
-        codecs=plan.codecs[cut_index:],
-    )
+        onward = wire.Onward(plan.edge_addresses[leg.place], opening)
+    return opening
 
 
 class EdgeClient:

@@ -11,7 +11,7 @@ checks every field against its annotation, and copies no array.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from math import isfinite, prod
@@ -34,7 +34,6 @@ Piece = bytes | memoryview
 VERSION = 1
 MAX_HEAD_BYTES = 2**24
 MAX_VALUES = 2**20
-MAX_DEPTH = 64
 MAX_DIMS = 32
 
 _MAGIC = b"SmSp"
@@ -42,12 +41,21 @@ _PREFIX = Struct("<4sIII")
 _ALIGNMENT = 16
 _INTEGERS = range(-(2**63), 2**64)
 _PLAIN = (bool, int, float, str, NoneType)
+_UNCHANGED = (bool, int, str, NoneType)
 _NOT_FINITE = {repr(value): value for value in map(float, ("nan", "inf", "-inf"))}
 _DTYPES = {
     dtype.newbyteorder("<").str: dtype.newbyteorder("<")
     for dtype in map(np.dtype, "?bhiqBHIQefdFD")
 }
 _MISFIT = object()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _BUILTIN_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, IndexError, KeyError),
     *(LookupError, MemoryError, NotImplementedError, OSError, RuntimeError),
@@ -73,8 +81,10 @@ def encode(message: Any) -> list[Piece]:
         If the message holds a value that has no byte form.
     """
     arrays: list[npt.NDArray[np.uint8]] = []
-    tree = _written(message, arrays, 0)
-    head = json.dumps(tree, separators=(",", ":")).encode("ascii")
+    try:
+        head = _ENCODER.encode(_written(message, arrays)).encode("ascii")
+    except RecursionError as error:
+        raise RefusedMessage("values lie too deep in each other.") from error
     head += b" " * (-(_PREFIX.size + len(head)) % _ALIGNMENT)
     if len(head) > MAX_HEAD_BYTES:
         raise RefusedMessage(
@@ -89,23 +99,23 @@ def encode(message: Any) -> list[Piece]:
     return pieces
 
 
-def _written(value: Any, arrays: list[npt.NDArray[np.uint8]], depth: int) -> Any:
+def _written(value: Any, arrays: list[npt.NDArray[np.uint8]]) -> Any:
     """Return a value as JSON has it, and collect the arrays in it."""
-    if type(value) in _PLAIN and type(value) is not float:
-        return value
-    if depth > MAX_DEPTH:
-        raise RefusedMessage(f"values lie more than {MAX_DEPTH} deep in each other.")
+    name = type(value).__name__
 
     def inner(item: Any) -> Any:
-        return _written(item, arrays, depth + 1)
+        return item if type(item) in _UNCHANGED else _written(item, arrays)
 
     tree: Any
     match value:
+        case _ if MESSAGE_TYPES.get(name) is type(value):
+            hints = _hints(MESSAGE_TYPES[name])
+            tree = {name: {key: inner(getattr(value, key)) for key in hints}}
         case np.ndarray() | np.generic():
             tree = {"array": _collected(np.asarray(value), arrays)}
         case float() if not isfinite(value):
             tree = {"float": repr(float(value))}
-        case bool() | int() | float() | str() | None:
+        case str() | int() | float() | None:
             tree = value
         case bytes():
             tree = {"bytes": _collected(np.frombuffer(value, np.uint8), arrays)[1][0]}
@@ -117,12 +127,9 @@ def _written(value: Any, arrays: list[npt.NDArray[np.uint8]], depth: int) -> Any
             tree = {"map": [[inner(key), inner(item)] for key, item in value.items()]}
         case Exception():
             tree = {"error": _written_error(value, inner)}
-        case _ if MESSAGE_TYPES.get(name := type(value).__name__) is type(value):
-            hints = _hints(MESSAGE_TYPES[name])
-            tree = {name: {key: inner(getattr(value, key)) for key in hints}}
         case _:
             raise RefusedMessage(
-                f"a {type(value).__name__} cannot be sent to or from an edge: use "
+                f"a {name} cannot be sent to or from an edge: use "
                 "tensors, numbers, texts, bytes, lists, tuples and mappings."
             )
     return tree
@@ -132,15 +139,15 @@ def _collected(
     array: npt.NDArray[Any], arrays: list[npt.NDArray[np.uint8]]
 ) -> tuple[str, list[int]]:
     """Add an array to the body; return its dtype and shape for the head."""
-    kind = array.dtype.newbyteorder("<")
-    if kind.str not in _DTYPES:
+    kind = array.dtype.str
+    if kind not in _DTYPES:
         raise RefusedMessage(
             f"an array of {array.dtype} cannot be sent: convert it to one of "
             f"{', '.join(map(str, _DTYPES.values()))}."
         )
-    plain = np.require(array, kind, "C")
+    plain = np.require(array, requirements="C")
     arrays.append(plain.reshape(-1).view(np.uint8))
-    return kind.str, list(array.shape)
+    return kind, list(array.shape)
 
 
 def _written_error(error: Exception, write: Callable[[Any], Any]) -> list[Any]:
@@ -191,17 +198,17 @@ def decode(*pieces: Piece) -> Any:
         raise RefusedMessage(
             "the head does not fit its checksum: it changed on the way."
         )
+    text = bytes(head)
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise RefusedMessage(f"the head has more than {MAX_VALUES} values.")
     try:
-        tree = json.loads(str(head, "ascii"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        message = _Reader(body).value(_DECODER.decode(text.decode("ascii")))
+    except RecursionError as error:
+        raise RefusedMessage("values lie too deep in each other.") from error
+    except ValueError as error:
         raise RefusedMessage(f"the head is not JSON: {error}") from error
-    message = _Reader(body).value(tree, 0)
     body.end()
     return message
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 class _Body:
@@ -236,47 +243,42 @@ class _Body:
             raise RefusedMessage(f"{left} bytes follow the end of the message.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Reader:
-    """Make values of what JSON has, and count them."""
+    """Make values of what JSON has."""
 
     body: _Body
-    num_values: int = field(default=0, init=False)
 
-    def value(self, tree: Any, depth: int) -> Any:
+    def value(self, tree: Any) -> Any:
         """Read one value, with those inside it."""
-        self.num_values += 1
-        if depth > MAX_DEPTH or self.num_values > MAX_VALUES:
-            raise RefusedMessage(
-                f"a message has at most {MAX_VALUES} values, {MAX_DEPTH} deep."
-            )
-        if type(tree) is int and tree not in _INTEGERS:
+        kind = type(tree)
+        if kind is dict:
+            if len(tree) != 1:
+                raise RefusedMessage(f"an object has one key, not {len(tree)}.")
+            return self._tagged(*tree.popitem())
+        if kind is list:
+            return list(map(self.value, tree))
+        if kind is int and tree not in _INTEGERS:
             raise RefusedMessage("an integer has more than 64 bits.")
-        if isinstance(tree, list):
-            return [self.value(item, depth + 1) for item in tree]
-        if not isinstance(tree, dict):
-            return tree
-        if len(tree) != 1:
-            raise RefusedMessage(f"an object has one key, not {len(tree)}.")
-        return self._tagged(*tree.popitem(), depth + 1)
+        return tree
 
-    def _tagged(self, tag: str, inner: Any, depth: int) -> Any:
+    def _tagged(self, tag: str, inner: Any) -> Any:
         value: Any
         match tag, inner:
+            case _, dict() if tag in MESSAGE_TYPES:
+                value = self._message(MESSAGE_TYPES[tag], inner)
             case "tuple", list():
-                value = tuple(self.value(item, depth) for item in inner)
+                value = tuple(map(self.value, inner))
+            case "array", [str() as dtype, list() as shape]:
+                value = self._array(dtype, shape)
             case "map", list():
-                value = self._mapping(inner, depth)
+                value = self._mapping(inner)
             case "float", str() if inner in _NOT_FINITE:
                 value = _NOT_FINITE[inner]
             case "bytes", int():
                 value = self._array("|u1", [inner]).tobytes()
-            case "array", [str() as dtype, list() as shape]:
-                value = self._array(dtype, shape)
             case "error", [str() as name, str() as text, dict() as facts]:
-                value = self._error(name, text, facts, depth)
-            case _, dict() if tag in MESSAGE_TYPES:
-                value = self._message(MESSAGE_TYPES[tag], inner, depth)
+                value = self._error(name, text, facts)
             case _:
                 raise RefusedMessage(
                     f"{tag!r:.99} with a {type(inner).__name__} is nothing that this "
@@ -284,12 +286,12 @@ class _Reader:
                 )
         return value
 
-    def _mapping(self, pairs: list[Any], depth: int) -> dict[Any, Any]:
+    def _mapping(self, pairs: list[Any]) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
         for pair in pairs:
             if not isinstance(pair, list) or len(pair) != 2:  # noqa: PLR2004
                 raise RefusedMessage("an entry of a mapping is no pair.")
-            key, item = self.value(pair[0], depth), self.value(pair[1], depth)
+            key, item = map(self.value, pair)
             if not isinstance(key, _PLAIN) or key in found:
                 raise RefusedMessage(f"{key!r:.99} is no key, or comes twice.")
             found[key] = item
@@ -311,9 +313,9 @@ class _Reader:
         except (ValueError, OverflowError) as error:
             raise RefusedMessage(f"{shape} is no shape of an array: {error}") from error
 
-    def _message(self, cls: type, given: Mapping[str, Any], depth: int) -> Any:
+    def _message(self, cls: type, given: Mapping[str, Any]) -> Any:
         name, hints = cls.__name__, _hints(cls)
-        parts = {key: self.value(item, depth) for key, item in given.items()}
+        parts = {key: self.value(item) for key, item in given.items()}
         unknown = sorted(parts.keys() - hints.keys())
         missing = [
             f.name
@@ -326,18 +328,17 @@ class _Reader:
                 f"missing: {missing}: {_ONE_RELEASE}"
             )
         for key, part in parts.items():
-            parts[key] = fitted(part, hints[key], f"{name}.{key}")
+            if type(part) is not hints[key]:
+                parts[key] = fitted(part, hints[key], f"{name}.{key}")
         try:
             return cls(**parts)
         except ValueError as error:
             raise RefusedMessage(f"{name}: {error}") from error
 
-    def _error(
-        self, name: str, text: str, given: Mapping[str, Any], depth: int
-    ) -> Exception:
+    def _error(self, name: str, text: str, given: Mapping[str, Any]) -> Exception:
         if name not in _ERRORS:
             raise RefusedMessage(f"{name!r:.99} is no error that may travel: {text}")
-        facts = {key: self.value(item, depth) for key, item in given.items()}
+        facts = {key: self.value(item) for key, item in given.items()}
         cls: Any = _ERRORS[name]
         for key, hint in _hints(cls).items():
             facts[key] = fitted(facts.get(key), hint, f"{name}.{key}")
@@ -398,31 +399,39 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    if hint is Any or type(value) is hint:
+    kind = type(value)
+    if hint is Any or kind is hint:
         return value
-    origin, args = get_origin(hint), get_args(hint)
+    origin, args = _parts(hint)
     found: Any = _MISFIT
-    match value:
-        case _ if origin in (Union, UnionType):
-            options = (_fit(value, option) for option in args)
-            found = next((item for item in options if item is not _MISFIT), _MISFIT)
-        case int() if hint is float and type(value) is int:
-            found = value
-        case tuple() if origin is tuple and args[1:] == (...,):
-            items = tuple(_fit(item, args[0]) for item in value)
-            found = _MISFIT if any(item is _MISFIT for item in items) else items
-        case dict() if origin in (Mapping, dict):
-            pairs = {_fit(k, args[0]): _fit(v, args[1]) for k, v in value.items()}
-            misfits = (key is _MISFIT or v is _MISFIT for key, v in pairs.items())
-            found = _MISFIT if any(misfits) else pairs
-        case np.ndarray() if value.ndim == 0 and hint in (bool, int, float):
-            found = _fit(value.item(), hint)
-        case np.ndarray() if origin is np.ndarray:
-            (scalar,) = get_args(args[1])
-            found = value if scalar in (Any, value.dtype.type) else _MISFIT
-        case str() if isinstance(hint, type) and issubclass(hint, Enum):
-            found = next((member for member in hint if member.value == value), _MISFIT)
+    if kind in args and origin is Union:
+        found = value
+    elif origin is Union:
+        options = (_fit(value, option) for option in args)
+        found = next((item for item in options if item is not _MISFIT), _MISFIT)
+    elif kind is tuple and origin is tuple and args[1:] == (...,):
+        items = tuple(_fit(item, args[0]) for item in value)
+        found = _MISFIT if any(item is _MISFIT for item in items) else items
+    elif kind is dict and origin in (Mapping, dict):
+        pairs = {_fit(k, args[0]): _fit(v, args[1]) for k, v in value.items()}
+        misfits = (k is _MISFIT or v is _MISFIT for k, v in pairs.items())
+        found = _MISFIT if any(misfits) else pairs
+    elif kind is np.ndarray and hint in (bool, int, float) and value.ndim == 0:
+        found = _fit(value.item(), hint)
+    elif kind is np.ndarray and origin is np.ndarray:
+        (scalar,) = get_args(args[1])
+        found = value if scalar in (Any, value.dtype.type) else _MISFIT
+    elif kind is int and hint is float:
+        found = value
+    elif kind is str and isinstance(hint, type) and issubclass(hint, Enum):
+        found = next((member for member in hint if member.value == value), _MISFIT)
     return found
+
+
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    origin = get_origin(hint)
+    return Union if origin is UnionType else origin, get_args(hint)
 
 
 MESSAGE_TYPES: Mapping[str, Any] = _message_types()

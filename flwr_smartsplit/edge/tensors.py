@@ -138,11 +138,6 @@ def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:
     return result
 
 
-def state_bytes(state: Mapping[str, npt.NDArray[Any]]) -> int:
-    """Add up the sizes of a state's arrays."""
-    return sum(int(array.nbytes) for array in state.values())
-
-
 def state_digest(state: Mapping[str, npt.NDArray[Any]]) -> str:
     """Identify a state by SHA-256 over names, dtypes, shapes and values.
 

@@ -58,15 +58,14 @@ class LegacySmartSplit(Strategy):
     """``SmartSplit`` for servers that speak Flower's legacy API.
 
     From the same replies both make the same state, bit for bit. Parameters and arrays
-    are in the order of the model's ``state_dict``.
+    are in the order of the model's ``state_dict``. All arguments but one are those of
+    ``SmartSplit``.
 
     Parameters
     ----------
     strategy : flwr.server.strategy.FedAvg, optional
         Flower's legacy strategy, which keeps its sampling numbers, config and metric
         functions, ``evaluate_fn``, ``initial_parameters`` and server step.
-    task, edges, planning, mixing, server_steps, seed, journal, on_row, between_rounds
-        As for ``SmartSplit``.
 
     Notes
     -----

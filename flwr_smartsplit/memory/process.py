@@ -142,33 +142,6 @@ def data_fence(extra_bytes: int | None, *, client: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def cuda_growth(device: torch.device | int | None = None) -> Iterator[MemoryGrowth]:
-    """Measure the most that CUDA tensors of this process grew by inside.
-
-    Parameters
-    ----------
-    device : torch.device or int, optional
-        The current one if not given. Its peak statistics are set back.
-
-    Yields
-    ------
-    MemoryGrowth
-        Filled when the block ends; None without CUDA.
-    """
-    growth = MemoryGrowth()
-    if not torch.cuda.is_available():
-        yield growth
-        return
-    before_bytes = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        yield growth
-    finally:
-        stats = torch.cuda.memory_stats(device)
-        growth.growth_bytes = stats["allocated_bytes.all.peak"] - before_bytes
-
-
-@contextmanager
 def cuda_fence(
     extra_bytes: int | None,
     *,

@@ -173,10 +173,14 @@ class StragglerAdvisor:
 
     Parameters
     ----------
-    slow_factor, fast_factor : float
-        As in ``Cohort``.
-    patience_steps, spacing_steps : int
-        As in ``Cohort``.
+    slow_factor : float
+        A device is slow above so many times the median step,
+    fast_factor : float
+        and fast below so many times.
+    patience_steps : int
+        So many steps in a row must speak for the same change.
+    spacing_steps : int
+        At least so many steps lie between two changes.
 
     Examples
     --------

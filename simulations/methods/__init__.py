@@ -7,6 +7,7 @@ from simulations.methods.fedavg import FEDAVG
 from simulations.methods.heterofl import HETEROFL
 from simulations.methods.method import Method
 from simulations.methods.oort import OORT
+from simulations.methods.power_of_choice import POWER_OF_CHOICE
 from simulations.methods.smartsplit import SMARTSPLIT, VARIANTS
 from simulations.methods.splitfed import SPLITFED
 from simulations.methods.stock import STOCK
@@ -18,6 +19,7 @@ METHODS: dict[str, Method] = {
         *STOCK,
         DROP_WEAK,
         OORT,
+        POWER_OF_CHOICE,
         HETEROFL,
         DEPTHFL,
         SPLITFED,

@@ -319,7 +319,7 @@ def test_a_forged_head_gives_a_message_or_is_refused(
 
 HELD = {"incarnation": "a", "is_held": True}
 DEEP: Any = 1
-for _ in range(70):
+for _ in range(900):
     DEEP = [DEEP]
 FORGED: dict[str, tuple[bytes, str]] = {
     "another magic word": (b"PK\3\4" + STEP[4:], "begins with b'SmSp'"),
@@ -334,10 +334,10 @@ FORGED: dict[str, tuple[bytes, str]] = {
     "no JSON": (framed(b"{"), "not JSON"),
     "JSON's NaN": (framed(b"NaN"), "not JSON"),
     "letters that are not ASCII": (framed("ä".encode()), "not JSON"),
-    "brackets without an end": (framed(b"[" * 100_000), "not JSON"),
+    "brackets without an end": (framed(b"[" * 100_000), "too deep"),
     "digits without an end": (framed(b"9" * 10_000), "not JSON"),
     "a large integer": (framed(2**64), "more than 64 bits"),
-    "deep lists": (framed(DEEP), "64 deep"),
+    "deep lists": (framed(DEEP), "too deep"),
     "two keys": (framed({"Held": HELD, "tuple": []}), "one key, not 2"),
     "a name that is none": (framed({"Popen": {}}), "'Popen' with a dict"),
     "an unknown field": (
@@ -411,9 +411,9 @@ def test_what_is_refused_is_said(kind: str) -> None:
 def test_the_number_of_values_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a head of some megabytes would be many more in Python."""
     monkeypatch.setattr(message_bytes, "MAX_VALUES", 9)
-    assert decode(framed([1] * 8)) == [1] * 8
-    with pytest.raises(RefusedMessage, match="at most 9 values"):
-        decode(framed([1] * 9))
+    assert decode(framed([1] * 9)) == [1] * 9
+    with pytest.raises(RefusedMessage, match="more than 9 values"):
+        decode(framed([1] * 10))
     monkeypatch.setattr(message_bytes, "MAX_HEAD_BYTES", 99)
     with pytest.raises(RefusedMessage, match=r"head of a list takes .* 99 allowed"):
         encode(["x" * 99])
@@ -463,7 +463,7 @@ def test_a_value_without_a_byte_form_is_refused_before_it_is_sent(
         encode({"a": [value]})
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(RefusedMessage, match="64 deep"):
+    with pytest.raises(RefusedMessage, match="too deep"):
         encode(endless)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flwr_smartsplit.edge.tensors import WireTensor, state_bytes, state_digest
+from flwr_smartsplit.edge.tensors import WireTensor, state_digest
 
 DTYPES = [
     torch.float32,
@@ -203,9 +203,3 @@ def test_a_digest_sees_everything_but_the_order_of_names() -> None:
         {"v": STATE["w"], "n": STATE["n"]},
     ]
     assert len({digest, *map(state_digest, others)}) == len(others) + 1
-
-
-def test_bytes_of_a_state_are_those_of_its_arrays() -> None:
-    """Six float32 and one int64."""
-    assert state_bytes(STATE) == 6 * 4 + 8
-    assert state_bytes({}) == 0

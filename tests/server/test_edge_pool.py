@@ -7,13 +7,13 @@ import pytest
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.edge.tensors import state_bytes, state_digest
+from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EdgeProfile
 from tests.faults import Deliver, MortalEdge
-from tests.tasks import TASK, State, initial_state
+from tests.tasks import TASK, State, initial_state, state_bytes
 
 STATE = initial_state()
 DIGEST = state_digest(STATE)

@@ -3,6 +3,7 @@
 import torch
 from flwr.common import Context, Metrics, NDArrays, Scalar, ndarrays_to_parameters
 from flwr.server import ServerApp, ServerAppComponents, ServerConfig
+from flwr.server.strategy import FedAvg
 
 from flwr_smartsplit import LegacySmartSplit, RayEdge
 from legacy_client.task import BUDGETS_BYTES, Net, build_task, load_test
@@ -15,12 +16,14 @@ def server_fn(context: Context) -> ServerAppComponents:
     strategy = LegacySmartSplit(
         build_task(),
         edges=(RayEdge(),),
+        strategy=FedAvg(
+            min_available_clients=len(BUDGETS_BYTES),
+            initial_parameters=ndarrays_to_parameters(initial),
+            on_fit_config_fn=fit_config,
+            evaluate_fn=evaluate,
+            evaluate_metrics_aggregation_fn=weighted_average,
+        ),
         journal=context.run_config["journal"] or None,
-        min_available_clients=len(BUDGETS_BYTES),
-        initial_parameters=ndarrays_to_parameters(initial),
-        on_fit_config_fn=fit_config,
-        evaluate_fn=evaluate,
-        evaluate_metrics_aggregation_fn=weighted_average,
     )
     num_rounds = int(context.run_config["num-server-rounds"])
     return ServerAppComponents(

@@ -3,8 +3,9 @@
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 
-from flwr_smartsplit import Route, RouteRequest, SmartSplit, first_that_fits
+from flwr_smartsplit import Planning, Route, RouteRequest, SmartSplit, first_that_fits
 from multi_hop.task import (
     BUDGETS_BYTES,
     EDGES,
@@ -43,10 +44,9 @@ def main(grid: Grid, context: Context) -> None:
     strategy = SmartSplit(
         build_task(),
         edges=EDGES,
-        choose_route=choose_route,
+        strategy=FedAvg(min_available_nodes=len(BUDGETS_BYTES), fraction_evaluate=0.0),
+        planning=Planning(choose_route=choose_route),
         journal=context.run_config["journal"] or None,
-        min_available_nodes=len(BUDGETS_BYTES),
-        fraction_evaluate=0.0,
     )
     strategy.start(
         grid,

@@ -3,8 +3,9 @@
 import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 
-from flwr_smartsplit import RayEdge, SmartSplit, deepest_u_shape
+from flwr_smartsplit import Planning, RayEdge, SmartSplit, deepest_u_shape
 from own_model.task import BUDGETS_BYTES, Net, build_task
 
 app = ServerApp()
@@ -17,9 +18,9 @@ def main(grid: Grid, context: Context) -> None:
     strategy = SmartSplit(
         build_task(),
         edges=(RayEdge(),),
-        choose_route=deepest_u_shape,
+        strategy=FedAvg(min_available_nodes=len(BUDGETS_BYTES)),
+        planning=Planning(choose_route=deepest_u_shape),
         journal=context.run_config["journal"] or None,
-        min_available_nodes=len(BUDGETS_BYTES),
     )
     strategy.start(
         grid,

@@ -3,6 +3,7 @@
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 
 from flwr_smartsplit import (
     Chain,
@@ -31,9 +32,8 @@ def main(grid: Grid, context: Context) -> None:
     strategy = SmartSplit(
         build_task(),
         edges=(RayEdge(),),
+        strategy=FedAvg(min_available_nodes=len(BUDGETS_BYTES), fraction_evaluate=0.0),
         journal=context.run_config["journal"] or None,
-        min_available_nodes=len(BUDGETS_BYTES),
-        fraction_evaluate=0.0,
     )
     strategy.start(
         grid,

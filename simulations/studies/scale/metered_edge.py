@@ -4,13 +4,14 @@ It has the ``Edge`` protocol's methods. Only what the service itself makes is co
 the meter is entered for each request, and left with the reply.
 """
 
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flwr_smartsplit.edge.client import Connect, nowhere
+from flwr_smartsplit.edge.hosts.edge import BytesTransport, answered
+from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.edge.protocol import ReplyT, Request
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
@@ -78,12 +79,12 @@ class MeteredTransport:
         It goes there as bytes and to a thread of its own, as to another process: what
         it shared with its sender would be counted for both.
         """
-        sent = pickle.dumps(request)
+        return BytesTransport(self._carry).send(request)
+
+    def _carry(self, pieces: list[Piece]) -> list[Piece]:
         with ThreadPoolExecutor(max_workers=1) as aside:
-            reply = aside.submit(self._answer, sent).result()
-        found: ReplyT = pickle.loads(reply)
-        return found
+            return [aside.submit(self._answer, b"".join(pieces)).result()]
 
     def _answer(self, sent: bytes) -> bytes:
         with self.edge.meter:
-            return pickle.dumps(self.edge.service.handle(pickle.loads(sent)))
+            return b"".join(answered(self.edge.service.handle, sent))

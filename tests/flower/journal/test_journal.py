@@ -13,7 +13,6 @@ from flwr.app import RecordDict
 
 from flwr_smartsplit import Route
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.tensors import state_bytes
 from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.flower.journal.journal import Journal
 from tests.faults import Deliver, MortalEdge
@@ -30,7 +29,7 @@ from tests.flower.apps import (
 )
 from tests.flower.legacy import legacy_smart_split, run_legacy
 from tests.in_process_grid import InProcessGrid
-from tests.tasks import initial_state
+from tests.tasks import initial_state, state_bytes
 
 MIXED = budgets_of(1, 4, None, 8)
 STRAY = {"late", "duplicate"}

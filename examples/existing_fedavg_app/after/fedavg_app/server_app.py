@@ -3,6 +3,7 @@
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 
 from fedavg_app.task import Net, build_task, load_centralized_dataset, test
 from flwr_smartsplit import RayEdge, SmartSplit
@@ -22,9 +23,8 @@ def main(grid: Grid, context: Context) -> None:
     arrays = ArrayRecord(Net().state_dict())
 
     # Start the strategy
-    strategy = SmartSplit(
-        build_task(), edges=(RayEdge(),), fraction_evaluate=fraction_evaluate
-    )
+    strategy = FedAvg(fraction_evaluate=fraction_evaluate)
+    strategy = SmartSplit(build_task(), edges=(RayEdge(),), strategy=strategy)
     strategy.start(
         grid=grid,
         initial_arrays=arrays,
