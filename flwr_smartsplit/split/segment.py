@@ -111,6 +111,7 @@ class Segment(nn.Module):
         start: int,
         source: nn.Module,
         odd_modes: Mapping[bool, frozenset[str]] | None = None,
+        *,
         entering: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()

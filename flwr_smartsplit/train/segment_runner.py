@@ -7,7 +7,7 @@ model. It lives beside the cost model because a prediction is a dry run of it.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class SegmentRunner:
         What the task's ``schedule_fn`` is told.
     is_trained : bool
         Whether it needs an optimizer; evaluation does not.
-    is_lean : bool
+    steps_in_backward : bool
         Whether large parameters are stepped inside backward, which frees their
         gradients at once and costs a little time. Only done where it is exact.
     device : torch.device
@@ -77,7 +77,7 @@ class SegmentRunner:
         streams: Streams = no_streams,
         config: Mapping[str, Any] | None = None,
         is_trained: bool = True,
-        is_lean: bool = False,
+        steps_in_backward: bool = False,
         device: torch.device = CPU,
     ) -> None:
         self.segment = segment if device == CPU else segment.to(device)
@@ -89,7 +89,9 @@ class SegmentRunner:
         needs_one = is_trained and bool(parameters)
         self.optimizer = optimizer_of(task, parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
-        self.is_early = is_lean and _can_be_early(self.optimizer, task)
+        self.steps_in_backward = steps_in_backward and _can_step_in_backward(
+            self.optimizer, task
+        )
         self._part = WHOLE_BATCH
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Gradients]] = []
@@ -250,7 +252,8 @@ class SegmentRunner:
 
     def _early_updates(self) -> AbstractContextManager[None]:
         # Under accumulation all gradients live through the micro-batches anyway.
-        if self.optimizer is None or not self.is_early or self._part.count > 1:
+        is_part = self._part.count > 1
+        if self.optimizer is None or not self.steps_in_backward or is_part:
             return nullcontext()
         return early_updates(self.optimizer)
 
@@ -259,7 +262,7 @@ class SegmentRunner:
         if isinstance(inputs, dict):
             raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
         boundary = inputs if isinstance(inputs, tuple) else (inputs,)
-        flags = self.segment.entering_gradients
+        flags = cast(tuple[bool, ...], self.segment.entering_gradients)
         if any(flags):
             trained = itertools.compress(boundary, flags)
             trigger = torch.empty(0, requires_grad=True)
@@ -279,13 +282,13 @@ class SegmentRunner:
         return gradients
 
 
-def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:
+def _can_step_in_backward(optimizer: Optimizer | None, task: Task) -> bool:
     """Say whether parameters may be stepped before all gradients are there."""
     waits = task.max_gradient_norm is not None
     return optimizer is not None and not waits and steps_one_by_one(optimizer)
 
 
-def optimizer_of(task: Task, parameters: Sequence[Tensor]) -> Optimizer | None:
+def optimizer_of(task: Task, parameters: Sequence[nn.Parameter]) -> Optimizer | None:
     """Build the optimizer of some parameters; None if the task's takes none of them.
 
     An ``optimizer_fn`` may choose, for instance matrices only.

@@ -50,7 +50,7 @@ def split_loop(
     chain = Chain.from_module(model, task.example_inputs)
     bounds = [0, len(chain)] if cut is None else [0, cut, len(chain)]
     runners = [
-        SegmentRunner(chain.segment(*pair), task, is_lean=True)
+        SegmentRunner(chain.segment(*pair), task, steps_in_backward=True)
         for pair in pairwise(bounds)
     ]
     losses = []
