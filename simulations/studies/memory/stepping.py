@@ -103,13 +103,7 @@ def _whole_peak_bytes(runner: SegmentRunner, batch: Batch) -> int:
 def measured_peak_bytes(
     runner: SegmentRunner, batch: Batch, gradient: WireTensor
 ) -> int:
-    """Measure the peak of a device's part of a step.
-
-    Returns
-    -------
-    int
-        Bytes, of the second step.
-    """
+    """Measure the peak of a device's part of a step, the second of two."""
 
     def do(step: int) -> None:
         packed(runner.forward(batch[0], step=step, inputs_are_boundary=False))
@@ -189,13 +183,7 @@ def timed_steps(
     plan: RecomputePlan = KEEP_ALL,
     max_seconds: float,
 ) -> list[tuple[float, float]]:
-    """Time plain whole steps and split ones in turn, after a pair that warms caches up.
-
-    Returns
-    -------
-    list[tuple[float, float]]
-        CPU seconds of a whole step and of the split one next to it.
-    """
+    """Time plain whole steps and split ones in turn, in pairs of CPU seconds."""
     make = partial(runner_of, chain, task, seed=0)
     whole = make(range(len(chain)), steps_in_backward=False)
     head = make(range(cut), steps_in_backward=True)
@@ -208,6 +196,6 @@ def timed_steps(
             return whole_seconds(whole, batch, step), split
         return whole_seconds(whole, batch, step), split_seconds(head, tail, batch, step)
 
-    num_pairs = int(max_seconds / max(sum(pair(0)), 1e-9))
+    num_pairs = int(max_seconds / max(sum(pair(0)), 1e-9))  # That warmed caches up.
     bounded = min(max(num_pairs, MIN_PAIRS), MAX_PAIRS)
     return [pair(step) for step in range(1, bounded + 1)]
