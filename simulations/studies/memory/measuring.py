@@ -217,7 +217,7 @@ def _measured(subject: _Subject, choice: Choice) -> int:
     """Run a device's part of two steps, and meter the second."""
     chain, task = subject.chain, subject.task
     runner = runner_of(
-        chain, task, range(choice.cut), seed=subject.case.seed, is_lean=True
+        chain, task, range(choice.cut), seed=subject.case.seed, steps_in_backward=True
     )
     runner.recompute = choice.plan
     gradient = arriving_gradient(chain, choice.cut, task, batch_size=BATCH_SIZE)

@@ -64,13 +64,15 @@ def random_state(chain: Chain, start: int, stop: int, *, seed: int) -> State:
 
 
 def runner_of(
-    chain: Chain, task: Task, units: range, *, seed: int, is_lean: bool
+    chain: Chain, task: Task, units: range, *, seed: int, steps_in_backward: bool
 ) -> SegmentRunner:
     """Give some units real tensors, ready for training steps."""
     state = random_state(chain, units.start, units.stop, seed=seed)
     segment = materialise(chain, units.start, units.stop, state)
     streams = UnitStreams(seed, 1, "0")
-    return SegmentRunner(segment, task, streams=streams, is_lean=is_lean)
+    return SegmentRunner(
+        segment, task, streams=streams, steps_in_backward=steps_in_backward
+    )
 
 
 def dry_whole_peak_bytes(chain: Chain, task: Task, *, batch_size: int) -> int:
@@ -85,8 +87,10 @@ def dry_whole_peak_bytes(chain: Chain, task: Task, *, batch_size: int) -> int:
 
 def measured_whole_peak_bytes(chain: Chain, task: Task, batch: Batch) -> int:
     """Measure the peak of a plain step of the whole model, in bytes."""
-    runner = runner_of(chain, task, range(len(chain)), seed=0, is_lean=False)
-    return _whole_peak_bytes(runner, batch)
+    whole = range(len(chain))
+    return _whole_peak_bytes(
+        runner_of(chain, task, whole, seed=0, steps_in_backward=False), batch
+    )
 
 
 def _whole_peak_bytes(runner: SegmentRunner, batch: Batch) -> int:
@@ -181,10 +185,10 @@ def timed_steps(
 ) -> list[tuple[float, float]]:
     """Time plain whole steps and split ones in turn, in pairs of CPU seconds."""
     make = partial(runner_of, chain, task, seed=0)
-    whole = make(range(len(chain)), is_lean=False)
-    head = make(range(cut), is_lean=True)
+    whole = make(range(len(chain)), steps_in_backward=False)
+    head = make(range(cut), steps_in_backward=True)
     head.recompute = plan
-    tail = make(range(cut, len(chain)), is_lean=False)
+    tail = make(range(cut, len(chain)), steps_in_backward=False)
 
     def pair(step: int) -> tuple[float, float]:
         if step % 2:  # Whoever comes second finds the caches full of the other's.
