@@ -6,7 +6,7 @@ leaves the least leaky boundary.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
 
@@ -227,6 +227,7 @@ def search_space(
     constraints: Constraints = NO_CONSTRAINTS,
     *,
     has_edges: bool = True,
+    accumulate: int = 1,
 ) -> SearchSpace:
     """List the options of a chain, once for all clients of a batch size.
 
@@ -238,6 +239,8 @@ def search_space(
         What the user allows.
     has_edges : bool
         Whether any edge is ready; without one, there are whole models only.
+    accumulate : int
+        For how many micro-batches the profile was made.
 
     Notes
     -----
@@ -261,7 +264,8 @@ def search_space(
             for option in reversed(options_of_route(profile, route))
             if not option.recompute.is_empty
         ]
-    return SearchSpace(profile, (*plain, *planned))
+    options = (replace(each, accumulate=accumulate) for each in (*plain, *planned))
+    return SearchSpace(profile, tuple(options))
 
 
 # --- the Pareto front -------------------------------------------------------------
