@@ -71,6 +71,70 @@ class SmallCNN(nn.Module):
         return self.normalise(self.classify(x.mean(dim=(2, 3))))
 
 
+class UNet(nn.Module):
+    """Two levels down and up again, with a concatenation on each."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.down1, self.down2 = self.block(3, width), self.block(width, 2 * width)
+        self.bottom = self.block(2 * width, 4 * width)
+        self.up2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
+        self.join2 = self.block(4 * width, 2 * width)
+        self.up1 = nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.join1 = self.block(2 * width, width)
+        self.classify = nn.Conv2d(width, 10, 1)
+
+    @staticmethod
+    def block(before: int, after: int) -> nn.Module:
+        conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        top = self.down1(x)
+        middle = self.down2(functional.max_pool2d(top, 2))
+        x = self.bottom(functional.max_pool2d(middle, 2))
+        x = self.join2(torch.cat([self.up2(x), middle], dim=1))
+        x = self.join1(torch.cat([self.up1(x), top], dim=1))
+        return self.classify(x).mean(dim=(2, 3))
+
+
+def unet() -> nn.Module:
+    """Build the small U-Net for ``(batch, 3, 12, 12)``."""
+    return seeded(UNet)
+
+
+def frozen_unet() -> nn.Module:
+    """Build the small U-Net with the way down frozen, and a part of the way up."""
+    model = unet()
+    for part in (model.down1, model.down2, model.join2):
+        part.requires_grad_(False)
+    return model
+
+
+def densenet() -> nn.Module:
+    """Build a DenseNet of torchvision with one block."""
+    build = partial(torchvision.models.DenseNet, 4, (4,), 6, num_classes=10)
+    return seeded(build)
+
+
+def residual_blocks() -> nn.Module:
+    """Build two blocks of a ResNet, whose values are the same everywhere."""
+    return seeded(_residual_blocks)
+
+
+def _residual_blocks() -> nn.Module:
+    """Make two blocks of torchvision's ResNets, the second with a downsampling."""
+    block = torchvision.models.resnet.BasicBlock
+    down = nn.Sequential(nn.Conv2d(6, 8, 1, stride=2), nn.BatchNorm2d(8))
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        block(6, 6),
+        block(6, 8, 2, down),
+        nn.Flatten(),
+        nn.Linear(200, 10),
+    )
+
+
 SMALL_CNN_UNITS = (
     "conv1",
     "relu1",  # norm1 stands before it: relu1 writes into its output
@@ -119,6 +183,7 @@ def task_of(
     *,
     optimizer: OptimizerFn = OPTIMIZERS["sgd"],
     shape: tuple[int, ...] = (3, 12, 12),
+    max_boundary_tensors: int = 1,
 ) -> Task:
     """Make a classification task of inputs of one shape."""
     return Task(
@@ -127,6 +192,7 @@ def task_of(
         optimizer_fn=optimizer,
         example_inputs=torch.zeros(1, *shape),
         example_targets=torch.zeros(1, dtype=torch.int64),
+        max_boundary_tensors=max_boundary_tensors,
     )
 
 

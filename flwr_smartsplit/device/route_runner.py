@@ -298,12 +298,15 @@ class RouteRunner:
 
     def _request(self, targets: Tensor) -> wire.Forward:
         """Say all of a step but its boundary."""
+        seconds = None
+        if self._is_trained:
+            seconds = self.timer.latest(self.route, self.recompute)
         return wire.Forward(
             step=self.num_steps,
             targets=None if self.route.returns else WireTensor.pack(targets),
             num_examples=int(targets.shape[0]),
             norm=self._norm,
-            step_seconds=self.timer.latest(self.route, self.recompute),
+            step_seconds=seconds,
         )
 
     def _update(self, norms: Mapping[str, float]) -> None:
@@ -344,7 +347,7 @@ class RouteRunner:
             streams=self.streams,
             config=self.plan.config,
             is_trained=self._is_trained,
-            is_lean=True,
+            steps_in_backward=True,
             device=self._device,
         )
         runner.recompute = self.recompute

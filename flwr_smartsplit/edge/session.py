@@ -7,7 +7,7 @@ edge to edge and never back through the device, which may be too small to hold i
 import threading
 import zlib
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -133,9 +133,9 @@ class Session:
         advice: Advice | None = None,
     ) -> wire.Stepped:
         """Send back this place's gradients, and its norms beside those further on."""
-        return replace(
-            stepped,
+        return wire.Stepped(
             gradients=self._inward.encode(gradients),
+            values=stepped.values,
             norms={**stepped.norms, **self.runner.gradient_norms()},
             advice=advice,
         )

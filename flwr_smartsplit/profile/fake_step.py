@@ -37,7 +37,7 @@ class DryStep:
     """
 
     def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
-        is_lean = task.max_gradient_norm is None
+        steps_in_backward = task.max_gradient_norm is None
         # Both look at values, and hold nothing that a plain step does not.
         task = replace(task, max_gradient_norm=None, schedule_fn=None)
         self._mode, self.meter = DryRun(), LoggingMeter()
@@ -49,7 +49,9 @@ class DryStep:
             batch_size=batch_size,
         )
         with self._mode:
-            self.runner = SegmentRunner(self.observed, task, is_lean=is_lean)
+            self.runner = SegmentRunner(
+                self.observed, task, steps_in_backward=steps_in_backward
+            )
             self.meter.track(self._batch)
             self.batch_bytes = self.meter.live_bytes
             self.meter.track(self.segment, self.runner.optimizer)  # Some have a state.
@@ -102,7 +104,9 @@ def log_step(
         backward_end=ends[-1] if ends else dry.meter.position,
         batch_bytes=dry.batch_bytes,
         used=Used(
-            frozenset(trained), _seen(dry.segment, dry.meter), dry.runner.is_early
+            frozenset(trained),
+            _seen(dry.segment, dry.meter),
+            dry.runner.steps_in_backward,
         ),
     )
 

@@ -7,7 +7,7 @@ first, so all of the rest is done when a boundary's gradient is there, and
 every cut. What differs is added: how the gradient arrives, and whose optimizer runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -89,6 +89,7 @@ class Passage:
     backward_start: int = 0
     flops_before: int | None = None  # Forward's, when its gradient came.
     gradients: dict[int, int] = field(default_factory=dict)  # Bytes, by birth.
+    gradient_storages: dict[int, int] = field(default_factory=dict)  # Where it stays.
     unpacking_bytes: int = 0  # On arrival; and what packing them takes:
     gradient_packing_bytes: int = 0
     crosses_alone: bool = True
@@ -189,6 +190,8 @@ class Observed(nn.Module):
                 passage.gradients.get(birth, 0) + num_spanned(shape, strides) * size
             )
             passage.gradients[birth] = spanned
+            in_place = max(spanned, gradient.untyped_storage().nbytes())
+            passage.gradient_storages[birth] = in_place
             packed = 0 if is_dense(shape, strides) else gradient.numel() * size
             passage.gradient_packing_bytes += packed
             most = max(most, passage.gradient_bytes + packed)
@@ -225,7 +228,7 @@ class Used:
 
     trained: frozenset[str]
     constants: frozenset[str]
-    is_early: bool
+    steps_in_backward: bool
 
 
 class StepLog:
@@ -242,7 +245,7 @@ class StepLog:
         but are neither parameters nor buffers.
     optimizer_temporary_bytes : int
         What the optimizer's last step made beyond what was there before it.
-    is_early : bool
+    steps_in_backward : bool
         Whether large parameters were stepped inside backward.
     changes, births : ndarray
         Bytes of each change, and the change that first saw the storage.
@@ -265,7 +268,7 @@ class StepLog:
         self.peak_bytes = meter.peak_bytes
         self.batch_bytes = batch_bytes
         self.trained, self.constants = used.trained, used.constants
-        self.is_early = used.is_early
+        self.steps_in_backward = used.steps_in_backward
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
         self.passages = passages
@@ -368,7 +371,7 @@ class StepLog:
         backward = slice(passage.backward_start, self.backward_end)
         from_backward = births >= passage.backward_start
         changes, is_gradient = as_arrived(
-            passage, self.changes[backward], births[backward]
+            passage.gradients, self.changes[backward], births[backward]
         )
         changes = changes[(from_forward | from_backward)[backward] | is_gradient]
         arrived = held + passage.gradient_bytes
@@ -385,13 +388,15 @@ class StepLog:
 
 
 def as_arrived(
-    passage: Passage, changes: npt.NDArray[np.int64], births: npt.NDArray[np.int64]
+    gradients: Mapping[int, int],
+    changes: npt.NDArray[np.int64],
+    births: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Give the gradients of a passage the sizes that they have over the wire."""
+    """Give gradients the sizes that they arrived with; say which changes are theirs."""
     changes = changes.copy()
-    for birth, size in passage.gradients.items():
+    for birth, size in gradients.items():
         changes[births == birth] = -size
-    return changes, np.isin(births, list(passage.gradients))
+    return changes, np.isin(births, list(gradients))
 
 
 def highest(changes: npt.NDArray[np.int64]) -> int:

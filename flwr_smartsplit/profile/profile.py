@@ -219,7 +219,7 @@ def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:
 def _late(segment: nn.Module, log: StepLog) -> list[Tensor]:
     """List the parameters that are stepped when backward is over."""
     trained = _trained(segment, log)
-    early = {id(p) for p in early_ones(trained)} if log.is_early else set()
+    early = {id(p) for p in early_ones(trained)} if log.steps_in_backward else set()
     return [parameter for parameter in trained if id(parameter) not in early]
 
 

@@ -110,7 +110,7 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         left_bytes=_left(log, index),
         output_bytes=output_bytes,
         crossing_bytes=crossing_bytes,
-        gradient_bytes=passage.gradient_bytes,
+        gradient_bytes=sum(passage.gradient_storages.values()),
         is_output_saved=is_saved,
         can_rerun=not passage.changes_tensors,
     )
@@ -141,10 +141,11 @@ def _backward_peak(log: StepLog, index: int, kept: int) -> int:
     passage, during = log.passages[index], _backward(log, index)
     first = log.passages[index - 1].forward_end if index else log.start
     births = log.births[during]
-    changes, is_gradient = as_arrived(passage, log.changes[during], births)
+    gradients = passage.gradient_storages
+    changes, is_gradient = as_arrived(gradients, log.changes[during], births)
     mine = (births >= first) & (births < passage.forward_end)
     changes = changes[mine | is_gradient | (births >= during.start)]
-    arrived = kept + passage.gradient_bytes
+    arrived = kept + sum(gradients.values())
     return arrived + max(highest(changes), passage.unpacking_bytes)
 
 
@@ -234,9 +235,10 @@ class _Reruns:
         passage = self._dry.observed.passages[index]
         during = slice(passage.backward_start, self._first_use[index])
         births = self._births[during]
-        changes, is_gradient = as_arrived(passage, self._changes[during], births)
+        gradients = passage.gradient_storages
+        changes, is_gradient = as_arrived(gradients, self._changes[during], births)
         mine = is_gradient | (births >= during.start)
-        return passage.gradient_bytes + int(changes[mine].sum())
+        return sum(gradients.values()) + int(changes[mine].sum())
 
     def _save(self, tensor: Tensor) -> tuple[int, Tensor]:
         index = len(self._dry.observed.passages)

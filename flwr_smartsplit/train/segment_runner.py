@@ -51,7 +51,7 @@ class SegmentRunner:
         What the task's ``schedule_fn`` is told.
     is_trained : bool
         Whether it needs an optimizer; evaluation does not.
-    is_lean : bool
+    steps_in_backward : bool
         Whether large parameters are stepped inside backward, which frees their
         gradients at once and costs a little time. Only done where it is exact.
     device : torch.device
@@ -76,7 +76,7 @@ class SegmentRunner:
         streams: Streams = no_streams,
         config: Mapping[str, Any] | None = None,
         is_trained: bool = True,
-        is_lean: bool = False,
+        steps_in_backward: bool = False,
         device: torch.device = CPU,
     ) -> None:
         self.segment = segment if device == CPU else segment.to(device)
@@ -88,7 +88,9 @@ class SegmentRunner:
         needs_one = is_trained and bool(parameters)
         self.optimizer = optimizer_of(task, parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
-        self.is_early = is_lean and _can_be_early(self.optimizer, task)
+        self.steps_in_backward = steps_in_backward and _can_step_in_backward(
+            self.optimizer, task
+        )
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Gradients]] = []
         self._input_gradients: list[Tensor] = []
@@ -226,7 +228,7 @@ class SegmentRunner:
             )
 
     def _early_updates(self) -> AbstractContextManager[None]:
-        if self.optimizer is None or not self.is_early:
+        if self.optimizer is None or not self.steps_in_backward:
             return nullcontext()
         return early_updates(self.optimizer)
 
@@ -255,7 +257,7 @@ class SegmentRunner:
         return gradients
 
 
-def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:
+def _can_step_in_backward(optimizer: Optimizer | None, task: Task) -> bool:
     """Say whether parameters may be stepped before all gradients are there."""
     waits = task.max_gradient_norm is not None
     return optimizer is not None and not waits and steps_one_by_one(optimizer)
