@@ -94,15 +94,6 @@ def candidates_of(
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Find out who can take what.
 
-    Parameters
-    ----------
-    devices : Sequence[DeviceProfile]
-        All of one batch size.
-    space : SearchSpace
-        What there is at this batch size.
-    edges : Sequence[EdgeProfile]
-        The edges that are ready.
-
     Returns
     -------
     candidates : list[Candidate]
