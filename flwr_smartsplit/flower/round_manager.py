@@ -141,6 +141,7 @@ class CentralManager:
             step = ServerOptimizer(take_step, trained)
             self._server_steps = (step, *settings.server_steps)
         self._profiles: dict[int, ChainProfile] = {}
+        self._in_parts: dict[tuple[int, int], ChainProfile] = {}
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self._newest = 0
         self._state: State = {}
@@ -192,7 +193,10 @@ class CentralManager:
                 addresses=addresses,
                 cohort=cohort,
             )
-            profile = self._profiles[clients[key].batch_size]
+            size, accumulate = clients[key].batch_size, assignment.option.accumulate
+            profile = self._profiles[size]
+            if accumulate > 1:
+                profile = self._accumulated(size, accumulate)
             dispatch.sent[key] = self._sent(client_plan, assignment, profile)
         # Flower's legacy server does not ask what came of a phase that asked nobody.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
@@ -318,6 +322,7 @@ class CentralManager:
                 select=planning.select if phase.is_train else select_at_random,
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
+                accumulated=self._accumulated,
             ),
             rng=Random(seed),
             history=self.history,
@@ -325,6 +330,16 @@ class CentralManager:
         if phase.is_train:
             self.round_plans.append(plan)
         return plan
+
+    def _accumulated(self, batch_size: int, accumulate: int) -> ChainProfile:
+        """Find the chain's costs in so many micro-batches, the first time."""
+        kind = batch_size, accumulate
+        if kind not in self._in_parts:
+            task = replace(self.task, accumulate=max(accumulate, self.task.accumulate))
+            self._in_parts[kind] = profile_chain(
+                self.chain, batch_size=batch_size, task=task
+            )
+        return self._in_parts[kind]
 
     def _priced(
         self, round_number: int, clients: Mapping[str, DeviceProfile]
