@@ -74,9 +74,9 @@ def test_a_log_that_keeps_the_boundary_predicts_too_much(monkeypatch):
     """A device drops what it has sent; a log must not hold it either."""
     kept, observe = [], step_log.Observed._observe
 
-    def keep(self: object, index: int, value: Tensor) -> None:
+    def keep(self: object, index: int, value: Tensor) -> Tensor:
         kept.append(value)
-        observe(self, index, value)
+        return observe(self, index, value)
 
     monkeypatch.setattr(step_log.Observed, "_observe", keep)
     wrong = predicted(WIDE)
@@ -84,13 +84,15 @@ def test_a_log_that_keeps_the_boundary_predicts_too_much(monkeypatch):
     assert wrong != measured()
 
 
-@pytest.mark.parametrize("part", ["gradient_bytes", "unpacking_bytes", "packing_bytes"])
+@pytest.mark.parametrize("part", ["gradients", "unpacking_bytes", "packing_bytes"])
 def test_a_log_that_forgets_a_part_of_the_wire_predicts_too_little(monkeypatch, part):
     """The gradient that arrives, its re-laying, and the copy that closes gaps."""
     head_bytes = StepLog.head_bytes
 
     def forgetful(self: StepLog, index: int, temporary_bytes: int) -> int:
-        setattr(self.passages[index], part, 0)
+        passage = self.passages[index]
+        nothing = dict.fromkeys(passage.gradients, 0) if part == "gradients" else 0
+        setattr(passage, part, nothing)
         return head_bytes(self, index, temporary_bytes)
 
     monkeypatch.setattr(StepLog, "head_bytes", forgetful)

@@ -26,10 +26,10 @@ from tests.models import (
 
 MANY, NUM_BATCHES = 16, 3
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "unet": (unet, 9, 19),
-    "frozen unet": (frozen_unet, 9, 20),
-    "densenet": (densenet, 13, 32),
-    "residual blocks": (residual_blocks, 6, 14),
+    "unet": (unet, 7, 16),
+    "frozen unet": (frozen_unet, 7, 18),
+    "densenet": (densenet, 8, 23),
+    "residual blocks": (residual_blocks, 5, 13),
 }
 """Each model with its number of units where one tensor may cross, and where many may."""
 
