@@ -48,6 +48,10 @@ class Task:
     autocast_dtype : torch.dtype, optional
         Run forward and loss under ``torch.autocast`` with this type, such as
         ``torch.bfloat16``; not ``torch.float16``, which needs loss scaling.
+    accumulate : int
+        Micro-batches of a step: each batch is divided into so many parts, and their
+        gradients add up to one optimizer step, at every place. Less memory, the same
+        batch; BatchNorm sees the parts, as in any loop that accumulates.
     max_boundary_tensors : int
         The most tensors that may cross a cut. With 1, a model is cut where a single
         tensor is needed; with more, also inside blocks with skip connections, such as
@@ -81,6 +85,7 @@ class Task:
     schedule_fn: "Callable[[Optimizer, Mapping[str, Any]], Any] | None" = None
     max_gradient_norm: float | None = None
     autocast_dtype: "dtype | None" = None
+    accumulate: int = 1
     max_boundary_tensors: int = 1
     is_local: Callable[[str], bool] | None = None
 
@@ -122,6 +127,10 @@ class Task:
         norm = self.max_gradient_norm
         if norm is not None and not norm > 0:
             raise ValueError(f"max_gradient_norm is {norm}: give a number above 0.")
+        if self.accumulate < 1:
+            raise ValueError(
+                f"accumulate is {self.accumulate}: a step has at least 1 micro-batch."
+            )
         if str(self.autocast_dtype) == "torch.float16":
             raise ValueError(
                 "autocast_dtype is torch.float16, whose small gradients vanish without "

@@ -194,8 +194,14 @@ def _measurement(suite: str, given: dict[str, Any]) -> Run:
 
 def _experiment(suite: str, given: dict[str, Any]) -> Run:
     """Make an experiment with rounds ready to run."""
+    if suite not in SUITES:
+        raise ExperimentError(
+            f"suite {suite!r} is unknown: choose one of "
+            f"{', '.join([*SUITES, *STUDIES, *MEASUREMENTS])}."
+        )
     data = given.get("data", "digits")
-    experiment = _suite(suite, data)
+    data = str(Path(data).resolve()) if data.endswith(".npz") else data
+    experiment = SUITES[suite](data)
     _refuse(suite, given, {"models", "cases", "seeds"} & set(given))
     changes = _changes(given)
     if "methods" in given:
@@ -230,16 +236,6 @@ def _refuse(suite: str, given: dict[str, Any], names: set[str]) -> None:
         if suite in STUDIES:
             kind = "has cases that say this themselves"
         raise ExperimentError(f"suite {suite!r} {kind}: leave out {flags}.")
-
-
-def _suite(name: str, data: str) -> Experiment:
-    """Return the suite's experiment on a data set; a file's path is made absolute."""
-    if name not in SUITES:
-        raise ExperimentError(
-            f"suite {name!r} is unknown: choose one of "
-            f"{', '.join([*SUITES, *STUDIES, *MEASUREMENTS])}."
-        )
-    return SUITES[name](str(Path(data).resolve()) if data.endswith(".npz") else data)
 
 
 def _method_names(text: str) -> tuple[str, ...]:

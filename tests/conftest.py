@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,18 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 # Ray puts Unix sockets about 65 characters below this folder, and a socket's path may
 # have 103 to 107: the default folder of some systems is already too long.
 _SHORT = Path("/tmp")
 _LONG_FILES = ("test_device_process.py", "test_random_modules.py", "test_zoo.py")
+_SHARE_RAY = (
+    "test_equivalence.py",
+    "test_hosts.py",
+    "test_ray.py",
+    "test_transports.py",
+)
 _PRIVATE = tempfile.mkdtemp(prefix="fs-", dir=_SHORT if _SHORT.is_dir() else None)
 atexit.register(shutil.rmtree, _PRIVATE, ignore_errors=True)
 
@@ -48,6 +56,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in long)
 
 
+class _Scheduling(LoadFileScheduling):
+    """Give each worker whole files, and those that share a Ray to one worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "ray" if file.endswith(_SHARE_RAY) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling | None:
+    """Take ours in place of ``--dist loadfile``."""
+    return _Scheduling(config, log) if config.option.dist == "loadfile" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the Ray that files share after the last of them: others start their own."""
+    is_last = nextitem is None or nextitem.path.name not in _SHARE_RAY
+    if item.path.name in _SHARE_RAY and is_last and "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Run in an empty folder: a strategy that is told nothing writes its journal."""
@@ -73,10 +102,11 @@ def whole() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    """Start Ray for one test module, and end it."""
+def ray_cluster() -> None:
+    """Start Ray, unless a file before did: it takes seconds."""
     import ray  # noqa: PLC0415
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init(
+            address="local", num_cpus=1, include_dashboard=False, log_to_driver=False
+        )

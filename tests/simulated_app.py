@@ -24,6 +24,7 @@ from flwr_smartsplit import (
     build_client_app,
 )
 from flwr_smartsplit.plan.routes import RouteRequest
+from tests.in_process_grid import InProcessGrid
 
 NUM_CLASSES = 5
 EDGES = (RayEdge(), RayEdge(name="far"))
@@ -92,6 +93,13 @@ def all_kinds(request: RouteRequest) -> Route:
         Route((1, 5, 9), ("device", "edge", "far", "device")),
         Route.split(6),
     )[request.index]
+
+
+def run_here(strategy: Strategy, *, num_clients: int, num_rounds: int) -> Result:
+    """Run a strategy in this process, with clients that hold the whole model."""
+    app = build_client_app(partial(client_fn, budgets=[None] * num_clients))
+    grid = InProcessGrid([app] * num_clients)
+    return strategy.start(grid, initial_arrays(), num_rounds=num_rounds)
 
 
 def simulate(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from torch.nn import functional
 
@@ -92,16 +91,29 @@ SUBJECTS = {
     ),
     "resnet18": Subject(resnet18, RESNET18_NUM_UNITS, (3, 32, 32), 4),
 }
+SLOW_AT_RAY = (pytest.mark.ray, pytest.mark.slow)  # Each is an actor to start.
 EVERY_CASE = [
     pytest.param(edge, name, cut, marks=marks, id=f"{edge.name}-{name}-cut={cut}")
-    for edge, names, first_cut, marks in (
-        (LocalEdge(name="local"), ["small", "strided", "resnet18"], 0, ()),
-        (RayEdge(name="ray"), ["small", "resnet18"], 1, pytest.mark.ray),
+    for edge, name, first_cut, marks in (
+        (LocalEdge(name="local"), "small", 0, ()),
+        (LocalEdge(name="local"), "strided", 0, ()),
+        (LocalEdge(name="local"), "resnet18", 0, ()),
+        (RayEdge(name="ray"), "small", 1, pytest.mark.ray),
+        (RayEdge(name="ray"), "resnet18", 1, SLOW_AT_RAY),
     )
-    for name in names
     for cut in range(first_cut, SUBJECTS[name].num_units)
 ]
 """Every cut at both kinds of edge; cut 0 is the whole model on the device."""
+EVERY_STEP = [
+    pytest.param(
+        *case.values,
+        optimizer,
+        marks=SLOW_AT_RAY if optimizer == "adam" and case.marks else case.marks,
+        id=f"{case.id}-{optimizer}",
+    )
+    for case in EVERY_CASE
+    for optimizer in ("momentum", "adam")
+]
 
 
 @cache
@@ -192,14 +204,14 @@ def first_digest(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def place_at(tmp_path_factory) -> Iterator[Callable[[Any, str, str], Place]]:
+def place_at(request, tmp_path_factory) -> Iterator[Callable[[Any, str, str], Place]]:
     """Start each edge once, for all cuts of a subject with one optimizer."""
     started = []
 
     @cache
     def open_place(edge: Any, name: str, optimizer: str) -> Place:
-        if isinstance(edge.host, RayHost) and not ray.is_initialized():
-            ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        if isinstance(edge.host, RayHost):
+            request.getfixturevalue("ray_cluster")
         folder = tmp_path_factory.mktemp("gradients")
         task = SUBJECTS[name].task(optimizer)
         recorded = partial(recording, optimizer_fn=task.optimizer_fn, folder=folder)
@@ -213,7 +225,6 @@ def place_at(tmp_path_factory) -> Iterator[Callable[[Any, str, str], Place]]:
     yield open_place
     for edge, address in started:
         edge.stop(address)
-    ray.shutdown()
 
 
 def train_split(place: Place, cut: int, *, client_key: str = "a") -> Values:
@@ -259,8 +270,7 @@ def test_every_cut_of_the_chain_is_compared(name):
         assert chain.unit_names == SMALL_CNN_UNITS
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-@pytest.mark.parametrize(("edge", "name", "cut"), EVERY_CASE)
+@pytest.mark.parametrize(("edge", "name", "cut", "optimizer"), EVERY_STEP)
 def test_a_split_step_is_the_stock_models_step(place_at, edge, name, cut, optimizer):
     """Losses, gradients, buffers and parameters are the stock model's bits."""
     place = place_at(edge, name, optimizer)

@@ -13,7 +13,14 @@ from flwr_smartsplit.flower.serde.records import from_array_record, to_array_rec
 from flwr_smartsplit.plan.routes import deepest_route
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain
-from tests.simulated_app import BATCH_SIZE, EDGES, TASK, all_kinds, simulate
+from tests.simulated_app import (
+    BATCH_SIZE,
+    EDGES,
+    TASK,
+    all_kinds,
+    run_here,
+    simulate,
+)
 
 NUM_CLIENTS = 6
 NUM_ROUNDS = 3
@@ -71,13 +78,9 @@ def split_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArrayRecord, Pa
 
 @pytest.fixture(scope="module")
 def whole_run() -> ArrayRecord:
-    """Run the same six clients without budgets, so that nobody is split."""
-    return simulate(
-        smart_split(),
-        [None] * NUM_CLIENTS,
-        num_rounds=NUM_ROUNDS,
-        num_workers=2,
-    ).arrays
+    """Train the same six clients whole, and without Flower's engine."""
+    strategy = SmartSplit(TASK, seed=7, strategy=fedavg(), journal=None)
+    return run_here(strategy, num_clients=NUM_CLIENTS, num_rounds=NUM_ROUNDS).arrays
 
 
 def test_six_different_cuts_equal_the_whole_model_bit_for_bit(
@@ -92,6 +95,7 @@ def test_six_different_cuts_equal_the_whole_model_bit_for_bit(
     assert differences(arrays, whole_run) == []
 
 
+@pytest.mark.slow
 def test_one_worker_and_two_give_the_same_bits(
     split_run: tuple[ArrayRecord, Path],
 ) -> None:
@@ -125,6 +129,15 @@ def test_all_kinds_of_route_in_one_round_equal_the_whole_model(
     assert differences(mixed.arrays, whole_run) == []
 
 
+@pytest.mark.slow
+def test_flowers_engine_changes_no_bit_of_the_whole_model(
+    whole_run: ArrayRecord,
+) -> None:
+    budgets = [None] * NUM_CLIENTS
+    engine = simulate(smart_split(), budgets, num_rounds=NUM_ROUNDS, num_workers=2)
+    assert differences(engine.arrays, whole_run) == []
+
+
 def test_the_comparison_sees_a_single_changed_bit(whole_run: ArrayRecord) -> None:
     """A planted error of one last bit in one value is named."""
     bent = from_array_record(whole_run)
@@ -140,20 +153,13 @@ def test_stock_fedavg_drives_the_same_clients_to_the_same_state() -> None:
     Flower multiplies by weight fractions in float32, we divide a float64 sum once;
     both are right to float32's rounding.
     """
-    budgets: list[int | None] = [None] * NUM_CLIENTS
-    stock = simulate(
-        # Flower counts the nodes before it waits for them, hence the minimum.
-        FedAvg(fraction_evaluate=0.0, min_train_nodes=NUM_CLIENTS),
-        budgets,
-        num_rounds=1,
-        num_workers=2,
-    ).arrays
-    ours = simulate(
-        SmartSplit(TASK, strategy=fedavg()),
-        budgets,
-        num_rounds=1,
-        num_workers=2,
-    ).arrays
+    # Flower counts the nodes before it waits for them, hence the minimum.
+    plain = FedAvg(fraction_evaluate=0.0, min_train_nodes=NUM_CLIENTS)
+    split = SmartSplit(TASK, strategy=fedavg(), journal=None)
+    stock, ours = (
+        run_here(strategy, num_clients=NUM_CLIENTS, num_rounds=1).arrays
+        for strategy in (plain, split)
+    )
     assert list(stock) == list(ours)
     for name, array in ours.items():
         mine = array.numpy()

@@ -68,7 +68,7 @@ class Adapter:
         self._follow(runner, budget_bytes)
         if self._is_at_ease(runner, budget_bytes):
             return
-        profile, standing = self._costs(), self._standing(runner)
+        profile, standing = self._costs(runner), self._standing(runner)
         change = adapted(profile, standing, budget_bytes)
         if change is not None and not self._is_done(runner, *change):
             # The cut stays where it is; what is left are tighter plans.
@@ -81,10 +81,11 @@ class Adapter:
         is_room = change is None and self._is_calm(profile, standing, budget_bytes)
         self._calm_steps = self._calm_steps + 1 if is_room else 0
 
-    def _costs(self) -> ChainProfile:
+    def _costs(self, runner: RouteRunner) -> ChainProfile:
         """Find the chain's costs the first time that they are needed."""
         if self._profile is None:
-            self._profile = profile_of(self._task, batch_size=self._batch_size)
+            task = replace(self._task, accumulate=runner.accumulate)
+            self._profile = profile_of(task, batch_size=self._batch_size)
         return self._profile
 
     def _follow(self, runner: RouteRunner, budget_bytes: int | None) -> None:
@@ -92,7 +93,7 @@ class Adapter:
         advice, cohort = runner.advice, runner.plan.cohort
         if advice is None or advice.action is Action.RELEASE or cohort is None:
             return
-        profile, now = self._costs(), _option(runner)
+        profile, now = self._costs(runner), _option(runner)
         latest = runner.timer.latest(runner.route, runner.recompute)
         if latest is None:
             return  # Nobody knows what a step takes now.

@@ -46,25 +46,16 @@ class CutMover:
         step: int,
         norm: float | None,
     ) -> SegmentRunner:
-        """Move a cut; the edge has switched when this returns.
+        """Move a cut; return what runs the first segment from now on.
 
         Parameters
         ----------
-        head : SegmentRunner
-            Runs the first segment so far.
-        edge : EdgeClient
-            Reaches the first edge.
+        head, edge : SegmentRunner, EdgeClient
+            The first segment so far, and the first edge.
         cuts : tuple[int, int]
             The cut before and after.
-        step : int
-            How many steps are done.
-        norm : float or None
-            The norm of all gradients, if the edge's update waits for it.
-
-        Returns
-        -------
-        SegmentRunner
-            Runs the first segment from now on.
+        step, norm : int, float or None
+            How many steps are done, and the norm that the last update waits for.
 
         Raises
         ------

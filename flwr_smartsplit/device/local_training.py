@@ -70,7 +70,7 @@ class Conditions:
     clock : Callable[[], float]
         Seconds that only move forward.
     between_steps : Callable[[RouteRunner], None], optional
-        Called before each training step; it may move the runner's cut or have more run
+        Called before each training step; it may move the first cut or have more run
         twice, as an ``Adapter`` does.
     step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
         Says what a training step takes, as a simulation knows it; without it, the

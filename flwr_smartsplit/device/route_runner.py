@@ -27,13 +27,16 @@ from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
+from flwr_smartsplit.train.micro_batches import mean_loss, micro_batches
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.types import (
     KEEP_ALL,
+    WHOLE_BATCH,
     Advice,
     ClientPlan,
     Leg,
+    MicroBatch,
     Receipt,
     RecomputePlan,
     StepReport,
@@ -86,6 +89,7 @@ class RouteRunner:
         self._runners: list[SegmentRunner] = []
         self._edge: EdgeClient | None = None
         self._norm: float | None = None
+        self.accumulate = max(task.accumulate, plan.accumulate)
 
     def open(
         self,
@@ -119,6 +123,7 @@ class RouteRunner:
                 is_trained=self._is_trained,
                 token=token,
                 batch_size=batch_size,
+                accumulate=self.accumulate,
             )
             address = self.plan.edge_addresses[legs[0].place]
             transport = connect(legs[0].place, address)
@@ -136,8 +141,8 @@ class RouteRunner:
         """Evaluate one batch, metered if it is its turn."""
         inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
-            values = self._evaluated(inputs, targets)
-        self.metrics.count(int(targets.shape[0]), values)
+            for _, (x, y) in micro_batches((inputs, targets), self.accumulate):
+                self.metrics.count(int(y.shape[0]), self._evaluated(x, y))
 
     @property
     def num_steps(self) -> int:
@@ -258,27 +263,40 @@ class RouteRunner:
     # --- one step -----------------------------------------------------------------
 
     def _step(self, inputs: Batch, targets: Tensor) -> float:
-        """Train on one batch; what a step holds ends where it is used last."""
+        """Train on one batch, micro-batch by micro-batch; return its mean loss."""
+        losses: list[tuple[float, int]] = []
+        norms: Mapping[str, float] = {}
+        for part, (x, y) in micro_batches((inputs, targets), self.accumulate):
+            loss, norms = self._forward_backward(x, y, part)
+            losses.append((loss, int(y.shape[0])))
+        self._update(norms)
+        return mean_loss(losses)
+
+    def _forward_backward(
+        self, inputs: Batch, targets: Tensor, part: MicroBatch
+    ) -> tuple[float, Mapping[str, float]]:
+        """Return loss and gradient norms; what a step holds ends where used last."""
         head, edge = self._runners[0], self._edge
+        at: dict[str, Any] = {"step": self.num_steps, "part": part}
         if edge is None:
-            loss, _ = head.finish(
-                inputs, targets, step=self.num_steps, inputs_are_boundary=False
-            )
-            self._update({})
-            return float(loss)
+            loss, _ = head.finish(inputs, targets, inputs_are_boundary=False, **at)
+            return float(loss), {}
         stepped = edge.forward(
-            head.forward(inputs, step=self.num_steps, inputs_are_boundary=False),
-            self._request(targets),
+            head.forward(inputs, inputs_are_boundary=False, **at),
+            self._request(targets, part),
         )
-        self.advice, mean_loss = stepped.advice, stepped.values.get("loss", 0.0)
+        self.advice, value = stepped.advice, stepped.values.get("loss", 0.0)
         if self.route.returns:
-            mean_loss, stepped = self._finish(stepped, targets, edge)
+            value, stepped = self._finish(stepped, targets, edge, part)
         head.backward(lambda: edge.outward.decode(stepped.gradients))
-        self._update(stepped.norms)
-        return mean_loss
+        return value, stepped.norms
 
     def _finish(
-        self, stepped: wire.Stepped, targets: Tensor, edge: EdgeClient
+        self,
+        stepped: wire.Stepped,
+        targets: Tensor,
+        edge: EdgeClient,
+        part: MicroBatch,
     ) -> tuple[float, wire.Stepped]:
         """Finish a step whose end is here: the labels never leave the device."""
         tail, step = self._runners[-1], self.num_steps
@@ -286,24 +304,30 @@ class RouteRunner:
             edge.returning.decode(stepped.boundary),
             targets,
             step=step,
+            part=part,
             inputs_are_boundary=True,
         )
-        mean_loss = float(loss)
+        value = float(loss)
         del loss
-        if self._task.max_gradient_norm is None:
+        if self._task.max_gradient_norm is None and part.count == 1:
             tail.release_gradients()  # They have been used.
         sent = edge.returning.encode(gradients)
         del gradients
-        return mean_loss, edge.backward(wire.Backward(step=step, gradients=sent))
+        back = wire.Backward(step=step, part=part, gradients=sent)
+        return value, edge.backward(back)
 
-    def _request(self, targets: Tensor) -> wire.Forward:
+    def _request(self, targets: Tensor, part: MicroBatch) -> wire.Forward:
         """Say all of a step but its boundary."""
+        seconds = None
+        if self._is_trained:
+            seconds = self.timer.latest(self.route, self.recompute)
         return wire.Forward(
             step=self.num_steps,
             targets=None if self.route.returns else WireTensor.pack(targets),
             num_examples=int(targets.shape[0]),
+            part=part,
             norm=self._norm,
-            step_seconds=self.timer.latest(self.route, self.recompute),
+            step_seconds=seconds,
         )
 
     def _update(self, norms: Mapping[str, float]) -> None:
@@ -322,7 +346,7 @@ class RouteRunner:
         if edge is None:
             return head.assess(head.evaluate(inputs), targets)
         stepped = edge.forward(
-            as_boundary(head.evaluate(inputs)), self._request(targets)
+            as_boundary(head.evaluate(inputs)), self._request(targets, WHOLE_BATCH)
         )
         if not self.route.returns:
             return stepped.values
@@ -344,7 +368,7 @@ class RouteRunner:
             streams=self.streams,
             config=self.plan.config,
             is_trained=self._is_trained,
-            is_lean=True,
+            steps_in_backward=True,
             device=self._device,
         )
         runner.recompute = self.recompute

@@ -7,6 +7,7 @@ waits could not serve the sessions it waits for. Whoever asks is told when to as
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from threading import Lock
 
 from flwr_smartsplit.edge import protocol as wire
@@ -56,7 +57,7 @@ class Admission:
         self._sealed = dict(sealed)
         self._usual_seconds = 0.0
         self._lock = Lock()
-        self._profiles: dict[int, ChainProfile] = {}
+        self._profiles: dict[tuple[int, int], ChainProfile] = {}
         self._needed: dict[str, _Needed] = {}
 
     @property
@@ -93,7 +94,7 @@ class Admission:
             return
         opened = session.opened
         before = self._needed.get(opened.session, _UNKNOWN)
-        num_examples = getattr(request, "num_examples", 0)
+        num_examples = getattr(request, "num_examples", 0) * request.part.count
         needed = max(before[0], num_examples), session.start
         if needed != before:
             self._reserve_for(opened, needed)
@@ -127,10 +128,11 @@ class Admission:
 
     def _need(self, opened: wire.OpenSession, needed: _Needed) -> TailBytes:
         batch_size, start = needed
-        if batch_size not in self._profiles:
-            profile = profile_of(self._task, batch_size=batch_size)
-            self._profiles[batch_size] = profile
-        need = tail_bytes(self._profiles[batch_size], start, opened.stop)
+        kind = batch_size, opened.accumulate
+        if kind not in self._profiles:
+            task = replace(self._task, accumulate=opened.accumulate)
+            self._profiles[kind] = profile_of(task, batch_size=batch_size)
+        need = tail_bytes(self._profiles[kind], start, opened.stop)
         return need if opened.is_trained else need._replace(disk_bytes=0)
 
     # --- the account --------------------------------------------------------------

@@ -37,6 +37,7 @@ def opening_of(
     is_trained: bool,
     token: str,
     batch_size: int | None = None,
+    accumulate: int = 1,
 ) -> wire.OpenSession:
     """Ask the first of the edges of a route for a session, and it the next.
 
@@ -52,6 +53,8 @@ def opening_of(
         Of this opening.
     batch_size : int, optional
         The most examples that a batch will have, if the device knows.
+    accumulate : int
+        Into how many micro-batches a batch is divided.
     """
     onward = None
     for leg in reversed(legs):
@@ -75,6 +78,7 @@ def opening_of(
             num_examples=plan.num_examples,
             batch_size=batch_size,
             variant=plan.variant,
+            accumulate=accumulate,
             codecs=plan.codecs[cut_index:],
         )
         onward = wire.Onward(plan.edge_addresses[leg.place], opening)

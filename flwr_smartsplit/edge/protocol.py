@@ -14,7 +14,15 @@ import numpy.typing as npt
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.edge.weighted_mean import WeightedSum
 from flwr_smartsplit.memory.meter import unmetered
-from flwr_smartsplit.types import WHOLE, Advice, Cohort, Receipt, Variant
+from flwr_smartsplit.types import (
+    WHOLE,
+    WHOLE_BATCH,
+    Advice,
+    Cohort,
+    MicroBatch,
+    Receipt,
+    Variant,
+)
 
 ReplyT = TypeVar("ReplyT")
 State = Mapping[str, npt.NDArray[Any]]
@@ -87,6 +95,8 @@ class OpenSession(Request[Opened]):
         The most examples that a batch will have, if the device knows.
     variant : Variant
         What of the global model is trained; the receipt says it again.
+    accumulate : int
+        Into how many micro-batches a batch is divided.
     codecs : tuple[str, ...]
         How each crossing is written from the one into this edge on; empty for ``RAW``.
     """
@@ -109,6 +119,7 @@ class OpenSession(Request[Opened]):
     num_examples: int = 0
     batch_size: int | None = None
     variant: Variant = WHOLE
+    accumulate: int = 1
     codecs: tuple[str, ...] = ()
 
 
@@ -165,7 +176,9 @@ class Forward(Request[Stepped]):
     targets : WireTensor, optional
         What the batch should give.
     num_examples : int
-        Examples in the batch.
+        Examples in the micro-batch.
+    part : MicroBatch
+        Which part of the step's batch it is.
     norm : float, optional
         The norm of all gradients of the step before, whose update waited for it.
     step_seconds : float, optional
@@ -183,6 +196,7 @@ class Forward(Request[Stepped]):
     boundary: tuple[WireTensor, ...] = ()
     targets: WireTensor | None = None
     num_examples: int
+    part: MicroBatch = WHOLE_BATCH
     norm: float | None = None
     step_seconds: float | None = None
 
@@ -202,7 +216,7 @@ class Backward(Request[Stepped]):
 
     Parameters
     ----------
-    session, incarnation, step : str, str, int
+    session, incarnation, step, part : str, str, int, MicroBatch
         As for ``Forward``.
     gradients : tuple[WireTensor, ...]
         Of those tensors of the returned boundary that need one, in order.
@@ -211,6 +225,7 @@ class Backward(Request[Stepped]):
     session: str = ""
     incarnation: str = ""
     step: int
+    part: MicroBatch = WHOLE_BATCH
     gradients: tuple[WireTensor, ...]
 
 

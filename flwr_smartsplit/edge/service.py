@@ -159,7 +159,7 @@ class EdgeService:
             streams=UnitStreams(opened.seed, opened.round_number, opened.client_key),
             config=opened.config,
             is_trained=opened.is_trained,
-            is_lean=self._steps_in_backward,
+            steps_in_backward=self._steps_in_backward,
             device=self._device,
         )
 

@@ -7,7 +7,7 @@ edge to edge and never back through the device, which may be too small to hold i
 import threading
 import zlib
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
+from flwr_smartsplit.train.micro_batches import mean_loss
 from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.train.unit_migration import Make
 from flwr_smartsplit.types import Advice
 
 StepRequest = wire.Forward | wire.Backward
+Place = tuple[int, int, bool]
 
 
 class Session:
@@ -96,6 +98,7 @@ class Session:
                 self._inward.decode(request.boundary),
                 request.targets.unpack().to(self._inward.device),
                 step=request.step,
+                part=request.part,
                 inputs_are_boundary=True,
             )
             stepped = wire.Stepped(values={"loss": float(loss)})
@@ -115,6 +118,7 @@ class Session:
         return self.runner.forward(
             self._inward.decode(request.boundary),
             step=request.step,
+            part=request.part,
             inputs_are_boundary=True,
         )
 
@@ -133,9 +137,9 @@ class Session:
         advice: Advice | None = None,
     ) -> wire.Stepped:
         """Send back this place's gradients, and its norms beside those further on."""
-        return replace(
-            stepped,
+        return wire.Stepped(
             gradients=self._inward.encode(gradients),
+            values=stepped.values,
             norms={**stepped.norms, **self.runner.gradient_norms()},
             advice=advice,
         )
@@ -217,16 +221,21 @@ class Advisor:
         self._progress = Progress(
             num_examples=opened.num_examples, importance_before=opened.importance
         )
+        self._losses: list[tuple[float, int]] = []  # Of the step's micro-batches.
 
     def after(self, request: wire.Forward, loss: float) -> Advice | None:
         """Judge the client by this step too, and say what it should change."""
         if self._cohort is None:
             return None
+        self._losses.append((loss, request.num_examples))
+        if not request.part.is_last:
+            return None
+        losses, self._losses = self._losses, []
         self._progress, advice = judged(
             self._progress,
             self._cohort,
-            loss=loss,
-            num_examples=request.num_examples,
+            loss=mean_loss(losses),
+            num_examples=sum(size for _, size in losses),
             step_seconds=request.step_seconds,
         )
         return advice
@@ -239,8 +248,8 @@ class Advisor:
 class RequestOrder:
     """Do each request of one session once and in order; answer a repetition again.
 
-    A step takes one request if its end is at an edge, and two if it is at the device:
-    places in the order are counted in half steps.
+    A micro-batch takes one request if its end is at an edge, and two if it is at the
+    device. A request's place is its step, its micro-batch, and whether it goes back.
 
     Parameters
     ----------
@@ -250,8 +259,8 @@ class RequestOrder:
 
     def __init__(self, session: str) -> None:
         self._session = session
-        self._next = 0
-        self._last: tuple[int, int] | None = None  # Place and checksum.
+        self._next: Place = (0, 0, False)
+        self._last: tuple[Place, int] | None = None  # With a checksum.
         self._last_reply = wire.Stepped()
         self._num_moves = 0
         self._last_move: tuple[int, Moved] | None = None
@@ -259,14 +268,15 @@ class RequestOrder:
     @property
     def num_steps(self) -> int:
         """How many steps are done."""
-        return self._next // 2
+        return self._next[0]
 
     def answer(
         self, request: StepRequest, do: Callable[[], wire.Stepped]
     ) -> wire.Stepped:
         """Do a step's request, or repeat the reply to it."""
         is_back = isinstance(request, wire.Backward)
-        place, code = 2 * request.step + is_back, _checksum(request)
+        place = (request.step, request.part.index, is_back)
+        code = _checksum(request)
         if self._last == (place, code):
             return self._last_reply
         if place != self._next:
@@ -275,14 +285,13 @@ class RequestOrder:
         self.forget_reply()
         self._last_reply = do()
         self._last, self._last_move = (place, code), None
-        is_half = isinstance(request, wire.Backward) or request.targets is None
-        self._next += 1 if is_half else 2
+        self._next = _place_after(request)
         return self._last_reply
 
     def answer_move(self, request: MoveCut, do: Callable[[], Moved]) -> Moved:
         """Do a move between two steps, or repeat the reply to it."""
         code = checksum(request)
-        is_between = 2 * request.step == self._next
+        is_between = self._next == (request.step, 0, False)
         is_last = is_between and request.number == self._num_moves - 1
         if is_last and self._last_move is not None and self._last_move[0] == code:
             return self._last_move[1]
@@ -308,6 +317,14 @@ class RequestOrder:
             step=request.step,
             num_steps=self.num_steps,
         )
+
+
+def _place_after(request: StepRequest) -> Place:
+    """Say which request comes next."""
+    step, part = request.step, request.part
+    if isinstance(request, wire.Forward) and request.targets is None:
+        return (step, part.index, True)
+    return (step + 1, 0, False) if part.is_last else (step, part.index + 1, False)
 
 
 def _checksum(request: StepRequest) -> int:

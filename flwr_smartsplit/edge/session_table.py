@@ -3,21 +3,19 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import numpy as np
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.admission import Admission
 from flwr_smartsplit.edge.client import EdgeClient
-from flwr_smartsplit.edge.session import Session
+from flwr_smartsplit.edge.cut_moves import MoveCut
+from flwr_smartsplit.edge.session import Session, StepRequest
 from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.errors import EdgeFull, RefusedMove, RefusedTail, StaleSession
 from flwr_smartsplit.split.build import state_views
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import Receipt
-
-ReplyT = TypeVar("ReplyT")
 
 
 @dataclass(frozen=True)
@@ -27,18 +25,6 @@ class _Sealed:
     incarnation: str
     receipts: tuple[Receipt, ...]
     onward: EdgeClient | None
-
-
-class Named(Protocol):
-    """A request to one opening of a session."""
-
-    @property
-    def session(self) -> str:
-        """The session's name."""
-
-    @property
-    def incarnation(self) -> str:
-        """The opening, as it was answered."""
 
 
 class SessionTable:
@@ -85,7 +71,7 @@ class SessionTable:
         return session
 
     @contextmanager
-    def held(self, request: Named) -> Iterator[Session]:
+    def held(self, request: StepRequest | MoveCut | wire.Seal) -> Iterator[Session]:
         """Have a session to oneself, if it is still this opening's.
 
         Raises
@@ -95,10 +81,10 @@ class SessionTable:
         """
         session = self._open.get(request.session)
         if session is None or session.incarnation != request.incarnation:
-            raise self._stale(request)
+            raise self._stale(request.session, request.incarnation)
         with session.lock, torch_threads(session.opened.num_threads):
             if self._open.get(request.session) is not session:
-                raise self._stale(request)
+                raise self._stale(request.session, request.incarnation)
             yield session
 
     @contextmanager
@@ -133,7 +119,7 @@ class SessionTable:
             return
         if current is None:
             self._admission.free(name)
-        raise self._stale(wire.Abandon(name, session.incarnation))
+        raise self._stale(name, session.incarnation)
 
     def seal(self, session: Session, request: wire.Seal) -> tuple[Receipt, ...]:
         """Finish a session here and further on, put its tail on disk, and close it.
@@ -175,7 +161,7 @@ class SessionTable:
         )
         if self._open.get(name) is not session:  # A later opening stays.
             self._store.drop_tail(name)
-            raise self._stale(request)
+            raise self._stale(request.session, request.incarnation)
         receipts = (receipt, *after)
         self._sealed[name] = _Sealed(session.incarnation, receipts, session.onward)
         del self._open[name]
@@ -210,8 +196,7 @@ class SessionTable:
         self._store.drop_tail(name)
         self._admission.free(name)
 
-    def _stale(self, request: Named) -> StaleSession:
-        name, opening = request.session, request.incarnation
+    def _stale(self, name: str, opening: str) -> StaleSession:
         return StaleSession(
             f"session {name} of incarnation {opening!r} is not open at this edge "
             f"(incarnation {self._incarnation!r}): the edge restarted or the session "

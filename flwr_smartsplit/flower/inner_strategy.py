@@ -7,9 +7,10 @@ not: of a split client, no whole model reaches the server.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from logging import LogRecord, getLogger
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common import EvaluateIns, FitIns, Parameters, Scalar
@@ -21,8 +22,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as message
 
 from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.fedprox import proximal
 
 _log = getLogger("flwr")
+_PROXIMAL = (message.FedProx, legacy.FedProx)
 
 _WHY = {
     ("Krum", "MultiKrum", "Bulyan", "FedMedian", "FedTrimmedAvg", "QFedAvg"): (
@@ -87,6 +91,29 @@ def check_strategy(strategy: object, api: _Api) -> None:
         )
 
 
+def check_proximal(strategy: object, task: Task) -> None:
+    """Refuse FedProx over a task that would not add its term.
+
+    Raises
+    ------
+    ValueError
+        Saying how the task adds it.
+    """
+    mu = getattr(strategy, "proximal_mu", 0.0)
+    made = task.optimizer_fn
+    of_task = made.keywords["mu"] if _is_proximal(made) else 0.0
+    if mu != of_task and task.schedule_fn is None and isinstance(strategy, _PROXIMAL):
+        raise ValueError(
+            f"strategy=FedProx(proximal_mu={mu}) asks clients for a term that the task "
+            f"adds with mu={of_task}: give Task(optimizer_fn=partial(proximal, "
+            f"optimizer_fn=..., mu={mu})), or a schedule_fn that reads it."
+        )
+
+
+def _is_proximal(made: object) -> TypeGuard[partial[Any]]:
+    return isinstance(made, partial) and made.func is proximal
+
+
 def has_server_step(strategy: object, api: _Api) -> bool:
     """Say whether a strategy changes the clients' mean."""
     return _definer(type(strategy), api.merge) in api.steps
@@ -143,7 +170,8 @@ def message_config(
     """
     configure = strategy.configure_train if is_train else strategy.configure_evaluate
     grid = _AnyNodes(strategy)
-    with without_fedavgs_log():
+    # So that few messages are made, however many nodes it waits for.
+    with without_fedavgs_log(), instead(strategy, "min_available_nodes", 1):
         asked = list(configure(server_round, arrays, config, cast(Grid, grid)))
     size = sample_size(strategy, len(grid.get_node_ids()), is_train=is_train)
     configs = [_told(strategy, each, arrays) for each in asked]
@@ -197,6 +225,17 @@ def without_fedavgs_log() -> Iterator[None]:
         _log.removeFilter(_is_not_fedavgs)
 
 
+@contextmanager
+def instead(strategy: object, name: str, value: object) -> Iterator[None]:
+    """Give a strategy another value for a moment."""
+    usual = getattr(strategy, name)
+    setattr(strategy, name, value)
+    try:
+        yield
+    finally:
+        setattr(strategy, name, usual)
+
+
 def _is_not_fedavgs(record: LogRecord) -> bool:
     return record.module != "fedavg"
 
@@ -209,8 +248,7 @@ class _AnyNodes:
 
     def get_node_ids(self) -> range:
         each = self._strategy
-        least = each.min_available_nodes, each.min_train_nodes, each.min_evaluate_nodes
-        return range(max(*least, 1))
+        return range(max(each.min_train_nodes, each.min_evaluate_nodes, 1))
 
 
 class _AnyClients(SimpleClientManager):

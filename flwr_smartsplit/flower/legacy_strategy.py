@@ -27,6 +27,7 @@ from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.flower.inner_strategy import (
     LEGACY_API,
+    check_proximal,
     check_strategy,
     has_server_step,
     legacy_config,
@@ -90,6 +91,7 @@ class LegacySmartSplit(Strategy):
         super().__init__()
         self.strategy = FedAvg() if strategy is None else strategy
         check_strategy(self.strategy, LEGACY_API)
+        check_proximal(self.strategy, task)
         has_step = has_server_step(self.strategy, LEGACY_API)
         settings = Settings(
             planning=planning,

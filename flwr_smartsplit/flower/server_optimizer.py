@@ -10,8 +10,7 @@ References
    Federated Visual Classification", 2019, arXiv:1909.06335 (server momentum).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -29,7 +28,7 @@ from flwr.server import strategy as legacy
 from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 
-from flwr_smartsplit.flower.inner_strategy import without_fedavgs_log
+from flwr_smartsplit.flower.inner_strategy import instead, without_fedavgs_log
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.server.aggregation import RoundSummary
 
@@ -71,6 +70,9 @@ class ServerOptimizer:
         return taken
 
 
+# A strategy's own metric function is never shown our one reply.
+
+
 def message_step(
     strategy: FedAvg, round_number: int, start: State, mean: State
 ) -> State:
@@ -84,7 +86,7 @@ def message_step(
     reply = Message(content, message_type="train", dst_node_id=0)
     with (
         without_fedavgs_log(),
-        _instead(strategy, "train_metrics_aggr_fn", lambda *_: MetricRecord()),
+        instead(strategy, "train_metrics_aggr_fn", lambda *_: MetricRecord()),
     ):
         arrays, _ = strategy.aggregate_train(round_number, [reply])
     return from_array_record(cast(ArrayRecord, arrays))
@@ -108,20 +110,9 @@ def legacy_step(
     )
     with (
         without_fedavgs_log(),
-        _instead(strategy, "fit_metrics_aggregation_fn", lambda _: {}),
+        instead(strategy, "fit_metrics_aggregation_fn", lambda _: {}),
     ):
         nobody = cast(ClientProxy, None)
         parameters, _ = strategy.aggregate_fit(round_number, [(nobody, result)], [])
     arrays = parameters_to_ndarrays(cast(Parameters, parameters))
     return dict(zip(start, arrays, strict=True))
-
-
-@contextmanager
-def _instead(strategy: object, name: str, value: object) -> Iterator[None]:
-    """Do not show the user's function our one reply."""
-    usual = getattr(strategy, name)
-    setattr(strategy, name, value)
-    try:
-        yield
-    finally:
-        setattr(strategy, name, usual)

@@ -22,6 +22,7 @@ from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower import messages
 from flwr_smartsplit.flower.inner_strategy import (
     MESSAGE_API,
+    check_proximal,
     check_strategy,
     has_server_step,
     message_config,
@@ -113,6 +114,7 @@ class SmartSplit(Strategy):
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
         check_strategy(self.strategy, MESSAGE_API)
+        check_proximal(self.strategy, task)
         has_step = has_server_step(self.strategy, MESSAGE_API)
         settings = Settings(
             planning=planning,

@@ -52,7 +52,7 @@ def tail_bytes(profile: ChainProfile, start: int, stop: int) -> TailBytes:
     units = profile.units[start:stop]
     resident = sum(unit.resident_bytes for unit in units)
     state = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
-    gradients = sum(unit.gradient_bytes for unit in units)
+    gradients = sum(unit.new_gradient_bytes for unit in units)
     if stop == len(profile.units):
         step = units[0].return_bytes + profile.targets_bytes
     else:

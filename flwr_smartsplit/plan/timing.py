@@ -58,8 +58,9 @@ def work_of(
     return Work(
         device_flops=STEP_OVER_FORWARD * forward + extra,
         edge_flops=STEP_OVER_FORWARD * rest,
-        boundary_bytes=sum(units[cut - 1].boundary_bytes for cut in crossed),
-        num_exchanges=len(crossed),
+        boundary_bytes=profile.num_micro_batches
+        * sum(units[cut - 1].boundary_bytes for cut in crossed),
+        num_exchanges=profile.num_micro_batches * len(crossed),
         state_bytes=sum(unit.parameter_bytes + unit.buffer_bytes for unit in own),
         extra_flops=extra,
     )

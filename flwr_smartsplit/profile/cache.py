@@ -90,7 +90,7 @@ def _facts(chain: Chain, batch_size: int, task: Task) -> Iterator[Any]:
         for name, tensor in named:
             yield name, _shape(tensor), tensor.stride(), tensor.requires_grad
     yield describe(task.loss_fn), describe(task.optimizer_fn)
-    yield str(task.autocast_dtype), task.max_gradient_norm is not None
+    yield str(task.autocast_dtype), task.max_gradient_norm is not None, task.accumulate
 
 
 def _version(package: str) -> str:

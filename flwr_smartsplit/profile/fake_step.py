@@ -1,6 +1,7 @@
 """A training step of a whole chain under fake tensors, run to be logged."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -19,8 +20,9 @@ from flwr_smartsplit.split.fake_tensors import (
     fake_copy,
 )
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.micro_batches import micro_batch_size, micro_batches
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
+from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch, RecomputePlan
 
 
 class DryStep:
@@ -37,7 +39,7 @@ class DryStep:
     """
 
     def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
-        is_lean = task.max_gradient_norm is None
+        steps_in_backward = task.max_gradient_norm is None
         # Both look at values, and hold nothing that a plain step does not.
         task = replace(task, max_gradient_norm=None, schedule_fn=None)
         self._mode, self.meter = DryRun(), LoggingMeter()
@@ -49,17 +51,34 @@ class DryStep:
             batch_size=batch_size,
         )
         with self._mode:
-            self.runner = SegmentRunner(self.observed, task, is_lean=is_lean)
+            self._parts = _parts(self._batch, batch_size, task)
+            self.runner = SegmentRunner(
+                self.observed, task, steps_in_backward=steps_in_backward
+            )
             self.meter.track(self._batch)
             self.batch_bytes = self.meter.live_bytes
             self.meter.track(self.segment, self.runner.optimizer)  # Some have a state.
 
     def run(self, step: int) -> int:
-        """Do one step; return the change where it began."""
-        start = self.meter.position
+        """Do one step; return the change where its last micro-batch began."""
         with self._mode, self.meter:
-            self.runner.finish(*self._batch, step=step, inputs_are_boundary=False)
+            for part, batch in self._parts:
+                start = self.meter.position
+                self.runner.finish(
+                    *batch, step=step, inputs_are_boundary=False, part=part
+                )
         return start
+
+
+def _parts(batch: Any, batch_size: int, task: Task) -> list[tuple[MicroBatch, Any]]:
+    """Divide a batch into two micro-batches of the largest size, or leave it whole.
+
+    The last one takes most: the gradients of all before it are there.
+    """
+    if micro_batch_size(batch_size, task.accumulate) == batch_size:
+        return [(WHOLE_BATCH, batch)]
+    _, largest = next(micro_batches(batch, task.accumulate))
+    return [(MicroBatch(index, 2), largest) for index in range(2)]
 
 
 def log_step(
@@ -102,7 +121,9 @@ def log_step(
         backward_end=ends[-1] if ends else dry.meter.position,
         batch_bytes=dry.batch_bytes,
         used=Used(
-            frozenset(trained), _seen(dry.segment, dry.meter), dry.runner.is_early
+            frozenset(trained),
+            _seen(dry.segment, dry.meter),
+            dry.runner.steps_in_backward,
         ),
     )
 

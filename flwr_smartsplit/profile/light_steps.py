@@ -53,7 +53,8 @@ def light_steps(
     steps, _ = step_bytes(chain, log, batch_size=batch_size, task=task, recompute=plan)
     for index in plan.light:
         more = log.rerun_flops(index) - plain.rerun_flops(index)
-        found[index] = replace(steps[index], rerun_flops=more)
+        times = min(task.accumulate, batch_size)
+        found[index] = replace(steps[index], rerun_flops=more * times)
     return found
 
 

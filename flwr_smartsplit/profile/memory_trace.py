@@ -228,7 +228,7 @@ class Used:
 
     trained: frozenset[str]
     constants: frozenset[str]
-    is_early: bool
+    steps_in_backward: bool
 
 
 class StepLog:
@@ -245,7 +245,7 @@ class StepLog:
         but are neither parameters nor buffers.
     optimizer_temporary_bytes : int
         What the optimizer's last step made beyond what was there before it.
-    is_early : bool
+    steps_in_backward : bool
         Whether large parameters were stepped inside backward.
     changes, births : ndarray
         Bytes of each change, and the change that first saw the storage.
@@ -268,7 +268,7 @@ class StepLog:
         self.peak_bytes = meter.peak_bytes
         self.batch_bytes = batch_bytes
         self.trained, self.constants = used.trained, used.constants
-        self.is_early = used.is_early
+        self.steps_in_backward = used.steps_in_backward
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
         self.passages = passages

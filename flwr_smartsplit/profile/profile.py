@@ -26,6 +26,7 @@ from flwr_smartsplit.profile.unit_memory import step_bytes, unit_flops
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import early_ones
 from flwr_smartsplit.types import ChainProfile, UnitCost
 
@@ -99,6 +100,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
             "and optimizer must fit the examples and not look at values.",
             batch_size=batch_size,
         ) from error
+    accumulates = min(task.accumulate, batch_size) > 1
     return ChainProfile(
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
@@ -112,12 +114,18 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
                 light,
             )
             for unit, (forward, rerun), step, light in zip(
-                _unit_costs(chain, log, optimizers), flops, steps, lights, strict=True
+                _unit_costs(chain, log, optimizers, accumulates),
+                flops,
+                steps,
+                lights,
+                strict=True,
             )
         ),
         loss=loss,
         updates_last=task.max_gradient_norm is not None,
-        targets_bytes=batch_size * task.example_targets[:1].nbytes,
+        targets_bytes=micro_batch_size(batch_size, task.accumulate)
+        * task.example_targets[:1].nbytes,
+        num_micro_batches=min(task.accumulate, batch_size),
     )
 
 
@@ -125,6 +133,7 @@ def _unit_costs(
     chain: Chain,
     log: StepLog,
     optimizers: Sequence["_OptimizerCost"],
+    accumulates: bool,
 ) -> tuple[UnitCost, ...]:
     """Put together what each unit costs, and what a device holds that ends with it."""
     last = len(chain) - 1
@@ -141,6 +150,7 @@ def _unit_costs(
         buffer_bytes = _total_bytes(segment.buffers()) + sum(constants.values())
         optimizer = optimizers[index]
         static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
+        static_bytes += optimizer.gradient_bytes * accumulates
         is_last = index == last
         units.append(
             UnitCost(
@@ -149,6 +159,7 @@ def _unit_costs(
                 buffer_bytes=buffer_bytes,
                 gradient_bytes=optimizer.gradient_bytes,
                 optimizer_state_bytes=optimizer.state_bytes,
+                keeps_gradient=accumulates,
                 saved_bytes=log.saved_bytes(index),
                 boundary_bytes=0 if is_last else log.boundary_bytes(index),
                 forward_flops=0,  # Counted apart.
@@ -219,7 +230,7 @@ def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:
 def _late(segment: nn.Module, log: StepLog) -> list[Tensor]:
     """List the parameters that are stepped when backward is over."""
     trained = _trained(segment, log)
-    early = {id(p) for p in early_ones(trained)} if log.is_early else set()
+    early = {id(p) for p in early_ones(trained)} if log.steps_in_backward else set()
     return [parameter for parameter in trained if id(parameter) not in early]
 
 

@@ -24,6 +24,7 @@ from flwr_smartsplit.profile.memory_trace import (
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.segment_runner import autocast_of
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes
 
@@ -58,10 +59,10 @@ def step_bytes(
     loss : StepBytes
         The loss.
     """
-    passing = _passing_peaks(
-        chain, batch_size=batch_size, task=task, recompute=recompute
-    )
-    reruns = _Reruns(chain, batch_size=batch_size, task=task, recompute=recompute)
+    size = micro_batch_size(batch_size, task.accumulate)
+    task = replace(task, accumulate=1)
+    passing = _passing_peaks(chain, batch_size=size, task=task, recompute=recompute)
+    reruns = _Reruns(chain, batch_size=size, task=task, recompute=recompute)
     units = [
         replace(
             _unit(log, index),

@@ -158,7 +158,7 @@ class Chain:
         root = self.model if source is None else source
         entering = self.units[start - 1].gradients if start else ()
         units = self.units[start:stop]
-        return Segment(units, start, root, self._odd_modes, entering)
+        return Segment(units, start, root, self._odd_modes, entering=entering)
 
     def own_segment(self, start: int, stop: int) -> Segment:
         """Copy units ``[start, stop)``, so that their modules are nobody else's."""

@@ -164,7 +164,7 @@ def _refusal(
 ) -> str | None:
     """Say why there must be no cut after a unit, if so."""
     after = index + 1
-    for found, training in zip(facts, (True, False), strict=True):
+    for found in facts:
         value = found[index].value
         reason = _value_problem(value)
         if reason is None:

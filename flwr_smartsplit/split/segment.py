@@ -16,7 +16,7 @@ from flwr_smartsplit.split.activation_checkpointing import (
 from flwr_smartsplit.split.sharing import share
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
-Streams = Callable[[int, int], AbstractContextManager[None]]
+Streams = Callable[[int | str, int], AbstractContextManager[None]]
 """``streams(step, unit)`` opens the random stream that unit runs under."""
 
 Boundary = tuple[Tensor, ...]
@@ -25,7 +25,7 @@ Boundary = tuple[Tensor, ...]
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
-def no_streams(step: int, unit: int) -> AbstractContextManager[None]:
+def no_streams(step: int | str, unit: int) -> AbstractContextManager[None]:
     """Leave torch's generator as it is."""
     del step, unit
     return nullcontext()
@@ -111,6 +111,7 @@ class Segment(nn.Module):
         start: int,
         source: nn.Module,
         odd_modes: Mapping[bool, frozenset[str]] | None = None,
+        *,
         entering: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class Segment(nn.Module):
         inputs: Batch,
         *,
         streams: Streams = no_streams,
-        step: int = 0,
+        step: int | str = 0,
         observe: Observer = observe_nothing,
         recompute: RecomputePlan = KEEP_ALL,
     ) -> Any:
@@ -149,8 +150,8 @@ class Segment(nn.Module):
             The batch, or the boundary that enters the segment.
         streams : Streams
             Opens the random stream of a unit.
-        step : int
-            Number of the training step, from 0.
+        step : int or str
+            Number of the training step, from 0, or the name of a micro-batch in it.
         observe : Observer
             Is told the value of each unit.
         recompute : RecomputePlan

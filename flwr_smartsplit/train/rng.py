@@ -54,8 +54,8 @@ class UnitStreams:
     round_number: int
     client_key: str
 
-    def __call__(self, step: int, unit: int) -> AbstractContextManager[None]:
-        """Open the stream of one unit in one step."""
+    def __call__(self, step: int | str, unit: int) -> AbstractContextManager[None]:
+        """Open the stream of one unit in one step, or one micro-batch of it."""
         return stream(
             derived_seed(self.seed, self.round_number, self.client_key, step, unit)
         )

@@ -7,7 +7,7 @@ model. It lives beside the cost model because a prediction is a dry run of it.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from flwr_smartsplit.train.optimizer_in_backward import (
     early_updates,
     steps_one_by_one,
 )
-from flwr_smartsplit.types import KEEP_ALL
+from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch
 
 CPU = torch.device("cpu")
 Gradients = tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class SegmentRunner:
         What the task's ``schedule_fn`` is told.
     is_trained : bool
         Whether it needs an optimizer; evaluation does not.
-    is_lean : bool
+    steps_in_backward : bool
         Whether large parameters are stepped inside backward, which frees their
         gradients at once and costs a little time. Only done where it is exact.
     device : torch.device
@@ -64,7 +64,8 @@ class SegmentRunner:
 
     Notes
     -----
-    A step ends with an update. If the task clips gradients by their common norm, the
+    A step ends with an update, after the last micro-batch if the task accumulates
+    gradients. If the task clips gradients by their common norm, the
     update waits for ``update(norm)``, since part of that norm may lie elsewhere.
     """
 
@@ -76,7 +77,7 @@ class SegmentRunner:
         streams: Streams = no_streams,
         config: Mapping[str, Any] | None = None,
         is_trained: bool = True,
-        is_lean: bool = False,
+        steps_in_backward: bool = False,
         device: torch.device = CPU,
     ) -> None:
         self.segment = segment if device == CPU else segment.to(device)
@@ -88,13 +89,21 @@ class SegmentRunner:
         needs_one = is_trained and bool(parameters)
         self.optimizer = optimizer_of(task, parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
-        self.is_early = is_lean and _can_be_early(self.optimizer, task)
+        self.steps_in_backward = steps_in_backward and _can_step_in_backward(
+            self.optimizer, task
+        )
+        self._part = WHOLE_BATCH
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Gradients]] = []
         self._input_gradients: list[Tensor] = []
 
     def forward(
-        self, inputs: Batch, *, step: int, inputs_are_boundary: bool
+        self,
+        inputs: Batch,
+        *,
+        step: int,
+        inputs_are_boundary: bool,
+        part: MicroBatch = WHOLE_BATCH,
     ) -> Boundary:
         """Start a step: run the segment forward and keep its graph.
 
@@ -106,13 +115,15 @@ class SegmentRunner:
             Number of the step, from 0.
         inputs_are_boundary : bool
             Whether a gradient has to go back to where the inputs came from.
+        part : MicroBatch
+            Which part of the batch it is.
 
         Returns
         -------
         Boundary
             The outgoing boundary, detached; the runner does not hold it.
         """
-        outputs = self._run(inputs, step, inputs_are_boundary)
+        outputs = self._run(inputs, step, inputs_are_boundary, part)
         boundary = as_boundary(outputs)
         trained = [tensor for tensor in boundary if tensor.requires_grad]
         self._entry = GradientEntry.apply(self._receive, *trained)
@@ -145,32 +156,40 @@ class SegmentRunner:
         return self._end()
 
     def finish(
-        self, inputs: Batch, targets: Tensor, *, step: int, inputs_are_boundary: bool
+        self,
+        inputs: Batch,
+        targets: Tensor,
+        *,
+        step: int,
+        inputs_are_boundary: bool,
+        part: MicroBatch = WHOLE_BATCH,
     ) -> tuple[Tensor, Gradients]:
         """Do a whole step where the route ends: forward, loss, backward, update.
 
         Returns
         -------
         loss : Tensor
-            The detached mean loss of the batch.
+            The detached mean loss of the examples.
         gradients : tuple[Tensor, ...]
             As ``backward`` returns them.
         """
-        outputs = self._run(inputs, step, inputs_are_boundary)
+        outputs = self._run(inputs, step, inputs_are_boundary, part)
         with phase("loss"), autocast_of(self.task, self.device):
             loss = self.task.loss_fn(outputs, targets)
             if loss.untyped_storage().nbytes() > loss.nbytes:
                 # Some losses leave their mean where all of their terms were.
                 loss = loss.clone()
+            scaled = loss if part.count == 1 else loss / part.loss_divisor
         del outputs  # What backward needs of them, the graph holds.
         with phase("backward"), self._early_updates():
-            loss.backward()
+            scaled.backward()
+        del scaled
         loss = loss.detach()  # And with it the graph goes.
         return loss, self._end()
 
     def gradient_norms(self) -> dict[str, float]:
         """Take the norm of each gradient, where an update waits for all of them."""
-        waits = self.task.max_gradient_norm is not None
+        waits = self.task.max_gradient_norm is not None and self._part.is_last
         return gradient_norms(self.segment) if waits else {}
 
     def update(self, norm: float | None = None) -> None:
@@ -213,20 +232,28 @@ class SegmentRunner:
                 values = {**self.task.metrics_fn(outputs, targets), **values}
         return values
 
-    def _run(self, inputs: Batch, step: int, inputs_are_boundary: bool) -> Any:
+    def _run(
+        self, inputs: Batch, step: int, inputs_are_boundary: bool, part: MicroBatch
+    ) -> Any:
         self.segment.train()
-        self._entry = None
-        self.release_gradients()
+        self._entry, self._part = None, part
+        if part.is_first:
+            self.release_gradients()
         self._input_gradients.clear()
         if inputs_are_boundary:
             inputs = self._leaf(inputs)
         with phase("forward"), autocast_of(self.task, self.device):
             return self.segment(
-                inputs, streams=self._streams, step=step, recompute=self.recompute
+                inputs,
+                streams=self._streams,
+                step=part.in_step(step),
+                recompute=self.recompute,
             )
 
     def _early_updates(self) -> AbstractContextManager[None]:
-        if self.optimizer is None or not self.is_early:
+        # Under accumulation all gradients live through the micro-batches anyway.
+        is_part = self._part.count > 1
+        if self.optimizer is None or not self.steps_in_backward or is_part:
             return nullcontext()
         return early_updates(self.optimizer)
 
@@ -235,7 +262,7 @@ class SegmentRunner:
         if isinstance(inputs, dict):
             raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
         boundary = inputs if isinstance(inputs, tuple) else (inputs,)
-        flags = self.segment.entering_gradients
+        flags = cast(tuple[bool, ...], self.segment.entering_gradients)
         if any(flags):
             trained = itertools.compress(boundary, flags)
             trigger = torch.empty(0, requires_grad=True)
@@ -248,20 +275,20 @@ class SegmentRunner:
 
     def _end(self) -> Gradients:
         """Update, unless that has to wait; return what goes back."""
-        if self.task.max_gradient_norm is None:
+        if self.task.max_gradient_norm is None and self._part.is_last:
             self.update()
         gradients = tuple(self._input_gradients)
         self._input_gradients.clear()
         return gradients
 
 
-def _can_be_early(optimizer: Optimizer | None, task: Task) -> bool:
+def _can_step_in_backward(optimizer: Optimizer | None, task: Task) -> bool:
     """Say whether parameters may be stepped before all gradients are there."""
     waits = task.max_gradient_norm is not None
     return optimizer is not None and not waits and steps_one_by_one(optimizer)
 
 
-def optimizer_of(task: Task, parameters: Sequence[Tensor]) -> Optimizer | None:
+def optimizer_of(task: Task, parameters: Sequence[nn.Parameter]) -> Optimizer | None:
     """Build the optimizer of some parameters; None if the task's takes none of them.
 
     An ``optimizer_fn`` may choose, for instance matrices only.

@@ -14,6 +14,7 @@ from flwr_smartsplit.types.costs import (
     UnitCost,
 )
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits, EdgeProfile, Link
+from flwr_smartsplit.types.micro_batches import WHOLE_BATCH, MicroBatch
 from flwr_smartsplit.types.options import NO_WORK, RouteOption, Work
 from flwr_smartsplit.types.plans import (
     Assignment,
@@ -49,6 +50,7 @@ __all__ = [
     "NO_WORK",
     "RAW",
     "WHOLE",
+    "WHOLE_BATCH",
     "Action",
     "Advice",
     "Assignment",
@@ -64,6 +66,7 @@ __all__ = [
     "Failure",
     "Leg",
     "Link",
+    "MicroBatch",
     "Move",
     "Receipt",
     "RecomputePlan",

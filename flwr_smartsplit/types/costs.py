@@ -77,8 +77,10 @@ class UnitCost:
         Size of its parameters' gradients, and of what the optimizer keeps for them.
     saved_bytes : int
         What its forward makes and backward needs: its saved activations.
+    keeps_gradient : bool
+        Whether gradients stay through the step, from micro-batch to micro-batch.
     boundary_bytes : int
-        Size of its output for one batch, with its context; 0 for the last unit.
+        Size of its output for one micro-batch, with its context; 0 for the last unit.
     forward_flops : int
         Floating-point operations of its forward; a multiply-add is two.
     device_peak_bytes : int
@@ -110,6 +112,7 @@ class UnitCost:
     device_peak_bytes: int
     waiting_bytes: int
     return_bytes: int
+    keeps_gradient: bool = False
     head_update_bytes: int = 0
     tail_update_bytes: int = 0
     step: StepBytes = StepBytes()
@@ -118,7 +121,13 @@ class UnitCost:
     @property
     def resident_bytes(self) -> int:
         """What a place that trains this unit holds of it at any moment."""
-        return self.parameter_bytes + self.buffer_bytes + self.optimizer_state_bytes
+        stays = self.parameter_bytes + self.buffer_bytes + self.optimizer_state_bytes
+        return stays + self.gradient_bytes - self.new_gradient_bytes
+
+    @property
+    def new_gradient_bytes(self) -> int:
+        """Size of the gradients that backward makes, none where they stay."""
+        return 0 if self.keeps_gradient else self.gradient_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +147,9 @@ class ChainProfile:
     loss : StepBytes
         What the loss makes and frees, after the last unit.
     targets_bytes : int
-        Size of a batch's targets alone.
+        Size of the targets alone, of one micro-batch.
+    num_micro_batches : int
+        Into how many parts a batch is divided; 1 without accumulation.
 
     Examples
     --------
@@ -153,6 +164,7 @@ class ChainProfile:
     updates_last: bool = False
     loss: StepBytes = StepBytes()
     targets_bytes: int = 0
+    num_micro_batches: int = 1
 
     def to_json(self) -> str:
         """Write the profile as JSON, with the names of the fields as keys."""

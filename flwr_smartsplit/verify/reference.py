@@ -26,6 +26,7 @@ from flwr_smartsplit.split.fake_tensors import (
 from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.lr_schedule import scheduler_of
+from flwr_smartsplit.train.micro_batches import mean_loss, micro_batches
 from flwr_smartsplit.train.rng import UnitStreams, derived_seed
 
 Batches = Sequence[tuple[Batch, Tensor]]
@@ -69,26 +70,31 @@ def train_stock(
     with torch.no_grad(), autocast:
         eval_loss = _mean_loss(
             (task.loss_fn(_call(model, inputs), targets), targets)
-            for inputs, targets in map(_copied, (batches[0], batches[-1]))
+            for batch in map(_copied, (batches[0], batches[-1]))
+            for _, (inputs, targets) in micro_batches(batch, task.accumulate)
         )
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
     scheduler = scheduler_of(optimizer, task, {})
     firsts = _first_draws(chain, batches[0][0])
-    losses = []
+    losses: list[tuple[float, Tensor]] = []
     for step, (inputs, targets) in enumerate(map(_copied, batches)):
         optimizer.zero_grad()
-        with autocast:
-            with _Chance(firsts, streams, step) if firsts else nullcontext():
-                outputs = _call(model, inputs)
-            loss = task.loss_fn(outputs, targets)
-        loss.backward()
+        parts = []
+        for part, (x, y) in micro_batches((inputs, targets), task.accumulate):
+            chance = _Chance(firsts, streams, part.in_step(step))
+            with autocast:
+                with chance if firsts else nullcontext():
+                    outputs = _call(model, x)
+                loss = task.loss_fn(outputs, y)
+            (loss / part.loss_divisor if part.count > 1 else loss).backward()
+            parts.append((float(loss.detach()), len(y)))
         if task.max_gradient_norm is not None:
             clip_grad_norm_(model.parameters(), task.max_gradient_norm)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        losses.append((loss.detach(), targets))
+        losses.append((mean_loss(parts), targets))
     return Truth(eval_loss, _mean_loss(losses))
 
 
@@ -104,7 +110,7 @@ def _call(model: nn.Module, inputs: Batch) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def _mean_loss(losses: Iterable[tuple[Tensor, Tensor]]) -> float:
+def _mean_loss(losses: Iterable[tuple[Tensor | float, Tensor]]) -> float:
     total, examples = 0.0, 0
     for loss, targets in losses:
         total += float(loss) * int(targets.shape[0])
@@ -139,7 +145,7 @@ class _Chance(_Draws):
     """Let the stock model draw what its units draw: seed where each one begins."""
 
     def __init__(
-        self, firsts: Mapping[int, int], streams: UnitStreams, step: int
+        self, firsts: Mapping[int, int], streams: UnitStreams, step: int | str
     ) -> None:
         super().__init__()
         self._firsts = firsts

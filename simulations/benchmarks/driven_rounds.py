@@ -33,8 +33,6 @@ ModelT = TypeVar("ModelT", ArrayRecord, Parameters)
 class RoundTime:
     """Where the time of one training round went."""
 
-    # configure_seconds, aggregate_seconds: in the strategy, before and after the
-    # clients
     configure_seconds: float
     clients_seconds: float  # From the first message out to the last one in
     aggregate_seconds: float

@@ -25,7 +25,7 @@ from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from simulations.experiments.models import torchvision_model
+from simulations.experiments.models import image_task, torchvision_model
 from simulations.report.progress import progress_bar
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -40,13 +40,7 @@ BUDGET_BYTES = 2**40
 
 
 def lenet() -> nn.Sequential:
-    """Build LeNet for colour images of 32 pixels: 62 thousand parameters.
-
-    Examples
-    --------
-    >>> sum(parameter.numel() for parameter in lenet().parameters())
-    62006
-    """
+    """Build LeNet for colour images of 32 pixels: 62 thousand parameters."""
     return nn.Sequential(
         nn.Conv2d(3, 6, 5),
         nn.ReLU(),
@@ -75,29 +69,18 @@ class Case:
     @property
     def task(self) -> Task:
         """Train the model with momentum."""
-        return Task(
-            model_fn=self.model_fn,
-            loss_fn=nn.functional.cross_entropy,
-            optimizer_fn=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
-            example_inputs=torch.zeros(1, *SHAPE),
-            example_targets=torch.zeros(1, dtype=torch.int64),
-        )
+        return image_task(self.model_fn)
+
+
+def _large(name: str) -> Case:
+    model_fn = partial(torchvision_model, name, num_classes=NUM_CLASSES)
+    return Case(name, model_fn, num_steps=100, num_epochs=3)
 
 
 CASES = {
-    case.name: case
-    for case in (
-        Case("lenet", lenet, num_steps=150, num_epochs=9),
-        *(
-            Case(
-                name,
-                partial(torchvision_model, name, num_classes=NUM_CLASSES),
-                num_steps=100,
-                num_epochs=3,
-            )
-            for name in ("resnet18", "mobilenet_v3_large")
-        ),
-    )
+    "lenet": Case("lenet", lenet, num_steps=150, num_epochs=9),
+    "resnet18": _large("resnet18"),
+    "mobilenet_v3_large": _large("mobilenet_v3_large"),
 }
 
 

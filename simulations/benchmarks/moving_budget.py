@@ -8,12 +8,12 @@ Every metered step is compared with the budget of that step, and every loss with
 other run's.
 """
 
-import itertools
 import json
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,19 +59,13 @@ class Wave(MemoryBudget):
         return int(self.full_bytes * LEVELS[index])
 
 
-@dataclass(frozen=True)
 class Followed:
-    """One run: its outcome, and each step's loss, budget, peak and CPU time."""
+    """One run: each step's loss, budget, peak and CPU time, and the outcome.
+
+    It looks at each step of a route, and adapts it first if there is a budget.
+    """
 
     outcome: Outcome
-    losses: list[float]
-    budgets: list[int]
-    peaks: list[int]
-    seconds: list[float]
-
-
-class Follower:
-    """Look at each step of a route, and adapt it first if there is a budget."""
 
     def __init__(self, adapter: Adapter | None) -> None:
         self._adapter = adapter
@@ -90,6 +84,17 @@ class Follower:
         runner.cap.meter.peak_bytes = 0  # Each step has a peak of its own.
         self.times.append(time.process_time())
 
+    def end(self, outcome: Outcome) -> None:
+        """Leave out what was noted before the first step."""
+        self.outcome = outcome
+        del self.losses[0], self.peaks[0]
+        self.times.append(time.process_time())
+
+    @property
+    def seconds(self) -> list[float]:
+        """CPU time of each step."""
+        return [after - before for before, after in pairwise(self.times)]
+
 
 @dataclass(frozen=True)
 class Course:
@@ -105,23 +110,16 @@ class Course:
         adapter = None
         if budget is not None:
             adapter = Adapter(as_budget(budget), self.task, batch_size=batch_size)
-        follower = Follower(adapter)
+        followed = Followed(adapter)
         edge = LocalEdge()
         address = edge.start(self.task)
         try:
-            outcome = self._trained(edge, address, follower)
+            followed.end(self._trained(edge, address, followed))
         finally:
             edge.stop(address)
-        ends = [*follower.times[1:], time.process_time()]
-        return Followed(
-            outcome=outcome,
-            losses=follower.losses[1:],
-            budgets=follower.budgets,
-            peaks=follower.peaks[1:],
-            seconds=[e - s for s, e in zip(follower.times, ends, strict=True)],
-        )
+        return followed
 
-    def _trained(self, edge: Edge, address: str, follower: Follower) -> Outcome:
+    def _trained(self, edge: Edge, address: str, followed: Followed) -> Outcome:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             state = state_of(self.task.model_fn())
@@ -141,7 +139,7 @@ class Course:
             task=self.task,
             connect=lambda place, address: edge.connect(address),
             cap_mode="strict",
-            between_steps=follower,
+            between_steps=followed,
         )
         part = {name: state[name] for name in names}
         return train_locally(plan, part, self.batches, conditions)
@@ -157,11 +155,8 @@ def make_course(experiment: Experiment, *, cut: int | None, num_steps: int) -> C
     """Take whole batches of the training set, and a cut at two thirds of the model."""
     task = build_task(experiment)
     loader = whole_train_loader(experiment)
-    batches = list(
-        itertools.islice(
-            itertools.chain.from_iterable(itertools.repeat(loader)), num_steps
-        )
-    )
+    passes = chain.from_iterable(repeat(loader))
+    batches = list(islice(passes, num_steps))
     size = len(build_chain(task))
     return Course(task, batches, Route.split(cut or size * 2 // 3))
 

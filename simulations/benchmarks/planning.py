@@ -36,12 +36,10 @@ NUM_BUDGETS = 5
 class PlanningCost:
     """What planning costs for one length of a chain."""
 
-    # num_units, num_stages: length of the device's segment
-    num_units: int
+    num_units: int  # Of the device's segment
     num_stages: int
     seconds: float  # Median CPU time of a plan
-    # The largest extra work that rounding costs, as a part of the forward's FLOPs
-    most_gap_fraction: float
+    most_gap_fraction: float  # The most that rounding costs, over a forward's FLOPs
     num_missed: int  # Budgets for which only more slots find a plan
 
 

@@ -71,6 +71,11 @@ class Overhead:
         """Return a way's median of one of the times."""
         return float(statistics.median(getattr(t, name) for t in self.rounds[way]))
 
+    def values(self) -> dict[str, Any]:
+        """Return JSON values, medians and ratio first."""
+        medians = {way: self.median(way) for way in self.rounds}
+        return {"seconds_per_round": medians, "ratio": self.ratio(), **asdict(self)}
+
     def ratio(self, way: str = SMARTSPLIT, base: str = FEDAVG) -> float:
         """Divide two ways' medians of the time of a round."""
         return self.median(way) / self.median(base)
@@ -230,15 +235,6 @@ def overhead_table(found: list[Overhead]) -> Table:
     return table
 
 
-def as_values(each: Overhead) -> dict[str, Any]:
-    """Turn what was found into JSON values, medians and ratio first."""
-    return {
-        "seconds_per_round": {way: each.median(way) for way in each.rounds},
-        "ratio": each.ratio(),
-        **asdict(each),
-    }
-
-
 def main(  # noqa: PLR0913 - one argument per option of the command line
     *,
     clients: Annotated[
@@ -276,7 +272,7 @@ def main(  # noqa: PLR0913 - one argument per option of the command line
                 bar = progress.add_task(f"{size} clients", total=total)
                 found += simulate(setting, on_round=partial(progress.advance, bar))
     if as_json:
-        sys.stdout.write(json.dumps([as_values(each) for each in found]) + "\n")
+        sys.stdout.write(json.dumps([each.values() for each in found]) + "\n")
         return
     Console().print(overhead_table(found))
 

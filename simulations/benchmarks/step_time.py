@@ -101,12 +101,9 @@ class Setting:
             edge_addresses=addresses,
         )
         names = chain.state_names(0, route.legs(len(chain))[0].stop)
-        outcome = train_locally(
-            plan,
-            {name: self.state[name] for name in names},
-            self.batches,
-            Conditions(task=self.task, connect=connect),
-        )
+        state = {name: self.state[name] for name in names}
+        conditions = Conditions(task=self.task, connect=connect)
+        outcome = train_locally(plan, state, self.batches, conditions)
         seconds = dict(timed[0].seconds) if timed else {}
         return {"total": outcome.report.seconds, **seconds}
 

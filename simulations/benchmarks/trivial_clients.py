@@ -134,22 +134,16 @@ def plain_reply(message: Message, num_hidden: int) -> Message:
     (arrays,) = message.content.array_records.values()
     model.load_state_dict(arrays.to_torch_state_dict())
     loss = train_plainly(model)
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord(model.state_dict()),
-            "metrics": MetricRecord({"loss": loss, "num-examples": BATCH_SIZE}),
-        }
-    )
-    return Message(content, reply_to=message)
+    metrics = MetricRecord({"loss": loss, "num-examples": BATCH_SIZE})
+    state = ArrayRecord(model.state_dict())
+    return Message(RecordDict({"arrays": state, "metrics": metrics}), reply_to=message)
 
 
 def train_plainly(model: nn.Module) -> float:
     """Train a model on the batch; return the loss."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    loss = torch.zeros(())
-    for inputs, targets in one_batch():
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(inputs), targets)
-        loss.backward()
-        optimizer.step()
+    ((inputs, targets),) = one_batch()
+    loss = nn.functional.cross_entropy(model(inputs), targets)
+    loss.backward()
+    optimizer.step()
     return loss.item()

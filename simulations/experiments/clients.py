@@ -52,14 +52,7 @@ def build_task(experiment: Experiment) -> Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CycledBudget(MemoryBudget):
-    """A budget that goes through the same factors over and over, one for each step.
-
-    Examples
-    --------
-    >>> budget = CycledBudget(budget_bytes=100, factors=(1.0, 0.5))
-    >>> [budget.read(step=step, live_bytes=0) for step in range(3)]
-    [100, 50, 100]
-    """
+    """A budget that goes through the same factors over and over, one for each step."""
 
     budget_bytes: int
     factors: tuple[float, ...]
@@ -78,21 +71,10 @@ def build_client(
     clock: Clock,
     task: Task | None = None,
 ) -> SmartSplitNumPyClient:
-    """Build the client of one partition.
+    """Build the client of one partition, which trains the experiment's task or another.
 
-    Parameters
-    ----------
-    context : Context
-        Flower's; its node_config holds the partition's number.
-    experiment : Experiment
-        What is run.
-    devices : Sequence[FleetDevice]
-        Every client's. A strategy that knows no budgets, such as Flower's FedAvg, has
-        whole models trained without a cap.
-    clock : Clock
-        Says how long a step takes on its device.
-    task : Task, optional
-        What to train; the experiment's own task if not given.
+    A strategy that knows no budgets, such as Flower's FedAvg, has whole models trained
+    without a cap.
     """
     client = int(context.node_config["partition-id"])
     return SmartSplitNumPyClient(

@@ -4,7 +4,6 @@ Images are held as they are stored and become normalised tensors batch by batch.
 Every process loads the arrays once and keeps them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,14 +31,11 @@ Batch = tuple[Tensor, Tensor]
 class Images:
     """A labelled image set, as stored."""
 
-    # x_train, x_test: images, ``(num, height, width)`` or ``(num, height, width,
-    # channels)``
-    x_train: NDArray[Any]
-    # y_train, y_test: their classes, from 0
-    y_train: NDArray[np.int64]
+    x_train: NDArray[Any]  # ``(num, height, width)`` or ``(..., channels)``
+    y_train: NDArray[np.int64]  # Classes, from 0
     x_test: NDArray[Any]
     y_test: NDArray[np.int64]
-    # mean, std: per channel, over the training images
+    # Per channel, over the training images
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
 
@@ -57,13 +53,7 @@ class Images:
 
 @lru_cache(maxsize=2)
 def load_images(experiment: Experiment) -> Images:
-    """Load the experiment's data set, cut down to the size it asks for.
-
-    Raises
-    ------
-    ExperimentError
-        If the data are not there and cannot be fetched, or do not fit together.
-    """
+    """Load the experiment's data set, cut down to the size it asks for."""
     name = experiment.data
     if name == "digits":
         arrays = _digits()
@@ -182,13 +172,7 @@ def _with_statistics(arrays: dict[str, NDArray[Any]]) -> Images:
 
 @lru_cache(maxsize=2)
 def client_indices(experiment: Experiment) -> list[NDArray[np.int64]]:
-    """Divide the training examples among the clients, the same in every process.
-
-    Raises
-    ------
-    ExperimentError
-        If a client gets fewer examples than a batch needs.
-    """
+    """Divide the training examples among the clients, the same in every process."""
     labels = load_images(experiment).y_train
     shares = experiment.partition.divide(
         labels, num_clients=experiment.num_clients, seed=experiment.seed
@@ -208,25 +192,20 @@ def train_loader(experiment: Experiment, client: int) -> DataLoader[Batch]:
 
     A last batch of a single example is dropped: batch normalisation cannot use it.
     """
-    images = load_images(experiment)
-    indices = client_indices(experiment)[client]
-    return DataLoader(
+    images, indices = load_images(experiment), client_indices(experiment)[client]
+    return _loader(
+        experiment,
         _Examples(images.x_train[indices], images.y_train[indices]),
-        batch_size=experiment.batch_size,
         shuffle=True,
         drop_last=len(indices) % experiment.batch_size == 1,
-        collate_fn=_batch_maker(images, experiment),
     )
 
 
 def whole_train_loader(experiment: Experiment) -> DataLoader[Batch]:
     """Batch all training examples, in order; a last small batch is dropped."""
     images = load_images(experiment)
-    return DataLoader(
-        _Examples(images.x_train, images.y_train),
-        batch_size=experiment.batch_size,
-        drop_last=True,
-        collate_fn=_batch_maker(images, experiment),
+    return _loader(
+        experiment, _Examples(images.x_train, images.y_train), drop_last=True
     )
 
 
@@ -235,11 +214,8 @@ def evaluation_loader(
 ) -> DataLoader[Batch]:
     """Batch the test set, in order."""
     images = load_images(experiment)
-    return DataLoader(
-        _Examples(images.x_test, images.y_test),
-        batch_size=batch_size,
-        collate_fn=_batch_maker(images, experiment),
-    )
+    examples = _Examples(images.x_test, images.y_test)
+    return _loader(experiment, examples, batch_size=batch_size)
 
 
 def input_shape(experiment: Experiment) -> tuple[int, int, int]:
@@ -266,12 +242,17 @@ class _Examples(Dataset[Any]):
         return self.x[index], self.y[index]
 
 
-def _batch_maker(
-    images: Images, experiment: Experiment
-) -> Callable[[list[tuple[NDArray[Any], np.int64]]], Batch]:
-    """Return the function that turns stored examples into a batch of tensors."""
-    num_channels = input_shape(experiment)[0]
-    return partial(_to_batch, images=images, num_channels=num_channels)
+def _loader(
+    experiment: Experiment, examples: "_Examples", **how: Any
+) -> DataLoader[Batch]:
+    """Load batches of tensors, of the experiment's size unless told otherwise."""
+    collate = partial(
+        _to_batch,
+        images=load_images(experiment),
+        num_channels=input_shape(experiment)[0],
+    )
+    arguments = {"batch_size": experiment.batch_size, "collate_fn": collate, **how}
+    return DataLoader(examples, **arguments)
 
 
 def _to_batch(

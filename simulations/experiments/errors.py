@@ -6,18 +6,15 @@ from pathlib import Path
 
 
 class ExperimentError(Exception):
-    """What was asked, against what it failed, and what to do next."""
+    """What was asked, against what it failed, and what to do next.
+
+    Every function that checks what a reader asked for raises it.
+    """
 
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Explain a results folder that cannot be written to.
-
-    Raises
-    ------
-    ExperimentError
-        If that is what happens inside.
-    """
+    """Explain a results folder that cannot be written to."""
     try:
         yield
     except OSError as error:

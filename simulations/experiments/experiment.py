@@ -38,36 +38,25 @@ class Experiment:
 
     name: str  # The suite it belongs to
     methods: tuple[str, ...]  # Names of the methods to compare, in order
-    # Gives each client its device; a function of a module or a frozen value, so that
-    # experiments sent to another process stay equal
-    fleet: Fleet
+    fleet: Fleet  # A function of a module or a frozen value: it is sent and compared
     partition: Partition  # Which client holds which examples
-    # ``"digits"``, ``"fashion_mnist"``, ``"cifar10"`` or the path of an ``.npz``
-    data: str = "digits"
+    data: str = "digits"  # Or fashion_mnist, cifar10, or the path of an ``.npz``
     data_dir: Path = Path("data")  # Where torchvision keeps the downloaded data sets
-    # max_train_examples, max_test_examples: take at most so many examples, drawn by the
-    # seed; None takes all
+    # Take at most so many examples, drawn by the seed; None takes all
     max_train_examples: int | None = None
     max_test_examples: int | None = None
     model: str = "small"  # ``"small"`` or ``"torchvision:NAME"``
-    # num_clients, num_rounds: size of the federation and length of the run
     num_clients: int = 20
     num_rounds: int = 15
     fraction_train: float = 1.0  # Share of the clients asked to train in a round
     batch_size: int = 16  # Examples per training step
-    # learning_rate, momentum: of SGD, restarted every round as in FedAvg
-    learning_rate: float = 0.03
+    learning_rate: float = 0.03  # Of SGD, restarted every round as in FedAvg
     momentum: float = 0.9
     seed: int = 0  # Root of every random choice
-    # Clients that train at the same time, one process and one CPU each
-    num_workers: int = 2
-    # Whether clients and edges are to live in the process that runs the experiment, one
-    # client after the other, instead of under Flower's simulation engine
-    in_process: bool = False
-    # Whether clients tell the strategy how many examples of each class they have
-    share_labels: bool = False
-    # Whether they tell it how fast their devices and links are, if they know
-    share_speed: bool = True
+    num_workers: int = 2  # Clients that train at once, a process and a CPU each
+    in_process: bool = False  # Clients and edges, one by one, without Flower's engine
+    share_labels: bool = False  # Clients say how many examples of each class they have
+    share_speed: bool = True  # They say how fast device and links are, if they know
 
     def __post_init__(self) -> None:
         """Refuse what no run could have, all problems at once."""

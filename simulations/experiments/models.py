@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from flwr_smartsplit import Task
 from simulations.experiments.data import input_shape, load_images
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.experiment import TORCHVISION, Experiment
@@ -29,8 +30,7 @@ class Layout:
     """The size of a small network."""
 
     channels: tuple[int, ...]  # Channels after each block, at full width
-    # Numbers of the blocks, from 1, that halve height and width
-    pooled: tuple[int, ...]
+    pooled: tuple[int, ...]  # The blocks, from 1, that halve height and width
     side: int  # Height and width of what is classified, in pixels
 
 
@@ -40,13 +40,7 @@ IMAGES = Layout(channels=(16, 32, 128), pooled=(1, 2), side=4)
 
 
 def model_fn(experiment: Experiment) -> Callable[[], nn.Module]:
-    """Return the function that builds the experiment's model.
-
-    Raises
-    ------
-    ExperimentError
-        If there is no such model.
-    """
+    """Return the function that builds the experiment's model."""
     name = experiment.model
     if name.startswith(TORCHVISION):
         num_classes = load_images(experiment).num_classes
@@ -60,13 +54,7 @@ def model_fn(experiment: Experiment) -> Callable[[], nn.Module]:
 
 
 def narrow_model_fn(experiment: Experiment, width: float) -> Callable[[], nn.Module]:
-    """Return the function that builds the model with a share of its channels.
-
-    Raises
-    ------
-    ExperimentError
-        If the model is not a small network, or does not have that width.
-    """
+    """Return the function that builds the model with a share of its channels."""
     refuse_large_models(experiment)
     if width == 1:
         return model_fn(experiment)
@@ -79,13 +67,7 @@ def narrow_model_fn(experiment: Experiment, width: float) -> Callable[[], nn.Mod
 
 
 def refuse_large_models(experiment: Experiment) -> None:
-    """Refuse a model of which there are no smaller variants.
-
-    Raises
-    ------
-    ExperimentError
-        If it is not ``small``.
-    """
+    """Refuse a model of which there are no smaller variants: any but ``small``."""
     if experiment.model != "small":
         raise ExperimentError(
             f"model {experiment.model!r} has no narrower or shallower variants, which "
@@ -113,13 +95,7 @@ def ends(experiment: Experiment) -> dict[str, int]:
 
 
 def known_model(name: str) -> str:
-    """Strip ``torchvision:`` off a name that torchvision knows.
-
-    Raises
-    ------
-    ExperimentError
-        If it does not, with the closest names it knows.
-    """
+    """Strip ``torchvision:`` off a name, and refuse one that torchvision lacks."""
     import torchvision  # noqa: PLC0415 - takes seconds; the small networks need none
 
     wanted = name.removeprefix(TORCHVISION)
@@ -143,6 +119,17 @@ def torchvision_model(name: str, *, num_classes: int) -> nn.Module:
     return model
 
 
+def image_task(model_fn: Callable[[], nn.Module], *, side: int = 32) -> Task:
+    """Train a model on colour images in ten classes, by SGD with momentum."""
+    return Task(
+        model_fn=model_fn,
+        loss_fn=nn.functional.cross_entropy,
+        optimizer_fn=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+        example_inputs=torch.zeros(1, 3, side, side),
+        example_targets=torch.zeros(1, dtype=torch.int64),
+    )
+
+
 def digits_network(
     *, num_channels: int = 1, num_classes: int = 10, width: float = 1
 ) -> nn.Sequential:
@@ -161,13 +148,7 @@ def digits_network(
 def image_network(
     *, num_channels: int = 3, num_classes: int = 10, width: float = 1
 ) -> nn.Sequential:
-    """Build the network for images of 28 x 28 or 32 x 32: 63 thousand parameters.
-
-    Examples
-    --------
-    >>> sum(parameter.numel() for parameter in image_network().parameters())
-    62746
-    """
+    """Build the network for images of 28 x 28 or 32 x 32: 63 thousand parameters."""
     return _network(IMAGES, (num_channels, num_classes), width=width)
 
 
@@ -195,17 +176,6 @@ def block_layers(
     The size of a normalised group is that of the full width, so that a slice of
     channels is normalised as it is in the whole network. A slice is scaled up by the
     inverse of its share.
-
-    Parameters
-    ----------
-    index : int
-        Number of the block, from 1.
-    channels : tuple[int, int]
-        Channels that go in and come out.
-    is_pooled : bool
-        Whether the block halves height and width.
-    width : float
-        Share of the channels that come out of the full block.
     """
     before, after = channels
     layers: dict[str, nn.Module] = {
@@ -249,13 +219,7 @@ class Scale(nn.Module):
 def depth_model_fn(
     experiment: Experiment, depth: int | None = None
 ) -> Callable[[], nn.Module]:
-    """Return the function that builds the first blocks and their classifiers.
-
-    Raises
-    ------
-    ExperimentError
-        If the model is not a small network.
-    """
+    """Return the function that builds the first blocks and their classifiers."""
     refuse_large_models(experiment)
     layout = small_layout(experiment)
     return partial(

@@ -22,6 +22,7 @@ from simulations.experiments.errors import ExperimentError
 from simulations.fleets.presets import weak_clients
 
 Indices = NDArray[np.int64]
+Labels = NDArray[np.int64]
 
 MIN_EXAMPLES = 8
 """A client with fewer examples is given some of the largest client's."""
@@ -30,9 +31,7 @@ MIN_EXAMPLES = 8
 class Partition(Protocol):
     """A way to divide examples by their labels; frozen, so it can be a cache key."""
 
-    def divide(
-        self, labels: NDArray[np.int64], *, num_clients: int, seed: int
-    ) -> list[Indices]:
+    def divide(self, labels: Labels, *, num_clients: int, seed: int) -> list[Indices]:
         """Return each client's indices into ``labels``, every index exactly once."""
 
 
@@ -40,9 +39,7 @@ class Partition(Protocol):
 class Iid:
     """Everybody gets an equal share of a shuffled deck."""
 
-    def divide(
-        self, labels: NDArray[np.int64], *, num_clients: int, seed: int
-    ) -> list[Indices]:
+    def divide(self, labels: Labels, *, num_clients: int, seed: int) -> list[Indices]:
         """Return each client's indices into ``labels``, every index exactly once."""
         deck = np.random.default_rng(seed).permutation(len(labels))
         return _divided(deck, labels, IidPartitioner(num_clients))
@@ -58,9 +55,7 @@ class Dirichlet:
 
     alpha: float
 
-    def divide(
-        self, labels: NDArray[np.int64], *, num_clients: int, seed: int
-    ) -> list[Indices]:
+    def divide(self, labels: Labels, *, num_clients: int, seed: int) -> list[Indices]:
         """Return each client's indices into ``labels``, every index exactly once."""
         partitioner = DirichletPartitioner(
             num_clients, "label", alpha=self.alpha, min_partition_size=0, seed=seed
@@ -75,9 +70,7 @@ class Pathological:
 
     classes_per_client: int
 
-    def divide(
-        self, labels: NDArray[np.int64], *, num_clients: int, seed: int
-    ) -> list[Indices]:
+    def divide(self, labels: Labels, *, num_clients: int, seed: int) -> list[Indices]:
         """Return each client's indices into ``labels``, every index exactly once."""
         num_classes = len(np.unique(labels))
         if num_clients < num_classes or self.classes_per_client > num_classes:
@@ -107,9 +100,7 @@ class OwnLabels:
 
     num_own: int = 5
 
-    def divide(
-        self, labels: NDArray[np.int64], *, num_clients: int, seed: int
-    ) -> list[Indices]:
+    def divide(self, labels: Labels, *, num_clients: int, seed: int) -> list[Indices]:
         """Return each client's indices into ``labels``, every index exactly once."""
         num_classes = len(np.unique(labels))
         if not 0 < self.num_own < num_classes:
@@ -129,19 +120,7 @@ class OwnLabels:
 
 
 def topped_up(shares: Iterable[Indices], *, min_examples: int) -> list[Indices]:
-    """Move examples from the largest clients until nobody has too few.
-
-    Raises
-    ------
-    ExperimentError
-        If there are not enough examples for that.
-
-    Examples
-    --------
-    >>> shares = [np.arange(5), np.array([], np.int64), np.array([5])]
-    >>> [share.tolist() for share in topped_up(shares, min_examples=2)]
-    [[0, 1], [4, 3], [5, 2]]
-    """
+    """Move examples from the largest clients until nobody has too few."""
     held = [share.tolist() for share in shares]
     total = sum(map(len, held))
     if total < min_examples * len(held):

@@ -29,6 +29,7 @@ from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.serde.records import message_dialect
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.train.threads import torch_threads
+from simulations.experiments.client_app import MethodApp
 from simulations.experiments.clients import build_client, build_task, edges_of
 from simulations.experiments.data import client_indices, evaluation_loader, load_images
 from simulations.experiments.errors import ExperimentError, writing_to
@@ -41,7 +42,6 @@ from simulations.fleets.clock import Clock
 from simulations.fleets.devices import Devices, Needs, is_weak
 from simulations.fleets.presets import name_of
 from simulations.methods import METHODS
-from simulations.methods.client_app import MethodApp
 from simulations.methods.method import Method, Setting
 from simulations.report.summary import CONFIG, PROFILE
 
@@ -67,13 +67,7 @@ def prepare(
     provenance: Provenance,
     kept: Collection[str] = (),
 ) -> Prepared:
-    """Make the fleet and start a results folder.
-
-    Raises
-    ------
-    ExperimentError
-        If the experiment cannot be run, or the folder not be written to.
-    """
+    """Make the fleet and start a results folder."""
     prepared = prepared_fleet(experiment)
     config = describe(experiment, prepared) | asdict(provenance)
     with writing_to(out):
@@ -238,16 +232,27 @@ def run_method(
     method: Method, setting: Setting, grid: Grid, *, on_round: OnRound
 ) -> None:
     """Run one method from the common initial model; mark it once it has ended."""
-    experiment = setting.experiment
+    experiment, journal = setting.experiment, Journal(setting.journal)
     model = initial_model(method.model_fn(experiment), experiment.seed)
-    scores = _Scores(model, method.outputs_fn)
+    loader = evaluation_loader(experiment)
+    num_classes = load_images(experiment).num_classes
+
+    @torch.no_grad()
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Evaluate the global model, as Flower asks after every round."""
+        model.load_state_dict(arrays.to_torch_state_dict())
+        with torch_threads(1):
+            batches = [(method.outputs_fn(model.eval()(x)), y) for x, y in loader]
+        row = evaluation_row(server_round, batches, num_classes=num_classes)
+        journal.write({"kind": "evaluation", **asdict(row)})
+        on_round(method.name, row)
+        return MetricRecord({"accuracy": row.accuracy, "loss": row.loss})
+
     result = method.strategy_fn(setting).start(
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=experiment.num_rounds,
-        evaluate_fn=_evaluate_fn(
-            scores, experiment, Journal(setting.journal), partial(on_round, method.name)
-        ),
+        evaluate_fn=evaluate,
     )
     last = result.evaluate_metrics_serverapp[experiment.num_rounds]
     mark = Mark(
@@ -266,53 +271,13 @@ def initial_model(build: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build()
 
 
-def _evaluate_fn(
-    scores: "_Scores",
-    experiment: Experiment,
-    journal: Journal,
-    on_evaluation: Callable[[EvaluationRow], None],
-) -> Callable[[int, ArrayRecord], MetricRecord]:
-    """Return the function Flower calls with the global model after every round."""
-    loader = evaluation_loader(experiment)
-    num_classes = load_images(experiment).num_classes
-
-    def evaluate_global(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        scores.model.load_state_dict(arrays.to_torch_state_dict())
-        with torch_threads(1):
-            batches = [(scores.of(x), y) for x, y in loader]
-        row = evaluation_row(server_round, batches, num_classes=num_classes)
-        journal.write({"kind": "evaluation", **asdict(row)})
-        on_evaluation(row)
-        return MetricRecord({"accuracy": row.accuracy, "loss": row.loss})
-
-    return evaluate_global
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """A method's global model, and how class scores are made of what it returns."""
-
-    model: nn.Module
-    outputs_fn: Callable[[Tensor], Tensor]
-
-    @torch.no_grad()
-    def of(self, inputs: Tensor) -> Tensor:
-        return self.outputs_fn(self.model.eval()(inputs))
-
-
 def evaluation_row(
     server_round: int, batches: list[tuple[Tensor, Tensor]], *, num_classes: int
 ) -> EvaluationRow:
     """Work out accuracy, loss and per-class accuracy from outputs and targets.
 
-    Parameters
-    ----------
-    server_round : int
-        The round, 0 for the initial model.
-    batches : list[tuple[Tensor, Tensor]]
-        Outputs ``(batch, classes)`` with targets ``(batch,)``.
-    num_classes : int
-        A class without examples has no accuracy (None).
+    Batches are outputs ``(batch, classes)`` with targets ``(batch,)``. A class without
+    examples has no accuracy (None).
     """
     outputs = torch.cat([output for output, _ in batches])
     targets = torch.cat([target for _, target in batches])

@@ -67,7 +67,6 @@ class Traffic:
 class Spent:
     """What a client's part of a round took."""
 
-    # device_seconds, edge_seconds: work at the device, and at the edge
     device_seconds: float = 0.0
     edge_seconds: float = 0.0
     radio_seconds: float = 0.0  # Sending and receiving, latencies not counted
@@ -94,12 +93,9 @@ NOTHING = Spent()
 class Clock:
     """Simulated seconds and joules of clients."""
 
-    # Costs of the model's units at the batch size of the run. A last, smaller batch
-    # counts as a whole one.
-    profile: ChainProfile
+    profile: ChainProfile  # At the run's batch size; a last, smaller batch counts whole
     devices: Devices  # The fleet; the client with key ``"3"`` has ``devices[3]``
-    # edge_flops_per_second, edge_watts: what an edge does for one client, and takes for
-    # it. Its clients do not share it: more of them do not make it slower.
+    # What an edge does for one client, however many it has, and takes for it
     edge_flops_per_second: float = EDGE_FLOPS_PER_SECOND
     edge_watts: float = EDGE_WATTS
     _works: dict[tuple[Route, RecomputePlan], Work] = field(
@@ -228,15 +224,7 @@ def stretches_of(
     moves: Sequence[Mapping[str, Any]],
     replans: Sequence[Mapping[str, Any]],
 ) -> list[Stretch]:
-    """Divide a round where its cut moves or its recompute plan changes.
-
-    Examples
-    --------
-    >>> whole = Stretch(num_steps=5, route=Route.split(3), recompute=KEEP_ALL)
-    >>> found = stretches_of(whole, moves=[{"step": 2, "after": 1}], replans=[])
-    >>> [(stretch.num_steps, str(stretch.route)) for stretch in found]
-    [(2, 'device[:3] > edge[3:]'), (3, 'device[:1] > edge[1:]')]
-    """
+    """Divide a round where its cut moves or its recompute plan changes."""
     found, current = [], planned
     begun = 0
     changes = sorted([*moves, *replans], key=lambda change: int(change["step"]))

@@ -19,11 +19,9 @@ class Watts:
 class Needs:
     """What a fleet is made for."""
 
-    # The most a device holds in a training step of the whole model
-    whole_peak_bytes: int
+    whole_peak_bytes: int  # The most a device holds in a step of the whole model
     smallest_peak_bytes: int  # The least it can get by with, at the best cut
-    # Names of the edges, to which devices may have links of their own
-    edges: tuple[str, ...] = (EDGE,)
+    edges: tuple[str, ...] = (EDGE,)  # Devices may have links of their own to each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,25 +29,16 @@ class FleetDevice:
     """One simulated device."""
 
     name: str  # What kind of device it is
-    # What its tensors may take when a round begins; None is no limit
-    budget_bytes: int | None
+    budget_bytes: int | None  # For tensors, when a round begins; None is no limit
     traits: DeviceTraits = NO_TRAITS  # The speed and the links that it declares
-    # Its budget over ``budget_bytes`` from step to step of a round, over and over;
-    # empty for a budget that stays. The first is 1.
+    # Its budget over ``budget_bytes`` from step to step, over and over; the first is 1
     free_memory: tuple[float, ...] = ()
-    # Its true speed over the declared one from round to round, over and over; empty for
-    # a device that is always as fast as it says
+    # Its true speed over the declared one from round to round, over and over
     speed: tuple[float, ...] = ()
     watts: Watts = Watts()  # What it takes
 
     def speed_in(self, round_number: int) -> float:
-        """Return its true speed in a round, over the declared one.
-
-        Examples
-        --------
-        >>> FleetDevice(name="old", budget_bytes=None, speed=(1.0, 0.5)).speed_in(2)
-        0.5
-        """
+        """Return its true speed in a round, over the declared one."""
         if not self.speed:
             return 1.0
         return self.speed[(round_number - 1) % len(self.speed)]

@@ -27,9 +27,7 @@ class PhoneGroup:
     """Phones with the same memory and about the same speed."""
 
     ram_gb: float  # Memory of the phone, in 10**9 bytes
-    # Mean of AI Benchmark's score for float networks on the CPU; about proportional to
-    # speed
-    float_score: float
+    float_score: float  # Of AI Benchmark, on the CPU; about proportional to speed
     num_phones: float  # How many of the listed phones it stands for
 
 

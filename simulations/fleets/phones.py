@@ -66,16 +66,12 @@ class Phones:
         than it is.
     """
 
-    # Budgets keep the ratios of the phones' memory, and are scaled so that this share
-    # of the phones cannot hold the model at hand. None leaves the bytes as they are,
-    # which only large models fill.
+    # Budgets are scaled so that this share of the phones cannot hold the model; None
+    # leaves the phones' own bytes, which only large models fill
     weak_fraction: float | None = 0.5
-    # To all edges; None takes the phone's link to the server
-    edge_link: Link | None = None
+    edge_link: Link | None = None  # To all edges; None: as to the server
     is_steady: bool = False  # Whether free memory and speed stay as they are declared
-    # So many times slower than measured is every phone: a small model then takes as
-    # long as one that is so many times the work
-    slowdown: float = 1.0
+    slowdown: float = 1.0  # So many times slower than measured is every phone
 
     def __post_init__(self) -> None:
         """Refuse a share that is none."""

@@ -37,12 +37,6 @@ def half_weak(needs: Needs, num_clients: int, seed: int = 0) -> Devices:
     fits nothing. The other weak clients go in equal ratios from just enough for the
     smallest part up to just too little for the whole model; the strong ones from just
     enough for the whole model up to four times that.
-
-    Examples
-    --------
-    >>> needs = Needs(whole_peak_bytes=1000, smallest_peak_bytes=100)
-    >>> [device.budget_bytes for device in half_weak(needs, 6)]
-    [50, 102, 980, 1020, 2020, 4000]
     """
     del seed
     num_weak = len(weak_clients(num_clients))
@@ -59,14 +53,7 @@ def half_weak(needs: Needs, num_clients: int, seed: int = 0) -> Devices:
 
 
 def unlimited(needs: Needs, num_clients: int, seed: int = 0) -> Devices:
-    """Give nobody a limit: the control in which every method is FedAvg.
-
-    Examples
-    --------
-    >>> needs = Needs(whole_peak_bytes=1000, smallest_peak_bytes=100)
-    >>> [device.budget_bytes for device in unlimited(needs, 3)]
-    [None, None, None]
-    """
+    """Give nobody a limit: the control in which every method is FedAvg."""
     del needs, seed
     return _nominal((None,) * num_clients)
 
@@ -93,7 +80,6 @@ FLEETS: dict[str, Fleet] = {
     "phones_near_edge": phones_near_edge,
     "heavy_phones": heavy_phones,
 }
-"""Every fleet that has a name."""
 
 
 def name_of(fleet: Fleet) -> str:
@@ -114,13 +100,7 @@ def _nominal(budgets_bytes: tuple[int | None, ...]) -> Devices:
 
 
 def _ratios(lowest: float, highest: float, count: int) -> tuple[int, ...]:
-    """Go from lowest to highest in ``count`` equal ratios.
-
-    Examples
-    --------
-    >>> _ratios(1, 100, 3)
-    (1, 10, 100)
-    """
+    """Go from lowest to highest in ``count`` equal ratios."""
     if count == 1:
         return (int(lowest),)
     step = math.log(highest / lowest) / max(count - 1, 1)

@@ -34,13 +34,13 @@ from simulations.experiments.clients import build_task
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.models import depth_model_fn, max_depth
 from simulations.methods.method import Method, Setting
-from simulations.methods.sampled import SampledRounds
-from simulations.methods.submodels.nested_rounds import (
+from simulations.methods.nested import (
     Ladder,
     NestedRounds,
     Variant,
     variant_of,
 )
+from simulations.methods.sampled import SampledRounds
 
 NAME, DEPTH, DISTILLATION = "depthfl", "depth", "distillation"
 
@@ -92,15 +92,8 @@ def depth_task(experiment: Experiment, depth: int, *, distillation: float) -> Ta
 def distilling_loss(outputs: Tensor, targets: Tensor, *, distillation: float) -> Tensor:
     """Add up the classifiers' cross-entropies, and how far they are from each other.
 
-    Parameters
-    ----------
-    outputs : Tensor
-        Scores of each classifier, ``(batch, classifiers, classes)``.
-    targets : Tensor
-        Classes, ``(batch,)``.
-    distillation : float
-        Weight of the mean divergence of each classifier from the others, which are
-        taken as they are.
+    Outputs are ``(batch, classifiers, classes)``; ``distillation`` weighs the mean
+    divergence of each classifier from the others, which are taken as they are.
     """
     logs = functional.log_softmax(outputs, dim=2).unbind(dim=1)
     loss = torch.stack([functional.nll_loss(each, targets) for each in logs]).sum()

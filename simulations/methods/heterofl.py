@@ -39,13 +39,13 @@ from simulations.experiments.data import client_indices, load_images
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.models import narrow_model_fn
 from simulations.methods.method import Method, Setting
-from simulations.methods.sampled import SampledRounds
-from simulations.methods.submodels.nested_rounds import (
+from simulations.methods.nested import (
     Ladder,
     NestedRounds,
     Variant,
     variant_of,
 )
+from simulations.methods.sampled import SampledRounds
 
 NAME, WIDTH = "heterofl", "width"
 
@@ -101,14 +101,7 @@ def masked_cross_entropy(
 ) -> Tensor:
     """Work out the cross-entropy with the scores of foreign classes set to zero.
 
-    Parameters
-    ----------
-    outputs : Tensor
-        Scores, ``(batch, classes)``.
-    targets : Tensor
-        Classes, ``(batch,)``.
-    is_foreign : tuple[bool, ...]
-        For each class, whether the client has no example of it.
+    Outputs are scores ``(batch, classes)``; foreign classes have no example here.
     """
     masked = outputs.masked_fill(torch.tensor(is_foreign), 0.0)
     return functional.cross_entropy(masked, targets)

@@ -16,6 +16,9 @@ from simulations.experiments.models import model_fn
 from simulations.fleets.clock import Clock
 from simulations.fleets.devices import Devices
 
+METHOD = "simulated-method"
+"""A message's config names with it the method whose ``task_fn`` is meant."""
+
 PROXIMAL_MU = "proximal-mu"
 """Weight of FedProx's term; the word is Flower's."""
 
@@ -61,10 +64,8 @@ class Method:
     name: str  # What it is called on the command line and in every report
     summary: str  # What it does, in one line
     strategy_fn: StrategyFn  # Builds the server's side
-    # Returns the function that builds its global model; the experiment's own model,
-    # unless a method trains another
+    # Returns the function that builds its global model
     model_fn: Callable[[Experiment], Callable[[], nn.Module]] = model_fn
     # Makes class scores ``(batch, classes)`` of what the global model returns
     outputs_fn: Callable[[Tensor], Tensor] = as_they_are
-    # What its clients train, where its messages name the method
-    task_fn: TaskFn = usual_task
+    task_fn: TaskFn = usual_task  # What clients train whose message names the method

@@ -29,18 +29,14 @@ Floats = npt.NDArray[np.float64]
 class SelectLikeOort:
     """Exploit clients of high utility; explore new ones, the fast ones first."""
 
-    # exploration, exploration_decay, least_exploration: share of a round's clients that
-    # were never tried: at first, times so much each round, and at least
+    # Share of clients never tried: at first, times so much each round, and at least
     exploration: float = 0.9
     exploration_decay: float = 0.95
     least_exploration: float = 0.2
     clip_quantile: float = 0.98  # Utilities above this quantile count as that
-    # Exponent of preferred over real duration, for clients that take longer
-    penalty: float = 2.0
-    # The preferred duration is this percentile of those seen
-    preferred_percentile: float = 50.0
-    # Clients within this share of the last one needed are drawn from, too
-    cutoff: float = 0.7
+    penalty: float = 2.0  # Exponent of preferred over real duration, for slower ones
+    preferred_percentile: float = 50.0  # Of the durations seen
+    cutoff: float = 0.7  # Within this share of the last one needed are drawn from, too
 
     def __call__(self, request: SelectionRequest) -> Selection:
         """Choose a round's clients."""

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import Constraints
 from flwr_smartsplit.plan.advisor import StragglerAdvisor
-from flwr_smartsplit.plan.selection.utility import BY_UTILITY, SelectByUtility
+from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from simulations.methods.method import Method, Setting
 from simulations.methods.splitfed import one_cut_for_all
 from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
@@ -32,7 +32,8 @@ def build_strategy(setting: Setting, *, change: Change | None = None) -> Strateg
     return split_strategy(setting, **({} if change is None else change(setting)))
 
 
-def _select(rule: SelectByUtility) -> Change:
+def _select(**changes: Any) -> Change:
+    rule = replace(BY_UTILITY, **changes)
     return lambda setting: {"select": rule}
 
 
@@ -57,38 +58,26 @@ VARIANTS = tuple(
         strategy_fn=partial(build_strategy, change=change),
     )
     for name, summary, change in (
-        (
-            "no_loss",
-            "without statistical utility",
-            _select(replace(BY_UTILITY, loss=0.0)),
-        ),
-        (
-            "no_speed",
-            "without the speed of devices",
-            _select(replace(BY_UTILITY, speed=0.0)),
-        ),
-        (
-            "no_labels",
-            "without label coverage",
-            _select(replace(BY_UTILITY, coverage=0.0)),
-        ),
-        ("no_fairness", "without fairness", _select(replace(BY_UTILITY, waiting=0.0))),
+        ("no_loss", "without statistical utility", _select(loss=0.0)),
+        ("no_speed", "without the speed of devices", _select(speed=0.0)),
+        ("no_labels", "without label coverage", _select(coverage=0.0)),
+        ("no_fairness", "without fairness", _select(waiting=0.0)),
         (
             "no_learning",
             "without learning the speed of devices that do not tell it",
-            lambda setting: {"client_seconds": None},
+            lambda _: {"client_seconds": None},
         ),
         ("keep_quarter", "with a quarter of the units at devices", _keep(1 / 4)),
         ("keep_half", "with half of the units at devices", _keep(1 / 2)),
         (
             "advised",
             "with an edge manager that advises devices",
-            lambda setting: {"advisor": StragglerAdvisor()},
+            lambda _: {"advisor": StragglerAdvisor()},
         ),
         (
             "no_recompute",
             "without recomputation",
-            lambda setting: {"constraints": NO_RECOMPUTE},
+            lambda _: {"constraints": NO_RECOMPUTE},
         ),
         (
             "one_cut",

@@ -24,11 +24,9 @@ Rows = Sequence[tuple[str, ...]]
 class Section:
     """A part of a page; what it does not have is left out."""
 
-    # title, text: what it shows, and what to know about it
     title: str = ""
     text: str = ""
     picture: str = ""  # An address that holds a picture
-    # columns, rows: A table
     columns: Sequence[str] = ()
     rows: Rows = ()
     has_words: bool = False  # Whether the table's cells are words, and not numbers
@@ -46,16 +44,8 @@ def html_page(
 ) -> str:
     """Make a page.
 
-    Parameters
-    ----------
-    title, headline : str
-        The suite, and what was found.
-    sections : Iterable[Section]
-        In their order.
-    limits : str
-        Names the file of ``limits/`` that says what the numbers do not show.
-    settings : Rows
-        How they were made, names and values.
+    ``limits`` names the file of ``limits/`` that says what the numbers do not show;
+    ``settings`` says how they were made.
     """
     environment = Environment(
         autoescape=True,

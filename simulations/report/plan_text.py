@@ -13,18 +13,7 @@ WHOLE = str(Route.whole())
 
 @lru_cache(maxsize=1024)
 def route_of(text: str) -> Route:
-    """Read what ``str(route)`` wrote.
-
-    Raises
-    ------
-    ExperimentError
-        If it is no route.
-
-    Examples
-    --------
-    >>> route_of("device[:2] > edge[2:6] > device[6:]") == Route.u_shape(2, 6)
-    True
-    """
+    """Read what ``str(route)`` wrote."""
     if text == WHOLE:
         return Route.whole()
     parts = [_SEGMENT.fullmatch(part) for part in text.split(" > ")]
@@ -40,18 +29,7 @@ def route_of(text: str) -> Route:
 
 @lru_cache(maxsize=1024)
 def recompute_of(text: str) -> RecomputePlan:
-    """Read what ``str(plan)`` wrote.
-
-    Raises
-    ------
-    ExperimentError
-        If it is no recompute plan.
-
-    Examples
-    --------
-    >>> recompute_of("[0:3] [4:9 [6:8]] light 1 2").num_runs(7)
-    3
-    """
+    """Read what ``str(plan)`` wrote."""
     if text == str(KEEP_ALL):
         return KEEP_ALL
     stack: list[tuple[int, int, list[Rerun]]] = [(0, 0, [])]

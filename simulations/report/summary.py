@@ -2,18 +2,19 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from flwr_smartsplit import errors
 from flwr_smartsplit.types import ChainProfile
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.rows import ACCEPTED, ClientRow, MethodRun, read_run
-from simulations.fleets.clock import Clock
+from simulations.fleets.clock import Clock, Spent
 from simulations.fleets.devices import device_from
-from simulations.report.timeline import Timeline, timeline_of
 
 CONFIG = "config.json"
 PROFILE = "profile.json"
@@ -31,6 +32,61 @@ COMPARED = (
 NUM_LAST_EVALUATIONS = 5
 MEGABYTE = 10**6
 MANY_SECONDS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """What the rounds of one run would have taken on its fleet."""
+
+    seconds_by_round: dict[int, float]  # Of each round's slowest client
+    accuracies: tuple[tuple[float, float], ...]  # Seconds since the start, accuracy
+    device_joules: float
+    edge_joules: float
+
+    @property
+    def seconds(self) -> float:
+        """Simulated seconds of all rounds, one after the other."""
+        return sum(self.seconds_by_round.values())
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """Return the simulated seconds until a share is right; None if it never is."""
+        reached = (at for at, value in self.accuracies if value >= accuracy)
+        return next(reached, None)
+
+
+def timeline_of(run: MethodRun, clock: Clock) -> Timeline:
+    """Lay the rounds of a run along the clock."""
+    spent: dict[int, list[Spent]] = {row.round: [] for row in run.rounds}
+    for row in run.training():
+        if row.round in spent:
+            spent[row.round].append(clock.spent(row))
+    seconds = {
+        number: max((each.seconds for each in of_clients), default=0.0)
+        for number, of_clients in sorted(spent.items())
+    }
+    ends = dict(zip(seconds, accumulate(seconds.values()), strict=True))
+    return Timeline(
+        seconds_by_round=seconds,
+        accuracies=tuple(
+            (ends.get(row.round, 0.0), row.accuracy)
+            for row in run.evaluations
+            if row.round in ends or row.round == 0
+        ),
+        device_joules=sum(e.device_joules for each in spent.values() for e in each),
+        edge_joules=sum(e.edge_joules for each in spent.values() for e in each),
+    )
+
+
+def common_accuracy(runs: Iterable[MethodRun]) -> float | None:
+    """Return the highest accuracy that every run reaches; None if one has none.
+
+    A time to an accuracy can be compared where everybody gets there.
+    """
+    best = [
+        max((row.accuracy for row in run.evaluations), default=None) for run in runs
+    ]
+    known = [accuracy for accuracy in best if accuracy is not None]
+    return min(known) if known and len(known) == len(best) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,55 +133,35 @@ class Figures:
     """The figures of one method."""
 
     num_rounds: int  # Rounds that were finished
-    # accuracy, accuracy_last5: share of the test set that is right after the last
-    # round, and the mean over the last five evaluations; None before the first round's
-    # end
+    # After the last round, and the mean over the last five evaluations
     accuracy: float | None
     accuracy_last5: float | None
     per_class_accuracy: tuple[float | None, ...]  # After the last round
     participants: int  # Clients with at least one accepted update
     device_peak_bytes: int  # The most any device held while training
-    # The largest share of its budget that any device held; above 1, it would have run
-    # out of memory. FedAvg ignores the budgets and is measured against them.
-    peak_over_budget: float | None
+    peak_over_budget: float | None  # The largest share of a budget that was held
     devices_over_budget: int  # How many devices held more than their budget
-    # The least budget of a client that took part and kept within it
-    smallest_served_budget_bytes: int | None
-    # bytes_down, bytes_up: what the devices received and sent in all, from the server
-    # and the edges
-    bytes_down: int
+    smallest_served_budget_bytes: int | None  # Of clients that kept within it
+    bytes_down: int  # To devices, from the server and the edges
     bytes_up: int
-    # What crossed any link, those between server and edges included
-    comm_bytes_total: int
-    # Wall-clock time, as all seconds that are not called simulated. Median over the
-    # rounds without the first, in which workers and edges warm up.
+    comm_bytes_total: int  # On any link, those between server and edges included
+    # Wall-clock time: median without the first round, in which workers warm up
     seconds_per_round: float | None
-    first_round_seconds: float | None  # Time of the first round
-    # round_wall_clock_sec, server_aggregation_time_sec: means over the rounds
+    first_round_seconds: float | None
+    # Means over the rounds
     round_wall_clock_sec: float | None
     server_aggregation_time_sec: float | None
-    # ``device_peak_bytes`` in megabytes of a million bytes
-    client_peak_cpu_memory_mb: float
-    # What all rounds would have taken on the fleet
-    simulated_seconds: float | None = None
-    # The slowest selected device's time: median over the rounds
+    client_peak_cpu_memory_mb: float  # ``device_peak_bytes`` in millions of bytes
+    simulated_seconds: float | None = None  # Of all rounds
+    # The slowest selected device's: median over the rounds, and the slowest round
     simulated_seconds_per_round: float | None = None
-    # The same in the slowest round: the peak latency
     simulated_seconds_slowest_round: float | None = None
-    # simulated_device_joules, simulated_edge_joules: energy of all rounds, all devices,
-    # and what the edges did for them
     simulated_device_joules: float | None = None
     simulated_edge_joules: float | None = None
 
 
 def read_results(folder: Path) -> Results:
-    """Read a results folder, finished or not.
-
-    Raises
-    ------
-    ExperimentError
-        If it is none.
-    """
+    """Read a results folder, finished or not."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -261,19 +297,8 @@ def finite(value: float | None) -> float | None:
 
 
 def bytes_text(num_bytes: float | None) -> str:
-    """Print bytes in the binary unit that suits them, or a dash where there are none.
-
-    Examples
-    --------
-    >>> bytes_text(1_328_896), bytes_text(500), bytes_text(300 * 2**30)
-    ('1.27 MiB', '500 B', '300 GiB')
-    """
-    if num_bytes is None:
-        return "–"
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.{0 if num_bytes >= 100 * size else 2}f} {unit}"
-    return f"{num_bytes:.0f} B"
+    """Print bytes in the unit that suits them, or a dash where there are none."""
+    return "–" if num_bytes is None else errors.bytes_text(round(num_bytes))
 
 
 def percent_text(fraction: float | None) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from simulations.experiments.partitions import Dirichlet
 from simulations.fleets.presets import heavy_phones, phones_near_edge
 from simulations.studies.accuracy import DIGITS, FASHION, many_of
-from simulations.studies.study import Case, Study
+from simulations.studies.study import LEARNING_CLAIMS, Case, Study
 
 METHODS = (
     "smartsplit",
@@ -106,16 +106,6 @@ ABLATION = Study(
     name="ablation",
     summary="What each part of smartsplit is worth, by leaving it out.",
     cases_fn=ablation_cases,
-    claims=(
-        "accuracy",
-        "gains",
-        "time",
-        "classes",
-        "participation",
-        "routes",
-        "memory",
-        "traffic",
-        "energy",
-    ),
+    claims=LEARNING_CLAIMS,
     cost="Small: about 10 minutes on 2 cores; in full: about 1 CPU-hour.",
 )

@@ -10,7 +10,7 @@ from dataclasses import replace
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.partitions import Dirichlet, OwnLabels
 from simulations.fleets.presets import half_weak
-from simulations.studies.study import Case, Study
+from simulations.studies.study import LEARNING_CLAIMS, Case, Study
 
 METHODS = (
     "fedavg",
@@ -31,14 +31,13 @@ IMAGE_METHODS = ("fedavg", "drop_weak", "heterofl", "depthfl", "smartsplit")
 
 NUM_SEEDS = 5
 MANY_ROUNDS = 30
-SMALL_SEEDS = {"own_labels": 5, "dirichlet_01": 1, "dirichlet_05": 1, "many_clients": 1}
-SMALL_ROUNDS = {
-    "own_labels": 8,
-    "dirichlet_01": 5,
-    "dirichlet_05": 5,
-    "many_clients": 8,
+SMALL = {
+    "own_labels": (8, 5),
+    "dirichlet_01": (5, 1),
+    "dirichlet_05": (5, 1),
+    "many_clients": (8, 1),
 }
-"""What makes the cases fit into the minutes of ``--small``."""
+"""Rounds and seeds that make the cases fit into the minutes of ``--small``."""
 
 DIGITS = Experiment(
     name="accuracy",
@@ -59,15 +58,7 @@ FASHION = replace(
     max_train_examples=3000,
     max_test_examples=2000,
 )
-CIFAR = replace(
-    DIGITS,
-    data="cifar10",
-    methods=IMAGE_METHODS,
-    learning_rate=0.02,
-    num_rounds=15,
-    max_train_examples=3000,
-    max_test_examples=2000,
-)
+CIFAR = replace(FASHION, data="cifar10", learning_rate=0.02, num_rounds=15)
 
 OWN_CLAIM = (
     "The classes 0 to 4 live on the weak half alone, so any method that includes weak "
@@ -106,31 +97,25 @@ def _cases_of(
     data: str, experiment: Experiment, *, target_accuracy: float
 ) -> tuple[Case, ...]:
     """Return the three divisions of one data set."""
-    prefix = _prefix(experiment)
-    dirichlet = [
-        (f"dirichlet_{text}", alpha) for text, alpha in (("01", 0.1), ("05", 0.5))
-    ]
     own = Case(
-        name=f"{prefix}own_labels",
+        name=f"{_prefix(experiment)}own_labels",
         title=f"{data}: the weak half has labels of its own",
         claim=OWN_CLAIM,
         experiment=experiment,
         num_seeds=NUM_SEEDS,
         target_accuracy=target_accuracy,
     )
-    return (
-        own,
-        *(
-            replace(
-                own,
-                name=f"{prefix}{name}",
-                title=f"{data}: Dirichlet {alpha}",
-                claim=DIRICHLET_CLAIM,
-                experiment=replace(experiment, partition=Dirichlet(alpha=alpha)),
-            )
-            for name, alpha in dirichlet
-        ),
+    dirichlet = (
+        replace(
+            own,
+            name=f"{_prefix(experiment)}dirichlet_{text}",
+            title=f"{data}: Dirichlet {alpha}",
+            claim=DIRICHLET_CLAIM,
+            experiment=replace(experiment, partition=Dirichlet(alpha=alpha)),
+        )
+        for text, alpha in (("01", 0.1), ("05", 0.5))
     )
+    return (own, *dirichlet)
 
 
 def _many_clients(experiment: Experiment, *, target_accuracy: float) -> Case:
@@ -163,28 +148,15 @@ def many_of(experiment: Experiment) -> Experiment:
 
 def _smaller(case: Case) -> Case:
     """Cut a case down to what fits into the minutes of the small version."""
-    rounds = SMALL_ROUNDS.get(case.name, case.experiment.num_rounds)
-    return replace(
-        case,
-        experiment=replace(case.experiment, num_rounds=rounds),
-        num_seeds=SMALL_SEEDS[case.name],
-    )
+    rounds, num_seeds = SMALL[case.name]
+    experiment = replace(case.experiment, num_rounds=rounds)
+    return replace(case, experiment=experiment, num_seeds=num_seeds)
 
 
 ACCURACY = Study(
     name="accuracy",
     summary="What each method learns where half of the devices are weak.",
     cases_fn=accuracy_cases,
-    claims=(
-        "accuracy",
-        "gains",
-        "classes",
-        "participation",
-        "routes",
-        "memory",
-        "traffic",
-        "time",
-        "energy",
-    ),
+    claims=LEARNING_CLAIMS,
     cost="Small: about 6 minutes on 2 cores; in full: about 5 CPU-hours.",
 )

@@ -119,13 +119,7 @@ def print_study(study: StudyLines, *, as_json: bool) -> None:
 
 
 def keep_lines(folder: Path, *, hardware: str, results: Path = RESULTS) -> Path:
-    """Write a study's lines to ``SUITE_HARDWARE_DATE.jsonl`` and return its path.
-
-    Raises
-    ------
-    ExperimentError
-        If nothing has finished, or the hardware's name does not suit a file's.
-    """
+    """Write a study's lines to ``SUITE_HARDWARE_DATE.jsonl`` and return its path."""
     if not hardware or not hardware.replace("-", "").isalnum():
         raise ExperimentError(
             f"--hardware is {hardware!r}, but is part of a file's name: letters, "

@@ -38,11 +38,6 @@ def begin_folder(
 
     Cases, methods and seeds may be added to what is there; settings and versions must
     be the same, since otherwise its numbers could not be compared.
-
-    Raises
-    ------
-    ExperimentError
-        If it holds something else, saying what differs, or cannot be written to.
     """
     now = {
         kind: suite,
@@ -53,7 +48,7 @@ def begin_folder(
     before = read_config(folder)
     if before:
         _refuse_another(folder, before, now, kind=kind)
-        now["cases"] = _joined(before.get("cases", {}), now["cases"])
+        now["cases"] = _joined(before["cases"], now["cases"])
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CONFIG, json.dumps(now, indent=2) + "\n")
@@ -62,13 +57,7 @@ def begin_folder(
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, path: str = ""
 ) -> list[str]:
-    """Say where two nested mappings differ, leaf by leaf.
-
-    Examples
-    --------
-    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
-    ['a.c is 2 there and 3 now']
-    """
+    """Say where two nested mappings differ, leaf by leaf."""
     found: list[str] = []
     for name in dict.fromkeys([*before, *now]):
         old, new = before.get(name), now.get(name)
@@ -94,33 +83,25 @@ def _case_values(case: Case) -> dict[str, Any]:
 def _refuse_another(
     folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, kind: str
 ) -> None:
+    """Refuse a folder of another suite, or of other settings or versions."""
     if kind not in before:
         raise ExperimentError(
             f"{str(folder)!r} holds results of another suite: name another folder with "
             "--out."
         )
-    found = differences(
-        _identity(before, now, kind=kind), _identity(now, before, kind=kind)
-    )
+    shared = before["cases"].keys() & now["cases"].keys()
+
+    def identity(one: Mapping[str, Any]) -> dict[str, Any]:
+        same = ("settings", "target_accuracy")
+        cases = {name: {k: one["cases"][name][k] for k in same} for name in shared}
+        return {**{k: one[k] for k in (kind, "is_small", "versions")}, **cases}
+
+    found = differences(identity(before), identity(now))
     if found:
         raise ExperimentError(
             f"{str(folder)!r} was begun with another configuration: {'; '.join(found)}"
             ". Name another folder with --out, or remove it."
         )
-
-
-def _identity(
-    one: Mapping[str, Any], other: Mapping[str, Any], *, kind: str
-) -> dict[str, Any]:
-    """Return what two commands on the same folder must agree on."""
-    shared = [name for name in one["cases"] if name in other["cases"]]
-    same = ("settings", "target_accuracy")
-    return {
-        kind: one[kind],
-        "is_small": one["is_small"],
-        **{name: {k: one["cases"][name][k] for k in same} for name in shared},
-        "versions": one["versions"],
-    }
 
 
 def _joined(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,6 @@ class Report:
     """What the rows say."""
 
     headline: str  # In a line
-    # columns, cells: the table
     columns: Sequence[str]
     cells: Sequence[tuple[str, ...]]
     caption: str = ""  # What to know about it
@@ -70,16 +69,12 @@ class Report:
 class Measurement:
     """A suite of items."""
 
-    # name, summary: on the command line, and what it measures
     name: str
     summary: str
-    # Lists what is to be measured, the quickest first
-    items_fn: Callable[[MeasurementOptions], list[Item]]
+    items_fn: Callable[[MeasurementOptions], list[Item]]  # The quickest first
     report_fn: Callable[[list[Row]], Report]  # Makes the report of the rows
-    # Names what is compared, with what ``--json`` prints of it
-    figures_fn: Callable[[list[Row]], dict[str, Row]]
-    # Whether each item gets a process of its own: what it leaves harms no other
-    in_processes: bool = False
+    figures_fn: Callable[[list[Row]], dict[str, Row]]  # For ``--json``, by name
+    in_processes: bool = False  # Each item in its own: what it leaves harms no other
 
     def run(self, folder: Path, options: MeasurementOptions) -> bool:
         """Measure what the folder does not have; return False if interrupted."""

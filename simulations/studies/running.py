@@ -109,11 +109,6 @@ def run_in_processes(
 
     Whatever ends this function also ends the processes.
 
-    Yields
-    ------
-    Event
-        How far it is.
-
     Raises
     ------
     ExperimentError

@@ -18,6 +18,13 @@ NOT_SETTINGS = ("name", "methods", "seed", "data_dir", "num_workers", "in_proces
 """Fields of an experiment that change neither what a run computes nor its weights."""
 
 
+LEARNING_CLAIMS = (
+    *("accuracy", "gains", "classes", "participation", "routes", "memory"),
+    *("traffic", "time", "energy"),
+)
+"""What a report says of a study about what is learned."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One experiment of a study, to be run with several seeds."""
@@ -25,11 +32,9 @@ class Case:
     name: str  # Its folder, and its name on the command line
     title: str  # What it is, in a few words
     claim: str  # What it is to show, or to refute
-    # What is run; its ``methods`` may name some that do not exist yet
-    experiment: Experiment
+    experiment: Experiment  # Its ``methods`` may name some that do not exist yet
     num_seeds: int  # It is run with the seeds from 0 on
-    # Share of the test set that ends the wait in time-to-accuracy
-    target_accuracy: float
+    target_accuracy: float  # That time-to-accuracy waits for
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -62,10 +67,8 @@ class Study:
 
     name: str  # On the command line
     summary: str  # What it compares, in a line
-    # ``cases_fn(is_small)`` returns the cases, the most important one first
-    cases_fn: Callable[[bool], tuple[Case, ...]]
-    # Names of the claims that its report makes of every case, in order
-    claims: tuple[str, ...]
+    cases_fn: Callable[[bool], tuple[Case, ...]]  # Takes is_small
+    claims: tuple[str, ...]  # That its report makes of every case, in order
     cost: str  # How long it takes, small and in full
 
 
@@ -74,7 +77,6 @@ class StudyOptions:
     """What the command line asks of a study; None leaves a case as it is."""
 
     is_small: bool = False  # Whether minutes are all there is
-    # cases, methods: some of them
     cases: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     num_seeds: int | None = None  # Seeds of every case
@@ -82,13 +84,7 @@ class StudyOptions:
 
 
 def chosen_cases(study: Study, options: StudyOptions) -> tuple[Case, ...]:
-    """Return the study's cases as the options want them.
-
-    Raises
-    ------
-    ExperimentError
-        If they name a case that there is not, no seed, or values no run could have.
-    """
+    """Return the study's cases as the options want them."""
     cases = {case.name: case for case in study.cases_fn(options.is_small)}
     wanted = tuple(cases) if options.cases is None else options.cases
     unknown = [name for name in wanted if name not in cases]
@@ -102,19 +98,17 @@ def chosen_cases(study: Study, options: StudyOptions) -> tuple[Case, ...]:
             f"--seeds is {options.num_seeds}, but must be at least 1: the number of "
             "seeds, which count from 0."
         )
-    return tuple(
-        _changed(case, options) for case in cases.values() if case.name in wanted
-    )
-
-
-def _changed(case: Case, options: StudyOptions) -> Case:
     changes = dict(options.changes or {})
     if options.methods is not None:
         changes["methods"] = options.methods
-    return replace(
-        case,
-        experiment=replace(case.experiment, **changes),
-        num_seeds=options.num_seeds or case.num_seeds,
+    return tuple(
+        replace(
+            case,
+            experiment=replace(case.experiment, **changes),
+            num_seeds=options.num_seeds or case.num_seeds,
+        )
+        for case in cases.values()
+        if case.name in wanted
     )
 
 

@@ -10,7 +10,7 @@ from simulations.studies.measurement import Measurement
 from simulations.studies.memory.suite import MEMORY
 from simulations.studies.quickstart import quickstart
 from simulations.studies.scale.suite import SCALE
-from simulations.studies.study import Study
+from simulations.studies.study import LEARNING_CLAIMS, Study
 from simulations.studies.zoo.suite import ZOO
 
 SUITES: dict[str, Callable[[str], Experiment]] = {"quickstart": quickstart}
@@ -22,15 +22,5 @@ STUDIES: dict[str, Study] = {s.name: s for s in (ACCURACY, LATENCY, ABLATION)}
 MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in (MEMORY, SCALE, ZOO)}
 """Suites that measure models, without rounds."""
 
-SINGLE_CLAIMS = (
-    "accuracy",
-    "classes",
-    "memory",
-    "participation",
-    "routes",
-    "traffic",
-    "time",
-    "energy",
-    "duration",
-)
+SINGLE_CLAIMS = (*(c for c in LEARNING_CLAIMS if c != "gains"), "duration")
 """What is said of a suite that trains in rounds."""

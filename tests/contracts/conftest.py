@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from flwr_smartsplit import RayEdge
 from flwr_smartsplit.edge.hosts.edge import BytesTransport, answered
@@ -40,15 +39,15 @@ def through_bytes(handle: Callable[[Any], Any]) -> Transport:
 
 
 @pytest.fixture(scope="module")
-def ray_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Start Ray and one edge for a test module; starting one takes seconds."""
+def ray_place(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    """Start one edge for a test module; starting one takes seconds."""
     parent = tmp_path_factory.mktemp("edge")
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     edge = RayEdge(spill_dir=str(parent))
     address = edge.start(TASK)
     yield Place(edge.connect(address), parent / f"smartsplit-{address}")
     edge.stop(address)
-    ray.shutdown()
 
 
 @pytest.fixture(

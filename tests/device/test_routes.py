@@ -67,7 +67,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"max_gradient_norm": 0.3},
     "scheduled": {"schedule_fn": cosine},
     "autocast": {"autocast_dtype": torch.bfloat16},
+    "accumulated": {"accumulate": 2},
+    "accumulated, adam": {
+        "accumulate": 3,
+        "optimizer_fn": partial(torch.optim.Adam, lr=0.01),
+    },
+    "accumulated, clipped": {"accumulate": 4, "max_gradient_norm": 0.3},
     "all": {
+        "accumulate": 3,
         "max_gradient_norm": 0.3,
         "schedule_fn": cosine,
         "autocast_dtype": torch.bfloat16,
@@ -102,7 +109,8 @@ def test_every_kind_of_route_is_the_stock_step(name: str) -> None:
     """Loss, every gradient, state and evaluation; and the peak is the predicted one.
 
     Under autocast the peak is not compared: fake tensors take other kernels than
-    bfloat16 ones (docs/memory-model.md).
+    bfloat16 ones (docs/memory-model.md). With micro-batches of two sizes the larger one
+    is predicted with all gradients, though the first has none: never below.
     """
     task = variant(name)
     with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
@@ -112,7 +120,9 @@ def test_every_kind_of_route_is_the_stock_step(name: str) -> None:
             assert check.differences == (), route
             if task.autocast_dtype is None:
                 expected = predicted_peak_bytes(profile, route)
-                assert check.measured_peak_bytes == expected, route
+                assert check.measured_peak_bytes <= expected, route
+                if BATCH_SIZE % task.accumulate == 0:
+                    assert check.measured_peak_bytes == expected, route
 
 
 def bent(value: Any) -> Any:

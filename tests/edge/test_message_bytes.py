@@ -31,7 +31,7 @@ from flwr_smartsplit.errors import (
     MemoryCapExceeded,
     OutOfOrderStep,
     RefusedMessage,
-    SpillLost,
+    TailLost,
 )
 from flwr_smartsplit.types import Cohort
 
@@ -62,6 +62,13 @@ PLAIN = st.recursive(
     ),
     max_leaves=6,
 )
+
+
+def forward(**parts: Any) -> wire.Forward:
+    """Make a request whose targets are as many as it says."""
+    if parts["targets"] is not None:
+        parts["num_examples"] = parts["targets"].shape[0]
+    return wire.Forward(**parts)
 
 
 @cache  # A route of several edges has openings in openings.
@@ -97,7 +104,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - a list of ca
         parts = {
             f.name: st.deferred(lambda h=hints[f.name]: values(h)) for f in fields(hint)
         }
-        return st.builds(hint, **parts)
+        return st.builds(forward if hint is wire.Forward else hint, **parts)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return st.sampled_from(hint)
     return st.from_type(hint)
@@ -156,7 +163,7 @@ def test_replies_without_a_type_of_their_own_come_back(message: Any) -> None:
 
 ERRORS = [
     OutOfOrderStep("a", step=3, num_steps=2),
-    SpillLost("b", sessions=("1/c0/edge",)),
+    TailLost("b", sessions=("1/c0/edge",)),
     EdgeFull(
         "c", needed_bytes=3, free_bytes=2, budget_bytes=9, retry_after_seconds=None
     ),
@@ -186,7 +193,7 @@ def test_an_error_that_the_other_end_does_not_know_is_its_nearest_base() -> None
     class Odd(OSError):
         pass
 
-    class Lost(SpillLost):
+    class Lost(TailLost):
         pass
 
     class Strange(Exception):
@@ -195,7 +202,7 @@ def test_an_error_that_the_other_end_does_not_know_is_its_nearest_base() -> None
     found = decode(joined(Odd("disk")))
     assert (type(found), str(found)) == (OSError, "Odd: disk")
     found = decode(joined(Lost("gone", sessions=("a",), by=print)))
-    assert type(found) is SpillLost
+    assert type(found) is TailLost
     assert (found.sessions, found.by) == (("a",), repr(print))
     found = decode(joined(Strange("why")))
     assert (type(found), str(found)) == (EdgeError, "Strange: why")
@@ -318,9 +325,6 @@ def test_a_forged_head_gives_a_message_or_is_refused(
 
 
 HELD = {"incarnation": "a", "is_held": True}
-DEEP: Any = 1
-for _ in range(900):
-    DEEP = [DEEP]
 FORGED: dict[str, tuple[bytes, str]] = {
     "another magic word": (b"PK\3\4" + STEP[4:], "begins with b'SmSp'"),
     "another version": (
@@ -337,7 +341,7 @@ FORGED: dict[str, tuple[bytes, str]] = {
     "brackets without an end": (framed(b"[" * 100_000), "too deep"),
     "digits without an end": (framed(b"9" * 10_000), "not JSON"),
     "a large integer": (framed(2**64), "more than 64 bits"),
-    "deep lists": (framed(DEEP), "too deep"),
+    "deep lists": (framed(b"[" * 5000 + b"]" * 5000), "too deep"),
     "two keys": (framed({"Held": HELD, "tuple": []}), "one key, not 2"),
     "a name that is none": (framed({"Popen": {}}), "'Popen' with a dict"),
     "an unknown field": (
@@ -382,8 +386,8 @@ FORGED: dict[str, tuple[bytes, str]] = {
         "'SystemExit' is no error",
     ),
     "an error without its numbers": (
-        framed({"error": ["SpillLost", "x", {}]}),
-        "SpillLost.sessions is a NoneType",
+        framed({"error": ["TailLost", "x", {}]}),
+        "TailLost.sessions is a NoneType",
     ),
     "numbers that mean nothing": (
         framed(

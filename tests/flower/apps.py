@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message
@@ -22,14 +23,20 @@ from flwr_smartsplit import (
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
+from flwr_smartsplit.types import ChainProfile
 from tests.in_process_grid import InProcessGrid
 from tests.tasks import BATCH_SIZE, SEED, TASK, State, initial_state, loader, tiny_chain
 
 
+@cache
+def tiny_profile() -> ChainProfile:
+    """Profile the tiny task once for all modules."""
+    return profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=TASK)
+
+
 def peak_of(route: Route) -> int:
     """Predict a device's peak."""
-    profile = profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=TASK)
-    return predicted_peak_bytes(profile, route)
+    return predicted_peak_bytes(tiny_profile(), route)
 
 
 def budgets_of(*cuts: int | None) -> list[int | None]:

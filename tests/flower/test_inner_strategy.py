@@ -1,14 +1,17 @@
 """The strategy inside: what of it is kept, and which are refused by name."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.common import ndarrays_to_parameters
 from flwr.server import strategy as legacy
 from flwr.serverapp import strategy as message
 
-from flwr_smartsplit import LegacySmartSplit, SmartSplit
+from flwr_smartsplit import LegacySmartSplit, SmartSplit, proximal
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from tests.flower.apps import apps, budgets_of, messages, run, smart_split
@@ -91,16 +94,31 @@ def test_what_a_legacy_subclass_tells_and_measures_is_kept() -> None:
     assert made.history.metrics_distributed == {"clients": [(2, 4)]}
 
 
-def test_fedproxs_weight_reaches_the_clients() -> None:
-    """As ``proximal-mu`` or ``proximal_mu``, where a schedule_fn can read it."""
-    proximal = message.FedProx(fraction_evaluate=0.0, proximal_mu=0.5)
-    made = run(apps(MIXED), smart_split(strategy=proximal), num_rounds=1)
+def reads_it(optimizer: Any, config: Any) -> None:
+    """Stand for a schedule that reads FedProx's weight."""
+    assert config.get("proximal_mu", 0.5) == 0.5
+
+
+def test_fedprox_asks_for_the_term_that_the_task_adds() -> None:
+    """Its weight reaches the clients, where a schedule_fn can read it."""
+    fedprox = message.FedProx(fraction_evaluate=0.0, proximal_mu=0.5)
+    with pytest.raises(ValueError, match=r"adds with mu=0\.0: give Task"):
+        smart_split(strategy=fedprox)
+    sgd = partial(torch.optim.SGD, lr=0.5)
+    adding = partial(proximal, optimizer_fn=sgd, mu=0.5)
+    task = replace(TASK, optimizer_fn=adding)
+    ours = smart_split(strategy=fedprox, task=task)
+    made = run(apps(MIXED, task=task), ours, num_rounds=1)
     configs = [m.content["config"] for m in messages(made.grid, "train")]
     assert {config["proximal-mu"] for config in configs} == {0.5}
     old = legacy.FedProx(
         fraction_evaluate=0.0, initial_parameters=initial(), proximal_mu=0.5
     )
-    found = run_legacy(apps(MIXED), legacy_smart_split(strategy=old), num_rounds=1)
+    with pytest.raises(ValueError, match=r"adds with mu=0\.0: give Task"):
+        legacy_smart_split(strategy=old)
+    reading = replace(TASK, schedule_fn=reads_it)
+    ours = LegacySmartSplit(reading, strategy=old, journal=None)
+    found = run_legacy(apps([None] * 4, task=reading), ours, num_rounds=1)
     configs = [m.content["fitins.config"] for m in messages(found.grid, "train")]
     assert {config["proximal_mu"] for config in configs} == {0.5}
 

@@ -10,8 +10,8 @@ from simulations.experiments.marks import Mark, read_marks, write_mark
 from simulations.experiments.partitions import OwnLabels
 from simulations.experiments.provenance import Provenance
 from simulations.fleets.presets import half_weak
-from simulations.studies.folder import begin
-from simulations.studies.running import Watcher, run_one_by_one, units_of
+from simulations.studies.folder import STUDY, begin_folder
+from simulations.studies.running import units_of
 from simulations.studies.study import Case
 from tests.simulations.journals import CONFIG, client_row, evaluation_row, round_row
 
@@ -36,11 +36,6 @@ CASE = Case(
     target_accuracy=0.6,
 )
 SECOND = replace(CASE, name="second", title="by hand: another", num_seeds=1)
-NOBODY = Watcher(
-    on_begin=lambda unit: None,
-    on_end=lambda unit: None,
-    on_round=lambda unit, method, row: None,
-)
 
 
 def rows_of(method, seed):
@@ -59,8 +54,9 @@ def rows_of(method, seed):
     return rows
 
 
-def pretend(experiment, out, provenance, on_round):
+def pretend(unit):
     """Run what has no mark, as the real runner does, but without training."""
+    experiment, out = unit.experiment, unit.out
     out.mkdir(parents=True, exist_ok=True)
     finished = read_marks(out)
     config = {**CONFIG, "methods": dict.fromkeys(experiment.methods, "")}
@@ -81,11 +77,9 @@ def mark_of(method, seed):
 def write_study(folder, *cases):
     """Start a study's folder and run all its seeds in pretence."""
     cases = cases or (CASE, SECOND)
-    begin(folder, "accuracy", cases=cases, is_small=True, provenance=PROVENANCE)
-    run_one_by_one(
-        units_of(folder, cases),
-        provenance=PROVENANCE,
-        watcher=NOBODY,
-        run_unit=pretend,
+    begin_folder(
+        folder, STUDY, "accuracy", cases=cases, is_small=True, provenance=PROVENANCE
     )
+    for unit in units_of(folder, cases):
+        pretend(unit)
     return folder

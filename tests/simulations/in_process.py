@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord
 
 from flwr_smartsplit.flower.serde.records import from_array_record
 from flwr_smartsplit.types import ChainProfile, UnitCost
+from simulations.experiments.client_app import MethodApp
 from simulations.experiments.clients import build_client, build_task
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.partitions import Iid
@@ -18,8 +19,8 @@ from simulations.experiments.runner import initial_model
 from simulations.fleets.clock import Clock
 from simulations.fleets.devices import Devices, FleetDevice
 from simulations.fleets.presets import unlimited
+from simulations.methods import METHODS
 from simulations.methods.method import Method, Setting
-from simulations.methods.submodels.variants import VariantApp
 from tests.in_process_grid import InProcessGrid
 
 Budgets = tuple[int | None, ...]
@@ -83,7 +84,9 @@ def grid_of(experiment: Experiment, budgets_bytes: Budgets) -> InProcessGrid:
         devices=devices_of(budgets_bytes),
         clock=clock_of(budgets_bytes),
     )
-    return InProcessGrid([VariantApp(client_fn, experiment) for _ in budgets_bytes])
+    task_fns = {name: method.task_fn for name, method in METHODS.items()}
+    app = MethodApp(client_fn, experiment, task_fns)
+    return InProcessGrid([app for _ in budgets_bytes])
 
 
 def run_here(

@@ -7,9 +7,11 @@ import pytest
 from typer.testing import CliRunner
 
 from simulations.__main__ import app, run
+from simulations.experiments.marks import Mark, write_mark
 from tests.simulations.journals import FEDAVG_ROWS, write_results
 
 OPTIONS = [
+    "context",
     "suite",
     "data",
     "data_dir",
@@ -83,6 +85,9 @@ def test_a_report_of_nothing_is_explained(tmp_path):
 
 def test_a_report_can_be_made_again_from_the_journals(tmp_path):
     folder = write_results(tmp_path, fedavg=FEDAVG_ROWS)
+    write_mark(
+        folder, Mark(method="fedavg", state_sha256="a", accuracy=0.75, num_rounds=2)
+    )
 
     result = call("report", folder, "--json")
 

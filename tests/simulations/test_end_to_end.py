@@ -8,14 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from simulations.experiments.local_runs import run_methods_here
 
 from simulations.experiments.marks import read_marks
 from simulations.experiments.partitions import Dirichlet
 from simulations.experiments.provenance import Provenance
 from simulations.experiments.runner import prepare, run_methods
 from simulations.fleets.presets import heavy_phones
-from simulations.report.summary import read_results
+from simulations.report.summary import COMPARED, read_results
 from simulations.studies.quickstart import quickstart
 
 ROOT = Path(__file__).parents[2]
@@ -39,18 +38,26 @@ def tiny(tmp_path_factory):
     return finished.stdout, out
 
 
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text())["methods"]
+
+
 @pytest.mark.ray
 def test_standard_output_is_one_json_object(tiny):
     stdout, out = tiny
 
-    assert json.loads(stdout) == json.loads((out / "summary.json").read_text())
-    assert list(json.loads(stdout)["methods"]) == ["fedavg", "drop_weak", "smartsplit"]
+    methods, summary = json.loads(stdout)["methods"], summary_of(out)
+    assert list(methods) == list(summary) == ["fedavg", "drop_weak", "smartsplit"]
+    for name, figures in methods.items():
+        assert set(figures) == set(COMPARED)
+        assert figures == {figure: summary[name][figure] for figure in COMPARED}
+        assert None not in figures.values()
 
 
 @pytest.mark.ray
 def test_each_method_trains_whom_it_can(tiny):
     """Three of six clients hold the whole model, and one fits no part of it."""
-    methods = json.loads(tiny[0])["methods"]
+    methods = summary_of(tiny[1])
 
     assert {name: figures["participants"] for name, figures in methods.items()} == {
         "fedavg": 6,
@@ -64,7 +71,7 @@ def test_each_method_trains_whom_it_can(tiny):
 
 @pytest.mark.ray
 def test_devices_keep_within_their_budgets_unless_the_method_ignores_them(tiny):
-    methods = json.loads(tiny[0])["methods"]
+    methods = summary_of(tiny[1])
 
     assert methods["fedavg"]["devices_over_budget"] == NUM_CLIENTS // 2
     assert methods["fedavg"]["peak_over_budget"] > 1
@@ -109,7 +116,7 @@ def test_in_one_process_the_same_methods_end_at_the_same_bits(tiny, tmp_path):
     provenance = Provenance.of_this_process([], now=datetime.now(UTC))
     prepared = prepare(experiment, tmp_path, provenance=provenance)
 
-    run_methods_here(experiment, tmp_path, prepared=prepared, on_round=lambda *_: None)
+    run_methods(experiment, tmp_path, prepared=prepared, on_round=lambda *_: None)
 
     assert len(read_marks(tmp_path)) == 3
     assert read_marks(tmp_path) == read_marks(tiny[1])
@@ -159,8 +166,7 @@ def test_a_seed_chooses_and_trains_alike_on_any_number_of_workers(tmp_path):
         changes |= {"seed": 1} if folder.name == "other seed" else {}
         own = replace(experiment, **changes, in_process=folder.name == "here")
         prepared = prepare(own, folder, provenance=provenance)
-        run = run_methods_here if own.in_process else run_methods
-        run(own, folder, prepared=prepared, on_round=lambda *_: None)
+        run_methods(own, folder, prepared=prepared, on_round=lambda *_: None)
 
     one, two, here, other = folders
     assert planned(one) == planned(two) == planned(here) != planned(other)

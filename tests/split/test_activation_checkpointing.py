@@ -68,14 +68,16 @@ def trained(
     task: Task,
     plan: RecomputePlan,
     *,
-    is_lean: bool = True,
+    steps_in_backward: bool = True,
     streams: object = STREAMS,
     shape: tuple[int, ...] = SHAPE,
 ) -> tuple[list[float], dict[str, object], int]:
     """Train three steps; return losses, state and the peak."""
     chain = build_chain(task)
     segment = materialise(chain, 0, len(chain), initial(task))
-    runner = SegmentRunner(segment, task, streams=streams, is_lean=is_lean)
+    runner = SegmentRunner(
+        segment, task, streams=streams, steps_in_backward=steps_in_backward
+    )
     runner.recompute = plan
     losses, meter = [], MemoryMeter()
     for step, (inputs, targets) in enumerate(batches_of(3, 4, shape=shape)):
@@ -105,7 +107,7 @@ def task_with(layers: str, optimizer: str) -> Task:
 @cache
 def truth(layers: str, optimizer: str) -> tuple[list[float], dict[str, object], int]:
     """Train without anything that is ours: no lean step, nothing twice."""
-    return trained(task_with(layers, optimizer), KEEP_ALL, is_lean=False)
+    return trained(task_with(layers, optimizer), KEEP_ALL, steps_in_backward=False)
 
 
 PLANS = [RecomputePlan(parts) for parts in nested(0, 4)]
@@ -140,7 +142,9 @@ def test_what_can_go_wrong_in_a_cut_goes_right_in_a_rerun(dtype):
     """Three random operators, a block, in-place, and mixed precision."""
     task = task_of(small_cnn, optimizer=OPTIMIZERS["momentum"])
     object.__setattr__(task, "autocast_dtype", dtype)
-    losses, state, _ = trained(task, KEEP_ALL, is_lean=False, shape=(3, 12, 12))
+    losses, state, _ = trained(
+        task, KEEP_ALL, steps_in_backward=False, shape=(3, 12, 12)
+    )
     plan = RecomputePlan((Rerun(0, 2), Rerun(2, 9, (Rerun(3, 6, (Rerun(4, 5),)),))))
     found = trained(task, plan, shape=(3, 12, 12))
     assert found[0] == losses

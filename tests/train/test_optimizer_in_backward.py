@@ -72,11 +72,13 @@ def task_with(optimizer_fn: object, **changes: object) -> Task:
     return task
 
 
-def trained(task: Task, *, is_lean: bool) -> tuple[dict[str, object], SegmentRunner]:
+def trained(
+    task: Task, *, steps_in_backward: bool
+) -> tuple[dict[str, object], SegmentRunner]:
     """Train a few steps on the whole network."""
     chain = build_chain(task)
     segment = materialise(chain, 0, len(chain), state_of(task.model_fn()))
-    runner = SegmentRunner(segment, task, is_lean=is_lean)
+    runner = SegmentRunner(segment, task, steps_in_backward=steps_in_backward)
     for step, (inputs, targets) in enumerate(batches_of(4, 6, shape=SHAPE)):
         runner.finish(inputs, targets, step=step, inputs_are_boundary=False)
     return state_of(segment), runner
@@ -86,9 +88,9 @@ def trained(task: Task, *, is_lean: bool) -> tuple[dict[str, object], SegmentRun
 def test_updates_inside_backward_are_the_same_to_the_bit(name):
     """For each optimizer that may do so, also where a layer is used twice."""
     task = task_with(OPTIMIZERS[name])
-    late, plain = trained(task, is_lean=False)
-    early, lean_one = trained(task, is_lean=True)
-    assert (plain.is_early, lean_one.is_early) == (False, True)
+    late, plain = trained(task, steps_in_backward=False)
+    early, lean_one = trained(task, steps_in_backward=True)
+    assert (plain.steps_in_backward, lean_one.steps_in_backward) == (False, True)
     assert differences(early, late) == []
 
 
@@ -104,7 +106,10 @@ def test_several_groups_keep_their_own_settings():
 
     task = task_with(grouped)
     assert (
-        differences(trained(task, is_lean=True)[0], trained(task, is_lean=False)[0])
+        differences(
+            trained(task, steps_in_backward=True)[0],
+            trained(task, steps_in_backward=False)[0],
+        )
         == []
     )
 
@@ -118,7 +123,10 @@ def test_a_schedule_is_stepped_once_per_step():
 
     task = task_with(OPTIMIZERS["momentum"], schedule_fn=halved)
     assert (
-        differences(trained(task, is_lean=True)[0], trained(task, is_lean=False)[0])
+        differences(
+            trained(task, steps_in_backward=True)[0],
+            trained(task, steps_in_backward=False)[0],
+        )
         == []
     )
 
@@ -148,7 +156,7 @@ def test_hooks_that_nobody_knows_wait_too():
 def test_gradients_that_are_clipped_together_wait():
     """Their common norm is known when all of them are."""
     task = task_with(OPTIMIZERS["sgd"], max_gradient_norm=1.0)
-    assert not trained(task, is_lean=True)[1].is_early
+    assert not trained(task, steps_in_backward=True)[1].steps_in_backward
 
 
 def test_large_gradients_are_gone_after_backward():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+from flwr_smartsplit.edge.hosts.retry import RetryingTransport
 from flwr_smartsplit.edge.message_bytes import (
     Piece,
     decode,
@@ -13,7 +14,6 @@ from flwr_smartsplit.edge.message_bytes import (
     reply_hint,
 )
 from flwr_smartsplit.edge.protocol import ReplyT, Request, Transport
-from flwr_smartsplit.edge.retry import RetryingTransport
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EdgeProfile

@@ -15,6 +15,7 @@ from flwr_smartsplit.flower.round_exchange import Dispatch
 from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, RoundPlan
 
 _log = getLogger("flwr")
+_READ = {"server-round", "proximal-mu", "proximal_mu"}
 
 
 class RoundLog:
@@ -38,7 +39,7 @@ class RoundLog:
 
     def warn_of_unread(self, config: Mapping[str, object]) -> None:
         """Say once that nobody reads what a user put into the config."""
-        unread = sorted(config.keys() - {"server-round"} - self._unread)
+        unread = sorted(config.keys() - _READ - self._unread)
         if unread:
             self._unread |= set(unread)
             _log.log(

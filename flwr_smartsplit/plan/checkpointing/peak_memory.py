@@ -53,8 +53,8 @@ def predicted_peak_bytes(
     )
     kept_bytes = updated = 0
     if profile.updates_last:
-        kept_bytes = sum(unit.gradient_bytes for unit in tail)
-        gradients = sum(unit.gradient_bytes for unit in profile.units[: first.stop])
+        kept_bytes = sum(unit.new_gradient_bytes for unit in tail)
+        gradients = sum(unit.new_gradient_bytes for unit in profile.units[: first.stop])
         updated = before + gradients + kept_bytes + tail[0].tail_update_bytes
     return resident_bytes + max(
         head.device_peak_bytes + kept_bytes,

@@ -3,9 +3,9 @@
 A place is a node of the model's graph after which few tensors are still needed; all of
 them cross. A gradient that is added up on both sides of a cut is added in the stock
 model's order: autograd runs the operations in reverse, so the far side's sum is there
-first, at whatever place. A dry run under fake tensors finds out what every operation does: which
-storages it writes, whether it draws random numbers, whether its value needs a
-gradient. Guessing from names would miss functional and user-written operations.
+first, at whatever place. A dry run under fake tensors finds out what every operation
+does: which storages it writes, whether it draws random numbers, whether its value needs
+a gradient. Guessing from names would miss functional and user-written operations.
 """
 
 import logging

@@ -18,13 +18,14 @@ from simulations.report.studies.cells import (
     TAIL,
     bare_percent,
     depth_of,
+    estimate,
     gain,
+    geometric_mean_ratio,
     participants_text,
     per_class,
 )
 from simulations.report.studies.lines import CaseLines
 from simulations.report.studies.reading import CaseResults
-from simulations.report.studies.statistics import estimate, geometric_mean_ratio
 from simulations.report.summary import bytes_text, joules_text, ratio_text, seconds_text
 
 Cell = Callable[[CaseLines, str], str]
@@ -35,10 +36,8 @@ Cell = Callable[[CaseLines, str], str]
 class Claim:
     """One question to every case of a study."""
 
-    # title, text: the question, and what to know about the numbers
-    title: str
+    title: str  # The question
     text: str
-    # Draws the answer; None if the journals do not know it
     picture: Callable[[CaseResults], Figure | None]
     cells: Mapping[str, Cell]  # The table's columns
     needs: str = FINAL  # A figure: a method that does not know it has no row

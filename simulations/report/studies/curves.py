@@ -13,10 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from simulations.report.studies.cells import BOUND, OURS, TAIL, mean_of, per_class
+from simulations.report.studies.cells import (
+    BOUND,
+    OURS,
+    TAIL,
+    Estimate,
+    mean_of,
+    paired_difference,
+    per_class,
+)
 from simulations.report.studies.lines import CaseLines, Line
 from simulations.report.studies.reading import CaseResults
-from simulations.report.studies.statistics import Estimate, paired_difference
 from simulations.report.style import WIDTH_INCHES, class_table, colour_of, spread
 from simulations.report.summary import percent_text
 
@@ -121,7 +128,7 @@ def gains_of_all_cases(cases: Sequence[CaseLines]) -> Figure | None:
         _draw_gains(axes, case, over_ours)
         axes.set_title(case.name.replace("_", " "), fontsize=10)
         if index % columns:
-            axes.tick_params(labelleft=_methods(case) != _methods(drawn[index - 1]))
+            axes.tick_params(labelleft=[*case.finished] != [*drawn[index - 1].finished])
     for axes in panels[len(drawn) :]:
         axes.set_visible(False)
     figure.supxlabel(
@@ -155,16 +162,12 @@ def _gains_of(case: CaseLines, pair: Pair) -> dict[str, Estimate]:
     return {method: known for method, known in found.items() if known}
 
 
-def _methods(case: CaseLines) -> list[str]:
-    return list(case.finished)
-
-
 def _draw_gains(axes: Axes, case: CaseLines, pair: Pair) -> None:
     """Draw each seed as a small dot, the mean with its interval over them."""
     found = _gains_of(case, pair)
     for y, method in enumerate(found):
         one, other = (case.values(name, TAIL) for name in pair(method))
-        colour = colour_of(method, _methods(case).index(method))
+        colour = colour_of(method, list(case.finished).index(method))
         seeds = [100 * (one[seed] - other[seed]) for seed in one if seed in other]
         axes.plot(seeds, [y] * len(seeds), "o", color="#9aa1ac", ms=3, zorder=2)
         mean, half = 100 * found[method].mean, found[method].half_width

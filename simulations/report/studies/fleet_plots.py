@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
@@ -29,10 +29,7 @@ MOST_ROWS = 45
 
 LINK_COLOURS = ("#1f4e79", "#5b8fc4", "#b5651d", "#e3a869", "#c9ced6")
 LINKS = (
-    "server → device",
-    "device → server",
-    "device → edge",
-    "edge → device",
+    *("server → device", "device → server", "device → edge", "edge → device"),
     "server ↔ edge",
 )
 WHOLE_COLOUR = "#6b7280"
@@ -88,7 +85,10 @@ def routes_over_rounds(case: CaseResults) -> Figure | None:
         method: [_routes_of(run) for _, run in case.runs(method)]
         for method in case.lines.finished
     }
-    used = {method: sorted(_names(found)) for method, found in counts.items()}
+    used = {
+        method: {name for rounds in found for each in rounds.values() for name in each}
+        for method, found in counts.items()
+    }
     methods = [method for method, names in used.items() if len(names) > 1]
     if not methods:
         return None
@@ -103,8 +103,7 @@ def routes_over_rounds(case: CaseResults) -> Figure | None:
         axes.set_xlabel("round", fontsize=9)
         _round_axis(axes)
     panels[0].set_ylabel("share of the fleet (%)", fontsize=9)
-    handles = [Patch(color=colours[name], label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=8.5)
+    _legend(figure, colours, ncols=4)
     return figure
 
 
@@ -115,10 +114,6 @@ def _routes_of(run: MethodRun) -> dict[int, Counter[str]]:
         if row.status == ACCEPTED:
             found.setdefault(row.round, Counter())[route_name(row.route)] += 1
     return found
-
-
-def _names(found: Iterable[dict[int, Counter[str]]]) -> set[str]:
-    return {name for rounds in found for counter in rounds.values() for name in counter}
 
 
 def _route_colours(names: Sequence[str]) -> list[str]:
@@ -145,12 +140,11 @@ def _draw_routes(
     numbers = sorted({number for rounds in seeds for number in rounds})
     left = np.zeros(len(numbers))
     for name, colour in colours.items():
-        shares = np.array(
-            [
-                sum(rounds.get(number, Counter())[name] for rounds in seeds)
-                for number in numbers
-            ]
+        counts = (
+            sum(rounds.get(number, Counter())[name] for rounds in seeds)
+            for number in numbers
         )
+        shares = np.fromiter(counts, np.float64)
         heights = 100 * shares / len(seeds) / num_clients
         axes.bar(numbers, heights, bottom=left, color=colour, width=1.0, lw=0)
         left += heights
@@ -216,10 +210,7 @@ def bytes_per_round(case: CaseResults) -> Figure | None:
     _stack(axes, {m: values / 2**20 for m, values in parts.items()}, LINK_COLOURS)
     axes.set_xlabel("MiB per round, all clients together")
     axes.set_title("Traffic of an average round, by link")
-    handles = [
-        Patch(color=c, label=n) for n, c in zip(LINKS, LINK_COLOURS, strict=True)
-    ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=5, fontsize=9)
+    _legend(figure, dict(zip(LINKS, LINK_COLOURS, strict=True)), ncols=5)
     return figure
 
 
@@ -240,13 +231,9 @@ def _link_bytes(run: MethodRun) -> list[float]:
 def joules(case: CaseResults) -> Figure | None:
     """Draw the simulated energy of a whole run."""
     lines = case.lines
+    names = ("simulated_device_joules", "simulated_edge_joules")
     parts = {
-        method: np.array(
-            [
-                mean_of(lines, method, name) or 0.0
-                for name in ("simulated_device_joules", "simulated_edge_joules")
-            ]
-        )
+        method: np.array([mean_of(lines, method, name) or 0.0 for name in names])
         for method in lines.finished
         if lines.values(method, "simulated_device_joules")
     }
@@ -257,12 +244,13 @@ def joules(case: CaseResults) -> Figure | None:
     _stack(axes, parts, colours)
     axes.set_xlabel("simulated joules of the whole run, above idle")
     axes.set_title("Energy, all devices and edges together")
-    handles = [
-        Patch(color=colour, label=name)
-        for colour, name in zip(colours, ("devices", "edges"), strict=True)
-    ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9)
+    _legend(figure, dict(zip(("devices", "edges"), colours, strict=True)), ncols=2)
     return figure
+
+
+def _legend(figure: Figure, colours: dict[str, str], *, ncols: int) -> None:
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower left", ncols=ncols, fontsize=9)
 
 
 def _bars(num: int) -> tuple[Figure, Axes]:
@@ -290,13 +278,7 @@ def _stack(
 
 
 def sum_text(number: float) -> str:
-    """Print a number with three digits that count, and no power of ten.
-
-    Examples
-    --------
-    >>> sum_text(5.7166), sum_text(2291.4)
-    ('5.72', '2,291')
-    """
+    """Print a number with three digits that count, and no power of ten."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"  # noqa: PLR2004
 
 

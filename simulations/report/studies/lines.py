@@ -24,19 +24,14 @@ DIGITS = 5
 class Line:
     """What one method did with one seed of a case."""
 
-    # case, method: their names
     case: str
     method: str
     seed: int  # Root of all chance in this run
     num_clients: int  # Size of the fleet
-    # Digest of the final global state; empty if the run was cut short
-    state_sha256: str
-    # ``simulations.report.summary.Figures``, and what is known of simulated time
-    figures: Mapping[str, Any]
-    # Share of the test set that is right, from the first model on
-    accuracies: Sequence[float]
-    # Simulated seconds of each round's slowest device; empty if unknown
-    slowest_seconds: Sequence[float] = ()
+    state_sha256: str  # Of the final global state; empty if the run was cut short
+    figures: Mapping[str, Any]  # ``summary.Figures``, and what is known of targets
+    accuracies: Sequence[float]  # After each round, from the first model on
+    slowest_seconds: Sequence[float] = ()  # Simulated, by round; empty if unknown
 
     @property
     def is_finished(self) -> bool:
@@ -48,13 +43,11 @@ class Line:
 class CaseLines:
     """The lines of one case, with what is to be known of it."""
 
-    # name, title, claim: what it is, and what it is to show
     name: str
     title: str
-    claim: str
+    claim: str  # What it is to show
     methods: tuple[str, ...]  # In the order of reports
-    # Methods that it was to compare and that nobody has written
-    missing: tuple[str, ...]
+    missing: tuple[str, ...]  # Methods that it names and that nobody has written
     target_accuracy: float  # What time-to-accuracy waits for
     num_rounds: int  # Rounds of a finished run
     num_seeds: int  # Seeds that were asked for
@@ -66,16 +59,15 @@ class CaseLines:
     ) -> "CaseLines":
         """Put a case's lines beside what the study's configuration says of it."""
         case = config["cases"][name]
+        same = ("title", "claim", "target_accuracy")
         return cls(
             name=name,
-            title=case["title"],
-            claim=case["claim"],
             methods=tuple(case["methods"]),
             missing=tuple(case["missing"]),
-            target_accuracy=case["target_accuracy"],
             num_rounds=case["settings"]["num_rounds"],
             num_seeds=len(case["seeds"]),
             lines=tuple(line for line in lines if line.case == name),
+            **{field: case[field] for field in same},
         )
 
     @cached_property
@@ -128,13 +120,7 @@ def write_lines(path: Path, study: StudyLines) -> None:
 
 
 def read_lines(path: Path) -> StudyLines:
-    """Read a file that ``write_lines`` has written.
-
-    Raises
-    ------
-    ExperimentError
-        If it is none.
-    """
+    """Read a file that ``write_lines`` has written."""
     try:
         first, *rest = path.read_text(encoding="utf-8").splitlines()
         config = json.loads(first)[HEADER]

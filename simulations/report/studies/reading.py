@@ -12,8 +12,7 @@ from typing import Any
 from simulations.experiments.marks import Mark, read_marks
 from simulations.experiments.rows import ACCEPTED, MethodRun
 from simulations.report.studies.lines import CaseLines, Line, StudyLines
-from simulations.report.summary import CONFIG, Results, read_results
-from simulations.report.timeline import common_accuracy
+from simulations.report.summary import CONFIG, Results, common_accuracy, read_results
 from simulations.studies.folder import SINGLE, STUDY, read_config
 from simulations.studies.study import seed_folder
 
@@ -45,13 +44,7 @@ class CaseResults:
 
 
 def study_config(folder: Path) -> dict[str, Any]:
-    """Read what a folder's configuration says of its study.
-
-    Raises
-    ------
-    ExperimentError
-        If it holds no results.
-    """
+    """Read what a folder's configuration says of its study."""
     config = read_config(folder)
     if SINGLE not in config:
         if STUDY not in config:
@@ -131,13 +124,7 @@ def _routes(run: MethodRun) -> dict[str, int]:
 
 
 def route_name(route: str) -> str:
-    """Shorten a route to what the device trains.
-
-    Examples
-    --------
-    >>> route_name("device[:3] > edge[3:]"), route_name("width 0.25")
-    ('device[:3]', 'width 0.25')
-    """
+    """Shorten a route to what the device trains."""
     return route.partition(" > ")[0]
 
 

@@ -49,8 +49,7 @@ CURVES = {
 class MemoryCase:
     """One model on square images."""
 
-    # model, family: its name in torchvision, and what it is one of
-    model: str
+    model: str  # Its name in torchvision
     family: str
     input_side: int  # Pixels of a side
     seed: int = 0  # Of its numbers and of the batch; no size depends on it
@@ -82,18 +81,7 @@ class MemoryCase:
 def memory_cases(
     models: Sequence[str] | None = None, *, is_small: bool = False, seed: int = 0
 ) -> list[MemoryCase]:
-    """List the cases, those with small images first.
-
-    Raises
-    ------
-    ExperimentError
-        If a model is not one of them.
-
-    Examples
-    --------
-    >>> [case.title for case in memory_cases(["alexnet"])]
-    ['alexnet, 64 px', 'alexnet, 224 px']
-    """
+    """List the cases, those with small images first."""
     names = list(models if models is not None else SMALL if is_small else FAMILIES)
     unknown = [name for name in names if name not in FAMILIES]
     if unknown or not names:
@@ -101,13 +89,9 @@ def memory_cases(
             f"--models names {', '.join(map(repr, unknown)) or 'nothing'}, but the "
             f"models are {', '.join(FAMILIES)}."
         )
-    sides = [{name: LARGER_SIDES.get(name, SMALL_SIDE) for name in names}]
-    if not is_small:
-        sides.append(dict.fromkeys(names, LARGE_SIDE))
     return [
-        MemoryCase(
-            model=name, family=FAMILIES[name], input_side=by_name[name], seed=seed
-        )
-        for by_name in sides
+        MemoryCase(model=name, family=FAMILIES[name], input_side=side, seed=seed)
+        for is_large in ((False,) if is_small else (False, True))
         for name in names
+        for side in [LARGE_SIDE if is_large else LARGER_SIDES.get(name, SMALL_SIDE)]
     ]

@@ -15,14 +15,15 @@ from flwr_smartsplit.types import ChainProfile, Route
 from simulations.studies.memory.cases import BATCH_SIZE, OPTIMIZER, MemoryCase
 from simulations.studies.memory.choosing import (
     Choice,
+    Point,
     all_cuts,
     floor_parts,
     floor_text,
     flops_fraction,
     least_choice,
+    plan_curves,
     useful_cuts,
 )
-from simulations.studies.memory.curves import Point, plan_curves
 from simulations.studies.memory.stepping import (
     Batch,
     arriving_gradient,
@@ -47,50 +48,39 @@ MAX_TIMED_SECONDS = 20.0
 class RouteFigures:
     """What a device needs along one route."""
 
-    # cut, unit: where the device ends, and the name of its last unit
-    cut: int
-    unit: str
+    cut: int  # Where the device ends
+    unit: str  # Its last unit
     plan: str  # What it runs twice
     peak_bytes: int  # Measured, or predicted where it was not run
     predicted_bytes: int  # What the profile says
     is_measured: bool  # Whether it was run
     boundary_bytes: int  # Size of what crosses the cut, each way
     flops_fraction: float  # The device's share of the model's forward FLOPs
-    # What the plan adds, as a fraction of the model's forward FLOPs
-    extra_flops_fraction: float
+    extra_flops_fraction: float  # What the plan adds, over the model's forward FLOPs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRow:
     """What one case gave."""
 
-    # model, family, input_side, seed: the case
     model: str
     family: str
     input_side: int
     seed: int
-    # batch_size, optimizer: the same for all
     batch_size: int
     optimizer: str
-    # num_units, num_parameters, forward_flops: size of the chain, and of one forward of
-    # a batch
     num_units: int
     num_parameters: int
     forward_flops: int
-    # whole_peak_bytes, whole_lean_bytes: dry runs of the whole model: a plain step, and
-    # ours without recomputation
-    whole_peak_bytes: int
-    whole_lean_bytes: int
+    whole_peak_bytes: int  # A dry run of a plain step of the whole model
+    whole_lean_bytes: int  # The same of our step, without recomputation
     whole_measured_bytes: int | None  # The plain step, really run
     least: RouteFigures  # The route that needs least of all
-    # The one that needs least of those with a tenth of the FLOPs on the device and a
-    # boundary no larger than the inputs; None if there is none
-    useful: RouteFigures | None
+    useful: RouteFigures | None  # That of ``useful_cuts`` that needs least
     floor_bytes: int  # What no cut can go below
     floor_parts: dict[str, int]  # What it is made of
     floor_text: str  # Why the least is above it
-    # CPU time of a plain whole step and of the split one along ``useful`` that was done
-    # next to it; empty if none was
+    # CPU time of plain whole steps, each with that of the split one next to it
     step_seconds: list[tuple[float, float]] = field(default_factory=list)
     # Of each rule: predicted peaks and extra FLOPs at the useful cut
     curves: dict[str, list[Point]] = field(default_factory=dict)
@@ -227,7 +217,7 @@ def _measured(subject: _Subject, choice: Choice) -> int:
     """Run a device's part of two steps, and meter the second."""
     chain, task = subject.chain, subject.task
     runner = runner_of(
-        chain, task, range(choice.cut), seed=subject.case.seed, is_lean=True
+        chain, task, range(choice.cut), seed=subject.case.seed, steps_in_backward=True
     )
     runner.recompute = choice.plan
     gradient = arriving_gradient(chain, choice.cut, task, batch_size=BATCH_SIZE)
@@ -237,13 +227,7 @@ def _measured(subject: _Subject, choice: Choice) -> int:
 def _whole_runs(
     subject: _Subject, useful: Choice | None, whole_bytes: int
 ) -> dict[str, Any]:
-    """Run the whole model and time it beside the useful route, if it is small enough.
-
-    Returns
-    -------
-    dict[str, Any]
-        Fields of a ``MemoryRow``.
-    """
+    """Run the whole model and time it beside the useful route, if small enough."""
     chain, task, batch = subject.chain, subject.task, subject.batch
     if whole_bytes > MAX_WHOLE_BYTES or subject.forward_flops > MAX_WHOLE_FLOPS:
         return {"whole_measured_bytes": None}

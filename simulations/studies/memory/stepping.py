@@ -64,13 +64,15 @@ def random_state(chain: Chain, start: int, stop: int, *, seed: int) -> State:
 
 
 def runner_of(
-    chain: Chain, task: Task, units: range, *, seed: int, is_lean: bool
+    chain: Chain, task: Task, units: range, *, seed: int, steps_in_backward: bool
 ) -> SegmentRunner:
     """Give some units real tensors, ready for training steps."""
     state = random_state(chain, units.start, units.stop, seed=seed)
     segment = materialise(chain, units.start, units.stop, state)
     streams = UnitStreams(seed, 1, "0")
-    return SegmentRunner(segment, task, streams=streams, is_lean=is_lean)
+    return SegmentRunner(
+        segment, task, streams=streams, steps_in_backward=steps_in_backward
+    )
 
 
 def dry_whole_peak_bytes(chain: Chain, task: Task, *, batch_size: int) -> int:
@@ -87,7 +89,7 @@ def measured_whole_peak_bytes(chain: Chain, task: Task, batch: Batch) -> int:
     """Measure the peak of a plain step of the whole model, in bytes."""
     whole = range(len(chain))
     return _whole_peak_bytes(
-        runner_of(chain, task, whole, seed=0, is_lean=False), batch
+        runner_of(chain, task, whole, seed=0, steps_in_backward=False), batch
     )
 
 
@@ -101,13 +103,7 @@ def _whole_peak_bytes(runner: SegmentRunner, batch: Batch) -> int:
 def measured_peak_bytes(
     runner: SegmentRunner, batch: Batch, gradient: WireTensor
 ) -> int:
-    """Measure the peak of a device's part of a step.
-
-    Returns
-    -------
-    int
-        Bytes, of the second step.
-    """
+    """Measure the peak of a device's part of a step, the second of two."""
 
     def do(step: int) -> None:
         packed(runner.forward(batch[0], step=step, inputs_are_boundary=False))
@@ -187,18 +183,12 @@ def timed_steps(
     plan: RecomputePlan = KEEP_ALL,
     max_seconds: float,
 ) -> list[tuple[float, float]]:
-    """Time plain whole steps and split ones in turn, after a pair that warms caches up.
-
-    Returns
-    -------
-    list[tuple[float, float]]
-        CPU seconds of a whole step and of the split one next to it.
-    """
+    """Time plain whole steps and split ones in turn, in pairs of CPU seconds."""
     make = partial(runner_of, chain, task, seed=0)
-    whole = make(range(len(chain)), is_lean=False)
-    head = make(range(cut), is_lean=True)
+    whole = make(range(len(chain)), steps_in_backward=False)
+    head = make(range(cut), steps_in_backward=True)
     head.recompute = plan
-    tail = make(range(cut, len(chain)), is_lean=False)
+    tail = make(range(cut, len(chain)), steps_in_backward=False)
 
     def pair(step: int) -> tuple[float, float]:
         if step % 2:  # Whoever comes second finds the caches full of the other's.
@@ -206,6 +196,6 @@ def timed_steps(
             return whole_seconds(whole, batch, step), split
         return whole_seconds(whole, batch, step), split_seconds(head, tail, batch, step)
 
-    num_pairs = int(max_seconds / max(sum(pair(0)), 1e-9))
+    num_pairs = int(max_seconds / max(sum(pair(0)), 1e-9))  # That warmed caches up.
     bounded = min(max(num_pairs, MIN_PAIRS), MAX_PAIRS)
     return [pair(step) for step in range(1, bounded + 1)]

@@ -26,7 +26,11 @@ from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.types import EDGE, EdgeProfile
-from simulations.experiments.models import image_network, torchvision_model
+from simulations.experiments.models import (
+    image_network,
+    image_task,
+    torchvision_model,
+)
 from simulations.studies.scale.metered_edge import MeteredEdge
 
 NUM_CLASSES, BATCH_SIZE, SIDE = 10, 16, 32
@@ -40,20 +44,13 @@ class EdgeCase:
     """A model whose tails are hosted."""
 
     title: str  # Its name
-    # Builds it, for colour images of 32 x 32 in ten classes
-    model_fn: Callable[[], nn.Module]
+    model_fn: Callable[[], nn.Module]  # For colour images of 32 x 32 in ten classes
     cut: int  # The first unit at the edge
 
     @property
     def task(self) -> Task:
         """Return what the edge builds its part from: SGD with momentum."""
-        return Task(
-            model_fn=self.model_fn,
-            loss_fn=nn.functional.cross_entropy,
-            optimizer_fn=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
-            example_inputs=torch.zeros(1, 3, SIDE, SIDE),
-            example_targets=torch.zeros(1, dtype=torch.int64),
-        )
+        return image_task(self.model_fn, side=SIDE)
 
 
 def of_torchvision(name: str) -> Callable[[], nn.Module]:
@@ -76,11 +73,8 @@ def needed_bytes(case: EdgeCase) -> TailBytes:
 def measure_edge(case: EdgeCase, num_clients: int, *, seed: int) -> dict[str, Any]:
     """Train the tails of many clients, two at a time, within a budget for two.
 
-    Returns
-    -------
-    dict[str, Any]
-        What a session was predicted to take, and for each number of clients that were
-        sealed so far the most bytes in memory, and those on disk.
+    ``points`` has, for each number of clients that were sealed so far, the most bytes
+    in memory, and those on disk.
     """
     need, points = needed_bytes(case), []
     with _metered_edge(case, AT_ONCE * need.memory_bytes) as edge:

@@ -14,13 +14,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
 from flwr_smartsplit import (
     Route,
     Selection,
     SelectionRequest,
-    Task,
     predicted_peak_bytes,
     profile_chain,
 )
@@ -35,7 +33,7 @@ from flwr_smartsplit.plan.selection.utility import (
 )
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import ChainProfile, DeviceProfile, EdgeProfile
-from simulations.experiments.models import torchvision_model
+from simulations.experiments.models import image_task, torchvision_model
 from simulations.fleets.devices import Needs
 from simulations.fleets.presets import phones
 
@@ -141,13 +139,7 @@ class _Judge:
 
 
 def _swin() -> ChainProfile:
-    task = Task(
-        model_fn=partial(torchvision_model, "swin_t", num_classes=NUM_CLASSES),
-        loss_fn=torch.nn.functional.cross_entropy,
-        optimizer_fn=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        example_inputs=torch.zeros(1, 3, 32, 32),
-        example_targets=torch.zeros(1, dtype=torch.int64),
-    )
+    task = image_task(partial(torchvision_model, "swin_t", num_classes=NUM_CLASSES))
     return profile_chain(build_chain(task), batch_size=BATCH_SIZE, task=task)
 
 

@@ -1,34 +1,46 @@
 """The scale suite's table and pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from simulations.report.pages import Section, picture_of
+from simulations.report.style import WIDTH_INCHES
 from simulations.report.summary import bytes_text
 from simulations.studies.measurement import Report, Row
-from simulations.studies.scale.pictures import (
-    edge_memory_picture,
-    rounds_picture,
-    training_picture,
-    vgg19_picture,
-)
+
+MEMORY_COLOUR, DISK_COLOUR = "#0b67b2", "#d1700c"
+
+
+def edge_memory_picture(cases: dict[str, Any]) -> Figure:
+    """Draw an edge's memory and disk by how many clients were selected."""
+    figure = Figure(figsize=(WIDTH_INCHES, 3.4))
+    panels = figure.subplots(1, max(len(cases), 1), squeeze=False)[0]
+    for axes, (title, case) in zip(panels, cases.items(), strict=False):
+        clients, memory, disk = zip(*case["points"], strict=True)
+        for sizes, colour, label in (
+            (memory, MEMORY_COLOUR, "memory, most so far"),
+            (disk, DISK_COLOUR, "disk"),
+        ):
+            axes.plot(clients, [n / 2**20 for n in sizes], color=colour, label=label)
+        budget = case["clients_at_once"] * case["predicted"]["memory_bytes"] / 2**20
+        axes.axhline(budget, color=MEMORY_COLOUR, ls=":", label="memory budget")
+        axes.set_ylim(0, None)
+        axes.set_xlim(0, None)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"{title}, {case['clients_at_once']} training at a time")
+        axes.set_xlabel("clients selected and sealed")
+        axes.set_ylabel("MiB")
+    handles, _ = panels[0].get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=9)
+    return figure
+
 
 PLANNING, EDGE_MEMORY, VGG19_100 = "planning", "edge_memory", "vgg19"
 ROUNDS, TRAINING = "rounds", "training"
-
-Picture = Callable[[dict[str, Any]], Figure]
-PICTURES: dict[str, tuple[Picture, str]] = {
-    EDGE_MEMORY: (
-        edge_memory_picture,
-        "An edge holds whom it trains, not whom the round selected",
-    ),
-    VGG19_100: (vgg19_picture, "A hundred clients of VGG-19"),
-    ROUNDS: (rounds_picture, "What a round takes besides training"),
-    TRAINING: (training_picture, "A thousand clients"),
-}
 COLUMNS = ("what", "clients", "found")
 
 
@@ -41,10 +53,13 @@ def report_of(rows: Sequence[Row]) -> Report:
         columns=COLUMNS,
         cells=scale_rows(summary),
         sections=[
-            Section(title=title, picture=picture_of(picture, summary[part]))
-            for part, (picture, title) in PICTURES.items()
-            if part in summary
-        ],
+            Section(
+                title="An edge holds whom it trains, not whom the round selected",
+                picture=picture_of(edge_memory_picture, summary[EDGE_MEMORY]),
+            )
+        ]
+        if EDGE_MEMORY in summary
+        else [],
     )
 
 

@@ -1,10 +1,12 @@
 """The scale suite: what grows with the number of clients, and what does not."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from simulations.benchmarks.round_overhead import (
     FEDAVG,
@@ -13,8 +15,14 @@ from simulations.benchmarks.round_overhead import (
     Setting,
     simulate,
 )
+from simulations.experiments.data import NPZ_KEYS, load_images
 from simulations.experiments.errors import ExperimentError
-from simulations.experiments.runner import quiet_libraries
+from simulations.experiments.experiment import Experiment
+from simulations.experiments.partitions import Iid
+from simulations.experiments.provenance import Provenance
+from simulations.experiments.runner import prepare, quiet_libraries, run_methods
+from simulations.fleets.presets import half_weak
+from simulations.report.summary import methods_object, read_results
 from simulations.studies.measurement import Item, Measurement, MeasurementOptions, Row
 from simulations.studies.scale.edges import (
     RESNET18,
@@ -33,7 +41,57 @@ from simulations.studies.scale.reports import (
     VGG19_100,
     report_of,
 )
-from simulations.studies.scale.training import measure_training, thousand_clients
+
+
+def thousand_clients(seed: int) -> Experiment:
+    """Describe the training: digits, four or five examples for each client."""
+    return Experiment(
+        name="scale",
+        methods=("smartsplit",),
+        num_clients=1000,
+        num_rounds=10,
+        fraction_train=0.05,
+        fleet=half_weak,
+        partition=Iid(),
+        seed=seed,
+    )
+
+
+def measure_training(
+    folder: Path, experiment: Experiment, *, provenance: Provenance
+) -> dict[str, Any]:
+    """Train, and say how long it took and how good the model became."""
+    experiment = replace(experiment, data=str(_with_shifted_digits(folder)))
+    prepared = prepare(experiment, folder, provenance=provenance)
+    with quiet_libraries(verbose=False):
+        run_methods(experiment, folder, prepared=prepared, on_round=lambda *_: None)
+    results = read_results(folder)
+    (figures,), (run,) = results.figures().values(), results.runs
+    return {
+        "figures": methods_object({"": asdict(figures)})["methods"][""],
+        "clients": experiment.num_clients,
+        "clients_per_round": round(experiment.fraction_train * experiment.num_clients),
+        "rounds": experiment.num_rounds,
+        "accuracy": [row.accuracy for row in run.evaluations],
+        "seconds_per_round": [row.round_wall_clock_sec for row in run.rounds],
+        "accepted": [row.accepted for row in run.rounds],
+    }
+
+
+def _with_shifted_digits(folder: Path) -> Path:
+    """Write the digits and their shifted copies to a file; return its path."""
+    images = load_images(thousand_clients(0))
+    width = images.x_train.shape[2]
+    padded = np.pad(images.x_train, ((0, 0), (0, 0), (1, 1)))
+    copies = [padded[:, :, left : left + width] for left in (1, 0, 2)]
+    arrays = {name: getattr(images, name) for name in NPZ_KEYS}
+    arrays["x_train"] = np.concatenate(copies)
+    arrays["y_train"] = np.tile(images.y_train, len(copies))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / "digits.npz"
+    np.savez(path, **arrays)
+    return path
+
 
 EDGE_CLIENTS: dict[bool, tuple[tuple[EdgeCase, int], ...]] = {
     True: ((SMALL, 16), (RESNET18, 8)),
@@ -69,21 +127,11 @@ def items(options: MeasurementOptions) -> list[Item]:
         for count in ROUND_CLIENTS[small]
     ]
     if not small:
-        train = partial(
-            measure_training,
-            experiment=thousand_clients(seed),
-            provenance=options.provenance,
-        )
-        found.append(
-            Item(
-                key=TRAINING,
-                measure=lambda folder: {
-                    "part": TRAINING,
-                    "of": "",
-                    **train(folder / TRAINING),
-                },
-            )
-        )
+        train = {
+            "experiment": thousand_clients(seed),
+            "provenance": options.provenance,
+        }
+        found.append(_item(TRAINING, "", measure_training, **train))
     return found
 
 
@@ -93,8 +141,8 @@ def _item(
     """Make an item of a part of the suite, which may have several."""
 
     def measured(folder: Path) -> Row:
-        del folder
-        return {"part": part, "of": of, **measure(*arguments, **more)}
+        own = {"folder": folder / part} if part == TRAINING else {}
+        return {"part": part, "of": of, **measure(*arguments, **own, **more)}
 
     return Item(key=" ".join(filter(None, (part, of))), measure=measured)
 
@@ -106,13 +154,7 @@ def _vgg19(*, is_small: bool, seed: int) -> Row:
 
 
 def measure_rounds(num_clients: int) -> Row:
-    """Time steady rounds in which all clients do next to nothing.
-
-    Returns
-    -------
-    dict[str, Any]
-        The median of each way, and SmartSplit's over FedAvg's with the same clients.
-    """
+    """Time steady rounds in which all clients do next to nothing."""
     with TemporaryDirectory() as folder, quiet_libraries(verbose=False):
         setting = Setting(
             num_clients=num_clients,

@@ -15,22 +15,10 @@ from flwr_smartsplit.cli.specs import TORCHVISION, task_of
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 
 EVERY_CUT = (
-    "alexnet",
-    "convnext_tiny",
-    "densenet121",
-    "efficientnet_b0",
-    "googlenet",
-    "inception_v3",
-    "mnasnet0_5",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "regnet_y_400mf",
-    "resnet18",
-    "shufflenet_v2_x0_5",
-    "squeezenet1_1",
-    "swin_t",
-    "vgg11_bn",
-    "vit_b_32",
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet"),
+    *("inception_v3", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small"),
+    *("regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t"),
+    *("vgg11_bn", "vit_b_32"),
 )
 """One model of each family, checked at every cut with every optimizer."""
 
@@ -74,20 +62,15 @@ class Case:
 class Outcome:
     """What one case gave."""
 
-    # model, optimizer: the case
     model: str
     optimizer: str
-    # num_units, num_parameters, num_cuts: size of the chain, and how many of its cuts
-    # were compared
     num_units: int
     num_parameters: int
-    num_cuts: int
+    num_cuts: int  # That were compared
     differences: list[str]  # What was not the stock model's, cut by cut
-    # The largest relative difference of a predicted peak from the measured one
-    worst_error: float
+    worst_error: float  # The largest relative one of a predicted peak
     seconds: float  # How long it took
-    # The least that a device was measured to hold, over all cuts
-    least_peak_bytes: int | None = None
+    least_peak_bytes: int | None = None  # Measured, over all cuts
 
     @classmethod
     def from_values(cls, row: Mapping[str, Any]) -> Self:

@@ -34,7 +34,6 @@ VIDEO_SHAPES = {"mvit": (3, 16, 224, 224), "s3d": (3, 16, 224, 224)}
 class Reading:
     """What one model gave when it was read as a chain."""
 
-    # kind, model: what it is for, and its name
     kind: str
     model: str
     num_parameters: int  # Numbers in its parameters
@@ -63,12 +62,9 @@ def zeros(shapes: Sequence[tuple[int, ...]]) -> Inputs:
 
 def other_fn(name: str) -> Callable[[], nn.Module]:
     """Return the function that builds a model that is no classifier of images."""
-    has_backbone = models.get_model_builder(name).__module__.split(".")[2] in (
-        "segmentation",
-        "detection",
-    )
+    family = models.get_model_builder(name).__module__.split(".")[2]
     arguments: dict[str, Any] = {"weights": None}
-    if has_backbone:
+    if family in ("segmentation", "detection"):
         arguments["weights_backbone"] = None
     return lambda: models.get_model(name, **arguments)
 
@@ -77,22 +73,19 @@ def read(
     kind: str, name: str, build: Callable[[], nn.Module], inputs: Inputs
 ) -> Reading:
     """Read one model as a chain, or note why it cannot be read."""
+    num_parameters = num_units = 0
     try:
         with parameters_on_meta():
             model = build()
-    except RuntimeError as error:
-        reason = f"it computes with its parameters while it is built: {error}"
-        return Reading(
-            kind=kind, model=name, num_parameters=0, num_units=0, reason=reason
-        )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_units = 0
-    try:
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         chain = Chain.from_module(model, inputs)
-        num_units = len(chain)
-        reason = refusal_text(chain)
+        num_units, reason = len(chain), refusal_text(chain)
     except SmartSplitError as error:
         reason = str(error).splitlines()[0].partition(". Its forward")[0]
+    except RuntimeError as error:
+        if num_parameters:
+            raise
+        reason = f"it computes with its parameters while it is built: {error}"
     return Reading(
         kind=kind,
         model=name,

@@ -32,6 +32,7 @@ def kill_and_wait(transport: wire.Transport, address: str) -> None:
 
 def test_without_a_cluster_an_edge_says_what_to_do() -> None:
     """Neither side starts or joins a cluster by itself."""
+    ray.shutdown()  # Which other files' tests share.
     edge = RayEdge(patience_seconds=0.0)
     with pytest.raises(EdgeUnreachable, match=r"no Ray cluster after 0 s.*ray\.init"):
         edge.start(TASK)

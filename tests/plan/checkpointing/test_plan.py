@@ -63,7 +63,9 @@ def measured_bytes(task: Task, route: Route, plan: RecomputePlan) -> int:
     chain = build_chain(task)
     leg = route.device_legs(len(chain))[0]
     segment = materialise(chain, leg.start, leg.stop, state_of(task.model_fn()))
-    runner = SegmentRunner(segment, task, streams=UnitStreams(0, 1, "a"), is_lean=True)
+    runner = SegmentRunner(
+        segment, task, streams=UnitStreams(0, 1, "a"), steps_in_backward=True
+    )
     runner.recompute = plan
     meter = MemoryMeter()
     for step, (inputs, targets) in enumerate(batches_of(2, BATCH_SIZE, shape=SHAPE)):

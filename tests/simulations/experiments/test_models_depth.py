@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from simulations.experiments.errors import ExperimentError
-from simulations.experiments.models import model_fn
-from simulations.experiments.models_depth import depth_model_fn, max_depth
+from simulations.experiments.models import depth_model_fn, max_depth, model_fn
 from simulations.experiments.runner import initial_model
 from tests.simulations.in_process import EXPERIMENT
 

@@ -19,7 +19,7 @@ from simulations.experiments.partitions import (
 )
 from simulations.fleets.presets import weak_clients
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NUM_CLIENTS = 12
 LABELS = np.random.default_rng(7).integers(0, 10, size=600)
 PARTITIONS = [
@@ -84,7 +84,7 @@ def test_the_seed_decides(partition):
 def test_another_process_divides_alike():
     """Ray's workers must not see other clients than the driver does."""
     program = (
-        "from tests.simulations.test_partitions import *; "
+        "from tests.simulations.experiments.test_partitions import *; "
         "print([digest(divide(partition)) for partition in PARTITIONS])"
     )
     there = subprocess.run(

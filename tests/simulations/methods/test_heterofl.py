@@ -6,8 +6,12 @@ import numpy as np
 
 from simulations.experiments.partitions import OwnLabels
 from simulations.methods.drop_weak import DROP_WEAK
-from simulations.methods.heterofl import CLASSIFIER, HETEROFL, width_variants
-from simulations.methods.submodels.variants import local_labels
+from simulations.methods.heterofl import (
+    CLASSIFIER,
+    HETEROFL,
+    local_labels,
+    width_variants,
+)
 from tests.simulations.in_process import EXPERIMENT, run_here
 
 

@@ -6,12 +6,24 @@ from dataclasses import replace
 import pytest
 
 from simulations.experiments.errors import ExperimentError
-from simulations.studies.folder import begin, differences, read_config, study_in
+from simulations.studies.folder import (
+    STUDY,
+    begin_folder,
+    differences,
+    read_config,
+)
 from tests.simulations.folders import CASE, PROVENANCE, SECOND
 
 
 def start(folder, *cases, is_small=True, provenance=PROVENANCE):
-    begin(folder, "accuracy", cases=cases, is_small=is_small, provenance=provenance)
+    begin_folder(
+        folder,
+        STUDY,
+        "accuracy",
+        cases=cases,
+        is_small=is_small,
+        provenance=provenance,
+    )
     return read_config(folder)
 
 
@@ -22,7 +34,7 @@ def changed(**fields):
 def test_the_configuration_names_study_settings_and_what_is_missing(tmp_path):
     config = start(tmp_path, CASE)
 
-    assert study_in(tmp_path) == config["study"] == "accuracy"
+    assert config["study"] == "accuracy"
     case = config["cases"]["own_labels"]
     assert case["settings"]["fleet"] == "half_weak"
     assert case["methods"] == ["fedavg", "drop_weak", "smartsplit"]

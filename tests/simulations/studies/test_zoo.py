@@ -1,7 +1,8 @@
 """The zoo: every classifier is listed and can be read, and a difference is reported."""
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from typer.testing import CliRunner
 from flwr_smartsplit.cli.specs import torchvision_fn
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.split.chain import Chain
-from simulations.studies.zoo import __main__ as command
+from simulations.__main__ import app
+from simulations.experiments.provenance import Provenance
+from simulations.studies.folder import MEASUREMENT, begin_folder
+from simulations.studies.measurement import ROWS, MeasurementOptions
 from simulations.studies.zoo.cases import (
     EVERY_CUT,
     SUBSET,
@@ -27,6 +31,7 @@ from simulations.studies.zoo.cases import (
     run_case,
 )
 from simulations.studies.zoo.reading import page, read, refusal_text
+from simulations.studies.zoo.suite import ZOO, items
 
 CASE = Case(model="squeezenet1_1", optimizer="adam", is_every_cut=False, seed=0)
 
@@ -95,7 +100,7 @@ def test_an_outcome_survives_its_file(tmp_path: Path):
     )
     path = tmp_path / "results.jsonl"
     assert read_outcomes(path) == read_outcomes(None) == []
-    path.write_text(outcome.to_json() + "\n" + outcome.to_json() + "\n")
+    path.write_text(2 * (json.dumps(asdict(outcome)) + "\n"))
     assert read_outcomes(path) == [outcome, outcome]
 
 
@@ -114,18 +119,30 @@ def test_a_difference_ends_in_exit_1_and_is_shown(monkeypatch, tmp_path):
     spoil(monkeypatch)
     found = run_case(CASE)
     assert len({text.split(": ")[0] for text in found.differences}) == 8
-    out = tmp_path / "results.jsonl"
+    provenance = Provenance(command="", date="", versions={}, hardware={})
+    begin_folder(tmp_path, MEASUREMENT, "zoo", is_small=True, provenance=provenance)
+    rows = tmp_path / ROWS
     other = replace(found, optimizer="momentum", differences=[])
-    out.write_text(found.to_json() + "\n" + other.to_json() + "\n")
-    arguments = ["prove", "--models", CASE.model, "--out", str(out)]
-    monkeypatch.setattr(
-        command, "all_cases", lambda names, seed: iter([CASE, replace(CASE)])
-    )
-    result = CliRunner().invoke(command.app, arguments)
+    rows.write_text("".join(json.dumps(asdict(o)) + "\n" for o in (found, other)))
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert result.exit_code == 1
-    assert "squeezenet1_1, adam: device[:1] > edge[1:" in result.output
-    out.write_text(other.to_json() + "\n" + replace(other, optimizer="adam").to_json())
-    assert CliRunner().invoke(command.app, arguments).exit_code == 0
+    assert "squeezenet1_1, adam: device[:1] > edge[1:" in result.stderr
+    assert "16 cuts compared" in result.stdout
+    rows.write_text(json.dumps(asdict(other)) + "\n")
+    assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
+
+
+def test_the_suite_compares_all_models_or_some_or_a_quick_few():
+    provenance = Provenance(command="", date="", versions={}, hardware={})
+    plain = MeasurementOptions(provenance=provenance)
+
+    def models_of(**changes):
+        return {item.key.split(",")[0] for item in items(replace(plain, **changes))}
+
+    assert models_of() == set(classifiers())
+    assert models_of(is_small=True) == set(SUBSET)
+    assert models_of(models=("resnet18",)) == {"resnet18"}
+    assert ZOO.in_processes
 
 
 # --- the page -------------------------------------------------------------------------

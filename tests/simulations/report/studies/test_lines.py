@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from simulations.report.studies.tables import study_summary
 
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.marks import mark_path
+from simulations.report.studies.cells import study_summary
 from simulations.report.studies.lines import read_lines, write_lines
 from simulations.report.studies.reading import read_case, read_study, route_name
 from tests.simulations.folders import mark_of, write_study

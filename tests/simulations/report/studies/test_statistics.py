@@ -2,7 +2,7 @@
 
 import pytest
 
-from simulations.report.studies.statistics import (
+from simulations.report.studies.cells import (
     Estimate,
     estimate,
     geometric_mean_ratio,

@@ -19,11 +19,16 @@ from flwr_smartsplit.plan.checkpointing.stages import stages_of
 from flwr_smartsplit.split.build import build_chain
 from simulations.__main__ import app
 from simulations.experiments.errors import ExperimentError
-from simulations.studies.measurement import MeasurementOptions
+from simulations.experiments.provenance import Provenance
+from simulations.studies.measurement import ROWS, MeasurementOptions, read_rows
 from simulations.studies.memory import measuring, stepping, suite
 from simulations.studies.memory.cases import FAMILIES, memory_cases
-from simulations.studies.memory.choosing import least_choice
-from simulations.studies.memory.curves import PROGRAMME, plan_curves, sequential_plans
+from simulations.studies.memory.choosing import (
+    PROGRAMME,
+    least_choice,
+    plan_curves,
+    sequential_plans,
+)
 from simulations.studies.memory.measuring import BATCH_SIZE, MemoryRow, measure_case
 
 KEYS = {
@@ -75,6 +80,10 @@ class TinyCase:
     def title(self) -> str:
         return f"{self.model}, {self.input_side} px"
 
+    @property
+    def key(self) -> str:
+        return f"{self.title}, seed {self.seed}"
+
 
 @pytest.fixture(scope="module")
 def profile():
@@ -102,11 +111,14 @@ def two_cases(monkeypatch):
 
 
 def options(**changes):
-    provenance = {"command": "by hand", "date": "2026", "versions": {"torch": "1"}}
-    plain = MeasurementOptions(
-        models=None, is_small=True, seed=0, provenance=provenance | {"hardware": {}}
+    provenance = Provenance(
+        command="by hand", date="2026", versions={"torch": "1"}, hardware={}
     )
-    return replace(plain, **changes)
+    return replace(MeasurementOptions(is_small=True, provenance=provenance), **changes)
+
+
+def models_in(folder) -> list[str]:
+    return [row["model"] for row in read_rows(folder)]
 
 
 def stock_peak_bytes() -> int:
@@ -131,7 +143,7 @@ def stock_peak_bytes() -> int:
 def test_a_row_has_the_promised_keys_and_survives_a_file(row):
     """What is written as JSON is read back as the same row."""
     assert row.values().keys() >= KEYS
-    assert MemoryRow.from_json(json.dumps(row.values())) == row
+    assert MemoryRow.from_values(json.loads(json.dumps(row.values()))) == row
 
 
 def test_the_whole_model_is_a_stock_step_predicted_and_measured(row):
@@ -280,24 +292,24 @@ def test_an_interrupted_run_goes_on_and_measures_nothing_twice(
 
     measure = suite.measure_case
     monkeypatch.setattr(suite, "measure_case", interrupted)
-    assert suite.run(tmp_path, options()) is False
-    assert [row.model for row in suite.read_rows(tmp_path)] == ["tiny"]
-    with (tmp_path / suite.ROWS).open("a") as file:
+    assert suite.MEMORY.run(tmp_path, options()) is False
+    assert models_in(tmp_path) == ["tiny"]
+    with (tmp_path / ROWS).open("a") as file:
         file.write('{"model": "twi')
 
     monkeypatch.setattr(suite, "measure_case", measure)
-    assert suite.run(tmp_path, options()) is True
-    assert suite.run(tmp_path, options()) is True
+    assert suite.MEMORY.run(tmp_path, options()) is True
+    assert suite.MEMORY.run(tmp_path, options()) is True
     assert two_cases == ["tiny", "twin"]
-    assert [row.model for row in suite.read_rows(tmp_path)] == ["tiny", "twin"]
+    assert models_in(tmp_path) == ["tiny", "twin"]
 
 
 def test_a_folder_of_other_versions_is_not_gone_on_with(tmp_path, two_cases):
     """Numbers of two versions do not belong into one table."""
-    suite.run(tmp_path, options())
-    other = options().provenance | {"versions": {"torch": "2"}}
-    with pytest.raises(ExperimentError, match="was begun with"):
-        suite.run(tmp_path, options(provenance=other))
+    suite.MEMORY.run(tmp_path, options())
+    other = replace(options().provenance, versions={"torch": "2"})
+    with pytest.raises(ExperimentError, match="torch is '1' there and '2' now"):
+        suite.MEMORY.run(tmp_path, options(provenance=other))
 
 
 def test_the_command_prints_json_and_reports_again(tmp_path, two_cases):
@@ -308,14 +320,24 @@ def test_the_command_prints_json_and_reports_again(tmp_path, two_cases):
 
     assert first.exit_code == again.exit_code == 0, first.stderr
     assert first.stdout == again.stdout
-    rows = json.loads(first.stdout)["rows"]
+    methods = json.loads(first.stdout)["methods"]
+    assert list(methods)[:3] == [
+        f"tiny, 12 px: {n}" for n in ("whole", "least", "useful")
+    ]
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert methods["twin, 12 px: least"] == {
+        "accuracy": None,
+        "simulated_seconds": None,
+        "bytes_up": None,
+        "bytes_down": None,
+        "device_peak_bytes": rows[1]["device_peak_bytes"],
+    }
     assert [each["model"] for each in rows] == ["tiny", "twin"]
     assert all(each.keys() >= KEYS for each in rows)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/svg+xml") == 2
     assert "twin, 12 px" in page
     assert "At the floor" in page
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"rows": rows}
 
 
 def test_the_table_is_printed_without_json(tmp_path, two_cases, row):
@@ -332,7 +354,6 @@ def test_the_table_is_printed_without_json(tmp_path, two_cases, row):
         (["memory", "--rounds", "3"], "measures models and has no rounds: leave out"),
         (["memory", "--models", "nope"], "--models names 'nope', but the models are"),
         (["memory", "--models", ","], "--models names nothing"),
-        (["quickstart", "--small"], "trains one model in rounds: leave out --small"),
         (["memory", "--out", __file__], "name another folder with --out"),
     ],
 )
@@ -348,7 +369,7 @@ def test_results_with_rounds_are_not_written_over(tmp_path):
     """A folder is of one suite."""
     Path(tmp_path / "config.json").write_text('{"experiment": {}}')
     with pytest.raises(ExperimentError, match="results of another suite"):
-        suite.run(tmp_path, options())
+        suite.MEMORY.run(tmp_path, options())
 
 
 def test_the_full_list_is_of_many_models_and_families():

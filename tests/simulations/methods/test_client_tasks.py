@@ -1,4 +1,4 @@
-"""Variants: losses by hand, and which task a message gets."""
+"""The clients' tasks: losses by hand, and which task a message gets."""
 
 import math
 from dataclasses import replace
@@ -8,16 +8,10 @@ import torch
 
 from simulations.experiments.clients import build_task
 from simulations.experiments.partitions import OwnLabels
-from simulations.methods.submodels.variants import (
-    DEPTH,
-    DISTILLATION,
-    PROXIMAL_MU,
-    WIDTH,
-    distilling_loss,
-    local_labels,
-    masked_cross_entropy,
-    task_for,
-)
+from simulations.methods import METHODS
+from simulations.methods.depthfl import DEPTH, DISTILLATION, distilling_loss
+from simulations.methods.heterofl import WIDTH, local_labels, masked_cross_entropy
+from simulations.methods.method import PROXIMAL_MU
 from tests.simulations.in_process import EXPERIMENT
 
 
@@ -91,22 +85,22 @@ def test_a_single_classifier_has_no_teacher():
 
 
 @pytest.mark.parametrize(
-    ("config", "num_parameters"),
+    ("method", "config", "num_parameters"),
     [
-        ({}, 37_690),
-        ({WIDTH: 0.5}, 10_210),
-        ({DEPTH: 1, DISTILLATION: 0.0}, 32 * 9 + 64 + 32 * 4 * 10 + 10),
+        ("fedavg", {}, 37_690),
+        ("heterofl", {WIDTH: 0.5}, 10_210),
+        ("depthfl", {DEPTH: 1, DISTILLATION: 0.0}, 32 * 9 + 64 + 32 * 4 * 10 + 10),
     ],
 )
-def test_a_message_gets_the_model_it_asks_for(config, num_parameters):
-    model = task_for(EXPERIMENT, 0, config).model_fn()
+def test_a_message_gets_the_model_it_asks_for(method, config, num_parameters):
+    model = METHODS[method].task_fn(EXPERIMENT, 0, config).model_fn()
 
     assert sum(p.numel() for p in model.parameters()) == num_parameters
 
 
 def test_a_message_of_fedprox_gets_its_term_and_one_without_weight_does_not():
     def is_pulled(config):
-        task = task_for(EXPERIMENT, 0, config)
+        task = METHODS["fedprox"].task_fn(EXPERIMENT, 0, config)
         return task.optimizer_fn != build_task(EXPERIMENT).optimizer_fn
 
     assert is_pulled({PROXIMAL_MU: 0.1})

@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from simulations.methods import nested
 from simulations.methods.heterofl import HETEROFL, width_variants
 from simulations.methods.method import Method
-from simulations.methods.submodels import nested_rounds
-from simulations.methods.submodels.nested_rounds import (
+from simulations.methods.nested import (
     Ladder,
     NestedRounds,
     Variant,
     largest_that_fits,
 )
+from simulations.methods.sampled import SampledRounds
 from tests.simulations.in_process import EXPERIMENT, grid_of, run_here
 
 LARGE = Variant(name="large", config={}, shapes={}, peak_bytes=100, step_flops=8)
@@ -31,7 +32,7 @@ def test_a_client_gets_the_largest_variant_that_fits(budget_bytes, variant):
 @pytest.mark.parametrize("method", [HETEROFL])
 def test_a_reply_that_is_not_finite_spoils_nothing(tmp_path, monkeypatch, method):
     """As SmartSplit refuses it: else a comparison would hang on one client's luck."""
-    read = nested_rounds.reply_from_content
+    read = nested.reply_from_content
 
     def spoilt(content):
         reply = read(content)
@@ -39,7 +40,7 @@ def test_a_reply_that_is_not_finite_spoils_nothing(tmp_path, monkeypatch, method
             return reply
         return replace(reply, state={k: a * np.nan for k, a in reply.state.items()})
 
-    monkeypatch.setattr(nested_rounds, "reply_from_content", spoilt)
+    monkeypatch.setattr(nested, "reply_from_content", spoilt)
 
     ended = run_here(
         method, tmp_path, budgets_bytes=(None, None), max_train_examples=160
@@ -92,10 +93,13 @@ def test_a_variant_that_needs_more_than_predicted_is_stopped_and_not_merged(
 ):
     """A planted error: the ladder says that full width needs next to nothing."""
     wrong = (replace(variants[0], peak_bytes=1),)
+    ladder = Ladder(method="heterofl", variants=wrong)
     method = Method(
         name="wrong",
         summary="",
-        strategy_fn=lambda setting: NestedRounds(Ladder(variants=wrong), setting),
+        strategy_fn=lambda setting: SampledRounds(
+            NestedRounds(ladder, seed=setting.experiment.seed), setting
+        ),
     )
     budget_bytes = variants[0].peak_bytes - 1
 

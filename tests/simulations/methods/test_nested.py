@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flwr_smartsplit.edge.weighted_mean import add_states, merge
-from simulations.methods.submodels.nested import Share, average_shares, cut_state
+from simulations.methods.nested import Share, average_shares, cut_state
 
 WHOLE = {
     "w": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -7,21 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulations.studies.scale.items import (
-    EDGE_MEMORY,
-    ROUNDS,
-    TRAINING,
-    Item,
-    scale_items,
-)
 from torch import nn
 from typer.testing import CliRunner
 
 from simulations.__main__ import app
 from simulations.experiments.data import load_images
 from simulations.experiments.errors import ExperimentError
-from simulations.studies.measurement import MeasurementOptions
-from simulations.studies.scale import items, suite, training
+from simulations.experiments.provenance import Provenance
+from simulations.studies.measurement import ROWS, Item, MeasurementOptions
+from simulations.studies.scale import suite
 from simulations.studies.scale.edges import (
     PAPER_BYTES,
     EdgeCase,
@@ -29,7 +23,13 @@ from simulations.studies.scale.edges import (
     needed_bytes,
     work_out_vgg19,
 )
-from simulations.studies.scale.reports import scale_rows
+from simulations.studies.scale.reports import (
+    EDGE_MEMORY,
+    ROUNDS,
+    TRAINING,
+    scale_rows,
+    summary_of,
+)
 
 
 def tiny_model() -> nn.Sequential:
@@ -55,42 +55,51 @@ TRAINED = {
 }
 
 
+FIGURES = {
+    "accuracy": 0.625,
+    "simulated_seconds": 3.0,
+    "bytes_up": 4,
+    "bytes_down": 5,
+    "device_peak_bytes": 6,
+}
+
+
 def options(**changes) -> MeasurementOptions:
     """Ask for a small run."""
-    plain = MeasurementOptions(
-        models=None,
-        is_small=True,
-        seed=0,
-        provenance={
-            "command": "by hand",
-            "date": "2026",
-            "versions": {"torch": "1"},
-            "hardware": {},
-        },
+    provenance = Provenance(
+        command="by hand", date="2026", versions={"torch": "1"}, hardware={}
     )
-    return replace(plain, **changes)
+    return replace(MeasurementOptions(is_small=True, provenance=provenance), **changes)
+
+
+def scale_with(items):
+    return replace(suite.SCALE, items_fn=lambda _: items)
 
 
 @pytest.fixture
-def measured(monkeypatch) -> list[str]:
+def measured() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def quick(measured):
     """Let the suite have quick items of every kind, and count what is measured."""
-    seen: list[str] = []
 
-    def item(part, key, measure):
+    def item(part, of, measure):
         def noted(folder: Path):
-            seen.append(part + key)
-            return measure()
+            measured.append(part + of)
+            return {"part": part, "of": of, **measure()}
 
-        return Item(part=part, key=key, measure=noted)
+        return Item(key=f"{part} {of}".strip(), measure=noted)
 
-    quick = [
-        item(EDGE_MEMORY, "tiny", lambda: measure_edge(TINY, 3, seed=0)),
-        item(ROUNDS, "10", lambda: ROUND),
-        item(ROUNDS, "100", lambda: ROUND),
-        item(TRAINING, "", lambda: TRAINED),
-    ]
-    monkeypatch.setattr(suite, "scale_items", lambda _: quick)
-    return seen
+    return scale_with(
+        [
+            item(EDGE_MEMORY, "tiny", lambda: measure_edge(TINY, 3, seed=0)),
+            item(ROUNDS, "10", lambda: ROUND),
+            item(ROUNDS, "100", lambda: ROUND),
+            item(TRAINING, "", lambda: {**TRAINED, "figures": FIGURES}),
+        ]
+    )
 
 
 def test_an_edges_memory_stays_and_its_disk_grows_by_a_tail_for_each_client():
@@ -116,43 +125,44 @@ def test_vgg19_is_worked_out_from_one_client(monkeypatch):
     assert found["paper_bytes"] == PAPER_BYTES
 
 
-def test_a_run_goes_on_where_an_earlier_one_stopped(tmp_path, measured, capsys):
+def test_a_run_goes_on_where_an_earlier_one_stopped(tmp_path, quick, measured, capsys):
     """Half a line is measured again; the summary has every part by its name."""
-    assert suite.run(tmp_path, options())
+    assert quick.run(tmp_path, options())
     assert len(measured) == 4
-    rows = tmp_path / suite.ROWS
+    rows = tmp_path / ROWS
     lines = rows.read_text("utf-8").splitlines(keepends=True)
     rows.write_text("".join(lines[:-1]) + lines[-1][:9], "utf-8")
-    assert suite.run(tmp_path, options())
+    assert quick.run(tmp_path, options())
     assert measured[4:] == [TRAINING]
-    suite.show(tmp_path, as_json=True)
-    summary = json.loads(capsys.readouterr().out)
+    quick.show(tmp_path, as_json=True)
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    assert methods[TRAINING] == FIGURES
+    assert set(methods[f"{ROUNDS} 10"].values()) == {None}
+    kept = json.loads((tmp_path / "summary.json").read_text("utf-8"))["rows"]
+    summary = summary_of(kept)
     assert list(summary) == [EDGE_MEMORY, ROUNDS, TRAINING]
     assert list(summary[ROUNDS]) == ["10", "100"]
-    assert summary[TRAINING] == TRAINED
-    assert (tmp_path / "report.html").read_text("utf-8").count("<img") == 3
-    suite.show(tmp_path, as_json=False)
+    assert summary[TRAINING] == {**TRAINED, "figures": FIGURES}
+    assert (tmp_path / "report.html").read_text("utf-8").count("<img") == 1
+    quick.show(tmp_path, as_json=False)
     assert "62.5 % after 2 rounds of 50, 1.5 s each" in capsys.readouterr().out
 
 
-def test_an_interrupt_is_no_traceback(tmp_path, monkeypatch):
+def test_an_interrupt_is_no_traceback(tmp_path):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    item = Item(part=ROUNDS, key="10", measure=interrupted)
-    monkeypatch.setattr(suite, "scale_items", lambda _: [item])
-    assert not suite.run(tmp_path, options())
-    suite.show(tmp_path, as_json=True)
+    broken = scale_with([Item(key=ROUNDS, measure=interrupted)])
+    assert not broken.run(tmp_path, options())
+    broken.show(tmp_path, as_json=True)
 
 
-def test_a_folder_of_other_results_is_left_alone(tmp_path, measured):
-    suite.run(tmp_path, options())
-    for other in (
-        options(is_small=False),
-        options(provenance={**options().provenance, "versions": {"torch": "2"}}),
-    ):
-        with pytest.raises(ExperimentError, match="holds results of another suite"):
-            suite.run(tmp_path, other)
+def test_a_folder_of_other_results_is_left_alone(tmp_path, quick, measured):
+    quick.run(tmp_path, options())
+    other = replace(options().provenance, versions={"torch": "2"})
+    for changes in ({"is_small": False}, {"provenance": other}):
+        with pytest.raises(ExperimentError, match="begun with another configuration"):
+            quick.run(tmp_path, options(**changes))
     assert len(measured) == 4
 
 
@@ -165,22 +175,18 @@ def test_models_cannot_be_chosen():
 def test_the_small_suite_leaves_out_what_is_long():
     """Nothing is measured here, only listed."""
     small, full = (
-        [item.title for item in scale_items(options(is_small=is_small, provenance=p))]
-        for is_small, p in ((True, {}), (False, _provenance()))
+        [item.key for item in suite.items(options(is_small=is_small))]
+        for is_small in (True, False)
     )
     assert small == [
         "planning",
-        "edge memory small network",
-        "edge memory ResNet-18",
+        "edge_memory small network",
+        "edge_memory ResNet-18",
         "vgg19",
         "rounds 10",
         "rounds 100",
     ]
     assert set(full) - set(small) == {"rounds 1000", "training"}
-
-
-def _provenance():
-    return {"command": "", "date": "", "versions": {}, "hardware": {}}
 
 
 def test_what_is_worked_out_says_so():
@@ -203,15 +209,15 @@ def work_out_vgg19_by_hand():
 
 
 def test_the_training_asks_fifty_of_a_thousand():
-    experiment = training.thousand_clients(3)
+    experiment = suite.thousand_clients(3)
     asked = experiment.num_clients * experiment.fraction_train
     assert (experiment.num_clients, asked, experiment.seed) == (1000, 50, 3)
 
 
 def test_each_digit_is_there_three_times_for_training(tmp_path):
     """As it is, and a pixel to either side; the test set is as it was."""
-    plain = load_images(training.thousand_clients(0))
-    with np.load(training._with_shifted_digits(tmp_path)) as found:
+    plain = load_images(suite.thousand_clients(0))
+    with np.load(suite._with_shifted_digits(tmp_path)) as found:
         same, left, right = np.split(found["x_train"], 3)
         assert np.array_equal(same, plain.x_train)
         assert np.array_equal(right[:, :, :-1], plain.x_train[:, :, 1:])
@@ -219,8 +225,3 @@ def test_each_digit_is_there_three_times_for_training(tmp_path):
         assert not right[:, :, -1].any() and not left[:, :, 0].any()
         assert np.array_equal(found["y_train"][len(same) :][:9], plain.y_train[:9])
         assert np.array_equal(found["x_test"], plain.x_test)
-
-
-def test_every_part_has_a_name_of_its_own():
-    names = {items.EDGE_MEMORY, items.VGG19_100, items.ROUNDS, items.TRAINING}
-    assert len(names) == 4

@@ -5,11 +5,13 @@ parts of the whole one's, chosen by memory and averaged value by value.
 """
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, final
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 
 from flwr_smartsplit import Route, Task, predicted_peak_bytes, profile_chain
@@ -27,17 +29,71 @@ from flwr_smartsplit.flower.serde.replies import reply_from_content
 from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import ClientPlan, ClientReply, DeviceProfile, Status
-from simulations.methods.client_app import METHOD
+from simulations.methods.method import METHOD
 from simulations.methods.sampled import Answer, Merged, Sample
-from simulations.methods.submodels.nested import (
-    Shapes,
-    Share,
-    State,
-    average_shares,
-    cut_state,
-    unusable,
-)
 from simulations.report.summary import bytes_text
+
+State = Mapping[str, npt.NDArray[Any]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one client trained, and how much it counts."""
+
+    state: State  # Its arrays, each with the first values of the whole one
+    weight: int  # Its weight, such as its number of examples
+    # The rows of an array that it trained, by name; all of them if not given
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def cut_state(state: State, shapes: Shapes) -> dict[str, npt.NDArray[Any]]:
+    """Take the part of a state that a smaller model holds."""
+    return {name: state[name][_first(shape)].copy() for name, shape in shapes.items()}
+
+
+def average_shares(
+    state: State, shares: Iterable[Share]
+) -> dict[str, npt.NDArray[Any]]:
+    """Replace each value by its weighted mean over the clients that trained it.
+
+    Sums are in float64 and rounded once; they are made in the order of the shares.
+    """
+    sums = {name: np.zeros(array.shape) for name, array in state.items()}
+    weights = {name: np.zeros(array.shape) for name, array in state.items()}
+    for share in shares:
+        for name, array in share.state.items():
+            rows = list(share.rows.get(name, range(len(array))))
+            held = _first(array.shape)
+            sums[name][held][rows] += share.weight * array[rows].astype(np.float64)
+            weights[name][held][rows] += share.weight
+    return {
+        name: np.divide(
+            sums[name],
+            weights[name],
+            out=array.astype(np.float64),
+            where=weights[name] > 0,
+        ).astype(array.dtype)
+        for name, array in state.items()
+    }
+
+
+def unusable(state: State, shapes: Shapes) -> list[str]:
+    """Name what a client should not have sent, as SmartSplit refuses it, too."""
+    return [
+        name
+        for name in sorted({*state, *shapes})
+        if name not in state
+        or name not in shapes
+        or state[name].shape != shapes[name]
+        or not np.isfinite(state[name]).all()
+    ]
+
+
+def _first(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Select the first values along every axis."""
+    return tuple(slice(size) for size in shape)
+
 
 Config = Mapping[str, float | int]
 
@@ -88,10 +144,8 @@ class Ladder:
     """What a method adds to the rounds."""
 
     method: str  # Its name: clients ask it for their task
-    # From the largest, which is the global model, to the smallest
-    variants: tuple[Variant, ...]
-    # What every client is told in a round, besides its variant
-    config_fn: Callable[[int], Config] = lambda _: {}
+    variants: tuple[Variant, ...]  # From the largest, the global model, to the smallest
+    config_fn: Callable[[int], Config] = lambda _: {}  # Told to all, by round
     # The rows that a client trains, by client_key, where it trains not all
     rows_fn: Callable[[str], Mapping[str, tuple[int, ...]]] = lambda _: {}
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-from simulations.experiments.standard_output import only_ours_on_stdout
+from simulations.report.progress import only_ours_on_stdout
 
 
 def test_other_programs_write_to_stderr_until_it_is_given_back(capfd):

@@ -4,22 +4,12 @@ import json
 
 import pytest
 from rich.console import Console
-from simulations.report.studies.tables import (
-    accuracy_rows,
-    case_table,
-    class_rows,
-    gain_rows,
-    headline,
-    memory_rows,
-    notes,
-    participation_rows,
-    route_rows,
-    study_summary,
-    traffic_rows,
-)
 
 from simulations.experiments.marks import mark_path
+from simulations.report.studies.cells import headline, notes, study_summary
+from simulations.report.studies.claims import CLAIMS
 from simulations.report.studies.lines import CaseLines
+from simulations.report.studies.page import case_table
 from simulations.report.studies.reading import read_study
 from tests.simulations.folders import CASE, write_study
 
@@ -38,7 +28,7 @@ def test_accuracies_are_means_over_seeds_with_their_interval(case):
     """Finals of fedavg: 90, 92, 94; deviation 2, t of two degrees 4.303."""
     half_width = 4.303 * 2 / 3**0.5
 
-    assert accuracy_rows(case)[0] == (
+    assert CLAIMS["accuracy"].rows(case)[0] == (
         "fedavg",
         f"92.0 ± {half_width:.1f} %",
         f"71.0 ± {half_width / 2:.1f} %",
@@ -48,12 +38,12 @@ def test_accuracies_are_means_over_seeds_with_their_interval(case):
 
 
 def test_a_target_that_is_never_reached_is_said_so(case):
-    assert accuracy_rows(case)[1][3] == "never"
+    assert CLAIMS["accuracy"].rows(case)[1][3] == "never"
 
 
 def test_gains_are_taken_seed_by_seed(case):
     """Every seed adds the same to all methods, so that pairs do not spread."""
-    rows = {row[0]: row[1:] for row in gain_rows(case)}
+    rows = {row[0]: row[1:] for row in CLAIMS["gains"].rows(case)}
 
     assert rows["drop_weak"][:2] == ("+37.5 ± 0.0", "+18.8 ± 0.0")
     assert rows["smartsplit"][:2] == ("–", "–")
@@ -62,11 +52,13 @@ def test_gains_are_taken_seed_by_seed(case):
 
 
 def test_the_other_claims_have_the_numbers_of_the_journals(case):
-    assert class_rows(case)[0] == ("fedavg", "92.0", "46.0")
-    assert participation_rows(case)[0] == ("fedavg", "3 of 3", "3 to 3")
-    assert route_rows(case)[2] == ("smartsplit", "device[:1] 100%")
-    assert memory_rows(case)[0] == ("fedavg", "1000 B", "10.00", "1")
-    assert traffic_rows(case)[0] == ("fedavg", "6.00 MiB", "0 B", "8.00 MiB")
+    assert CLAIMS["classes"].rows(case)[0][:4] == ("fedavg", "92.0", "46.0", "–")
+    assert CLAIMS["participation"].rows(case)[0] == ("fedavg", "3 of 3", "3 to 3")
+    assert CLAIMS["routes"].rows(case)[2] == ("smartsplit", "device[:1] 100%")
+    assert CLAIMS["memory"].rows(case)[0] == (
+        *("fedavg", "0.977 KiB", "10.00", "1", "400 KiB"),
+    )
+    assert CLAIMS["traffic"].rows(case)[0] == ("fedavg", "6 MiB", "0 B", "8 MiB")
 
 
 def test_the_json_has_the_first_case_on_top_and_every_seed(study):
@@ -101,10 +93,10 @@ def test_a_reader_is_told_what_is_missing_unfinished_or_a_single_draw(tmp_path):
     )
 
 
-def test_the_table_fits_a_terminal(case):
+def test_the_table_fits_a_terminal(case, study):
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(case_table(case))
+        console.print(case_table(case, study.config))
 
     assert "…" not in capture.get()
     assert CASE.title in capture.get()

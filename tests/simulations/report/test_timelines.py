@@ -6,7 +6,7 @@ from flwr_smartsplit.types import DeviceTraits, Link
 from simulations.experiments.rows import MethodRun
 from simulations.fleets.clock import Clock
 from simulations.fleets.devices import FleetDevice, Watts
-from simulations.report.timeline import common_accuracy, timeline_of
+from simulations.report.summary import common_accuracy, timeline_of
 from tests.simulations.fleets.test_clock import PROFILE
 from tests.simulations.journals import client_row, evaluation_row, round_row
 

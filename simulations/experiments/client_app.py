@@ -14,10 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr_smartsplit import SmartSplitNumPyClient, build_client_app
 from flwr_smartsplit.flower.serde.records import records_of
 from simulations.experiments.experiment import Experiment
-from simulations.methods.method import TaskFn, usual_task
-
-METHOD = "simulated-method"
-"""Names the method whose ``task_fn`` a message is for."""
+from simulations.methods.method import METHOD, TaskFn, usual_task
 
 
 @final

@@ -1,0 +1,89 @@
+"""Divide a batch into micro-batches, as a loop that accumulates gradients does."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.types import MicroBatch
+
+BatchT = TypeVar("BatchT")
+
+
+def micro_batches(
+    batch: BatchT, accumulate: int
+) -> Iterator[tuple[MicroBatch, BatchT]]:
+    """Divide inputs and targets into parts of nearly equal size, in order.
+
+    Parameters
+    ----------
+    batch : Tensor, or tuples and dicts of tensors
+        Every tensor has the examples in dimension 0. The parts share its memory.
+    accumulate : int
+        How many parts; fewer if there are fewer examples.
+
+    Raises
+    ------
+    InvalidTask
+        If the tensors have different numbers of examples.
+
+    Examples
+    --------
+    >>> import torch
+    >>> parts = micro_batches(torch.arange(3), 2)
+    >>> [(part.loss_divisor, x.tolist()) for part, x in parts]
+    [(1.5, [0, 1]), (3.0, [2])]
+    """
+    sizes = {_num_examples(tensor) for tensor in tree_leaves(batch)}
+    if accumulate > 1 and len(sizes) != 1:
+        raise InvalidTask(
+            f"accumulate={accumulate} divides a batch by its examples, but its tensors "
+            f"have {sorted(sizes)} of them in dimension 0. Give every tensor of a "
+            "batch the examples in dimension 0, or do not accumulate."
+        )
+    (total, *_) = sizes
+    count = max(1, min(accumulate, total))
+    if count == 1:
+        yield MicroBatch(), batch
+        return
+    bounds = [_bound(total, index, count) for index in range(count + 1)]
+    for index in range(count):
+        start, stop = bounds[index], bounds[index + 1]
+        part: Any = tree_map(lambda x, a=start, b=stop: x[a:b], batch)
+        yield MicroBatch(index, count, total / (stop - start)), part
+
+
+def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
+    """Take the mean loss of a batch from those of its parts, ``(loss, examples)``.
+
+    Examples
+    --------
+    >>> mean_loss([(1.0, 2), (4.0, 1)])
+    2.0
+    """
+    if len(losses) == 1:
+        return losses[0][0]
+    return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
+
+
+def micro_batch_size(batch_size: int, accumulate: int) -> int:
+    """Say how many examples the largest micro-batch has.
+
+    Examples
+    --------
+    >>> micro_batch_size(32, 4), micro_batch_size(10, 4), micro_batch_size(3, 8)
+    (8, 3, 1)
+    """
+    return -(-batch_size // min(accumulate, batch_size))
+
+
+def _bound(total: int, index: int, count: int) -> int:
+    """Say where a part begins; as in ``Tensor.tensor_split``, the first are larger."""
+    size, larger = divmod(total, count)
+    return index * size + min(index, larger)
+
+
+def _num_examples(tensor: Tensor) -> int:
+    return int(tensor.shape[0]) if tensor.dim() else -1

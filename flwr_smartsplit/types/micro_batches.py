@@ -1,0 +1,49 @@
+"""Micro-batches: parts of a batch whose gradients add up to one optimizer step."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One part of a batch under gradient accumulation.
+
+    Parameters
+    ----------
+    index, count : int
+        Which of how many.
+    loss_divisor : float
+        The batch's number of examples over this part's; the loss is divided by it, so
+        that the gradients add up to those of the batch's mean loss.
+
+    Examples
+    --------
+    >>> MicroBatch(3, 4, 4.0).is_last, WHOLE_BATCH.is_first, WHOLE_BATCH.is_last
+    (True, True, True)
+    """
+
+    index: int = 0
+    count: int = 1
+    loss_divisor: float = 1.0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether gradients begin anew with it."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the optimizer steps after it."""
+        return self.index == self.count - 1
+
+    def in_step(self, step: int) -> int | str:
+        """Name this part of a step, for the random streams of its units.
+
+        Examples
+        --------
+        >>> WHOLE_BATCH.in_step(7), MicroBatch(1, 4, 4.0).in_step(7)
+        (7, '7.1')
+        """
+        return f"{step}.{self.index}" if self.index else step
+
+
+WHOLE_BATCH = MicroBatch()
