@@ -13,7 +13,7 @@ from flwr_smartsplit.split.activation_checkpointing import (
     observe_nothing,
     run_units,
 )
-from flwr_smartsplit.split.sharing import share
+from flwr_smartsplit.split.submodules import share
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Streams = Callable[[int | str, int], AbstractContextManager[None]]
