@@ -66,36 +66,46 @@ def train_stock(
     autocast: AbstractContextManager[Any] = nullcontext()
     if task.autocast_dtype is not None:
         autocast = torch.autocast("cpu", task.autocast_dtype)
-    model.eval()
-    with torch.no_grad(), autocast:
-        eval_loss = _mean_loss(
-            (task.loss_fn(_call(model, inputs), targets), targets)
-            for batch in map(_copied, (batches[0], batches[-1]))
-            for _, (inputs, targets) in micro_batches(batch, task.accumulate)
-        )
+    eval_loss = _evaluated(model, task, batches, autocast)
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
     scheduler = scheduler_of(optimizer, task, {})
     firsts = _first_draws(chain, batches[0][0])
     losses: list[tuple[float, Tensor]] = []
-    for step, (inputs, targets) in enumerate(map(_copied, batches)):
+    for step, batch in enumerate(map(_copied, batches)):
         optimizer.zero_grad()
         parts = []
-        for part, (x, y) in micro_batches((inputs, targets), task.accumulate):
+        for part, (inputs, targets) in micro_batches(batch, task.accumulate):
             chance = _Chance(firsts, streams, part.in_step(step))
             with autocast:
                 with chance if firsts else nullcontext():
-                    outputs = _call(model, x)
-                loss = task.loss_fn(outputs, y)
+                    outputs = _call(model, inputs)
+                loss = task.loss_fn(outputs, targets)
             (loss / part.loss_divisor if part.count > 1 else loss).backward()
-            parts.append((float(loss.detach()), len(y)))
+            parts.append((float(loss.detach()), len(targets)))
         if task.max_gradient_norm is not None:
             clip_grad_norm_(model.parameters(), task.max_gradient_norm)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        losses.append((mean_loss(parts), targets))
+        losses.append((mean_loss(parts), batch[1]))
     return Truth(eval_loss, _mean_loss(losses))
+
+
+def _evaluated(
+    model: nn.Module,
+    task: Task,
+    batches: Batches,
+    autocast: AbstractContextManager[Any],
+) -> float:
+    """Evaluate first and last batch, before anything is trained."""
+    model.eval()
+    with torch.no_grad(), autocast:
+        return _mean_loss(
+            (task.loss_fn(_call(model, inputs), targets), targets)
+            for batch in map(_copied, (batches[0], batches[-1]))
+            for _, (inputs, targets) in micro_batches(batch, task.accumulate)
+        )
 
 
 def _copied(batch: tuple[Batch, Tensor]) -> tuple[Batch, Tensor]:
