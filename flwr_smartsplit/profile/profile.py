@@ -19,10 +19,14 @@ from flwr_smartsplit.profile.cache import (
     write_profile,
 )
 from flwr_smartsplit.profile.fake_step import log_step
-from flwr_smartsplit.profile.light_steps import light_steps, with_light_step
 from flwr_smartsplit.profile.memory_trace import StepLog
 from flwr_smartsplit.profile.optimizer_memory import OptimizerCosts
-from flwr_smartsplit.profile.unit_memory import step_bytes, unit_flops
+from flwr_smartsplit.profile.unit_memory import (
+    selective_steps,
+    step_bytes,
+    unit_flops,
+    with_selective_step,
+)
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
 from flwr_smartsplit.task import Task
@@ -91,7 +95,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         optimizers = _optimizer_costs(chain, task, log)
         flops = unit_flops(chain, batch_size=batch_size)
         steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
-        lights = light_steps(chain, log, batch_size=batch_size, task=task)
+        selective = selective_steps(chain, log, batch_size=batch_size, task=task)
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
@@ -105,19 +109,19 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
         units=tuple(
-            with_light_step(
+            with_selective_step(
                 replace(
                     unit,
                     forward_flops=forward,
                     step=replace(step, rerun_flops=rerun),
                 ),
-                light,
+                selective_step,
             )
-            for unit, (forward, rerun), step, light in zip(
+            for unit, (forward, rerun), step, selective_step in zip(
                 _unit_costs(chain, log, optimizers, accumulates),
                 flops,
                 steps,
-                lights,
+                selective,
                 strict=True,
             )
         ),

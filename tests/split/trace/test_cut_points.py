@@ -121,7 +121,7 @@ def test_frozen_layers_are_units_like_any_other():
 
 def test_no_cut_after_layers_that_never_get_a_gradient():
     """They can be trained, but what comes after looks at their values only."""
-    chain = read(Between(Tensor.detach))
+    chain = read(Between(lambda x: x.detach()))
     assert "no gradient comes back to it" in chain.refusals["detach"]
 
 
