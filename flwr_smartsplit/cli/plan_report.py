@@ -171,7 +171,7 @@ class RouteReport:
         )
 
     def _units(self) -> Iterator[tuple[int, str, int, bool]]:
-        """Yield each unit's index, name, number of runs, and whether it is selective."""
+        """Yield each unit's index, name and number of runs, and if it is selective."""
         plan, units = self.option.recompute, self.subject.profile.units
         for leg in self.option.route.device_legs(len(units)):
             for index in range(leg.start, leg.stop):

@@ -79,33 +79,33 @@ def step_bytes(
 
 
 def _unit(log: StepLog, index: int) -> StepBytes:
-    crossing = log.crossings[index]
-    first = log.crossings[index - 1].forward_end if index else log.start
-    last = crossing.forward_end
+    boundary = log.boundaries[index]
+    first = log.boundaries[index - 1].forward_end if index else log.start
+    last = boundary.forward_end
     mine = (log.births >= first) & (log.births < last)
-    saved = _sum(log, slice(log.start, log.crossings[-1].forward_end), mine)
-    kept = _sum(log, slice(log.start, crossing.backward_start), mine)
-    new = {birth: size for birth, size in crossing.outputs if first <= birth < last}
-    end = log.crossings[-1].forward_end
+    saved = _sum(log, slice(log.start, log.boundaries[-1].forward_end), mine)
+    kept = _sum(log, slice(log.start, boundary.backward_start), mine)
+    new = {birth: size for birth, size in boundary.outputs if first <= birth < last}
+    end = log.boundaries[-1].forward_end
     if index == log.num_units - 1:
-        end = crossing.backward_start
+        end = boundary.backward_start
     alive = {b for b in new if _sum(log, slice(log.start, end), log.births == b)}
     crossing_bytes = context = 0
     output_bytes = next(iter(new.values()), 0)
     is_saved = bool(new) and next(iter(new)) in alive
-    if crossing.crosses_alone:
+    if boundary.crosses_alone:
         # What travels along as context stays, whoever keeps it.
         context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
     else:
         since = _last_alone(log, index)
-        alive_after = {b: size for b, size in crossing.outputs if b >= since}
+        alive_after = {b: size for b, size in boundary.outputs if b >= since}
         crossing_bytes, is_saved = sum(alive_after.values()), False
         output_bytes = sum(
             size
             for birth, size in alive_after.items()
             if not _sum(log, slice(log.start, end), log.births == birth)
         )
-    sent = _sum(log, slice(log.start, last), mine) + crossing.packing_bytes
+    sent = _sum(log, slice(log.start, last), mine) + boundary.packing_bytes
     return StepBytes(
         saved_bytes=saved + context,
         kept_bytes=kept + context,
@@ -114,16 +114,16 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         left_bytes=_left(log, index),
         output_bytes=output_bytes,
         crossing_bytes=crossing_bytes,
-        gradient_bytes=sum(crossing.gradient_storages.values()),
+        gradient_bytes=sum(boundary.gradient_storages.values()),
         is_output_saved=is_saved,
-        can_rerun=not crossing.changes_tensors,
+        can_rerun=not boundary.changes_tensors,
     )
 
 
 def _last_alone(log: StepLog, index: int) -> int:
     """Find where the last boundary before a unit was made that is a single tensor."""
-    alone = (p for p in reversed(log.crossings[:index]) if p.crosses_alone)
-    return next((crossing.forward_end for crossing in alone), log.start)
+    alone = (p for p in reversed(log.boundaries[:index]) if p.crosses_alone)
+    return next((boundary.forward_end for boundary in alone), log.start)
 
 
 def _sum(log: StepLog, until: slice, mine: npt.NDArray[np.bool_]) -> int:
@@ -137,33 +137,33 @@ def _forward_peak(log: StepLog, first: int, last: int) -> int:
 
 def _backward(log: StepLog, index: int) -> slice:
     """Find the changes of a unit's backward."""
-    end = log.crossings[index - 1].backward_start if index else log.backward_end
-    return slice(log.crossings[index].backward_start, end)
+    end = log.boundaries[index - 1].backward_start if index else log.backward_end
+    return slice(log.boundaries[index].backward_start, end)
 
 
 def _backward_peak(log: StepLog, index: int, kept: int) -> int:
-    crossing, during = log.crossings[index], _backward(log, index)
-    first = log.crossings[index - 1].forward_end if index else log.start
+    boundary, during = log.boundaries[index], _backward(log, index)
+    first = log.boundaries[index - 1].forward_end if index else log.start
     births = log.births[during]
-    gradients = crossing.gradient_storages
+    gradients = boundary.gradient_storages
     changes, is_gradient = as_arrived(gradients, log.changes[during], births)
-    mine = (births >= first) & (births < crossing.forward_end)
+    mine = (births >= first) & (births < boundary.forward_end)
     changes = changes[mine | is_gradient | (births >= during.start)]
     arrived = kept + sum(gradients.values())
-    return arrived + max(highest(changes), crossing.unpacking_bytes)
+    return arrived + max(highest(changes), boundary.unpacking_bytes)
 
 
 def _left(log: StepLog, index: int) -> int:
     """Size of what a unit's backward makes and leaves, but for what goes on."""
     during = _backward(log, index)
     births = log.births[during]
-    onward = list(log.crossings[index - 1].gradients) if index else []
+    onward = list(log.boundaries[index - 1].gradients) if index else []
     mine = (births >= during.start) & ~np.isin(births, onward)
     return int(log.changes[during][mine].sum())
 
 
 def _loss(log: StepLog) -> StepBytes:
-    last = log.crossings[-1]
+    last = log.boundaries[-1]
     during = slice(last.forward_end, last.backward_start)
     births = log.births[during]
     changes = log.changes[during][births >= during.start]
@@ -227,8 +227,8 @@ class _Reruns:
 
     def peak_bytes(self, index: int) -> int:
         """Find the most that a unit makes up to the last tensor that it saves."""
-        crossings = self._dry.observed.crossings
-        first = crossings[index - 1].forward_end if index else self._start
+        boundaries = self._dry.observed.boundaries
+        first = boundaries[index - 1].forward_end if index else self._start
         during = slice(first, self._last_save.get(index, first))
         return highest(self._changes[during][self._births[during] >= first])
 
@@ -236,16 +236,16 @@ class _Reruns:
         """Size of the gradients where backward first asks for what a unit saved."""
         if index not in self._first_use:
             return None
-        crossing = self._dry.observed.crossings[index]
-        during = slice(crossing.backward_start, self._first_use[index])
+        boundary = self._dry.observed.boundaries[index]
+        during = slice(boundary.backward_start, self._first_use[index])
         births = self._births[during]
-        gradients = crossing.gradient_storages
+        gradients = boundary.gradient_storages
         changes, is_gradient = as_arrived(gradients, self._changes[during], births)
         mine = is_gradient | (births >= during.start)
         return sum(gradients.values()) + int(changes[mine].sum())
 
     def _save(self, tensor: Tensor) -> tuple[int, Tensor]:
-        index = len(self._dry.observed.crossings)
+        index = len(self._dry.observed.boundaries)
         self._last_save[index] = self._dry.meter.position
         return index, tensor.detach()
 

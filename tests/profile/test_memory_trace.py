@@ -90,9 +90,9 @@ def test_a_log_that_forgets_a_part_of_the_wire_predicts_too_little(monkeypatch, 
     head_bytes = StepLog.head_bytes
 
     def forgetful(self: StepLog, index: int, temporary_bytes: int) -> int:
-        crossing = self.crossings[index]
-        nothing = dict.fromkeys(crossing.gradients, 0) if part == "gradients" else 0
-        setattr(crossing, part, nothing)
+        boundary = self.boundaries[index]
+        nothing = dict.fromkeys(boundary.gradients, 0) if part == "gradients" else 0
+        setattr(boundary, part, nothing)
         return head_bytes(self, index, temporary_bytes)
 
     monkeypatch.setattr(StepLog, "head_bytes", forgetful)
@@ -180,8 +180,8 @@ def test_a_gradient_that_repeats_one_value_is_one_value():
         example_targets=torch.zeros(1),
     )
     log = log_step(build_chain(task), batch_size=BATCH_SIZE, task=task)
-    crossing = log.crossings[-2]
-    assert (crossing.gradient_bytes, crossing.unpacking_bytes) == (FLOAT, BOUNDARY)
+    boundary = log.boundaries[-2]
+    assert (boundary.gradient_bytes, boundary.unpacking_bytes) == (FLOAT, BOUNDARY)
 
 
 def test_the_log_numbers_each_storage_once():

@@ -276,7 +276,7 @@ def test_a_gradient_that_is_left_out_would_be_seen(edge_of, name, monkeypatch):
     monkeypatch.setattr(
         Observed,
         "_gradients_came",
-        lambda self, crossing, *gradients: came(self, crossing, gradients[-1]),
+        lambda self, boundary, *gradients: came(self, boundary, gradients[-1]),
     )
     task, chain, _ = profiled(name, "sgd")
     wrong = profile_chain(chain, batch_size=MODELS[name][-1], task=task)
