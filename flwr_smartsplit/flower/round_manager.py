@@ -144,12 +144,18 @@ class CentralManager:
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self._newest = 0
         self._state: State = {}
+        self._digest = ""
 
     def summary(self) -> None:
         """Log the settings, in Flower's shape."""
         _log.log(INFO, "\t├──> Splitting:")
         _log.log(INFO, "\t│\t├──Units: %d", len(self.chain))
         _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self.edges.names) or "none")
+
+    def close(self) -> None:
+        """End the edges, and wait for nobody."""
+        self._outstanding.clear()
+        self.edges.stop()
 
     def begin(
         self, phase: Phase, state: State, clients: Mapping[str, DeviceProfile]
@@ -172,7 +178,7 @@ class CentralManager:
             version=phase.round_number,
             digest=state_digest(state),
         )
-        self._state = state
+        self._state, self._digest = state, dispatch.digest
         if phase.is_train:
             self._newest = dispatch.version
         addresses, unready = self.edges.prepare(dispatch.digest, state)
@@ -252,7 +258,9 @@ class CentralManager:
             changed = settings.between_rounds(dispatch.round_number, seen, summary)
             if changed is not None:
                 state = state_like(seen, changed, maker=settings.between_rounds)
-        self._state = self._state if state is None else state
+        if state is not None:
+            self._state = state
+            self._digest = state_digest(state) if self.edges.names else ""
         return state
 
     def assess(
@@ -278,9 +286,9 @@ class CentralManager:
 
     def _release(self, dispatch: Dispatch) -> None:
         """Let edges forget what nobody needs who is still at work."""
-        if self.edges.names and not any(d.sent for d in self._outstanding.values()):
-            digest = state_digest(self._state)
-            self.edges.release(max(self._newest, dispatch.round_number), digest)
+        if not any(each.sent for each in self._outstanding.values()):
+            newest = max(self._newest, dispatch.round_number)
+            self.edges.release(newest, self._digest)
 
     def _write(
         self,

@@ -191,13 +191,7 @@ def _useful_cells(row: MemoryRow) -> tuple[str, ...]:
 
 
 def _mebibytes(num_bytes: int) -> str:
-    """Print bytes in MiB, with three digits that count where it is small.
-
-    Examples
-    --------
-    >>> _mebibytes(2_603_520), _mebibytes(2**30)
-    ('2.48', '1,024')
-    """
+    """Print bytes in MiB, with three digits that count where it is small."""
     size = num_bytes / 2**20
     return f"{size:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"  # noqa: PLR2004
 
