@@ -35,7 +35,7 @@ _HEADERS = (
 )
 _LEFT = ("", "last unit\non the device", "recomputed")
 _LEGEND = (
-    "again: units whose forward runs twice or more; light: units that keep their "
+    "again: units whose forward runs twice or more; selective: units that keep their "
     "costly results only, and make the cheap ones anew."
 )
 
@@ -135,8 +135,8 @@ class RouteReport:
         facts = _facts(self.subject, self.budget_bytes)
         facts["choice"] = _option_facts(self.subject, self.option)
         facts["units"] = [
-            {"name": name, "num_runs": num_runs, "is_light": is_light}
-            for _, name, num_runs, is_light in self._units()
+            {"name": name, "num_runs": num_runs, "is_selective": is_selective}
+            for _, name, num_runs, is_selective in self._units()
         ]
         return json.dumps(facts)
 
@@ -144,13 +144,15 @@ class RouteReport:
         """List the units on the device, with how often each runs."""
         option, profile = self.option, self.subject.profile
         table = _table(
-            ("", "unit\non the device", "forward\nruns", "light", "fwd.\nFLOPs"),
-            ("unit\non the device", "light"),
+            ("", "unit\non the device", "forward\nruns", "selective", "fwd.\nFLOPs"),
+            ("unit\non the device", "selective"),
         )
-        for index, name, num_runs, is_light in self._units():
+        for index, name, num_runs, is_selective in self._units():
             flops = profile.units[index].forward_flops
-            light = "light" if is_light else ""
-            table.add_row(str(index + 1), name, str(num_runs), light, count_text(flops))
+            selective = "selective" if is_selective else ""
+            table.add_row(
+                str(index + 1), name, str(num_runs), selective, count_text(flops)
+            )
         lines = [self._summary()]
         if not option.recompute.is_empty:
             lines += [f"The plan: {option.recompute}", *_legend([option])]
@@ -169,12 +171,12 @@ class RouteReport:
         )
 
     def _units(self) -> Iterator[tuple[int, str, int, bool]]:
-        """Yield index, name, number of forward runs and lightness of each unit."""
+        """Yield each unit's index, name and number of runs, and if it is selective."""
         plan, units = self.option.recompute, self.subject.profile.units
         for leg in self.option.route.device_legs(len(units)):
             for index in range(leg.start, leg.stop):
-                is_light = index in plan.light
-                yield index, units[index].name, plan.num_runs(index), is_light
+                is_selective = index in plan.selective
+                yield index, units[index].name, plan.num_runs(index), is_selective
 
 
 def planned_routes(subject: Subject) -> tuple[Route, ...]:
@@ -238,12 +240,12 @@ def recompute_text(plan: RecomputePlan, num_units: int) -> str:
     --------
     >>> from flwr_smartsplit.types import Rerun
     >>> recompute_text(RecomputePlan((Rerun(0, 3, (Rerun(0, 1),)),), (4,)), 5)
-    '3 again, 1 light'
+    '3 again, 1 selective'
     >>> recompute_text(RecomputePlan(), 5)
     'none'
     """
     again = sum(plan.num_runs(unit) > 1 for unit in range(num_units))
-    counts = {"again": again, "light": len(plan.light)}
+    counts = {"again": again, "selective": len(plan.selective)}
     parts = [f"{count} {word}" for word, count in counts.items() if count]
     return ", ".join(parts) or "none"
 

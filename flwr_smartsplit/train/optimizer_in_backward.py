@@ -43,7 +43,7 @@ class GradientEntry(torch.autograd.Function):
         """Return an empty tensor to go backward from."""
         ctx.receive = receive
         ctx.sizes = [tensor.numel() for tensor in boundary]
-        return torch.empty(0)
+        return boundary[0].new_empty(0) if boundary else torch.empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -41,8 +41,8 @@ class StepBytes:
         Whether ``saved_bytes`` has the output.
     rerun_flops : int
         Floating-point operations of its forward up to the last result that it saves.
-        In a light step: of what its backward runs again. A ``Rerun`` of a light unit
-        costs both.
+        In a selective step: of what its backward runs again. A ``Rerun`` of a selective
+        unit costs both.
     can_rerun : bool
         Whether it may run twice: not if it changes tensors, except a BatchNorm's.
     """
@@ -97,7 +97,7 @@ class UnitCost:
         last on a device, and where it is the first.
     step : StepBytes
         What plans that recompute are made from.
-    light_step : StepBytes, optional
+    selective_step : StepBytes, optional
         The same if its cheap operators run twice; None if it has none worth it.
     """
 
@@ -116,7 +116,7 @@ class UnitCost:
     head_update_bytes: int = 0
     tail_update_bytes: int = 0
     step: StepBytes = StepBytes()
-    light_step: StepBytes | None = None
+    selective_step: StepBytes | None = None
 
     @property
     def resident_bytes(self) -> int:
@@ -190,6 +190,6 @@ class ChainProfile:
             ) from error
 
 
-def _unit(*, step: Any, light_step: Any, **costs: Any) -> UnitCost:
-    light = None if light_step is None else StepBytes(**light_step)
-    return UnitCost(step=StepBytes(**step), light_step=light, **costs)
+def _unit(*, step: Any, selective_step: Any, **costs: Any) -> UnitCost:
+    selective = None if selective_step is None else StepBytes(**selective_step)
+    return UnitCost(step=StepBytes(**step), selective_step=selective, **costs)
