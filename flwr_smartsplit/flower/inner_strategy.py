@@ -46,7 +46,7 @@ _WHY = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Api:
+class Api:
     """What differs between Flower's two APIs."""
 
     wrapper: str
@@ -56,14 +56,14 @@ class _Api:
     steps: tuple[type[Any], ...]
 
 
-MESSAGE_API = _Api(
+MESSAGE_API = Api(
     "SmartSplit",
     message.FedAvg,
     "flwr.serverapp.strategy",
     "aggregate_train",
     (message.FedAdagrad, message.FedAdam, message.FedAvgM, message.FedYogi),
 )
-LEGACY_API = _Api(
+LEGACY_API = Api(
     "LegacySmartSplit",
     legacy.FedAvg,
     "flwr.server.strategy",
@@ -72,7 +72,7 @@ LEGACY_API = _Api(
 )
 
 
-def check_strategy(strategy: object, api: _Api) -> None:
+def check_strategy(strategy: object, api: Api) -> None:
     """Refuse a strategy whose own work could not be done.
 
     Raises
@@ -114,17 +114,17 @@ def _is_proximal(made: object) -> TypeGuard[partial[Any]]:
     return isinstance(made, partial) and made.func is proximal
 
 
-def has_server_step(strategy: object, api: _Api) -> bool:
+def has_server_step(strategy: object, api: Api) -> bool:
     """Say whether a strategy changes the clients' mean."""
     return _definer(type(strategy), api.merge) in api.steps
 
 
-def overrides(strategy: object, method: str, api: _Api) -> bool:
+def overrides(strategy: object, method: str, api: Api) -> bool:
     """Say whether a method is not FedAvg's own."""
     return _definer(type(strategy), method) is not api.base
 
 
-def _why_not(strategy: object, api: _Api) -> str:
+def _why_not(strategy: object, api: Api) -> str:
     kind = type(strategy)
     if isinstance(strategy, type):
         return "it is a class, not an instance"
