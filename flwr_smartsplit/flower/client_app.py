@@ -96,8 +96,8 @@ class _BothApis(ClientApp):
 
 
 _LEGACY_KEYS = (
-    LEGACY.train_config,
-    LEGACY.evaluate_config,
+    LEGACY.train_keys[1],
+    LEGACY.evaluate_keys[1],
     "getpropertiesins.config",
     "getparametersins.config",
 )

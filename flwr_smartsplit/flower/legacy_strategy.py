@@ -46,16 +46,16 @@ _Failures = Sequence[tuple[ClientProxy, Any] | BaseException]
 
 
 class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
-    """``SmartSplit`` for servers that speak Flower's legacy API.
+    """``SmartSplit`` for Flower's legacy server API.
 
-    From the same replies both make the same state, bit for bit. Parameters and arrays
-    are in the order of the model's ``state_dict``. All arguments but one are those of
-    ``SmartSplit``.
+    The same replies give the same state as in ``SmartSplit``, bit for bit. Parameters
+    are in the order of the model's ``state_dict``. All arguments but ``strategy`` are
+    those of ``SmartSplit``.
 
     Parameters
     ----------
     strategy : flwr.server.strategy.FedAvg, optional
-        Flower's legacy strategy, which keeps its sampling numbers, config and metric
+        The inner strategy, which keeps its sampling numbers, config and metric
         functions, ``evaluate_fn``, ``initial_parameters`` and server step.
 
     Notes

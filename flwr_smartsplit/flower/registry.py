@@ -83,12 +83,9 @@ class Fleet:
             pending = [n for n, why in causes.items() if why or layout is first]
             if not pending:
                 break
+            kind = layout.profile_type
             requests = [
-                Message(
-                    profile_request(layout),
-                    message_type=layout.profile_type,
-                    dst_node_id=node,
-                )
+                Message(profile_request(layout), message_type=kind, dst_node_id=node)
                 for node in pending
             ]
             for reply in grid.send_and_receive(requests, timeout=self._timeout_seconds):
@@ -107,12 +104,9 @@ class Fleet:
         self, reply: Message, layout: RecordLayout, causes: dict[int, list[str]]
     ) -> None:
         node = reply.metadata.src_node_id
-        if reply.has_error():
-            causes[node].append(
-                f"asked as {layout.name}: {last_line(reply.error.reason)}"
-            )
-            return
         try:
+            if reply.has_error():
+                raise RefusedReply(last_line(reply.error.reason), kind="failed")
             profile = profile_from_content(reply.content)
         except RefusedReply as error:
             causes[node].append(f"asked as {layout.name}: {error}")

@@ -130,17 +130,20 @@ class Dispatch:
         for answer in answers:
             key = answer.client_key
             silent.discard(key)
-            if answer.read is None:
-                failure = Failure(client_key=key, kind="failed", cause=answer.error)
-                failures.append(failure)
-                continue
-            self.received_bytes[key] = answer.num_bytes
             try:
-                replies.append(_of(key, answer.read()))
+                if answer.read is None:
+                    raise RefusedReply(answer.error, kind="failed")
+                self.received_bytes[key] = answer.num_bytes
+                reply = answer.read()
+                if reply.client_key != key:
+                    raise RefusedReply(
+                        f"the node of client {key!r} answers for {reply.client_key!r}.",
+                        kind="refused",
+                    )
+                replies.append(reply)
             except RefusedReply as error:
-                failures.append(
-                    Failure(client_key=key, kind=error.kind, cause=str(error))
-                )
+                cause = str(error)
+                failures.append(Failure(client_key=key, kind=error.kind, cause=cause))
         failures += [_lost(key, unnamed) for key in sorted(silent)]
         return replies, failures
 
@@ -184,25 +187,11 @@ def returned(
     return tuple(name for name in names if is_local is None or not is_local(name))
 
 
-def _of(key: str, reply: ClientReply) -> ClientReply:
-    if reply.client_key != key:
-        raise RefusedReply(
-            f"the node of client {key!r} answers for {reply.client_key!r}.",
-            kind="refused",
-        )
-    return reply
-
-
 def _lost(key: str, unnamed: Sequence[str]) -> Failure:
+    """Make the failure of a client without a reply."""
     if unnamed:
-        return Failure(
-            client_key=key,
-            kind="failed",
-            cause="no reply; Flower's legacy API does not say whose errors came: "
-            + "; ".join(unnamed),
-        )
-    return Failure(
-        client_key=key,
-        kind="lost",
-        cause="no reply before the timeout; raise it, or look at the client's log.",
-    )
+        cause = "no reply; Flower's legacy API does not say whose errors came: "
+        cause += "; ".join(unnamed)
+        return Failure(client_key=key, kind="failed", cause=cause)
+    cause = "no reply before the timeout; raise it, or look at the client's log."
+    return Failure(client_key=key, kind="lost", cause=cause)

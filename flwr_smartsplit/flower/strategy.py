@@ -43,37 +43,37 @@ _log = getLogger("flwr")
 
 
 class SmartSplit(SplitStrategy[FedAvg], Strategy):
-    """Let weak devices train only the front of a model, under a strategy of Flower's.
+    """Let weak devices train only the front of a model, under a Flower strategy.
 
     Each round it gives every chosen client one of the routes that its memory budget
-    allows; an edge trains the rest. The clients' mean is exact whatever their routes;
-    the inner strategy takes its server step from it. With everybody on the whole route
-    this is the inner strategy. A reconstruction: of SmartSplit (Tian et al., 2024)
-    only the abstract is public, and the present policy is a first one.
+    allows; an edge trains the rest. The clients' mean is exact whatever their routes,
+    and the inner strategy's server step follows it. If every client trains the whole
+    model, this is the inner strategy. It is a reconstruction: of SmartSplit (Tian et
+    al., 2024), only the abstract is public.
 
     Parameters
     ----------
     task : Task
         Model, loss and optimizer, the same as the clients'.
     edges : Sequence[Edge]
-        Edges that host tails, such as ``(RayEdge(),)``; none means that only clients
-        who can hold the whole model train.
+        Edges that host tails, such as ``(RayEdge(),)``; without any, only clients that
+        can hold the whole model train.
     strategy : FedAvg, optional
-        Flower's strategy, ``FedAvg()`` by default. Its sampling numbers, record keys,
-        metric functions and server step are kept (``FedAdam``, ``FedYogi``,
-        ``FedAdagrad``, ``FedAvgM``), and what it writes into a round's config. One that
-        must see whole client models is refused.
+        The inner strategy, ``FedAvg()`` by default. It keeps its sampling numbers,
+        record keys, metric functions, round config and server step (``FedAdam``,
+        ``FedYogi``, ``FedAdagrad``, ``FedAvgM``). One that needs single clients' whole
+        models is refused.
     planning : Planning
         How clients and routes are chosen.
     mixing : Mixing
-        How much the clients' mean counts against the state that it meets.
+        How much the clients' mean counts against the present state.
     server_steps : Sequence[ServerStep]
         What the server adds after the inner strategy's step, in this order.
     seed : int
-        Root of sampling and of every random stream of the clients.
+        Seed of the sampling and of the clients' random streams.
     journal : str or Path, optional
         File for one JSON line per client and round; ``{number}`` in its name becomes
-        the first number that is free. None writes no file.
+        the first free number. None writes no file.
     on_row : Sequence[Callable[[Mapping], None]]
         Called with each of these lines as a mapping, such as
         ``TensorBoardRows(folder)``.
@@ -96,7 +96,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         self._fleet = Fleet(layout, timeout_seconds=profile_timeout_seconds)
 
     def summary(self) -> None:
-        """Log the strategy's settings, in Flower's shape."""
+        """Log the strategy's settings in Flower's format."""
         self._central.summary()
         self.strategy.summary()
 
@@ -232,7 +232,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         return nodes
 
     def _contents(self, accepted: Mapping[str, ClientReply]) -> list[RecordDict]:
-        """List the clients' metrics as their replies would, in client_key order."""
+        """List the accepted clients' metrics as records, in client_key order."""
         key = self.strategy.weighted_by_key
         return [
             RecordDict({"metrics": MetricRecord(metrics_of(reply.report, key))})

@@ -82,13 +82,16 @@ class RoundLog:
             _log.log(WARNING, "\t> %s: %s", failure.client_key, failure.cause)
             self._journal.write(failure_row(failure, round_number, phase))
 
-    def write_replies(
+    def write_phase(
         self,
         dispatch: Dispatch,
         accepted: Mapping[str, ClientReply],
         failures: list[Failure],
+        *,
+        edge_bytes_so_far: int,
+        received_seconds: float,
     ) -> None:
-        """Write the outcome of every message that was sent."""
+        """Write the outcome of every message that was sent, and the phase's sums."""
         _log.log(
             INFO if accepted or not failures else WARNING,
             "%s: Received %s results and %s failures",
@@ -98,26 +101,10 @@ class RoundLog:
         )
         self.failures += failures
         for failure in failures:
-            _log.log(
-                WARNING,
-                "\t> Client %s %s: %s",
-                failure.client_key,
-                failure.kind,
-                failure.cause,
-            )
+            key, kind = failure.client_key, failure.kind
+            _log.log(WARNING, "\t> Client %s %s: %s", key, kind, failure.cause)
         for row in client_rows(dispatch, accepted, failures):
             self._journal.write(row)
-
-    def write_round(
-        self,
-        dispatch: Dispatch,
-        accepted: Mapping[str, ClientReply],
-        failures: list[Failure],
-        *,
-        edge_bytes_so_far: int,
-        received_seconds: float,
-    ) -> None:
-        """Write the sums of a round's training, or of its evaluation."""
         now = self._clock()
         self._journal.write(
             round_row(

@@ -142,7 +142,7 @@ def _metric_names(row: Row) -> list[str]:
     return [name for name in row if name not in FACTS]
 
 
-class TensorBoardRows:
+class TensorBoardRows(RoundScalars):
     """Write each round's scalars for TensorBoard, given a journal's rows.
 
     Parameters
@@ -169,17 +169,13 @@ class TensorBoardRows:
                 "pip install 'flwr-smartsplit[tensorboard]'."
             ) from error
         self._writer = SummaryWriter(str(log_dir))
-        self._take = RoundScalars(self._write, per_client=per_client)
-
-    def __call__(self, row: Row) -> None:
-        """Take one row."""
-        self._take(row)
+        super().__init__(self._add, per_client=per_client)
 
     def close(self) -> None:
         """Close the file; each round is in it as soon as it is over."""
         self._writer.close()
 
-    def _write(self, number: int, scalars: Scalars) -> None:
+    def _add(self, number: int, scalars: Scalars) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, number)
         self._writer.flush()
@@ -192,7 +188,7 @@ class WandbRun(Protocol):
         """Log values at a step."""
 
 
-class WandbRows:
+class WandbRows(RoundScalars):
     """Log each round's scalars to Weights & Biases, given a journal's rows.
 
     Parameters
@@ -213,12 +209,7 @@ class WandbRows:
             raise TypeError(
                 f"run is a {type(run).__name__}; give what wandb.init() returned."
             )
-        self._run = run
-        self._take = RoundScalars(self._write, per_client=per_client)
-
-    def __call__(self, row: Row) -> None:
-        """Take one row."""
-        self._take(row)
-
-    def _write(self, number: int, scalars: Scalars) -> None:
-        self._run.log(dict(scalars), step=number)
+        super().__init__(
+            lambda number, scalars: run.log(dict(scalars), step=number),
+            per_client=per_client,
+        )

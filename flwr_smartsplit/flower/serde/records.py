@@ -45,36 +45,26 @@ _TOO_MANY = 2**53
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Message type of a profile request and record keys in one of Flower's APIs."""
+    """One API's type of a profile request, and its keys of arrays and config."""
 
     name: str
     profile_type: str
-    train_arrays: str
-    train_config: str
-    evaluate_arrays: str
-    evaluate_config: str
+    train_keys: tuple[str, str]
+    evaluate_keys: tuple[str, str]
 
 
 LEGACY = RecordLayout(
     name="NumPyClient",
     profile_type="get_properties",
-    train_arrays="fitins.parameters",
-    train_config="fitins.config",
-    evaluate_arrays="evaluateins.parameters",
-    evaluate_config="evaluateins.config",
+    train_keys=("fitins.parameters", "fitins.config"),
+    evaluate_keys=("evaluateins.parameters", "evaluateins.config"),
 )
 
 
 def message_layout(arrays_key: str = ARRAYS, config_key: str = CONFIG) -> RecordLayout:
     """Make the Message API's layout, with the strategy's record keys."""
-    return RecordLayout(
-        name="Message API",
-        profile_type=f"query.{PROFILE_ACTION}",
-        train_arrays=arrays_key,
-        train_config=config_key,
-        evaluate_arrays=arrays_key,
-        evaluate_config=config_key,
-    )
+    keys = arrays_key, config_key
+    return RecordLayout("Message API", f"query.{PROFILE_ACTION}", keys, keys)
 
 
 def last_line(reason: object) -> str:
@@ -269,8 +259,7 @@ def instruction(
     """Make one client's message, with records that no other message shares."""
     if layout is LEGACY:
         record = ArrayRecord({str(i): a for i, a in enumerate(record.values())})
-    arrays_key = layout.train_arrays if is_train else layout.evaluate_arrays
-    config_key = layout.train_config if is_train else layout.evaluate_config
+    arrays_key, config_key = layout.train_keys if is_train else layout.evaluate_keys
     return RecordDict({arrays_key: record, config_key: ConfigRecord(dict(config))})
 
 

@@ -181,8 +181,8 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         If a value in it has another type, which would fail later and end the run.
     """
     origin, args = get_origin(kind), get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind)
+    hints = get_type_hints(kind) if is_dataclass(kind) else {}
+    if hints and isinstance(value, dict):
         return kind(**{k: _typed(k, hints[k], each) for k, each in value.items()})
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(name, args[0], each) for each in value)
