@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``64MiB``. What they are printed as is in errors.py."""
+"""Parse sizes such as ``64MiB``; ``errors.bytes_text`` prints them."""
 
 import math
 import re

@@ -1,7 +1,7 @@
 """The stock model, trained in a plain PyTorch loop that knows no units.
 
-The one thing it shares with split training is chance: torch's generator is seeded
-right before the operator where a unit's first random number is drawn.
+It shares only random numbers with split training: torch's generator is seeded right
+before the operator that draws a unit's first random number.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,20 +48,10 @@ def train_stock(
     chain: Chain,
     streams: UnitStreams,
 ) -> Truth:
-    """Evaluate and train the module in a plain loop.
+    """Evaluate the module, then train it in place, in a plain loop.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The stock module; it is trained in place.
-    task : Task
-        Supplies loss and optimizer.
-    batches : Sequence[tuple[inputs, targets]]
-        What to train on.
-    chain : Chain
-        Says which unit draws how many random numbers.
-    streams : UnitStreams
-        The streams that the units of split training draw from.
+    ``chain`` says which unit draws how many random numbers, ``streams`` from which
+    stream.
     """
     autocast: AbstractContextManager[Any] = nullcontext()
     if task.autocast_dtype is not None:
@@ -98,7 +88,7 @@ def _evaluated(
     batches: Batches,
     autocast: AbstractContextManager[Any],
 ) -> float:
-    """Evaluate first and last batch, before anything is trained."""
+    """Evaluate the first and the last batch, before anything is trained."""
     model.eval()
     with torch.no_grad(), autocast:
         return _mean_loss(
@@ -152,7 +142,7 @@ class _Draws(TorchDispatchMode):
 
 
 class _Chance(_Draws):
-    """Let the stock model draw what its units draw: seed where each one begins."""
+    """Let the stock model draw the numbers of its units: seed where each one begins."""
 
     def __init__(
         self, firsts: Mapping[int, int], streams: UnitStreams, step: int | str
@@ -163,13 +153,12 @@ class _Chance(_Draws):
         self._step = step
 
     def drawing(self) -> None:
-        """Seed torch's generator if a unit's first draw comes now."""
+        """Seed torch's generator at a unit's first draw."""
         unit = self._firsts.get(self.count)
         if unit is not None:
             of = self._streams
             parts = (of.seed, of.round_number, of.client_key, self._step, unit)
-            seed = derived_seed(*parts)
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(derived_seed(*parts))
 
 
 @warnings_ignored()
