@@ -175,7 +175,7 @@ class RefusedMessage(EdgeError):
 
 
 class RefusedTail(EdgeError):
-    """A tail that must not be sealed: not finite, or not stepped as often as said."""
+    """A tail that must not be sealed: not finite, or with a wrong number of steps."""
 
 
 class TailLost(EdgeError):

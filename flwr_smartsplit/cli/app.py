@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -87,16 +87,6 @@ PlotOption = Annotated[
 ]
 
 
-class Report(Protocol):
-    """What a command prints."""
-
-    def as_json(self) -> str:
-        """Write everything as one JSON object."""
-
-    def for_people(self) -> RenderableType:
-        """Lay everything out as a table with text."""
-
-
 @app.command()
 def profile(
     model: ModelArgument,
@@ -122,7 +112,7 @@ def profile(
         from flwr_smartsplit.cli.profile_report import ProfileReport
 
         report = ProfileReport(subject=subject, budget_bytes=budget_bytes)
-        _print(report, as_json=as_json)
+        _print(report.as_json() if as_json else report.for_people())
         if plot is not None:
             from flwr_smartsplit.cli.profile_plot import profile_figure
 
@@ -161,7 +151,7 @@ def plan(
             chosen = choose_cut(cut, unit_names=names)
             with _waiting("planning"):
                 one_route = route_report(subject, chosen, budget_bytes=budget_bytes)
-            _print(one_route, as_json=as_json)
+            _print(one_route.as_json() if as_json else one_route.for_people())
             return
         with _bar() as bar:
             report = front_report(
@@ -169,7 +159,7 @@ def plan(
                 lambda routes: bar.track(routes, description="routes"),
                 budget_bytes=budget_bytes,
             )
-        _print(report, as_json=as_json)
+        _print(report.as_json() if as_json else report.for_people())
         if plot is not None:
             from flwr_smartsplit.cli.plan_plot import plan_figure
 
@@ -207,7 +197,7 @@ def check(
         from flwr_smartsplit.cli.check_report import CheckReport
 
         report = CheckReport(subject=subject, seed=seed, results=results)
-        _print(report, as_json=as_json)
+        _print(report.as_json() if as_json else report.for_people())
     if not report.is_good:
         raise typer.Exit(DIFFERENT)
 
@@ -228,7 +218,7 @@ def _subject(
             cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadArgument(
-                f"--cache-dir {cache_dir} is no folder: {error}."
+                f"--cache-dir {cache_dir} is not a folder: {error}."
             ) from error
     with redirect_stdout(sys.stderr), _waiting(f"profiling {model}"):
         from flwr_smartsplit.cli.subject import read_subject
@@ -288,12 +278,12 @@ def _check_plot(path: Path | None) -> None:
             "--plot needs matplotlib: pip install 'flwr-smartsplit[plot]'."
         )
     if path.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise BadArgument(f"--plot {path} is no .png, .svg or .pdf file.")
+        raise BadArgument(f"--plot {path} is not a .png, .svg or .pdf file.")
     if not path.parent.is_dir():
         raise BadArgument(f"--plot {path}: there is no folder {path.parent}.")
 
 
-def _save_plot(path: Path, draw: "Callable[[Any], Figure]", report: Report) -> None:
+def _save_plot(path: Path, draw: "Callable[[Any], Figure]", report: Any) -> None:
     """Draw a report, write the picture, and say so on stderr."""
     from matplotlib import rc_context
 
@@ -307,15 +297,15 @@ def _save_plot(path: Path, draw: "Callable[[Any], Figure]", report: Report) -> N
     typer.echo(f"Wrote {path}.", err=True)
 
 
-def _print(report: Report, *, as_json: bool) -> None:
-    """Print JSON, or a table as wide as the terminal; a file has no width."""
-    if as_json:
-        sys.stdout.write(report.as_json() + "\n")
+def _print(result: str | RenderableType) -> None:
+    """Print JSON as it is, or a table as wide as the terminal; a file has no width."""
+    if isinstance(result, str):
+        sys.stdout.write(result + "\n")
         return
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
-    console.print(report.for_people())
+    console.print(result)
 
 
 @contextmanager

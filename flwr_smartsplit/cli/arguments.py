@@ -26,7 +26,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     words = text.lower().split("x")
     if not all(re.fullmatch("0*[1-9][0-9]{0,8}", word) for word in words):
         raise BadArgument(
-            f"--input {text!r} is no shape: write positive whole numbers with x "
+            f"--input {text!r} is not a shape: write positive whole numbers with x "
             "between them and without the batch, such as 3x32x32."
         )
     return tuple(map(int, words))

@@ -103,9 +103,7 @@ class CheckReport:
             f"{exact} of {num} {'route' if num == 1 else 'routes'} gave the stock "
             f"model's numbers to the last bit; {predicted} of {num} predictions hold."
         )
-        return self.subject.page(
-            table, filter(None, (summary, self.subject.no_cut_reason))
-        )
+        return self.subject.page(table, summary, self.subject.no_cut_reason)
 
 
 def trained_checker(subject: Subject, *, seed: int) -> RouteChecker:

@@ -94,10 +94,10 @@ class FrontReport:
                 f"{option.work.device_fraction:.0%}",
                 style="bold" if is_best else None,
             )
-        lines = [*_legend(self.shown), *self._recommendation()]
-        return self.subject.page(
-            table, filter(None, (*lines, self.subject.no_cut_reason))
-        )
+        is_legend_needed = any(not each.recompute.is_empty for each in self.shown)
+        lines = [_LEGEND] if is_legend_needed else []
+        lines += [*self._recommendation()]
+        return self.subject.page(table, *lines, self.subject.no_cut_reason)
 
     def _recommendation(self) -> Iterator[str]:
         best, budget_bytes = self.recommended, self.budget_bytes
@@ -143,14 +143,14 @@ class RouteReport:
             table.add_row(str(index + 1), name, str(num_runs), light, count_text(flops))
         needed = f"{option.route} needs {bytes_text(option.peak_bytes)}"
         if option.recompute.is_empty:
-            return self.subject.page(table, [f"{needed} with nothing recomputed."])
+            return self.subject.page(table, f"{needed} with nothing recomputed.")
         plain_bytes = option_of(profile, option.route, KEEP_ALL).peak_bytes
         summary = (
             f"{needed}, and {bytes_text(plain_bytes)} with nothing recomputed. Extra "
             f"work: {_extra_text(option)}."
         )
         plan_text = f"The plan: {option.recompute}"
-        return self.subject.page(table, [summary, plan_text, _LEGEND])
+        return self.subject.page(table, summary, plan_text, _LEGEND)
 
     def _units(self) -> Iterator[tuple[int, str, int, bool]]:
         """Yield index, name, forward runs, and whether it is light, of each unit."""
@@ -208,11 +208,6 @@ def recompute_text(plan: RecomputePlan, num_units: int) -> str:
     counts = {"again": again, "light": len(plan.light)}
     parts = [f"{count} {word}" for word, count in counts.items() if count]
     return ", ".join(parts) or "none"
-
-
-def _legend(options: Iterable[RouteOption]) -> list[str]:
-    is_needed = any(not option.recompute.is_empty for option in options)
-    return [_LEGEND] if is_needed else []
 
 
 def _cut_text(route: Route) -> str:

@@ -57,7 +57,7 @@ class ProfileReport:
         if self.budget_bytes is not None:
             lines.append(self._budget_text(self.budget_bytes))
         lines.append(self._refusals_text())
-        return self.subject.page(self._table(), lines)
+        return self.subject.page(self._table(), *lines)
 
     def _fitting_cuts(self) -> list[int]:
         units = self.subject.profile.units[:-1]

@@ -108,15 +108,10 @@ def torchvision_fn(
         arguments["image_size"] = input_shape[-1]
     if name == "maxvit_t" and input_shape is not None:
         arguments["input_size"] = tuple(input_shape[-2:])
-    return partial(_torchvision_model, name, arguments)
-
-
-def _torchvision_model(name: str, arguments: dict[str, Any]) -> nn.Module:
     # These two warn that their slow default initialisation will change.
     if name in ("googlenet", "inception_v3"):
-        arguments = {**arguments, "init_weights": False}
-    model: nn.Module = models.get_model(name, weights=None, **arguments)
-    return model
+        arguments["init_weights"] = False
+    return partial(models.get_model, name, weights=None, **arguments)
 
 
 def _classification(
@@ -169,7 +164,7 @@ def _num_classes(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     if shape is None or len(shape) != 2 or shape[1] < 2:  # noqa: PLR2004
         found = type(main).__name__ if shape is None else f"tensor of shape {shape}"
         raise UnknownModel(
-            f"{type(model).__name__} is no classifier: for 2 examples it returns a "
+            f"{type(model).__name__} is not a classifier: for 2 examples it returns a "
             f"{found}, not (2, classes). Let MODEL return a flwr_smartsplit.Task, "
             "with a loss of its own."
         )

@@ -1,6 +1,6 @@
 """The model named on the command line: read as a chain, and profiled."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -77,9 +77,10 @@ class Subject:
             "no_cut_reason": self.no_cut_reason,
         }
 
-    def page(self, table: Table, lines: Iterable[str]) -> RenderableType:
-        """Put a heading over a table, and lines of text below it."""
-        return Group(f"{self.heading()}\n", table, *(f"\n{line}" for line in lines))
+    def page(self, table: Table, *lines: str | None) -> RenderableType:
+        """Put a heading over a table, and lines of text below it; leave None out."""
+        below = (f"\n{line}" for line in lines if line is not None)
+        return Group(f"{self.heading()}\n", table, *below)
 
 
 def empty_table(headers: Sequence[str], *, left: Sequence[str]) -> Table:

@@ -101,8 +101,7 @@ class MemoryBudget(ABC):
         reserved = _checked(reserve_bytes, "reserve_bytes")
         if reserved is None:
             raise ValueError("reserve_bytes is None: give bytes of at least 0.")
-        read = available_bytes or (lambda: int(psutil.virtual_memory().available))
-        return _FreeMemory(reserved, read)
+        return _FreeMemory(reserved, available_bytes or _machine_available_bytes)
 
 
 def as_budget(value: int | MemoryBudget | None) -> MemoryBudget:
@@ -161,6 +160,10 @@ class _Checked(MemoryBudget):
         return _checked(found, f"what {name}.read returned at step {step}")
 
 
+def _machine_available_bytes() -> int:
+    return int(psutil.virtual_memory().available)
+
+
 def _checked(value: Any, name: str) -> int | None:
     """Return a number of bytes as an int, or raise with what is wrong."""
     if value is None:
@@ -214,7 +217,7 @@ def _row(words: list[str]) -> tuple[int, int | None]:
         )
     step, budget = words
     if not _is_whole(step):
-        raise ValueError(f"{step!r} is no step: write a whole number from 0 on.")
+        raise ValueError(f"{step!r} is not a step: write a whole number from 0 on.")
     return int(step), _budget_of(budget)
 
 
@@ -239,7 +242,7 @@ def _budget_of(text: str) -> int | None:
         num_bytes = int(text) if _is_whole(text) else parse_size(text)
     except ValueError:
         raise ValueError(
-            f"{text!r} is no budget: write bytes as a whole number, a size such as "
+            f"{text!r} is not a budget: write bytes as a whole number, a size such as "
             "64MiB, or none for no limit."
         ) from None
     return _checked(num_bytes, "the budget")

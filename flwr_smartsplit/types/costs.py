@@ -36,7 +36,7 @@ class StepBytes:
     crossing_bytes : int
         Where more than one tensor after it needs a gradient: size of all that cross and
         were made since a single one did. Then ``output_bytes`` is the part of them that
-        nobody saves, and no rerun begins there.
+        no unit saves, and no rerun begins there.
     is_output_saved : bool
         Whether ``saved_bytes`` includes the output.
     rerun_flops : int
