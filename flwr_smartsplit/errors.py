@@ -159,6 +159,6 @@ class RefusedTail(EdgeError):
 
 
 class TailLost(EdgeError):
-    """Sealed tails are gone or changed: their clients drop out; ``sessions`` names them."""
+    """Sealed tails are gone or changed: the clients of ``sessions`` drop out."""
 
     sessions: tuple[str, ...]
