@@ -84,7 +84,8 @@ def _index_at(stages: Sequence[Stage], unit: int, part: Rerun, end: int) -> int:
         if stage.start == unit and stage.stop > stage.start:
             return index
     if stages and unit == stages[end - 1].stop:
-        return end
+        is_before_loss = stages[end - 1].start == unit  # The loss has no units.
+        return end - is_before_loss
     bounds = sorted({s.start for s in stages} | {s.stop for s in stages})
     raise InvalidPlan(
         f"{part} begins or ends at unit {unit}, where nothing is kept to start again "
