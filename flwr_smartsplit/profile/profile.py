@@ -111,9 +111,9 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         *(flops, steps, selective),
         strict=True,
     ):
-        step = replace(step, rerun_flops=rerun)
-        unit = replace(unit, forward_flops=forward, step=step)
-        units.append(with_selective_step(unit, selective_step))
+        plain = replace(step, rerun_flops=rerun)
+        counted = replace(unit, forward_flops=forward, step=plain)
+        units.append(with_selective_step(counted, selective_step))
     return ChainProfile(
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,

@@ -225,5 +225,6 @@ class Chain:
         reasons = "; ".join(f"{name}: {why}" for name, why in self.refusals.items())
         raise NotSplittable(
             f"{type(self.model).__name__} cannot be cut anywhere: "
-            f"{reasons or 'it is a single operation'}."
+            f"{reasons or 'it is a single operation'}. Where that helps, let several "
+            "tensors cross a cut: Task(max_boundary_tensors=...)."
         )

@@ -267,9 +267,9 @@ class _GradientLog:
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Build an optimizer, as a task's ``optimizer_fn`` does."""
         parameters = list(parameters)
-        optimizer = self._optimizer_fn(parameters)
         taken: list[list[str]] = [[] for _ in parameters]
-        self._taken.append(taken)
+        self._taken.append(taken)  # First, since it may take none of them.
+        optimizer = self._optimizer_fn(parameters)
         seen = {
             id(parameter): own for parameter, own in zip(parameters, taken, strict=True)
         }
