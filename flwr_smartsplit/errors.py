@@ -1,13 +1,13 @@
-"""The exceptions of the package, split by what the reader can do about them.
+"""The exceptions of the package, grouped by what the reader can do about them.
 
     SmartSplitError
     ├── InvalidRoute          the route does not fit the chain: choose another cut
     ├── NotSplittable         the model cannot be read as a chain: change the model
     ├── InvalidTask           the task's functions or examples do not fit together
-    ├── InvalidPlan           a recompute plan does not fit the route: plan anew
+    ├── InvalidPlan           a recompute plan does not fit the route: make a new one
     ├── NoFeasibleRoute       no route fits a budget: more memory or a smaller batch
     ├── NoFeasiblePlan        no recompute plan fits: another route, or more memory
-    ├── MemoryCapExceeded     a step went over its cap: tighter plan or earlier cut
+    ├── MemoryCapExceeded     a step exceeded its cap: tighter plan or earlier cut
     ├── RefusedMove           a cut cannot move now: the session goes on unmoved
     ├── RefusedReply          one client's reply cannot be merged: look at that client
     └── EdgeError             something between a device and its edge
@@ -15,13 +15,13 @@
         ├── StaleSession          the edge restarted or closed the session: start over
         ├── OutOfOrderStep        a step was skipped or changed: the session is lost
         ├── StateNotHeld          the edge lacks a global state: send it again
-        ├── EdgeFull              the edge has no room: wait, or use another
-        ├── RefusedMessage        bytes that are no message, or a value without bytes
-        ├── RefusedTail           a tail cannot be sealed: its client sits out
-        └── TailLost             sealed tails are gone: their clients are dropped
+        ├── EdgeFull              the edge lacks memory or disk: wait, or use another
+        ├── RefusedMessage        bytes that are not a message, or an unsupported value
+        ├── RefusedTail           a tail cannot be sealed: its client drops out
+        └── TailLost              sealed tails are gone: their clients are dropped
 
-Every exception carries its numbers as attributes and survives pickling, since
-it may travel from an edge to a device.
+Every exception has its numbers as attributes and survives pickling, since it may travel
+from an edge to a device.
 """
 
 
@@ -70,14 +70,20 @@ class InvalidTask(SmartSplitError):
 
 
 class NoFeasibleRoute(SmartSplitError):
-    """No route fits the budget; carries ``needed_bytes`` and ``budget_bytes``."""
+    """No route fits the budget.
+
+    Attributes
+    ----------
+    needed_bytes, budget_bytes : int
+        The least that would do, and what there is.
+    """
 
     needed_bytes: int
     budget_bytes: int
 
 
 class InvalidPlan(SmartSplitError):
-    """A recompute plan that cannot be run, or not on this route."""
+    """A recompute plan that cannot run, or not on this route."""
 
 
 class NoFeasiblePlan(SmartSplitError):
@@ -94,15 +100,15 @@ class NoFeasiblePlan(SmartSplitError):
 
 
 class MemoryCapExceeded(SmartSplitError):
-    """Live tensors went over the cap; carries the numbers at that operator.
+    """Live tensors exceeded the cap.
 
     Attributes
     ----------
     client : str
         Whose memory it was.
     operator, phase : str
-        The operator that crossed the cap, and what was going on: building, forward,
-        loss, backward or optimizer.
+        The operator that exceeded the cap, and the phase: building, forward, loss,
+        backward or optimizer.
     live_bytes, budget_bytes : int
         What was alive after the operator, and what was allowed.
     bytes_by_kind : dict[str, int]
@@ -118,7 +124,7 @@ class MemoryCapExceeded(SmartSplitError):
 
 
 class RefusedMove(SmartSplitError):
-    """A cut that cannot be moved between two steps; the session goes on as it was."""
+    """A cut cannot be moved between two steps; the session goes on unchanged."""
 
 
 class RefusedReply(SmartSplitError):
@@ -136,7 +142,7 @@ class EdgeUnreachable(EdgeError):
 
 
 class StaleSession(EdgeError):
-    """The session is unknown to this incarnation of the edge."""
+    """The edge does not know the session: it restarted, or closed it."""
 
 
 class OutOfOrderStep(EdgeError):
@@ -148,7 +154,7 @@ class StateNotHeld(EdgeError):
 
 
 class EdgeFull(EdgeError):
-    """An edge has no room for a session within its budgets.
+    """An edge lacks memory or disk for a session within its budgets.
 
     Attributes
     ----------
@@ -165,11 +171,11 @@ class EdgeFull(EdgeError):
 
 
 class RefusedMessage(EdgeError):
-    """Bytes that are no request or reply, or a value that cannot be one's part."""
+    """Bytes that are not a request or reply, or a value that neither can carry."""
 
 
 class RefusedTail(EdgeError):
-    """A tail that must not be sealed: not finite, or not stepped as often as said."""
+    """A tail that must not be sealed: not finite, or with a wrong number of steps."""
 
 
 class TailLost(EdgeError):

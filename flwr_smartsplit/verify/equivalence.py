@@ -1,8 +1,8 @@
-"""Prove on one's own model that cutting changes nothing, and that costs are known.
+"""Prove on a given model that cutting changes nothing and that costs are predicted.
 
-The truth is a plain PyTorch loop over the stock module, which knows no units. Each
-cut then trains the same batches through ``train_locally`` and an edge in this process,
-over the bytes of the wire, and everything is compared to the last bit.
+The truth is a plain PyTorch loop over the stock module, which knows no units. Each cut
+then trains the same batches through ``train_locally`` and an edge in this process, over
+the bytes of the wire, and everything is compared to the last bit.
 """
 
 import hashlib
@@ -43,18 +43,11 @@ State = Mapping[str, npt.NDArray[Any]]
 _CLIENT, _ROUND, _SEED = "check", 1, 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CutCheck:
-    """What one route gave beside the stock model.
+    """What one route gave, compared with the stock model.
 
-    Parameters
-    ----------
-    route : Route
-        The route that was trained.
-    differences : tuple[str, ...]
-        What is not the stock model's to the last bit; empty if all is.
-    measured_peak_bytes : int
-        The most that the device held.
+    ``differences`` names what is not the stock model's to the last bit.
     """
 
     route: Route
@@ -65,15 +58,8 @@ class CutCheck:
 class RouteChecker:
     """Train a task whole and along routes, and compare.
 
-    Use it as a context manager: it hosts an edge in this process.
-
-    Parameters
-    ----------
-    task : Task
-        What to check.
-    batches : Sequence[tuple[inputs, targets]]
-        What to train on: two of one size at least, so that the optimizer's state
-        counts.
+    Use it as a context manager: it hosts an edge in this process. Give at least two
+    batches of one size, so that the optimizer's state counts.
 
     Examples
     --------
@@ -117,7 +103,6 @@ class RouteChecker:
         self._address = ""
 
     def __enter__(self) -> Self:
-        """Start the edge."""
         self._address = self._edge.start(self._task)
         try:
             self._send(wire.HoldState(self._digest, self._state))
@@ -127,7 +112,6 @@ class RouteChecker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the edge and delete its files."""
         self._edge.stop(self._address)
 
     def check(self, route: Route) -> CutCheck:
@@ -150,16 +134,12 @@ class RouteChecker:
         self._gradients.take()
         self._outputs.take()
         self._send(wire.Release(_ROUND, self._digest))
-        return CutCheck(
-            route=route,
-            differences=tuple(differences),
-            measured_peak_bytes=peak_bytes,
-        )
+        return CutCheck(route, tuple(differences), measured_peak_bytes=peak_bytes)
 
     def _run(self, plan: ClientPlan, differences: list[str]) -> Outcome:
         """Train and evaluate; add what differs to the list."""
         size = len(self.chain)
-        # In the order in which their optimizers are made.
+        # The order in which their optimizers are made.
         legs = (*plan.route.device_legs(size), *plan.route.edge_legs(size))
         state = {
             name: self._state[name]
@@ -169,7 +149,7 @@ class RouteChecker:
         conditions = Conditions(
             task=self._task, connect=self._connect, cap_mode=CapMode.STRICT
         )
-        outcome = train_locally(plan, state, self._fresh(), conditions)
+        outcome = train_locally(plan, state, self._fresh(self._batches), conditions)
         report = outcome.report
         if report.status is not Status.OK:
             differences.append(f"training ends with: {report.message}")
@@ -179,14 +159,16 @@ class RouteChecker:
         differences += _differing(self._true_gradients, self._gradients.take())
         differences += _loss_differences("loss", report.loss, self._truth.train_loss)
         differences += self._state_differences(outcome)
-        loss = evaluate_locally(plan, state, self._fresh_ends(), conditions).loss
+        # The last batch may be smaller.
+        ends = self._fresh((self._batches[0], self._batches[-1]))
+        loss = evaluate_locally(plan, state, ends, conditions).loss
         differences += _loss_differences("evaluation loss", loss, self._truth.eval_loss)
         if self._outputs.take() != self._true_outputs:
             differences.append("evaluation outputs")
         return outcome
 
     def _state_differences(self, outcome: Outcome) -> list[str]:
-        """Compare what device and edge ended with; look into a tail if it differs."""
+        """Compare the final state; fetch an edge's tail if its digest differs."""
         found = dict(outcome.state)
         elsewhere: set[str] = set()
         for receipt in outcome.receipts:
@@ -196,23 +178,18 @@ class RouteChecker:
                 entry = wire.Entry(receipt.session, receipt.digest, 1)
                 sums = self._send(wire.Commit(_ROUND, (entry,))).sums
                 found |= {n: sums[n].mean(self._final[n].dtype) for n in tail}
-        # What no unit uses is at no place; training must not change it.
-        resting = self._final.keys() - found.keys() - elsewhere
-        found |= {name: self._state[name] for name in resting}
+        # State that no unit uses is at no place; training must not change it.
+        unused = self._final.keys() - found.keys() - elsewhere
+        found |= {name: self._state[name] for name in unused}
         return [
             f"state {name}"
             for name, values in found.items()
             if _bits(values) != _bits(self._final[name])
         ]
 
-    def _fresh(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield batches that nobody else holds, as a loader does."""
-        for batch in self._batches:
-            yield tree_map(torch.clone, batch)
-
-    def _fresh_ends(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield the first batch and the last, which may be smaller."""
-        for batch in (self._batches[0], self._batches[-1]):
+    def _fresh(self, batches: Batches) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield copies of batches, as a loader does."""
+        for batch in batches:
             yield tree_map(torch.clone, batch)
 
     def _connect(self, place: str, address: str) -> wire.Transport:
@@ -226,9 +203,9 @@ class RouteChecker:
 def example_batches(task: Task, *, batch_size: int, seed: int = 0) -> Batches:
     """Draw batches like the task's examples: two of one size, then a smaller one.
 
-    Floating-point inputs are drawn from a normal distribution; all else is drawn from
-    the values that the examples have, such as class numbers and tokens. So an example
-    of zeros only checks one class and one token: give examples with all of them.
+    Floating-point inputs are drawn from a normal distribution; everything else from the
+    values in the examples, such as class numbers and tokens. So an example of zeros
+    only checks one class and one token: give examples with all of them.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -253,11 +230,8 @@ def example_batches(task: Task, *, batch_size: int, seed: int = 0) -> Batches:
     ]
 
 
-# --- gradients ------------------------------------------------------------------------
-
-
 class _GradientLog:
-    """Make optimizers that write down a digest of every gradient they are given."""
+    """Make optimizers that record a digest of every gradient that they get."""
 
     def __init__(self, optimizer_fn: Callable[..., Optimizer]) -> None:
         self._optimizer_fn = optimizer_fn
@@ -265,14 +239,18 @@ class _GradientLog:
         self._named: dict[str, str] = {}
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Build an optimizer, as a task's ``optimizer_fn`` does."""
         parameters = list(parameters)
         taken: list[list[str]] = [[] for _ in parameters]
+<<<<<<< HEAD
         self._taken.append(taken)  # First, since it may take none of them.
         optimizer = self._optimizer_fn(parameters)
         seen = {
             id(parameter): own for parameter, own in zip(parameters, taken, strict=True)
         }
+=======
+        self._taken.append(taken)
+        seen = dict(zip(map(id, parameters), taken, strict=True))
+>>>>>>> w/shrink1
 
         def write(optimizer: Optimizer, *_: Any) -> None:
             for group in optimizer.param_groups:
@@ -284,7 +262,7 @@ class _GradientLog:
         return optimizer
 
     def name(self, owners: Sequence[Sequence[str]]) -> None:
-        """Give what was written names, those of each optimizer's parameters."""
+        """Name the recorded gradients by the parameters of each optimizer."""
         for names, taken in zip(owners, self._taken, strict=True):
             for name, digests in zip(names, taken, strict=True):
                 self._named |= {
@@ -293,13 +271,13 @@ class _GradientLog:
                 }
 
     def take(self) -> dict[str, str]:
-        """Return what was written, and start anew."""
+        """Return what was recorded, and start over."""
         named, self._named, self._taken = self._named, {}, []
         return named
 
 
 def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
-    """Name the trained parameters of segments as the model does, where there are any.
+    """Name each segment's trained parameters as the model does; skip empty segments.
 
     A tied parameter has several names; the model's first one counts.
     """
@@ -312,14 +290,13 @@ def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
 
 
 class _OutputLog:
-    """A loss that writes down a digest of every output it is given in evaluation."""
+    """A loss that records a digest of every output that it gets in evaluation."""
 
     def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
         self._loss_fn = loss_fn
         self._digests: list[list[str]] = []
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the loss, as a task's ``loss_fn`` does."""
         if not torch.is_grad_enabled():
             leaves = tree_leaves(outputs)
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -327,7 +304,7 @@ class _OutputLog:
         return self._loss_fn(outputs, targets)
 
     def take(self) -> list[list[str]]:
-        """Return what was written, and start anew."""
+        """Return what was recorded, and start over."""
         digests, self._digests = self._digests, []
         return digests
 
