@@ -32,15 +32,16 @@ _HEADERS = (
     "bound-\nary",
     "device\nshare",
 )
-_UNIT_HEADERS = ("", "unit\non the device", "forward\nruns", "light", "fwd.\nFLOPs")
+_UNIT_HEADERS = (
+    "",
+    "unit\non the device",
+    "forward\nruns",
+    "selective",
+    "fwd.\nFLOPs",
+)
 _LEGEND = (
-<<<<<<< HEAD
-    "again: units whose forward runs twice or more; selective: units that keep their "
-    "costly results only, and make the cheap ones anew."
-=======
-    "again: units whose forward runs twice or more; light: units that keep only the "
-    "results of their costly operators, and recompute the cheap ones."
->>>>>>> w/shrink1
+    "again: units whose forward runs twice or more; selective: units that keep only "
+    "the results of their costly operators, and recompute the cheap ones."
 )
 
 
@@ -128,55 +129,26 @@ class RouteReport:
 
     def as_json(self) -> str:
         """Write everything as one JSON object."""
-<<<<<<< HEAD
-        facts = _facts(self.subject, self.budget_bytes)
-        facts["choice"] = _option_facts(self.subject, self.option)
-        facts["units"] = [
-            {"name": name, "num_runs": num_runs, "is_selective": is_selective}
-            for _, name, num_runs, is_selective in self._units()
-        ]
-=======
         facts = self.subject.facts() | {
             "budget_bytes": self.budget_bytes,
             "choice": _option_facts(self.subject, self.option),
             "units": [
-                {"name": name, "num_runs": num_runs, "is_light": is_light}
-                for _, name, num_runs, is_light in self._units()
+                {"name": name, "num_runs": num_runs, "is_selective": is_selective}
+                for _, name, num_runs, is_selective in self._units()
             ],
         }
->>>>>>> w/shrink1
         return json.dumps(facts)
 
     def for_people(self) -> RenderableType:
         """List the units on the device, with how often each runs."""
         option, profile = self.option, self.subject.profile
-<<<<<<< HEAD
-        table = _table(
-            ("", "unit\non the device", "forward\nruns", "selective", "fwd.\nFLOPs"),
-            ("unit\non the device", "selective"),
-        )
+        table = empty_table(_UNIT_HEADERS, left=(_UNIT_HEADERS[1], "selective"))
         for index, name, num_runs, is_selective in self._units():
             flops = profile.units[index].forward_flops
             selective = "selective" if is_selective else ""
             table.add_row(
                 str(index + 1), name, str(num_runs), selective, count_text(flops)
             )
-        lines = [self._summary()]
-        if not option.recompute.is_empty:
-            lines += [f"The plan: {option.recompute}", *_legend([option])]
-        heading = self.subject.heading()
-        return Group(f"{heading}\n", table, *(f"\n{line}" for line in lines))
-
-    def _summary(self) -> str:
-        option, profile = self.option, self.subject.profile
-        plain_bytes = option_of(profile, option.route, KEEP_ALL).peak_bytes
-=======
-        table = empty_table(_UNIT_HEADERS, left=(_UNIT_HEADERS[1], "light"))
-        for index, name, num_runs, is_light in self._units():
-            flops = profile.units[index].forward_flops
-            light = "light" if is_light else ""
-            table.add_row(str(index + 1), name, str(num_runs), light, count_text(flops))
->>>>>>> w/shrink1
         needed = f"{option.route} needs {bytes_text(option.peak_bytes)}"
         if option.recompute.is_empty:
             return self.subject.page(table, f"{needed} with nothing recomputed.")
@@ -189,11 +161,7 @@ class RouteReport:
         return self.subject.page(table, summary, plan_text, _LEGEND)
 
     def _units(self) -> Iterator[tuple[int, str, int, bool]]:
-<<<<<<< HEAD
-        """Yield each unit's index, name and number of runs, and if it is selective."""
-=======
-        """Yield index, name, forward runs, and whether it is light, of each unit."""
->>>>>>> w/shrink1
+        """Yield index, name, forward runs, and whether it is selective, of each unit."""
         plan, units = self.option.recompute, self.subject.profile.units
         for leg in self.option.route.device_legs(len(units)):
             for index in range(leg.start, leg.stop):

@@ -33,15 +33,9 @@ class RecomputePlan:
     ----------
     reruns : tuple[Rerun, ...]
         In order, without overlap.
-<<<<<<< HEAD
     selective : tuple[int, ...]
-        Units that keep their costly results only, and recompute the cheap ones between
-        them, such as a BatchNorm's and a ReLU's.
-=======
-    light : tuple[int, ...]
         Units under selective checkpointing: they keep the results of costly operators,
         and recompute the cheap ones between them, such as BatchNorm and ReLU.
->>>>>>> w/shrink1
 
     Raises
     ------

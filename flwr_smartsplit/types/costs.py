@@ -40,14 +40,8 @@ class StepBytes:
     is_output_saved : bool
         Whether ``saved_bytes`` includes the output.
     rerun_flops : int
-<<<<<<< HEAD
-        Floating-point operations of its forward up to the last result that it saves.
-        In a selective step: of what its backward runs again. A ``Rerun`` of a selective
-        unit costs both.
-=======
-        FLOPs of its forward up to the last result that it saves; in a light step, of
-        what its backward recomputes. A ``Rerun`` of a light unit costs both.
->>>>>>> w/shrink1
+        FLOPs of its forward up to the last result that it saves; in a selective step,
+        of what its backward recomputes. A ``Rerun`` of a selective unit costs both.
     can_rerun : bool
         Whether it may run twice: not if it writes into tensors other than a
         BatchNorm's.
@@ -103,16 +97,10 @@ class UnitCost:
         The most that the optimizer allocates and frees after backward if this is a
         device's last unit, and if it is its first.
     step : StepBytes
-<<<<<<< HEAD
-        What plans that recompute are made from.
-    selective_step : StepBytes, optional
-        The same if its cheap operators run twice; None if it has none worth it.
-=======
         The costs that plans to recompute are made from.
-    light_step : StepBytes, optional
-        The same if the unit is light (see ``RecomputePlan``); None if that saves
+    selective_step : StepBytes, optional
+        The same if the unit is selective (see ``RecomputePlan``); None if that saves
         nothing.
->>>>>>> w/shrink1
     """
 
     name: str

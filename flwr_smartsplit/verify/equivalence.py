@@ -241,16 +241,9 @@ class _GradientLog:
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         parameters = list(parameters)
         taken: list[list[str]] = [[] for _ in parameters]
-<<<<<<< HEAD
         self._taken.append(taken)  # First, since it may take none of them.
         optimizer = self._optimizer_fn(parameters)
-        seen = {
-            id(parameter): own for parameter, own in zip(parameters, taken, strict=True)
-        }
-=======
-        self._taken.append(taken)
         seen = dict(zip(map(id, parameters), taken, strict=True))
->>>>>>> w/shrink1
 
         def write(optimizer: Optimizer, *_: Any) -> None:
             for group in optimizer.param_groups:
