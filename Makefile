@@ -10,6 +10,17 @@ CHECKED := flwr_smartsplit simulations
 # A file's tests stay together, since they share what they have set up; the files come
 # in the order of tests/conftest.py, the long ones first.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+LINT = $(BIN)/ruff format --check && $(BIN)/ruff check && \
+	$(BIN)/mypy --strict $(CHECKED)
+DOCS = $(BIN)/mkdocs build --strict
+# The checks run beside the tests. What they find is printed as soon as they fail; pytest's
+# closing line is the last one where nothing fails.
+define tests
+mkdir -p out; \
+{ { $(LINT) && $(DOCS); } >out/checks.log 2>&1 || { cat out/checks.log; exit 1; }; } & \
+checks=$$!; $(BIN)/python -m pytest $(PARALLEL) $(1); tests=$$?; \
+wait $$checks || { echo "make lint or make docs fails, see above"; exit 1; }; exit $$tests
+endef
 
 # One thread: sums in a different order differ in their last bits.
 export OMP_NUM_THREADS = 1
@@ -40,11 +51,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 simulate: $(INSTALLED) ## Run the quickstart simulation (ARGS="..." is passed on)
 	$(BIN)/python -m simulations run quickstart $(ARGS)
 
-test: lint docs ## Check everything, then run the tests (ARGS="-m slow" goes to pytest)
-	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+test: $(INSTALLED) ## Check everything and run the tests (ARGS="-k edge" goes to pytest)
+	@$(call tests,$(ARGS))
 
-test-all: lint docs ## Check everything, then run all tests, the slow ones too
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not network" $(ARGS)
+test-all: $(INSTALLED) ## Check everything and run all tests, the slow ones too
+	@$(call tests,-m "not gpu and not network" $(ARGS))
 
 test-matrix: ## Run the tests on the newest versions there are, in .venv-matrix
 	rm -rf .venv-matrix
@@ -52,12 +63,10 @@ test-matrix: ## Run the tests on the newest versions there are, in .venv-matrix
 	@.venv-matrix/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(INSTALLED) ## Check format, style and types
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
-	$(BIN)/mypy --strict $(CHECKED)
+	$(LINT)
 
 docs: $(INSTALLED) ## Build the documentation into out/site
-	$(BIN)/mkdocs build --strict
+	$(DOCS)
 
 format: $(INSTALLED) ## Format the code and repair what can be repaired
 	$(BIN)/ruff format

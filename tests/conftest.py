@@ -25,10 +25,12 @@ _SHORT = Path("/tmp")
 _LONG_FILES = ("test_device_process.py", "test_random_modules.py", "test_zoo.py")
 _SHARE_RAY = (
     "test_equivalence.py",
+    "test_example_routes.py",
     "test_hosts.py",
     "test_ray.py",
     "test_transports.py",
 )
+_EXAMPLES = Path(__file__).parents[1] / "examples"
 _PRIVATE = tempfile.mkdtemp(prefix="fs-", dir=_SHORT if _SHORT.is_dir() else None)
 atexit.register(shutil.rmtree, _PRIVATE, ignore_errors=True)
 
@@ -107,6 +109,11 @@ def ray_cluster() -> None:
     import ray  # noqa: PLC0415
 
     if not ray.is_initialized():
+        paths = os.pathsep.join([*sys.path, *map(str, _EXAMPLES.iterdir())])
         ray.init(
-            address="local", num_cpus=1, include_dashboard=False, log_to_driver=False
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )

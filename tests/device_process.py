@@ -1,8 +1,8 @@
 """Measure what one device process holds: ``python -m tests.device_process``.
 
-A device trains the front of torchvision's VGG-16 for one step while its edge runs in
-another process. Printed as JSON: the growth of the device's resident set, from before
-``model_fn`` to the peak of the step, beside the bytes of the whole model.
+A device trains the front of a VGG-16 with a smaller head for one step, while its edge
+runs in another process. Printed as JSON: the growth of the device's resident set, from
+before ``model_fn`` to the peak of the step, beside the bytes of the whole model.
 
 With ``--fence``, a client that owns its process trains without an edge: the meter's
 peak beside the growth of the resident set, then a budget that is enough, one that is
@@ -14,14 +14,15 @@ import json
 import multiprocessing
 import sys
 import tempfile
+from collections import OrderedDict
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
+from torchvision.models import vgg
 
 from flwr_smartsplit import Route, Task
 from flwr_smartsplit.device.local_training import Conditions, train_locally
@@ -35,8 +36,21 @@ from flwr_smartsplit.types import ClientPlan, Status, StepReport
 CUT = 5
 BATCH_SIZE = 8
 BUDGET_BYTES = 12 * 2**20  # The metered peak is 11 MiB.
+
+
+def vgg16() -> nn.Sequential:
+    """Build a VGG-16 of 250 MiB, nearly all of them behind the cut."""
+    parts = OrderedDict(
+        features=vgg.make_layers(vgg.cfgs["D"]),
+        pool=nn.AdaptiveAvgPool2d(7),
+        flatten=nn.Flatten(),
+        head=nn.Linear(512 * 7 * 7, 2000),
+    )
+    return nn.Sequential(parts)
+
+
 TASK = Task(
-    model_fn=partial(torchvision.models.vgg16, weights=None),
+    model_fn=vgg16,
     loss_fn=nn.functional.cross_entropy,
     optimizer_fn=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
     example_inputs=torch.zeros(1, 3, 32, 32),

@@ -307,7 +307,7 @@ def test_no_module_breaks_the_rule(rule, folder):
     assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("folder", [PACKAGE])
+@pytest.mark.parametrize("folder", [PACKAGE, "simulations"])
 def test_no_folder_overflows(folder):
     problems = folder_problems([module for module, _ in sources(folder)])
     assert not problems, "\n".join(problems)

@@ -1,11 +1,6 @@
-"""The versions that ``make install`` takes: named, plain, and enough.
-
-``make test-matrix`` takes the newest ones instead.
-"""
+"""The versions that ``make install`` takes: named, plain, and enough."""
 
 import re
-import shutil
-import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,20 +67,3 @@ def test_constraints_are_plain_sorted_and_name_all_that_is_asked_for():
 )
 def test_a_file_of_another_form_is_refused(change, problem):
     assert problem in problems_of(change(CONSTRAINTS))
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize(
-    ("target", "is_pinned"), [("install", True), ("test", True), ("test-matrix", False)]
-)
-def test_make_installs_the_named_versions_but_for_the_matrix(target, is_pinned):
-    done = subprocess.run(
-        ["make", "--dry-run", "VENV=no-such-venv", target],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
-    assert len(installs) == 1
-    assert ("--constraint constraints.txt" in installs[0]) is is_pinned

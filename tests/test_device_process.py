@@ -29,7 +29,7 @@ def measured(*flags: str) -> dict[str, Any]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_device_process_grows_by_its_front_and_not_by_the_model() -> None:
-    """One VGG-16 step grows the resident set by a small share of the model's bytes."""
+    """One step grows the resident set by a small share of the model's bytes."""
     result = measured()
     assert all(name.startswith("features.") for name in result["device_names"])
     assert result["device_state_bytes"] < 0.01 * result["whole_model_bytes"]

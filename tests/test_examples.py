@@ -4,7 +4,6 @@ One local SuperLink serves the whole module, as it would serve a user.
 """
 
 import ast
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.flwr_cli import Flower, flower
+from tests.test_example_routes import ROUTES, routes_by_round
 
 __all__ = ["flower"]
 
@@ -28,30 +28,6 @@ PAGES_WITH_THE_DIFF = (
     BEFORE_AND_AFTER / "README.md",
     ROOT / "docs" / "howto" / "existing-app.md",
 )
-
-# What each client's route is, by client_key; None sits out.
-ROUTES = {
-    "quickstart": {"0": "whole", "1": "whole", "2": "device[:3] > edge[3:]", "3": None},
-    "own_model": {
-        "0": "whole",
-        "1": "device[:4] > edge[4:5] > device[5:]",
-        "2": "device[:3] > edge[3:5] > device[5:]",
-        "3": "device[:2] > edge[2:5] > device[5:]",
-    },
-    "legacy_client": {
-        "0": "whole",
-        "1": "device[:4] > edge[4:]",
-        "2": "device[:2] > edge[2:]",
-    },
-    "multi_hop": {
-        "0": "whole",
-        "1": "device[:6] > near[6:]",
-        "2": "device[:6] > far[6:8] > device[8:]",
-        "3": "device[:4] > near[4:8] > far[8:]",
-        "4": "device[:2] > near[2:6] > far[6:]",
-        "5": "device[:2] > far[2:8] > device[8:]",
-    },
-}
 
 STOCK_AND_OURS = {
     "existing_fedavg_app/before": set(),
@@ -260,8 +236,8 @@ def accuracies(log: str) -> list[float]:
 @pytest.mark.parametrize(
     "app",
     [
-        # Each takes a minute and more; the legacy API has faster tests, too.
-        pytest.param(app, marks=pytest.mark.slow if app == "legacy_client" else ())
+        # Each takes a minute and more; tests/test_example_routes.py runs others here.
+        pytest.param(app, marks=pytest.mark.slow if app != "quickstart" else ())
         for app in ROUTES
     ],
 )
@@ -269,17 +245,7 @@ def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, lo
     log = logs[app].result()
     assert all(line in log for line in promised(EXAMPLES / app / "README.md"))
 
-    lines = journal(flower, app).read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    num_rounds = sum(row["kind"] == "round" for row in rows)
-    assert num_rounds >= 3
-    for number in range(1, num_rounds + 1):
-        routes = {
-            row["client_key"]: row["route"] if row["status"] == "accepted" else None
-            for row in rows
-            if row.get("phase") == "train" and row["round"] == number
-        }
-        assert routes == ROUTES[app]
+    assert routes_by_round(journal(flower, app)) == [ROUTES[app]] * 3
     first, *_, last = accuracies(log)
     assert last > max(0.8, first + 0.1)
 

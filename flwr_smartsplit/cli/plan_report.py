@@ -32,10 +32,16 @@ _HEADERS = (
     "bound-\nary",
     "device\nshare",
 )
-_UNIT_HEADERS = ("", "unit\non the device", "forward\nruns", "light", "fwd.\nFLOPs")
+_UNIT_HEADERS = (
+    "",
+    "unit\non the device",
+    "forward\nruns",
+    "selective",
+    "fwd.\nFLOPs",
+)
 _LEGEND = (
-    "again: units whose forward runs twice or more; light: units that keep only the "
-    "results of their costly operators, and recompute the cheap ones."
+    "again: units whose forward runs twice or more; selective: units that keep only "
+    "the results of their costly operators, and recompute the cheap ones."
 )
 
 
@@ -127,8 +133,8 @@ class RouteReport:
             "budget_bytes": self.budget_bytes,
             "choice": _option_facts(self.subject, self.option),
             "units": [
-                {"name": name, "num_runs": num_runs, "is_light": is_light}
-                for _, name, num_runs, is_light in self._units()
+                {"name": name, "num_runs": num_runs, "is_selective": is_selective}
+                for _, name, num_runs, is_selective in self._units()
             ],
         }
         return json.dumps(facts)
@@ -136,11 +142,13 @@ class RouteReport:
     def for_people(self) -> RenderableType:
         """List the units on the device, with how often each runs."""
         option, profile = self.option, self.subject.profile
-        table = empty_table(_UNIT_HEADERS, left=(_UNIT_HEADERS[1], "light"))
-        for index, name, num_runs, is_light in self._units():
+        table = empty_table(_UNIT_HEADERS, left=(_UNIT_HEADERS[1], "selective"))
+        for index, name, num_runs, is_selective in self._units():
             flops = profile.units[index].forward_flops
-            light = "light" if is_light else ""
-            table.add_row(str(index + 1), name, str(num_runs), light, count_text(flops))
+            selective = "selective" if is_selective else ""
+            table.add_row(
+                str(index + 1), name, str(num_runs), selective, count_text(flops)
+            )
         needed = f"{option.route} needs {bytes_text(option.peak_bytes)}"
         if option.recompute.is_empty:
             return self.subject.page(table, f"{needed} with nothing recomputed.")
@@ -153,12 +161,12 @@ class RouteReport:
         return self.subject.page(table, summary, plan_text, _LEGEND)
 
     def _units(self) -> Iterator[tuple[int, str, int, bool]]:
-        """Yield index, name, forward runs, and whether it is light, of each unit."""
+        """Yield index, name, forward runs, and if it is selective, of each unit."""
         plan, units = self.option.recompute, self.subject.profile.units
         for leg in self.option.route.device_legs(len(units)):
             for index in range(leg.start, leg.stop):
-                is_light = index in plan.light
-                yield index, units[index].name, plan.num_runs(index), is_light
+                is_selective = index in plan.selective
+                yield index, units[index].name, plan.num_runs(index), is_selective
 
 
 def front_report(
@@ -200,12 +208,12 @@ def recompute_text(plan: RecomputePlan, num_units: int) -> str:
     --------
     >>> from flwr_smartsplit.types import Rerun
     >>> recompute_text(RecomputePlan((Rerun(0, 3, (Rerun(0, 1),)),), (4,)), 5)
-    '3 again, 1 light'
+    '3 again, 1 selective'
     >>> recompute_text(RecomputePlan(), 5)
     'none'
     """
     again = sum(plan.num_runs(unit) > 1 for unit in range(num_units))
-    counts = {"again": again, "light": len(plan.light)}
+    counts = {"again": again, "selective": len(plan.selective)}
     parts = [f"{count} {word}" for word, count in counts.items() if count]
     return ", ".join(parts) or "none"
 

@@ -110,7 +110,7 @@ class LegacySmartSplit(Strategy):
         )
         self._names = tuple(self._central.chain.model.state_dict())
         self._fleet = LegacyFleet(timeout_seconds=planning.profile_timeout_seconds)
-        self.close = weakref.finalize(self, self._central.edges.stop)
+        self.close = weakref.finalize(self, self._central.close)
 
     @property
     def failures(self) -> list[Failure]:

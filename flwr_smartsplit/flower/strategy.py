@@ -190,7 +190,7 @@ class SmartSplit(Strategy):
 
     def close(self) -> None:
         """End the edges; ``start`` does so by itself."""
-        self._central.edges.stop()
+        self._central.close()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

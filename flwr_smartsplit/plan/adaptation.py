@@ -258,15 +258,6 @@ def scaled(
 ) -> SecondsOf:
     """Estimate other routes' times from one that was measured, by the device's FLOPs.
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size.
-    option : RouteOption
-        What was measured, and
-    step_seconds : float
-        how long a step took there.
-
     Notes
     -----
     As if all the time went into the device's own work: what the link and the edge take

@@ -1,6 +1,6 @@
 """plan_round: who trains what where. The one entry that strategies call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from random import Random
@@ -27,6 +27,7 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     EdgeProfile,
     RoundPlan,
+    RouteOption,
 )
 
 
@@ -45,12 +46,16 @@ class Routing:
         from all.
     constraints : Constraints
         What the user allows.
+    accumulated : Callable[[batch_size, accumulate], ChainProfile], optional
+        The chain's costs in so many micro-batches; without it, nobody accumulates more
+        than the profiles do.
     """
 
     edges: tuple[EdgeProfile, ...] = ()
     select: Select = BY_UTILITY
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
+    accumulated: Callable[[int, int], ChainProfile] | None = None
 
 
 def plan_round(  # noqa: PLR0913 - all that a plan hangs on
@@ -128,26 +133,48 @@ def _free(
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
     for batch_size, group in by_batch_size(devices).items():
-        space = _space(profiles[batch_size], group, routing)
-        found, left_out = candidates_of(group, space, routing.edges)
-        candidates += found
+        waiting, left_out = group, dict[str, str]()
+        for accumulate, profile in _profiles(batch_size, profiles, routing):
+            space = _space(profile, accumulate, waiting, routing)
+            found, left_out = candidates_of(waiting, space, routing.edges)
+            candidates += found
+            waiting = [each for each in waiting if each.client_key in left_out]
+            if not waiting:
+                break
         unfit |= left_out
     return sorted(candidates, key=lambda each: each.client_key), unfit
 
 
+def _profiles(
+    batch_size: int, profiles: Mapping[int, ChainProfile], routing: Routing
+) -> Iterator[tuple[int, ChainProfile]]:
+    """Yield the costs at a batch size, in one micro-batch, and then in 2, 4, 8..."""
+    yield 1, profiles[batch_size]
+    if routing.accumulated is not None:
+        accumulate, most = 2, min(routing.constraints.max_accumulate, batch_size)
+        while accumulate <= most:
+            yield accumulate, routing.accumulated(batch_size, accumulate)
+            accumulate *= 2
+
+
 def _space(
-    profile: ChainProfile, devices: Sequence[DeviceProfile], routing: Routing
+    profile: ChainProfile,
+    accumulate: int,
+    devices: Sequence[DeviceProfile],
+    routing: Routing,
 ) -> SearchSpace:
     """List the options; plans that recompute only where a budget is short."""
     constraints, has_edges = routing.constraints, bool(routing.edges)
     plain = replace(constraints, recompute=False)
-    space = search_space(profile, plain, has_edges=has_edges)
+    space = search_space(profile, plain, has_edges=has_edges, accumulate=accumulate)
     most = int(space.peaks.max())
     budgets = [device.budget_bytes for device in devices]
     is_short = any(budget is not None and budget < most for budget in budgets)
     if not (constraints.recompute and is_short):
         return space
-    return search_space(profile, constraints, has_edges=has_edges)
+    return search_space(
+        profile, constraints, has_edges=has_edges, accumulate=accumulate
+    )
 
 
 def _routed(
@@ -169,7 +196,9 @@ def _routed(
             constraints=routing.constraints,
         )
         try:
-            option = chosen_option(request, choose_route)
+            option = _chosen(
+                request, _profiles(device.batch_size, profiles, routing), choose_route
+            )
         except NoFeasibleRoute as error:
             unfit[device.client_key] = str(error)
             continue
@@ -181,3 +210,26 @@ def _routed(
             Candidate(device, space, only, np.array([seconds]), 0, seconds)
         )
     return candidates, unfit
+
+
+def _chosen(
+    request: RouteRequest,
+    profiles: Iterator[tuple[int, ChainProfile]],
+    choose_route: ChooseRoute,
+) -> RouteOption:
+    """Let a route be chosen; if none fits, again with the costs of more micro-batches.
+
+    Raises
+    ------
+    NoFeasibleRoute
+        If none fits with the most of them.
+    """
+    problem = NoFeasibleRoute("there are no costs to choose by.")
+    for accumulate, profile in profiles:
+        try:
+            option = chosen_option(replace(request, profile=profile), choose_route)
+        except NoFeasibleRoute as error:
+            problem = error
+        else:
+            return replace(option, accumulate=accumulate)
+    raise problem

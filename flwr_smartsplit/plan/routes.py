@@ -84,17 +84,7 @@ def deepest_split(request: RouteRequest) -> Route:
 def deepest_route(
     profile: ChainProfile, *, budget_bytes: int | None, edge: str | None
 ) -> Route:
-    """Choose as ``deepest_split`` does, for a budget without a client.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the batch size.
-    budget_bytes : int or None
-        What the device's tensors may take; None means no limit.
-    edge : str or None
-        The edge that may host the rest; None allows whole models only.
-    """
+    """Choose as ``deepest_split`` does, without a client; None means no limit."""
     device = DeviceProfile(
         client_key="",
         budget_bytes=budget_bytes,
@@ -186,13 +176,6 @@ def _peaks(
 
 def chosen_option(request: RouteRequest, choose_route: ChooseRoute) -> RouteOption:
     """Let a function choose a client's route, check it, and plan for its memory.
-
-    Parameters
-    ----------
-    request : RouteRequest
-        The client, the costs and the edges.
-    choose_route : Callable[[RouteRequest], Route]
-        Chooses the route.
 
     Raises
     ------

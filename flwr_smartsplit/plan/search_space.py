@@ -6,7 +6,7 @@ leaves the least leaky boundary.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
 
@@ -40,12 +40,7 @@ NUM_BETWEEN = 3
 def split_routes(num_units: int, *, edge: str | None = EDGE) -> Iterator[Route]:
     """Yield the whole model, then all single cuts, the deepest first.
 
-    Parameters
-    ----------
-    num_units : int
-        The length of the chain.
-    edge : str or None
-        The edge that hosts the rest; without one, the whole model is all there is.
+    Without an edge, the whole model is all there is.
     """
     yield Route.whole()
     if edge is not None:
@@ -57,13 +52,6 @@ def u_shape_routes(num_units: int, *, edge: str | None = EDGE) -> Iterator[Route
     """Yield the whole model, then all routes that bring the last units back.
 
     As few of the last units as possible come back first; then the deepest front does.
-
-    Parameters
-    ----------
-    num_units : int
-        The length of the chain.
-    edge : str or None
-        The edge that hosts the middle; without one, the whole model is all there is.
     """
     yield Route.whole()
     if edge is not None:
@@ -118,15 +106,7 @@ def options_of_route(
 ) -> tuple[RouteOption, ...]:
     """Plan one route for several budgets, from the least that it can do with.
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size and optimizer.
-    route : Route
-        Any route of the chain.
-    num_between : int
-        How many budgets, at equal distances, lie between the least and the peak if
-        nothing is recomputed.
+    ``num_between`` more lie at equal distances up to its peak without recomputation.
 
     Raises
     ------
@@ -149,13 +129,6 @@ def routes_worth_a_plan(
     profile: ChainProfile, *, with_u_shapes: bool = False
 ) -> tuple[Route, ...]:
     """List the routes to plan for, the shallowest first.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size and optimizer.
-    with_u_shapes : bool
-        Whether routes count that bring the last units back to the device.
 
     Notes
     -----
@@ -227,6 +200,7 @@ def search_space(
     constraints: Constraints = NO_CONSTRAINTS,
     *,
     has_edges: bool = True,
+    accumulate: int = 1,
 ) -> SearchSpace:
     """List the options of a chain, once for all clients of a batch size.
 
@@ -238,6 +212,8 @@ def search_space(
         What the user allows.
     has_edges : bool
         Whether any edge is ready; without one, there are whole models only.
+    accumulate : int
+        For how many micro-batches the profile was made.
 
     Notes
     -----
@@ -261,7 +237,8 @@ def search_space(
             for option in reversed(options_of_route(profile, route))
             if not option.recompute.is_empty
         ]
-    return SearchSpace(profile, (*plain, *planned))
+    options = (replace(each, accumulate=accumulate) for each in (*plain, *planned))
+    return SearchSpace(profile, tuple(options))
 
 
 # --- the Pareto front -------------------------------------------------------------
@@ -287,12 +264,7 @@ def undominated(
 ) -> tuple[RouteOption, ...]:
     """Keep what no other option beats and a budget allows; the least memory first.
 
-    Parameters
-    ----------
-    options : Iterable[RouteOption]
-        In any order; of equal ones, the deepest is kept.
-    budget_bytes : int, optional
-        What the device's tensors may take.
+    Of equal options the deepest is kept.
 
     Raises
     ------
@@ -317,15 +289,6 @@ def recommended_option(
     profile: ChainProfile, front: Iterable[RouteOption], *, budget_bytes: int
 ) -> RouteOption | None:
     """Take the deepest option that recomputes nothing, else the one of least work.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        What the options were made from.
-    front : Iterable[RouteOption]
-        Options that no other beats.
-    budget_bytes : int
-        What the device's tensors may take at any moment.
 
     Returns
     -------

@@ -71,17 +71,6 @@ def step_seconds(
 ) -> float:
     """Add up the seconds of one training step; nothing overlaps.
 
-    Parameters
-    ----------
-    work : Work
-        What the route asks for.
-    flops_per_second : float
-        Of the device.
-    link : Link
-        Between the device and its edge.
-    edge_flops_per_second : float
-        Of the edge, for this client.
-
     Examples
     --------
     >>> work = Work(device_flops=6, edge_flops=8, boundary_bytes=10, num_exchanges=1)

@@ -19,10 +19,14 @@ from flwr_smartsplit.profile.cache import (
     write_profile,
 )
 from flwr_smartsplit.profile.fake_step import log_step
-from flwr_smartsplit.profile.light_steps import light_steps, with_light_step
 from flwr_smartsplit.profile.memory_trace import StepLog
 from flwr_smartsplit.profile.optimizer_memory import OptimizerCosts
-from flwr_smartsplit.profile.unit_memory import step_bytes, unit_flops
+from flwr_smartsplit.profile.unit_memory import (
+    selective_steps,
+    step_bytes,
+    unit_flops,
+    with_selective_step,
+)
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
 from flwr_smartsplit.task import Task
@@ -91,7 +95,7 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         optimizers = _optimizer_costs(chain, task, log)
         flops = unit_flops(chain, batch_size=batch_size)
         steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
-        lights = light_steps(chain, log, batch_size=batch_size, task=task)
+        selective = selective_steps(chain, log, batch_size=batch_size, task=task)
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
@@ -101,26 +105,19 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
             batch_size=batch_size,
         ) from error
     accumulates = min(task.accumulate, batch_size) > 1
+    units = []
+    for unit, (forward, rerun), step, selective_step in zip(
+        _unit_costs(chain, log, optimizers, accumulates),
+        *(flops, steps, selective),
+        strict=True,
+    ):
+        plain = replace(step, rerun_flops=rerun)
+        counted = replace(unit, forward_flops=forward, step=plain)
+        units.append(with_selective_step(counted, selective_step))
     return ChainProfile(
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
-        units=tuple(
-            with_light_step(
-                replace(
-                    unit,
-                    forward_flops=forward,
-                    step=replace(step, rerun_flops=rerun),
-                ),
-                light,
-            )
-            for unit, (forward, rerun), step, light in zip(
-                _unit_costs(chain, log, optimizers, accumulates),
-                flops,
-                steps,
-                lights,
-                strict=True,
-            )
-        ),
+        units=tuple(units),
         loss=loss,
         updates_last=task.max_gradient_norm is not None,
         targets_bytes=micro_batch_size(batch_size, task.accumulate)
@@ -151,7 +148,6 @@ def _unit_costs(
         optimizer = optimizers[index]
         static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
         static_bytes += optimizer.gradient_bytes * accumulates
-        is_last = index == last
         units.append(
             UnitCost(
                 name=unit.name,
@@ -161,10 +157,10 @@ def _unit_costs(
                 optimizer_state_bytes=optimizer.state_bytes,
                 keeps_gradient=accumulates,
                 saved_bytes=log.saved_bytes(index),
-                boundary_bytes=0 if is_last else log.boundary_bytes(index),
+                boundary_bytes=0 if index == last else log.boundary_bytes(index),
                 forward_flops=0,  # Counted apart.
                 device_peak_bytes=_peak(log, index, static_bytes, optimizer),
-                waiting_bytes=0 if is_last else log.waiting_bytes(index),
+                waiting_bytes=0 if index == last else log.waiting_bytes(index),
                 return_bytes=log.return_bytes(index, optimizer.return_temporary_bytes),
                 head_update_bytes=optimizer.head_temporary_bytes,
                 tail_update_bytes=optimizer.tail_temporary_bytes,

@@ -33,7 +33,7 @@ class RecomputePlan:
     ----------
     reruns : tuple[Rerun, ...]
         In order, without overlap.
-    light : tuple[int, ...]
+    selective : tuple[int, ...]
         Units under selective checkpointing: they keep the results of costly operators,
         and recompute the cheap ones between them, such as BatchNorm and ReLU.
 
@@ -52,17 +52,19 @@ class RecomputePlan:
     """
 
     reruns: tuple[Rerun, ...] = ()
-    light: tuple[int, ...] = ()
+    selective: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.reruns, None)
-        if list(self.light) != sorted(set(self.light)):
-            raise InvalidPlan(f"light units {self.light} must be in order, each once.")
+        if list(self.selective) != sorted(set(self.selective)):
+            raise InvalidPlan(
+                f"selective units {self.selective} must be in order, each once."
+            )
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is recomputed."""
-        return not self.reruns and not self.light
+        return not self.reruns and not self.selective
 
     def num_runs(self, unit: int) -> int:
         """Count how often a unit's forward runs in one step."""
@@ -87,12 +89,12 @@ class RecomputePlan:
                 )
         return RecomputePlan(
             tuple(p for p in self.reruns if start <= p.start and p.stop <= stop),
-            tuple(unit for unit in self.light if start <= unit < stop),
+            tuple(unit for unit in self.selective if start <= unit < stop),
         )
 
     def to_lists(self) -> list[Any]:
         """Write the plan as nested lists of numbers, for JSON."""
-        return [[_to_list(part) for part in self.reruns], list(self.light)]
+        return [[_to_list(part) for part in self.reruns], list(self.selective)]
 
     @classmethod
     def from_lists(cls, values: Any) -> Self:
@@ -104,15 +106,15 @@ class RecomputePlan:
             If it is not a plan.
         """
         try:
-            reruns, light = values
-            return cls(tuple(map(_from_list, reruns)), tuple(map(int, light)))
+            reruns, selective = values
+            return cls(tuple(map(_from_list, reruns)), tuple(map(int, selective)))
         except (TypeError, ValueError) as error:
             raise InvalidPlan(f"{values!r:.80} is not a recompute plan.") from error
 
     def __str__(self) -> str:
         parts = [str(part) for part in self.reruns]
-        if self.light:
-            parts.append(f"light {' '.join(map(str, self.light))}")
+        if self.selective:
+            parts.append(f"selective {' '.join(map(str, self.selective))}")
         return " ".join(parts) or "none"
 
 

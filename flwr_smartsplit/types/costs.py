@@ -40,8 +40,8 @@ class StepBytes:
     is_output_saved : bool
         Whether ``saved_bytes`` includes the output.
     rerun_flops : int
-        FLOPs of its forward up to the last result that it saves; in a light step, of
-        what its backward recomputes. A ``Rerun`` of a light unit costs both.
+        FLOPs of its forward up to the last result that it saves; in a selective step,
+        of what its backward recomputes. A ``Rerun`` of a selective unit costs both.
     can_rerun : bool
         Whether it may run twice: not if it writes into tensors other than a
         BatchNorm's.
@@ -98,8 +98,8 @@ class UnitCost:
         device's last unit, and if it is its first.
     step : StepBytes
         The costs that plans to recompute are made from.
-    light_step : StepBytes, optional
-        The same if the unit is light (see ``RecomputePlan``); None if that saves
+    selective_step : StepBytes, optional
+        The same if the unit is selective (see ``RecomputePlan``); None if that saves
         nothing.
     """
 
@@ -118,7 +118,7 @@ class UnitCost:
     head_update_bytes: int = 0
     tail_update_bytes: int = 0
     step: StepBytes = StepBytes()
-    light_step: StepBytes | None = None
+    selective_step: StepBytes | None = None
 
     @property
     def resident_bytes(self) -> int:
@@ -192,6 +192,6 @@ class ChainProfile:
             ) from error
 
 
-def _unit(*, step: Any, light_step: Any, **costs: Any) -> UnitCost:
-    light = None if light_step is None else StepBytes(**light_step)
-    return UnitCost(step=StepBytes(**step), light_step=light, **costs)
+def _unit(*, step: Any, selective_step: Any, **costs: Any) -> UnitCost:
+    selective = None if selective_step is None else StepBytes(**selective_step)
+    return UnitCost(step=StepBytes(**step), selective_step=selective, **costs)

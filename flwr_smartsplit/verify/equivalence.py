@@ -234,9 +234,9 @@ class _GradientLog:
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         parameters = list(parameters)
-        optimizer = self._optimizer_fn(parameters)
         taken: list[list[str]] = [[] for _ in parameters]
-        self._taken.append(taken)
+        self._taken.append(taken)  # First, since it may take none of them.
+        optimizer = self._optimizer_fn(parameters)
         seen = dict(zip(map(id, parameters), taken, strict=True))
 
         def write(optimizer: Optimizer, *_: Any) -> None:

@@ -78,12 +78,8 @@ class Spent:
     @property
     def seconds(self) -> float:
         """All of it, one after the other."""
-        return (
-            self.device_seconds
-            + self.edge_seconds
-            + self.radio_seconds
-            + self.waiting_seconds
-        )
+        work = self.device_seconds + self.edge_seconds
+        return work + self.radio_seconds + self.waiting_seconds
 
 
 NOTHING = Spent()

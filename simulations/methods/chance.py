@@ -3,14 +3,11 @@
 What a choice by utility has to beat.
 """
 
-from flwr.serverapp.strategy import Strategy
-
 from flwr_smartsplit import Selection, SelectionRequest
 from flwr_smartsplit.plan.selection.candidates import Candidate
 from flwr_smartsplit.plan.selection.selection import sampled
 from flwr_smartsplit.types import RouteOption
-from simulations.methods.method import Method, Setting
-from simulations.methods.splitting import split_strategy
+from simulations.methods.method import Method, split_strategy
 
 
 def random_routes(request: SelectionRequest) -> Selection:
@@ -24,13 +21,8 @@ def random_routes(request: SelectionRequest) -> Selection:
     return request.take(sampled(request), shuffled)
 
 
-def build_strategy(setting: Setting) -> Strategy:
-    """Build the strategy that leaves clients and routes to chance."""
-    return split_strategy(setting, select=random_routes)
-
-
 RANDOM = Method(
     name="random",
     summary="any clients, each on any route that fits",
-    strategy_fn=build_strategy,
+    strategy_fn=lambda setting: split_strategy(setting, select=random_routes),
 )

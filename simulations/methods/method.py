@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
-from flwr_smartsplit import Task, proximal
-from simulations.experiments.clients import build_task
+from flwr_smartsplit import Constraints, Planning, SmartSplit, Task, proximal
+from simulations.experiments.clients import build_task, edges_of
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.models import model_fn
 from simulations.fleets.clock import Clock
@@ -69,3 +69,28 @@ class Method:
     # Makes class scores ``(batch, classes)`` of what the global model returns
     outputs_fn: Callable[[Tensor], Tensor] = as_they_are
     task_fn: TaskFn = usual_task  # What clients train whose message names the method
+
+
+NO_RECOMPUTE = Constraints(recompute=False)
+
+
+def split_strategy(
+    setting: Setting, *, has_edges: bool = True, **planning: Any
+) -> SmartSplit:
+    """Build SmartSplit's strategy for a setting."""
+    experiment = setting.experiment
+    if any(device.traits.flops_per_second for device in setting.devices):
+        planning.setdefault("client_seconds", setting.clock.client_seconds)
+    return SmartSplit(
+        setting.task,
+        edges_of(experiment) if has_edges else (),
+        strategy=FedAvg(
+            fraction_train=experiment.fraction_train,
+            fraction_evaluate=0.0,
+            min_train_nodes=1,
+            min_available_nodes=experiment.num_clients,
+        ),
+        planning=Planning(**planning),
+        seed=experiment.seed,
+        journal=setting.journal,
+    )

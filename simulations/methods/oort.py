@@ -14,13 +14,11 @@ from math import isnan, log, sqrt
 
 import numpy as np
 import numpy.typing as npt
-from flwr.serverapp.strategy import Strategy
 
 from flwr_smartsplit import Selection, SelectionRequest
 from flwr_smartsplit.plan.selection.candidates import Candidate
 from flwr_smartsplit.plan.selection.history import Observation
-from simulations.methods.method import Method, Setting
-from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
+from simulations.methods.method import NO_RECOMPUTE, Method, split_strategy
 
 Floats = npt.NDArray[np.float64]
 
@@ -100,15 +98,10 @@ def _explore(
     return drawn
 
 
-def build_strategy(setting: Setting) -> Strategy:
-    """Build the strategy that chooses among those who hold the whole model."""
-    return split_strategy(
-        setting, has_edges=False, constraints=NO_RECOMPUTE, select=SelectLikeOort()
-    )
-
-
 OORT = Method(
     name="oort",
     summary="by loss and speed among those who can hold the whole model",
-    strategy_fn=build_strategy,
+    strategy_fn=lambda setting: split_strategy(
+        setting, has_edges=False, constraints=NO_RECOMPUTE, select=SelectLikeOort()
+    ),
 )

@@ -7,8 +7,7 @@ Towards Understanding Biased Client Selection in Federated Learning. AISTATS 202
 from math import inf
 
 from flwr_smartsplit import Selection, SelectionRequest
-from simulations.methods.method import Method
-from simulations.methods.splitting import split_strategy
+from simulations.methods.method import Method, split_strategy
 
 
 def power_of_choice(request: SelectionRequest) -> Selection:

@@ -20,9 +20,8 @@ from flwr.serverapp.strategy import Strategy
 from flwr_smartsplit import Constraints
 from flwr_smartsplit.plan.advisor import StragglerAdvisor
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
-from simulations.methods.method import Method, Setting
+from simulations.methods.method import NO_RECOMPUTE, Method, Setting, split_strategy
 from simulations.methods.splitfed import one_cut_for_all
-from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
 
 Change = Callable[[Setting], dict[str, Any]]
 

@@ -11,22 +11,9 @@ AAAI 2022. arXiv:2004.12088.
 
 from collections.abc import Callable
 
-from flwr.serverapp.strategy import Strategy
-
 from flwr_smartsplit import Route, RouteRequest, predicted_peak_bytes
 from flwr_smartsplit.plan.selection.selection import select_at_random
-from simulations.methods.method import Method, Setting
-from simulations.methods.splitting import NO_RECOMPUTE, split_strategy
-
-
-def build_strategy(setting: Setting) -> Strategy:
-    """Build the strategy that cuts all models at the same place."""
-    return split_strategy(
-        setting,
-        select=select_at_random,
-        choose_route=one_cut_for_all(setting),
-        constraints=NO_RECOMPUTE,
-    )
+from simulations.methods.method import NO_RECOMPUTE, Method, Setting, split_strategy
 
 
 def one_cut_for_all(setting: Setting) -> Callable[[RouteRequest], Route]:
@@ -40,5 +27,10 @@ def one_cut_for_all(setting: Setting) -> Callable[[RouteRequest], Route]:
 SPLITFED = Method(
     name="splitfed",
     summary="one cut for all: every device trains the same front",
-    strategy_fn=build_strategy,
+    strategy_fn=lambda setting: split_strategy(
+        setting,
+        select=select_at_random,
+        choose_route=one_cut_for_all(setting),
+        constraints=NO_RECOMPUTE,
+    ),
 )

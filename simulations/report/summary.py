@@ -285,10 +285,15 @@ def methods_object(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     return {
         "methods": {
-            name: {figure: finite(values.get(figure)) for figure in COMPARED}
+            name: {figure: _printed(figure, values.get(figure)) for figure in COMPARED}
             for name, values in figures.items()
         }
     }
+
+
+def _printed(figure: str, value: float | None) -> float | None:
+    value = finite(value)
+    return round(value) if value is not None and "bytes" in figure else value
 
 
 def finite(value: float | None) -> float | None:

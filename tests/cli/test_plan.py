@@ -162,7 +162,7 @@ def test_one_cut_is_planned_for_exactly_the_budget(cnn, name):
         {
             "name": profile.units[index].name,
             "num_runs": plan.num_runs(index),
-            "is_light": index in plan.light,
+            "is_selective": index in plan.selective,
         }
         for index in range(5)
     ]

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_smartsplit.plan.rounds import Routing, plan_round
+from flwr_smartsplit.plan.routes import deepest_split
 from flwr_smartsplit.plan.selection.selection import NOT_SAMPLED, select_at_random
 from flwr_smartsplit.types import (
     ChainProfile,
+    Constraints,
     DeviceProfile,
     EdgeProfile,
     RoundPlan,
@@ -131,3 +133,58 @@ def test_a_plan_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         found.assignments = ()  # type: ignore[misc]
     assert replace(found, round_number=4).round_number == 4
+
+
+# --- gradient accumulation ------------------------------------------------------------
+
+
+def parts_of(batch_size: int, accumulate: int) -> ChainProfile:
+    """Halve every peak with each doubling of the micro-batches."""
+    peaks = [unit.device_peak_bytes for unit in PROFILES[batch_size].units]
+    return chain_of([peak // accumulate for peak in peaks], batch_size=batch_size)
+
+
+@pytest.mark.parametrize("choose_route", [None, deepest_split])
+@pytest.mark.parametrize(
+    ("most", "found"),
+    [
+        (1, {"a": ("whole", 1), "d": ("device[:2] > x[2:]", 1)}),
+        (3, {"a": ("whole", 1), "c": ("device[:1] > x[1:]", 2)}),
+        (8, {"c": ("device[:1] > x[1:]", 2), "f": ("device[:1] > x[1:]", 4)}),
+    ],
+)
+def test_who_fits_nothing_accumulates_as_little_as_it_can(
+    choose_route: Any, most: int, found: dict[str, tuple[str, int]]
+) -> None:
+    """c has 5 bytes of 10, f 2; nobody else's step is divided, and none beyond most."""
+    routing = Routing(
+        edges=EDGE_X,
+        choose_route=choose_route,
+        constraints=Constraints(max_accumulate=most, recompute=False),
+        accumulated=parts_of,
+    )
+    made = plan([*FLEET, device("f", 2)], routing=routing)
+    options = {each.client_key: each.option for each in made.assignments}
+    for key, (route, accumulate) in found.items():
+        assert (str(options[key].route), options[key].accumulate) == (route, accumulate)
+    assert all(o.accumulate == 1 for key, o in options.items() if key not in "cf")
+    assert made.unfit == {1: {"c", "f"}, 3: {"f"}, 8: set()}[most]
+
+
+def test_without_profiles_of_micro_batches_nobody_accumulates() -> None:
+    """The costs of parts are measured, never guessed."""
+    routing = Routing(edges=EDGE_X, constraints=Constraints(max_accumulate=8))
+    assert plan(routing=routing).unfit == {"c"}
+
+
+def test_the_reason_says_in_how_many_parts_it_was_tried() -> None:
+    """With the least bytes that would do."""
+    routing = Routing(
+        edges=EDGE_X,
+        constraints=Constraints(max_accumulate=2, recompute=False),
+        accumulated=parts_of,
+    )
+    made = plan([device("f", 2)], routing=routing)
+    assert (
+        "needs 5 B at batch size 4 in 2 parts, the budget is 2 B" in made.skipped["f"]
+    )

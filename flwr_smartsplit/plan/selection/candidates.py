@@ -94,15 +94,6 @@ def candidates_of(
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Find out who can take what.
 
-    Parameters
-    ----------
-    devices : Sequence[DeviceProfile]
-        All of one batch size.
-    space : SearchSpace
-        What there is at this batch size.
-    edges : Sequence[EdgeProfile]
-        The edges that are ready.
-
     Returns
     -------
     candidates : list[Candidate]
@@ -144,11 +135,12 @@ def _why_unfit(device: DeviceProfile, space: SearchSpace, *, has_edges: bool) ->
     """Say why a device has no route, with the least bytes that would do."""
     cheapest = space.cheapest
     advice = "" if has_edges else ", give the strategy an edge"
+    parts = "" if cheapest.accumulate == 1 else f" in {cheapest.accumulate} parts"
     return (
         f"no route fits: the cheapest ({cheapest.route}) needs "
-        f"{bytes_text(cheapest.peak_bytes)} at batch size {space.profile.batch_size}, "
-        f"the budget is {bytes_text(device.budget_bytes or 0)}. Lower the batch size"
-        f"{advice} or raise the budget."
+        f"{bytes_text(cheapest.peak_bytes)} at batch size {space.profile.batch_size}"
+        f"{parts}, the budget is {bytes_text(device.budget_bytes or 0)}. "
+        f"Lower the batch size{advice} or raise the budget."
     )
 
 

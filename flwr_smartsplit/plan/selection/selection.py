@@ -133,16 +133,7 @@ def sampled(request: SelectionRequest) -> list[Candidate]:
 def sample_clients(
     client_keys: Sequence[str], *, num_clients: int, rng: Random
 ) -> frozenset[str]:
-    """Draw clients without replacement; the order they are listed in is no matter.
-
-    Parameters
-    ----------
-    client_keys : Sequence[str]
-        Who could take part.
-    num_clients : int
-        How many to draw; all, if there are no more.
-    rng : random.Random
-        Where chance comes from.
+    """Draw clients without replacement, or take all; their order is no matter.
 
     Examples
     --------

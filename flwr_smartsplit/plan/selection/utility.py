@@ -63,19 +63,7 @@ def factors_of(
     round_number: int,
     num_clients: int,
 ) -> Factors:
-    """Work the factors out.
-
-    Parameters
-    ----------
-    candidates : Sequence[Candidate]
-        Every client that has a route.
-    history : History
-        What earlier rounds brought.
-    round_number : int
-        The round that is planned, counted from 1.
-    num_clients : int
-        How many are to be chosen.
-    """
+    """Work the factors out."""
     seen = [history.latest.get(each.device.client_key) for each in candidates]
     typical = np.median([s.loss_rms for s in history.latest.values()] or [1.0])
     examples = np.array([each.device.num_examples for each in candidates], np.float64)

@@ -18,37 +18,8 @@ def greedy_plan(
 ) -> RecomputePlan | None:
     """Rerun, one after the other, the stages that lower the peak most for their cost.
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size and optimizer.
-    route : Route
-        A route with one device segment.
-    budget_bytes : int
-        What the device's tensors may take at any moment.
-
-    Returns
-    -------
-    RecomputePlan or None
-        A plan that fits, with no rerun it could do without; None if the rule finds
-        none, which does not mean that there is none.
-
-    Raises
-    ------
-    ValueError
-        If the route comes back to the device.
-
-    Examples
-    --------
-    >>> from flwr_smartsplit.types import ChainProfile, UnitCost
-    >>> costs = dict.fromkeys(
-    ...     ("parameter_bytes", "buffer_bytes", "gradient_bytes",
-    ...      "optimizer_state_bytes", "saved_bytes", "boundary_bytes",
-    ...      "forward_flops", "waiting_bytes", "return_bytes"), 0)
-    >>> unit = UnitCost(name="a", device_peak_bytes=8, **costs)
-    >>> profile = ChainProfile(batch_size=1, batch_bytes=0, units=(unit,))
-    >>> print(greedy_plan(profile, Route.whole(), budget_bytes=8))
-    none
+    The plan has no rerun that it could do without. None means that the rule finds none,
+    not that there is none.
     """
     legs = route.device_legs(len(profile.units))
     if len(legs) > 1:

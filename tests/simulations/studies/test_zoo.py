@@ -65,7 +65,10 @@ def test_first_middle_last_and_five_random_cuts_are_compared():
 
 @pytest.mark.parametrize(
     ("model", "optimizer"),
-    [("squeezenet1_1", "adam"), ("mobilenet_v3_small", "momentum")],
+    [
+        ("squeezenet1_1", "adam"),
+        pytest.param("mobilenet_v3_small", "momentum", marks=pytest.mark.slow),
+    ],
 )
 def test_a_few_models_are_exact_and_known_to_the_byte(model, optimizer):
     """What CI compares of the proof; the rest is a command of its own."""
