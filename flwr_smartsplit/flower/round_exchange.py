@@ -25,8 +25,8 @@ class Sent:
     Parameters
     ----------
     names, returned_names : tuple[str, ...]
-        State of its device segments, and what of it the client sends back: all but
-        the state that stays on the device.
+        State of its device segments, and what of it the client sends back: what
+        training can change, without what stays on the device.
     profile : ChainProfile, optional
         The chain's costs at its batch size.
     """
@@ -50,10 +50,10 @@ class Sent:
             names = device_names(plan, chain)
         except InvalidRoute:
             return self
-        local = set(self.names) - set(self.returned_names)
+        local = set(changed_names(self.plan, chain)) - set(self.returned_names)
         if not local <= set(names):
             return self
-        mine = tuple(name for name in names if name not in local)
+        mine = tuple(n for n in changed_names(plan, chain) if n not in local)
         return replace(self, plan=plan, names=names, returned_names=mine)
 
 
@@ -154,6 +154,15 @@ def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
         name
         for leg in plan.route.device_legs(len(chain))
         for name in chain.state_names(leg.start, leg.stop)
+    )
+
+
+def changed_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
+    """Name the device segments' state that training can change."""
+    return tuple(
+        name
+        for leg in plan.route.device_legs(len(chain))
+        for name in chain.changed_names(leg.start, leg.stop)
     )
 
 

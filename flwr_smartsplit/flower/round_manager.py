@@ -21,7 +21,13 @@ from flwr_smartsplit.flower.journal.journal import Journal, OnRow
 from flwr_smartsplit.flower.journal.round_log import RoundLog
 from flwr_smartsplit.flower.observations import cohort_in, observed
 from flwr_smartsplit.flower.planning import Planning
-from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names, returned
+from flwr_smartsplit.flower.round_exchange import (
+    Dispatch,
+    Sent,
+    changed_names,
+    device_names,
+    returned,
+)
 from flwr_smartsplit.flower.serde.records import plain_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
@@ -169,7 +175,8 @@ class CentralManager:
             size = clients[key].batch_size
             profile = self._profile(size, assignment.option.accumulate)
             names = device_names(client_plan, self.chain)
-            back = returned(names, self.task.is_local)
+            back = changed_names(client_plan, self.chain)
+            back = returned(back, self.task.is_local)
             dispatch.sent[key] = Sent(client_plan, names, back, assignment, profile)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
