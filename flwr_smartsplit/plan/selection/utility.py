@@ -27,33 +27,21 @@ from flwr_smartsplit.types import RouteOption
 Floats = npt.NDArray[np.float64]
 
 CLIP = 3.0
-LEAST_CONSIDERED = 256
-"""Of a fleet of so many, all are considered."""
+LEAST_CONSIDERED = 256  # Of a fleet of so many, all are considered
 MOST_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """The factors of all candidates, as logarithms; NaN where nothing is known.
+    """The factors of all candidates, shape (candidates,); NaN where nothing is known.
 
-    Parameters
-    ----------
-    loss : ndarray
-        Examples times the root mean squared loss of the client's last round, shape
-        (candidates,); of clients that never took part, with the median loss.
-    memory : ndarray
-        Budget over what the whole model needs, at most 1.
-    speed : ndarray
-        One over the seconds of the fastest route that fits.
-    waiting : ndarray
-        Rounds since the client took part, in turns: after one, everybody could have
-        taken part once. No logarithm, so that in time it outweighs all else.
+    All but ``waiting`` are logarithms; that one, in time, outweighs all else.
     """
 
-    loss: Floats
-    memory: Floats
-    speed: Floats
-    waiting: Floats
+    loss: Floats  # Examples times the root mean squared loss of the last round
+    memory: Floats  # Budget over what the whole model needs, at most 1
+    speed: Floats  # One over the seconds of the fastest route that fits
+    waiting: Floats  # Rounds since it took part, over those until all could have
 
 
 def factors_of(
@@ -63,7 +51,7 @@ def factors_of(
     round_number: int,
     num_clients: int,
 ) -> Factors:
-    """Work the factors out."""
+    """Work the factors out; a client that never took part has the median loss."""
     seen = [history.latest.get(each.device.client_key) for each in candidates]
     typical = np.median([s.loss_rms for s in history.latest.values()] or [1.0])
     examples = np.array([each.device.num_examples for each in candidates], np.float64)
@@ -118,13 +106,13 @@ class SelectByUtility:
     speed : float
         Weight of one over the time that the client's part takes.
     coverage : float
-        Weight of how much closer a client brings the labels of those chosen to the
-        labels of all; only of clients that share their label counts.
+        Weight of how much closer its labels, if it counts them, bring those of the
+        chosen clients to those of all.
     waiting : float
         Weight of the rounds since a client took part: fairness.
     considered : int
-        For each client that is wanted, so many of the most promising are considered,
-        labels aside; never fewer than 256.
+        Candidates to consider per wanted client, the most promising before labels
+        count; never fewer than 256 in all.
 
     Examples
     --------
@@ -145,7 +133,6 @@ class SelectByUtility:
 
 
 BY_UTILITY = SelectByUtility()
-"""With its usual weights."""
 
 
 class _Choosing:
