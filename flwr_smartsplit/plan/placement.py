@@ -1,5 +1,6 @@
 """Placing: which edge hosts the rest of a client's model."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,15 +17,9 @@ class Places:
     """The edges of a round, and what is taken of them while it is planned."""
 
     edges: Sequence[EdgeProfile]
-    _clients: dict[str, int] = field(init=False)
-    _memory_bytes: dict[str, int] = field(init=False)
-    _disk_bytes: dict[str, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        names = [edge.name for edge in self.edges]
-        self._clients = dict.fromkeys(names, 0)
-        self._memory_bytes = dict.fromkeys(names, 0)
-        self._disk_bytes = dict.fromkeys(names, 0)
+    _clients: Counter[str] = field(init=False, default_factory=Counter)
+    _memory_bytes: Counter[str] = field(init=False, default_factory=Counter)
+    _disk_bytes: Counter[str] = field(init=False, default_factory=Counter)
 
     def place(
         self, device: DeviceProfile, options: Iterable[RouteOption], home: str | None

@@ -37,10 +37,10 @@ Found = tuple[list[Candidate], dict[str, str]]
 class Routing:
     """How clients and routes are chosen in a round.
 
-    ``select`` chooses clients, and for each one of its options. ``choose_route`` leaves
-    it one route for each; without it, all are there. ``accumulated`` returns the costs
-    at a batch size in so many micro-batches; without it, nobody accumulates more than
-    the profiles do.
+    ``select`` chooses clients, and one option for each. ``choose_route`` leaves one
+    route to each client; without it, ``select`` sees all that fit. ``accumulated``
+    returns the costs of a batch size in so many micro-batches; without it, nobody
+    accumulates more than the profiles do.
     """
 
     edges: tuple[EdgeProfile, ...] = ()

@@ -1,4 +1,4 @@
-"""Choosing a client's route by a function, and checking what such a function chose."""
+"""Choose a client's route by a function, and check what that function chose."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from flwr_smartsplit.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteRequest:
-    """What there is to know when a client's route is chosen.
+    """What is known when a client's route is chosen.
 
     Parameters
     ----------

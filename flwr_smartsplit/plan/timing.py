@@ -50,16 +50,7 @@ def work_of(
 def step_seconds(
     work: Work, *, flops_per_second: float, link: Link, edge_flops_per_second: float
 ) -> float:
-    """Add up the seconds of one training step; nothing overlaps.
-
-    Examples
-    --------
-    >>> work = Work(device_flops=6, edge_flops=8, boundary_bytes=10, num_exchanges=1)
-    >>> link = Link(up_bytes_per_second=5, down_bytes_per_second=10,
-    ...             latency_seconds=0.25)
-    >>> step_seconds(work, flops_per_second=2, link=link, edge_flops_per_second=8)
-    7.5
-    """
+    """Add up the seconds of one training step; nothing overlaps."""
     return (
         work.device_flops / flops_per_second
         + work.edge_flops / edge_flops_per_second

@@ -43,8 +43,8 @@ def plan_recompute(
     Returns
     -------
     RecomputePlan
-        The one of least extra cost; nothing is recomputed if all fits. Sizes are
-        rounded up to 1/500 of the budget, so a plan is never above it.
+        The plan of least extra cost; empty if everything fits. Sizes are rounded up to
+        1/500 of the budget, so a plan never exceeds it.
 
     Raises
     ------
@@ -53,8 +53,8 @@ def plan_recompute(
 
     Notes
     -----
-    Optimal for one device segment. A route that comes back has two, which are planned
-    one after the other: first what waits, then what the rest leaves room for.
+    Optimal for one device segment. A U-shaped route has two, planned one after the
+    other: first what waits, then what the rest leaves room for.
 
     Examples
     --------

@@ -58,7 +58,11 @@ def stages_of(profile: ChainProfile, leg: Leg) -> tuple[Stage, ...]:
     if leg.stop == len(profile.units):
         last = profile.units[-1].step
         if last.output_bytes and last.is_output_saved:
-            found.append(_loss(profile.loss, leg.stop))
+            loss, end = profile.loss, leg.stop
+            runs, left = (_run_of([loss]),), loss.left_bytes
+            found.append(
+                Stage(start=end, stop=end, runs=runs, left_bytes=left, can_rerun=False)
+            )
         else:
             found[-1] = _with_loss(found[-1], profile.loss, last.output_bytes)
     return tuple(found)
@@ -115,16 +119,6 @@ def _run_of(steps: Sequence[StepBytes]) -> StageRun:
         forward_peak_bytes=forward,
         rerun_peak_bytes=rerun,
         backward_peak_bytes=backward,
-    )
-
-
-def _loss(step: StepBytes, index: int) -> Stage:
-    return Stage(
-        start=index,
-        stop=index,
-        runs=(_run_of([step]),),
-        left_bytes=step.left_bytes,
-        can_rerun=False,
     )
 
 

@@ -21,13 +21,6 @@ def importance_of(num_examples: int, loss_rms: float, *, before: float = 0.0) ->
 
     ``loss_rms`` is the root of the mean of its squared losses in a round; if that is
     not finite, all stays as it was ``before``, which is 0 if unknown.
-
-    Examples
-    --------
-    >>> importance_of(10, 2.0)
-    20.0
-    >>> importance_of(10, 2.0, before=30.0)
-    27.0
     """
     now = num_examples * loss_rms
     return averaged(before, now) if isfinite(now) else before
@@ -67,15 +60,7 @@ class History:
     speeds: Mapping[str, Speeds] = field(default_factory=dict)
 
     def after(self, observations: Iterable[Observation]) -> Self:
-        """Add what a round brought.
-
-        Examples
-        --------
-        >>> seen = Observation(client_key="a", round_number=1, num_examples=10,
-        ...                    loss_rms=2.0)
-        >>> History().after([seen]).importance
-        {'a': 20.0}
-        """
+        """Add what a round brought."""
         seen = list(observations)
         importance, speeds = dict(self.importance), dict(self.speeds)
         for each in seen:
