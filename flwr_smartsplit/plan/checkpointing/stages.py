@@ -131,9 +131,7 @@ def _with_loss(stage: Stage, loss: StepBytes, alive_bytes: int) -> Stage:
         return replace(
             run,
             forward_peak_bytes=max(run.forward_peak_bytes, held),
-            backward_peak_bytes=max(
-                run.backward_peak_bytes + loss.left_bytes, held + loss.left_bytes
-            ),
+            backward_peak_bytes=max(run.backward_peak_bytes, held) + loss.left_bytes,
         )
 
     return replace(
