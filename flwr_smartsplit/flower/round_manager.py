@@ -21,7 +21,13 @@ from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, Journal, OnR
 from flwr_smartsplit.flower.journal.round_log import RoundLog
 from flwr_smartsplit.flower.observations import cohort_in, observed
 from flwr_smartsplit.flower.planning import Planning
-from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names, returned
+from flwr_smartsplit.flower.round_exchange import (
+    Dispatch,
+    Sent,
+    changed_names,
+    device_names,
+    returned,
+)
 from flwr_smartsplit.flower.serde.records import plain_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
@@ -390,7 +396,7 @@ class CentralManager:
     ) -> Sent:
         """Name what a client is sent, and what it sends back."""
         names = device_names(plan, self.chain)
-        back = returned(names, self.task.is_local)
+        back = returned(changed_names(plan, self.chain), self.task.is_local)
         return Sent(plan, names, back, assignment, profile)
 
     def _client_plan(

@@ -209,10 +209,10 @@ def _mark(is_measured: bool) -> str:
 
 CAPTION = (
     "Whole: peak of a plain step. Device: measured (~ predicted) at the cut that needs "
-    "least; by 32: with gradients accumulated over 32 micro-batches. Then at the useful "
-    "cut: with a tenth of the forward's FLOPs before it (the share is given) and a "
-    "boundary no larger than the inputs. Extra FLOPs: what its plan adds to a forward of "
-    "the model. Step time: CPU time of a split step over that of a whole one."
+    "least; by 32: with gradients accumulated over 32 micro-batches. Then at the "
+    "useful cut: with a tenth of the forward's FLOPs before it (the share is given) "
+    "and a boundary no larger than the inputs. Extra FLOPs: what its plan adds to a "
+    "forward of the model. Step time: CPU time of a split step over a whole one's."
 )
 
 
