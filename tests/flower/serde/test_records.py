@@ -164,7 +164,7 @@ def test_what_a_device_says_of_itself_comes_back() -> None:
         ({"traits": '{"link": {"up_bytes_per_second": 0}}'}, r"at least 0\.001"),
         ({"traits": '{"link": {"up_bytes_per_second": 1e-310}}'}, r"at least 0\.001"),
         ({"traits": '{"link": {"latency_seconds": 1e300}}'}, r"from 0 to 1e\+06"),
-        ({"traits": f'{{"label_counts": [{10**400}, 1]}}'}, "how many examples"),
+        ({"traits": f'{{"label_counts": [{10**400}, 1]}}'}, "number of examples"),
         ({"num-examples": 0}, "num-examples 0, of which"),
         ({"num-examples": -800}, "num-examples -800, of which"),
         ({"num-examples": str(10**400)}, "num-examples 1000000"),
