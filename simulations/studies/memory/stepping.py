@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flwr_smartsplit import Task
 from flwr_smartsplit.edge.codec import Crossing, Raw
@@ -21,7 +20,8 @@ from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.build import materialise
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import fake_batch, fake_copy
+from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
+from flwr_smartsplit.train.micro_batches import micro_batches
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
@@ -77,7 +77,7 @@ def runner_of(
 
 def dry_whole_peak_bytes(chain: Chain, task: Task, *, batch_size: int) -> int:
     """Find the peak of a plain step of the whole model; nothing is allocated."""
-    mode = FakeTensorMode()
+    mode = DryRun()
     segment = fake_copy(chain.segment(0, len(chain)), mode)
     example = chain.example_inputs, task.example_targets
     batch = fake_batch(example, mode, batch_size=batch_size)
@@ -106,8 +106,10 @@ def measured_peak_bytes(
     """Measure the peak of a device's part of a step, the second of two."""
 
     def do(step: int) -> None:
-        packed(runner.forward(batch[0], step=step, inputs_are_boundary=False))
-        runner.backward(lambda: (gradient.unpack(),))
+        for part, (inputs, _) in micro_batches(batch, runner.task.accumulate):
+            at: dict[str, Any] = {"step": step, "part": part}
+            packed(runner.forward(inputs, inputs_are_boundary=False, **at))
+            runner.backward(lambda: (gradient.unpack(),))
 
     return _peak_bytes(runner, batch, do)
 
@@ -126,7 +128,7 @@ def arriving_gradient(
     chain: Chain, cut: int, task: Task, *, batch_size: int
 ) -> WireTensor:
     """Make a gradient that lies in memory as the edge's would, by a dry run of it."""
-    mode = FakeTensorMode()
+    mode = DryRun()
 
     def dry(start: int, stop: int) -> SegmentRunner:
         segment = fake_copy(chain.segment(start, stop), mode)

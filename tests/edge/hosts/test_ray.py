@@ -14,7 +14,7 @@ from flwr_smartsplit.errors import EdgeUnreachable, StaleSession
 from flwr_smartsplit.types import EDGE, ClientReply
 from tests.faults import tail_files
 from tests.server.one_round import ROUND, fedavg, settle, start
-from tests.tasks import TASK, differences
+from tests.tasks import differences
 
 pytestmark = pytest.mark.ray
 
@@ -28,16 +28,6 @@ def kill_and_wait(transport: wire.Transport, address: str) -> None:
     ray.kill(actor, no_restart=False)
     while transport.send(wire.IsHeld("nothing")).incarnation == first:
         time.sleep(0.05)  # The old process may answer for a moment.
-
-
-def test_without_a_cluster_an_edge_says_what_to_do() -> None:
-    """Neither side starts or joins a cluster by itself."""
-    ray.shutdown()  # Which other files' tests share.
-    edge = RayEdge(patience_seconds=0.0)
-    with pytest.raises(EdgeUnreachable, match=r"no Ray cluster after 0 s.*ray\.init"):
-        edge.start(TASK)
-    with pytest.raises(EdgeUnreachable, match="belongs to no Ray cluster"):
-        edge.connect("edge-1")
 
 
 @pytest.mark.usefixtures("ray_cluster")
