@@ -262,7 +262,7 @@ def test_a_stock_strategy_sends_no_plan() -> None:
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_an_instruction_is_laid_out_as_the_layout_says(is_train: bool) -> None:
+def test_an_instruction_has_the_keys_of_its_layout(is_train: bool) -> None:
     """Names under the Message API, numbers in the same order under the legacy one."""
     record = to_array_record(STATE)
     ours = instruction(message_layout("w", "c"), record, {"a": 1}, is_train=is_train)
