@@ -1,27 +1,7 @@
-"""The exceptions of the package, split by what the reader can do about them.
+"""The exceptions of the package; each says what the reader can do about it.
 
-    SmartSplitError
-    ├── InvalidRoute          the route does not fit the chain: choose another cut
-    ├── NotSplittable         the model cannot be read as a chain: change the model
-    ├── InvalidTask           the task's functions or examples do not fit together
-    ├── InvalidPlan           a recompute plan does not fit the route: plan anew
-    ├── NoFeasibleRoute       no route fits a budget: more memory or a smaller batch
-    ├── NoFeasiblePlan        no recompute plan fits: another route, or more memory
-    ├── MemoryCapExceeded     a step went over its cap: tighter plan or earlier cut
-    ├── RefusedMove           a cut cannot move now: the session goes on unmoved
-    ├── RefusedReply          one client's reply cannot be merged: look at that client
-    └── EdgeError             something between a device and its edge
-        ├── EdgeUnreachable       the edge does not answer: wait, or use another
-        ├── StaleSession          the edge restarted or closed the session: start over
-        ├── OutOfOrderStep        a step was skipped or changed: the session is lost
-        ├── StateNotHeld          the edge lacks a global state: send it again
-        ├── EdgeFull              the edge has no room: wait, or use another
-        ├── RefusedMessage        bytes that are no message, or a value without bytes
-        ├── RefusedTail           a tail cannot be sealed: its client sits out
-        └── TailLost             sealed tails are gone: their clients are dropped
-
-Every exception carries its numbers as attributes and survives pickling, since
-it may travel from an edge to a device.
+Every exception has its numbers as attributes and survives pickling, since it may travel
+from an edge to a device.
 """
 
 
@@ -58,30 +38,36 @@ class SmartSplitError(Exception):
 
 
 class InvalidRoute(SmartSplitError):
-    """A route that cannot be laid along a chain."""
+    """The route does not fit the chain: choose another cut."""
 
 
 class NotSplittable(SmartSplitError):
-    """A model that cannot be read as a chain of units."""
+    """The model cannot be read as a chain of units: change the model."""
 
 
 class InvalidTask(SmartSplitError):
-    """A task whose functions or examples do not fit together."""
+    """The task's functions or examples do not fit together."""
 
 
 class NoFeasibleRoute(SmartSplitError):
-    """No route fits the budget; carries ``needed_bytes`` and ``budget_bytes``."""
+    """No route fits the budget: more memory or a smaller batch would help.
+
+    Attributes
+    ----------
+    needed_bytes, budget_bytes : int
+        The least that would do, and what there is.
+    """
 
     needed_bytes: int
     budget_bytes: int
 
 
 class InvalidPlan(SmartSplitError):
-    """A recompute plan that cannot be run, or not on this route."""
+    """A recompute plan cannot run, or not on this route: make a new one."""
 
 
 class NoFeasiblePlan(SmartSplitError):
-    """No recompute plan of a route fits the budget.
+    """No recompute plan of a route fits the budget: use another route, or more memory.
 
     Attributes
     ----------
@@ -94,15 +80,15 @@ class NoFeasiblePlan(SmartSplitError):
 
 
 class MemoryCapExceeded(SmartSplitError):
-    """Live tensors went over the cap; carries the numbers at that operator.
+    """Live tensors exceeded the cap: a tighter plan or an earlier cut would help.
 
     Attributes
     ----------
     client : str
         Whose memory it was.
     operator, phase : str
-        The operator that crossed the cap, and what was going on: building, forward,
-        loss, backward or optimizer.
+        The operator that exceeded the cap, and the phase: building, forward, loss,
+        backward or optimizer.
     live_bytes, budget_bytes : int
         What was alive after the operator, and what was allowed.
     bytes_by_kind : dict[str, int]
@@ -118,37 +104,37 @@ class MemoryCapExceeded(SmartSplitError):
 
 
 class RefusedMove(SmartSplitError):
-    """A cut that cannot be moved between two steps; the session goes on as it was."""
+    """A cut cannot move between these two steps; the session goes on unchanged."""
 
 
 class RefusedReply(SmartSplitError):
-    """A reply that must not be merged; ``kind`` says why in one word."""
+    """A client's reply must not be merged; ``kind`` says why in one word."""
 
     kind: str
 
 
 class EdgeError(SmartSplitError):
-    """Base of what can go wrong between a device and its edge."""
+    """Something went wrong between a device and its edge."""
 
 
 class EdgeUnreachable(EdgeError):
-    """The edge does not answer, or is being restarted."""
+    """The edge does not answer, or is restarting: wait, or use another."""
 
 
 class StaleSession(EdgeError):
-    """The session is unknown to this incarnation of the edge."""
+    """The edge restarted, or closed the session: start over."""
 
 
 class OutOfOrderStep(EdgeError):
-    """A step arrived that is neither the next one nor a repetition of the last."""
+    """A step is neither the next nor a repeat of the last: the session is lost."""
 
 
 class StateNotHeld(EdgeError):
-    """The edge holds no global state under the digest asked for."""
+    """The edge holds no global state under this digest: send it again."""
 
 
 class EdgeFull(EdgeError):
-    """An edge has no room for a session within its budgets.
+    """The edge lacks memory or disk for a session: wait, or use another.
 
     Attributes
     ----------
@@ -165,14 +151,14 @@ class EdgeFull(EdgeError):
 
 
 class RefusedMessage(EdgeError):
-    """Bytes that are no request or reply, or a value that cannot be one's part."""
+    """Bytes that are not a request or reply, or a value that neither can carry."""
 
 
 class RefusedTail(EdgeError):
-    """A tail that must not be sealed: not finite, or not stepped as often as said."""
+    """A tail is not finite, or had a wrong number of steps: its client drops out."""
 
 
 class TailLost(EdgeError):
-    """Sealed tails that are gone or changed; ``sessions`` names them."""
+    """Sealed tails are gone or changed: the clients of ``sessions`` drop out."""
 
     sessions: tuple[str, ...]

@@ -1,8 +1,7 @@
 """Task: what every place needs to build its own part of the training.
 
-A place builds its segments from these functions instead of receiving code or
-whole models, so a device never holds a tail and nothing executable crosses the
-wire.
+A place builds its segments from these functions instead of receiving code or whole
+models, so a device never holds a tail and nothing executable crosses the wire.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ class Task:
         takes it (a dict by keyword); only shapes, dtypes and the strides of one
         example matter: best take a batch of your loader.
     example_targets : Tensor
-        The targets that belong to them, ``(batch, *target shape)``.
+        Their targets, ``(batch, *target shape)``.
     metrics_fn : Callable[[outputs, targets], Mapping[str, float]], optional
         Batch means to report in evaluation, such as an accuracy.
     units_fn : Callable[[nn.Module], Sequence[Unit]], optional
@@ -49,18 +48,18 @@ class Task:
         Run forward and loss under ``torch.autocast`` with this type, such as
         ``torch.bfloat16``; not ``torch.float16``, which needs loss scaling.
     accumulate : int
-        Micro-batches of a step: each batch is divided into so many parts, and their
-        gradients add up to one optimizer step, at every place. Less memory, the same
-        batch; BatchNorm sees the parts, as in any loop that accumulates.
+        Micro-batches of a step: each batch is divided into so many parts, whose
+        gradients add up to one optimizer step, at every place. This takes less memory;
+        BatchNorm sees the parts, as in any loop that accumulates gradients.
     max_boundary_tensors : int
         The most tensors that may cross a cut. With 1, a model is cut where a single
-        tensor is needed; with more, also inside blocks with skip connections, such as
-        those of a U-Net or a DenseNet. It changes what a unit is, and with it the
-        numbers of cuts and the random numbers that units draw.
+        tensor passes; with more, also inside blocks with skip connections, such as
+        those of a U-Net or a DenseNet. It changes the units, and with them the numbers
+        of cuts and the random numbers that units draw.
     is_local : Callable[[str], bool], optional
-        Says by its name which state stays on the device that trained it and is not
-        merged, such as BatchNorm's or a personal last layer. Its units are on the
-        device on every route.
+        Says by name which state stays on the device that trained it and is not merged,
+        such as BatchNorm's or a personal last layer. Its units are on the device on
+        every route.
 
     Examples
     --------
@@ -90,13 +89,6 @@ class Task:
     is_local: Callable[[str], bool] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse objects where functions that make them are needed.
-
-        Raises
-        ------
-        TypeError
-            Naming every wrong argument.
-        """
         inputs = self.example_inputs
         if isinstance(inputs, Mapping):
             object.__setattr__(self, "example_inputs", dict(inputs))
@@ -118,7 +110,7 @@ class Task:
             raise TypeError(f"{'; '.join(problems)}.")
 
     def _check_options(self) -> None:
-        """Refuse what no place could do."""
+        """Refuse what cannot be trained at any place."""
         if self.max_boundary_tensors < 1:
             raise ValueError(
                 f"max_boundary_tensors is {self.max_boundary_tensors}: at least one "

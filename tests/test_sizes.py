@@ -1,4 +1,4 @@
-"""Sizes that people write, and what is no size."""
+"""Sizes that people write, and what is not a size."""
 
 import pytest
 
@@ -15,5 +15,5 @@ def test_a_size_is_read_with_its_unit(text, num_bytes):
 
 @pytest.mark.parametrize("text", ["", "64", "64MB", "-1MiB", "0.1B", "1e3KiB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match=r"is no size: .* such as 64MiB"):
+    with pytest.raises(ValueError, match=r"is not a size: .* such as 64MiB"):
         parse_size(text)

@@ -49,6 +49,7 @@ from tests.flower.apps import (
     smart_split,
 )
 from tests.flower.legacy import legacy_smart_split, run_legacy
+from tests.models import unet
 from tests.tasks import (
     BATCH_SIZE,
     NUM_CLASSES,
@@ -107,6 +108,41 @@ def _trained(task: Task, make: Any, edges: Any, **changes: Any) -> Run:
 
 
 # --- training -------------------------------------------------------------------------
+
+
+def frozen_cnn() -> nn.Module:
+    """Build the small network with its first convolution and norm frozen."""
+    model = tiny_cnn()
+    for parameter in list(model.parameters())[:4]:
+        parameter.requires_grad_(False)
+    return model
+
+
+def matrices_only(parameters: Any) -> Optimizer:
+    """Build an optimizer that takes no vectors."""
+    return torch.optim.SGD([p for p in parameters if p.ndim > 1], lr=0.05)
+
+
+def test_frozen_layers() -> None:
+    """A frozen front goes one way, and keeps its values in a federation, too."""
+    check_every_kind(model_fn=frozen_cnn)
+    task = replace(TASK, model_fn=frozen_cnn)
+    mixed = train_mixed(task)
+    assert differences(mixed.state, train_whole(task).state) == []
+    moved = set(differences(mixed.state, initial_state()))
+    parameters = dict(frozen_cnn().named_parameters())
+    assert moved.isdisjoint(n for n, p in parameters.items() if not p.requires_grad)
+
+
+def test_optimizers_that_choose() -> None:
+    """A place may have nothing that its optimizer takes."""
+    check_every_kind(optimizer_fn=matrices_only)
+
+
+def test_skip_connections() -> None:
+    """Several tensors may cross a cut, if a task says so."""
+    inputs = torch.zeros(1, 3, 12, 12)
+    check_every_kind(model_fn=unet, max_boundary_tensors=8, example_inputs=inputs)
 
 
 def lower_rate(optimizer: Optimizer, config: Any) -> None:

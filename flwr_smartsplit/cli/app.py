@@ -1,16 +1,16 @@
 """The command line: ``smartsplit profile``, ``plan`` and ``check MODEL``.
 
-Torch is loaded by what a command needs, inside it, so that help and most mistakes are
-answered at once.
+Torch and the reports are imported where they are needed, so that help and most mistakes
+are answered at once.
 """
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -19,7 +19,6 @@ from rich.progress import TimeElapsedColumn as Elapsed
 
 from flwr_smartsplit.cli.arguments import (
     BadArgument,
-    check_batch_size,
     choose_cut,
     choose_cuts,
     parse_bytes,
@@ -28,8 +27,9 @@ from flwr_smartsplit.cli.arguments import (
 from flwr_smartsplit.errors import NoFeasiblePlan, SmartSplitError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from flwr_smartsplit.cli.check_report import RouteResult
-    from flwr_smartsplit.cli.plan_report import FrontReport, RouteReport
     from flwr_smartsplit.cli.subject import Subject
 
 DIFFERENT = INFEASIBLE = 1
@@ -38,45 +38,57 @@ PIPED_WIDTH = 10_000
 MAX_SEED = 2**63
 
 app = typer.Typer(
-    help="What a model costs a device at each cut, and proof that cuts are exact.",
+    help="Show what a model costs a device at each cut; prove that cuts are exact.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
-# Explained in the commands' own words: typer 0.20 under click 8.5 drops its help.
+# The commands' docstrings explain MODEL: typer 0.20 under click 8.5 drops its help.
 ModelArgument = Annotated[str, typer.Argument(show_default=False)]
 InputOption = Annotated[
     str | None,
     typer.Option(
         "--input",
         metavar="SHAPE",
-        help="One input without the batch, such as 3x32x32; 3x224x224 for "
-        "torchvision if not given.",
+        help="Shape of one input without the batch, such as 3x32x32. Default for "
+        "torchvision: 3x224x224.",
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option(help="Examples per training step.")]
 OptimizerOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="sgd (if not given), momentum or adam."),
+    str | None, typer.Option(metavar="NAME", help="sgd (default), momentum or adam.")
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON on stdout, nothing else.")
+    bool, typer.Option("--json", help="Print only JSON on stdout, no table.")
 ]
-
 BudgetOption = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Say what fits, such as 64MiB.")
+    str | None, typer.Option(metavar="SIZE", help="Show what fits, such as 64MiB.")
+]
+CutOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CUT",
+        help="Plan one cut for the budget: its number, its last unit, or whole.",
+    ),
+]
+CutsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="CUTS",
+        help="all, or with commas: first, middle, last, a number, random:N.",
+    ),
 ]
 CacheDirOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Keep profiles here for next time.")
+    Path | None, typer.Option(metavar="DIR", help="Cache profiles in this folder.")
 ]
 PlotOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw a .png, .svg or .pdf, too.")
+    Path | None, typer.Option(metavar="FILE", help="Also draw a .png, .svg or .pdf.")
 ]
 
 
 @app.command()
-def profile(  # noqa: PLR0913 - one argument per option of the command line
+def profile(
     model: ModelArgument,
     *,
     input_shape: InputOption = None,
@@ -90,116 +102,99 @@ def profile(  # noqa: PLR0913 - one argument per option of the command line
     """Show what each unit costs, and what a device needs that ends with it.
 
     MODEL is torchvision:NAME, or package.module:function; the function returns an
-    nn.Module or a flwr_smartsplit.Task. Nothing is trained and no memory is taken: the
-    costs are found by a dry run.
+    nn.Module or a flwr_smartsplit.Task. A dry run finds the costs: nothing is trained
+    and no memory is taken.
     """
     with _explained_errors():
         budget_bytes = parse_bytes(budget) if budget is not None else None
-        if plot is not None:
-            _check_picture(plot)
-        subject = _subject(
-            model,
-            input_shape,
-            batch_size,
-            optimizer=optimizer,
-            cache_dir=_folder(cache_dir),
-        )
-        from flwr_smartsplit.cli.profile_report import ProfileReport  # noqa: PLC0415
+        _check_plot(plot)
+        subject = _subject(model, input_shape, batch_size, optimizer, cache_dir)
+        from flwr_smartsplit.cli.profile_report import ProfileReport
 
         report = ProfileReport(subject=subject, budget_bytes=budget_bytes)
         _print(report.as_json() if as_json else report.for_people())
         if plot is not None:
-            from flwr_smartsplit.cli.profile_plot import save_plot  # noqa: PLC0415
+            from flwr_smartsplit.cli.profile_plot import profile_figure
 
-            with _written(plot):
-                save_plot(report, plot)
+            _save_plot(plot, profile_figure, report)
 
 
 @app.command()
-def plan(  # noqa: PLR0913 - one argument per option of the command line
+def plan(
     model: ModelArgument,
     *,
     input_shape: InputOption = None,
     batch_size: BatchSizeOption = 32,
     optimizer: OptimizerOption = None,
     budget: BudgetOption = None,
-    cut: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CUT",
-            help="Plan this one for the budget: a number, its last unit, or whole.",
-        ),
-    ] = None,
+    cut: CutOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     plot: PlotOption = None,
 ) -> None:
-    """Show which cuts and recomputations are worth it, and which to take.
+    """Show which cuts and recomputations are worth it, and recommend one.
 
     MODEL is torchvision:NAME, or package.module:function; the function returns an
-    nn.Module or a flwr_smartsplit.Task. Nothing is trained. Ends with 1 if nothing fits
-    the budget.
+    nn.Module or a flwr_smartsplit.Task. Nothing is trained. The exit code is 1 if
+    nothing fits the budget.
     """
     with _explained_errors():
         budget_bytes = parse_bytes(budget) if budget is not None else None
-        _check_plan_options(cut, budget=budget, plot=plot)
-        subject = _subject(
-            model,
-            input_shape,
-            batch_size,
-            optimizer=optimizer,
-            cache_dir=_folder(cache_dir),
-        )
+        if cut is not None and (budget is None or plot is not None):
+            raise BadArgument("--cut needs --budget, and has no --plot.")
+        _check_plot(plot)
+        subject = _subject(model, input_shape, batch_size, optimizer, cache_dir)
+        from flwr_smartsplit.cli.plan_report import front_report, route_report
+
         if cut is not None and budget_bytes is not None:
-            report: FrontReport | RouteReport = _planned(subject, cut, budget_bytes)
-            _print(report.as_json() if as_json else report.for_people())
+            names = [unit.name for unit in subject.profile.units]
+            chosen = choose_cut(cut, unit_names=names)
+            with _waiting("planning"):
+                one_route = route_report(subject, chosen, budget_bytes=budget_bytes)
+            _print(one_route.as_json() if as_json else one_route.for_people())
             return
-        report = _front(subject, budget_bytes)
+        with _bar() as bar:
+            report = front_report(
+                subject,
+                lambda routes: bar.track(routes, description="routes"),
+                budget_bytes=budget_bytes,
+            )
         _print(report.as_json() if as_json else report.for_people())
         if plot is not None:
-            from flwr_smartsplit.cli.plan_plot import save_plot  # noqa: PLC0415
+            from flwr_smartsplit.cli.plan_plot import plan_figure
 
-            with _written(plot):
-                save_plot(report, plot)
+            _save_plot(plot, plan_figure, report)
 
 
 @app.command()
-def check(  # noqa: PLR0913 - one argument per option of the command line
+def check(
     model: ModelArgument,
     *,
     input_shape: InputOption = None,
     batch_size: BatchSizeOption = 3,
     optimizer: OptimizerOption = None,
-    cuts: Annotated[
-        str,
-        typer.Option(
-            metavar="CUTS",
-            help="all, or with commas: first, middle, last, a number, random:N.",
-        ),
-    ] = "first,middle,last",
-    seed: Annotated[int, typer.Option(help="Draws the batches and random cuts.")] = 0,
+    cuts: CutsOption = "first,middle,last",
+    seed: Annotated[int, typer.Option(help="Draws batches and random cuts.")] = 0,
     tolerance: Annotated[
-        float,
-        typer.Option(help="Relative error of a peak that counts as none."),
+        float, typer.Option(help="Accepted relative error of a predicted peak.")
     ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
     """Train whole and cut, and compare every number and every predicted peak.
 
     MODEL is torchvision:NAME, or package.module:function; the function returns an
-    nn.Module or a flwr_smartsplit.Task. Ends with 1 if anything differs.
+    nn.Module or a flwr_smartsplit.Task. The exit code is 1 if anything differs.
     """
     with _explained_errors():
         if not tolerance >= 0:
             raise BadArgument(f"--tolerance {tolerance} is not at least 0.")
         if not 0 <= seed < MAX_SEED:
             raise BadArgument(f"--seed {seed} is not in 0..{MAX_SEED - 1}.")
-        subject = _subject(model, input_shape, batch_size, optimizer=optimizer)
-        chosen = choose_cuts(
-            cuts, num_units=len(subject.profile.units), rng=Random(seed)
-        )
+        subject = _subject(model, input_shape, batch_size, optimizer)
+        num_units = len(subject.profile.units)
+        chosen = choose_cuts(cuts, num_units=num_units, rng=Random(seed))
         results = _check(subject, chosen, seed=seed, tolerance=tolerance)
-        from flwr_smartsplit.cli.check_report import CheckReport  # noqa: PLC0415
+        from flwr_smartsplit.cli.check_report import CheckReport
 
         report = CheckReport(subject=subject, seed=seed, results=results)
         _print(report.as_json() if as_json else report.for_people())
@@ -211,15 +206,22 @@ def _subject(
     model: str,
     input_shape: str | None,
     batch_size: int,
-    *,
     optimizer: str | None,
     cache_dir: Path | None = None,
 ) -> "Subject":
     """Read and profile MODEL; what its code prints goes to stderr."""
-    check_batch_size(batch_size)
+    if batch_size < 1:
+        raise BadArgument(f"--batch-size {batch_size} is less than 1.")
     shape = parse_shape(input_shape) if input_shape is not None else None
+    if cache_dir is not None:
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadArgument(
+                f"--cache-dir {cache_dir} is not a folder: {error}."
+            ) from error
     with redirect_stdout(sys.stderr), _waiting(f"profiling {model}"):
-        from flwr_smartsplit.cli.subject import read_subject  # noqa: PLC0415
+        from flwr_smartsplit.cli.subject import read_subject
 
         return read_subject(
             model,
@@ -233,62 +235,20 @@ def _subject(
 def _check(
     subject: "Subject", cuts: tuple[int, ...], *, seed: int, tolerance: float
 ) -> "list[RouteResult]":
-    """Check the routes with a progress bar on stderr."""
-    from flwr_smartsplit.cli.check_report import (  # noqa: PLC0415
-        check_routes,
-        trained_checker,
-    )
+    """Check the routes, with a progress bar on stderr."""
+    from flwr_smartsplit.cli.check_report import check_routes, trained_checker
 
-    progress = _bar()
+    bar = _bar()
     with redirect_stdout(sys.stderr), _waiting("training the stock model"):
         checker = trained_checker(subject, seed=seed)
     found = check_routes(subject, cuts, checker, tolerance=tolerance)
     total = len(cuts) + 1
     # Closed, or an interruption would leave the edge's folder behind.
-    with closing(found), redirect_stdout(sys.stderr), progress:
-        return list(progress.track(found, total=total, description="routes"))
-
-
-def _check_plan_options(
-    cut: str | None, *, budget: str | None, plot: Path | None
-) -> None:
-    """Refuse options of ``plan`` that do not go together, or no picture."""
-    if cut is not None and (budget is None or plot is not None):
-        raise BadArgument("--cut needs --budget, and has no --plot.")
-    if plot is not None:
-        _check_picture(plot)
-
-
-def _planned(subject: "Subject", cut: str, budget_bytes: int) -> "RouteReport":
-    """Plan the one route that was asked for."""
-    from flwr_smartsplit.cli.plan_report import route_report  # noqa: PLC0415
-
-    names = [unit.name for unit in subject.profile.units]
-    chosen = choose_cut(cut, unit_names=names)
-    with _waiting("planning"):
-        return route_report(subject, chosen, budget_bytes=budget_bytes)
-
-
-def _front(subject: "Subject", budget_bytes: int | None) -> "FrontReport":
-    """Plan all routes with a progress bar on stderr."""
-    from flwr_smartsplit.cli.plan_report import (  # noqa: PLC0415
-        front_report,
-        planned_options,
-        planned_routes,
-    )
-
-    routes = planned_routes(subject)
-    with _bar() as progress:
-        options = [
-            option
-            for route in progress.track(routes, description="routes")
-            for option in planned_options(subject, route)
-        ]
-    return front_report(subject, tuple(options), budget_bytes=budget_bytes)
+    with closing(found), redirect_stdout(sys.stderr), bar:
+        return list(bar.track(found, total=total, description="routes"))
 
 
 def _bar() -> Progress:
-    """Make a progress bar on stderr."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -299,18 +259,8 @@ def _bar() -> Progress:
 
 
 @contextmanager
-def _written(picture: Path) -> Iterator[None]:
-    """Say that a picture was written, or why not."""
-    try:
-        yield
-    except OSError as error:
-        raise BadArgument(f"--plot {picture} cannot be written: {error}") from error
-    typer.echo(f"Wrote {picture}.", err=True)
-
-
-@contextmanager
 def _waiting(message: str) -> Iterator[None]:
-    """Show on stderr that something goes on, if a person looks."""
+    """Show on stderr that work is going on, if that is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield
@@ -319,26 +269,32 @@ def _waiting(message: str) -> Iterator[None]:
         yield
 
 
-def _folder(path: Path | None) -> Path | None:
-    """Make a folder, or say why not."""
-    if path is not None:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadArgument(f"--cache-dir {path} is no folder: {error}.") from error
-    return path
-
-
-def _check_picture(path: Path) -> None:
-    """Refuse a picture that could not be drawn, before anything is computed."""
+def _check_plot(path: Path | None) -> None:
+    """Refuse a plot that could not be drawn, before anything is computed."""
+    if path is None:
+        return
     if importlib.util.find_spec("matplotlib") is None:
         raise BadArgument(
             "--plot needs matplotlib: pip install 'flwr-smartsplit[plot]'."
         )
     if path.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise BadArgument(f"--plot {path} is no .png, .svg or .pdf file.")
+        raise BadArgument(f"--plot {path} is not a .png, .svg or .pdf file.")
     if not path.parent.is_dir():
         raise BadArgument(f"--plot {path}: there is no folder {path.parent}.")
+
+
+def _save_plot(path: Path, draw: "Callable[[Any], Figure]", report: Any) -> None:
+    """Draw a report, write the picture, and say so on stderr."""
+    from matplotlib import rc_context
+
+    from flwr_smartsplit.cli.profile_plot import STYLE
+
+    try:
+        with rc_context(STYLE):
+            draw(report).savefig(path, dpi=120)
+    except OSError as error:
+        raise BadArgument(f"--plot {path} cannot be written: {error}") from error
+    typer.echo(f"Wrote {path}.", err=True)
 
 
 def _print(result: str | RenderableType) -> None:
@@ -354,17 +310,13 @@ def _print(result: str | RenderableType) -> None:
 
 @contextmanager
 def _explained_errors() -> Iterator[None]:
-    """End with the reason in one line, where the reader can mend it."""
+    """Turn an error that the user can fix into one line and an exit code."""
     try:
         yield
     except SmartSplitError as error:
+        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         is_infeasible = isinstance(error, NoFeasiblePlan)
-        _fail(" ".join(str(error).split()), INFEASIBLE if is_infeasible else MISUSE)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(code)
+        raise typer.Exit(INFEASIBLE if is_infeasible else MISUSE) from None
 
 
 def main() -> None:

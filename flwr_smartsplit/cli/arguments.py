@@ -1,7 +1,4 @@
-"""Words of a command line as values: shapes, sizes, and which cuts to check.
-
-Nothing here needs torch, so a slip of the pen is answered at once.
-"""
+"""Parse command-line arguments: shapes, sizes and cuts. Without torch, so at once."""
 
 import difflib
 import re
@@ -15,16 +12,11 @@ _CUTS_SYNTAX = "all, or with commas: first, middle, last, a number, random:N"
 
 
 class BadArgument(SmartSplitError):
-    """A word of the command line that means nothing here."""
+    """A command-line argument that cannot be used."""
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
     """Read the shape of one input.
-
-    Raises
-    ------
-    BadArgument
-        If it is not a list of positive whole numbers.
 
     Examples
     --------
@@ -34,60 +26,22 @@ def parse_shape(text: str) -> tuple[int, ...]:
     words = text.lower().split("x")
     if not all(re.fullmatch("0*[1-9][0-9]{0,8}", word) for word in words):
         raise BadArgument(
-            f"--input {text!r} is no shape: write positive whole numbers with x "
+            f"--input {text!r} is not a shape: write positive whole numbers with x "
             "between them and without the batch, such as 3x32x32."
         )
     return tuple(map(int, words))
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size with its unit.
-
-    Raises
-    ------
-    BadArgument
-        If it is not a number with a binary unit, or less than one byte.
-
-    Examples
-    --------
-    >>> parse_bytes("64MiB"), parse_bytes("1.5 kib")
-    (67108864, 1536)
-    """
+    """Read a size with its unit, such as ``64MiB``, in bytes."""
     try:
         return parse_size(text)
     except ValueError as error:
         raise BadArgument(f"--budget {error}") from None
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch without examples.
-
-    Raises
-    ------
-    BadArgument
-        If it is less than one.
-    """
-    if batch_size < 1:
-        raise BadArgument(f"--batch-size {batch_size} is less than 1.")
-
-
 def choose_cuts(text: str, *, num_units: int, rng: Random) -> tuple[int, ...]:
-    """Choose the cuts that a text names, each once and in order.
-
-    Parameters
-    ----------
-    text : str
-        ``all``, ``first``, ``middle``, ``last``, a number or ``random:N``; several
-        with commas.
-    num_units : int
-        Units of the chain; its cuts are ``1..num_units - 1``.
-    rng : Random
-        Draws what is left to chance.
-
-    Raises
-    ------
-    BadArgument
-        If the text names something else.
+    """Choose the cuts that ``--cuts`` names, each once and in order.
 
     Examples
     --------
@@ -118,24 +72,9 @@ def choose_cuts(text: str, *, num_units: int, rng: Random) -> tuple[int, ...]:
 
 
 def choose_cut(text: str, *, unit_names: Sequence[str]) -> int:
-    """Read one cut, as its number or as the last unit before it.
+    """Read one cut: a number, the last unit before it, or ``whole``.
 
-    Parameters
-    ----------
-    text : str
-        A number, the name of a unit, or ``whole``. A number is never a name.
-    unit_names : Sequence[str]
-        The units of the chain.
-
-    Returns
-    -------
-    int
-        How many units the device has; all of them if the model stays whole.
-
-    Raises
-    ------
-    BadArgument
-        If there is no such cut; names the closest.
+    A number is never taken for a name. Returns how many units the device has.
 
     Examples
     --------

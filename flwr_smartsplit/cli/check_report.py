@@ -1,34 +1,27 @@
-"""What ``smartsplit check`` says of each route: exact or not, predicted or not."""
+"""The report of ``smartsplit check``: which routes are exact and well predicted."""
 
 import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 
-from flwr_smartsplit.cli.profile_report import versions
 from flwr_smartsplit.cli.specs import first_line
-from flwr_smartsplit.cli.subject import Subject
+from flwr_smartsplit.cli.subject import Subject, empty_table
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError, bytes_text
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.types import Route
 from flwr_smartsplit.verify.equivalence import CutCheck, RouteChecker, example_batches
 
+_LEFT = ("route", "after", "numbers")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteResult:
-    """One route beside the stock model, and beside its prediction.
+    """One route, compared with the stock model and with its predicted peak.
 
-    Parameters
-    ----------
-    check : CutCheck
-        What training along the route gave.
-    predicted_peak_bytes : int
-        What the profile says that the device holds at most.
-    tolerance : float
-        The relative error of the prediction that counts as none.
+    ``tolerance`` is the accepted relative error of the prediction.
     """
 
     check: CutCheck
@@ -42,7 +35,7 @@ class RouteResult:
 
     @property
     def relative_error(self) -> float | None:
-        """How far the prediction is off, as a fraction; None if not measured."""
+        """Relative error of the prediction; None if nothing was measured."""
         measured_bytes = self.check.measured_peak_bytes
         if not measured_bytes:
             return None
@@ -50,14 +43,27 @@ class RouteResult:
 
     @property
     def is_predicted(self) -> bool:
-        """Whether the prediction is as good as was asked for."""
+        """Whether the prediction is within the tolerance."""
         error = self.relative_error
         return error is not None and abs(error) <= self.tolerance
+
+    def facts(self) -> dict[str, Any]:
+        """Collect everything for JSON."""
+        return {
+            "route": str(self.check.route),
+            "cuts": self.check.route.cuts,
+            "is_exact": self.is_exact,
+            "differences": self.check.differences,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "measured_peak_bytes": self.check.measured_peak_bytes,
+            "relative_error": self.relative_error,
+            "is_predicted": self.is_predicted,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """A model, and how each checked route of it did."""
+    """A model, and the result of each route that was checked."""
 
     subject: Subject
     seed: int
@@ -70,77 +76,38 @@ class CheckReport:
 
     def as_json(self) -> str:
         """Write everything as one JSON object."""
-        subject = self.subject
-        facts = {
-            "model": subject.model,
-            "input_shapes": subject.input_shapes,
-            "batch_size": subject.profile.batch_size,
-            "optimizer": subject.optimizer,
-            "versions": versions(),
+        facts = self.subject.facts() | {
             "seed": self.seed,
             "is_good": self.is_good,
-            "no_cut_reason": subject.no_cut_reason,
-            "routes": [self._facts(result) for result in self.results],
+            "routes": [result.facts() for result in self.results],
         }
         return json.dumps(facts)
 
     def for_people(self) -> RenderableType:
-        """Lay the routes out as a table, with the sum of it below."""
-        table = Table(box=None, pad_edge=False, collapse_padding=True)
-        for header in ("route", "after", "numbers"):
-            table.add_column(header, overflow="fold")
-        for header in ("predicted", "measured", "error"):
-            table.add_column(header, justify="right", overflow="fold")
+        """Lay the routes out as a table, with a summary below."""
+        table = empty_table((*_LEFT, "predicted", "measured", "error"), left=_LEFT)
         for result in self.results:
             check, error = result.check, result.relative_error
             table.add_row(
                 str(check.route),
-                self._last_unit(check.route),
+                self.subject.last_unit(check.route) if check.route.cuts else "",
                 _differences_text(check.differences),
                 bytes_text(result.predicted_peak_bytes),
                 bytes_text(check.measured_peak_bytes),
                 "unknown" if error is None else f"{error:.2g}",
             )
-        reason = self.subject.no_cut_reason
-        lines = [self._verdict(), *([reason] if reason else [])]
-        heading = self.subject.heading()
-        return Group(f"{heading}\n", table, *(f"\n{line}" for line in lines))
-
-    def _verdict(self) -> str:
         num = len(self.results)
         exact = sum(result.is_exact for result in self.results)
         predicted = sum(result.is_predicted for result in self.results)
-        return (
+        summary = (
             f"{exact} of {num} {'route' if num == 1 else 'routes'} gave the stock "
             f"model's numbers to the last bit; {predicted} of {num} predictions hold."
         )
-
-    def _last_unit(self, route: Route) -> str:
-        units = self.subject.profile.units
-        return units[route.cuts[0] - 1].name if route.cuts else ""
-
-    def _facts(self, result: RouteResult) -> dict[str, Any]:
-        check = result.check
-        return {
-            "route": str(check.route),
-            "cuts": check.route.cuts,
-            "is_exact": result.is_exact,
-            "differences": check.differences,
-            "predicted_peak_bytes": result.predicted_peak_bytes,
-            "measured_peak_bytes": check.measured_peak_bytes,
-            "relative_error": result.relative_error,
-            "is_predicted": result.is_predicted,
-        }
+        return self.subject.page(table, summary, self.subject.no_cut_reason)
 
 
 def trained_checker(subject: Subject, *, seed: int) -> RouteChecker:
-    """Train the stock model on batches drawn by a seed, to compare routes with.
-
-    Raises
-    ------
-    InvalidTask
-        If it cannot be trained.
-    """
+    """Train the stock model on batches drawn by a seed, to compare routes with."""
     batch_size = subject.profile.batch_size
     batches = example_batches(subject.task, batch_size=batch_size, seed=seed)
     try:
@@ -156,24 +123,7 @@ def trained_checker(subject: Subject, *, seed: int) -> RouteChecker:
 def check_routes(
     subject: Subject, cuts: Sequence[int], checker: RouteChecker, *, tolerance: float
 ) -> Generator[RouteResult]:
-    """Train along the whole route and each cut, one after the other.
-
-    Parameters
-    ----------
-    subject : Subject
-        What to check.
-    cuts : Sequence[int]
-        Where to cut, each on a route of its own.
-    checker : RouteChecker
-        The subject's, not yet entered.
-    tolerance : float
-        The relative error of a prediction that counts as none.
-
-    Yields
-    ------
-    RouteResult
-        One per route, as soon as it is known.
-    """
+    """Train along the whole route and each cut; yield each result when it is known."""
     with checker:
         for route in (Route.whole(), *map(Route.split, cuts)):
             yield RouteResult(

@@ -1,31 +1,22 @@
-"""A picture of the options: device memory against extra work, a line per route.
-
-matplotlib is needed for this file and ``profile_plot`` only.
-"""
+"""Plot the options: device memory against extra work, a line per route."""
 
 import math
-from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from flwr_smartsplit.cli.plan_report import FrontReport, last_unit
-from flwr_smartsplit.cli.profile_plot import STYLE
+from flwr_smartsplit.cli.plan_report import FrontReport
+from flwr_smartsplit.cli.profile_plot import label_bytes, short_name
 from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.types import Route, RouteOption
 
 WIDTH_INCHES, HEIGHT_INCHES = 10.0, 5.2
-MAX_ROUTES, MAX_LETTERS = 14, 26
+MAX_ROUTES = 14
 COLOURS = "viridis"
 MARGIN, FAR = 1.25, 8
-
-
-def save_plot(report: FrontReport, path: Path) -> None:
-    """Draw a report and write it as the kind of picture that the path names."""
-    with mpl.rc_context(STYLE):
-        plan_figure(report).savefig(path, dpi=120)
 
 
 def plan_figure(report: FrontReport) -> Figure:
@@ -68,31 +59,24 @@ def _draw_route(
     label: str | None,
 ) -> None:
     """Draw a route's options; what needs less memory serves until the next one."""
-    memory = [option.peak_bytes for option in options]
-    extra = [extra_share(option) for option in options]
+    style: dict[str, Any] = {"color": colour, "marker": "o", "ms": 5.5}
     axes.plot(
-        memory,
-        extra,
-        color=colour,
+        *_points(options),
         lw=1.8,
-        marker="o",
-        ms=5.5,
         markerfacecolor="white",
         drawstyle="steps-post",
         label=label,
         clip_on=False,
+        **style,
     )
     plain = [option for option in options if option.recompute.is_empty]
-    axes.plot(
-        [option.peak_bytes for option in plain],
-        [extra_share(option) for option in plain],
-        color=colour,
-        ls="none",
-        marker="o",
-        ms=5.5,
-        clip_on=False,
-        zorder=4,
-    )
+    axes.plot(*_points(plain), ls="none", clip_on=False, zorder=4, **style)
+
+
+def _points(options: list[RouteOption]) -> tuple[list[int], list[float]]:
+    return [each.peak_bytes for each in options], [
+        extra_share(each) for each in options
+    ]
 
 
 def _draw_budget(axes: Axes, report: FrontReport) -> None:
@@ -104,8 +88,7 @@ def _draw_budget(axes: Axes, report: FrontReport) -> None:
     best = report.recommended
     if best is not None:
         axes.plot(
-            [best.peak_bytes],
-            [extra_share(best)],
+            *_points([best]),
             color="k",
             ls="none",
             marker="o",
@@ -128,9 +111,7 @@ def _scale(axes: Axes, report: FrontReport) -> None:
         low, high = min(low, budget_bytes / MARGIN), max(high, budget_bytes * MARGIN)
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: bytes_text(int(size))))
+    label_bytes(axes.xaxis, num_ticks=9)
     most = max(map(extra_share, report.options))
     axes.set_ylim(0, 1.08 * most or 0.1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -139,7 +120,6 @@ def _scale(axes: Axes, report: FrontReport) -> None:
 def _label(report: FrontReport, route: Route) -> str:
     if not route.cuts:
         return "whole model"
-    name = last_unit(report.subject, route)
-    short = name if len(name) <= MAX_LETTERS else f"…{name[1 - MAX_LETTERS :]}"
+    name = short_name(report.subject.last_unit(route))
     size = report.subject.profile.units[route.cuts[0] - 1].boundary_bytes
-    return f"{short}, {route.cuts[0]} · {bytes_text(size)}"
+    return f"{name}, {route.cuts[0]} · {bytes_text(size)}"

@@ -1,16 +1,15 @@
-"""What ``smartsplit plan`` says: the options of a model, or the plan of one route."""
+"""The report of ``smartsplit plan``: a model's options, or the plan of one route."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 
-from flwr_smartsplit.cli.profile_report import count_text, versions
-from flwr_smartsplit.cli.subject import Subject
+from flwr_smartsplit.cli.profile_report import count_text
+from flwr_smartsplit.cli.subject import Subject, empty_table
 from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.plan.checkpointing.plan import plan_recompute
 from flwr_smartsplit.plan.search_space import (
@@ -33,25 +32,25 @@ _HEADERS = (
     "bound-\nary",
     "device\nshare",
 )
-_LEFT = ("", "last unit\non the device", "recomputed")
+_UNIT_HEADERS = (
+    "",
+    "unit\non the device",
+    "forward\nruns",
+    "selective",
+    "fwd.\nFLOPs",
+)
 _LEGEND = (
-    "again: units whose forward runs twice or more; light: units that keep their "
-    "costly results only, and make the cheap ones anew."
+    "again: units whose forward runs twice or more; selective: units that keep only "
+    "the results of their costly operators, and recompute the cheap ones."
 )
 
 
 @dataclass(frozen=True)
 class FrontReport:
-    """The options that no other beats, and the one to take within a budget.
+    """The options that no other dominates, and the recommended one for a budget.
 
-    Parameters
-    ----------
-    subject : Subject
-        The model and its profile.
-    options : tuple[RouteOption, ...]
-        The front, whatever fits; the least memory first.
-    budget_bytes : int or None
-        What a device's tensors may take; None if nobody asked.
+    ``options`` is the front without the budget, ordered by peak; ``budget_bytes`` is
+    None if none was given.
     """
 
     subject: Subject
@@ -60,7 +59,7 @@ class FrontReport:
 
     @cached_property
     def recommended(self) -> RouteOption | None:
-        """The option to take within the budget; None without one."""
+        """The option to take within the budget; None without a budget."""
         if self.budget_bytes is None:
             return None
         return recommended_option(
@@ -75,28 +74,36 @@ class FrontReport:
 
     def as_json(self) -> str:
         """Write everything as one JSON object."""
-        facts = _facts(self.subject, self.budget_bytes)
-        facts["choices"] = [_option_facts(self.subject, each) for each in self.shown]
+        facts = self.subject.facts() | {
+            "budget_bytes": self.budget_bytes,
+            "choices": [_option_facts(self.subject, each) for each in self.shown],
+        }
         if self.budget_bytes is not None:
             best = self.recommended
             facts["recommended"] = best and _option_facts(self.subject, best)
         return json.dumps(facts)
 
     def for_people(self) -> RenderableType:
-        """Lay the options out as a table, with what they mean below."""
-        table = _table(_HEADERS, _LEFT)
+        """Lay the options out as a table, with the recommendation below."""
+        table = empty_table(_HEADERS, left=("", *_HEADERS[2:4]))
         for option in self.shown:
             is_best = option == self.recommended
             table.add_row(
                 "→" if is_best else "",
-                *_option_cells(self.subject, option),
+                _cut_text(option.route),
+                self.subject.last_unit(option.route),
+                recompute_text(option.recompute, len(self.subject.profile.units)),
+                bytes_text(option.peak_bytes),
+                count_text(option.work.extra_flops),
+                f"{option.work.extra_fraction:.0%}",
+                bytes_text(option.work.boundary_bytes) if option.route.cuts else "",
+                f"{option.work.device_fraction:.0%}",
                 style="bold" if is_best else None,
             )
-        lines = [*_legend(self.shown), *self._recommendation()]
-        if self.subject.no_cut_reason is not None:
-            lines.append(self.subject.no_cut_reason)
-        heading = self.subject.heading()
-        return Group(f"{heading}\n", table, *(f"\n{line}" for line in lines))
+        is_legend_needed = any(not each.recompute.is_empty for each in self.shown)
+        lines = [_LEGEND] if is_legend_needed else []
+        lines += [*self._recommendation()]
+        return self.subject.page(table, *lines, self.subject.no_cut_reason)
 
     def _recommendation(self) -> Iterator[str]:
         best, budget_bytes = self.recommended, self.budget_bytes
@@ -104,7 +111,7 @@ class FrontReport:
             return
         within = f"Recommended within {bytes_text(budget_bytes)}: {best.route}"
         if best.recompute.is_empty:
-            yield (f"{within}, the deepest of these that fits with nothing recomputed.")
+            yield f"{within}, the deepest of these that fits with nothing recomputed."
             return
         yield (
             f"{within}, of least extra work: {_extra_text(best)}. --cut "
@@ -114,17 +121,7 @@ class FrontReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteReport:
-    """The plan of one route for one budget.
-
-    Parameters
-    ----------
-    subject : Subject
-        The model and its profile.
-    option : RouteOption
-        The route, its plan and what they cost.
-    budget_bytes : int
-        What a device's tensors may take.
-    """
+    """The plan of one route for one budget."""
 
     subject: Subject
     option: RouteOption
@@ -132,71 +129,62 @@ class RouteReport:
 
     def as_json(self) -> str:
         """Write everything as one JSON object."""
-        facts = _facts(self.subject, self.budget_bytes)
-        facts["choice"] = _option_facts(self.subject, self.option)
-        facts["units"] = [
-            {"name": name, "num_runs": num_runs, "is_light": is_light}
-            for _, name, num_runs, is_light in self._units()
-        ]
+        facts = self.subject.facts() | {
+            "budget_bytes": self.budget_bytes,
+            "choice": _option_facts(self.subject, self.option),
+            "units": [
+                {"name": name, "num_runs": num_runs, "is_selective": is_selective}
+                for _, name, num_runs, is_selective in self._units()
+            ],
+        }
         return json.dumps(facts)
 
     def for_people(self) -> RenderableType:
         """List the units on the device, with how often each runs."""
         option, profile = self.option, self.subject.profile
-        table = _table(
-            ("", "unit\non the device", "forward\nruns", "light", "fwd.\nFLOPs"),
-            ("unit\non the device", "light"),
-        )
-        for index, name, num_runs, is_light in self._units():
+        table = empty_table(_UNIT_HEADERS, left=(_UNIT_HEADERS[1], "selective"))
+        for index, name, num_runs, is_selective in self._units():
             flops = profile.units[index].forward_flops
-            light = "light" if is_light else ""
-            table.add_row(str(index + 1), name, str(num_runs), light, count_text(flops))
-        lines = [self._summary()]
-        if not option.recompute.is_empty:
-            lines += [f"The plan: {option.recompute}", *_legend([option])]
-        heading = self.subject.heading()
-        return Group(f"{heading}\n", table, *(f"\n{line}" for line in lines))
-
-    def _summary(self) -> str:
-        option, profile = self.option, self.subject.profile
-        plain_bytes = option_of(profile, option.route, KEEP_ALL).peak_bytes
+            selective = "selective" if is_selective else ""
+            table.add_row(
+                str(index + 1), name, str(num_runs), selective, count_text(flops)
+            )
         needed = f"{option.route} needs {bytes_text(option.peak_bytes)}"
         if option.recompute.is_empty:
-            return f"{needed} with nothing recomputed."
-        return (
+            return self.subject.page(table, f"{needed} with nothing recomputed.")
+        plain_bytes = option_of(profile, option.route, KEEP_ALL).peak_bytes
+        summary = (
             f"{needed}, and {bytes_text(plain_bytes)} with nothing recomputed. Extra "
             f"work: {_extra_text(option)}."
         )
+        plan_text = f"The plan: {option.recompute}"
+        return self.subject.page(table, summary, plan_text, _LEGEND)
 
     def _units(self) -> Iterator[tuple[int, str, int, bool]]:
-        """Yield index, name, number of forward runs and lightness of each unit."""
+        """Yield index, name, forward runs, and if it is selective, of each unit."""
         plan, units = self.option.recompute, self.subject.profile.units
         for leg in self.option.route.device_legs(len(units)):
             for index in range(leg.start, leg.stop):
-                is_light = index in plan.light
-                yield index, units[index].name, plan.num_runs(index), is_light
-
-
-def planned_routes(subject: Subject) -> tuple[Route, ...]:
-    """List the routes that a front is made of."""
-    return routes_worth_a_plan(subject.profile)
-
-
-def planned_options(subject: Subject, route: Route) -> tuple[RouteOption, ...]:
-    """Plan one route for several budgets."""
-    return options_of_route(subject.profile, route)
+                is_selective = index in plan.selective
+                yield index, units[index].name, plan.num_runs(index), is_selective
 
 
 def front_report(
-    subject: Subject, options: tuple[RouteOption, ...], *, budget_bytes: int | None
+    subject: Subject,
+    track: Callable[[Sequence[Route]], Iterable[Route]],
+    *,
+    budget_bytes: int | None,
 ) -> FrontReport:
-    """Keep the best options, and make sure that one fits.
+    """Plan every route worth it, and keep the best options.
 
-    Raises
-    ------
-    NoFeasiblePlan
-        If none does; with the bytes that would do.
+    ``track`` shows the progress over the routes. Raises NoFeasiblePlan if nothing fits
+    the budget, with the bytes that would do.
     """
+    options = [
+        option
+        for route in track(routes_worth_a_plan(subject.profile))
+        for option in options_of_route(subject.profile, route)
+    ]
     report = FrontReport(subject, undominated(options), budget_bytes)
     if budget_bytes is not None and not report.shown:
         least = report.options[0].route
@@ -205,30 +193,12 @@ def front_report(
 
 
 def route_report(subject: Subject, cut: int, *, budget_bytes: int) -> RouteReport:
-    """Plan one cut, or the whole model, for one budget.
-
-    Parameters
-    ----------
-    subject : Subject
-        The model and its profile.
-    cut : int
-        How many units the device has; all of them make the whole model.
-    budget_bytes : int
-        What a device's tensors may take.
-
-    Raises
-    ------
-    NoFeasiblePlan
-        If no plan fits; with the bytes that would do, and the nearest cut.
-    """
+    """Plan one cut, or with all units the whole model, for one budget."""
     profile = subject.profile
     route = Route.whole() if cut == len(profile.units) else Route.split(cut)
     plan = plan_recompute(profile, route, budget_bytes=budget_bytes)
-    return RouteReport(
-        subject=subject,
-        option=option_of(profile, route, plan),
-        budget_bytes=budget_bytes,
-    )
+    option = option_of(profile, route, plan)
+    return RouteReport(subject=subject, option=option, budget_bytes=budget_bytes)
 
 
 def recompute_text(plan: RecomputePlan, num_units: int) -> str:
@@ -238,39 +208,14 @@ def recompute_text(plan: RecomputePlan, num_units: int) -> str:
     --------
     >>> from flwr_smartsplit.types import Rerun
     >>> recompute_text(RecomputePlan((Rerun(0, 3, (Rerun(0, 1),)),), (4,)), 5)
-    '3 again, 1 light'
+    '3 again, 1 selective'
     >>> recompute_text(RecomputePlan(), 5)
     'none'
     """
     again = sum(plan.num_runs(unit) > 1 for unit in range(num_units))
-    counts = {"again": again, "light": len(plan.light)}
+    counts = {"again": again, "selective": len(plan.selective)}
     parts = [f"{count} {word}" for word, count in counts.items() if count]
     return ", ".join(parts) or "none"
-
-
-def last_unit(subject: Subject, route: Route) -> str:
-    """Name the unit before a route's first cut; the last one of a whole model."""
-    return subject.profile.units[route.cuts[0] - 1 if route.cuts else -1].name
-
-
-def _legend(options: Iterable[RouteOption]) -> list[str]:
-    """Explain the words for what runs again, if anything does."""
-    is_needed = any(not option.recompute.is_empty for option in options)
-    return [_LEGEND] if is_needed else []
-
-
-def _option_cells(subject: Subject, option: RouteOption) -> list[str]:
-    num_units = len(subject.profile.units)
-    return [
-        _cut_text(option.route),
-        last_unit(subject, option.route),
-        recompute_text(option.recompute, num_units),
-        bytes_text(option.peak_bytes),
-        count_text(option.work.extra_flops),
-        f"{option.work.extra_fraction:.0%}",
-        bytes_text(option.work.boundary_bytes) if option.route.cuts else "",
-        f"{option.work.device_fraction:.0%}",
-    ]
 
 
 def _cut_text(route: Route) -> str:
@@ -284,23 +229,11 @@ def _extra_text(option: RouteOption) -> str:
     )
 
 
-def _facts(subject: Subject, budget_bytes: int | None) -> dict[str, Any]:
-    return {
-        "model": subject.model,
-        "input_shapes": subject.input_shapes,
-        "batch_size": subject.profile.batch_size,
-        "optimizer": subject.optimizer,
-        "versions": versions(),
-        "no_cut_reason": subject.no_cut_reason,
-        "budget_bytes": budget_bytes,
-    }
-
-
 def _option_facts(subject: Subject, option: RouteOption) -> dict[str, Any]:
     return {
         "route": str(option.route),
         "cuts": option.route.cuts,
-        "last_unit": last_unit(subject, option.route),
+        "last_unit": subject.last_unit(option.route),
         "recompute": option.recompute.to_lists(),
         "peak_bytes": option.peak_bytes,
         "extra_flops": option.work.extra_flops,
@@ -308,13 +241,3 @@ def _option_facts(subject: Subject, option: RouteOption) -> dict[str, Any]:
         "boundary_bytes": option.work.boundary_bytes,
         "device_flops_fraction": option.work.device_fraction,
     }
-
-
-def _table(headers: tuple[str, ...], left: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for header in headers:
-        is_left = header in left
-        table.add_column(
-            header, justify="left" if is_left else "right", overflow="fold"
-        )
-    return table

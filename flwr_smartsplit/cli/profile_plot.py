@@ -1,16 +1,12 @@
-"""A picture of a profile: memory, work and traffic over the cuts.
-
-matplotlib is needed for this file only.
-"""
+"""Plot a profile: memory, work and traffic over the cuts. Needs matplotlib."""
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
@@ -47,12 +43,6 @@ MAX_NAMES, MAX_LETTERS = 45, 24
 WIDTH_INCHES, HEIGHT_INCHES = 10.0, 9.5
 
 
-def save_plot(report: ProfileReport, path: Path) -> None:
-    """Draw a report and write it as the kind of picture that the path names."""
-    with mpl.rc_context(STYLE):
-        profile_figure(report).savefig(path, dpi=120)
-
-
 def profile_figure(report: ProfileReport) -> Figure:
     """Draw three panels over the cuts: device memory, forward FLOPs, boundary."""
     profile = report.subject.profile
@@ -65,38 +55,33 @@ def profile_figure(report: ProfileReport) -> Figure:
     last = len(profile.units)
     shown = range(1, last + 1, math.ceil(last / MAX_NAMES))
     names = [unit.name for unit in profile.units]
-    traffic.set_xticks(
-        shown,
-        [
-            f"{_short(names[cut - 1])}  {cut if cut < last else 'whole'}"
-            for cut in shown
-        ],
-        rotation=90,
-        fontsize=7.5,
-    )
+    labels = [
+        f"{short_name(names[cut - 1])}  {cut if cut < last else 'whole'}"
+        for cut in shown
+    ]
+    traffic.set_xticks(shown, labels, rotation=90, fontsize=7.5)
     traffic.set_xlim(0.3, last + 0.7)
     traffic.set_xlabel("last unit on the device, and the cut after it")
     return figure
 
 
 def _draw_memory(axes: Axes, profile: ChainProfile, budget_bytes: int | None) -> None:
-    """Draw each device's peak, with what its units hold in all beside it."""
+    """Draw each device's peak, and what its units hold in total."""
     units = profile.units
     peaks = [unit.device_peak_bytes for unit in units]
     cuts = range(1, len(units) + 1)
     label = "peak of the device"
     axes.plot(cuts, peaks, color=BLUE, lw=2.6, marker="o", ms=4.5, label=label)
     axes.fill_between(cuts, peaks, color=BLUE, alpha=0.08, lw=0)
-    for sizes, names in _context(units).items():
-        label = " = ".join(names)
-        colour = next(COLOURS[name] for name in names)
+    for sizes, names in _unit_costs(units).items():
         shown = [size or math.nan for size in sizes]
-        axes.plot(cuts, shown, color=colour, lw=1.5, label=label)
+        colour = COLOURS[names[0]]
+        axes.plot(cuts, shown, color=colour, lw=1.5, label=" = ".join(names))
     references = [("whole model", GREY, peaks[-1]), ("budget", "k", budget_bytes)]
     for label, colour, size in references:
         if size is not None:
             axes.axhline(size, color=colour, lw=1.4, ls="--", zorder=1.5, label=label)
-    _in_bytes(axes, low=min(peaks) / 3, high=1.5 * max([*peaks, budget_bytes or 0]))
+    _scale_bytes(axes, low=min(peaks) / 3, high=1.5 * max([*peaks, budget_bytes or 0]))
     axes.set_ylabel("device memory")
     cut = least_memory_cut(profile)
     least = f"{bytes_text(min(peaks[:-1]))} at cut {cut}, " if cut else ""
@@ -109,7 +94,7 @@ def _draw_memory(axes: Axes, profile: ChainProfile, budget_bytes: int | None) ->
 
 def _draw_work(axes: Axes, profile: ChainProfile) -> None:
     """Draw which share of the forward pass each device does."""
-    flops = _so_far(profile.units, lambda unit: unit.forward_flops)
+    flops = _totals(profile.units, lambda unit: unit.forward_flops)
     total = flops[-1] or 1
     cuts = range(1, len(flops) + 1)
     shares = [done / total for done in flops]
@@ -131,7 +116,7 @@ def _draw_traffic(axes: Axes, profile: ChainProfile) -> None:
     axes.plot(cuts, sizes, color=GREEN, lw=1.8, marker="o", ms=4.5, label="boundary")
     axes.axhline(batch_bytes, color=GREY, lw=1.4, ls="--", label="batch with targets")
     every = [*filter(None, sizes), batch_bytes]
-    _in_bytes(axes, low=min(every) / 2, high=max(every) * 2)
+    _scale_bytes(axes, low=min(every) / 2, high=max(every) * 2)
     axes.set_ylabel("bytes per step, each way")
     least = f", at least {bytes_text(min(sizes))}" if sizes else ""
     _finish(
@@ -140,13 +125,13 @@ def _draw_traffic(axes: Axes, profile: ChainProfile) -> None:
     )
 
 
-def _context(units: Sequence[UnitCost]) -> dict[tuple[int, ...], list[str]]:
-    """Name what the units up to each cut hold in all; what is equal is one line."""
+def _unit_costs(units: Sequence[UnitCost]) -> dict[tuple[int, ...], list[str]]:
+    """Name what the units up to each cut hold in total; equal costs share a line."""
     costs: dict[str, tuple[int, ...]] = {
-        "parameters": _so_far(units, lambda unit: unit.parameter_bytes),
-        "gradients": _so_far(units, lambda unit: unit.gradient_bytes),
-        "optimizer state": _so_far(units, lambda unit: unit.optimizer_state_bytes),
-        "saved activations": _so_far(units, lambda unit: unit.saved_bytes),
+        "parameters": _totals(units, lambda unit: unit.parameter_bytes),
+        "gradients": _totals(units, lambda unit: unit.gradient_bytes),
+        "optimizer state": _totals(units, lambda unit: unit.optimizer_state_bytes),
+        "saved activations": _totals(units, lambda unit: unit.saved_bytes),
     }
     names: dict[tuple[int, ...], list[str]] = {}
     for name, sizes in costs.items():
@@ -155,20 +140,24 @@ def _context(units: Sequence[UnitCost]) -> dict[tuple[int, ...], list[str]]:
     return names
 
 
-def _so_far(
+def _totals(
     units: Sequence[UnitCost], cost: Callable[[UnitCost], int]
 ) -> tuple[int, ...]:
-    """Add a cost up over the units that a device has, for every cut."""
+    """Add a cost up over the units before each cut."""
     return tuple(accumulate(map(cost, units)))
 
 
-def _in_bytes(axes: Axes, *, low: float, high: float) -> None:
-    """Give an axis a logarithmic scale in powers of two, in readable sizes."""
+def _scale_bytes(axes: Axes, *, low: float, high: float) -> None:
     axes.set_yscale("log", base=2)
     axes.set_ylim(low, high)
-    axes.yaxis.set_major_locator(LogLocator(base=2, numticks=7))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: bytes_text(int(size))))
+    label_bytes(axes.yaxis, num_ticks=7)
+
+
+def label_bytes(axis: Axis, *, num_ticks: int) -> None:
+    """Label a logarithmic axis with powers of two as sizes."""
+    axis.set_major_locator(LogLocator(base=2, numticks=num_ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda size, _: bytes_text(int(size))))
 
 
 def _finish(axes: Axes, title: str) -> None:
@@ -179,6 +168,6 @@ def _finish(axes: Axes, title: str) -> None:
     )
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """Keep the end of a long name, which tells units apart."""
     return name if len(name) <= MAX_LETTERS else f"…{name[1 - MAX_LETTERS :]}"

@@ -1,15 +1,12 @@
-"""What ``smartsplit profile`` says: the costs, the refusals, what fits a budget."""
+"""The report of ``smartsplit profile``: costs, refused cuts, what fits a budget."""
 
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-import torch
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
-from flwr_smartsplit.cli.subject import Subject
+from flwr_smartsplit.cli.subject import Subject, empty_table
 from flwr_smartsplit.errors import NoFeasibleRoute, bytes_text
 from flwr_smartsplit.plan.routes import deepest_route
 from flwr_smartsplit.types import EDGE, ChainProfile, Route, UnitCost
@@ -27,19 +24,12 @@ _HEADERS = (
     "device\npeak",
     "whole\n/ peak",
 )
+_FITS = "\nfits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReport:
-    """A profiled model, and the memory that a device may use.
-
-    Parameters
-    ----------
-    subject : Subject
-        The model and its profile.
-    budget_bytes : int or None
-        What a device's tensors may take; None if nobody asked.
-    """
+    """A profiled model, and the memory that a device's tensors may take, if given."""
 
     subject: Subject
     budget_bytes: int | None
@@ -47,47 +37,37 @@ class ProfileReport:
     def as_json(self) -> str:
         """Write everything as one JSON object."""
         subject, profile = self.subject, self.subject.profile
-        facts: dict[str, Any] = {
-            "model": subject.model,
-            "input_shapes": subject.input_shapes,
-            "optimizer": subject.optimizer,
-            "versions": versions(),
+        facts = {
+            **subject.facts(),
             **asdict(profile),
             "whole_peak_bytes": profile.units[-1].device_peak_bytes,
             "least_memory_cut": least_memory_cut(profile),
             "refusals": subject.refusals,
-            "no_cut_reason": subject.no_cut_reason,
             "budget_bytes": self.budget_bytes,
         }
         if self.budget_bytes is not None:
-            route = self.deepest_route()
-            facts["cuts_within_budget"] = self.fitting_cuts()
+            route = self._deepest_route()
+            facts["cuts_within_budget"] = self._fitting_cuts()
             facts["deepest_route"] = None if route is None else str(route)
         return json.dumps(facts)
 
     def for_people(self) -> RenderableType:
-        """Lay the costs out as a table, with what they mean below."""
+        """Lay the costs out as a table, with a summary below."""
         lines = self._memory_lines()
         if self.budget_bytes is not None:
             lines.append(self._budget_text(self.budget_bytes))
         lines.append(self._refusals_text())
-        heading = self.subject.heading()
-        return Group(f"{heading}\n", self._table(), *(f"\n{line}" for line in lines))
+        return self.subject.page(self._table(), *lines)
 
-    def fitting_cuts(self) -> list[int]:
-        """List the cuts whose device part fits the budget."""
-        return [
-            cut
-            for cut, unit in enumerate(self.subject.profile.units[:-1], start=1)
-            if self._fits(unit)
-        ]
+    def _fitting_cuts(self) -> list[int]:
+        units = self.subject.profile.units[:-1]
+        return [cut for cut, unit in enumerate(units, start=1) if self._fits(unit)]
 
-    def deepest_route(self) -> Route | None:
+    def _deepest_route(self) -> Route | None:
         """Choose the route that the strategy would take; None if nothing fits."""
+        profile, budget_bytes = self.subject.profile, self.budget_bytes
         try:
-            return deepest_route(
-                self.subject.profile, budget_bytes=self.budget_bytes, edge=EDGE
-            )
+            return deepest_route(profile, budget_bytes=budget_bytes, edge=EDGE)
         except NoFeasibleRoute:
             return None
 
@@ -97,21 +77,14 @@ class ProfileReport:
 
     def _table(self) -> Table:
         """Show one row per unit; the last is the whole model."""
-        profile = self.subject.profile
-        whole_bytes = profile.units[-1].device_peak_bytes
-        table = Table(box=None, pad_edge=False, collapse_padding=True)
-        for header in _HEADERS:
-            is_name = header == _HEADERS[1]
-            table.add_column(
-                header,
-                justify="left" if is_name else "right",
-                no_wrap=is_name,
-                overflow="fold",
-            )
-        if self.budget_bytes is not None:
-            table.add_column("\nfits")
-        for cut, unit in enumerate(profile.units, start=1):
-            is_whole = cut == len(profile.units)
+        units = self.subject.profile.units
+        whole_bytes = units[-1].device_peak_bytes
+        has_budget = self.budget_bytes is not None
+        headers = (*_HEADERS, _FITS) if has_budget else _HEADERS
+        table = empty_table(headers, left=(_HEADERS[1], _FITS))
+        table.columns[1].no_wrap = True
+        for cut, unit in enumerate(units, start=1):
+            is_whole = cut == len(units)
             cells = [
                 "whole" if is_whole else str(cut),
                 unit.name,
@@ -124,7 +97,7 @@ class ProfileReport:
                 bytes_text(unit.device_peak_bytes),
                 f"{whole_bytes / unit.device_peak_bytes:.3g}",
             ]
-            if self.budget_bytes is not None:
+            if has_budget:
                 cells.append("yes" if self._fits(unit) else "no")
             table.add_row(*cells)
         return table
@@ -134,10 +107,9 @@ class ProfileReport:
         profile = self.subject.profile
         whole_bytes = profile.units[-1].device_peak_bytes
         whole_text, batch_text = map(bytes_text, (whole_bytes, profile.batch_bytes))
-        text = (
+        lines = [
             f"The whole model needs {whole_text} on the device; a batch, {batch_text}."
-        )
-        lines = [text]
+        ]
         cut = least_memory_cut(profile)
         if cut is not None:
             unit = profile.units[cut - 1]
@@ -165,19 +137,18 @@ class ProfileReport:
 
     def _budget_text(self, budget_bytes: int) -> str:
         """Say what fits, and which route the strategy would take."""
-        profile = self.subject.profile
-        route = self.deepest_route()
+        units, route = self.subject.profile.units, self._deepest_route()
         if route is None:
-            least = min(unit.device_peak_bytes for unit in profile.units)
+            least = min(unit.device_peak_bytes for unit in units)
             return (
                 f"Nothing fits {bytes_text(budget_bytes)}: it takes at least "
                 f"{bytes_text(least)}. Lower the batch size or raise the budget."
             )
-        cuts = self.fitting_cuts()
+        cuts = self._fitting_cuts()
         fitting = [f"cuts {spans_text(cuts)}"] if cuts else []
-        if self._fits(profile.units[-1]):
+        if self._fits(units[-1]):
             fitting.append("the whole model")
-        where = f", after {profile.units[route.cuts[0] - 1].name}" if route.cuts else ""
+        where = f", after {units[route.cuts[0] - 1].name}" if route.cuts else ""
         return (
             f"Within {bytes_text(budget_bytes)} fit {' and '.join(fitting)}. "
             f"The deepest route: {route}{where}."
@@ -188,15 +159,6 @@ def least_memory_cut(profile: ChainProfile) -> int | None:
     """Find the cut with the least peak on the device; None if there is no cut."""
     peaks = [unit.device_peak_bytes for unit in profile.units[:-1]]
     return peaks.index(min(peaks)) + 1 if peaks else None
-
-
-def versions() -> dict[str, str]:
-    """Name the versions that the numbers depend on."""
-    try:
-        ours = version("flwr-smartsplit")
-    except PackageNotFoundError:
-        ours = "not installed"
-    return {"torch": str(torch.__version__), "flwr_smartsplit": ours}
 
 
 def count_text(count: int) -> str:

@@ -1,4 +1,4 @@
-"""From the words of a command line to a ``Task``."""
+"""Build the ``Task`` that the command line names."""
 
 import difflib
 import sys
@@ -36,7 +36,7 @@ _PATCHED = "vit_"
 
 
 class UnknownModel(SmartSplitError):
-    """A MODEL, or an optimizer, that the command line cannot build."""
+    """A MODEL or an optimizer that cannot be built."""
 
 
 @warnings_ignored()
@@ -45,21 +45,8 @@ def task_of(
 ) -> Task:
     """Build the task that a command line names.
 
-    Parameters
-    ----------
-    model : str
-        ``torchvision:NAME``, or ``package.module:function``, where the function
-        returns a ``Task`` or an ``nn.Module``.
-    input_shape : tuple[int, ...], optional
-        Shape of one input, without the batch; needed for an ``nn.Module`` of one's
-        own. A ``Task`` brings its example inputs along.
-    optimizer : str
-        ``"sgd"``, ``"momentum"`` or ``"adam"``; a ``Task`` keeps its own.
-
-    Raises
-    ------
-    UnknownModel
-        If there is no such model or optimizer, or the inputs are not known.
+    A ``Task`` brings its example inputs and its optimizer; an ``nn.Module`` of your own
+    needs ``input_shape``, the shape of one input without the batch.
 
     Examples
     --------
@@ -77,11 +64,11 @@ def task_of(
         shape = input_shape or (3, 224, 224)
         return _classification(build, shape, optimizer, num_classes=NUM_CLASSES)
     function = _imported(model)
-    # What a function of one's own builds is looked at first, without memory.
+    # Look at what the user's function builds without taking memory for it.
     with parameters_on_meta():
-        made = _called(model, function)
+        made = _call(model, function)
     if isinstance(made, Task):
-        task: Task = _called(model, function)
+        task: Task = _call(model, function)
         return task
     if not isinstance(made, nn.Module):
         raise UnknownModel(
@@ -90,7 +77,7 @@ def task_of(
         )
     if input_shape is None:
         raise UnknownModel(
-            f"{model} returned a module: name the shape of one input, such as "
+            f"{model} returned a module: give the shape of one input, such as "
             "--input 3x32x32, or let it return a flwr_smartsplit.Task."
         )
     num_classes = _num_classes(made, input_shape)
@@ -108,12 +95,7 @@ def torchvision_fn(
 ) -> Callable[[], nn.Module]:
     """Return the function that builds a torchvision classifier for ten classes.
 
-    Transformers that fix their image size are built for the one asked for.
-
-    Raises
-    ------
-    UnknownModel
-        If torchvision has no such classifier; names the closest.
+    Transformers with a fixed image size are built for that of ``input_shape``.
     """
     known = models.list_models(module=models)
     if name not in known:
@@ -126,15 +108,10 @@ def torchvision_fn(
         arguments["image_size"] = input_shape[-1]
     if name == "maxvit_t" and input_shape is not None:
         arguments["input_size"] = tuple(input_shape[-2:])
-    return partial(_torchvision_model, name, arguments)
-
-
-def _torchvision_model(name: str, arguments: dict[str, Any]) -> nn.Module:
     # These two warn that their slow default initialisation will change.
     if name in ("googlenet", "inception_v3"):
-        arguments = {**arguments, "init_weights": False}
-    model: nn.Module = models.get_model(name, weights=None, **arguments)
-    return model
+        arguments["init_weights"] = False
+    return partial(models.get_model, name, weights=None, **arguments)
 
 
 def _classification(
@@ -154,7 +131,7 @@ def _classification(
 
 
 def mean_cross_entropy(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-    """Take the mean cross-entropy; auxiliary outputs count as in their papers.
+    """Return the mean cross-entropy; auxiliary outputs are weighted as in their papers.
 
     GoogLeNet (Szegedy et al., 2015, section 5) weighs its two with 0.3, Inception v3
     (Szegedy et al., 2016) in torchvision's reference its one with 0.3 as well.
@@ -169,7 +146,7 @@ def mean_cross_entropy(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _num_classes(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Read off a dry run how many classes a module tells apart."""
+    """Find by a dry run how many classes a module distinguishes."""
     mode = DryRun()
     module = fake_copy(model, mode)
     inputs = fake_batch(torch.zeros(1, *input_shape), mode, batch_size=2)
@@ -187,14 +164,14 @@ def _num_classes(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     if shape is None or len(shape) != 2 or shape[1] < 2:  # noqa: PLR2004
         found = type(main).__name__ if shape is None else f"tensor of shape {shape}"
         raise UnknownModel(
-            f"{type(model).__name__} is no classifier: for 2 examples it returns a "
+            f"{type(model).__name__} is not a classifier: for 2 examples it returns a "
             f"{found}, not (2, classes). Let MODEL return a flwr_smartsplit.Task, "
             "with a loss of its own."
         )
     return shape[1]
 
 
-def _called(path: str, function: Callable[[], Any]) -> Any:
+def _call(path: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except SmartSplitError:
@@ -215,7 +192,7 @@ def _imported(path: str) -> Callable[[], Any]:
         sys.path.insert(0, here)
     try:
         function: Any = getattr(import_module(module_name), name)
-    except Exception as error:  # Whatever a module of the user's own may raise.
+    except Exception as error:  # The user's module may raise anything.
         raise UnknownModel(
             f"MODEL {path!r} cannot be imported: {first_line(error)}"
         ) from error
@@ -228,6 +205,6 @@ def _imported(path: str) -> Callable[[], Any]:
 
 
 def first_line(error: Exception) -> str:
-    """Say in a line what kind of error it is and what it says."""
+    """Give an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}." if lines else repr(error)

@@ -1,14 +1,15 @@
-"""The model that a command line names: read as a chain, and profiled.
-
-Both commands begin with it, so that both explain the same mistakes the same way.
-"""
+"""The model named on the command line: read as a chain, and profiled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +25,7 @@ from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Unit
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile
+from flwr_smartsplit.types import ChainProfile, Route
 
 WHOLE = "whole model"
 
@@ -33,20 +34,8 @@ WHOLE = "whole model"
 class Subject:
     """A model, what it costs, and where it must not be cut.
 
-    Parameters
-    ----------
-    model : str
-        MODEL as it was given.
-    optimizer : str or None
-        The optimizer that was asked for; None if the task brought its own.
-    task : Task
-        What trains it.
-    profile : ChainProfile
-        What each of its units costs.
-    refusals : dict[str, str]
-        The places that must not be cut, with the reasons.
-    no_cut_reason : str or None
-        Why it cannot be cut anywhere, if so.
+    ``optimizer`` is None if the task brought its own; ``refusals`` maps places that
+    must not be cut to reasons; ``no_cut_reason`` is set if no place can be cut.
     """
 
     model: str
@@ -61,14 +50,46 @@ class Subject:
         """Shapes of one example's inputs, without the batch."""
         return [tuple(x.shape[1:]) for x in tree_leaves(self.task.example_inputs)]
 
+    def last_unit(self, route: Route) -> str:
+        """Name the unit before a route's first cut; the last one of a whole model."""
+        return self.profile.units[route.cuts[0] - 1 if route.cuts else -1].name
+
     def heading(self) -> str:
         """Say what was profiled, and how."""
         shapes = ", ".join("×".join(map(str, shape)) for shape in self.input_shapes)
-        optimizer = self.optimizer or "its own optimizer"
         return (
             f"{self.model}, input {shapes}, batch size {self.profile.batch_size}, "
-            f"{optimizer}"
+            f"{self.optimizer or 'its own optimizer'}"
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Collect what the JSON of every command begins with."""
+        try:
+            ours = version("flwr-smartsplit")
+        except PackageNotFoundError:
+            ours = "not installed"
+        return {
+            "model": self.model,
+            "input_shapes": self.input_shapes,
+            "batch_size": self.profile.batch_size,
+            "optimizer": self.optimizer,
+            "versions": {"torch": str(torch.__version__), "flwr_smartsplit": ours},
+            "no_cut_reason": self.no_cut_reason,
+        }
+
+    def page(self, table: Table, *lines: str | None) -> RenderableType:
+        """Put a heading over a table, and lines of text below it; leave None out."""
+        below = (f"\n{line}" for line in lines if line is not None)
+        return Group(f"{self.heading()}\n", table, *below)
+
+
+def empty_table(headers: Sequence[str], *, left: Sequence[str]) -> Table:
+    """Make a table whose columns are aligned right, except those named in ``left``."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for header in headers:
+        justify: Any = "left" if header in left else "right"
+        table.add_column(header, justify=justify, overflow="fold")
+    return table
 
 
 def read_subject(
@@ -79,27 +100,9 @@ def read_subject(
     optimizer: str | None,
     cache_dir: Path | None = None,
 ) -> Subject:
-    """Read and profile the model that a command line names.
+    """Read and profile the model named on the command line.
 
     A model that cannot be read as a chain becomes a single unit, with the reason.
-
-    Parameters
-    ----------
-    model : str
-        MODEL of the command line.
-    input_shape : tuple[int, ...], optional
-        Shape of one input; None if MODEL knows it.
-    batch_size : int
-        Examples per step.
-    optimizer : str, optional
-        Its name; None for plain SGD, or what MODEL brings along.
-    cache_dir : Path, optional
-        A folder that keeps profiles.
-
-    Raises
-    ------
-    SmartSplitError
-        If there is no such model, or it cannot do a step.
     """
     task = task_of(model, input_shape=input_shape, optimizer=optimizer or "sgd")
     name = optimizer_name(task)
@@ -122,13 +125,12 @@ def read_subject(
 
 
 def _read(model: str, task: Task) -> tuple[Task, Chain, str | None]:
-    """Read a task's model; if that fails, the task and chain of one unit."""
+    """Build the chain of a task; if it has no cut, the chain of one unit and why."""
     try:
         chain = build_chain(task)
         chain.require_cuts()
     except NotSplittable as error:
-        reason = " ".join(str(error).split())
-        return *_uncut(task, error), reason
+        return *_uncut(task, error), " ".join(str(error).split())
     except SmartSplitError:
         raise
     except Exception as error:
@@ -151,19 +153,17 @@ def _uncut(task: Task, error: NotSplittable) -> tuple[Task, Chain]:
 
 
 class _Wrapped(nn.Module):
-    """A model as the child of another."""
+    """A model as the only child of another."""
 
     def __init__(self, model_fn: Any) -> None:
         super().__init__()
         self.model = model_fn()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
         return self.model(*args, **kwargs)
 
 
-def _one_unit(model: nn.Module) -> Sequence[Unit]:
-    del model
+def _one_unit(_: nn.Module) -> Sequence[Unit]:
     return [Unit(WHOLE, _call, ("model",))]
 
 

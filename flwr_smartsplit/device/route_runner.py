@@ -242,11 +242,16 @@ class RouteRunner:
             self._edge.abandon_quietly()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Copy the state of the device's segments, in the chain's order."""
+        """Copy what training can change of the device's state, in the chain's order."""
         state: dict[str, npt.NDArray[Any]] = {}
         for runner in self._runners:
             state |= state_of(runner.segment)
-        return state
+        changed = {
+            name
+            for leg in self.route.device_legs(len(self._chain))
+            for name in self._chain.changed_names(leg.start, leg.stop)
+        }
+        return {name: array for name, array in state.items() if name in changed}
 
     def report(self, *, num_epochs: int) -> StepReport:
         """Sum up what was done and measured."""

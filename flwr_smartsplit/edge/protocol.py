@@ -322,6 +322,10 @@ class CountingTransport:
 
 def payload_bytes(message: Any) -> int:
     """Add up the array bytes in a message; headers are not counted."""
+    if message is None or isinstance(message, str | int | float):
+        return 0
+    if isinstance(message, WireTensor):
+        message = message.data
     if isinstance(message, np.ndarray):
         return int(message.nbytes)
     if isinstance(message, Mapping):

@@ -31,7 +31,8 @@ class Sent:
     names : tuple[str, ...]
         The state of its device segments.
     returned_names : tuple[str, ...]
-        Those of them that it sends back: without what stays on the device.
+        Those of them that it sends back: what training can change, without what stays
+        on the device.
     assignment : Assignment
         What the policy gave it.
     profile : ChainProfile, optional
@@ -57,10 +58,10 @@ class Sent:
             names = device_names(plan, chain)
         except InvalidRoute:
             return self
-        local = set(self.names) - set(self.returned_names)
+        local = set(changed_names(self.plan, chain)) - set(self.returned_names)
         if not local <= set(names):
             return self
-        mine = tuple(name for name in names if name not in local)
+        mine = tuple(n for n in changed_names(plan, chain) if n not in local)
         return replace(self, plan=plan, names=names, returned_names=mine)
 
 
@@ -188,6 +189,15 @@ def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
         name
         for leg in plan.route.device_legs(len(chain))
         for name in chain.state_names(leg.start, leg.stop)
+    )
+
+
+def changed_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
+    """Name those of them that training can change."""
+    return tuple(
+        name
+        for leg in plan.route.device_legs(len(chain))
+        for name in chain.changed_names(leg.start, leg.stop)
     )
 
 

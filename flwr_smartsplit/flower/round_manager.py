@@ -21,7 +21,13 @@ from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, Journal, OnR
 from flwr_smartsplit.flower.journal.round_log import RoundLog
 from flwr_smartsplit.flower.observations import cohort_in, observed
 from flwr_smartsplit.flower.planning import Planning
-from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names, returned
+from flwr_smartsplit.flower.round_exchange import (
+    Dispatch,
+    Sent,
+    changed_names,
+    device_names,
+    returned,
+)
 from flwr_smartsplit.flower.serde.records import plain_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
@@ -140,7 +146,7 @@ class CentralManager:
             trained = frozenset(n for n, _ in self.chain.model.named_parameters())
             step = ServerOptimizer(take_step, trained)
             self._server_steps = (step, *settings.server_steps)
-        self._profiles: dict[int, ChainProfile] = {}
+        self._profiles: dict[tuple[int, int], ChainProfile] = {}
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self._newest = 0
         self._state: State = {}
@@ -198,7 +204,8 @@ class CentralManager:
                 addresses=addresses,
                 cohort=cohort,
             )
-            profile = self._profiles[clients[key].batch_size]
+            size = clients[key].batch_size
+            profile = self._profile(size, assignment.option.accumulate)
             dispatch.sent[key] = self._sent(client_plan, assignment, profile)
         # Flower's legacy server does not ask what came of a phase that asked nobody.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
@@ -318,7 +325,7 @@ class CentralManager:
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
         plan = plan_round(
             fleet,
-            self._profiles,
+            {each.batch_size: self._profile(each.batch_size) for each in fleet},
             round_number=phase.round_number,
             num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
@@ -326,6 +333,7 @@ class CentralManager:
                 select=planning.select if phase.is_train else select_at_random,
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
+                accumulated=self._profile,
             ),
             rng=Random(seed),
             history=self.history,
@@ -341,12 +349,8 @@ class CentralManager:
         priced: list[DeviceProfile] = []
         problems: list[InvalidTask] = []
         for key, client in clients.items():
-            size = client.batch_size
             try:
-                if size not in self._profiles:
-                    self._profiles[size] = profile_chain(
-                        self.chain, batch_size=size, task=self.task
-                    )
+                self._profile(client.batch_size)
             except InvalidTask as error:
                 problems.append(error)
                 failure = Failure(client_key=key, kind="failed", cause=str(error))
@@ -356,6 +360,17 @@ class CentralManager:
         if problems and not priced:
             raise problems[0]
         return priced
+
+    def _profile(self, batch_size: int, accumulate: int = 1) -> ChainProfile:
+        """Find the chain's costs once for each batch size and micro-batches."""
+        kind = batch_size, max(accumulate, self.task.accumulate)
+        if kind not in self._profiles:
+            self._profiles[kind] = profile_chain(
+                self.chain,
+                batch_size=batch_size,
+                task=replace(self.task, accumulate=kind[1]),
+            )
+        return self._profiles[kind]
 
     def _cohort(
         self,
@@ -381,7 +396,7 @@ class CentralManager:
     ) -> Sent:
         """Name what a client is sent, and what it sends back."""
         names = device_names(plan, self.chain)
-        back = returned(names, self.task.is_local)
+        back = returned(changed_names(plan, self.chain), self.task.is_local)
         return Sent(plan, names, back, assignment, profile)
 
     def _client_plan(

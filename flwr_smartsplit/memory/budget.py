@@ -1,8 +1,4 @@
-"""Budgets that move: what a device's tensors may take, read between batches.
-
-They stand apart from the cap, which compares with the last number it was told: where a
-number comes from is the user's affair.
-"""
+"""Memory budgets that may change between batches."""
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -16,8 +12,7 @@ import psutil
 
 from flwr_smartsplit.types.sizes import parse_size
 
-MAX_BUDGET_BYTES = 2**60
-"""More is a slip: no machine has it."""
+MAX_BUDGET_BYTES = 2**60  # more is a typing error: no machine has it
 
 _HEADER = ["step", "budget_bytes"]
 _SHOWN_PROBLEMS = 5
@@ -26,8 +21,7 @@ _SHOWN_PROBLEMS = 5
 class MemoryBudget(ABC):
     """What a device's tensors may take, which may change between batches.
 
-    Subclass it for a budget of one's own; what ``read`` returns is checked where
-    ``as_budget`` was given it.
+    Subclass it for a budget of your own; whoever uses it checks what ``read`` returns.
 
     Examples
     --------
@@ -40,7 +34,7 @@ class MemoryBudget(ABC):
 
     @abstractmethod
     def read(self, *, step: int, live_bytes: int) -> int | None:
-        """Say what the tensors may take from now on.
+        """Return what the tensors may take from now on.
 
         Parameters
         ----------
@@ -52,28 +46,28 @@ class MemoryBudget(ABC):
         Returns
         -------
         int or None
-            Bytes, of all tensors together; None is no limit.
+            Bytes for all tensors together; None is no limit.
         """
 
     @staticmethod
     def constant(budget_bytes: int | None) -> "MemoryBudget":
-        """Return a budget that stays; None is no limit.
+        """Return a budget that never changes; None is no limit.
 
         Raises
         ------
         ValueError
-            If it is no number of bytes.
+            If it is not a number of bytes.
         """
         return _Constant(_checked(budget_bytes, "budget_bytes"))
 
     @staticmethod
     def from_trace(path: str | Path) -> "MemoryBudget":
-        """Return a budget that follows a file.
+        """Return a budget that follows a file, which is read once.
 
-        Each line is ``step,budget_bytes``, and holds from that step to the next
-        line's. A budget is a whole number of bytes, a size such as ``64MiB``, or
-        ``none`` for no limit. The first line is for step 0; a header, empty lines and
-        lines that begin with ``#`` are passed over. The file is read once.
+        Each line is ``step,budget_bytes``, and holds from that step to the next line's.
+        A budget is a whole number of bytes, a size such as ``64MiB``, or ``none`` for
+        no limit. The first line is for step 0; a header, empty lines and lines that
+        begin with ``#`` are skipped.
 
         Raises
         ------
@@ -88,21 +82,21 @@ class MemoryBudget(ABC):
     def free_memory(
         *, reserve_bytes: int, available_bytes: Callable[[], int] | None = None
     ) -> "MemoryBudget":
-        """Return a budget of what the machine has free, and what is in use already.
+        """Return a budget of what the machine has free plus what the client uses.
 
         Parameters
         ----------
         reserve_bytes : int
             Left to others.
         available_bytes : Callable[[], int], optional
-            Reads what is free; the machine's memory if not given. A container's limit
-            is not in that number, and several clients would each count all of it as
+            Reads what is free; by default, on the whole machine. That number ignores
+            the limit of a container, and several clients would each count all of it as
             theirs: give a function of your own there.
 
         Raises
         ------
         ValueError
-            If the reserve is no number of bytes.
+            If the reserve is not a number of bytes.
         """
         reserved = _checked(reserve_bytes, "reserve_bytes")
         if reserved is None:
@@ -111,17 +105,7 @@ class MemoryBudget(ABC):
 
 
 def as_budget(value: int | MemoryBudget | None) -> MemoryBudget:
-    """Turn what a user gives into a budget whose numbers are checked.
-
-    Parameters
-    ----------
-    value : int, MemoryBudget or None
-        Bytes, a budget, or no limit.
-
-    Raises
-    ------
-    ValueError
-        If it is none of these, and when a budget's ``read`` returns something else.
+    """Turn bytes, a budget or None into a budget whose ``read`` checks its numbers.
 
     Examples
     --------
@@ -181,7 +165,7 @@ def _machine_available_bytes() -> int:
 
 
 def _checked(value: Any, name: str) -> int | None:
-    """Return a number of bytes as an int, or say what is wrong with it."""
+    """Return a number of bytes as an int, or raise with what is wrong."""
     if value is None:
         return None
     is_count = isinstance(value, Integral) and not isinstance(value, bool)
@@ -202,7 +186,7 @@ def _checked(value: Any, name: str) -> int | None:
 
 
 def _trace(path: Path) -> _Trace:
-    """Read a trace, or say all that is wrong with it."""
+    """Read a trace, or raise with everything that is wrong with it."""
     rows: list[tuple[int, int | None]] = []
     problems: list[str] = []
     for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
@@ -211,7 +195,7 @@ def _trace(path: Path) -> _Trace:
             continue
         try:
             row = _row(words)
-            if rows or not problems:  # else it is not known what came before
+            if rows or not problems:  # Otherwise the step before is unknown.
                 _check_order(row[0], rows[-1][0] if rows else None)
             rows.append(row)
         except ValueError as error:
@@ -227,19 +211,18 @@ def _trace(path: Path) -> _Trace:
 
 
 def _row(words: list[str]) -> tuple[int, int | None]:
-    """Read one row."""
     if len(words) != len(_HEADER):
         raise ValueError(
             f"it has {len(words)} values, not step,budget_bytes: write 0,64MiB."
         )
     step, budget = words
     if not _is_whole(step):
-        raise ValueError(f"{step!r} is no step: write a whole number from 0 on.")
+        raise ValueError(f"{step!r} is not a step: write a whole number from 0 on.")
     return int(step), _budget_of(budget)
 
 
 def _check_order(step: int, previous_step: int | None) -> None:
-    """Refuse a first step that is not 0, and a step that is not after the last."""
+    """Refuse a first step other than 0, and a step that is not after the last."""
     if previous_step is None and step > 0:
         raise ValueError(
             f"the first row is for step {step}, and nothing says what holds before: "
@@ -253,14 +236,13 @@ def _check_order(step: int, previous_step: int | None) -> None:
 
 
 def _budget_of(text: str) -> int | None:
-    """Read a budget as a trace has it."""
     if text.lower() == "none":
         return None
     try:
         num_bytes = int(text) if _is_whole(text) else parse_size(text)
     except ValueError:
         raise ValueError(
-            f"{text!r} is no budget: write bytes as a whole number, a size such as "
+            f"{text!r} is not a budget: write bytes as a whole number, a size such as "
             "64MiB, or none for no limit."
         ) from None
     return _checked(num_bytes, "the budget")

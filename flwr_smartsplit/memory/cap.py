@@ -1,13 +1,13 @@
-"""memory_cap: a hard limit on what a step holds, in three modes.
+"""memory_cap: a hard limit on the memory of a step, in three modes.
 
-Metering costs time in each operator, and what a step holds depends on its shapes,
-not on its values. So a sampled cap looks at the first two steps of each shape, where
-the optimizer makes its state, and then at one in so many.
+Metering slows down each operator, and what a step holds depends on its shapes, not on
+its values. So a sampled cap meters the first two steps of each shape, in which the
+optimizer allocates its state, and then one step in ``every``.
 """
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from typing import Any
 
@@ -20,7 +20,7 @@ _FIRST_STEPS = 2
 
 
 class CapMode(StrEnum):
-    """How closely a cap looks: at some steps, at everything, or not at all."""
+    """How much a cap meters: some steps, everything, or nothing."""
 
     SAMPLED = "sampled"
     STRICT = "strict"
@@ -33,7 +33,7 @@ class CapMode(StrEnum):
 
 
 class MemoryCap:
-    """A meter, and the steps that it looks at.
+    """A meter, and the choice of steps that it meters.
 
     Parameters
     ----------
@@ -69,22 +69,16 @@ class MemoryCap:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was alive in what was metered."""
+        """The most that was alive while metering."""
         return self.meter.peak_bytes
 
     @property
     def live_bytes(self) -> int:
-        """What is alive of what was metered."""
+        """What is alive now of what was metered."""
         return self.meter.live_bytes
 
     def track(self, *things: Any) -> None:
-        """Count what exists already: modules, optimizers, tensors, nested batches.
-
-        Raises
-        ------
-        MemoryCapExceeded
-            If what exists already is more than the cap.
-        """
+        """Count what exists already; raise MemoryCapExceeded if that is too much."""
         if self.mode is not CapMode.OFF:
             self.meter.track(*things)
 
@@ -93,17 +87,14 @@ class MemoryCap:
         self.meter.budget_bytes = budget_bytes
 
     def start_over(self) -> None:
-        """Look at the next steps as at the first ones: what is trained has changed."""
+        """Meter the next steps like the first ones: what is trained has changed."""
         self._steps_by_shape.clear()
 
     @contextmanager
     def building(self) -> Iterator[None]:
         """Meter what is built before the first step."""
-        if self.mode is CapMode.OFF:
+        with nullcontext() if self.mode is CapMode.OFF else self._metered():
             yield
-        else:
-            with self._metered():
-                yield
 
     @contextmanager
     def step(self, batch: Any, *owners: Any) -> Iterator[None]:
@@ -112,14 +103,14 @@ class MemoryCap:
         Parameters
         ----------
         batch : Tensor or nested tensors
-            Counts during this step, and is forgotten after it.
+            Counts during this step only.
         *owners : nn.Module or Optimizer
-            What the step uses besides.
+            What else the step uses.
 
         Raises
         ------
         MemoryCapExceeded
-            At the operator that crosses the cap.
+            At the operator that exceeds the cap.
         """
         if not self._is_due(batch):
             yield
@@ -133,7 +124,7 @@ class MemoryCap:
 
     @contextmanager
     def _metered(self) -> Iterator[None]:
-        """Meter this thread, once however deeply it is asked to."""
+        """Meter this thread, once however deeply the calls are nested."""
         thread = threading.get_ident()
         if thread in self._metered_threads:
             yield
@@ -166,8 +157,8 @@ def memory_cap(
 ) -> Iterator[MemoryCap]:
     """Raise as soon as live tensors made inside take more than ``budget_bytes``.
 
-    The error comes from Python, right after the operator that crossed the cap and
-    before the system acts: a worker that the system kills takes others with it.
+    Python raises the error right after the operator that exceeded the cap, before the
+    system acts: a worker that the system kills takes others with it.
 
     Parameters
     ----------
@@ -176,8 +167,8 @@ def memory_cap(
     name : str
         Whose memory it is, for the error.
     mode : CapMode or str
-        ``"strict"`` meters all that happens inside, ``"sampled"`` only steps marked
-        with ``cap.step(batch, model, optimizer)`` whose turn it is, ``"off"`` none.
+        ``"strict"`` meters everything inside, ``"sampled"`` only steps marked with
+        ``cap.step(batch, model, optimizer)`` whose turn it is, ``"off"`` nothing.
     every : int
         A sampled cap meters the first two steps of each shape, then one in so many.
 
@@ -206,8 +197,5 @@ def memory_cap(
     1608
     """
     cap = MemoryCap(budget_bytes, name=name, mode=mode, every=every)
-    if cap.mode is CapMode.STRICT:
-        with cap._metered():
-            yield cap
-    else:
+    with cap._metered() if cap.mode is CapMode.STRICT else nullcontext():
         yield cap

@@ -1,9 +1,9 @@
 """What a step really holds: a meter of live tensor storages.
 
-The meter counts each storage once, from the operator that made or first used it
-until its last user is gone. On CPU it agrees with torch's own MemTracker to the
-byte; under fake tensors it predicts a real step. It does not see scratch memory
-inside an operator. With a budget it raises right after the operator that crossed it.
+The meter counts each storage once, from the operator that made or first used it until
+its last user is gone. On CPU it agrees with torch's own MemTracker to the byte; under
+fake tensors it predicts a real step. It does not see scratch memory inside an operator.
+With a budget it raises right after the operator that exceeded it.
 """
 
 import threading
@@ -25,17 +25,16 @@ BATCH = "batch"
 BEING_BUILT = "parameters and buffers being built"
 BUILDING = "building"
 
+# Takes a constant, which a dry run replaces: two tensors where a real step has one.
 _LIFT = torch.ops.aten.lift_fresh.default
-"""Takes a constant, which a dry run replaces: two tensors where a real step has one."""
-_SEQUENCES = (tuple, list)  # A union type would be made anew at every use.
+_SEQUENCES = (tuple, list)  # A union type would be built at every use.
 
-_here = threading.local()
-"""What this thread is doing: its phase, and how often it is unmetered."""
+_here = threading.local()  # this thread's phase, and how often it is unmetered
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Say what this thread is doing, for the error of a meter."""
+    """Name what this thread is doing, for a meter's error."""
     before = getattr(_here, "phase", "")
     _here.phase = name
     try:
@@ -46,10 +45,9 @@ def phase(name: str) -> Iterator[None]:
 
 @contextmanager
 def unmetered() -> Iterator[None]:
-    """Leave what this thread does inside to nobody's account.
+    """Count nothing of what this thread does inside.
 
-    An edge in the device's own process and thread must not count against the
-    device.
+    An edge in the device's own process and thread must not count against the device.
     """
     _here.pauses = getattr(_here, "pauses", 0) + 1
     try:
@@ -59,7 +57,7 @@ def unmetered() -> Iterator[None]:
 
 
 class _Storage(weakref.ref[Any]):
-    """A weak reference to a storage that remembers how large it was."""
+    """A weak reference to a storage that remembers its size."""
 
     __slots__ = ("born", "key", "num_bytes")
     key: int
@@ -70,20 +68,8 @@ class _Storage(weakref.ref[Any]):
 class MemoryMeter(TorchDispatchMode):
     """Count the bytes of live tensor storages that operators make or use.
 
-    It counts in the threads that enter it. What another thread made, a loader or
-    numpy counts from its first use inside.
-
-    Parameters
-    ----------
-    budget_bytes : int, optional
-        The cap; None only measures.
-    name : str
-        Whose memory it is, for the error.
-
-    Attributes
-    ----------
-    live_bytes, peak_bytes : int
-        What is alive now, and the most that was alive so far.
+    It counts in the threads that enter it. What another thread, a loader or numpy made
+    counts from its first use inside. ``budget_bytes`` is the cap; None only measures.
     """
 
     def __init__(self, budget_bytes: int | None = None, *, name: str = "") -> None:
@@ -110,13 +96,7 @@ class MemoryMeter(TorchDispatchMode):
         return True
 
     def track(self, *things: Any) -> None:
-        """Count what exists already: modules, optimizers, tensors, nested batches.
-
-        Raises
-        ------
-        MemoryCapExceeded
-            If what exists already is more than the cap.
-        """
+        """Count what exists already: modules, optimizers, tensors, nested batches."""
         for thing in things:
             is_owner = isinstance(thing, nn.Module | Optimizer)
             if is_owner:
@@ -140,7 +120,7 @@ class MemoryMeter(TorchDispatchMode):
                         self._lose(known)
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Divide the live bytes by what they are for."""
+        """Split the live bytes by what they are for."""
         is_building = getattr(_here, "phase", "") == BUILDING
         unnamed = BEING_BUILT if is_building else ACTIVATIONS
         kinds = dict.fromkeys(list(self._batch), BATCH)
@@ -160,7 +140,7 @@ class MemoryMeter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run the operator, count what it used and returned, compare with the cap."""
+        """Run the operator, count what it used and returned, and check the cap."""
         kwargs = kwargs or {}
         if getattr(_here, "pauses", 0):
             return func(*args, **kwargs)
@@ -186,7 +166,7 @@ class MemoryMeter(TorchDispatchMode):
                 self._see_all(value)
 
     def _see(self, tensor: Tensor) -> None:
-        """Count a tensor unless it is known, as most are: that way has to be short."""
+        """Count a tensor unless it is known. Most are: this path must be fast."""
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:
@@ -216,10 +196,10 @@ class MemoryMeter(TorchDispatchMode):
                 self._change(storage, -storage.num_bytes)
 
     def _made(self, storage: _Storage) -> None:
-        """Take note of a storage that was not known; a log numbers it."""
+        """Note a new storage; a log numbers it."""
 
     def _change(self, storage: _Storage, num_bytes: int) -> None:
-        """Count what a storage grew or shrank by; a log writes it down."""
+        """Count what a storage grew or shrank by; a log records it."""
         del storage
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -247,7 +227,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def _death_notice(meter: "weakref.ref[MemoryMeter]") -> Any:
-    """Make the callback that takes a dead storage off its meter."""
+    """Make the callback that removes a freed storage from its meter."""
 
     def forget(storage: _Storage) -> None:
         owner = meter()
@@ -276,7 +256,7 @@ def _tensors_in(thing: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Find the tensors that a sparse one is made of; other layouts hide theirs."""
+    """Return the tensors that a sparse one is made of; other layouts hide theirs."""
     if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
     if tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
@@ -287,7 +267,7 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _keys_of(tensor: Tensor) -> set[int]:
-    """Name the storages of a tensor as the meter does."""
+    """Return the meter's keys of a tensor's storages."""
     try:
         return {tensor.untyped_storage()._cdata}
     except NotImplementedError:

@@ -1,8 +1,8 @@
-"""What the system says of a process's memory, beside what the meter counts.
+"""What the system measures and refuses of a process's memory, beside the meter.
 
-The meter counts tensors; the system counts all a process holds, and refuses more.
-These are numbers of a process, so they are one client's only if it is alone there. For
-Linux, and for CUDA; elsewhere nothing is measured and nothing is refused.
+The meter counts tensors; the system counts all that a process holds. These numbers are
+one client's only if it is alone in its process. For Linux and CUDA; elsewhere nothing
+is measured and nothing is refused.
 """
 
 import errno
@@ -17,15 +17,15 @@ import torch
 from flwr_smartsplit.errors import MemoryCapExceeded, bytes_text
 from flwr_smartsplit.types.sizes import parse_size
 
+# What a step takes besides its tensors: scratch inside kernels, compiled kernels, the
+# interpreter, what malloc keeps. With malloc told to return free memory, the resident
+# set of whole steps was 10 to 30 MiB above the meter.
 KERNEL_SLACK_BYTES = 32 * 2**20
-"""What a step takes besides its tensors: scratch inside kernels, compiled kernels, the
-interpreter, what malloc keeps. With malloc told to give back what is free, the resident
-set of whole steps was 10 to 30 MiB above the meter."""
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER_MARK = "5"
-_TORCH_GRAIN = 32_768  # Torch gives another thread work from so many elements on.
+_TORCH_GRAIN = 32_768  # From so many elements on, torch uses another thread.
 
 _KERNEL_REFUSED = "could not create a primitive"
 _REFUSALS = ("DefaultCPUAllocator", "std::bad_alloc", _KERNEL_REFUSED)
@@ -34,25 +34,13 @@ _ASKED = re.compile(r"allocate ([1-9]\d*(?:\.\d+)?)\.? ([KMGT]iB|B|bytes)")
 
 @dataclass(slots=True)
 class MemoryGrowth:
-    """How much something grew by; known once its block has ended.
-
-    Attributes
-    ----------
-    growth_bytes : int or None
-        The most above the start; None if it cannot be known.
-    """
+    """The most above the start, once its block has ended; None if unknown."""
 
     growth_bytes: int | None = None
 
 
 def process_bytes(key: str) -> int | None:
-    """Read a size from this process's status: VmRSS, VmHWM, VmData.
-
-    Returns
-    -------
-    int or None
-        Bytes; None where the system does not say.
-    """
+    """Read VmRSS, VmHWM or VmData of this process, in bytes; None if not on Linux."""
     try:
         text = _STATUS.read_text()
     except OSError:
@@ -65,14 +53,9 @@ def process_bytes(key: str) -> int | None:
 def resident_growth() -> Iterator[MemoryGrowth]:
     """Measure the most that the process's resident set grew by inside.
 
-    The kernel keeps a high-water mark, which is set back at the start. Where that is
-    not allowed, the mark tells only if it rises inside; otherwise the growth is None.
-    There is one mark in a process: do not nest, and do not measure in two threads.
-
-    Yields
-    ------
-    MemoryGrowth
-        Filled when the block ends, also by an error.
+    The kernel keeps a high-water mark, which is reset at the start. Where that is not
+    allowed, the mark tells only if it rises inside; otherwise the growth is None. A
+    process has one mark: do not nest, and do not measure in two threads.
     """
     growth = MemoryGrowth()
     mark_bytes = 0 if _is_mark_reset() else process_bytes("VmHWM")
@@ -91,33 +74,20 @@ def resident_growth() -> Iterator[MemoryGrowth]:
 def data_fence(extra_bytes: int | None, *, client: str = "") -> Iterator[None]:
     """Let the system refuse what this process takes above ``extra_bytes`` more.
 
-    A second fence behind ``memory_cap``, which also sees what is no tensor: it lowers
-    the process's soft ``RLIMIT_DATA``, and restores it.
+    A second fence behind ``memory_cap`` that also sees memory outside tensors: it
+    lowers the process's soft ``RLIMIT_DATA``, and restores it. None sets no fence.
+    Raises MemoryCapExceeded when torch, numpy or Python is refused memory inside.
 
-    Parameters
-    ----------
-    extra_bytes : int or None
-        Growth that is allowed from here on; None sets no fence.
-    client : str
-        Whose memory it is, for the error.
+    Small requests inside kernels are refused too, and not all kernels recover: with
+    oneDNN, less than a MiB below the fence, the process can crash, or be unable to run
+    convolutions from then on. Fence only a process that you can afford to lose, and
+    leave it slack. What malloc keeps can be reused and is not refused: tell it to
+    return all of it.
 
-    Raises
-    ------
-    MemoryCapExceeded
-        When torch, numpy or Python is refused memory inside.
-
-    Notes
-    -----
-    Kernels that ask for little get refused too, and not all bear it: with oneDNN, less
-    than a MiB below the fence, the process can lose the ability to make convolutions,
-    or crash. Fence only a process whose loss is affordable, and leave it slack. What
-    malloc keeps can be used again and is not refused: tell it to give all back.
-
-    Threads need a stack each, and OpenMP ends the process if there is no room for one:
-    torch's own are started before the fence is set.
+    Every thread needs a stack, and OpenMP ends the process if one does not fit: torch's
+    own threads are started before the fence is set.
     """
-    if extra_bytes is not None and extra_bytes < 0:
-        raise ValueError(f"extra_bytes is {extra_bytes}: give at least 0, or None.")
+    _check(extra_bytes)
     if extra_bytes is None or process_bytes("VmData") is None:
         yield
         return
@@ -151,24 +121,10 @@ def cuda_fence(
     """Let torch's CUDA allocator refuse what it takes above ``extra_bytes`` more.
 
     The allocator counts the segments that it reserves, of 2 MiB and more, and not the
-    tensors in them: leave slack. Its cache is emptied first.
-
-    Parameters
-    ----------
-    extra_bytes : int or None
-        Growth that is allowed from here on; None sets no fence.
-    client : str
-        Whose memory it is, for the error.
-    device : torch.device or int, optional
-        The current one if not given.
-
-    Raises
-    ------
-    MemoryCapExceeded
-        When the allocator refuses.
+    tensors in them: leave slack. Its cache is emptied first. None sets no fence. Raises
+    MemoryCapExceeded when the allocator refuses.
     """
-    if extra_bytes is not None and extra_bytes < 0:
-        raise ValueError(f"extra_bytes is {extra_bytes}: give at least 0, or None.")
+    _check(extra_bytes)
     if extra_bytes is None or not torch.cuda.is_available():
         yield
         return
@@ -191,8 +147,13 @@ def cuda_fence(
             torch.cuda.set_per_process_memory_fraction(before, device)
 
 
+def _check(extra_bytes: int | None) -> None:
+    if extra_bytes is not None and extra_bytes < 0:
+        raise ValueError(f"extra_bytes is {extra_bytes}: give at least 0, or None.")
+
+
 def _is_mark_reset() -> bool:
-    """Set the resident set's high-water mark to what it is now, if that is allowed."""
+    """Reset the resident set's high-water mark to its current size, if allowed."""
     try:
         _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
     except OSError:
@@ -201,7 +162,7 @@ def _is_mark_reset() -> bool:
 
 
 def _start_torch_threads() -> None:
-    """Let torch start the threads of its first large operator and first backward."""
+    """Make torch start the threads of its first large operator and first backward."""
     num_threads = torch.get_num_threads()
     if num_threads > 1:
         torch.ones(num_threads * _TORCH_GRAIN)
@@ -235,7 +196,7 @@ def _exceeded(
 ) -> MemoryCapExceeded:
     """Say what was refused, at which growth, and what to do.
 
-    By now some of it may be free again, so only the least that it was is known.
+    By now some of it may be free again, so only a lower bound of the growth is known.
     """
     asked = _ASKED.search(str(error))
     asked_bytes = parse_size(asked[1] + asked[2].replace("bytes", "B")) if asked else 0

@@ -116,7 +116,7 @@ def log_step(
     start = dry.run(1)
     return StepLog(
         dry.meter,
-        dry.observed.passages,
+        dry.observed.boundaries,
         start=start,
         backward_end=ends[-1] if ends else dry.meter.position,
         batch_bytes=dry.batch_bytes,

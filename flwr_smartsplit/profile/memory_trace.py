@@ -76,7 +76,7 @@ class LoggingMeter(MemoryMeter):
 
 
 @dataclass
-class Passage:
+class BoundaryLog:
     """How the value of one unit goes out, and how its gradient comes back.
 
     Positions are numbers of changes; bytes are what the wire adds to them.
@@ -131,19 +131,19 @@ class Observed(nn.Module):
         self.segment = segment
         self.meter = meter
         self._last = num_units - 1
-        self.passages: list[Passage] = []
+        self.boundaries: list[BoundaryLog] = []
         self._changeable = _changeable(segment)
         self._versions: list[tuple[int, int]] = []
 
     def forward(self, inputs: Any, **how: Any) -> Any:
         """Run the segment."""
-        self.passages.clear()
+        self.boundaries.clear()
         self._versions = _versions(self._changeable)
         return self.segment(inputs, observe=self._observe, **how)
 
     def _observe(self, index: int, value: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        passage = Passage(
+        boundary = BoundaryLog(
             forward_end=self.meter.position,
             boundary_bytes=sum(t.numel() * t.element_size() for t in tensors),
             spanned_bytes=sum(
@@ -157,16 +157,16 @@ class Observed(nn.Module):
             ),
         )
         versions = _versions(self._changeable)
-        passage.changes_tensors = versions != self._versions
+        boundary.changes_tensors = versions != self._versions
         self._versions = versions
-        passage.outputs = tuple(
+        boundary.outputs = tuple(
             {t.untyped_storage()._cdata: self._storage(t) for t in tensors}.values()
         )
-        self.passages.append(passage)
+        self.boundaries.append(boundary)
         trained = [tensor for tensor in tensors if tensor.requires_grad]
-        came = partial(self._gradients_came, passage)
+        came = partial(self._gradients_came, boundary)
         if type(value) is tuple and len(trained) > 1 and index < self._last:
-            passage.crosses_alone = False
+            boundary.crosses_alone = False
             watched = iter(_Watched.apply(came, *trained))
             return tuple(next(watched) if t.requires_grad else t for t in tensors)
         if trained:
@@ -176,9 +176,9 @@ class Observed(nn.Module):
     def _storage(self, tensor: Tensor) -> tuple[int, int]:
         return self.meter.birth_of(tensor), tensor.untyped_storage().nbytes()
 
-    def _gradients_came(self, passage: Passage, *gradients: Tensor | None) -> None:
-        passage.backward_start = self.meter.position
-        passage.flops_before = self.meter.forward_flops
+    def _gradients_came(self, boundary: BoundaryLog, *gradients: Tensor | None) -> None:
+        boundary.backward_start = self.meter.position
+        boundary.flops_before = self.meter.forward_flops
         most = 0
         for gradient in gradients:
             if gradient is None:
@@ -187,15 +187,15 @@ class Observed(nn.Module):
             size, birth = gradient.element_size(), self.meter.birth_of(gradient)
             # Those that share memory do not where they arrive: at most, this is it.
             spanned = (
-                passage.gradients.get(birth, 0) + num_spanned(shape, strides) * size
+                boundary.gradients.get(birth, 0) + num_spanned(shape, strides) * size
             )
-            passage.gradients[birth] = spanned
+            boundary.gradients[birth] = spanned
             in_place = max(spanned, gradient.untyped_storage().nbytes())
-            passage.gradient_storages[birth] = in_place
+            boundary.gradient_storages[birth] = in_place
             packed = 0 if is_dense(shape, strides) else gradient.numel() * size
-            passage.gradient_packing_bytes += packed
-            most = max(most, passage.gradient_bytes + packed)
-        passage.unpacking_bytes = most - passage.gradient_bytes
+            boundary.gradient_packing_bytes += packed
+            most = max(most, boundary.gradient_bytes + packed)
+        boundary.unpacking_bytes = most - boundary.gradient_bytes
 
 
 _Place = tuple[dict[str, Any], str]
@@ -249,7 +249,7 @@ class StepLog:
         Whether large parameters were stepped inside backward.
     changes, births : ndarray
         Bytes of each change, and the change that first saw the storage.
-    passages : list[Passage]
+    boundaries : list[BoundaryLog]
         How the value of each unit went out and its gradient came back.
     start, backward_end : int
         The changes where the step began and where its backward was over.
@@ -258,7 +258,7 @@ class StepLog:
     def __init__(
         self,
         meter: LoggingMeter,
-        passages: list[Passage],
+        boundaries: list[BoundaryLog],
         *,
         start: int,
         backward_end: int,
@@ -271,10 +271,10 @@ class StepLog:
         self.steps_in_backward = used.steps_in_backward
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
-        self.passages = passages
-        for passage in passages[:-1]:
-            if not passage.gradients:  # It is frozen up to there.
-                passage.backward_start = backward_end
+        self.boundaries = boundaries
+        for boundary in boundaries[:-1]:
+            if not boundary.gradients:  # It is frozen up to there.
+                boundary.backward_start = backward_end
         self.start = start
         self.backward_end = backward_end
         self._all_flops = meter.forward_flops
@@ -283,17 +283,17 @@ class StepLog:
     @property
     def num_units(self) -> int:
         """The length of the chain."""
-        return len(self.passages)
+        return len(self.boundaries)
 
     def boundary_bytes(self, index: int) -> int:
         """Size of what crosses the boundary after a unit."""
-        return self.passages[index].boundary_bytes
+        return self.boundaries[index].boundary_bytes
 
     def saved_bytes(self, index: int) -> int:
         """Size of what a unit's forward makes and backward finds."""
-        first = self.passages[index - 1].forward_end if index else self.start
-        last = self.passages[index].forward_end
-        forward = slice(self.start, self.passages[-1].forward_end)
+        first = self.boundaries[index - 1].forward_end if index else self.start
+        last = self.boundaries[index].forward_end
+        forward = slice(self.start, self.boundaries[-1].forward_end)
         births = self.births[forward]
         mine = (births >= first) & (births < last)
         return int(self.changes[forward][mine].sum())
@@ -303,17 +303,17 @@ class StepLog:
 
         The boundary is dropped once sent; what backward needs of it is still held.
         """
-        passage = self.passages[index]
-        if not passage.gradients:
+        boundary = self.boundaries[index]
+        if not boundary.gradients:
             return 0
-        until = slice(self.start, passage.backward_start)
+        until = slice(self.start, boundary.backward_start)
         births = self.births[until]
-        from_forward = (births >= self.start) & (births < passage.forward_end)
+        from_forward = (births >= self.start) & (births < boundary.forward_end)
         return int(self.changes[until][from_forward].sum())
 
     def rerun_flops(self, index: int) -> int:
         """Count what ran forward again in a unit's backward, in FLOPs."""
-        marks = [passage.flops_before for passage in self.passages[: index + 1]]
+        marks = [boundary.flops_before for boundary in self.boundaries[: index + 1]]
         first, last = (
             self._all_flops if mark is None else mark
             for mark in (marks[-1], marks[-2] if index else None)
@@ -328,29 +328,31 @@ class StepLog:
         """
         if index == 0:
             return 0
-        passage = self.passages[index - 1]
-        start, end = passage.forward_end, passage.backward_start
+        boundary = self.boundaries[index - 1]
+        start, end = boundary.forward_end, boundary.backward_start
         changes = self.changes[start:end][self.births[start:end] >= start]
-        entered = passage.spanned_bytes
-        is_sparse = passage.packing_bytes > 0
-        left = entered + self._left_bytes(passage)
+        entered = boundary.spanned_bytes
+        is_sparse = boundary.packing_bytes > 0
+        left = entered + self._left_bytes(boundary)
         return max(
-            entered + (passage.boundary_bytes if is_sparse else 0),
+            entered + (boundary.boundary_bytes if is_sparse else 0),
             entered + highest(changes),
             left + optimizer_temporary_bytes,
-            left + passage.gradient_packing_bytes,
+            left + boundary.gradient_packing_bytes,
         )
 
-    def _left_bytes(self, passage: Passage) -> int:
+    def _left_bytes(self, boundary: BoundaryLog) -> int:
         """Size of what a place that ends the route has made when its backward is over.
 
         That is the gradients, the boundary's with them, and the loss.
         """
-        changes = self.changes[passage.forward_end : self.backward_end]
-        births = self.births[passage.forward_end : self.backward_end]
-        mine = (births >= passage.forward_end) & (births < passage.backward_start)
-        goes_back = np.isin(births, list(passage.gradients))
-        is_over = np.arange(births.size) >= passage.backward_start - passage.forward_end
+        changes = self.changes[boundary.forward_end : self.backward_end]
+        births = self.births[boundary.forward_end : self.backward_end]
+        mine = (births >= boundary.forward_end) & (births < boundary.backward_start)
+        goes_back = np.isin(births, list(boundary.gradients))
+        is_over = (
+            np.arange(births.size) >= boundary.backward_start - boundary.forward_end
+        )
         return int(changes[mine & ~(goes_back & is_over)].sum())
 
     def head_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
@@ -359,26 +361,26 @@ class StepLog:
         What stays, namely parameters, buffers, optimizer state and batch, is not
         counted.
         """
-        passage = self.passages[index]
-        forward = slice(self.start, passage.forward_end)
+        boundary = self.boundaries[index]
+        forward = slice(self.start, boundary.forward_end)
         births = self.births
-        from_forward = (births >= self.start) & (births < passage.forward_end)
+        from_forward = (births >= self.start) & (births < boundary.forward_end)
         sending = int(self.changes[forward][births[forward] >= self.start].sum())
-        going = max(self._forward_highest(forward), sending + passage.packing_bytes)
-        if not passage.gradients:
+        going = max(self._forward_highest(forward), sending + boundary.packing_bytes)
+        if not boundary.gradients:
             return going
         held = self.waiting_bytes(index)
-        backward = slice(passage.backward_start, self.backward_end)
-        from_backward = births >= passage.backward_start
+        backward = slice(boundary.backward_start, self.backward_end)
+        from_backward = births >= boundary.backward_start
         changes, is_gradient = as_arrived(
-            passage.gradients, self.changes[backward], births[backward]
+            boundary.gradients, self.changes[backward], births[backward]
         )
         changes = changes[(from_forward | from_backward)[backward] | is_gradient]
-        arrived = held + passage.gradient_bytes
+        arrived = held + boundary.gradient_bytes
         left = arrived + int(changes.sum())
         return max(
             going,
-            arrived + passage.unpacking_bytes,
+            arrived + boundary.unpacking_bytes,
             arrived + highest(changes),
             left + optimizer_temporary_bytes,
         )

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.fake_tensors import DryRun, fake_like
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.segment_runner import optimizer_of
 
 _Signature = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
 
@@ -38,8 +39,7 @@ class OptimizerCosts:
         mode, meter = DryRun(), MemoryMeter()
         twins = [fake_like(parameter, mode) for parameter in parameters]
         with mode:
-            optimizer = self._built(twins)
-            meter.track(optimizer)
+            meter.track(self._built(twins))
             return meter.live_bytes
 
     def temporary_bytes(self, parameters: Sequence[Tensor]) -> int:
@@ -76,6 +76,8 @@ class OptimizerCosts:
             for twin in twins:
                 twin.grad = torch.empty_like(twin)
             optimizer = self._built(twins)
+            if optimizer is None:
+                return 0, 0
             optimizer.step()
             meter.track(optimizer)
             state_bytes = meter.live_bytes
@@ -85,5 +87,5 @@ class OptimizerCosts:
                 optimizer.step()
         return state_bytes, meter.peak_bytes - before
 
-    def _built(self, parameters: Sequence[Tensor]) -> Optimizer:
-        return self._task.optimizer_fn(nn.ParameterList(parameters).parameters())
+    def _built(self, parameters: Sequence[Tensor]) -> Optimizer | None:
+        return optimizer_of(self._task, list(nn.ParameterList(parameters)))

@@ -1,12 +1,11 @@
 """What each unit of a chain costs: exact bytes and FLOPs, found without allocating.
 
-A prediction is a dry run: fake tensors go through the same ``SegmentRunner`` under
-the same meter as a real step, so nothing has to be modelled (`docs/memory-model.md`).
-One step of the whole chain is enough for every cut, because a device that ends at a
-cut does what the whole chain does up to there (`profile/memory_trace.py`).
+A prediction is a dry run: fake tensors pass through the same ``SegmentRunner`` under
+the same meter as in a real step, so nothing is modelled (``docs/memory-model.md``).
+One step of the whole chain gives the costs of every cut (``memory_trace.py``).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,16 +18,20 @@ from flwr_smartsplit.profile.cache import (
     write_profile,
 )
 from flwr_smartsplit.profile.fake_step import log_step
-from flwr_smartsplit.profile.light_steps import light_steps, with_light_step
 from flwr_smartsplit.profile.memory_trace import StepLog
 from flwr_smartsplit.profile.optimizer_memory import OptimizerCosts
-from flwr_smartsplit.profile.unit_memory import step_bytes, unit_flops
+from flwr_smartsplit.profile.unit_memory import (
+    selective_steps,
+    step_bytes,
+    unit_flops,
+    with_selective_step,
+)
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import early_ones
-from flwr_smartsplit.types import ChainProfile, UnitCost
+from flwr_smartsplit.types import ChainProfile, StepBytes, UnitCost
 
 
 def profile_chain(
@@ -75,23 +78,23 @@ def profile_chain(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: a step needs at least one.")
     if cache_dir is None:
-        return _found(chain, batch_size, task)
+        return _dry_run(chain, batch_size, task)
     digest = profile_digest(chain, batch_size=batch_size, task=task)
     profile = read_profile(cache_dir, digest)
     if profile is None:
-        profile = _found(chain, batch_size, task)
+        profile = _dry_run(chain, batch_size, task)
         write_profile(cache_dir, digest, profile)
     return profile
 
 
 @warnings_ignored()
-def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
+def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     try:
         log = log_step(chain, batch_size=batch_size, task=task)
-        optimizers = _optimizer_costs(chain, task, log)
-        flops = unit_flops(chain, batch_size=batch_size)
+        units = _unit_costs(chain, log, batch_size, task)
         steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
-        lights = light_steps(chain, log, batch_size=batch_size, task=task)
+        selective = selective_steps(chain, log, batch_size=batch_size, task=task)
+        flops = unit_flops(chain, batch_size=batch_size)
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
@@ -100,94 +103,82 @@ def _found(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
             "and optimizer must fit the examples and not look at values.",
             batch_size=batch_size,
         ) from error
-    accumulates = min(task.accumulate, batch_size) > 1
+    targets_bytes = task.example_targets[:1].nbytes
     return ChainProfile(
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
-        units=tuple(
-            with_light_step(
-                replace(
-                    unit,
-                    forward_flops=forward,
-                    step=replace(step, rerun_flops=rerun),
-                ),
-                light,
-            )
-            for unit, (forward, rerun), step, light in zip(
-                _unit_costs(chain, log, optimizers, accumulates),
-                flops,
-                steps,
-                lights,
-                strict=True,
-            )
-        ),
+        units=tuple(map(_with_steps, units, steps, selective, flops)),
         loss=loss,
         updates_last=task.max_gradient_norm is not None,
-        targets_bytes=micro_batch_size(batch_size, task.accumulate)
-        * task.example_targets[:1].nbytes,
+        targets_bytes=micro_batch_size(batch_size, task.accumulate) * targets_bytes,
         num_micro_batches=min(task.accumulate, batch_size),
     )
 
 
+def _with_steps(
+    unit: UnitCost,
+    step: StepBytes,
+    selective_step: StepBytes | None,
+    flops: tuple[int, int],
+) -> UnitCost:
+    forward, rerun = flops
+    plain = replace(step, rerun_flops=rerun)
+    counted = replace(unit, forward_flops=forward, step=plain)
+    return with_selective_step(counted, selective_step)
+
+
 def _unit_costs(
-    chain: Chain,
-    log: StepLog,
-    optimizers: Sequence["_OptimizerCost"],
-    accumulates: bool,
-) -> tuple[UnitCost, ...]:
-    """Put together what each unit costs, and what a device holds that ends with it."""
-    last = len(chain) - 1
-    units = []
+    chain: Chain, log: StepLog, batch_size: int, task: Task
+) -> list[UnitCost]:
+    """Collect the costs of each unit, without FLOPs and ``StepBytes``."""
+    accumulates = min(task.accumulate, batch_size) > 1
     static_bytes = log.batch_bytes
-    for index, unit in enumerate(chain.units):
+    costs = []
+    for index, optimizer in enumerate(_optimizer_costs(chain, task, log)):
         segment = chain.segment(index, index + 1)
         parameter_bytes = _total_bytes(segment.parameters())
-        constants = {
-            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-            for name, tensor in constants_of(segment).items()
-            if name in log.constants
-        }
-        buffer_bytes = _total_bytes(segment.buffers()) + sum(constants.values())
-        optimizer = optimizers[index]
+        buffer_bytes = _total_bytes(segment.buffers()) + _constant_bytes(segment, log)
         static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
         static_bytes += optimizer.gradient_bytes * accumulates
-        is_last = index == last
-        units.append(
-            UnitCost(
-                name=unit.name,
-                parameter_bytes=parameter_bytes,
-                buffer_bytes=buffer_bytes,
-                gradient_bytes=optimizer.gradient_bytes,
-                optimizer_state_bytes=optimizer.state_bytes,
-                keeps_gradient=accumulates,
-                saved_bytes=log.saved_bytes(index),
-                boundary_bytes=0 if is_last else log.boundary_bytes(index),
-                forward_flops=0,  # Counted apart.
-                device_peak_bytes=_peak(log, index, static_bytes, optimizer),
-                waiting_bytes=0 if is_last else log.waiting_bytes(index),
-                return_bytes=log.return_bytes(index, optimizer.return_temporary_bytes),
-                head_update_bytes=optimizer.head_temporary_bytes,
-                tail_update_bytes=optimizer.tail_temporary_bytes,
-            )
+        unit = UnitCost(
+            name=chain.unit_names[index],
+            parameter_bytes=parameter_bytes,
+            buffer_bytes=buffer_bytes,
+            gradient_bytes=optimizer.gradient_bytes,
+            optimizer_state_bytes=optimizer.state_bytes,
+            keeps_gradient=accumulates,
+            saved_bytes=log.saved_bytes(index),
+            boundary_bytes=log.boundary_bytes(index),
+            forward_flops=0,
+            device_peak_bytes=static_bytes
+            + log.head_bytes(index, optimizer.head_temporary_bytes),
+            waiting_bytes=log.waiting_bytes(index),
+            return_bytes=log.return_bytes(index, optimizer.return_temporary_bytes),
+            head_update_bytes=optimizer.head_temporary_bytes,
+            tail_update_bytes=optimizer.tail_temporary_bytes,
         )
-    return tuple(units)
+        costs.append(unit)
+    # Nothing crosses after the last unit, and the meter saw the whole chain's peak.
+    whole = replace(costs[-1], device_peak_bytes=log.peak_bytes)
+    return [*costs[:-1], replace(whole, boundary_bytes=0, waiting_bytes=0)]
 
 
-def _peak(
-    log: StepLog, index: int, static_bytes: int, optimizer: "_OptimizerCost"
-) -> int:
-    """Find the most a device holds that ends with a unit."""
-    if index == log.num_units - 1:
-        return log.peak_bytes
-    return static_bytes + log.head_bytes(index, optimizer.head_temporary_bytes)
+def _constant_bytes(segment: nn.Module, log: StepLog) -> int:
+    """Sum the storages of the constants that the step used."""
+    sizes = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for name, tensor in constants_of(segment).items()
+        if name in log.constants
+    }
+    return sum(sizes.values())
 
 
 @dataclass(frozen=True)
 class _OptimizerCost:
-    """What the optimizer holds for one unit.
+    """Bytes of one unit's gradients and optimizer state, and of optimizer temporaries.
 
-    And what it needs for a step of all units up to it, and of all from it on; that of
-    a returned segment is nothing before the end, if gradients are clipped.
+    The temporaries are those of a step of all units up to this one (head), and of all
+    from this one on (tail); for a returned tail 0 if clipping delays the update.
     """
 
     gradient_bytes: int
@@ -198,44 +189,47 @@ class _OptimizerCost:
 
 
 def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerCost]:
-    """Find what the optimizer of each unit costs, and of each device."""
     costs = OptimizerCosts(task)
     size = len(chain)
     heads = [_late(chain.segment(0, stop + 1), log) for stop in range(size)]
     tails = [_late(chain.segment(start, size), log) for start in range(size)]
     temporary_bytes = costs.temporary_bytes
     if temporary_bytes(heads[-1]) != log.optimizer_temporary_bytes:
-        # It steps many parameters at once (foreach): only a step of all of them tells.
+        # A foreach optimizer steps all parameters at once, so measure them together.
         temporary_bytes = costs.temporary_bytes_at_once
-    segments = [chain.segment(index, index + 1) for index in range(size)]
-    units = [(_trained(segment, log), _idle(segment, log)) for segment in segments]
     waits = task.max_gradient_norm is not None
-    return [
-        _OptimizerCost(
-            gradient_bytes=_total_bytes(unit),
-            state_bytes=costs.state_bytes(unit) + costs.early_state_bytes(idle),
-            head_temporary_bytes=temporary_bytes(head),
-            tail_temporary_bytes=temporary_bytes(tail),
-            return_temporary_bytes=0 if waits else temporary_bytes(tail),
+    found = []
+    for index, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+        unit = chain.segment(index, index + 1)
+        trained, idle = _trained(unit, log), _idle(unit, log)
+        state_bytes = costs.state_bytes(trained) + costs.early_state_bytes(idle)
+        tail_bytes = temporary_bytes(tail)
+        found.append(
+            _OptimizerCost(
+                gradient_bytes=_total_bytes(trained),
+                state_bytes=state_bytes,
+                head_temporary_bytes=temporary_bytes(head),
+                tail_temporary_bytes=tail_bytes,
+                return_temporary_bytes=0 if waits else tail_bytes,
+            )
         )
-        for (unit, idle), head, tail in zip(units, heads, tails, strict=True)
-    ]
+    return found
 
 
 def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:
-    """List the parameters that get a gradient."""
+    """List the parameters that received a gradient."""
     return [p for name, p in segment.named_parameters() if name in log.trained]
 
 
 def _late(segment: nn.Module, log: StepLog) -> list[Tensor]:
-    """List the parameters that are stepped when backward is over."""
+    """List the parameters that are updated after backward, not inside it."""
     trained = _trained(segment, log)
     early = {id(p) for p in early_ones(trained)} if log.steps_in_backward else set()
     return [parameter for parameter in trained if id(parameter) not in early]
 
 
 def _idle(segment: nn.Module, log: StepLog) -> list[Tensor]:
-    """List the parameters that an optimizer has, but that never get a gradient."""
+    """List the trainable parameters that never receive a gradient."""
     return [
         parameter
         for name, parameter in segment.named_parameters()

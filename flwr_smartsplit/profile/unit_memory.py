@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from flwr_smartsplit.profile.fake_step import DryStep
+from flwr_smartsplit.profile.fake_step import DryStep, log_step
 from flwr_smartsplit.profile.memory_trace import (
     LoggingMeter,
     StepLog,
@@ -26,7 +26,10 @@ from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.segment_runner import autocast_of
-from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes
+from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes, UnitCost
+
+_MOST_FLOPS = 0.1
+"""The part of its forward that a selective unit may run again."""
 
 
 def step_bytes(
@@ -76,33 +79,33 @@ def step_bytes(
 
 
 def _unit(log: StepLog, index: int) -> StepBytes:
-    passage = log.passages[index]
-    first = log.passages[index - 1].forward_end if index else log.start
-    last = passage.forward_end
+    boundary = log.boundaries[index]
+    first = log.boundaries[index - 1].forward_end if index else log.start
+    last = boundary.forward_end
     mine = (log.births >= first) & (log.births < last)
-    saved = _sum(log, slice(log.start, log.passages[-1].forward_end), mine)
-    kept = _sum(log, slice(log.start, passage.backward_start), mine)
-    new = {birth: size for birth, size in passage.outputs if first <= birth < last}
-    end = log.passages[-1].forward_end
+    saved = _sum(log, slice(log.start, log.boundaries[-1].forward_end), mine)
+    kept = _sum(log, slice(log.start, boundary.backward_start), mine)
+    new = {birth: size for birth, size in boundary.outputs if first <= birth < last}
+    end = log.boundaries[-1].forward_end
     if index == log.num_units - 1:
-        end = passage.backward_start
+        end = boundary.backward_start
     alive = {b for b in new if _sum(log, slice(log.start, end), log.births == b)}
     crossing_bytes = context = 0
     output_bytes = next(iter(new.values()), 0)
     is_saved = bool(new) and next(iter(new)) in alive
-    if passage.crosses_alone:
+    if boundary.crosses_alone:
         # What travels along as context stays, whoever keeps it.
         context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
     else:
         since = _last_alone(log, index)
-        crossing = {birth: size for birth, size in passage.outputs if birth >= since}
-        crossing_bytes, is_saved = sum(crossing.values()), False
+        alive_after = {b: size for b, size in boundary.outputs if b >= since}
+        crossing_bytes, is_saved = sum(alive_after.values()), False
         output_bytes = sum(
             size
-            for birth, size in crossing.items()
+            for birth, size in alive_after.items()
             if not _sum(log, slice(log.start, end), log.births == birth)
         )
-    sent = _sum(log, slice(log.start, last), mine) + passage.packing_bytes
+    sent = _sum(log, slice(log.start, last), mine) + boundary.packing_bytes
     return StepBytes(
         saved_bytes=saved + context,
         kept_bytes=kept + context,
@@ -111,16 +114,16 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         left_bytes=_left(log, index),
         output_bytes=output_bytes,
         crossing_bytes=crossing_bytes,
-        gradient_bytes=sum(passage.gradient_storages.values()),
+        gradient_bytes=sum(boundary.gradient_storages.values()),
         is_output_saved=is_saved,
-        can_rerun=not passage.changes_tensors,
+        can_rerun=not boundary.changes_tensors,
     )
 
 
 def _last_alone(log: StepLog, index: int) -> int:
     """Find where the last boundary before a unit was made that is a single tensor."""
-    alone = (p for p in reversed(log.passages[:index]) if p.crosses_alone)
-    return next((passage.forward_end for passage in alone), log.start)
+    alone = (p for p in reversed(log.boundaries[:index]) if p.crosses_alone)
+    return next((boundary.forward_end for boundary in alone), log.start)
 
 
 def _sum(log: StepLog, until: slice, mine: npt.NDArray[np.bool_]) -> int:
@@ -134,33 +137,33 @@ def _forward_peak(log: StepLog, first: int, last: int) -> int:
 
 def _backward(log: StepLog, index: int) -> slice:
     """Find the changes of a unit's backward."""
-    end = log.passages[index - 1].backward_start if index else log.backward_end
-    return slice(log.passages[index].backward_start, end)
+    end = log.boundaries[index - 1].backward_start if index else log.backward_end
+    return slice(log.boundaries[index].backward_start, end)
 
 
 def _backward_peak(log: StepLog, index: int, kept: int) -> int:
-    passage, during = log.passages[index], _backward(log, index)
-    first = log.passages[index - 1].forward_end if index else log.start
+    boundary, during = log.boundaries[index], _backward(log, index)
+    first = log.boundaries[index - 1].forward_end if index else log.start
     births = log.births[during]
-    gradients = passage.gradient_storages
+    gradients = boundary.gradient_storages
     changes, is_gradient = as_arrived(gradients, log.changes[during], births)
-    mine = (births >= first) & (births < passage.forward_end)
+    mine = (births >= first) & (births < boundary.forward_end)
     changes = changes[mine | is_gradient | (births >= during.start)]
     arrived = kept + sum(gradients.values())
-    return arrived + max(highest(changes), passage.unpacking_bytes)
+    return arrived + max(highest(changes), boundary.unpacking_bytes)
 
 
 def _left(log: StepLog, index: int) -> int:
     """Size of what a unit's backward makes and leaves, but for what goes on."""
     during = _backward(log, index)
     births = log.births[during]
-    onward = list(log.passages[index - 1].gradients) if index else []
+    onward = list(log.boundaries[index - 1].gradients) if index else []
     mine = (births >= during.start) & ~np.isin(births, onward)
     return int(log.changes[during][mine].sum())
 
 
 def _loss(log: StepLog) -> StepBytes:
-    last = log.passages[-1]
+    last = log.boundaries[-1]
     during = slice(last.forward_end, last.backward_start)
     births = log.births[during]
     changes = log.changes[during][births >= during.start]
@@ -224,8 +227,8 @@ class _Reruns:
 
     def peak_bytes(self, index: int) -> int:
         """Find the most that a unit makes up to the last tensor that it saves."""
-        passages = self._dry.observed.passages
-        first = passages[index - 1].forward_end if index else self._start
+        boundaries = self._dry.observed.boundaries
+        first = boundaries[index - 1].forward_end if index else self._start
         during = slice(first, self._last_save.get(index, first))
         return highest(self._changes[during][self._births[during] >= first])
 
@@ -233,16 +236,16 @@ class _Reruns:
         """Size of the gradients where backward first asks for what a unit saved."""
         if index not in self._first_use:
             return None
-        passage = self._dry.observed.passages[index]
-        during = slice(passage.backward_start, self._first_use[index])
+        boundary = self._dry.observed.boundaries[index]
+        during = slice(boundary.backward_start, self._first_use[index])
         births = self._births[during]
-        gradients = passage.gradient_storages
+        gradients = boundary.gradient_storages
         changes, is_gradient = as_arrived(gradients, self._changes[during], births)
         mine = is_gradient | (births >= during.start)
         return sum(gradients.values()) + int(changes[mine].sum())
 
     def _save(self, tensor: Tensor) -> tuple[int, Tensor]:
-        index = len(self._dry.observed.passages)
+        index = len(self._dry.observed.boundaries)
         self._last_save[index] = self._dry.meter.position
         return index, tensor.detach()
 
@@ -287,3 +290,59 @@ def unit_flops(chain: Chain, *, batch_size: int) -> list[tuple[int, int]]:
 def _drop(value: Any) -> Any:
     """Keep nothing of what backward would need."""
     del value
+
+
+# --- units that checkpoint selectively ------------------------------------------------
+# A second logged step tells, in which all units that can do so. Each unit's numbers
+# hold whatever the others do: one that checkpoints selectively keeps its input if and
+# only if the plain one does (``split/trace/selective_checkpointing.py``).
+
+
+def selective_plan(chain: Chain) -> RecomputePlan:
+    """Plan for all units of a chain to be selective that can be."""
+    able = (
+        i for i, unit in enumerate(chain.units) if unit.selective_forward is not None
+    )
+    return RecomputePlan(selective=tuple(able))
+
+
+def selective_steps(
+    chain: Chain, plain: StepLog, *, batch_size: int, task: Task
+) -> list[StepBytes | None]:
+    """Find what each unit makes and frees if its cheap operators run twice.
+
+    Parameters
+    ----------
+    chain : Chain
+        The units.
+    plain : StepLog
+        A step in which none of them does.
+    batch_size : int
+        Examples per step.
+    task : Task
+        Supplies the optimizer, the loss and the shape of the targets.
+
+    Returns
+    -------
+    list[StepBytes or None]
+        None for a unit that has no such variant.
+    """
+    plan = selective_plan(chain)
+    found: list[StepBytes | None] = [None] * len(chain)
+    if plan.is_empty:
+        return found
+    log = log_step(chain, batch_size=batch_size, task=task, recompute=plan)
+    steps, _ = step_bytes(chain, log, batch_size=batch_size, task=task, recompute=plan)
+    for index in plan.selective:
+        more = log.rerun_flops(index) - plain.rerun_flops(index)
+        times = min(task.accumulate, batch_size)
+        found[index] = replace(steps[index], rerun_flops=more * times)
+    return found
+
+
+def with_selective_step(unit: UnitCost, selective: StepBytes | None) -> UnitCost:
+    """Add what a selective unit makes and frees, if being selective is worth it."""
+    if selective is None or selective.saved_bytes >= unit.step.saved_bytes:
+        return unit
+    is_cheap = selective.rerun_flops <= _MOST_FLOPS * unit.forward_flops
+    return replace(unit, selective_step=selective) if is_cheap else unit

@@ -32,7 +32,7 @@ def observe_nothing(index: int, value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class UnitRunner:
     """How units are run.
 
     Parameters
@@ -55,7 +55,7 @@ class Passage:
 
 
 def run_units(
-    value: Any, units: range, reruns: Sequence[Rerun], passage: Passage
+    value: Any, units: range, reruns: Sequence[Rerun], runner: UnitRunner
 ) -> Any:
     """Run units in order; those of ``reruns`` keep nothing and run again in backward.
 
@@ -67,32 +67,32 @@ def run_units(
         Which to run.
     reruns : Sequence[Rerun]
         Parts of them, in order.
-    passage : Passage
+    runner : UnitRunner
         How they are run.
     """
     index = units.start
     for part in reruns:
         for unit in range(index, part.start):
-            value = passage.observe(unit, passage.run(unit, value))
-        value = _run_again(value, part, passage)
+            value = runner.observe(unit, runner.run(unit, value))
+        value = _run_again(value, part, runner)
         index = part.stop
     for unit in range(index, units.stop):
-        value = passage.observe(unit, passage.run(unit, value))
+        value = runner.observe(unit, runner.run(unit, value))
     return value
 
 
-def _run_again(value: Any, part: Rerun, passage: Passage) -> Any:
+def _run_again(value: Any, part: Rerun, runner: UnitRunner) -> Any:
     is_tuple = type(value) is tuple
 
     def function(*values: Any) -> Any:
         inputs = values if is_tuple else values[0]
-        return run_units(inputs, range(part.start, part.stop), part.inner, passage)
+        return run_units(inputs, range(part.start, part.stop), part.inner, runner)
 
     return run_twice(
         function,
         *(value if is_tuple else (value,)),
-        root=passage.root,
-        preserves_chance=passage.preserves_chance,
+        root=runner.root,
+        preserves_chance=runner.preserves_chance,
     )
 
 

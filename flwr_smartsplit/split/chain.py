@@ -57,6 +57,7 @@ class Chain:
         self.refusals = refusals
         self._odd_modes = odd_modes(model)
         self._state_names: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._changed_names: dict[tuple[int, int], tuple[str, ...]] = {}
 
     @classmethod
     def from_module(
@@ -182,6 +183,8 @@ class Chain:
         Parameters that are frozen stay as they are, and so do the buffers of units
         that write into none.
         """
+        if (start, stop) in self._changed_names:  # Every client of a round asks.
+            return self._changed_names[start, stop]
         changed: set[str] = set()
         for index in range(start, stop):
             unit = self.segment(index, index + 1)
@@ -189,7 +192,9 @@ class Chain:
             changed |= {name for name, p in parameters if p.requires_grad}
             if self.units[index].changes_buffers:
                 changed |= dict(unit.named_buffers(remove_duplicate=False)).keys()
-        return tuple(n for n in self.state_names(start, stop) if n in changed)
+        names = tuple(n for n in self.state_names(start, stop) if n in changed)
+        self._changed_names[start, stop] = names
+        return names
 
     def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Make sure that a state is one of this model, by names and shapes.
@@ -225,5 +230,6 @@ class Chain:
         reasons = "; ".join(f"{name}: {why}" for name, why in self.refusals.items())
         raise NotSplittable(
             f"{type(self.model).__name__} cannot be cut anywhere: "
-            f"{reasons or 'it is a single operation'}."
+            f"{reasons or 'it is a single operation'}. Where that helps, let several "
+            "tensors cross a cut: Task(max_boundary_tensors=...)."
         )

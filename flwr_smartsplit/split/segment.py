@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from flwr_smartsplit.split.activation_checkpointing import (
     Observer,
-    Passage,
+    UnitRunner,
     observe_nothing,
     run_units,
 )
-from flwr_smartsplit.split.sharing import share
+from flwr_smartsplit.split.submodules import share
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Streams = Callable[[int | str, int], AbstractContextManager[None]]
@@ -49,7 +49,7 @@ class Unit:
         What it does in evaluation mode, if that is other code.
     is_random : bool
         Whether it draws random numbers in training.
-    light_forward : Callable, optional
+    selective_forward : Callable, optional
         What it does in training if its cheap operators run twice: the same values,
         gradients and buffers, with less kept for backward.
     gradients : tuple[bool, ...]
@@ -70,17 +70,17 @@ class Unit:
     reads: tuple[str, ...]
     eval_forward: Callable[..., Any] | None = None
     is_random: bool = False
-    light_forward: Callable[..., Any] | None = None
+    selective_forward: Callable[..., Any] | None = None
     gradients: tuple[bool, ...] = (True,)
     changes_buffers: bool = True
 
     def forward_in(
-        self, training: bool, *, is_light: bool = False
+        self, training: bool, *, is_selective: bool = False
     ) -> Callable[..., Any]:
         """Return what it does in one mode."""
         if not training:
             return self.eval_forward or self.forward
-        return (self.light_forward if is_light else None) or self.forward
+        return (self.selective_forward if is_selective else None) or self.forward
 
 
 class Segment(nn.Module):
@@ -162,7 +162,7 @@ class Segment(nn.Module):
 
         def run(index: int, value: Any) -> Any:
             unit = self.__units[index - first]
-            do = unit.forward_in(training, is_light=index in plan.light)
+            do = unit.forward_in(training, is_selective=index in plan.selective)
             if training and unit.is_random:
                 with streams(step, index):
                     return run_unit(do, self, value)
@@ -170,8 +170,8 @@ class Segment(nn.Module):
 
         units = range(first, first + len(self.__units))
         reruns = plan.reruns if training else ()
-        passage = Passage(run, self, observe, preserves_chance=streams is no_streams)
-        return run_units(inputs, units, reruns, passage)
+        runner = UnitRunner(run, self, observe, preserves_chance=streams is no_streams)
+        return run_units(inputs, units, reruns, runner)
 
 
 def as_boundary(outputs: Any) -> Boundary:

@@ -1,4 +1,4 @@
-"""A lean step: nothing is held that need not be, and every number stays the same.
+"""Hold nothing in a step that need not be held, and keep every number the same.
 
 Three places where a plain step holds more than physics asks for: a boundary and its
 gradient at the end of a segment, a copy of the boundary's gradient at its beginning,
@@ -43,7 +43,7 @@ class GradientEntry(torch.autograd.Function):
         """Return an empty tensor to go backward from."""
         ctx.receive = receive
         ctx.sizes = [tensor.numel() for tensor in boundary]
-        return torch.empty(0)
+        return boundary[0].new_empty(0) if boundary else torch.empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,7 @@ from flwr_smartsplit.split.build import materialise
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Segment
-from flwr_smartsplit.split.sharing import share
+from flwr_smartsplit.split.submodules import share
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 

@@ -1,4 +1,4 @@
-"""What an edge knows of the others when it judges a client, and what it then says."""
+"""What an edge knows of a round's clients, and its advice to one of them."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -15,7 +15,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """An action, and why, for the journal."""
+    """An action, and the reason for the journal."""
 
     action: Action
     reason: str
@@ -23,44 +23,24 @@ class Advice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
-    """What is usual among the clients of a round.
+    """What is usual among the clients of a round, to find stragglers.
 
-    Parameters
-    ----------
-    median_step_seconds : float
-        What a training step takes. In a client's plan: what one of its steps may take
-        for its round to be as long as the median one; who has fewer steps has more
-        time for each.
-    median_importance : float
-        Half of the clients are at least as important (see ``importance_of``).
-    low_importance : float
-        A quarter of them are at most as important.
-    relieves_edge : bool
-        Whether fast devices should take work off the edge.
-    slow_factor, fast_factor : float
-        A device is slow above, and fast below, so many times the median step.
-    patience_steps : int
-        So many steps in a row must speak for the same change.
-    spacing_steps : int
-        At least so many steps lie between two changes.
-
-    Raises
-    ------
-    ValueError
-        If a number means nothing.
+    In a client's plan, ``median_step_seconds`` is the step time that makes its round as
+    long as the median round: a client with fewer steps has more time for each. A device
+    is slow above ``slow_factor`` times that, and fast below ``fast_factor`` times.
+    Importance is that of ``importance_of``.
     """
 
     median_step_seconds: float
     median_importance: float
-    low_importance: float
-    relieves_edge: bool = True
+    low_importance: float  # the lower quartile
+    relieves_edge: bool = True  # whether fast devices take work off the edge
     slow_factor: float = 1.5
     fast_factor: float = 0.7
-    patience_steps: int = 2
-    spacing_steps: int = 4
+    patience_steps: int = 2  # so many steps in a row must call for the same change
+    spacing_steps: int = 4  # at least so many steps lie between two changes
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
         if not 0 < self.median_step_seconds < inf:
             raise ValueError(
                 f"median_step_seconds is {self.median_step_seconds}: give a time "
@@ -74,13 +54,6 @@ class Cohort:
             )
 
     def for_steps(self, num_steps: int) -> "Cohort":
-        """Say the same to a client, if this was said of whole rounds.
-
-        Parameters
-        ----------
-        num_steps : int
-            How many steps its round has.
-        """
-        return replace(
-            self, median_step_seconds=self.median_step_seconds / max(num_steps, 1)
-        )
+        """Turn the cohort of whole rounds into that of one client's steps."""
+        seconds = self.median_step_seconds / max(num_steps, 1)
+        return replace(self, median_step_seconds=seconds)

@@ -1,6 +1,6 @@
-"""Recompute plans: which units of a device run twice to hold less in between."""
+"""Recompute plans: what a device recomputes in backward to hold less in between."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
@@ -10,10 +10,10 @@ from flwr_smartsplit.errors import InvalidPlan
 
 @dataclass(frozen=True, slots=True)
 class Rerun:
-    """Units ``[start, stop)`` that keep nothing but their input, and run again.
+    """Units ``[start, stop)`` that keep only their input and run again in backward.
 
-    When a gradient comes back for them, they run once more and keep what backward
-    needs, except those of ``inner``, which run a third time in turn.
+    When their gradient arrives, they run forward once more and keep what backward
+    needs, except for the units of ``inner``, which run a third time in turn.
     """
 
     start: int
@@ -21,22 +21,21 @@ class Rerun:
     inner: tuple["Rerun", ...] = ()
 
     def __str__(self) -> str:
-        """Show the units, and those inside that run once more."""
         inside = "".join(f" {each}" for each in self.inner)
         return f"[{self.start}:{self.stop}{inside}]"
 
 
 @dataclass(frozen=True, slots=True)
 class RecomputePlan:
-    """What a device recomputes instead of keeping it; nothing by default.
+    """What a device recomputes instead of keeping; nothing by default.
 
     Parameters
     ----------
     reruns : tuple[Rerun, ...]
         In order, without overlap.
-    light : tuple[int, ...]
-        Units that keep their costly results only, and recompute the cheap ones between
-        them, such as a BatchNorm's and a ReLU's.
+    selective : tuple[int, ...]
+        Units under selective checkpointing: they keep the results of costly operators,
+        and recompute the cheap ones between them, such as BatchNorm and ReLU.
 
     Raises
     ------
@@ -53,49 +52,49 @@ class RecomputePlan:
     """
 
     reruns: tuple[Rerun, ...] = ()
-    light: tuple[int, ...] = ()
+    selective: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
         _check(self.reruns, None)
-        if list(self.light) != sorted(set(self.light)):
-            raise InvalidPlan(f"light units {self.light} must be in order, each once.")
+        if list(self.selective) != sorted(set(self.selective)):
+            raise InvalidPlan(
+                f"selective units {self.selective} must be in order, each once."
+            )
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is recomputed."""
-        return not self.reruns and not self.light
+        return not self.reruns and not self.selective
 
     def num_runs(self, unit: int) -> int:
-        """Count how often a unit runs forward in one step."""
+        """Count how often a unit's forward runs in one step."""
         depth, parts = 1, self.reruns
         while found := [part for part in parts if part.start <= unit < part.stop]:
             depth, parts = depth + 1, found[0].inner
         return depth
 
     def within(self, start: int, stop: int) -> "RecomputePlan":
-        """Take the part of the plan that lies in units ``[start, stop)``.
+        """Return the part of the plan that lies in units ``[start, stop)``.
 
         Raises
         ------
         InvalidPlan
-            If a part lies across one of the two ends.
+            If a part crosses one of the two ends.
         """
         for part in self.reruns:
-            is_across = any(part.start < end < part.stop for end in (start, stop))
-            if is_across:
+            if any(part.start < end < part.stop for end in (start, stop)):
                 raise InvalidPlan(
-                    f"{part} lies across an end of the units [{start}, {stop}) that "
+                    f"{part} lies across an end of the units [{start}, {stop}), which "
                     "run in one place: plan for this route."
                 )
         return RecomputePlan(
             tuple(p for p in self.reruns if start <= p.start and p.stop <= stop),
-            tuple(unit for unit in self.light if start <= unit < stop),
+            tuple(unit for unit in self.selective if start <= unit < stop),
         )
 
     def to_lists(self) -> list[Any]:
         """Write the plan as nested lists of numbers, for JSON."""
-        return [[_to_list(part) for part in self.reruns], list(self.light)]
+        return [[_to_list(part) for part in self.reruns], list(self.selective)]
 
     @classmethod
     def from_lists(cls, values: Any) -> Self:
@@ -107,16 +106,15 @@ class RecomputePlan:
             If it is not a plan.
         """
         try:
-            reruns, light = values
-            return cls(tuple(map(_from_list, reruns)), tuple(map(int, light)))
+            reruns, selective = values
+            return cls(tuple(map(_from_list, reruns)), tuple(map(int, selective)))
         except (TypeError, ValueError) as error:
             raise InvalidPlan(f"{values!r:.80} is not a recompute plan.") from error
 
     def __str__(self) -> str:
-        """Show what runs again; ``none`` if nothing does."""
         parts = [str(part) for part in self.reruns]
-        if self.light:
-            parts.append(f"light {' '.join(map(str, self.light))}")
+        if self.selective:
+            parts.append(f"selective {' '.join(map(str, self.selective))}")
         return " ".join(parts) or "none"
 
 
@@ -139,12 +137,7 @@ def _to_list(part: Rerun) -> list[Any]:
 
 def _from_list(values: Any) -> Rerun:
     start, stop, inner = values
-    return Rerun(int(start), int(stop), tuple(_each(inner)))
-
-
-def _each(values: Any) -> Iterator[Rerun]:
-    return map(_from_list, values)
+    return Rerun(int(start), int(stop), tuple(map(_from_list, inner)))
 
 
 KEEP_ALL = RecomputePlan()
-"""Nothing runs twice."""

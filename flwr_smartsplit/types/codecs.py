@@ -1,15 +1,8 @@
-"""Codec names: how the boundary at each cut of a route is written."""
+"""Codec names: how the boundary at each cut of a route is encoded."""
 
-RAW = "raw"
-"""Every tensor as it is."""
+RAW = "raw"  # every tensor as it is
 
 
 def codec_at(codecs: tuple[str, ...], index: int) -> str:
-    """Return the codec of a route's ``index``-th cut; ``RAW`` if none is named.
-
-    Examples
-    --------
-    >>> codec_at((), 0), codec_at(("int8", "raw"), 0)
-    ('raw', 'int8')
-    """
+    """Return the codec of a route's ``index``-th cut; ``RAW`` if none is named."""
     return codecs[index] if codecs else RAW

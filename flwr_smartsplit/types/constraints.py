@@ -1,4 +1,4 @@
-"""Constraints: what a user allows a plan to do, whatever the memory would permit."""
+"""Constraints: what a user allows a plan to do, whatever memory would permit."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from flwr_smartsplit.types.routes import Route
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
-    """What every route and every later change of it must respect.
+    """What every route, and every later change of it, must respect.
 
     Parameters
     ----------
@@ -16,9 +16,9 @@ class Constraints:
     recompute : bool
         Whether a device may recompute activations.
     max_accumulate : int
-        Into how many micro-batches a step may be divided where nothing else fits.
+        Most micro-batches that a step may be divided into where nothing else fits.
     kept_units : frozenset[int]
-        Units that must be on the device, since their state is the client's own.
+        Units that must stay on the device, because their state is the client's own.
 
     Raises
     ------
@@ -37,7 +37,6 @@ class Constraints:
     kept_units: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
         if self.min_device_units < 1:
             raise ValueError(
                 f"min_device_units is {self.min_device_units}; a cut leaves at least "
@@ -50,15 +49,7 @@ class Constraints:
             )
 
     def allow(self, route: Route, *, num_units: int) -> bool:
-        """Say whether the units that must be on the device are there.
-
-        Parameters
-        ----------
-        route : Route
-            Any route of the chain.
-        num_units : int
-            The length of the chain.
-        """
+        """Say whether a route has on the device the units that must be there."""
         if route.cuts and route.cuts[0] < self.min_device_units:
             return False
         legs = route.device_legs(num_units) if self.kept_units else ()
@@ -67,4 +58,3 @@ class Constraints:
 
 
 NO_CONSTRAINTS = Constraints()
-"""One unit on the device; it may recompute, and does not accumulate."""

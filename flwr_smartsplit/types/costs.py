@@ -7,44 +7,44 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBytes:
-    """What one unit makes and frees during a step, for plans that recompute.
+    """What one unit allocates and frees during a step, for plans that recompute.
 
     Parameters
     ----------
     saved_bytes : int
-        What its forward leaves to backward, with its output if anyone keeps that.
+        What its forward saves for backward, with its output if that is saved.
     kept_bytes : int
-        What of that is still there when its own backward begins.
+        The part of it that is still there when its own backward begins.
     forward_peak_bytes : int
-        The most that it makes in its forward.
+        The most that its forward allocates.
     rerun_peak_bytes : int
         The same up to the last tensor that it saves, where a rerun ends.
     passing_peak_bytes : int
-        The same where nothing is kept for backward.
+        The same where nothing is saved for backward.
     backward_peak_bytes : int
-        The most in its backward: what it kept, both gradients of its boundaries,
+        The most in its backward: saved tensors, the gradients of its input and output,
         temporaries, gradients of its parameters.
     left_bytes : int
         Gradients that its backward leaves until the end of the step.
     output_bytes : int
-        Size of the storage of its output; 0 if its input's storage serves.
+        Size of its output's storage; 0 if it is its input's.
     gradient_bytes : int
         Size of the gradient of its output.
     arriving_bytes : int or None
-        Size of the gradients where its backward first asks for what it saved; None if
-        it saves nothing.
+        Size of the gradients where its backward first needs what it saved; None if it
+        saves nothing.
     crossing_bytes : int
-        Where more than one tensor needs a gradient after it: size of all that cross and
+        Where more than one tensor after it needs a gradient: size of all that cross and
         were made since a single one did. Then ``output_bytes`` is the part of them that
-        nobody saves, and no rerun begins there.
+        no unit saves, and no rerun begins there.
     is_output_saved : bool
-        Whether ``saved_bytes`` has the output.
+        Whether ``saved_bytes`` includes the output.
     rerun_flops : int
-        Floating-point operations of its forward up to the last result that it saves.
-        In a light step: of what its backward runs again. A ``Rerun`` of a light unit
-        costs both.
+        FLOPs of its forward up to the last result that it saves; in a selective step,
+        of what its backward recomputes. A ``Rerun`` of a selective unit costs both.
     can_rerun : bool
-        Whether it may run twice: not if it changes tensors, except a BatchNorm's.
+        Whether it may run twice: not if it writes into tensors other than a
+        BatchNorm's.
     """
 
     saved_bytes: int = 0
@@ -65,7 +65,7 @@ class StepBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitCost:
-    """What one unit holds and what crosses the boundary after it.
+    """What one unit holds, and what crosses the boundary after it.
 
     Parameters
     ----------
@@ -74,31 +74,33 @@ class UnitCost:
     parameter_bytes, buffer_bytes : int
         Size of its parameters, and of its buffers and other tensors.
     gradient_bytes, optimizer_state_bytes : int
-        Size of its parameters' gradients, and of what the optimizer keeps for them.
+        Size of its parameters' gradients, and of the optimizer's state for them.
     saved_bytes : int
-        What its forward makes and backward needs: its saved activations.
-    keeps_gradient : bool
-        Whether gradients stay through the step, from micro-batch to micro-batch.
+        Saved activations: what its forward allocates and backward needs.
     boundary_bytes : int
         Size of its output for one micro-batch, with its context; 0 for the last unit.
     forward_flops : int
-        Floating-point operations of its forward; a multiply-add is two.
+        FLOPs of its forward; a multiply-add is two.
     device_peak_bytes : int
-        The most a device holds during a training step when this is its last unit:
+        The most that a device holds during a training step if this is its last unit:
         parameters, gradients, optimizer state, batch, activations, boundary gradient.
     waiting_bytes : int
-        What of that stays while the rest of the step runs elsewhere: activations.
+        The part of it that stays while the rest of the step runs elsewhere:
+        activations.
     return_bytes : int
-        The most that the rest of the step, from this unit on, takes where it comes
-        back to: its incoming boundary, activations, gradients, temporaries. The
-        parameters, buffers and optimizer state of these units come on top.
+        The most that the step takes from this unit on, where it returns to the device:
+        incoming boundary, activations, gradients, temporaries. Parameters, buffers and
+        optimizer state of these units come on top.
+    keeps_gradient : bool
+        Whether gradients stay from micro-batch to micro-batch.
     head_update_bytes, tail_update_bytes : int
-        Most that the optimizer makes and frees after backward where this unit is the
-        last on a device, and where it is the first.
+        The most that the optimizer allocates and frees after backward if this is a
+        device's last unit, and if it is its first.
     step : StepBytes
-        What plans that recompute are made from.
-    light_step : StepBytes, optional
-        The same if its cheap operators run twice; None if it has none worth it.
+        The costs that plans to recompute are made from.
+    selective_step : StepBytes, optional
+        The same if the unit is selective (see ``RecomputePlan``); None if that saves
+        nothing.
     """
 
     name: str
@@ -116,40 +118,40 @@ class UnitCost:
     head_update_bytes: int = 0
     tail_update_bytes: int = 0
     step: StepBytes = StepBytes()
-    light_step: StepBytes | None = None
+    selective_step: StepBytes | None = None
 
     @property
     def resident_bytes(self) -> int:
-        """What a place that trains this unit holds of it at any moment."""
+        """What a place that trains this unit always holds of it."""
         stays = self.parameter_bytes + self.buffer_bytes + self.optimizer_state_bytes
         return stays + self.gradient_bytes - self.new_gradient_bytes
 
     @property
     def new_gradient_bytes(self) -> int:
-        """Size of the gradients that backward makes, none where they stay."""
+        """Size of the gradients that backward allocates; 0 where they stay."""
         return 0 if self.keeps_gradient else self.gradient_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainProfile:
-    """The exact costs of a chain at one batch size and optimizer.
+    """The exact costs of a chain for one batch size and optimizer.
 
     Parameters
     ----------
     batch_size : int
         Examples per step.
     batch_bytes : int
-        Size of a batch, its targets included.
+        Size of a batch with its targets.
     units : tuple[UnitCost, ...]
         The costs of each unit, in order.
     updates_last : bool
-        Whether all gradients are kept until all are there, to be clipped together.
+        Whether all gradients are kept until the last is there, to be clipped together.
     loss : StepBytes
-        What the loss makes and frees, after the last unit.
+        What the loss allocates and frees, after the last unit.
     targets_bytes : int
-        Size of the targets alone, of one micro-batch.
+        Size of one micro-batch's targets.
     num_micro_batches : int
-        Into how many parts a batch is divided; 1 without accumulation.
+        Micro-batches of a step; 1 without accumulation.
 
     Examples
     --------
@@ -167,7 +169,7 @@ class ChainProfile:
     num_micro_batches: int = 1
 
     def to_json(self) -> str:
-        """Write the profile as JSON, with the names of the fields as keys."""
+        """Write the profile as JSON, with the fields' names as keys."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -185,11 +187,11 @@ class ChainProfile:
             return cls(units=units, loss=StepBytes(**read.pop("loss")), **read)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"this is not a chain's profile as JSON: {error}. Make one anew with "
+                f"this is not a chain's profile as JSON: {error}. Make a new one with "
                 "profile_chain(...).to_json()."
             ) from error
 
 
-def _unit(*, step: Any, light_step: Any, **costs: Any) -> UnitCost:
-    light = None if light_step is None else StepBytes(**light_step)
-    return UnitCost(step=StepBytes(**step), light_step=light, **costs)
+def _unit(*, step: Any, selective_step: Any, **costs: Any) -> UnitCost:
+    selective = None if selective_step is None else StepBytes(**selective_step)
+    return UnitCost(step=StepBytes(**step), selective_step=selective, **costs)

@@ -1,12 +1,10 @@
-"""What devices, links and edges can do, as far as anybody says so."""
+"""What devices, links and edges can do, as far as they say so."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
-LEAST_RATE = 1e-3
-"""Of bytes or operations in a second; times of what is slower are no longer numbers."""
-
+LEAST_RATE = 1e-3  # bytes or FLOPs per second; with less, times become infinite
 MOST_FLOPS_PER_SECOND = 1e24
 MOST_LATENCY_SECONDS = 1e6
 MOST_LABELS = 2**53
@@ -26,7 +24,7 @@ class Link:
     Raises
     ------
     ValueError
-        If a rate is not above 0, or the latency below 0.
+        If a rate is not above 0, or the latency is negative.
     """
 
     up_bytes_per_second: float = inf
@@ -34,7 +32,6 @@ class Link:
     latency_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a link over which nothing arrives."""
         rates = self.up_bytes_per_second, self.down_bytes_per_second
         latency = self.latency_seconds
         if not (min(rates) >= LEAST_RATE and 0 <= latency <= MOST_LATENCY_SECONDS):
@@ -47,24 +44,24 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTraits:
-    """What a device says of itself besides its memory, all of it by choice.
+    """What a device reports of itself besides its memory; everything is optional.
 
     Parameters
     ----------
     flops_per_second : float or None
-        Floating-point operations it does in a second of training; None if unknown.
+        FLOPs per second of training; None if unknown.
     link : Link or None
         To the server, and to edges that ``edge_links`` does not name; None if unknown.
     edge_links : Mapping[str, Link]
         To some edges, by name.
     label_counts : tuple[int, ...] or None
-        How many examples of each class it has. They tell about the data, so nothing
-        sends them unless the user does; None keeps them at home.
+        Examples of each class. They reveal something of the data, so they are sent only
+        if the user sets them.
 
     Raises
     ------
     ValueError
-        If a number means nothing.
+        If a number is out of range.
     """
 
     flops_per_second: float | None = None
@@ -73,7 +70,6 @@ class DeviceTraits:
     label_counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
         flops = self.flops_per_second
         if flops is not None and not LEAST_RATE <= flops <= MOST_FLOPS_PER_SECOND:
             raise ValueError(
@@ -86,8 +82,8 @@ class DeviceTraits:
             and sum(counts) > 0
         ):
             raise ValueError(
-                f"label_counts is {counts}: give how many examples there are of each "
-                "class, or None."
+                f"label_counts is {counts}: give the number of examples of each class, "
+                "or None."
             )
 
     def link_to(self, edge: str) -> Link | None:
@@ -96,26 +92,13 @@ class DeviceTraits:
 
 
 NO_TRAITS = DeviceTraits()
-"""Of a device that says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeProfile:
-    """What an edge offers.
+    """What an edge offers."""
 
-    Parameters
-    ----------
-    name : str
-        The place's name in routes.
-    memory_bytes : int or None
-        What its replicas may take; None means no limit.
-    disk_bytes : int or None
-        What its sealed tails may take; None means no limit.
-    flops_per_second : float or None
-        Floating-point operations it does in a second, for one client; None if unknown.
-    """
-
-    name: str
-    memory_bytes: int | None = None
-    disk_bytes: int | None = None
-    flops_per_second: float | None = None
+    name: str  # the place's name in routes
+    memory_bytes: int | None = None  # for its replicas; None is no limit
+    disk_bytes: int | None = None  # for sealed tails; None is no limit
+    flops_per_second: float | None = None  # for one client; None if unknown

@@ -5,20 +5,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One part of a batch under gradient accumulation.
+    """One part of a batch under gradient accumulation: number ``index`` of ``count``.
 
-    Parameters
-    ----------
-    index, count : int
-        Which of how many.
-    loss_divisor : float
-        The batch's number of examples over this part's; the loss is divided by it, so
-        that the gradients add up to those of the batch's mean loss.
+    The loss is divided by ``loss_divisor``, the batch's number of examples over this
+    part's, so that the gradients add up to those of the batch's mean loss.
 
     Examples
     --------
     >>> MicroBatch(3, 4, 4.0).is_last, WHOLE_BATCH.is_first, WHOLE_BATCH.is_last
     (True, True, True)
+    >>> WHOLE_BATCH.in_step(7), MicroBatch(1, 4, 4.0).in_step(7)
+    (7, '7.1')
     """
 
     index: int = 0
@@ -27,7 +24,7 @@ class MicroBatch:
 
     @property
     def is_first(self) -> bool:
-        """Whether gradients begin anew with it."""
+        """Whether gradients start from zero with it."""
         return self.index == 0
 
     @property
@@ -36,13 +33,7 @@ class MicroBatch:
         return self.index == self.count - 1
 
     def in_step(self, step: int) -> int | str:
-        """Name this part of a step, for the random streams of its units.
-
-        Examples
-        --------
-        >>> WHOLE_BATCH.in_step(7), MicroBatch(1, 4, 4.0).in_step(7)
-        (7, '7.1')
-        """
+        """Name this part of a step, for the random streams of its units."""
         return f"{step}.{self.index}" if self.index else step
 
 

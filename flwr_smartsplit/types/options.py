@@ -7,39 +7,25 @@ from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
 from flwr_smartsplit.types.routes import Route
 from flwr_smartsplit.types.variants import WHOLE, Variant
 
+# FLOPs of a step over those of its forward: backward multiplies each layer's gradient
+# with its weights and with its inputs.
 STEP_OVER_FORWARD = 3
-"""FLOPs of forward and backward together over those of forward: backward multiplies
-each layer's gradient with its weights and with its inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a route asks of a device, its link and its edges, for one training step.
-
-    Parameters
-    ----------
-    device_flops, edge_flops : float
-        Floating-point operations at the device and at edges.
-    boundary_bytes : int
-        What goes from the device over its cuts; as much comes back.
-    num_exchanges : int
-        Messages there and back over the device's link.
-    state_bytes : int
-        The device segments' parameters and buffers, which come and go once a round.
-    extra_flops : int
-        What of ``device_flops`` recomputation adds.
-    """
+    """What a route asks of a device, its link and its edges in one training step."""
 
     device_flops: float = 0
     edge_flops: float = 0
-    boundary_bytes: int = 0
-    num_exchanges: int = 0
-    state_bytes: int = 0
-    extra_flops: int = 0
+    boundary_bytes: int = 0  # sent from the device over its cuts; as much comes back
+    num_exchanges: int = 0  # round trips over the device's link
+    state_bytes: int = 0  # the device's parameters and buffers, moved once a round
+    extra_flops: int = 0  # the part of device_flops that recomputation adds
 
     @property
     def device_fraction(self) -> float:
-        """The device's share of the model's FLOPs, recomputation left out."""
+        """The device's share of the model's FLOPs, without recomputation."""
         own = self.device_flops - self.extra_flops
         total = own + self.edge_flops
         return own / total if total else 1.0
@@ -65,19 +51,19 @@ class RouteOption:
     recompute : RecomputePlan
         What the device runs twice.
     variant : Variant
-        What of the global model is trained.
+        What part of the global model is trained.
     codecs : tuple[str, ...]
-        How the boundary at each cut is written; empty for ``RAW`` at all of them.
+        How the boundary at each cut is encoded; empty for ``RAW`` at all of them.
     accumulate : int
         Micro-batches of a step.
     peak_bytes : int
-        The most that the device holds during a step, as predicted; 0 if unknown.
+        Predicted peak of the device during a step; 0 if unknown.
     work : Work
         What a step asks of device, link and edge.
     edge_memory_bytes, edge_disk_bytes : int
-        What the rest of the model takes at the edge, and sealed on its disk.
+        What the rest of the model takes in the edge's memory, and sealed on its disk.
     seconds : float or None
-        What one client's part of a round takes; None if nobody knows.
+        Duration of one client's part of a round; None if unknown.
     is_placed : bool
         Whether the route names its edges; else ``"edge"`` stands for any of them.
     """

@@ -1,4 +1,4 @@
-"""Reports: what a round brought, said by clients and edges after it."""
+"""Reports: what clients and edges say of a round after it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,87 +20,67 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """The first cut of a route, moved between two steps of a round.
-
-    Parameters
-    ----------
-    step : int
-        How many steps were done before.
-    before, after : int
-        The cut.
-    reason : str
-        Why, for the journal.
-    """
+    """A move of a route's first cut after ``step`` steps of a round."""
 
     step: int
     before: int
     after: int
-    reason: str = ""
+    reason: str = ""  # for the journal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replan:
-    """A change of what a device runs twice, between two steps of a round.
-
-    Parameters
-    ----------
-    step : int
-        How many steps were done before.
-    before, after : str
-        The recompute plan, as text.
-    reason : str
-        Why, for the journal.
-    """
+    """A change of what a device recomputes after ``step`` steps of a round, as text."""
 
     step: int
     before: str
     after: str
-    reason: str = ""
+    reason: str = ""  # for the journal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a client measured while it did its part of a round.
+    """What a client measured during its part of a round.
 
     Parameters
     ----------
     status : Status
         How it ended.
     message : str
-        The error's text when ``status`` is not OK.
+        The error's text if ``status`` is not OK.
     num_examples, num_steps : int
-        Examples of one epoch, which is the client's weight, and all optimizer steps.
+        Examples of one epoch, which are the client's weight, and all optimizer steps.
     num_epochs : int
         Passes over these examples.
     loss : float
         Mean loss over the examples.
     loss_rms : float
-        Root of the mean over the examples of their batch's loss, squared.
+        Root mean square, over the examples, of their batch's loss.
     loss_drop : float
         Mean loss of the first half of the steps, less that of the second half.
     peak_bytes : int
-        The most the device held in the metered steps.
+        The most that the device held in the metered steps.
     resident_growth_bytes : int or None
-        Growth of the process's resident set, where the client is alone in its process;
-        None where it is not, or the system does not say.
+        Growth of the process's resident set; None if the client is not alone in its
+        process, or the system does not report it.
     sent_bytes, received_bytes : int
         Traffic between the device and its edges.
     seconds : float
         Wall-clock time of the client's part.
     num_threads : int
-        Torch threads in force.
+        Torch threads in use.
     metrics : Mapping[str, float]
         What ``Task.metrics_fn`` returned, averaged over the examples.
     moves : tuple[Move, ...]
-        How the first cut moved since the round began, in order.
+        How the first cut moved during the round, in order.
     replans : tuple[Replan, ...]
-        How what runs twice changed since then, in order.
+        How the recompute plan changed during the round, in order.
     step_seconds : float
-        Mean time of a training step as the route ended, by the client's clock or its
-        ``step_seconds``; 0 if nobody knows.
+        Mean time of a training step on the final route, by the client's clock or its
+        ``step_seconds``; 0 if unknown.
     released : str
         Why the edge let it stop early; empty if it did not. Then ``num_examples`` are
-        those it trained on, and ``num_epochs`` counts the last, unfinished pass too.
+        those it trained on, and ``num_epochs`` includes the last, unfinished pass.
     """
 
     status: Status = Status.OK
@@ -126,39 +106,21 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """An edge's word that it holds one finished tail.
-
-    Parameters
-    ----------
-    place : str
-        The edge's name in the route.
-    incarnation : str
-        Which life of the edge sealed it.
-    session : str
-        The session that was sealed.
-    names : tuple[str, ...]
-        The state names the tail covers.
-    digest : str
-        SHA-256 over names, dtypes, shapes and values.
-    num_examples, num_steps : int
-        What the tail was stepped with.
-    variant : Variant
-        What of the global model was trained.
-    """
+    """An edge's confirmation that it holds one finished tail."""
 
     place: str
-    incarnation: str
+    incarnation: str  # of the edge that sealed it; a restart changes it
     session: str
-    names: tuple[str, ...]
-    digest: str
-    num_examples: int
+    names: tuple[str, ...]  # of the tail's state
+    digest: str  # SHA-256 over names, dtypes, shapes and values
+    num_examples: int  # with which the tail was stepped, as num_steps
     num_steps: int
     variant: Variant = WHOLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TailExpectation:
-    """The sealed tail a client's receipt must prove."""
+    """The sealed tail that a client's receipt must prove."""
 
     session: str
     names: frozenset[str]
@@ -167,17 +129,7 @@ class TailExpectation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
-    """What the reply of one chosen client must contain.
-
-    Parameters
-    ----------
-    client_key : str
-        The client.
-    device_names : frozenset[str]
-        The state names of its device segments.
-    tails : Mapping[str, TailExpectation]
-        The tails of its route, by place.
-    """
+    """What the reply of one chosen client must contain; ``tails`` by place."""
 
     client_key: str
     device_names: frozenset[str]
@@ -204,12 +156,12 @@ class Failure:
     client_key : str
         The client, or the node where no key is known.
     kind : str
-        The reason in one word: refused, late, duplicate, lost, failed,
-        out_of_memory, edge_failed.
+        The reason in one word: refused, late, duplicate, lost, failed, out_of_memory,
+        edge_failed.
     cause : str
         The reason in a sentence, with its numbers.
     report : StepReport, optional
-        What the client measured, if it said so.
+        What the client measured, if it was reported.
     """
 
     client_key: str

@@ -53,7 +53,6 @@ class Route:
     places: tuple[str, ...] = (DEVICE,)
 
     def __post_init__(self) -> None:
-        """Refuse a route that no chain could have."""
         if len(self.places) != len(self.cuts) + 1:
             raise InvalidRoute(
                 f"{len(self.cuts)} cuts make {len(self.cuts) + 1} segments, "
@@ -61,7 +60,7 @@ class Route:
             )
         if self.places[0] != DEVICE:
             raise InvalidRoute(
-                f"a route starts at {DEVICE!r}, where the data is, not at "
+                f"a route starts at {DEVICE!r}, where the data are, not at "
                 f"{self.places[0]!r}."
             )
         middle = self.places[1:-1] if self.returns else self.places[1:]
@@ -70,8 +69,7 @@ class Route:
                 f"places {self.places}: a route visits each edge once, and comes back "
                 "to the device only for its last segment."
             )
-        ordered = all(low < high for low, high in pairwise(self.cuts))
-        if not ordered or any(cut < 1 for cut in self.cuts):
+        if any(low >= high for low, high in pairwise((0, *self.cuts))):
             raise InvalidRoute(
                 f"cuts {self.cuts} must be strictly increasing and at least 1."
             )
@@ -88,7 +86,7 @@ class Route:
 
     @classmethod
     def u_shape(cls, first: int, last: int, *, edge: str = EDGE) -> Self:
-        """Run ``[first, last)`` at an edge and all else, loss and labels too, here."""
+        """Run ``[first, last)`` at an edge; the rest, with loss and labels, here."""
         return cls((first, last), (DEVICE, edge, DEVICE))
 
     @classmethod
@@ -119,11 +117,11 @@ class Route:
         return replace(self, cuts=(cut, *self.cuts[1:]))
 
     def device_legs(self, num_units: int) -> tuple[Leg, ...]:
-        """Lay the route along a chain; return the segments on the device."""
+        """Return the segments on the device, for a chain of ``num_units`` units."""
         return tuple(leg for leg in self.legs(num_units) if leg.place == DEVICE)
 
     def edge_legs(self, num_units: int) -> tuple[Leg, ...]:
-        """Lay the route along a chain; return the segments at edges."""
+        """Return the segments at edges, for a chain of ``num_units`` units."""
         return tuple(leg for leg in self.legs(num_units) if leg.place != DEVICE)
 
     def legs(self, num_units: int) -> tuple[Leg, ...]:
@@ -152,7 +150,6 @@ class Route:
         return tuple(place for place in self.places if place != DEVICE)
 
     def __str__(self) -> str:
-        """Show each place with the units it runs."""
         if not self.cuts:
             return "whole"
         bounds = ("", *map(str, self.cuts), "")

@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``64MiB``. What they are printed as is in errors.py."""
+"""Parse sizes such as ``64MiB``; ``errors.bytes_text`` prints them."""
 
 import math
 import re
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
     size = math.floor(exact) if exact < math.inf else 0
     if size < 1:
         raise ValueError(
-            f"{text!r} is no size: write a positive number and B, KiB, MiB, GiB or "
+            f"{text!r} is not a size: write a positive number and B, KiB, MiB, GiB or "
             "TiB, such as 64MiB."
         )
     return size

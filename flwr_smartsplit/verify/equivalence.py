@@ -1,8 +1,8 @@
-"""Prove on one's own model that cutting changes nothing, and that costs are known.
+"""Prove on a given model that cutting changes nothing and that costs are predicted.
 
-The truth is a plain PyTorch loop over the stock module, which knows no units. Each
-cut then trains the same batches through ``train_locally`` and an edge in this process,
-over the bytes of the wire, and everything is compared to the last bit.
+The truth is a plain PyTorch loop over the stock module, which knows no units. Each cut
+then trains the same batches through ``train_locally`` and an edge in this process, over
+the bytes of the wire, and everything is compared to the last bit.
 """
 
 import hashlib
@@ -43,18 +43,11 @@ State = Mapping[str, npt.NDArray[Any]]
 _CLIENT, _ROUND, _SEED = "check", 1, 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CutCheck:
-    """What one route gave beside the stock model.
+    """What one route gave, compared with the stock model.
 
-    Parameters
-    ----------
-    route : Route
-        The route that was trained.
-    differences : tuple[str, ...]
-        What is not the stock model's to the last bit; empty if all is.
-    measured_peak_bytes : int
-        The most that the device held.
+    ``differences`` names what is not the stock model's to the last bit.
     """
 
     route: Route
@@ -65,15 +58,8 @@ class CutCheck:
 class RouteChecker:
     """Train a task whole and along routes, and compare.
 
-    Use it as a context manager: it hosts an edge in this process.
-
-    Parameters
-    ----------
-    task : Task
-        What to check.
-    batches : Sequence[tuple[inputs, targets]]
-        What to train on: two of one size at least, so that the optimizer's state
-        counts.
+    Use it as a context manager: it hosts an edge in this process. Give at least two
+    batches of one size, so that the optimizer's state counts.
 
     Examples
     --------
@@ -109,15 +95,13 @@ class RouteChecker:
                 chain=self.chain,
                 streams=UnitStreams(_SEED, _ROUND, _CLIENT),
             )
-        self._gradients.name(_names([model], model))
-        self._true_gradients = self._gradients.take()
+        self._true_gradients = self._gradients.take(_names([model], model))
         self._true_outputs = self._outputs.take()
         self._final = state_of(model)
         self._edge = LocalEdge()
         self._address = ""
 
     def __enter__(self) -> Self:
-        """Start the edge."""
         self._address = self._edge.start(self._task)
         try:
             self._send(wire.HoldState(self._digest, self._state))
@@ -127,7 +111,6 @@ class RouteChecker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the edge and delete its files."""
         self._edge.stop(self._address)
 
     def check(self, route: Route) -> CutCheck:
@@ -147,19 +130,15 @@ class RouteChecker:
             peak_bytes = outcome.report.peak_bytes
         except Exception as error:
             differences.append(f"{type(error).__name__}: {error}")
-        self._gradients.take()
+        self._gradients.clear()
         self._outputs.take()
         self._send(wire.Release(_ROUND, self._digest))
-        return CutCheck(
-            route=route,
-            differences=tuple(differences),
-            measured_peak_bytes=peak_bytes,
-        )
+        return CutCheck(route, tuple(differences), measured_peak_bytes=peak_bytes)
 
     def _run(self, plan: ClientPlan, differences: list[str]) -> Outcome:
         """Train and evaluate; add what differs to the list."""
         size = len(self.chain)
-        # In the order in which their optimizers are made.
+        # The order in which their optimizers are made.
         legs = (*plan.route.device_legs(size), *plan.route.edge_legs(size))
         state = {
             name: self._state[name]
@@ -169,24 +148,26 @@ class RouteChecker:
         conditions = Conditions(
             task=self._task, connect=self._connect, cap_mode=CapMode.STRICT
         )
-        outcome = train_locally(plan, state, self._fresh(), conditions)
+        outcome = train_locally(plan, state, self._fresh(self._batches), conditions)
         report = outcome.report
         if report.status is not Status.OK:
             differences.append(f"training ends with: {report.message}")
             return outcome
         segments = [self.chain.segment(leg.start, leg.stop) for leg in legs]
-        self._gradients.name(_names(segments, self.chain.model))
-        differences += _differing(self._true_gradients, self._gradients.take())
+        gradients = self._gradients.take(_names(segments, self.chain.model))
+        differences += _differing(self._true_gradients, gradients)
         differences += _loss_differences("loss", report.loss, self._truth.train_loss)
         differences += self._state_differences(outcome)
-        loss = evaluate_locally(plan, state, self._fresh_ends(), conditions).loss
+        # The last batch may be smaller.
+        ends = self._fresh((self._batches[0], self._batches[-1]))
+        loss = evaluate_locally(plan, state, ends, conditions).loss
         differences += _loss_differences("evaluation loss", loss, self._truth.eval_loss)
         if self._outputs.take() != self._true_outputs:
             differences.append("evaluation outputs")
         return outcome
 
     def _state_differences(self, outcome: Outcome) -> list[str]:
-        """Compare what device and edge ended with; look into a tail if it differs."""
+        """Compare the final state; fetch an edge's tail if its digest differs."""
         found = dict(outcome.state)
         elsewhere: set[str] = set()
         for receipt in outcome.receipts:
@@ -196,23 +177,18 @@ class RouteChecker:
                 entry = wire.Entry(receipt.session, receipt.digest, 1)
                 sums = self._send(wire.Commit(_ROUND, (entry,))).sums
                 found |= {n: sums[n].mean(self._final[n].dtype) for n in tail}
-        # What no unit uses is at no place; training must not change it.
-        resting = self._final.keys() - found.keys() - elsewhere
-        found |= {name: self._state[name] for name in resting}
+        # State that no unit uses is at no place; training must not change it.
+        unused = self._final.keys() - found.keys() - elsewhere
+        found |= {name: self._state[name] for name in unused}
         return [
             f"state {name}"
             for name, values in found.items()
             if _bits(values) != _bits(self._final[name])
         ]
 
-    def _fresh(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield batches that nobody else holds, as a loader does."""
-        for batch in self._batches:
-            yield tree_map(torch.clone, batch)
-
-    def _fresh_ends(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield the first batch and the last, which may be smaller."""
-        for batch in (self._batches[0], self._batches[-1]):
+    def _fresh(self, batches: Batches) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield copies of batches, as a loader does."""
+        for batch in batches:
             yield tree_map(torch.clone, batch)
 
     def _connect(self, place: str, address: str) -> wire.Transport:
@@ -226,53 +202,42 @@ class RouteChecker:
 def example_batches(task: Task, *, batch_size: int, seed: int = 0) -> Batches:
     """Draw batches like the task's examples: two of one size, then a smaller one.
 
-    Floating-point inputs are drawn from a normal distribution; all else is drawn from
-    the values that the examples have, such as class numbers and tokens. So an example
-    of zeros only checks one class and one token: give examples with all of them.
+    Floating-point inputs are drawn from a normal distribution; everything else from the
+    values in the examples, such as class numbers and tokens. So an example of zeros
+    only checks one class and one token: give examples with all of them.
     """
     rng = torch.Generator().manual_seed(seed)
 
-    def draw(example: Tensor, size: int) -> Tensor:
-        choices = example.flatten()
+    def draw(size: int, example: Tensor, *, is_input: bool = True) -> Tensor:
         shape = (size, *example.shape[1:])
-        return choices[torch.randint(choices.numel(), shape, generator=rng)]
-
-    def draw_input(size: int, example: Tensor) -> Tensor:
-        if example.is_floating_point():
-            shape = (size, *example.shape[1:])
+        if is_input and example.is_floating_point():
             return torch.randn(shape, generator=rng, dtype=example.dtype)
-        return draw(example, size)
+        choices = example.flatten()
+        return choices[torch.randint(choices.numel(), shape, generator=rng)]
 
     sizes = [batch_size, batch_size, *([batch_size - 1] if batch_size > 2 else [])]  # noqa: PLR2004
     return [
         (
-            tree_map(partial(draw_input, size), task.example_inputs),
-            draw(task.example_targets, size),
+            tree_map(partial(draw, size), task.example_inputs),
+            draw(size, task.example_targets, is_input=False),
         )
         for size in sizes
     ]
 
 
-# --- gradients ------------------------------------------------------------------------
-
-
 class _GradientLog:
-    """Make optimizers that write down a digest of every gradient they are given."""
+    """Make optimizers that record a digest of every gradient that they get."""
 
     def __init__(self, optimizer_fn: Callable[..., Optimizer]) -> None:
         self._optimizer_fn = optimizer_fn
         self._taken: list[list[list[str]]] = []
-        self._named: dict[str, str] = {}
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Build an optimizer, as a task's ``optimizer_fn`` does."""
         parameters = list(parameters)
-        optimizer = self._optimizer_fn(parameters)
         taken: list[list[str]] = [[] for _ in parameters]
-        self._taken.append(taken)
-        seen = {
-            id(parameter): own for parameter, own in zip(parameters, taken, strict=True)
-        }
+        self._taken.append(taken)  # First, since it may take none of them.
+        optimizer = self._optimizer_fn(parameters)
+        seen = dict(zip(map(id, parameters), taken, strict=True))
 
         def write(optimizer: Optimizer, *_: Any) -> None:
             for group in optimizer.param_groups:
@@ -283,23 +248,24 @@ class _GradientLog:
         optimizer.register_step_pre_hook(one_by_one(write))
         return optimizer
 
-    def name(self, owners: Sequence[Sequence[str]]) -> None:
-        """Give what was written names, those of each optimizer's parameters."""
-        for names, taken in zip(owners, self._taken, strict=True):
-            for name, digests in zip(names, taken, strict=True):
-                self._named |= {
-                    f"gradient {name} of step {step}": digest
-                    for step, digest in enumerate(digests)
-                }
-
-    def take(self) -> dict[str, str]:
-        """Return what was written, and start anew."""
-        named, self._named, self._taken = self._named, {}, []
+    def take(self, owners: Sequence[Sequence[str]]) -> dict[str, str]:
+        """Name the digests by each optimizer's parameters; return them, start over."""
+        named = {
+            f"gradient {name} of step {step}": digest
+            for names, taken in zip(owners, self._taken, strict=True)
+            for name, digests in zip(names, taken, strict=True)
+            for step, digest in enumerate(digests)
+        }
+        self.clear()
         return named
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._taken = []
 
 
 def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
-    """Name the trained parameters of segments as the model does, where there are any.
+    """Name each segment's trained parameters as the model does; skip empty segments.
 
     A tied parameter has several names; the model's first one counts.
     """
@@ -312,14 +278,13 @@ def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
 
 
 class _OutputLog:
-    """A loss that writes down a digest of every output it is given in evaluation."""
+    """A loss that records a digest of every output that it gets in evaluation."""
 
     def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
         self._loss_fn = loss_fn
         self._digests: list[list[str]] = []
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the loss, as a task's ``loss_fn`` does."""
         if not torch.is_grad_enabled():
             leaves = tree_leaves(outputs)
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -327,15 +292,13 @@ class _OutputLog:
         return self._loss_fn(outputs, targets)
 
     def take(self) -> list[list[str]]:
-        """Return what was written, and start anew."""
+        """Return what was recorded, and start over."""
         digests, self._digests = self._digests, []
         return digests
 
 
 @unmetered()
-def _digest(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return ""
+def _digest(tensor: Tensor) -> str:
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
     values = dense.resolve_conj().resolve_neg().contiguous().flatten()
     digest = hashlib.sha256(repr((tuple(tensor.shape), tensor.dtype)).encode())

@@ -1,10 +1,10 @@
 """The stock model, trained in a plain PyTorch loop that knows no units.
 
-The one thing it shares with split training is chance: torch's generator is seeded
-right before the operator where a unit's first random number is drawn.
+It shares only random numbers with split training: torch's generator is seeded right
+before the operator that draws a unit's first random number.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,20 +48,10 @@ def train_stock(
     chain: Chain,
     streams: UnitStreams,
 ) -> Truth:
-    """Evaluate and train the module in a plain loop.
+    """Evaluate the module, then train it in place, in a plain loop.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The stock module; it is trained in place.
-    task : Task
-        Supplies loss and optimizer.
-    batches : Sequence[tuple[inputs, targets]]
-        What to train on.
-    chain : Chain
-        Says which unit draws how many random numbers.
-    streams : UnitStreams
-        The streams that the units of split training draw from.
+    ``chain`` says which unit draws how many random numbers, ``streams`` from which
+    stream.
     """
     autocast: AbstractContextManager[Any] = nullcontext()
     if task.autocast_dtype is not None:
@@ -76,9 +66,9 @@ def train_stock(
         optimizer.zero_grad()
         parts = []
         for part, (inputs, targets) in micro_batches(batch, task.accumulate):
-            chance = _Chance(firsts, streams, part.in_step(step))
+            draws = _seeded_draws(firsts, streams, part.in_step(step))
             with autocast:
-                with chance if firsts else nullcontext():
+                with draws if firsts else nullcontext():
                     outputs = _call(model, inputs)
                 loss = task.loss_fn(outputs, targets)
             (loss / part.loss_divisor if part.count > 1 else loss).backward()
@@ -98,7 +88,7 @@ def _evaluated(
     batches: Batches,
     autocast: AbstractContextManager[Any],
 ) -> float:
-    """Evaluate first and last batch, before anything is trained."""
+    """Evaluate the first and the last batch, before anything is trained."""
     model.eval()
     with torch.no_grad(), autocast:
         return _mean_loss(
@@ -128,11 +118,12 @@ def _mean_loss(losses: Iterable[tuple[Tensor | float, Tensor]]) -> float:
     return total / examples
 
 
-class _Draws(TorchDispatchMode):
-    """Count the operators that draw random numbers."""
+class _OnDraw(TorchDispatchMode):
+    """Call a function before each operator that draws random numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[[int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._function = function
         self.count = 0
 
     def __torch_dispatch__(
@@ -143,39 +134,29 @@ class _Draws(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self.drawing()
+            self._function(self.count)
             self.count += 1
         return func(*args, **(kwargs or {}))
 
-    def drawing(self) -> None:
-        """Act before an operator that draws."""
 
+def _seeded_draws(
+    firsts: Mapping[int, int], streams: UnitStreams, step: int | str
+) -> _OnDraw:
+    """Let the stock model draw the numbers of its units: seed where each one begins."""
 
-class _Chance(_Draws):
-    """Let the stock model draw what its units draw: seed where each one begins."""
+    def seed(draw: int) -> None:
+        if draw in firsts:
+            root = (streams.seed, streams.round_number, streams.client_key)
+            value = derived_seed(*root, step, firsts[draw])
+            torch.default_generator.manual_seed(value)
 
-    def __init__(
-        self, firsts: Mapping[int, int], streams: UnitStreams, step: int | str
-    ) -> None:
-        super().__init__()
-        self._firsts = firsts
-        self._streams = streams
-        self._step = step
-
-    def drawing(self) -> None:
-        """Seed torch's generator if a unit's first draw comes now."""
-        unit = self._firsts.get(self.count)
-        if unit is not None:
-            of = self._streams
-            parts = (of.seed, of.round_number, of.client_key, self._step, unit)
-            seed = derived_seed(*parts)
-            torch.default_generator.manual_seed(seed)
+    return _OnDraw(seed)
 
 
 @warnings_ignored()
 def _first_draws(chain: Chain, inputs: Batch) -> dict[int, int]:
     """Find the number of each unit's first draw among all draws of a forward."""
-    mode, draws = DryRun(), _Draws()
+    mode, draws = DryRun(), _OnDraw(lambda _: None)
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(inputs, mode, batch_size=len(tree_leaves(inputs)[0]))
     counts = [0]

@@ -7,7 +7,7 @@ from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, Rerun, Route
 from simulations.experiments.errors import ExperimentError
 
 _SEGMENT = re.compile(r"([^\[\]]+)\[(\d*):(\d*)\]")
-_TOKEN = re.compile(r"\[(\d+):(\d+)|\]|light((?: \d+)+)| ")
+_TOKEN = re.compile(r"\[(\d+):(\d+)|\]|selective((?: \d+)+)| ")
 WHOLE = str(Route.whole())
 
 
@@ -33,13 +33,13 @@ def recompute_of(text: str) -> RecomputePlan:
     if text == str(KEEP_ALL):
         return KEEP_ALL
     stack: list[tuple[int, int, list[Rerun]]] = [(0, 0, [])]
-    light: tuple[int, ...] = ()
+    selective: tuple[int, ...] = ()
     position = 0
     while token := _TOKEN.match(text, position):
         if token[1]:
             stack.append((int(token[1]), int(token[2]), []))
         elif token[3]:
-            light = tuple(map(int, token[3].split()))
+            selective = tuple(map(int, token[3].split()))
         elif token[0] == "]" and len(stack) == 1:
             break
         elif token[0] == "]":
@@ -49,6 +49,6 @@ def recompute_of(text: str) -> RecomputePlan:
     if position < len(text) or len(stack) > 1:
         raise ExperimentError(
             f"{text!r} is no recompute plan: a journal has 'none', or parts such as "
-            "'[0:3] [4:9 [6:8]] light 1 2'."
+            "'[0:3] [4:9 [6:8]] selective 1 2'."
         )
-    return RecomputePlan(tuple(stack[0][2]), light)
+    return RecomputePlan(tuple(stack[0][2]), selective)

@@ -2,12 +2,11 @@
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -65,44 +64,6 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
     for above, below in pairwise(order):
         placed[below] = min(placed[below], placed[above] - gap)
     return placed
-
-
-def class_table(rows: Mapping[str, Sequence[float | None]]) -> Figure:
-    """Draw a table of colours: methods by classes."""
-    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 0.55 * len(rows)))
-    axes = figure.subplots()
-    axes.grid(visible=False)
-    axes.set_title("Accuracy per class: " + _unlearned(rows))
-    values = np.array(
-        [[np.nan if v is None else 100 * v for v in row] for row in rows.values()]
-    )
-    image = axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        text = "–" if np.isnan(value) else f"{value:.0f}"
-        dark = value > 55  # noqa: PLR2004 - where white text reads better
-        axes.text(
-            column, row, text, ha="center", va="center", color="w" if dark else "k"
-        )
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_xticks(range(values.shape[1]))
-    axes.set_xlabel("class")
-    bar = figure.colorbar(image, ax=axes, pad=0.01)
-    bar.set_label("accuracy (%)")
-    return figure
-
-
-def _unlearned(rows: Mapping[str, Sequence[float | None]]) -> str:
-    """Say which methods never get an example of some classes right."""
-    zeros = {
-        method: [str(label) for label, value in enumerate(row) if value == 0.0]
-        for method, row in rows.items()
-    }
-    found = [
-        f"{method} knows nothing of {', '.join(labels)}"
-        for method, labels in zeros.items()
-        if labels
-    ]
-    return "; ".join(found) or "every method has learned something of every class"
 
 
 def shown_clients(keys: list[str]) -> range:

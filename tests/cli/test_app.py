@@ -315,8 +315,8 @@ def test_an_interruption_leaves_no_folder_behind(tmp_path, monkeypatch):
 BOTH = [
     (["torchvision:resnt18"], "close: resnet18"),
     ([SMALL], "--input 3x32x32"),
-    ([SMALL, "--input", "abc"], "--input 'abc' is no shape"),
-    ([SMALL, "--input", "3x0x1"], "--input '3x0x1' is no shape"),
+    ([SMALL, "--input", "abc"], "--input 'abc' is not a shape"),
+    ([SMALL, "--input", "3x0x1"], "--input '3x0x1' is not a shape"),
     ([SMALL, "--input", "5"], "must take them and not look at values"),
     ([SMALL, "--input", 4, "--batch-size", 0], "--batch-size 0 is less than 1"),
     ([SMALL, "--input", 4, "--batch-size", 1], "at batch size 1 fails: ValueError"),
@@ -329,10 +329,10 @@ BOTH = [
     (["torchvision:alexnet", "--input", "1x64x64"], "to have 3 channels"),
 ]
 PROFILE_ONLY = [
-    (["--budget", "64"], "--budget '64' is no size"),
-    (["--plot", "picture.gif"], "is no .png, .svg or .pdf"),
+    (["--budget", "64"], "--budget '64' is not a size"),
+    (["--plot", "picture.gif"], "is not a .png, .svg or .pdf"),
     (["--plot", "no/such/folder/a.png"], "there is no folder no/such/folder"),
-    (["--cache-dir", __file__], "is no folder"),
+    (["--cache-dir", __file__], "is not a folder"),
 ]
 CHECK_ONLY = [
     (["--cuts", "some"], "write all, or with commas"),

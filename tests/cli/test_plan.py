@@ -162,7 +162,7 @@ def test_one_cut_is_planned_for_exactly_the_budget(cnn, name):
         {
             "name": profile.units[index].name,
             "num_runs": plan.num_runs(index),
-            "is_light": index in plan.light,
+            "is_selective": index in plan.selective,
         }
         for index in range(5)
     ]
@@ -216,20 +216,20 @@ def test_a_model_without_cuts_is_planned_whole():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--budget", "64"], "--budget '64' is no size"),
-        (["--budget", "-1MiB"], "--budget '-1MiB' is no size"),
-        (["--budget", "nan"], "--budget 'nan' is no size"),
-        (["--budget", "much"], "--budget 'much' is no size"),
-        (["--budget", "0B"], "--budget '0B' is no size"),
-        (["--budget", "9" * 308 + "TiB"], "is no size"),
+        (["--budget", "64"], "--budget '64' is not a size"),
+        (["--budget", "-1MiB"], "--budget '-1MiB' is not a size"),
+        (["--budget", "nan"], "--budget 'nan' is not a size"),
+        (["--budget", "much"], "--budget 'much' is not a size"),
+        (["--budget", "0B"], "--budget '0B' is not a size"),
+        (["--budget", "9" * 308 + "TiB"], "is not a size"),
         (["--cut", 1], "--cut needs --budget"),
         (["--cut", 1, "--budget", "1KiB", "--plot", "a.png"], "has no --plot"),
         (["--cut", 9, "--budget", "1KiB"], "or a number in 1..3"),
         (["--cut", "relu", "--budget", "1KiB"], "--cut 'relu' is none of this model"),
-        (["--plot", "picture.gif"], "is no .png, .svg or .pdf"),
+        (["--plot", "picture.gif"], "is not a .png, .svg or .pdf"),
         (["--batch-size", 0], "--batch-size 0 is less than 1"),
         (["--optimizer", "x"], "choose one of sgd, momentum, adam"),
-        (["--cache-dir", __file__], "is no folder"),
+        (["--cache-dir", __file__], "is not a folder"),
     ],
 )
 def test_a_mistake_is_explained_in_one_line_without_a_traceback(arguments, words):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +112,29 @@ def test_a_client_whose_budget_falls_is_merged_like_the_others(
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     moves = [row["moves"] for row in rows if row.get("moves")]
     assert [(m["step"], m["before"], m["after"]) for (m,) in moves] == [(1, 7, 1)] * 2
+
+
+@pytest.mark.parametrize("make", [message_app, legacy_app])
+def test_who_fits_nothing_else_accumulates_within_its_budget(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Two micro-batches are enough for c1, four for c2; c0 has no limit."""
+    halves, quarters = (
+        predicted_peak_bytes(
+            profile_of(replace(TASK, accumulate=parts), batch_size=BATCH_SIZE), DEEP
+        )
+        for parts in (2, 4)
+    )
+    journal = tmp_path / "rows.jsonl"
+    allowed: dict[str, Any] = {"max_accumulate": 4, "recompute": False}
+    strategy = smart_split(EDGES, choose_route=deep, journal=journal, **allowed)
+    made = run(clients(make, (None, halves, quarters)), strategy)
+    found = {a.client_key: a.option for a in strategy.round_plans[0].assignments}
+    assert {k: o.accumulate for k, o in found.items()} == {"c0": 1, "c1": 2, "c2": 4}
+    assert made.kinds() == []
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    trained = [r for r in rows if r.get("phase") == "train" and "peak_bytes" in r]
+    for key, budget in (("c1", halves), ("c2", quarters)):
+        peaks = [row["peak_bytes"] for row in trained if row["client_key"] == key]
+        assert peaks
+        assert max(peaks) == found[key].peak_bytes == budget

@@ -24,7 +24,7 @@ def _random_stage(rng: Random, index: int) -> Stage:
         rerun_peak_bytes=rng.randint(0, saved),
         backward_peak_bytes=saved + gradient + rng.randint(0, 5),
     )
-    runs = (plain,) if rng.random() < 0.7 else (plain, _light(plain, index, rng))
+    runs = (plain,) if rng.random() < 0.7 else (plain, _selective(plain, index, rng))
     return Stage(
         start=index,
         stop=index + 1,
@@ -39,7 +39,7 @@ def _random_stage(rng: Random, index: int) -> Stage:
     )
 
 
-def _light(plain: StageRun, index: int, rng: Random) -> StageRun:
+def _selective(plain: StageRun, index: int, rng: Random) -> StageRun:
     less = rng.randint(0, plain.kept_bytes)
     return StageRun(
         saved_bytes=plain.saved_bytes - less,
@@ -48,15 +48,15 @@ def _light(plain: StageRun, index: int, rng: Random) -> StageRun:
         rerun_peak_bytes=plain.rerun_peak_bytes,
         backward_peak_bytes=plain.backward_peak_bytes,
         extra_cost=rng.randint(0, 3),
-        light=(index,),
+        selective=(index,),
     )
 
 
 def every_plan(stages: tuple[Stage, ...]) -> Iterator[RecomputePlan]:
-    """List all nested plans of a chain, light stages included."""
+    """List all nested plans of a chain, selective stages included."""
     for reruns in nested(0, len(stages)):
-        for light in _subsets([w.light[0] for s in stages for w in s.runs[1:]]):
-            yield RecomputePlan(reruns, light)
+        for selective in _subsets([w.selective[0] for s in stages for w in s.runs[1:]]):
+            yield RecomputePlan(reruns, selective)
 
 
 def _subsets(items: list[int]) -> Iterator[tuple[int, ...]]:

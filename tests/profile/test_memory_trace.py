@@ -74,9 +74,9 @@ def test_a_log_that_keeps_the_boundary_predicts_too_much(monkeypatch):
     """A device drops what it has sent; a log must not hold it either."""
     kept, observe = [], step_log.Observed._observe
 
-    def keep(self: object, index: int, value: Tensor) -> None:
+    def keep(self: object, index: int, value: Tensor) -> Tensor:
         kept.append(value)
-        observe(self, index, value)
+        return observe(self, index, value)
 
     monkeypatch.setattr(step_log.Observed, "_observe", keep)
     wrong = predicted(WIDE)
@@ -84,13 +84,15 @@ def test_a_log_that_keeps_the_boundary_predicts_too_much(monkeypatch):
     assert wrong != measured()
 
 
-@pytest.mark.parametrize("part", ["gradient_bytes", "unpacking_bytes", "packing_bytes"])
+@pytest.mark.parametrize("part", ["gradients", "unpacking_bytes", "packing_bytes"])
 def test_a_log_that_forgets_a_part_of_the_wire_predicts_too_little(monkeypatch, part):
     """The gradient that arrives, its re-laying, and the copy that closes gaps."""
     head_bytes = StepLog.head_bytes
 
     def forgetful(self: StepLog, index: int, temporary_bytes: int) -> int:
-        setattr(self.passages[index], part, 0)
+        boundary = self.boundaries[index]
+        nothing = dict.fromkeys(boundary.gradients, 0) if part == "gradients" else 0
+        setattr(boundary, part, nothing)
         return head_bytes(self, index, temporary_bytes)
 
     monkeypatch.setattr(StepLog, "head_bytes", forgetful)
@@ -178,8 +180,8 @@ def test_a_gradient_that_repeats_one_value_is_one_value():
         example_targets=torch.zeros(1),
     )
     log = log_step(build_chain(task), batch_size=BATCH_SIZE, task=task)
-    passage = log.passages[-2]
-    assert (passage.gradient_bytes, passage.unpacking_bytes) == (FLOAT, BOUNDARY)
+    boundary = log.boundaries[-2]
+    assert (boundary.gradient_bytes, boundary.unpacking_bytes) == (FLOAT, BOUNDARY)
 
 
 def test_the_log_numbers_each_storage_once():

@@ -24,9 +24,11 @@ from flwr_smartsplit.edge.protocol import LocalTransport
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.memory.cap import memory_cap
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
+from flwr_smartsplit.profile.memory_trace import Observed
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.segment import as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import (
     EDGE,
@@ -41,9 +43,12 @@ from tests.models import (
     RESNET18_NUM_UNITS,
     SMALL_CNN_UNITS,
     batches_of,
+    densenet,
+    frozen_unet,
     resnet18,
     small_cnn,
     task_of,
+    unet,
 )
 
 NUM_STEPS = 3
@@ -103,11 +108,17 @@ FULL = (3, 32, 32)
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], int]] = {
     "small": (small_cnn, len(SMALL_CNN_UNITS), SMALL, 6),
     "resnet18": (resnet18, RESNET18_NUM_UNITS, FULL, 4),
-    "frozen": (FrozenBody, 3, (3, 6, 6), 4),
+    "frozen": (FrozenBody, 4, (3, 6, 6), 4),
     "deep": (Deep, 13, SMALL, 7),
     "strided": (Strided, 9, SMALL, 5),
+    "unet": (unet, 16, SMALL, 3),
+    "frozen unet": (frozen_unet, 18, SMALL, 3),
+    "densenet": (densenet, 23, SMALL, 3),
 }
 """Each model with its number of units, its input shape and a batch size."""
+
+MAX_TENSORS = {"unet": 9, "frozen unet": 9, "densenet": 9}
+"""How many tensors may cross a cut, where it is more than one."""
 
 EVERY_CUT = [
     pytest.param(name, cut, id=f"{name}-cut={cut}")
@@ -140,7 +151,12 @@ def fresh_batches(batch_size: int, shape: tuple[int, ...]) -> Iterator[tuple]:
 def profiled(name: str, optimizer: str) -> tuple[Task, Chain, ChainProfile]:
     """Profile a model once per optimizer."""
     model_fn, _, shape, batch_size = MODELS[name]
-    task = task_of(model_fn, optimizer=OPTIMIZERS[optimizer], shape=shape)
+    task = task_of(
+        model_fn,
+        optimizer=OPTIMIZERS[optimizer],
+        shape=shape,
+        max_boundary_tensors=MAX_TENSORS.get(name, 1),
+    )
     chain = build_chain(task)
     return task, chain, profile_chain(chain, batch_size=batch_size, task=task)
 
@@ -264,6 +280,34 @@ def test_a_byte_more_on_the_device_would_be_seen():
     assert outcome.report.peak_bytes == predicted + NUM_STEPS * 4
 
 
+@pytest.mark.parametrize("name", ["unet", "densenet"])
+def test_a_gradient_that_is_left_out_would_be_seen(edge_of, name, monkeypatch):
+    """All gradients of a boundary are there when the first of them is used."""
+    came = Observed._gradients_came
+    monkeypatch.setattr(
+        Observed,
+        "_gradients_came",
+        lambda self, boundary, *gradients: came(self, boundary, gradients[-1]),
+    )
+    task, chain, _ = profiled(name, "sgd")
+    wrong = profile_chain(chain, batch_size=MODELS[name][-1], task=task)
+    several = [i for i, u in enumerate(chain.units, 1) if sum(u.gradients) > 1]
+    cases = [Case(name, cut, "sgd") for cut in several]
+    found = [predicted_peak_bytes(wrong, case.route) for case in cases]
+    assert found != [case.predicted_bytes for case in cases]
+    assert all(w <= c.predicted_bytes for w, c in zip(found, cases, strict=True))
+
+
+def test_a_frozen_front_holds_no_gradient_and_no_graph(edge_of):
+    """Its peak is that of a forward, whatever the optimizer."""
+    case = Case("frozen", 1, "adam")
+    _, chain, profile = profiled("frozen", "adam")
+    assert chain.units[0].gradients == (False,)
+    assert profile.units[0].waiting_bytes == 0
+    assert case.predicted_bytes == Case("frozen", 1, "sgd").predicted_bytes
+    assert case.measured(edge_of("frozen", "adam")).peak_bytes == case.predicted_bytes
+
+
 def grey_cnn() -> nn.Module:
     """Take images of one channel, whose channel may come first or last in memory."""
     return nn.Sequential(
@@ -340,10 +384,11 @@ def test_boundaries_are_what_crosses(name):
     model_fn, num_units, shape, batch_size = MODELS[name]
     *_, profile = profiled(name, "sgd")
     values, _ = next(fresh_batches(batch_size, shape))
-    chain = Chain.from_module(model_fn(), values)
+    most = MAX_TENSORS.get(name, 1)
+    chain = Chain.from_module(model_fn(), values, max_boundary_tensors=most)
     for index, unit in enumerate(profile.units[:-1]):
         values = chain.segment(index, index + 1)(values)
-        assert unit.boundary_bytes == values.numel() * values.element_size()
+        assert unit.boundary_bytes == sum(v.nbytes for v in as_boundary(values))
     assert profile.units[-1].boundary_bytes == 0
     assert [unit.name for unit in profile.units] == list(chain.unit_names)
     assert profile.batch_size == batch_size

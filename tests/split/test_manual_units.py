@@ -141,14 +141,31 @@ def test_a_unit_that_raises_is_named_with_its_reason():
         chain_of(narrow, SECOND, LAST)
 
 
+TAKES_TWO = replace(SECOND, forward=lambda root, x, y: second(root, x + y))
+
+
+@pytest.mark.parametrize(
+    ("give", "gradients"),
+    [
+        (lambda root, x: (first(root, x), root.first(x)), (True, True)),
+        (lambda root, x: (x, first(root, x)), (False, True)),
+        (lambda root, x: first(root, x).detach(), (False,)),
+    ],
+    ids=["two", "the second", "none"],
+)
+def test_any_tensors_of_a_boundary_may_need_a_gradient(give, gradients):
+    """The dry run finds out which."""
+    takes = TAKES_TWO if len(gradients) > 1 else SECOND
+    chain = chain_of(replace(FIRST, forward=give), takes, LAST)
+    assert chain.unit_names == ("first", "second", "last")
+    assert chain.units[0].gradients == gradients
+
+
 # --- places that must not be cut ------------------------------------------------------
 
 
 def in_place(root, x):
     return second(root, x.mul_(2))
-
-
-TAKES_TWO = replace(SECOND, forward=lambda root, x, y: second(root, x + y))
 
 
 @pytest.mark.parametrize(
@@ -175,19 +192,14 @@ TAKES_TWO = replace(SECOND, forward=lambda root, x, y: second(root, x + y))
             "its value is a tuple, not one tensor or several",
         ),
         (
-            replace(FIRST, forward=lambda root, x: (first(root, x), root.first(x))),
+            replace(FIRST, forward=lambda root, x: (first(root, x),) * 2),
             TAKES_TWO,
-            "more than the first tensor of its value needs a gradient",
+            "two of the tensors of its value are one",
         ),
         (
-            replace(FIRST, forward=lambda root, x: (x, first(root, x))),
-            TAKES_TWO,
-            "the first tensor of its value needs no gradient",
-        ),
-        (
-            replace(FIRST, forward=lambda root, x: first(root, x).detach()),
-            SECOND,
-            "the first tensor of its value needs no gradient",
+            replace(FIRST, forward=lambda root, x: x * 2, reads=()),
+            replace(SECOND, reads=(*SECOND.reads, *FIRST.reads)),
+            "no layer with parameters is before it",
         ),
         (
             FIRST,
@@ -200,9 +212,8 @@ TAKES_TWO = replace(SECOND, forward=lambda root, x, y: second(root, x + y))
         "in place in evaluation",
         "list",
         "not only tensors",
-        "context needs a gradient",
-        "gradient needed second",
-        "no gradient",
+        "one tensor twice",
+        "no parameters",
         "read twice",
     ],
 )

@@ -1,6 +1,6 @@
 """Cuts that several tensors cross: skip connections, exact at every place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
@@ -20,18 +22,19 @@ from tests.models import (
     densenet,
     frozen_unet,
     residual_blocks,
+    seeded,
     task_of,
     unet,
 )
 
 MANY, NUM_BATCHES = 16, 3
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "unet": (unet, 9, 19),
-    "frozen unet": (frozen_unet, 9, 20),
-    "densenet": (densenet, 13, 32),
-    "residual blocks": (residual_blocks, 6, 14),
+    "unet": (unet, 7, 16),
+    "frozen unet": (frozen_unet, 7, 18),
+    "densenet": (densenet, 8, 23),
+    "residual blocks": (residual_blocks, 5, 13),
 }
-"""Each model with its number of units where one tensor may cross, and where many may."""
+"""Each model with its number of units if one tensor may cross, and if many may."""
 
 
 def task_with(name: str, optimizer: str = "sgd") -> Task:
@@ -95,14 +98,12 @@ class AddedLast(GradientEntry):
         arrived: list[Tensor] = []
 
         def first() -> tuple[Tensor, ...]:
-            arrived[:] = own()
+            arrived[:] = receive.pop()()
             return (*(g.new_empty(0) for g in arrived[:-1]), arrived[-1])
 
         for index, tensor in enumerate(boundary[:-1]):
             tensor.register_hook(lambda g, index=index: g + arrived[index])
         entry = GradientEntry.forward(ctx, receive, *boundary)
-        own = lambda: waiting.pop()()  # noqa: E731
-        waiting = receive
         ctx.receive = [first]
         return entry
 
@@ -176,6 +177,26 @@ def test_what_cannot_change_is_not_named():
     chain = Chain.from_module(model, torch.zeros(1, 4))
     assert chain.changed_names(0, 1) == ()
     assert chain.changed_names(0, 2) == ("1.weight", "1.bias")
+
+
+def matrices_only(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build an optimizer that leaves all else as it is, as Muon's authors advise."""
+    return torch.optim.SGD([p for p in parameters if p.ndim > 1], lr=0.1)
+
+
+def norm_first() -> nn.Module:
+    """Begin with a layer that has no matrix."""
+    return seeded(lambda: nn.Sequential(nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 10)))
+
+
+def test_an_optimizer_may_take_none_of_a_segments_parameters():
+    """Then nothing is stepped there, as in the stock model."""
+    task = task_of(norm_first, optimizer=matrices_only, shape=(4,))
+    profile = profile_chain(build_chain(task), batch_size=3, task=task)
+    assert profile.units[0].optimizer_state_bytes == 0
+    with checker_of(replace(task, example_targets=torch.arange(10))) as checker:
+        for cut in range(1, len(checker.chain)):
+            assert checker.check(Route.split(cut)).differences == ()
 
 
 # --- refused --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train import optimizer_in_backward as lean
 from flwr_smartsplit.train.fedprox import proximal
 from flwr_smartsplit.train.optimizer_in_backward import (
+    GradientEntry,
     GradientExit,
     early_ones,
     early_updates,
@@ -193,7 +194,7 @@ def test_a_boundarys_gradient_goes_out_as_it_was_made():
     """The same storage, also where several users add to it: nothing copies it."""
     caught: list[Tensor] = []
     boundary, trigger = torch.randn(3, 4), torch.empty(0, requires_grad=True)
-    inside = GradientExit.apply(trigger, boundary, caught)
+    (inside,) = GradientExit.apply(trigger, caught, boundary)
     seen: list[int] = []
     inside.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
     (inside * 2 + inside.tanh()).sum().backward()
@@ -201,3 +202,19 @@ def test_a_boundarys_gradient_goes_out_as_it_was_made():
     assert gradient.data_ptr() == seen[0]
     assert torch.allclose(gradient, 2 + 1 - boundary.tanh() ** 2)
     assert trigger.grad is None
+
+
+def test_a_tensor_that_nobody_uses_has_no_gradient():
+    """An empty tensor goes over the wire for it, and none arrives."""
+    caught: list[Tensor] = []
+    used, unused = torch.randn(3), torch.randn(3)
+    trigger = torch.empty(0, requires_grad=True)
+    inside, _ = GradientExit.apply(trigger, caught, used, unused)
+    inside.sum().backward()
+    assert [gradient.numel() for gradient in caught] == [3, 0]
+    fronts = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    boundary = [front * 2 for front in fronts]
+    entry = GradientEntry.apply([lambda: tuple(caught)], *boundary)
+    entry.backward(torch.empty_like(entry))
+    assert torch.equal(fronts[0].grad, torch.full((3,), 2.0))
+    assert fronts[1].grad is None

@@ -103,13 +103,13 @@ class Rotor:
         slots = self._slots if slots is None else slots
         if not np.isfinite(self._best[0, self._column, slots]):
             return None
-        light: list[int] = []
-        reruns = self._read(0, self._column, slots, light)
+        selective: list[int] = []
+        reruns = self._read(0, self._column, slots, selective)
         if self._is_rerun:
             stages = self._stages
             whole = Rerun(stages[0].start, stages[-1].stop, tuple(reruns))
             reruns = [whole]
-        return RecomputePlan(tuple(reruns), tuple(sorted(light)))
+        return RecomputePlan(tuple(reruns), tuple(sorted(selective)))
 
     # --- the recurrence -------------------------------------------------------------
 
@@ -208,7 +208,9 @@ class Rotor:
     def _slots_of(self, num_bytes: int) -> int:
         return -(-num_bytes // self.slot_bytes)
 
-    def _read(self, start: int, last: int, slots: int, light: list[int]) -> list[Rerun]:
+    def _read(
+        self, start: int, last: int, slots: int, selective: list[int]
+    ) -> list[Rerun]:
         """Read the choices back as a plan."""
         reruns: list[Rerun] = []
         while start < min(last + 1, self._top):
@@ -216,11 +218,11 @@ class Rotor:
             stage = self._stages[start]
             if choice < 0:
                 run = stage.runs[-1 - choice]
-                light += run.light
+                selective += run.selective
                 slots -= self._slots_of(run.saved_bytes)
                 start += 1
                 continue
-            inner = self._read(start, choice - 1, slots, light)
+            inner = self._read(start, choice - 1, slots, selective)
             before = self._stages[choice - 1]
             reruns.append(Rerun(stage.start, before.stop, tuple(inner)))
             slots -= self._slots_of(before.output_bytes)

@@ -68,8 +68,8 @@ def _with_recompute(
 ) -> int:
     """Follow the step through the stages of each device segment."""
     parts = [plan.within(leg.start, leg.stop) for leg in legs]
-    if sum(len(p.reruns) + len(p.light) for p in parts) < len(plan.reruns) + len(
-        plan.light
+    if sum(len(p.reruns) + len(p.selective) for p in parts) < len(plan.reruns) + len(
+        plan.selective
     ):
         raise InvalidPlan(f"the plan {plan} has units that do not run on the device.")
     static = always_held_bytes(profile, legs)

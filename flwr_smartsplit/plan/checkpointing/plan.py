@@ -199,7 +199,9 @@ def _best(
 
 
 def _joined(head: RecomputePlan, tail: RecomputePlan) -> RecomputePlan:
-    return RecomputePlan((*head.reruns, *tail.reruns), (*head.light, *tail.light))
+    return RecomputePlan(
+        (*head.reruns, *tail.reruns), (*head.selective, *tail.selective)
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -245,13 +247,13 @@ def _extra(segments: _Segments, plan: RecomputePlan) -> float:
 
 def cost_of(stages: Sequence[Stage], plan: RecomputePlan) -> float:
     """Add up the cost of what a plan of one segment runs again."""
-    light = sum(
+    selective = sum(
         run.extra_cost
         for stage in stages
         for run in stage.runs[1:]
-        if set(run.light) <= set(plan.light)
+        if set(run.selective) <= set(plan.selective)
     )
-    return light + sum(_rerun_cost(stages, part) for part in plan.reruns)
+    return selective + sum(_rerun_cost(stages, part) for part in plan.reruns)
 
 
 def _rerun_cost(stages: Sequence[Stage], part: Rerun) -> float:

@@ -23,7 +23,7 @@ class StageRun:
         As in ``StepBytes``.
     extra_cost : float
         What backward runs again.
-    light : tuple[int, ...]
+    selective : tuple[int, ...]
         The units that keep their costly results only.
     """
 
@@ -33,7 +33,7 @@ class StageRun:
     rerun_peak_bytes: int
     backward_peak_bytes: int
     extra_cost: float = 0.0
-    light: tuple[int, ...] = ()
+    selective: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +105,11 @@ def _merged(profile: ChainProfile, indices: Sequence[int]) -> Stage:
     units = [profile.units[index] for index in indices]
     plain = [unit.step for unit in units]
     runs = [_run_of(plain)]
-    light = [unit.light_step or unit.step for unit in units]
-    which = tuple(i for i, u in zip(indices, units, strict=True) if u.light_step)
+    selective = [unit.selective_step or unit.step for unit in units]
+    which = tuple(i for i, u in zip(indices, units, strict=True) if u.selective_step)
     if which:
-        extra = sum(u.light_step.rerun_flops for u in units if u.light_step)
-        runs.append(replace(_run_of(light), extra_cost=extra, light=which))
+        extra = sum(u.selective_step.rerun_flops for u in units if u.selective_step)
+        runs.append(replace(_run_of(selective), extra_cost=extra, selective=which))
     passing = alive = 0
     for step in plain:
         passing = max(passing, alive + step.passing_peak_bytes)

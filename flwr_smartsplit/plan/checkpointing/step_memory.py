@@ -48,7 +48,7 @@ def held_by(stages: Sequence[Stage], plan: RecomputePlan) -> Held:
     InvalidPlan
         If they do not, or a stage must not run twice.
     """
-    ledger = _Ledger(stages, frozenset(plan.light))
+    ledger = _Ledger(stages, frozenset(plan.selective))
     items = items_of(stages, plan.reruns)
     held = ledger.forward(items, 0)
     waiting = held[-1] + ledger.stays(items[-1])
@@ -84,7 +84,8 @@ def _index_at(stages: Sequence[Stage], unit: int, part: Rerun, end: int) -> int:
         if stage.start == unit and stage.stop > stage.start:
             return index
     if stages and unit == stages[end - 1].stop:
-        return end
+        is_before_loss = stages[end - 1].start == unit  # The loss has no units.
+        return end - is_before_loss
     bounds = sorted({s.start for s in stages} | {s.stop for s in stages})
     raise InvalidPlan(
         f"{part} begins or ends at unit {unit}, where nothing is kept to start again "
@@ -95,10 +96,10 @@ def _index_at(stages: Sequence[Stage], unit: int, part: Rerun, end: int) -> int:
 class _Ledger:
     """The bytes that come and go, and the most of them."""
 
-    def __init__(self, stages: Sequence[Stage], light: frozenset[int]) -> None:
+    def __init__(self, stages: Sequence[Stage], selective: frozenset[int]) -> None:
         self.peak_bytes = 0
         self._stages = stages
-        self._light = light
+        self._selective = selective
         self._left = left_from(stages)
 
     def forward(
@@ -148,7 +149,7 @@ class _Ledger:
     def _run_of(self, index: int) -> StageRun:
         stage = self._stages[index]
         for run in stage.runs[1:]:
-            if self._light.issuperset(run.light):
+            if self._selective.issuperset(run.selective):
                 return run
         return stage.runs[0]
 

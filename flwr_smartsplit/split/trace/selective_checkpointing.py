@@ -45,7 +45,7 @@ _Option = tuple[int, int]
 """The first node of a region, and the one after its last."""
 
 
-def light_function(
+def selective_function(
     model: nn.Module, piece: Piece, facts: dict[fx.Node, NodeFacts]
 ) -> Callable[..., Any] | None:
     """Compile a piece of a graph so that its cheap operators run twice.
@@ -76,7 +76,7 @@ def find_regions(
     Parameters
     ----------
     model, piece, facts
-        As for ``light_function``.
+        As for ``selective_function``.
     """
     unit = _UnitGraph(model, piece, facts)
     choice = _least_kept(unit)
@@ -116,7 +116,7 @@ class _UnitGraph:
             self.sizes |= fact.saved | _sizes(fact.value)
         entered = self._entered(piece, facts)
         saved = {key for fact in self.facts for key in fact.saved}
-        # Else what the unit before keeps would depend on this one's being light.
+        # Else what the unit before keeps would depend on this one's being selective.
         self._closed = entered - saved if piece.entering is not None else set()
         for key in entered | self._left(piece, facts):
             self.sizes.pop(key, None)

@@ -32,7 +32,7 @@ from flwr_smartsplit.split.trace.liveness import (
     read_sizes_early,
 )
 from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
-from flwr_smartsplit.split.trace.selective_checkpointing import light_function
+from flwr_smartsplit.split.trace.selective_checkpointing import selective_function
 from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
 
 AUGMENTED = "augmented assignment to"
@@ -298,7 +298,7 @@ def _make_unit(
         eval_forward=compiled(model, evaluate),
         reads=tuple(sorted(reads)),
         is_random=any(facts[n].is_random for n in train.nodes if n in facts),
-        light_forward=light_function(model, train, facts),
+        selective_forward=selective_function(model, train, facts),
         gradients=gradient_flags(train.leaving, facts),
         changes_buffers=any(facts[n].changes_model for n in train.nodes if n in facts),
     )

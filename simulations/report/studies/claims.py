@@ -38,8 +38,8 @@ class Claim:
 
     title: str  # The question
     text: str
-    picture: Callable[[CaseResults], Figure | None]
     cells: Mapping[str, Cell]  # The table's columns
+    picture: Callable[[CaseResults], Figure | None] = lambda _: None
     needs: str = FINAL  # A figure: a method that does not know it has no row
 
     @property
@@ -171,7 +171,6 @@ CLAIMS: dict[str, Claim] = {
         text="Accuracy of each class in percent after the last round, mean over the "
         "seeds. Where weak clients hold classes of their own, a method without them "
         "cannot learn these.",
-        picture=curves.accuracy_per_class,
         cells={str(label): class_cell(label) for label in range(10)},
     ),
     "participation": Claim(
@@ -243,7 +242,6 @@ CLAIMS: dict[str, Claim] = {
         title="What energy it takes",
         text="Simulated joules above idle of a whole run, all devices together, mean "
         "over the seeds.",
-        picture=fleet_plots.joules,
         cells={
             "devices": of_seeds("simulated_device_joules", joules_text),
             "edges": of_seeds("simulated_edge_joules", joules_text),
@@ -256,7 +254,6 @@ CLAIMS: dict[str, Claim] = {
         "edge share the processor; not that of a real fleet. In the first round "
         "edges start and workers warm up: the mean has it, the median does not. "
         "Flower looks for replies every tenth of a second.",
-        picture=lambda case: None,
         cells={
             "median": of_seeds("seconds_per_round", seconds_text),
             "first round": of_seeds("first_round_seconds", seconds_text),

@@ -20,11 +20,10 @@ from simulations.report.studies.cells import (
     Estimate,
     mean_of,
     paired_difference,
-    per_class,
 )
 from simulations.report.studies.lines import CaseLines, Line
 from simulations.report.studies.reading import CaseResults
-from simulations.report.style import WIDTH_INCHES, class_table, colour_of, spread
+from simulations.report.style import WIDTH_INCHES, colour_of, spread
 from simulations.report.summary import percent_text
 
 LABEL_GAP = 4.6
@@ -85,13 +84,6 @@ def accuracy_over_time(case: CaseResults) -> Figure | None:
 def _elapsed(line: Line) -> Sequence[float]:
     """Return the seconds at the end of each round, from 0 on."""
     return list(accumulate(line.slowest_seconds, initial=0.0))
-
-
-def accuracy_per_class(case: CaseResults) -> Figure | None:
-    """Draw methods by classes as a table of colours."""
-    lines = case.lines
-    rows = {method: per_class(lines, method) for method in lines.finished}
-    return class_table(rows) if rows else None
 
 
 def gains(case: CaseResults) -> Figure | None:

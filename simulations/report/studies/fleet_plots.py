@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from simulations.experiments.rows import ACCEPTED, MethodRun
-from simulations.report.studies.cells import depth_of, mean_of, participants_text
+from simulations.report.studies.cells import depth_of, participants_text
 from simulations.report.studies.reading import CaseResults, route_name
 from simulations.report.style import (
     ACCEPTED_COLOUR,
@@ -226,26 +226,6 @@ def _link_bytes(run: MethodRun) -> list[float]:
     total = sum(row.comm_bytes_total for row in run.rounds)
     parts.append(max(total - sum(parts), 0))
     return [part / num_rounds for part in parts]
-
-
-def joules(case: CaseResults) -> Figure | None:
-    """Draw the simulated energy of a whole run."""
-    lines = case.lines
-    names = ("simulated_device_joules", "simulated_edge_joules")
-    parts = {
-        method: np.array([mean_of(lines, method, name) or 0.0 for name in names])
-        for method in lines.finished
-        if lines.values(method, "simulated_device_joules")
-    }
-    if not parts:
-        return None
-    figure, axes = _bars(len(parts))
-    colours = (ACCEPTED_COLOUR, "#b5651d")
-    _stack(axes, parts, colours)
-    axes.set_xlabel("simulated joules of the whole run, above idle")
-    axes.set_title("Energy, all devices and edges together")
-    _legend(figure, dict(zip(("devices", "edges"), colours, strict=True)), ncols=2)
-    return figure
 
 
 def _legend(figure: Figure, colours: dict[str, str], *, ncols: int) -> None:

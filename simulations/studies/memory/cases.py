@@ -74,7 +74,7 @@ class MemoryCase:
 
     @property
     def key(self) -> str:
-        """What it is called in a results folder."""
+        """What it is called in a results folder; names all that changes the task."""
         return f"{self.title}, seed {self.seed}"
 
 

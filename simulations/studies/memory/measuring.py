@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from flwr_smartsplit import Task, profile_chain
 from flwr_smartsplit.plan.checkpointing.plan import extra_flops
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.types import ChainProfile, Route
 from simulations.studies.memory.cases import BATCH_SIZE, OPTIMIZER, MemoryCase
 from simulations.studies.memory.choosing import (
@@ -42,6 +43,8 @@ MAX_WHOLE_BYTES = 2 * 2**30
 MAX_WHOLE_FLOPS = 30 * 10**9
 """The whole model is run for real, and steps are timed, up to here."""
 MAX_TIMED_SECONDS = 20.0
+ACCUMULATE = (8, 32)
+"""Micro-batches of a batch of 32, of four examples and of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +87,8 @@ class MemoryRow:
     step_seconds: list[tuple[float, float]] = field(default_factory=list)
     # Of each rule: predicted peaks and extra FLOPs at the useful cut
     curves: dict[str, list[Point]] = field(default_factory=dict)
+    # The least route of all in so many micro-batches, by their number
+    accumulated: dict[str, RouteFigures] = field(default_factory=dict)
     case_seconds: float = 0.0  # How long all this took
 
     @property
@@ -102,6 +107,12 @@ class MemoryRow:
         if self.useful is None:
             return None
         return self.whole_peak_bytes / self.useful.peak_bytes
+
+    @property
+    def accumulated_ratio(self) -> float | None:
+        """The same for the least route in the most micro-batches."""
+        peaks = [figures.peak_bytes for figures in self.accumulated.values()]
+        return self.whole_peak_bytes / min(peaks) if peaks else None
 
     @property
     def step_time_ratio(self) -> float | None:
@@ -126,7 +137,11 @@ class MemoryRow:
     @classmethod
     def from_values(cls, read: Mapping[str, Any]) -> Self:
         """Read what ``values`` wrote, also by way of JSON."""
-        kept = {name: read[name] for name in cls.__dataclass_fields__}
+        kept = {name: read[name] for name in cls.__dataclass_fields__ if name in read}
+        kept["accumulated"] = {
+            count: RouteFigures(**figures)
+            for count, figures in kept.get("accumulated", {}).items()
+        }
         kept["least"] = RouteFigures(**kept["least"])
         kept["useful"] = kept["useful"] and RouteFigures(**kept["useful"])
         kept["step_seconds"] = [tuple(pair) for pair in kept["step_seconds"]]
@@ -156,15 +171,9 @@ def measure_case(case: MemoryCase, *, cache_dir: Path | None = None) -> MemoryRo
     """Find, measure and time the routes of one model."""
     started = time.perf_counter()
     task = case.task
-    chain = build_chain(task)
-    profile = profile_chain(
-        chain, batch_size=BATCH_SIZE, task=task, cache_dir=cache_dir
-    )
-    batch = random_batch(task, batch_size=BATCH_SIZE, seed=case.seed)
-    subject = _Subject(case, task, chain, profile, batch)
-    least = least_choice(profile, all_cuts(profile))
-    if least is None:
-        raise ValueError(f"{case.model} is one unit: there is nothing to cut.")
+    subject = _subject(case, task, cache_dir)
+    chain, profile, batch = subject.chain, subject.profile, subject.batch
+    least = _least(subject)
     useful = least_choice(profile, useful_cuts(profile, batch[0].nbytes))
     figures = _figures(subject, least)
     whole_bytes = dry_whole_peak_bytes(chain, task, batch_size=BATCH_SIZE)
@@ -188,8 +197,29 @@ def measure_case(case: MemoryCase, *, cache_dir: Path | None = None) -> MemoryRo
         floor_text=floor_text(profile, cut=least.cut, peak_bytes=figures.peak_bytes),
         curves=plan_curves(profile, useful.cut) if useful and case.has_curves else {},
         **_whole_runs(subject, useful, whole_bytes),
+        accumulated={
+            str(count): _figures(each, _least(each))
+            for count in ACCUMULATE
+            for each in [_subject(case, replace(task, accumulate=count), cache_dir)]
+        },
         case_seconds=time.perf_counter() - started,
     )
+
+
+def _subject(case: MemoryCase, task: Task, cache_dir: Path | None) -> _Subject:
+    chain = build_chain(task)
+    profile = profile_chain(
+        chain, batch_size=BATCH_SIZE, task=task, cache_dir=cache_dir
+    )
+    batch = random_batch(task, batch_size=BATCH_SIZE, seed=case.seed)
+    return _Subject(case, task, chain, profile, batch)
+
+
+def _least(subject: _Subject) -> Choice:
+    least = least_choice(subject.profile, all_cuts(subject.profile))
+    if least is None:
+        raise ValueError(f"{subject.case.model} is one unit: nothing can be cut.")
+    return least
 
 
 def _figures(subject: _Subject, choice: Choice) -> RouteFigures:
@@ -220,7 +250,8 @@ def _measured(subject: _Subject, choice: Choice) -> int:
         chain, task, range(choice.cut), seed=subject.case.seed, steps_in_backward=True
     )
     runner.recompute = choice.plan
-    gradient = arriving_gradient(chain, choice.cut, task, batch_size=BATCH_SIZE)
+    size = micro_batch_size(BATCH_SIZE, task.accumulate)
+    gradient = arriving_gradient(chain, choice.cut, task, batch_size=size)
     return measured_peak_bytes(runner, subject.batch, gradient)
 
 

@@ -140,6 +140,7 @@ COLUMNS = (
     "whole\nMiB",
     "device\nMiB",
     "times\nless",
+    "by 32\ntimes",
     "floor\nMiB",
     "useful\ncut at",
     "device\nMiB",
@@ -169,6 +170,7 @@ def memory_rows(rows: Sequence[MemoryRow]) -> list[tuple[str, ...]]:
             _mebibytes(row.whole_peak_bytes),
             _mark(row.least.is_measured) + _mebibytes(row.least.peak_bytes),
             _times(row.ratio),
+            _times(row.accumulated_ratio or row.ratio),
             _mebibytes(row.floor_bytes),
             *_useful_cells(row),
         )
@@ -207,10 +209,10 @@ def _mark(is_measured: bool) -> str:
 
 CAPTION = (
     "Whole: peak of a plain step. Device: measured (~ predicted) at the cut that needs "
-    "least, then at the useful one: with a tenth of the forward's FLOPs before it (the "
-    "share is given) and a boundary no larger than the inputs. Extra FLOPs: what its "
-    "plan adds to a forward of the model. Step time: CPU time of a split step over "
-    "that of a whole one."
+    "least; by 32: with gradients accumulated over 32 micro-batches. Then at the "
+    "useful cut: with a tenth of the forward's FLOPs before it (the share is given) "
+    "and a boundary no larger than the inputs. Extra FLOPs: what its plan adds to a "
+    "forward of the model. Step time: CPU time of a split step over a whole one's."
 )
 
 

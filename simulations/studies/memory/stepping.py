@@ -21,6 +21,7 @@ from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.build import materialise
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
+from flwr_smartsplit.train.micro_batches import micro_batches
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
@@ -105,8 +106,10 @@ def measured_peak_bytes(
     """Measure the peak of a device's part of a step, the second of two."""
 
     def do(step: int) -> None:
-        packed(runner.forward(batch[0], step=step, inputs_are_boundary=False))
-        runner.backward(lambda: (gradient.unpack(),))
+        for part, (inputs, _) in micro_batches(batch, runner.task.accumulate):
+            at: dict[str, Any] = {"step": step, "part": part}
+            packed(runner.forward(inputs, inputs_are_boundary=False, **at))
+            runner.backward(lambda: (gradient.unpack(),))
 
     return _peak_bytes(runner, batch, do)
 

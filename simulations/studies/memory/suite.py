@@ -29,6 +29,8 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         peaks = {"whole": row.whole_peak_bytes, "least": row.least.peak_bytes}
         if row.useful is not None:
             peaks["useful"] = row.useful.peak_bytes
+        for count, figures in row.accumulated.items():
+            peaks[f"least, accumulated by {count}"] = figures.peak_bytes
         for name, peak in peaks.items():
             found[f"{row.title}: {name}"] = {"device_peak_bytes": peak}
     return found

@@ -43,7 +43,9 @@ def test_what_is_no_route_is_refused(text):
         route_of(text)
 
 
-@pytest.mark.parametrize("text", ["some", "[0:3", "[0:3]]", "[0:3] heavy 2", "light"])
+@pytest.mark.parametrize(
+    "text", ["some", "[0:3", "[0:3]]", "[0:3] heavy 2", "selective"]
+)
 def test_what_is_no_recompute_plan_is_refused(text):
     with pytest.raises(ExperimentError, match="no recompute plan"):
         recompute_of(text)

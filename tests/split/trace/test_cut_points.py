@@ -109,16 +109,20 @@ def test_a_write_two_units_later_is_seen():
 # --- what comes before ----------------------------------------------------------------
 
 
-def test_no_cut_where_nothing_before_can_be_trained():
-    """A device without a trainable parameter has nothing to do."""
+def test_frozen_layers_are_units_like_any_other():
+    """No gradient comes back to where nothing before can be trained."""
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     model[:2].requires_grad_(False)
     chain = read(model)
-    assert list(chain.refusals) == ["_0", "_1"]
-    assert set(chain.refusals.values()) == {
-        "nothing before it can be trained; the nearest cut is after 2"
-    }
-    assert chain.unit_names == ("2", "3")
+    assert chain.unit_names == ("0", "1", "2", "3")
+    flags = [unit.gradients for unit in chain.units]
+    assert flags == [(False,), (False,), (True,), ()]
+
+
+def test_no_cut_after_layers_that_never_get_a_gradient():
+    """They can be trained, but what comes after looks at their values only."""
+    chain = read(Between(lambda x: x.detach()))
+    assert "no gradient comes back to it" in chain.refusals["detach"]
 
 
 class InputFirst(nn.Module):
@@ -138,7 +142,7 @@ def test_no_cut_in_the_preparation_of_the_inputs():
     chain = read(InputFirst())
     assert chain.unit_names == ("first", "last")
     assert set(chain.refusals.values()) == {
-        "nothing before it can be trained; the nearest cut is after first"
+        "no layer with parameters is before it; the nearest cut is after first"
     }
 
 

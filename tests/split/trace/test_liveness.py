@@ -31,10 +31,28 @@ def test_places_are_where_one_value_is_alive():
         return (c * c).relu()
 
     places = live_places(fx.symbolic_trace(forward).graph)
-    assert {node.name: sizes for node, sizes in places.items()} == {
+    assert {node.name: place.sizes for node, place in places.items()} == {
         "add": (),
         "sub": (),
         "mul_1": (),
+    }
+
+
+def test_with_more_tensors_there_are_more_places():
+    """What is still needed crosses, in the order it was made."""
+
+    def forward(x: Tensor) -> Tensor:
+        a = x + 1
+        b = a * 2
+        c = b - a
+        return (c * c).relu()
+
+    places = live_places(fx.symbolic_trace(forward).graph, 2)
+    assert {n.name: [t.name for t in p.tensors] for n, p in places.items()} == {
+        "add": ["add"],
+        "mul": ["add", "mul"],
+        "sub": ["sub"],
+        "mul_1": ["mul_1"],
     }
 
 
@@ -48,7 +66,7 @@ def test_sizes_are_alive_beside_a_place():
         return x.view(x.shape[0], height, half, -1).tanh()
 
     places = live_places(fx.symbolic_trace(forward).graph)
-    names = {n.name: {size.name for size in sizes} for n, sizes in places.items()}
+    names = {n.name: {s.name for s in place.sizes} for n, place in places.items()}
     assert names["relu"] == {"getitem", "floordiv"}
     assert names["view"] == set()
 

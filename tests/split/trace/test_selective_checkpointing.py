@@ -20,7 +20,7 @@ from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.profile.unit_memory import step_bytes
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Segment
-from flwr_smartsplit.split.trace import selective_checkpointing as light
+from flwr_smartsplit.split.trace import selective_checkpointing
 from flwr_smartsplit.train.rng import stream
 from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.types import (
@@ -60,7 +60,7 @@ def small_convnext() -> nn.Module:
     return models.ConvNeXt(stages, stochastic_depth_prob=0.3, num_classes=10)
 
 
-# Each model, and the part that its light step may keep.
+# Each model, and the part that its selective step may keep.
 MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "small": (SmallNet, 0.8),
     "resnet18": (partial(models.resnet18, num_classes=10), 0.8),
@@ -81,9 +81,9 @@ def chain_of(name: str) -> Chain:
     return Chain.from_module(seeded(MODELS[name][0]), torch.zeros(1, 3, SIDE, SIDE))
 
 
-def light_units(chain: Chain) -> tuple[int, ...]:
-    """List the units that can be light."""
-    return tuple(i for i, unit in enumerate(chain.units) if unit.light_forward)
+def selective_units(chain: Chain) -> tuple[int, ...]:
+    """List the units that can be selective."""
+    return tuple(i for i, unit in enumerate(chain.units) if unit.selective_forward)
 
 
 def trained(chain: Chain, plan: RecomputePlan) -> Iterator[dict[str, object]]:
@@ -118,8 +118,8 @@ def plain_steps(name: str) -> dict[str, object]:
 
 
 def plans_of(chain: Chain) -> dict[str, RecomputePlan]:
-    """Plan for all units to be light, for some, and for light ones that run thrice."""
-    units, size = light_units(chain), len(chain)
+    """Plan for all units to be selective, for some, and for some that run thrice."""
+    units, size = selective_units(chain), len(chain)
     thrice = Rerun(size // 2, size, (Rerun(size // 2 + 1, size - 1),))
     return {
         "all": RecomputePlan((), units),
@@ -133,19 +133,19 @@ def plans_of(chain: Chain) -> dict[str, RecomputePlan]:
 
 @pytest.mark.parametrize("kind", ["all", "some", "rerun"])
 @pytest.mark.parametrize("name", MODELS)
-def test_light_units_train_to_the_bit_as_others_do(name, kind):
+def test_selective_units_train_to_the_bit_as_others_do(name, kind):
     """Losses, gradients, parameters and buffers, BatchNorm's counters among them."""
     chain = chain_of(name)
     found = steps_of(chain, plans_of(chain)[kind])
     assert compare(plain_steps(name), found) == []
 
 
-def test_a_cut_may_lie_between_light_units():
+def test_a_cut_may_lie_between_selective_units():
     """A segment takes its own part of the plan."""
     chain = chain_of("small")
     boundary = chain.segment(0, 2)(torch.ones(2, 3, SIDE, SIDE)).detach()
     tail = chain.segment(2, len(chain)).train()
-    plan = RecomputePlan((), light_units(chain))
+    plan = RecomputePlan((), selective_units(chain))
     values = [
         tail(boundary, streams=lambda *_: stream(3), recompute=each)
         for each in (KEEP_ALL, plan)
@@ -153,11 +153,11 @@ def test_a_cut_may_lie_between_light_units():
     assert torch.equal(*values)
 
 
-def test_evaluation_is_never_light():
+def test_evaluation_is_never_selective():
     """What runs twice in training only costs time in evaluation."""
     unit = chain_of("small").units[1]
-    assert unit.forward_in(False, is_light=True) is unit.eval_forward
-    assert unit.forward_in(True, is_light=True) is unit.light_forward
+    assert unit.forward_in(False, is_selective=True) is unit.eval_forward
+    assert unit.forward_in(True, is_selective=True) is unit.selective_forward
     assert unit.forward_in(True) is unit.forward
 
 
@@ -186,11 +186,11 @@ def step_flops(segment: Segment, plan: RecomputePlan) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_light_units_keep_less_and_run_no_costly_operator_again(name):
+def test_selective_units_keep_less_and_run_no_costly_operator_again(name):
     """Convolutions and products of matrices run once, but for tiny ones."""
     chain = chain_of(name)
     segment = chain.own_segment(0, len(chain)).train()
-    plan = RecomputePlan((), light_units(chain))
+    plan = RecomputePlan((), selective_units(chain))
     kept = forward_bytes(segment, plan) / forward_bytes(segment, KEEP_ALL)
     assert kept < MODELS[name][1]
     forward, plain = step_flops(segment, KEEP_ALL)
@@ -209,7 +209,7 @@ def small_profile() -> ChainProfile:
 
 
 def measured_steps(chain: Chain, plan: RecomputePlan) -> list[StepBytes]:
-    """Log a step with some units light."""
+    """Log a step with some units selective."""
     how = {"batch_size": BATCH_SIZE, "task": TASK, "recompute": plan}
     steps, _ = step_bytes(chain, log_step(chain, **how), **how)
     return [replace(step, rerun_flops=0) for step in steps]
@@ -217,15 +217,17 @@ def measured_steps(chain: Chain, plan: RecomputePlan) -> list[StepBytes]:
 
 @pytest.mark.parametrize("picked", [(1,), (2,), (2, 3), (1, 3)])
 def test_a_units_costs_do_not_depend_on_its_neighbours(picked):
-    """Any units may be light: the profile has the numbers of each, to the byte."""
+    """Any units may be selective: the profile has the numbers of each, to the byte."""
     chain, units = chain_of("small"), small_profile().units
-    lights = tuple(light_units(chain)[i] for i in range(3) if i + 1 in picked)
-    assert len(lights) == len(picked)
+    selective_steps = tuple(
+        selective_units(chain)[i] for i in range(3) if i + 1 in picked
+    )
+    assert len(selective_steps) == len(picked)
     expected = [
-        unit.light_step if index in lights else unit.step
+        unit.selective_step if index in selective_steps else unit.step
         for index, unit in enumerate(units)
     ]
-    found = measured_steps(chain, RecomputePlan((), lights))
+    found = measured_steps(chain, RecomputePlan((), selective_steps))
     assert found == [replace(step, rerun_flops=0) for step in expected]
 
 
@@ -233,19 +235,19 @@ def test_the_profile_states_the_flops_that_run_again():
     """The sum over the units is what a whole step does more."""
     chain = chain_of("small")
     segment = chain.own_segment(0, len(chain)).train()
-    plan = RecomputePlan((), light_units(chain))
+    plan = RecomputePlan((), selective_units(chain))
     more = step_flops(segment, plan)[1] - step_flops(segment, KEEP_ALL)[1]
-    steps = [unit.light_step for unit in small_profile().units]
+    steps = [unit.selective_step for unit in small_profile().units]
     assert sum(step.rerun_flops for step in steps if step is not None) == more > 0
 
 
-def test_a_unit_without_a_light_forward_has_no_light_step():
+def test_a_unit_without_a_selective_forward_has_no_selective_step():
     """A unit of one operator has nothing between costly results."""
     for unit, cost in zip(chain_of("small").units, small_profile().units, strict=True):
-        assert (unit.light_forward is None) == (cost.light_step is None)
-        if cost.light_step is not None:
-            assert cost.light_step.saved_bytes < cost.step.saved_bytes
-    assert {unit.light_forward is None for unit in chain_of("small").units} == {
+        assert (unit.selective_forward is None) == (cost.selective_step is None)
+        if cost.selective_step is not None:
+            assert cost.selective_step.saved_bytes < cost.step.saved_bytes
+    assert {unit.selective_forward is None for unit in chain_of("small").units} == {
         True,
         False,
     }
@@ -318,14 +320,14 @@ class Attention(nn.Module):
 def regions(monkeypatch):
     """Trace a block and list the nodes of its regions."""
     found: list[list[str]] = []
-    find = light.find_regions
+    find = selective_checkpointing.find_regions
 
     def spy(*args: object) -> object:
         regions = find(*args)
         found.extend([node.name for node in region.nodes] for region in regions)
         return regions
 
-    monkeypatch.setattr(light, "find_regions", spy)
+    monkeypatch.setattr(selective_checkpointing, "find_regions", spy)
 
     def trace(model: nn.Module) -> list[list[str]]:
         Chain.from_module(model, torch.zeros(1, 4, 8, 8))
@@ -370,7 +372,7 @@ def test_attention_ends_no_region(regions):
     assert not any("scaled" in name for names in found for name in names)
 
 
-def test_a_light_unit_keeps_no_input_that_it_would_not_keep_otherwise(regions):
+def test_a_selective_unit_keeps_no_input_that_it_would_not_keep_otherwise(regions):
     """Else what the unit before it keeps would depend on it."""
 
     class BeforeActivation(nn.Module):
@@ -388,10 +390,10 @@ def test_a_light_unit_keeps_no_input_that_it_would_not_keep_otherwise(regions):
 
 
 def differences_of(model: nn.Module) -> list[str]:
-    """Compare a light step of a block with the plain one."""
+    """Compare a selective step of a block with the plain one."""
     chain = Chain.from_module(model, torch.zeros(1, 3, SIDE, SIDE))
-    plan = RecomputePlan((), light_units(chain))
-    assert plan.light
+    plan = RecomputePlan((), selective_units(chain))
+    assert plan.selective
     return compare(steps_of(chain, KEEP_ALL), steps_of(chain, plan))
 
 
@@ -406,7 +408,7 @@ def test_a_region_that_writes_into_what_it_keeps_is_caught(monkeypatch):
     layers = (nn.ReLU(inplace=True), nn.Hardswish(), nn.BatchNorm2d(4), last_conv())
     assert differences_of(block_net(*layers)) == []
     whole = lambda self, *run: iter([run])  # noqa: E731
-    monkeypatch.setattr(light._UnitGraph, "options", whole)
+    monkeypatch.setattr(selective_checkpointing._UnitGraph, "options", whole)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         differences_of(block_net(*layers))
 
@@ -415,7 +417,7 @@ def test_a_statistic_that_is_updated_twice_is_caught(monkeypatch):
     """A region that forgets its BatchNorm changes its buffers and counter."""
     layers = (nn.BatchNorm2d(4), nn.ReLU(), last_conv())
     assert differences_of(block_net(*layers)) == []
-    monkeypatch.setattr(light._UnitGraph, "norms", lambda *_: [])
+    monkeypatch.setattr(selective_checkpointing._UnitGraph, "norms", lambda *_: [])
     wrong = "\n".join(differences_of(block_net(*layers)))
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert f"1.layers.1.{name}" in wrong
@@ -423,11 +425,11 @@ def test_a_statistic_that_is_updated_twice_is_caught(monkeypatch):
 
 def test_a_costly_operator_inside_a_region_would_be_counted(monkeypatch):
     """If all operators passed for cheap, whole blocks would run twice."""
-    monkeypatch.setattr(light, "_is_cheap", lambda _: True)
+    monkeypatch.setattr(selective_checkpointing, "_is_cheap", lambda _: True)
     chain = Chain.from_module(seeded(SmallNet), torch.zeros(1, 3, SIDE, SIDE))
     segment = chain.own_segment(0, len(chain)).train()
     forward, plain = step_flops(segment, KEEP_ALL)
-    plan = RecomputePlan((), light_units(chain))
+    plan = RecomputePlan((), selective_units(chain))
     assert step_flops(segment, plan)[1] - plain > 0.3 * forward
 
 
@@ -444,18 +446,18 @@ def test_without_its_rule_for_inputs_a_units_costs_would_depend_on_the_next(
         def forward(self, x: Tensor) -> Tensor:
             return x + self.conv(functional.relu(x))
 
-    legal = light._UnitGraph._is_legal
+    legal = selective_checkpointing._UnitGraph._is_legal
 
     def forgetful(self: object, *option: int) -> bool:
         self._closed = set()
         return legal(self, *option)
 
-    monkeypatch.setattr(light._UnitGraph, "_is_legal", forgetful)
+    monkeypatch.setattr(selective_checkpointing._UnitGraph, "_is_legal", forgetful)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), BeforeActivation(), nn.Flatten(), nn.Linear(7200, 10)
     )
     chain = Chain.from_module(net, torch.zeros(1, 3, SIDE, SIDE))
-    (unit,) = light_units(chain)
+    (unit,) = selective_units(chain)
     plain = measured_steps(chain, KEEP_ALL)[unit - 1]
     beside = measured_steps(chain, RecomputePlan((), (unit,)))[unit - 1]
     assert beside.saved_bytes > plain.saved_bytes

@@ -1,0 +1,49 @@
+"""Clients for whom nothing fits accumulate gradients, where the user allows it."""
+
+from dataclasses import replace
+from typing import Any
+
+from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
+from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.types import Route
+from tests.flower.apps import Run, message_app, run, smart_split
+from tests.tasks import BATCH_SIZE, TASK, differences, tiny_chain
+
+CUTS = [Route.whole(), *map(Route.split, range(1, len(tiny_chain())))]
+NUM_CLIENTS = 3
+
+
+def least_bytes(accumulate: int) -> int:
+    """Say what the smallest route needs in so many micro-batches."""
+    task = replace(TASK, accumulate=accumulate)
+    profile = profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=task)
+    return min(predicted_peak_bytes(profile, route) for route in CUTS)
+
+
+def tight_run(**constraints: Any) -> Run:
+    """Run clients whose budgets are too small for a step of the whole batch."""
+    assert least_bytes(2) < least_bytes(1)
+    apps = [message_app(index, least_bytes(2)) for index in range(NUM_CLIENTS)]
+    return run(apps, smart_split(recompute=False, **constraints))
+
+
+def test_without_permission_they_sit_out() -> None:
+    """The batch, and what BatchNorm sees of it, is the user's."""
+    made = tight_run()
+    assert made.strategy.round_plans[0].assignments == ()
+    assert len(made.strategy.round_plans[0].skipped) == NUM_CLIENTS
+
+
+def test_with_permission_they_equal_a_task_that_accumulates() -> None:
+    """The same bits as whole models trained in two micro-batches, within the budget."""
+    made = tight_run(max_accumulate=4)
+    assert made.kinds() == []
+    chosen = made.strategy.round_plans[0].assignments
+    assert [each.option.accumulate for each in chosen] == [2] * NUM_CLIENTS
+    assert all(each.option.route.cuts for each in chosen)
+    task = replace(TASK, accumulate=2)
+    apps = [message_app(index, task=task) for index in range(NUM_CLIENTS)]
+    expected = run(apps, smart_split((), task=task))
+    assert differences(made.state, expected.state) == []
+    plain = run([message_app(index) for index in range(NUM_CLIENTS)], smart_split(()))
+    assert differences(made.state, plain.state) != []
