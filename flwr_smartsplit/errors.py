@@ -1,24 +1,4 @@
-"""The exceptions of the package, grouped by what the reader can do about them.
-
-    SmartSplitError
-    ├── InvalidRoute          the route does not fit the chain: choose another cut
-    ├── NotSplittable         the model cannot be read as a chain: change the model
-    ├── InvalidTask           the task's functions or examples do not fit together
-    ├── InvalidPlan           a recompute plan does not fit the route: make a new one
-    ├── NoFeasibleRoute       no route fits a budget: more memory or a smaller batch
-    ├── NoFeasiblePlan        no recompute plan fits: another route, or more memory
-    ├── MemoryCapExceeded     a step exceeded its cap: tighter plan or earlier cut
-    ├── RefusedMove           a cut cannot move now: the session goes on unmoved
-    ├── RefusedReply          one client's reply cannot be merged: look at that client
-    └── EdgeError             something between a device and its edge
-        ├── EdgeUnreachable       the edge does not answer: wait, or use another
-        ├── StaleSession          the edge restarted or closed the session: start over
-        ├── OutOfOrderStep        a step was skipped or changed: the session is lost
-        ├── StateNotHeld          the edge lacks a global state: send it again
-        ├── EdgeFull              the edge lacks memory or disk: wait, or use another
-        ├── RefusedMessage        bytes that are not a message, or an unsupported value
-        ├── RefusedTail           a tail cannot be sealed: its client drops out
-        └── TailLost              sealed tails are gone: their clients are dropped
+"""The exceptions of the package; each says what the reader can do about it.
 
 Every exception has its numbers as attributes and survives pickling, since it may travel
 from an edge to a device.
@@ -58,19 +38,19 @@ class SmartSplitError(Exception):
 
 
 class InvalidRoute(SmartSplitError):
-    """A route that cannot be laid along a chain."""
+    """The route does not fit the chain: choose another cut."""
 
 
 class NotSplittable(SmartSplitError):
-    """A model that cannot be read as a chain of units."""
+    """The model cannot be read as a chain of units: change the model."""
 
 
 class InvalidTask(SmartSplitError):
-    """A task whose functions or examples do not fit together."""
+    """The task's functions or examples do not fit together."""
 
 
 class NoFeasibleRoute(SmartSplitError):
-    """No route fits the budget.
+    """No route fits the budget: more memory or a smaller batch would help.
 
     Attributes
     ----------
@@ -83,11 +63,11 @@ class NoFeasibleRoute(SmartSplitError):
 
 
 class InvalidPlan(SmartSplitError):
-    """A recompute plan that cannot run, or not on this route."""
+    """A recompute plan cannot run, or not on this route: make a new one."""
 
 
 class NoFeasiblePlan(SmartSplitError):
-    """No recompute plan of a route fits the budget.
+    """No recompute plan of a route fits the budget: use another route, or more memory.
 
     Attributes
     ----------
@@ -100,7 +80,7 @@ class NoFeasiblePlan(SmartSplitError):
 
 
 class MemoryCapExceeded(SmartSplitError):
-    """Live tensors exceeded the cap.
+    """Live tensors exceeded the cap: a tighter plan or an earlier cut would help.
 
     Attributes
     ----------
@@ -124,37 +104,37 @@ class MemoryCapExceeded(SmartSplitError):
 
 
 class RefusedMove(SmartSplitError):
-    """A cut cannot be moved between two steps; the session goes on unchanged."""
+    """A cut cannot move between these two steps; the session goes on unchanged."""
 
 
 class RefusedReply(SmartSplitError):
-    """A reply that must not be merged; ``kind`` says why in one word."""
+    """A client's reply must not be merged; ``kind`` says why in one word."""
 
     kind: str
 
 
 class EdgeError(SmartSplitError):
-    """Base of what can go wrong between a device and its edge."""
+    """Something went wrong between a device and its edge."""
 
 
 class EdgeUnreachable(EdgeError):
-    """The edge does not answer, or is being restarted."""
+    """The edge does not answer, or is restarting: wait, or use another."""
 
 
 class StaleSession(EdgeError):
-    """The edge does not know the session: it restarted, or closed it."""
+    """The edge restarted, or closed the session: start over."""
 
 
 class OutOfOrderStep(EdgeError):
-    """A step arrived that is neither the next one nor a repetition of the last."""
+    """A step is neither the next nor a repeat of the last: the session is lost."""
 
 
 class StateNotHeld(EdgeError):
-    """The edge holds no global state under the digest asked for."""
+    """The edge holds no global state under this digest: send it again."""
 
 
 class EdgeFull(EdgeError):
-    """An edge lacks memory or disk for a session within its budgets.
+    """The edge lacks memory or disk for a session: wait, or use another.
 
     Attributes
     ----------
@@ -175,10 +155,10 @@ class RefusedMessage(EdgeError):
 
 
 class RefusedTail(EdgeError):
-    """A tail that must not be sealed: not finite, or with a wrong number of steps."""
+    """A tail is not finite, or had a wrong number of steps: its client drops out."""
 
 
 class TailLost(EdgeError):
-    """Sealed tails that are gone or changed; ``sessions`` names them."""
+    """Sealed tails are gone or changed: the clients of ``sessions`` drop out."""
 
     sessions: tuple[str, ...]

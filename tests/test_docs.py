@@ -1,4 +1,4 @@
-"""The API pages show every public name, and say nothing false of its arguments.
+"""The pages name files that exist; the API pages show every public name, rightly.
 
 The site prints type and default of each argument. Of names that share a docstring's
 line, it takes those of the first for all.
@@ -16,7 +16,8 @@ import pytest
 
 import flwr_smartsplit
 
-PAGES = Path(__file__).parents[1] / "docs" / "api"
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "api"
 SHOWN = [
     name
     for page in sorted(PAGES.glob("*.md"))
@@ -62,3 +63,53 @@ def test_a_shared_line_with_two_defaults_is_seen():
         """
 
     assert shared_line_problems(planted) == ["first, second"]
+
+
+# --- files ----------------------------------------------------------------------------
+
+FILE_NAME = re.compile(
+    r"(?<![\w/.{<-])((?:[\w-]+/)*[\w-]+\.(?:py|toml|jinja|txt|yml))\b"
+)
+READERS_OWN = {"mymodels.py", "like/this.py", "simulations/studies/even.py"}
+"""Files that a page asks its reader to write, or that stand for any."""
+
+
+def missing_files(text: str, known: list[str]) -> list[str]:
+    """List the files that a page names and the repository does not have."""
+    return [
+        name
+        for name in sorted(set(FILE_NAME.findall(text)) - READERS_OWN)
+        if not any(path == name or path.endswith(f"/{name}") for path in known)
+    ]
+
+
+def files_of_the_repository() -> list[str]:
+    """List every file below the folders that are kept, and at the root."""
+    folders = ("flwr_smartsplit", "simulations", "examples", "tests", "docs", ".ci")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    return [path.relative_to(ROOT).as_posix() for path in (*paths, *ROOT.glob("*.*"))]
+
+
+def pages_that_speak_of_today() -> list[Path]:
+    """List the pages, without those that tell of their day: decisions, changelog."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md")]
+    pages += (ROOT / "docs").rglob("*.md")
+    return [p for p in pages if "decisions" not in p.parts and p.stem != "CHANGELOG"]
+
+
+def test_every_file_that_a_page_names_exists():
+    known = files_of_the_repository()
+    missing = {
+        page.relative_to(ROOT).as_posix(): names
+        for page in pages_that_speak_of_today()
+        if (names := missing_files(page.read_text("utf-8"), known))
+    }
+    assert missing == {}
+
+
+def test_a_file_that_is_not_there_is_seen():
+    page = "Read `split/chain.py`, `split/gone.py` and gone.toml, not `a.b.py.c`."
+    assert missing_files(page, ["flwr_smartsplit/split/chain.py"]) == [
+        "gone.toml",
+        "split/gone.py",
+    ]

@@ -161,7 +161,7 @@ class RouteReport:
         return self.subject.page(table, summary, plan_text, _LEGEND)
 
     def _units(self) -> Iterator[tuple[int, str, int, bool]]:
-        """Yield index, name, forward runs, and whether it is selective, of each unit."""
+        """Yield index, name, forward runs, and if it is selective, of each unit."""
         plan, units = self.option.recompute, self.subject.profile.units
         for leg in self.option.route.device_legs(len(units)):
             for index in range(leg.start, leg.stop):

@@ -77,7 +77,7 @@ def task_of(
         )
     if input_shape is None:
         raise UnknownModel(
-            f"{model} returned a module: name the shape of one input, such as "
+            f"{model} returned a module: give the shape of one input, such as "
             "--input 3x32x32, or let it return a flwr_smartsplit.Task."
         )
     num_classes = _num_classes(made, input_shape)

@@ -1,8 +1,8 @@
-"""Admission: what an edge's sessions may take of its memory and its disk.
+"""Admission: reserves an edge's memory and disk for its sessions.
 
-A session reserves all it will ever need when it is opened, so that nobody is refused in
-the middle of a round, and nothing is swapped. It never waits in here: a thread that
-waits could not serve the sessions it waits for. Whoever asks is told when to ask again.
+A session reserves all that it will ever need when it opens, so that none is refused in
+the middle of a round, and nothing is swapped. No request waits here, because its thread
+may be needed by the sessions it would wait for; a refusal says when to retry.
 """
 
 import time
@@ -27,18 +27,10 @@ _UNKNOWN = (1, 0)
 
 
 class Admission:
-    """Let sessions open, grow and move within an edge's budgets; all if it has none.
+    """Let sessions open, grow and move within an edge's budgets, if it has any.
 
-    Parameters
-    ----------
-    task : Task
-        What is trained; its dry run says what a session takes.
-    profile : EdgeProfile
-        The edge's name and its budgets.
-    sealed : Mapping[str, int]
-        Bytes of the tails that are on disk already, by session.
-    clock : Callable[[], float]
-        Seconds that only move forward.
+    A dry run of the task predicts what a session needs. ``sealed`` holds the bytes of
+    the tails already on disk, by session.
     """
 
     def __init__(
@@ -50,7 +42,9 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._task = task
-        self._profile = profile
+        self._name = profile.name
+        self._budgets = (profile.memory_bytes, profile.disk_bytes)
+        self.is_limited = self._budgets != (None, None)
         self._clock = clock
         self._open: dict[str, TailBytes] = {}
         self._since: dict[str, float] = {}
@@ -60,36 +54,16 @@ class Admission:
         self._profiles: dict[tuple[int, int], ChainProfile] = {}
         self._needed: dict[str, _Needed] = {}
 
-    @property
-    def is_limited(self) -> bool:
-        """Whether there is anything to keep account of."""
-        budgets = (self._profile.memory_bytes, self._profile.disk_bytes)
-        return any(budget is not None for budget in budgets)
-
-    # --- what sessions ask for ----------------------------------------------------
-
     def open(self, request: wire.OpenSession) -> None:
-        """Reserve all that a session will need, or say when to ask again.
+        """Reserve all that a session will need, or raise ``EdgeFull``.
 
-        A device that does not know its batch size is taken at one example, and given
-        more at its first batch.
-
-        Raises
-        ------
-        EdgeFull
-            If there is not so much.
+        An unknown batch size counts as 1; the first batch then reserves more.
         """
         if self.is_limited:
             self._reserve_for(request, (request.batch_size or 1, request.start))
 
     def fit(self, session: Session, request: StepRequest) -> None:
-        """Reserve as much as a batch needs, where the cut is by now.
-
-        Raises
-        ------
-        EdgeFull
-            If the batch is larger than those before, and does not fit.
-        """
+        """Reserve what a larger batch or a moved cut needs, or raise ``EdgeFull``."""
         if not self.is_limited:
             return
         opened = session.opened
@@ -100,12 +74,9 @@ class Admission:
             self._reserve_for(opened, needed)
 
     def widen(self, session: Session, request: MoveCut) -> None:
-        """Reserve what a move needs, and still what the way back needs.
+        """Reserve what a move needs, and keep what undoing it needs.
 
-        Raises
-        ------
-        RefusedMove
-            If the units that would come do not fit.
+        Raises ``RefusedMove`` if the arriving units do not fit.
         """
         opened = session.opened
         if not self.is_limited or not 0 < request.start < opened.stop:
@@ -119,7 +90,7 @@ class Admission:
                 f"session {opened.session} cannot begin at {request.start} instead of "
                 f"{session.start}: {error}"
             ) from error
-        # The next step settles it; until then the units may come back.
+        # Until the next step, the units may come back.
         self._needed[opened.session] = (batch_size, 0)
 
     def _reserve_for(self, opened: wire.OpenSession, needed: _Needed) -> None:
@@ -135,24 +106,10 @@ class Admission:
         need = tail_bytes(self._profiles[kind], start, opened.stop)
         return need if opened.is_trained else need._replace(disk_bytes=0)
 
-    # --- the account --------------------------------------------------------------
-
     def reserve(self, session: str, need: TailBytes, *, keeps: bool = False) -> None:
-        """Let a session have so much, instead of what it had before.
+        """Replace a session's reservation, or raise ``EdgeFull`` and keep the old one.
 
-        Parameters
-        ----------
-        session : str
-            The session's name.
-        need : TailBytes
-            What it takes.
-        keeps : bool
-            Whether it keeps what it had: then it has the larger of each.
-
-        Raises
-        ------
-        EdgeFull
-            If it does not fit; the session keeps what it had.
+        With ``keeps``, the larger of both is reserved.
         """
         with self._lock:
             if keeps:
@@ -163,7 +120,7 @@ class Admission:
             self._sealed.pop(session, None)
 
     def seal(self, session: str) -> None:
-        """Give a session's memory back; its tail stays on disk."""
+        """Free a session's memory; its tail stays on disk."""
         with self._lock:
             need = self._open.pop(session, None)
             if need is not None:
@@ -171,7 +128,7 @@ class Admission:
                 self._note_end(session)
 
     def free(self, session: str) -> None:
-        """Give back all that a session has."""
+        """Free all that a session reserved."""
         self._needed.pop(session, None)
         with self._lock:
             self._sealed.pop(session, None)
@@ -179,50 +136,43 @@ class Admission:
                 self._note_end(session)
 
     def recount(self, sealed: Mapping[str, int]) -> None:
-        """Take anew what is on disk, when a round's tails were deleted."""
+        """Update what is on disk, after a round's tails were deleted."""
         with self._lock:
             self._sealed = dict(sealed)
 
     def _check(self, session: str, need: TailBytes) -> None:
-        """Refuse what is more than there is left of memory or disk."""
+        """Raise ``EdgeFull`` if memory or disk is too small."""
         others = [held for name, held in self._open.items() if name != session]
-        kept = sum(size for name, size in self._sealed.items() if name != session)
+        sealed = sum(size for name, size in self._sealed.items() if name != session)
         used = (
             sum(held.memory_bytes for held in others),
-            sum(held.disk_bytes for held in others) + kept,
+            sum(held.disk_bytes for held in others) + sealed,
         )
-        budgets = (self._profile.memory_bytes, self._profile.disk_bytes)
         for kind, budget, needed, so_far, stays in zip(
-            ("memory", "disk"), budgets, need, used, (0, kept), strict=True
+            ("memory", "disk"), self._budgets, need, used, (0, sealed), strict=True
         ):
-            if budget is not None and needed > budget - so_far:
-                # What is sealed stays until the round ends; sessions end before.
-                retry = self._wait_seconds() if needed <= budget - stays else None
-                raise self._refusal(
-                    kind, needed, free=budget - so_far, budget=budget, retry=retry
-                )
-
-    def _refusal(
-        self, kind: str, needed: int, *, free: int, budget: int, retry: float | None
-    ) -> EdgeFull:
-        advice = (
-            "Cut later, use another edge, or raise its budget."
-            if retry is None
-            else f"Ask again in {retry:.2f} s, or use another edge."
-        )
-        return EdgeFull(
-            f"edge {self._profile.name!r} has {bytes_text(max(free, 0))} of its "
-            f"{bytes_text(budget)} of {kind} left beside {len(self._open)} open and "
-            f"{len(self._sealed)} sealed sessions; one more needs "
-            f"{bytes_text(needed)}. {advice}",
-            needed_bytes=needed,
-            free_bytes=free,
-            budget_bytes=budget,
-            retry_after_seconds=retry,
-        )
+            if budget is None or needed <= budget - so_far:
+                continue
+            # What is sealed stays until the round ends; open sessions end before.
+            retry = self._wait_seconds() if needed <= budget - stays else None
+            advice = (
+                "Cut later, use another edge, or raise its budget."
+                if retry is None
+                else f"Ask again in {retry:.2f} s, or use another edge."
+            )
+            raise EdgeFull(
+                f"edge {self._name!r} has {bytes_text(max(budget - so_far, 0))} of its "
+                f"{bytes_text(budget)} of {kind} left beside {len(self._open)} open "
+                f"and {len(self._sealed)} sealed sessions; one more needs "
+                f"{bytes_text(needed)}. {advice}",
+                needed_bytes=needed,
+                free_bytes=budget - so_far,
+                budget_bytes=budget,
+                retry_after_seconds=retry,
+            )
 
     def _wait_seconds(self) -> float:
-        """Guess when the next of the open sessions ends, from those that did."""
+        """Predict when the next open session ends, from those that ended."""
         seconds = self._usual_seconds / max(len(self._open), 1)
         return min(max(seconds, LEAST_WAIT_SECONDS), MOST_WAIT_SECONDS)
 

@@ -1,9 +1,10 @@
-"""EdgeClient: one client's session at an edge, seen from where the boundary comes from.
+"""EdgeClient: opens and uses one client's session at an edge.
 
-That is the device, or the edge before on a route over several.
+The device has one for the first edge of its route; an edge has one for the next edge.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -18,14 +19,14 @@ from flwr_smartsplit.train.unit_migration import MigratedUnits
 from flwr_smartsplit.types import ClientPlan, Leg, Receipt
 
 Connect = Callable[[str, str], wire.Transport]
-"""``connect(place, address)`` reaches an edge."""
+"""``connect(place, address)`` returns a transport to an edge."""
 
 
 def nowhere(place: str, address: str) -> wire.Transport:
-    """Reach no edge: for one that routes end at."""
+    """Refuse to connect: for an edge at which every route ends."""
     raise EdgeUnreachable(
-        f"edge {place!r} at {address!r} cannot be reached from an edge that was given "
-        "no way to others."
+        f"edge {place!r} at {address!r} cannot be reached from an edge without "
+        "``connect``."
     )
 
 
@@ -39,22 +40,9 @@ def opening_of(
     batch_size: int | None = None,
     accumulate: int = 1,
 ) -> wire.OpenSession:
-    """Ask the first of the edges of a route for a session, and it the next.
+    """Make the request for the first edge; it holds those for the edges after it.
 
-    Parameters
-    ----------
-    plan : ClientPlan
-        Whose session it is.
-    legs : tuple[Leg, ...]
-        The segments at edges, in order.
-    is_trained : bool
-        Whether the segments are trained; sessions that only evaluate have other names.
-    token : str
-        Of this opening.
-    batch_size : int, optional
-        The most examples that a batch will have, if the device knows.
-    accumulate : int
-        Into how many micro-batches a batch is divided.
+    ``legs`` are the segments at edges, in order; ``batch_size`` the largest, if known.
     """
     onward = None
     for leg in reversed(legs):
@@ -86,22 +74,10 @@ def opening_of(
 
 
 class EdgeClient:
-    """Open a session at an edge, and talk to it.
+    """Open a session at an edge, and send its requests.
 
-    Parameters
-    ----------
-    transport : Transport
-        Reaches the edge.
-    opening : OpenSession
-        The session to open.
-    device : torch.device
-        Where the place that asks computes.
-
-    Attributes
-    ----------
-    outward, returning : Crossing
-        How to write and read at the cut before the edge; and at the last cut of the
-        route, where that comes back to the device.
+    ``outward`` is the crossing of the cut before the edge; ``returning`` that of the
+    route's last cut, where it returns to the device.
     """
 
     def __init__(
@@ -119,26 +95,14 @@ class EdgeClient:
         self._incarnation = self._transport.send(opening).incarnation
 
     def forward(self, boundary: Boundary, request: wire.Forward) -> wire.Stepped:
-        """Send a step's boundary on.
-
-        Parameters
-        ----------
-        boundary : tuple[Tensor, ...]
-            What this place made of the step.
-        request : Forward
-            The step as it came here; session and boundary are replaced.
-        """
-        return self._transport.send(
-            replace(
-                request,
-                session=self._session,
-                incarnation=self._incarnation,
-                boundary=self.outward.encode(boundary),
-            )
-        )
+        """Send a step's request on, with this session and this place's boundary."""
+        return self._forwarded(replace(request, boundary=self.outward.encode(boundary)))
 
     def backward(self, request: wire.Backward) -> wire.Stepped:
-        """Send the gradients of what came back on, as they were written."""
+        """Send the returned boundary's gradients on, still encoded."""
+        return self._forwarded(request)
+
+    def _forwarded(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
         return self._transport.send(
             replace(request, session=self._session, incarnation=self._incarnation)
         )
@@ -146,7 +110,7 @@ class EdgeClient:
     def move(
         self, step: int, start: int, units: MigratedUnits | None, norm: float | None
     ) -> MigratedUnits | None:
-        """Have the session begin at another unit; return the units it gives away."""
+        """Move the session's first unit to ``start``; return the units it gives up."""
         request = MoveCut(
             session=self._session,
             incarnation=self._incarnation,
@@ -161,22 +125,20 @@ class EdgeClient:
         return moved.units
 
     def seal(self, num_steps: int, norm: float | None) -> tuple[Receipt, ...]:
-        """Finish the session here and at the edges after it."""
+        """Finish the session at this edge and those after it."""
         return self._transport.send(
             wire.Seal(self._session, self._incarnation, num_steps, norm)
         )
 
     def abandon(self) -> None:
-        """Have the session forgotten, here and at the edges after it."""
+        """Delete the session at this edge and those after it."""
         self._transport.send(wire.Abandon(self._session, self._incarnation))
 
     def abandon_quietly(self) -> None:
-        """Have it forgotten if the edge can be told; else the round's end does it."""
-        try:
+        """Abandon; if the edge cannot be reached, the end of the round does it."""
+        with suppress(EdgeError):
             self.abandon()
-        except EdgeError:
-            pass
 
     def traffic(self) -> tuple[int, int]:
-        """Count the bytes that were sent, and those that were received."""
+        """Return the bytes sent and received."""
         return self._transport.sent_bytes, self._transport.received_bytes

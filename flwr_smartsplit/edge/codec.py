@@ -1,4 +1,4 @@
-"""Codecs: how the tensors that cross a cut are written and read again."""
+"""Codecs: how tensors are encoded to cross a cut, and decoded behind it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from flwr_smartsplit.types import RAW, codec_at
 
 
 class Codec(Protocol):
-    """Writes a tensor before it crosses a cut, and reads it on the other side.
+    """Encodes tensors before they cross a cut, and decodes them behind it.
 
-    It is used for boundaries and for their gradients, in training and in evaluation,
-    never for targets. It keeps nothing from one tensor to the next.
+    Boundaries and their gradients go through it, in training and evaluation; targets do
+    not. It has no state.
     """
 
     @property
     def name(self) -> str:
-        """What plans and sessions call it."""
+        """Its name in plans and sessions."""
 
     def encode(self, tensor: Tensor) -> WireTensor:
-        """Write a tensor of any device."""
+        """Encode a tensor of any device."""
 
     def decode(self, tensor: WireTensor, device: torch.device) -> Tensor:
-        """Read it into a tensor of one's own, on a device."""
+        """Decode into a new tensor on a device."""
 
 
 class Raw:
-    """Writes every tensor as it is."""
+    """Sends every tensor unchanged."""
 
     name = RAW
 
     def encode(self, tensor: Tensor) -> WireTensor:
-        """Share the tensor's memory, where it is on the CPU and has no gaps."""
+        """Describe the tensor; see ``WireTensor.pack``."""
         return WireTensor.pack(tensor)
 
     def decode(self, tensor: WireTensor, device: torch.device) -> Tensor:
@@ -46,12 +46,12 @@ class Raw:
 
 
 CODECS: dict[str, Codec] = {RAW: Raw()}
-"""Every codec by its name; both ends of a crossing need it."""
+"""Every codec by name; both ends of a crossing must know it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """One end of a cut: a codec, and the device on which the place computes."""
+    """One end of a cut: a codec, and the torch device of this place."""
 
     codec: Codec
     device: torch.device = CPU
@@ -60,25 +60,19 @@ class Crossing:
     def at(
         cls, codecs: tuple[str, ...], index: int, device: torch.device = CPU
     ) -> Self:
-        """Find the codec of one of several crossings.
-
-        Raises
-        ------
-        EdgeError
-            If this place does not know it.
-        """
+        """Find the codec of one of several crossings, or raise ``EdgeError``."""
         name = codec_at(codecs, index)
         if name not in CODECS:
             raise EdgeError(
                 f"codec {name!r} is not one of {', '.join(CODECS)}: add it to CODECS "
-                "at every place, or use one version everywhere."
+                "on every device and edge, or use one release everywhere."
             )
         return cls(CODECS[name], device)
 
     def encode(self, tensors: Iterable[Tensor]) -> tuple[WireTensor, ...]:
-        """Write what crosses."""
+        """Encode what crosses."""
         return tuple(self.codec.encode(tensor) for tensor in tensors)
 
     def decode(self, tensors: Iterable[WireTensor]) -> tuple[Tensor, ...]:
-        """Read what crossed."""
+        """Decode what crossed."""
         return tuple(self.codec.decode(tensor, self.device) for tensor in tensors)

@@ -1,17 +1,14 @@
 """MoveCut: the request that moves the cut between a device and its first edge.
 
-One message prepares, transfers and switches at the edge; its reply is the
-acknowledgement on which the device switches. It is asked between two steps, and both
-count the moves, so that it is done exactly once.
+One request, between two steps, transfers the units; the edge switches, and the device
+switches on its reply. Both count the moves, so that each is done exactly once.
 """
 
-import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from flwr_smartsplit.edge.protocol import Request
 from flwr_smartsplit.edge.tensors import WireTensor
@@ -28,36 +25,18 @@ from flwr_smartsplit.train.unit_migration import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """The cut has moved at the edge; what it gave away comes along.
-
-    Parameters
-    ----------
-    units : MigratedUnits, optional
-        The units that are the device's now, if the cut moved later.
-    """
+    """The edge has moved the cut; ``units`` are now the device's, if it moved later."""
 
     units: MigratedUnits | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveCut(Request[Moved]):
-    """Let a session begin at another unit from the next step on, exactly once.
+    """Move a session's first unit to ``start``, exactly once.
 
-    Parameters
-    ----------
-    session, incarnation : str
-        The session, and the life of the edge that opened it.
-    step : int
-        How many steps are done; the move comes before the next one.
-    number : int
-        Number of the move in its session, from 0; repeating the last one before the
-        next step repeats its reply.
-    start : int
-        The session's first unit from now on.
-    units : MigratedUnits, optional
-        The units that are new at the edge, if the cut moves earlier.
-    norm : float, optional
-        As for ``Forward``.
+    ``step`` counts the steps done, and ``number`` the session's moves before this one.
+    To repeat the last move before the next step repeats its reply. ``units`` are new at
+    the edge, if the cut moves earlier. ``norm`` is as in ``Forward``.
     """
 
     session: str
@@ -70,63 +49,22 @@ class MoveCut(Request[Moved]):
 
 
 def pack_units(units: MigratedUnits) -> MigratedUnits:
-    """Make what units carry ready to cross; it shares their memory."""
+    """Pack units to be sent; they share memory."""
     return _mapped(units, lambda x: WireTensor.pack(x) if isinstance(x, Tensor) else x)
 
 
 def unpack_units(units: MigratedUnits) -> MigratedUnits:
-    """Read what came, into tensors of one's own."""
+    """Unpack received units into new tensors."""
     return _mapped(units, lambda x: x.unpack() if isinstance(x, WireTensor) else x)
-
-
-def checksum(request: MoveCut) -> int:
-    """Tell a repeated move from a changed one."""
-    units = request.units
-    code = zlib.crc32(repr((request.start, request.norm, units is None)).encode())
-    if units is None:
-        return code
-    header = (units.start, units.stop, *units.buffers, *units.optimizer, units.settings)
-    code = zlib.crc32(repr(header).encode(), code)
-    for name, array in units.state.items():
-        code = zlib.crc32(repr((name, array.dtype.str, array.shape)).encode(), code)
-        code = zlib.crc32(np.require(array, requirements=["C"]).data, code)
-    for value in tree_leaves((dict(units.buffers), dict(units.optimizer))):
-        if isinstance(value, WireTensor):
-            code = value.checksum(code)
-        else:
-            code = zlib.crc32(repr(value).encode(), code)
-    return code
 
 
 def moved_session(
     runner: SegmentRunner, chain: Chain, units: range, request: MoveCut, *, make: Make
 ) -> tuple[SegmentRunner, Moved]:
-    """Do a move at the edge; the runner so far stays as it is.
+    """Return the session's runner after a move, and the reply.
 
-    Parameters
-    ----------
-    runner : SegmentRunner
-        Runs the session's units so far.
-    chain : Chain
-        Whose units they are.
-    units : range
-        The units so far.
-    request : MoveCut
-        What is asked.
-    make : Callable[[Segment], SegmentRunner]
-        Makes the session's runners.
-
-    Returns
-    -------
-    SegmentRunner
-        Runs the session's units from now on.
-    Moved
-        What the device is answered.
-
-    Raises
-    ------
-    RefusedMove
-        If it cannot be done exactly.
+    ``units`` are the session's until now; ``runner`` is unchanged. Raises
+    ``RefusedMove`` if an exact move is impossible.
     """
     start = request.start
     _check(chain, units, request)
@@ -152,7 +90,7 @@ def _check(chain: Chain, units: range, request: MoveCut) -> None:
     if not 0 < start < units.stop or start == units.start:
         raise RefusedMove(
             f"session {request.session} has units [{units.start}, {units.stop}) and "
-            f"cannot begin at {start}: choose another one in 1..{units.stop - 1}."
+            f"cannot begin at {start}: choose another unit in 1..{units.stop - 1}."
         )
     wanted = (start, units.start) if start < units.start else None
     found = None if arriving is None else (arriving.start, arriving.stop)

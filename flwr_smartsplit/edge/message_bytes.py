@@ -1,17 +1,18 @@
-"""The byte form of every request and reply: what crosses to an edge, and back.
+"""The byte form of every request to an edge, and of every reply.
 
-A message is a prefix, a head and a body. The prefix has a magic word, the version, and
-length and CRC-32 of the head. The head is JSON: plain values, and objects of one key,
-which names a type. The body is the message's arrays as they lie in memory, in the order
-in which the head mentions them, each at a multiple of 16 bytes.
+A message is a prefix, a head and a body. The prefix holds a magic word, the version,
+and the head's length and CRC-32. The head is JSON: plain values, and objects whose one
+key names a type. The body holds the message's arrays in C order, in the order in which
+the head mentions them, each padded to a multiple of 16 bytes.
 
-Nothing is pickled. ``decode`` makes only the types that requests and replies declare,
+Nothing is pickled. ``decode`` builds only the types that requests and replies declare,
 checks every field against its annotation, and copies no array.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from math import isfinite, prod
@@ -40,22 +41,13 @@ _MAGIC = b"SmSp"
 _PREFIX = Struct("<4sIII")
 _ALIGNMENT = 16
 _INTEGERS = range(-(2**63), 2**64)
-_PLAIN = (bool, int, float, str, NoneType)
 _UNCHANGED = (bool, int, str, NoneType)
+_KEYS = (*_UNCHANGED, float)
 _NOT_FINITE = {repr(value): value for value in map(float, ("nan", "inf", "-inf"))}
 _DTYPES = {
     dtype.newbyteorder("<").str: dtype.newbyteorder("<")
     for dtype in map(np.dtype, "?bhiqBHIQefdFD")
 }
-_MISFIT = object()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _BUILTIN_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, IndexError, KeyError),
     *(LookupError, MemoryError, NotImplementedError, OSError, RuntimeError),
@@ -64,197 +56,165 @@ _BUILTIN_ERRORS = (
 _ONE_RELEASE = "use one release of flwr_smartsplit everywhere."
 
 
-# --- writing --------------------------------------------------------------------------
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _refuse_if(is_wrong: bool, text: str) -> None:
+    if is_wrong:
+        raise RefusedMessage(text)
 
 
 def encode(message: Any) -> list[Piece]:
-    """Write a request, a reply or an exception as bytes; large arrays are not copied.
+    """Write a request, a reply or an exception; large arrays are not copied.
 
-    Returns
-    -------
-    list[Piece]
-        The bytes, in pieces that follow each other.
-
-    Raises
-    ------
-    RefusedMessage
-        If the message holds a value that has no byte form.
+    Raises ``RefusedMessage`` if the message holds a value that has no byte form.
     """
-    arrays: list[npt.NDArray[np.uint8]] = []
+    writer = _Writer()
     try:
-        head = _ENCODER.encode(_written(message, arrays)).encode("ascii")
+        head = _ENCODER.encode(writer.tree(message)).encode("ascii")
     except RecursionError as error:
-        raise RefusedMessage("values lie too deep in each other.") from error
+        raise RefusedMessage("values are nested too deep.") from error
     head += b" " * (-(_PREFIX.size + len(head)) % _ALIGNMENT)
-    if len(head) > MAX_HEAD_BYTES:
-        raise RefusedMessage(
-            f"the head of a {type(message).__name__} takes {len(head)} bytes, of "
-            f"{MAX_HEAD_BYTES} allowed: send fewer names and values."
-        )
-    pieces: list[Piece] = [_PREFIX.pack(_MAGIC, VERSION, len(head), crc32(head)) + head]
-    for array in arrays:
-        pieces.append(array.data)
-        if array.nbytes % _ALIGNMENT:
-            pieces.append(bytes(-array.nbytes % _ALIGNMENT))
-    return pieces
+    _refuse_if(
+        len(head) > MAX_HEAD_BYTES,
+        f"the head of a {type(message).__name__} takes {len(head)} bytes, of "
+        f"{MAX_HEAD_BYTES} allowed: send fewer names and values.",
+    )
+    prefix = _PREFIX.pack(_MAGIC, VERSION, len(head), crc32(head))
+    return [prefix + head, *writer.body]
 
 
-def _written(value: Any, arrays: list[npt.NDArray[np.uint8]]) -> Any:
-    """Return a value as JSON has it, and collect the arrays in it."""
-    name = type(value).__name__
+def checksum(message: Any) -> int:
+    """Return a message's CRC-32, to tell a repeated one from a changed one."""
+    code = 0
+    for piece in encode(message):
+        code = crc32(piece, code)
+    return code
 
-    def inner(item: Any) -> Any:
-        return item if type(item) in _UNCHANGED else _written(item, arrays)
 
-    tree: Any
-    match value:
-        case _ if MESSAGE_TYPES.get(name) is type(value):
-            hints = _hints(MESSAGE_TYPES[name])
-            tree = {name: {key: inner(getattr(value, key)) for key in hints}}
-        case np.ndarray() | np.generic():
-            tree = {"array": _collected(np.asarray(value), arrays)}
-        case float() if not isfinite(value):
-            tree = {"float": repr(float(value))}
-        case str() | int() | float() | None:
-            tree = value
-        case bytes():
-            tree = {"bytes": _collected(np.frombuffer(value, np.uint8), arrays)[1][0]}
-        case list():
-            tree = [inner(item) for item in value]
-        case tuple():
-            tree = {"tuple": [inner(item) for item in value]}
-        case Mapping():
-            tree = {"map": [[inner(key), inner(item)] for key, item in value.items()]}
-        case Exception():
-            tree = {"error": _written_error(value, inner)}
-        case _:
+class _Writer:
+    """Turn values into a JSON tree, and collect the arrays in them."""
+
+    def __init__(self) -> None:
+        self.body: list[Piece] = []
+
+    def tree(self, value: Any) -> Any:
+        if type(value) in _UNCHANGED:
+            return value
+        name, tree = type(value).__name__, self.tree
+        written: Any
+        match value:
+            case _ if MESSAGE_TYPES.get(name) is type(value):
+                hints = _hints(MESSAGE_TYPES[name])
+                written = {name: {key: tree(getattr(value, key)) for key in hints}}
+            case np.ndarray() | np.generic():
+                written = {"array": self._array(np.asarray(value))}
+            case float() if not isfinite(value):
+                written = {"float": repr(float(value))}
+            case str() | int() | float():
+                written = value
+            case bytes():
+                written = {"bytes": self._array(np.frombuffer(value, np.uint8))[1][0]}
+            case list():
+                written = list(map(tree, value))
+            case tuple():
+                written = {"tuple": list(map(tree, value))}
+            case Mapping():
+                written = {"map": [[tree(k), tree(item)] for k, item in value.items()]}
+            case Exception():
+                written = {"error": self._error(value)}
+            case _:
+                raise RefusedMessage(
+                    f"a {name} cannot be sent to or from an edge: use "
+                    "tensors, numbers, texts, bytes, lists, tuples and mappings."
+                )
+        return written
+
+    def _array(self, array: npt.NDArray[Any]) -> tuple[str, list[int]]:
+        if array.dtype.str not in _DTYPES:
             raise RefusedMessage(
-                f"a {name} cannot be sent to or from an edge: use "
-                "tensors, numbers, texts, bytes, lists, tuples and mappings."
+                f"an array of {array.dtype} cannot be sent: convert it to one of "
+                f"{', '.join(map(str, _DTYPES.values()))}."
             )
-    return tree
+        plain = np.require(array, requirements="C")
+        self.body.append(plain.reshape(-1).view(np.uint8).data)
+        if plain.nbytes % _ALIGNMENT:
+            self.body.append(bytes(-plain.nbytes % _ALIGNMENT))
+        return array.dtype.str, list(array.shape)
 
-
-def _collected(
-    array: npt.NDArray[Any], arrays: list[npt.NDArray[np.uint8]]
-) -> tuple[str, list[int]]:
-    """Add an array to the body; return its dtype and shape for the head."""
-    kind = array.dtype.str
-    if kind not in _DTYPES:
-        raise RefusedMessage(
-            f"an array of {array.dtype} cannot be sent: convert it to one of "
-            f"{', '.join(map(str, _DTYPES.values()))}."
-        )
-    plain = np.require(array, requirements="C")
-    arrays.append(plain.reshape(-1).view(np.uint8))
-    return kind, list(array.shape)
-
-
-def _written_error(error: Exception, write: Callable[[Any], Any]) -> list[Any]:
-    """Name the error, or the nearest of its bases that the other end knows."""
-    cls = next((c for c in type(error).__mro__ if c in _ERRORS.values()), EdgeError)
-    text = str(error)
-    if cls is not type(error):
-        text = f"{type(error).__name__}: {text}"
-    facts = {}
-    for name, fact in vars(error).items():
-        try:
-            facts[name] = write(fact)
-        except RefusedMessage:
-            facts[name] = repr(fact)
-    return [cls.__name__, text, facts]
-
-
-# --- reading --------------------------------------------------------------------------
+    def _error(self, error: Exception) -> list[Any]:
+        """Name the error, or its nearest base that the other end knows."""
+        cls = next((c for c in type(error).__mro__ if c in _ERRORS.values()), EdgeError)
+        text = str(error) if cls is type(error) else f"{type(error).__name__}: {error}"
+        facts = {}
+        for name, fact in vars(error).items():
+            size = len(self.body)
+            try:
+                facts[name] = self.tree(fact)
+            except RefusedMessage:
+                del self.body[size:]
+                facts[name] = repr(fact)
+        return [cls.__name__, text, facts]
 
 
 def decode(*pieces: Piece) -> Any:
     """Read a request, a reply or an exception; arrays are views of the bytes.
 
-    Parameters
-    ----------
-    *pieces : Piece
-        All bytes of one message, in one piece or as ``encode`` divided them.
-
-    Raises
-    ------
-    RefusedMessage
-        If the bytes are no message of this version, or a value is not what its field
-        may hold. No other exception is raised, whatever the bytes are.
+    The pieces are as ``encode`` returned them, or joined. If they are not a message of
+    this version, or a field is invalid, ``RefusedMessage`` is raised, and nothing else.
     """
-    body = _Body([memoryview(piece) for piece in pieces if len(piece)])
-    magic, version, size, checksum = _PREFIX.unpack(body.take(_PREFIX.size))
-    if magic != _MAGIC:
-        raise RefusedMessage(f"a message begins with {_MAGIC!r}, not {magic!r}.")
-    if version != VERSION:
-        raise RefusedMessage(
-            f"the message has version {version}, this side reads {VERSION}: "
-            + _ONE_RELEASE
-        )
-    if size > MAX_HEAD_BYTES:
-        raise RefusedMessage(f"a head of {size} bytes; {MAX_HEAD_BYTES} are allowed.")
-    head = body.take(size)
-    if crc32(head) != checksum:
-        raise RefusedMessage(
-            "the head does not fit its checksum: it changed on the way."
-        )
-    text = bytes(head)
-    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise RefusedMessage(f"the head has more than {MAX_VALUES} values.")
+    reader = _Reader([memoryview(piece) for piece in pieces if len(piece)])
+    magic, version, size, code = _PREFIX.unpack(reader.take(_PREFIX.size))
+    _refuse_if(magic != _MAGIC, f"a message begins with {_MAGIC!r}, not {magic!r}.")
+    _refuse_if(
+        version != VERSION,
+        f"the message has version {version}, this side reads {VERSION}: {_ONE_RELEASE}",
+    )
+    _refuse_if(
+        size > MAX_HEAD_BYTES,
+        f"a head of {size} bytes; {MAX_HEAD_BYTES} are allowed.",
+    )
+    head = bytes(reader.take(size))
+    _refuse_if(crc32(head) != code, "the head does not match its checksum.")
+    num_values = sum(map(head.count, (b",", b"[", b"{")))
+    _refuse_if(num_values > MAX_VALUES, f"the head has more than {MAX_VALUES} values.")
     try:
-        message = _Reader(body).value(_DECODER.decode(text.decode("ascii")))
+        message = reader.value(_DECODER.decode(head.decode("ascii")))
     except RecursionError as error:
-        raise RefusedMessage("values lie too deep in each other.") from error
+        raise RefusedMessage("values are nested too deep.") from error
     except ValueError as error:
         raise RefusedMessage(f"the head is not JSON: {error}") from error
-    body.end()
+    left = sum(map(len, reader.pieces))
+    _refuse_if(left > 0, f"{left} bytes follow the end of the message.")
     return message
 
 
-class _Body:
-    """Give out bytes from the front, as views."""
+class _Reader:
+    """Build values from a JSON tree, and their arrays from the bytes of the body."""
 
     def __init__(self, pieces: list[memoryview]) -> None:
-        self._pieces = pieces
+        self.pieces = pieces
 
     def take(self, size: int) -> memoryview:
-        if size == 0:
-            return memoryview(b"")
-        first = self._pieces[0] if self._pieces else memoryview(b"")
-        if size > len(first):
-            raise RefusedMessage(
-                f"{size} bytes should follow, and {len(first)} do: it was cut short."
-            )
-        if size == len(first):
-            del self._pieces[0]
-        else:
-            self._pieces[0] = first[size:]
+        """Return the next bytes as a view; they are in one piece."""
+        first = self.pieces.pop(0) if size and self.pieces else memoryview(b"")
+        _refuse_if(
+            size > len(first),
+            f"{size} bytes should follow, and {len(first)} do: it was cut short.",
+        )
+        if size < len(first):
+            self.pieces.insert(0, first[size:])
         return first[:size]
 
-    def take_array(self, size: int) -> memoryview:
-        values = self.take(size)
-        if any(self.take(-size % _ALIGNMENT)):
-            raise RefusedMessage("the bytes between two arrays are not 0.")
-        return values
-
-    def end(self) -> None:
-        if self._pieces:
-            left = sum(map(len, self._pieces))
-            raise RefusedMessage(f"{left} bytes follow the end of the message.")
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Make values of what JSON has."""
-
-    body: _Body
-
     def value(self, tree: Any) -> Any:
-        """Read one value, with those inside it."""
         kind = type(tree)
         if kind is dict:
-            if len(tree) != 1:
-                raise RefusedMessage(f"an object has one key, not {len(tree)}.")
+            _refuse_if(len(tree) != 1, f"an object has one key, not {len(tree)}.")
             return self._tagged(*tree.popitem())
         if kind is list:
             return list(map(self.value, tree))
@@ -281,19 +241,19 @@ class _Reader:
                 value = self._error(name, text, facts)
             case _:
                 raise RefusedMessage(
-                    f"{tag!r:.99} with a {type(inner).__name__} is nothing that this "
-                    f"side knows: {_ONE_RELEASE}"
+                    f"{tag!r:.99} with a {type(inner).__name__} is unknown here: "
+                    + _ONE_RELEASE
                 )
         return value
 
     def _mapping(self, pairs: list[Any]) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
         for pair in pairs:
-            if not isinstance(pair, list) or len(pair) != 2:  # noqa: PLR2004
-                raise RefusedMessage("an entry of a mapping is no pair.")
+            is_pair = isinstance(pair, list) and len(pair) == 2  # noqa: PLR2004
+            _refuse_if(not is_pair, "an entry of a mapping is no pair.")
             key, item = map(self.value, pair)
-            if not isinstance(key, _PLAIN) or key in found:
-                raise RefusedMessage(f"{key!r:.99} is no key, or comes twice.")
+            is_key = isinstance(key, _KEYS) and key not in found
+            _refuse_if(not is_key, f"{key!r:.99} is no key, or comes twice.")
             found[key] = item
         return found
 
@@ -302,14 +262,15 @@ class _Reader:
             raise RefusedMessage(
                 f"arrays are of {', '.join(_DTYPES)}, not of {dtype!r:.99}."
             )
-        if len(shape) > MAX_DIMS or not all(
+        is_shape = len(shape) <= MAX_DIMS and all(
             type(size) is int and 0 <= size < _INTEGERS.stop for size in shape
-        ):
-            raise RefusedMessage(f"{shape[:9]} is no shape of an array.")
-        kind = _DTYPES[dtype]
-        data = self.body.take_array(prod(shape) * kind.itemsize)
+        )
+        _refuse_if(not is_shape, f"{shape[:9]} is no shape of an array.")
+        num_bytes = prod(shape) * _DTYPES[dtype].itemsize
+        data, padding = self.take(num_bytes), self.take(-num_bytes % _ALIGNMENT)
+        _refuse_if(any(padding), "the bytes between two arrays are not 0.")
         try:
-            return np.ndarray(shape, kind, data)
+            return np.ndarray(shape, _DTYPES[dtype], data)
         except (ValueError, OverflowError) as error:
             raise RefusedMessage(f"{shape} is no shape of an array: {error}") from error
 
@@ -322,11 +283,11 @@ class _Reader:
             for f in fields(cls)
             if f.name not in parts and f.default is f.default_factory is MISSING
         ]
-        if unknown or missing:
-            raise RefusedMessage(
-                f"{name} has fields {', '.join(hints)}; unknown: {unknown[:9]}, "
-                f"missing: {missing}: {_ONE_RELEASE}"
-            )
+        _refuse_if(
+            bool(unknown or missing),
+            f"{name} has fields {', '.join(hints)}; unknown: {unknown[:9]}, "
+            f"missing: {missing}: {_ONE_RELEASE}",
+        )
         for key, part in parts.items():
             if type(part) is not hints[key]:
                 parts[key] = fitted(part, hints[key], f"{name}.{key}")
@@ -336,8 +297,8 @@ class _Reader:
             raise RefusedMessage(f"{name}: {error}") from error
 
     def _error(self, name: str, text: str, given: Mapping[str, Any]) -> Exception:
-        if name not in _ERRORS:
-            raise RefusedMessage(f"{name!r:.99} is no error that may travel: {text}")
+        may_travel = name in _ERRORS
+        _refuse_if(not may_travel, f"{name!r:.99} is no error that may travel: {text}")
         facts = {key: self.value(item) for key, item in given.items()}
         cls: Any = _ERRORS[name]
         for key, hint in _hints(cls).items():
@@ -347,7 +308,34 @@ class _Reader:
         return error
 
 
-# --- types ----------------------------------------------------------------------------
+def fitted(value: Any, hint: Any, where: str) -> Any:  # noqa: PLR0911 - a list of cases
+    """Return a value of the annotated type, or refuse it; find an enum's member."""
+    kind = type(value)
+    if hint is Any or kind is hint:
+        return value
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if kind in args:
+            return value
+        for option in args:
+            with suppress(RefusedMessage):
+                return fitted(value, option, where)
+    elif kind is tuple and origin is tuple and args[1:] == (...,):
+        return tuple(fitted(item, args[0], where) for item in value)
+    elif kind is dict and origin in (Mapping, dict):
+        key, item = args
+        return {fitted(k, key, where): fitted(v, item, where) for k, v in value.items()}
+    elif kind is np.ndarray and hint in (bool, int, float) and value.ndim == 0:
+        return fitted(value.item(), hint, where)
+    elif kind is np.ndarray and origin is np.ndarray:
+        if get_args(args[1])[0] in (Any, value.dtype.type):
+            return value
+    elif kind is int and hint is float:
+        return value
+    elif kind is str and isinstance(hint, type) and issubclass(hint, Enum):
+        with suppress(ValueError):
+            return hint(value)
+    raise RefusedMessage(f"{where} is a {kind.__name__}, and not {hint}.")
 
 
 @cache
@@ -374,68 +362,15 @@ def _message_types() -> dict[str, Any]:
     while hints:
         hint = hints.pop()
         hints += get_args(hint)
-        if not isinstance(hint, type) or not is_dataclass(hint):
-            continue
-        if found.get(hint.__name__) is not hint:
-            if hint.__name__ in found:
+        if isinstance(hint, type) and is_dataclass(hint) and hint not in found.values():
+            if found.setdefault(hint.__name__, hint) is not hint:
                 raise TypeError(f"two messages are named {hint.__name__}.")
-            found[hint.__name__] = hint
             hints += [reply_hint(hint), *_hints(hint).values()]
     return found
 
 
-def fitted(value: Any, hint: Any, where: str) -> Any:
-    """Return a value if it is what an annotation says; an enum's member is looked up.
-
-    Raises
-    ------
-    RefusedMessage
-        If it is something else.
-    """
-    found = _fit(value, hint)
-    if found is _MISFIT:
-        raise RefusedMessage(f"{where} is a {type(value).__name__}, and not {hint}.")
-    return found
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    kind = type(value)
-    if hint is Any or kind is hint:
-        return value
-    origin, args = _parts(hint)
-    found: Any = _MISFIT
-    if kind in args and origin is Union:
-        found = value
-    elif origin is Union:
-        options = (_fit(value, option) for option in args)
-        found = next((item for item in options if item is not _MISFIT), _MISFIT)
-    elif kind is tuple and origin is tuple and args[1:] == (...,):
-        items = tuple(_fit(item, args[0]) for item in value)
-        found = _MISFIT if any(item is _MISFIT for item in items) else items
-    elif kind is dict and origin in (Mapping, dict):
-        pairs = {_fit(k, args[0]): _fit(v, args[1]) for k, v in value.items()}
-        misfits = (k is _MISFIT or v is _MISFIT for k, v in pairs.items())
-        found = _MISFIT if any(misfits) else pairs
-    elif kind is np.ndarray and hint in (bool, int, float) and value.ndim == 0:
-        found = _fit(value.item(), hint)
-    elif kind is np.ndarray and origin is np.ndarray:
-        (scalar,) = get_args(args[1])
-        found = value if scalar in (Any, value.dtype.type) else _MISFIT
-    elif kind is int and hint is float:
-        found = value
-    elif kind is str and isinstance(hint, type) and issubclass(hint, Enum):
-        found = next((member for member in hint if member.value == value), _MISFIT)
-    return found
-
-
-@cache
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    origin = get_origin(hint)
-    return Union if origin is UnionType else origin, get_args(hint)
-
-
 MESSAGE_TYPES: Mapping[str, Any] = _message_types()
-"""Every type that ``decode`` may make, by the name that the head gives it."""
+"""Every type that ``decode`` may build, by its name in the head."""
 
 _ERRORS: Mapping[str, type[Exception]] = {
     cls.__name__: cls

@@ -1,7 +1,7 @@
-"""How a device and a strategy talk to an edge: one verb, frozen messages.
+"""The requests that devices and strategies send to an edge, and its replies.
 
-Every request names its reply type. Whatever is added on the way (counting,
-retrying, losing messages in a test) is a transport that wraps another.
+Every request names the type of its reply. Transports deliver requests; counting,
+retrying, and losing messages in a test are transports that wrap another one.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,14 +29,14 @@ State = Mapping[str, npt.NDArray[Any]]
 
 
 class Request(Generic[ReplyT]):
-    """What an edge can be asked; the parameter is what it answers."""
+    """A request to an edge; the type parameter is its reply."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Whether an edge holds a state, and which life of the edge says so."""
+    """Whether an edge holds a state, and the incarnation of the edge."""
 
     incarnation: str
     is_held: bool
@@ -44,14 +44,14 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class IsHeld(Request[Held]):
-    """Ask whether a global state is already there."""
+    """Ask whether the edge already holds a global state."""
 
     digest: str
 
 
 @dataclass(frozen=True, slots=True)
 class HoldState(Request[Held]):
-    """Give the edge a round's global state, under its digest."""
+    """Send the edge a round's global state, with its digest."""
 
     digest: str
     state: State
@@ -59,7 +59,7 @@ class HoldState(Request[Held]):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A session is open; what belongs to this opening carries its incarnation."""
+    """A session is open; its later requests carry this incarnation."""
 
     incarnation: str
 
@@ -72,33 +72,26 @@ class OpenSession(Request[Opened]):
     ----------
     session, place : str
         The session's name, and the edge's name in the route.
-    round_number : int
-        The round it belongs to.
-    client_key : str
-        Whose segment it is.
     start, stop : int
-        The units to host.
+        The edge runs the units ``[start, stop)``.
     state_digest : str
         The held state to start from.
-    seed, num_threads, config : int, int, Mapping
-        As in the client's plan.
     onward : Onward, optional
-        The edge where the route goes on, which this one opens and talks to.
+        The next edge of the route; this edge opens a session there and talks to it.
     is_trained : bool
-        Whether the segments are trained, or only evaluated.
+        Whether the session trains its segment, or only evaluates it.
     token : str
-        Tells a repeated request from a second opening, which starts over.
-    cohort, importance, num_examples : Cohort or None, float, int
-        As in the client's plan, at the edge that advises the device; no other one is
-        given a cohort.
+        Distinguishes a repeated request from a second opening, which starts over.
+    cohort : Cohort, optional
+        Only for the route's first edge, which advises the device.
     batch_size : int, optional
-        The most examples that a batch will have, if the device knows.
-    variant : Variant
-        What of the global model is trained; the receipt says it again.
+        The largest batch that will come, if the device knows.
     accumulate : int
-        Into how many micro-batches a batch is divided.
+        Micro-batches per batch.
     codecs : tuple[str, ...]
-        How each crossing is written from the one into this edge on; empty for ``RAW``.
+        The codec of each crossing, from the one into this edge on; empty for ``RAW``.
+
+    The other fields are as in ``ClientPlan``.
     """
 
     session: str
@@ -125,7 +118,7 @@ class OpenSession(Request[Opened]):
 
 @dataclass(frozen=True, slots=True)
 class Onward:
-    """Where the next edge of a route is, and what to ask it first."""
+    """The address of a route's next edge, and the session to open there."""
 
     address: str
     opening: OpenSession
@@ -133,20 +126,12 @@ class Onward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """What a place answers to ``Forward`` or ``Backward``.
+    """The reply to ``Forward`` and to ``Backward``.
 
-    Parameters
-    ----------
-    boundary : tuple[WireTensor, ...]
-        What goes back to the device, where the route ends there.
-    gradients : tuple[WireTensor, ...]
-        The gradients of those tensors of the boundary that need one, in order.
-    values : Mapping[str, float]
-        Mean loss of the batch, and metrics in evaluation.
-    norms : Mapping[str, float]
-        The norm of each gradient, where they are clipped.
-    advice : Advice or None
-        What the edge would have changed before the next step.
+    ``boundary`` returns to the device, where the route ends there. ``gradients`` are
+    those of the incoming tensors that need one, in order. ``values`` holds the batch's
+    mean loss, and metrics in evaluation; ``norms`` the gradients' norms, where they are
+    clipped. ``advice`` is what the device should change before the next step.
     """
 
     boundary: tuple[WireTensor, ...] = ()
@@ -158,36 +143,22 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward(Request[Stepped]):
-    """Go forward from a boundary, and do all that can be done of the step.
+    """Run forward from a boundary, and as much of the step as possible.
 
-    With targets that is everything: loss, backward and update in a session that trains,
-    loss and metrics in one that evaluates. Without, the boundary comes back to the
-    device, and ``Backward`` follows if the session trains.
+    With targets, that is everything: loss, backward and update in training, loss and
+    metrics in evaluation. Without them, the boundary returns to the device, and
+    ``Backward`` follows in training. To repeat the last request repeats its reply.
 
     Parameters
     ----------
-    session, incarnation : str
-        The session, and the life of the edge that opened it.
     step : int
-        Number of the step, from 0. In training, repeating the last one repeats its
-        reply; in evaluation, nothing is remembered.
-    boundary : tuple[WireTensor, ...]
-        The tensors that cross.
-    targets : WireTensor, optional
-        What the batch should give.
+        The step, from 0.
     num_examples : int
         Examples in the micro-batch.
-    part : MicroBatch
-        Which part of the step's batch it is.
     norm : float, optional
         The norm of all gradients of the step before, whose update waited for it.
     step_seconds : float, optional
-        What a step takes the device, as the route is now.
-
-    Raises
-    ------
-    ValueError
-        If there are targets, and not for so many examples.
+        Seconds per step on the device, with its present route.
     """
 
     session: str = ""
@@ -201,25 +172,19 @@ class Forward(Request[Stepped]):
     step_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a number of examples that the targets contradict."""
         given = None if self.targets is None else self.targets.shape[:1]
         if self.targets is not None and given != (self.num_examples,):
             raise ValueError(
-                f"step {self.step} brings targets of shape {self.targets.shape} for "
-                f"{self.num_examples} examples."
+                f"step {self.step} has targets of shape {self.targets.shape} for "
+                f"{self.num_examples} examples: send as many of both."
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backward(Request[Stepped]):
-    """Go backward in the step whose ``Forward`` was last, and update.
+    """Run backward in the step of the last ``Forward``, and update.
 
-    Parameters
-    ----------
-    session, incarnation, step, part : str, str, int, MicroBatch
-        As for ``Forward``.
-    gradients : tuple[WireTensor, ...]
-        Of those tensors of the returned boundary that need one, in order.
+    ``gradients`` are those of the returned tensors that need one, in order.
     """
 
     session: str = ""
@@ -231,16 +196,9 @@ class Backward(Request[Stepped]):
 
 @dataclass(frozen=True, slots=True)
 class Seal(Request[tuple[Receipt, ...]]):
-    """Finish a session: check its tail, put it aside, free its memory.
+    """Finish a session after the device's ``num_steps`` steps.
 
-    Parameters
-    ----------
-    session, incarnation : str
-        The session, and the life of the edge that opened it.
-    num_steps : int
-        How many steps the device counts.
-    norm : float, optional
-        As for ``Forward``.
+    The edge checks its tail, writes it to disk and frees its memory.
     """
 
     session: str
@@ -251,14 +209,9 @@ class Seal(Request[tuple[Receipt, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class Abandon(Request[None]):
-    """Forget a session and its tail, sealed or not.
+    """Delete a session and its tail, sealed or not, unless it was opened again since.
 
-    Parameters
-    ----------
-    session : str
-        The session.
-    incarnation : str
-        As the opening answered, so that a later opening is left alone; empty for any.
+    An empty incarnation means any.
     """
 
     session: str
@@ -267,7 +220,7 @@ class Abandon(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One sealed session to merge, and what it weighs."""
+    """A sealed session to merge, and its weight."""
 
     session: str
     digest: str
@@ -276,7 +229,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The weighted sums of exactly the sessions asked for."""
+    """The weighted sums of exactly the requested sessions."""
 
     sums: Mapping[str, WeightedSum]
 
@@ -291,29 +244,29 @@ class Commit(Request[Committed]):
 
 @dataclass(frozen=True, slots=True)
 class Release(Request[None]):
-    """Delete what belongs to this round and earlier ones, except one state."""
+    """Delete all of this round and earlier ones, except one state."""
 
     round_number: int
     keep_digest: str
 
 
 class Transport(Protocol):
-    """A way to an edge."""
+    """Delivers requests to an edge."""
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
-        """Deliver the request and return its reply, or raise an ``EdgeError``."""
+        """Return the reply, or raise an ``EdgeError``."""
 
 
 @dataclass
 class CountingTransport:
-    """Count the payload bytes that go through another transport."""
+    """Count the payload bytes through another transport."""
 
     inner: Transport
     sent_bytes: int = 0
     received_bytes: int = 0
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
-        """Send, and count both directions."""
+        """Send, and count both ways."""
         self.sent_bytes += payload_bytes(request)
         reply = self.inner.send(request)
         self.received_bytes += payload_bytes(reply)
@@ -339,18 +292,12 @@ def payload_bytes(message: Any) -> int:
 
 @dataclass(frozen=True)
 class LocalTransport:
-    """Reach an edge in this process.
-
-    Parameters
-    ----------
-    handle : Callable[[Request], reply]
-        ``EdgeService.handle``.
-    """
+    """Reach an edge in this process, by its ``EdgeService.handle``."""
 
     handle: Callable[[Any], Any]
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
-        """Call the edge, outside the device's memory meter."""
+        """Call the edge, unseen by the device's memory meter."""
         with unmetered():
             reply: ReplyT = self.handle(request)
         return reply

@@ -1,8 +1,8 @@
-"""EdgeService: hosts the rest of each client's model, and knows no network.
+"""EdgeService: runs the tails of clients' models; it knows no network.
 
-Every client trains its own replica of its tail. ``Seal`` checks it, writes it to
-disk and frees it; ``Commit`` merges exactly the sealed tails the strategy names.
-Until then nothing a client does can touch another one, or the global model.
+Every client trains its own replica of its tail. ``Seal`` checks it, writes it to disk
+and frees its memory; ``Commit`` merges exactly the sealed tails that the strategy
+names. Until then, no client can affect another one, or the global model.
 """
 
 from functools import partial, singledispatchmethod
@@ -33,26 +33,20 @@ _UNLIMITED = EdgeProfile(name="")
 
 
 class EdgeService:
-    """Answer every request of ``edge.protocol``.
+    """Answer every request to an edge; it is thread-safe.
 
     Parameters
     ----------
-    task : Task
-        What the edge builds its segments from.
     spill_dir : Path
-        Folder for held states and sealed tails; survives a restart of the edge.
+        Folder for held states and sealed tails; it survives a restart of the edge.
     incarnation : str
-        Names this life of the edge; requests of another life are refused.
+        Identifies this start of the edge; requests to an earlier one are refused.
     connect : Callable[[place, address], Transport]
-        Reaches other edges, where routes go on.
+        Reaches other edges, where routes continue.
     profile : EdgeProfile
-        The budgets that its sessions share.
+        The budgets that all sessions share.
     device : torch.device
-        Where its segments compute.
-
-    Notes
-    -----
-    Safe for concurrent requests: those of one session run one after another.
+        Where segments compute.
     """
 
     def __init__(
@@ -79,20 +73,18 @@ class EdgeService:
         self._steps_in_backward = profile.memory_bytes is not None
 
     def handle(self, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
-        """Answer one request, or raise an ``EdgeError``."""
+        """Return the reply to a request, or raise an ``EdgeError``."""
         try:
             return cast(wire.ReplyT, self._answer(request))
         except OSError as error:
             raise EdgeError(
-                f"this edge's disk failed ({error}): make room for held states and "
-                "sealed tails, or name another spill_dir."
+                f"this edge's disk failed ({error}): free space for held states and "
+                "sealed tails, or set another spill_dir."
             ) from error
 
     @singledispatchmethod
     def _answer(self, request: Any) -> Any:
         raise TypeError(f"an edge cannot be asked {type(request).__name__}.")
-
-    # --- a session ----------------------------------------------------------------
 
     @_answer.register
     def _(self, request: wire.OpenSession) -> wire.Opened:
@@ -104,7 +96,7 @@ class EdgeService:
     @_answer.register
     def _(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
         with self._sessions.held(request) as session:
-            # This may take seconds to work out, and meanwhile the session may end.
+            # This may take seconds; the session may end meanwhile.
             self._admission.fit(session, request)
             self._sessions.require_open(session)
             with self._sessions.void_on_error(session):
@@ -126,7 +118,7 @@ class EdgeService:
                 with self._sessions.void_on_error(session):
                     return self._sessions.seal(session, request)
         except StaleSession:
-            # It may have been sealed before, or while this one waited.
+            # It may have been sealed before, or while this request waited.
             receipts = self._sessions.sealed_by(request)
             if receipts is None:
                 raise
@@ -137,8 +129,8 @@ class EdgeService:
         self._sessions.abandon(request)
 
     def _built(self, request: wire.OpenSession) -> Session:
-        """Build what a session trains, here and at the edges after this one."""
-        with unmetered():  # The template's buffers are nobody's.
+        """Build a session here, and at the edges after this one."""
+        with unmetered():  # The template's buffers belong to no session.
             names = self._chain.state_names(request.start, request.stop)
         state = self._store.read_state(request.state_digest, names)
         segment = materialise(self._chain, request.start, request.stop, state)
@@ -152,7 +144,7 @@ class EdgeService:
         return Session(request, incarnation, runner, onward, device=self._device)
 
     def _runner(self, opened: wire.OpenSession, segment: Segment) -> SegmentRunner:
-        """Make a session's runner, at its opening or when its cut moves."""
+        """Make a session's runner, when it opens or its cut moves."""
         return SegmentRunner(
             segment,
             self._task,
@@ -163,8 +155,6 @@ class EdgeService:
             device=self._device,
         )
 
-    # --- a round ------------------------------------------------------------------
-
     @_answer.register
     def _(self, request: wire.IsHeld) -> wire.Held:
         return wire.Held(self._incarnation, self._store.holds(request.digest))
@@ -173,7 +163,7 @@ class EdgeService:
     def _(self, request: wire.HoldState) -> wire.Held:
         if state_digest(request.state) != request.digest:
             raise EdgeError(
-                f"the state that came as {request.digest[:12]} has another digest: "
+                f"the state sent as {request.digest[:12]} has another digest: "
                 "it changed on the way; send it again."
             )
         self._store.hold(request.digest, request.state)

@@ -1,14 +1,11 @@
-"""Session: one client's segment at an edge, step by step, each request once.
+"""Session: runs one client's segment at an edge, and each request exactly once.
 
-If the route goes on, the session is a client of the next edge: a boundary goes from
-edge to edge and never back through the device, which may be too small to hold it.
+If the route continues, the session is a client of the next edge: a boundary goes from
+edge to edge and never through the device, which may be too small to hold it.
 """
 
 import threading
-import zlib
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +13,8 @@ from torch import Tensor
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import EdgeClient
 from flwr_smartsplit.edge.codec import Crossing
-from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, checksum, moved_session
-from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, moved_session
+from flwr_smartsplit.edge.message_bytes import checksum
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
@@ -34,18 +31,7 @@ Place = tuple[int, int, bool]
 class Session:
     """One client's replica of its segment at an edge.
 
-    Parameters
-    ----------
-    opened : OpenSession
-        What it was opened with.
-    incarnation : str
-        Names this opening.
-    runner : SegmentRunner
-        Trains the segment.
-    onward : EdgeClient, optional
-        The edge where the route goes on.
-    device : torch.device
-        Where the segment computes.
+    ``incarnation`` identifies this opening; ``onward`` is the route's next edge.
     """
 
     def __init__(
@@ -72,16 +58,14 @@ class Session:
 
     @property
     def num_steps(self) -> int:
-        """How many training steps are done."""
+        """Training steps done."""
         return self._order.num_steps
 
     def answer(self, request: StepRequest) -> wire.Stepped:
-        """Train, each request exactly once; or evaluate, if that is what it is for.
+        """Train on a request exactly once, or evaluate it.
 
-        Raises
-        ------
-        OutOfOrderStep
-            If a training request is neither the next nor a repetition of the last.
+        Raises ``OutOfOrderStep`` if a training request is neither the next one nor a
+        repetition of the last.
         """
         if isinstance(request, wire.Backward):
             return self._order.answer(request, lambda: self._backward(request))
@@ -90,7 +74,7 @@ class Session:
         return self._order.answer(request, lambda: self._forward(request))
 
     def _forward(self, request: wire.Forward) -> wire.Stepped:
-        """Go forward; and backward at once, if the loss is here or further on."""
+        """Run forward; and backward at once, if an edge computes the loss."""
         self.update(request.norm)
         self.num_examples += request.num_examples
         if self.onward is None and request.targets is not None:
@@ -114,7 +98,7 @@ class Session:
         return self._returned(stepped, gradients, advice)
 
     def _enter(self, request: wire.Forward) -> Boundary:
-        """Run the segment forward, so that the route can go on."""
+        """Run the segment forward, and return its boundary."""
         return self.runner.forward(
             self._inward.decode(request.boundary),
             step=request.step,
@@ -123,7 +107,7 @@ class Session:
         )
 
     def _backward(self, request: wire.Backward) -> wire.Stepped:
-        """Go backward from what the device, or the edge further on, sends."""
+        """Run backward from the gradients of the device or of the next edge."""
         stepped, crossing = wire.Stepped(gradients=request.gradients), self._returning
         if self.onward is not None:
             stepped, crossing = self.onward.backward(request), self.onward.outward
@@ -136,7 +120,7 @@ class Session:
         gradients: tuple[Tensor, ...],
         advice: Advice | None = None,
     ) -> wire.Stepped:
-        """Send back this place's gradients, and its norms beside those further on."""
+        """Reply with this segment's gradients, and add its norms."""
         return wire.Stepped(
             gradients=self._inward.encode(gradients),
             values=stepped.values,
@@ -145,7 +129,7 @@ class Session:
         )
 
     def _evaluate(self, request: wire.Forward) -> wire.Stepped:
-        """Bring one batch to the end of the route, or to where it comes back."""
+        """Evaluate a batch to the end of the route, or until it returns."""
         outputs = self.runner.evaluate(self._inward.decode(request.boundary))
         if self.onward is not None:
             return self.onward.forward(as_boundary(outputs), request)
@@ -155,43 +139,30 @@ class Session:
         return wire.Stepped(values=self.runner.assess(outputs, targets))
 
     def update(self, norm: float | None) -> None:
-        """Do the update of the last step, if it waited for the common norm."""
+        """Do the last step's update, if it waited for the norm of all gradients."""
         waits = self.runner.task.max_gradient_norm is not None
         if not waits or self._num_updated == self.num_steps:
             return
         if norm is None:
             raise EdgeError(
                 f"session {self.opened.session}: the task clips gradients by their "
-                "common norm, and the message has none. Use one version everywhere."
+                "common norm, and the message has none. Use one release everywhere."
             )
         self._order.forget_reply()
         self.runner.update(norm)
         self._num_updated = self.num_steps
 
     def finish(self, norm: float | None) -> None:
-        """Do the last update, and let go of what only steps need."""
+        """Do the last update, and free what only steps need."""
         self.update(norm)
         self._order.forget_reply()
         self.runner.release_gradients()
 
     def move(self, request: MoveCut, chain: Chain, make: Make) -> Moved:
-        """Begin at another unit from the next step on, exactly once.
+        """Move the session's first unit before the next step, exactly once.
 
-        Parameters
-        ----------
-        request : MoveCut
-            What is asked.
-        chain : Chain
-            Whose units they are.
-        make : Callable[[Segment], SegmentRunner]
-            Makes this session's runners.
-
-        Raises
-        ------
-        OutOfOrderStep
-            If it is neither the next request nor a repetition of the last.
-        RefusedMove
-            If it cannot be done exactly; the session is as it was.
+        Raises ``OutOfOrderStep`` as ``answer`` does, or ``RefusedMove`` if an exact
+        move is impossible; the session is then unchanged.
         """
 
         def do() -> Moved:
@@ -208,13 +179,7 @@ class Session:
 
 
 class Advisor:
-    """Judge one client step by step, if it has a cohort to be compared with.
-
-    Parameters
-    ----------
-    opened : OpenSession
-        What is known of the client when its session opens.
-    """
+    """Compare one client with its cohort after each step, if it has one."""
 
     def __init__(self, opened: wire.OpenSession) -> None:
         self._cohort = opened.cohort
@@ -224,7 +189,7 @@ class Advisor:
         self._losses: list[tuple[float, int]] = []  # Of the step's micro-batches.
 
     def after(self, request: wire.Forward, loss: float) -> Advice | None:
-        """Judge the client by this step too, and say what it should change."""
+        """Say what the client should change, by this step and those before."""
         if self._cohort is None:
             return None
         self._losses.append((loss, request.num_examples))
@@ -241,20 +206,15 @@ class Advisor:
         return advice
 
     def cut_moved(self) -> None:
-        """Wait before the next change."""
+        """Wait for new measurements before the next change."""
         self._progress = self._progress.restarted()
 
 
 class RequestOrder:
-    """Do each request of one session once and in order; answer a repetition again.
+    """Do each request of one session once and in order; repeat the reply to the last.
 
-    A micro-batch takes one request if its end is at an edge, and two if it is at the
-    device. A request's place is its step, its micro-batch, and whether it goes back.
-
-    Parameters
-    ----------
-    session : str
-        Its name, for messages.
+    A micro-batch is one request if the route ends at an edge, and two if it ends on the
+    device. A request's place is its step, its micro-batch, and whether it is backward.
     """
 
     def __init__(self, session: str) -> None:
@@ -267,16 +227,16 @@ class RequestOrder:
 
     @property
     def num_steps(self) -> int:
-        """How many steps are done."""
+        """Steps done."""
         return self._next[0]
 
     def answer(
         self, request: StepRequest, do: Callable[[], wire.Stepped]
     ) -> wire.Stepped:
-        """Do a step's request, or repeat the reply to it."""
+        """Do a step's request, or repeat its reply."""
         is_back = isinstance(request, wire.Backward)
         place = (request.step, request.part.index, is_back)
-        code = _checksum(request)
+        code = checksum(request)
         if self._last == (place, code):
             return self._last_reply
         if place != self._next:
@@ -289,7 +249,7 @@ class RequestOrder:
         return self._last_reply
 
     def answer_move(self, request: MoveCut, do: Callable[[], Moved]) -> Moved:
-        """Do a move between two steps, or repeat the reply to it."""
+        """Do a move between two steps, or repeat its reply."""
         code = checksum(request)
         is_between = self._next == (request.step, 0, False)
         is_last = is_between and request.number == self._num_moves - 1
@@ -303,7 +263,7 @@ class RequestOrder:
         return reply
 
     def forget_reply(self) -> None:
-        """Free the last reply: who asks for more has it, and it takes memory."""
+        """Free the last reply: whoever sends the next request has received it."""
         self._last, self._last_reply = None, wire.Stepped()
 
     def _out_of_order(
@@ -320,22 +280,8 @@ class RequestOrder:
 
 
 def _place_after(request: StepRequest) -> Place:
-    """Say which request comes next."""
+    """Return the place of the next request."""
     step, part = request.step, request.part
     if isinstance(request, wire.Forward) and request.targets is None:
         return (step, part.index, True)
     return (step + 1, 0, False) if part.is_last else (step, part.index + 1, False)
-
-
-def _checksum(request: StepRequest) -> int:
-    """Tell a repeated request from a changed one."""
-    values: list[Any] = [type(request).__name__]
-    tensors: list[WireTensor] = []
-    for each in fields(request):
-        value = getattr(request, each.name)
-        for item in value if isinstance(value, tuple) else (value,):
-            (tensors if isinstance(item, WireTensor) else values).append(item)
-    code = zlib.crc32(repr(values).encode())
-    for tensor in tensors:
-        code = tensor.checksum(code)
-    return code

@@ -1,4 +1,4 @@
-"""SessionTable: which sessions of an edge are open, and which are sealed."""
+"""SessionTable: an edge's open and sealed sessions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from flwr_smartsplit.types import Receipt
 
 @dataclass(frozen=True)
 class _Sealed:
-    """What is left of a session whose tail is on disk."""
+    """What remains in memory of a sealed session."""
 
     incarnation: str
     receipts: tuple[Receipt, ...]
@@ -28,17 +28,7 @@ class _Sealed:
 
 
 class SessionTable:
-    """Keep an edge's sessions, each for one opening and one request at a time.
-
-    Parameters
-    ----------
-    store : StateStore
-        Where sealed tails go.
-    admission : Admission
-        Keeps account of what sessions take.
-    incarnation : str
-        Names this life of the edge.
-    """
+    """Keep an edge's sessions, each for one opening and one request at a time."""
 
     def __init__(
         self, store: StateStore, admission: Admission, *, incarnation: str
@@ -50,13 +40,13 @@ class SessionTable:
         self._sealed: dict[str, _Sealed] = {}
 
     def opened_by(self, request: wire.OpenSession) -> Session | None:
-        """Find the session that this very request has opened already."""
+        """Return the session that this very request opened before, if any."""
         known = self._open.get(request.session)
         is_it = known is not None and request.token and known.opened == request
         return known if is_it else None
 
     def open(self, request: wire.OpenSession, build: Callable[[], Session]) -> Session:
-        """Open a session anew: whatever it did before, sealed or not, is void."""
+        """Open a session; an earlier one of its name, sealed or not, is void."""
         name = request.session
         self._admission.open(request)
         self._open.pop(name, None)
@@ -72,13 +62,7 @@ class SessionTable:
 
     @contextmanager
     def held(self, request: StepRequest | MoveCut | wire.Seal) -> Iterator[Session]:
-        """Have a session to oneself, if it is still this opening's.
-
-        Raises
-        ------
-        StaleSession
-            If it is not.
-        """
+        """Lock a request's session, or raise ``StaleSession`` if it is not open."""
         session = self._open.get(request.session)
         if session is None or session.incarnation != request.incarnation:
             raise self._stale(request.session, request.incarnation)
@@ -89,30 +73,24 @@ class SessionTable:
 
     @contextmanager
     def void_on_error(self, session: Session) -> Iterator[None]:
-        """Void a session whose part failed, so that it can never be sealed."""
+        """Void a session after an error, so that it can never be sealed."""
         try:
             yield
-        except RefusedMove:  # It is as it was.
+        except RefusedMove:  # The session is unchanged.
             raise
         except Exception as error:
-            if not session.opened.is_trained:  # Asking again does no harm.
+            if not session.opened.is_trained:  # A retry is harmless.
                 raise
             if self._open.get(session.opened.session) is session:
-                self.forget(session.opened.session)  # It is not a later opening's.
+                self.forget(session.opened.session)  # Not a later opening.
             if session.onward is not None:
                 session.onward.abandon_quietly()
-            if isinstance(error, EdgeFull):  # Of an edge further on, and too late.
+            if isinstance(error, EdgeFull):  # A later edge is full; do not retry.
                 error.retry_after_seconds = None
             raise
 
     def require_open(self, session: Session) -> None:
-        """Give back what was reserved for a session that has ended meanwhile.
-
-        Raises
-        ------
-        StaleSession
-            If it has.
-        """
+        """Raise ``StaleSession`` if a session ended meanwhile; free its reservation."""
         name = session.opened.session
         current = self._open.get(name)
         if current is session:
@@ -122,14 +100,10 @@ class SessionTable:
         raise self._stale(name, session.incarnation)
 
     def seal(self, session: Session, request: wire.Seal) -> tuple[Receipt, ...]:
-        """Finish a session here and further on, put its tail on disk, and close it.
+        """Finish a session here and at later edges, write its tail, and close it.
 
-        Raises
-        ------
-        RefusedTail
-            If the tail is not finite, or was not stepped as often as the device says.
-        StaleSession
-            If the session was abandoned or opened again meanwhile.
+        Raises ``RefusedTail`` if the tail is not finite or the steps do not agree with
+        the device's, and ``StaleSession`` if the session was ended meanwhile.
         """
         name, opened = request.session, session.opened
         if session.num_steps != request.num_steps:
@@ -141,7 +115,7 @@ class SessionTable:
         after: tuple[Receipt, ...] = ()
         if session.onward is not None:
             after = session.onward.seal(request.num_steps, request.norm)
-        # The session ends here: nothing changes them.
+        # Views suffice: nothing changes the segment any more.
         state = state_views(session.runner.segment)
         broken = [name for name, a in state.items() if not np.isfinite(a).all()]
         if broken:
@@ -169,13 +143,14 @@ class SessionTable:
         return receipts
 
     def sealed_by(self, request: wire.Seal) -> tuple[Receipt, ...] | None:
-        """Find the receipts of a session that was sealed before."""
+        """Return the receipts of a session that was sealed before, if any."""
         known = self._sealed.get(request.session)
-        is_it = known is not None and known.incarnation == request.incarnation
-        return known.receipts if known is not None and is_it else None
+        if known is None or known.incarnation != request.incarnation:
+            return None
+        return known.receipts
 
     def abandon(self, request: wire.Abandon) -> None:
-        """Forget a session here and further on, unless it is a later opening's."""
+        """Delete a session here and at later edges, unless it was opened again."""
         known = self._open.get(request.session) or self._sealed.get(request.session)
         if known is None or request.incarnation in ("", known.incarnation):
             self.forget(request.session)
@@ -183,14 +158,14 @@ class SessionTable:
                 known.onward.abandon_quietly()
 
     def release(self, round_number: int) -> None:
-        """Forget this round's and earlier sessions, and every sealed one."""
+        """Delete this round's and earlier sessions, and forget every sealed one."""
         for name, session in list(self._open.items()):
             if session.opened.round_number <= round_number:
                 self.forget(name)
         self._sealed.clear()
 
     def forget(self, name: str) -> None:
-        """Delete a session and its tail, and give back what it took."""
+        """Delete a session and its tail, and free what it reserved."""
         self._open.pop(name, None)
         self._sealed.pop(name, None)
         self._store.drop_tail(name)

@@ -1,7 +1,7 @@
-"""Sealed tails and held states on disk, so that memory follows who trains now.
+"""Sealed tails and held states on disk: memory is only for open sessions.
 
-Files are in the safetensors format (no pickle), written whole or not at all. A
-tail counts only if its digest still fits.
+Files are in the safetensors format (no pickle), written whole or not at all. A tail is
+merged only if its digest is still the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,39 +19,32 @@ from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
 
 State = Mapping[str, npt.NDArray[Any]]
 
+_STATE = ".state.safetensors"
+_TAIL = ".tail.safetensors"
+_UNFINISHED = ".unfinished"
+_ROUND = "round"
+
 
 class StateStore:
-    """One edge's folder of states and sealed tails.
-
-    Parameters
-    ----------
-    folder : Path
-        Where the files are; made if missing.
-    """
+    """One edge's folder of states and sealed tails; made if missing."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def hold(self, digest: str, state: State) -> None:
-        """Keep a global state under its digest."""
+        """Write a global state under its digest."""
         _write(self._state_path(digest), state)
 
     def holds(self, digest: str) -> bool:
-        """Say whether a global state is kept."""
+        """Return whether a global state is held."""
         return self._state_path(digest).exists()
 
     def read_state(self, digest: str, names: tuple[str, ...]) -> State:
         """Read some names of a held state.
 
-        Raises
-        ------
-        StateNotHeld
-            If the state is not here, or spoilt.
-        EdgeError
-            If it has not all of the names.
-        OSError
-            If it is here and cannot be read just now.
+        Raises ``StateNotHeld`` if the state is missing or damaged, ``EdgeError`` if it
+        lacks names, and ``OSError`` if it cannot be read just now.
         """
         path = self._state_path(digest)
         try:
@@ -70,19 +63,13 @@ class StateStore:
             ) from error
 
     def put_tail(self, session: str, round_number: int, state: State) -> str:
-        """Keep a sealed tail; return its digest."""
+        """Write a sealed tail; return its digest."""
         digest = state_digest(state)
         _write(self._tail_path(session), state, {_ROUND: str(round_number)})
         return digest
 
     def verify(self, digests: Mapping[str, str]) -> None:
-        """Make sure that the tails of these sessions are here and unchanged.
-
-        Raises
-        ------
-        TailLost
-            Naming every session whose tail is missing or changed.
-        """
+        """Raise ``TailLost`` with every session whose tail is missing or changed."""
         lost = tuple(s for s, digest in digests.items() if not self._fits(s, digest))
         if lost:
             raise TailLost(
@@ -92,13 +79,7 @@ class StateStore:
             )
 
     def read_tail(self, session: str) -> State:
-        """Read a sealed tail.
-
-        Raises
-        ------
-        TailLost
-            If it is gone.
-        """
+        """Read a sealed tail, or raise ``TailLost``."""
         try:
             return _read(self._tail_path(session))
         except (OSError, SafetensorError) as error:
@@ -112,7 +93,7 @@ class StateStore:
         self._tail_path(session).unlink(missing_ok=True)
 
     def tail_bytes(self) -> dict[str, int]:
-        """Return the size of every sealed tail's file, by session."""
+        """Return the size of each sealed tail's file, by session."""
         return {
             unquote(path.name.removesuffix(_TAIL)): path.stat().st_size
             for path in self._folder.glob(f"*{_TAIL}")
@@ -142,12 +123,6 @@ class StateStore:
         return self._folder / f"{quote(session, safe='')}{_TAIL}"
 
 
-_STATE = ".state.safetensors"
-_TAIL = ".tail.safetensors"
-_UNFINISHED = ".unfinished"
-_ROUND = "round"
-
-
 def _read(path: Path, names: tuple[str, ...] | None = None) -> State:
     with safe_open(path, framework="numpy") as archive:
         names = tuple(archive.keys()) if names is None else names
@@ -155,7 +130,7 @@ def _read(path: Path, names: tuple[str, ...] | None = None) -> State:
 
 
 def _missing(path: Path, names: tuple[str, ...]) -> list[str]:
-    """List the names that a file lacks; none if it is no such file at all."""
+    """List the names that a file lacks; none if it is unreadable."""
     try:
         with safe_open(path, framework="numpy") as archive:
             found = set(archive.keys())
@@ -165,7 +140,7 @@ def _missing(path: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def _round_of(path: Path) -> int:
-    """Read which round a tail is of; a damaged one belongs to the past."""
+    """Return a tail's round; 0 if the file is damaged."""
     try:
         with safe_open(path, framework="numpy") as archive:
             return int(archive.metadata()[_ROUND])
@@ -174,9 +149,9 @@ def _round_of(path: Path) -> int:
 
 
 def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file whole or not at all."""
     unfinished = path.with_suffix(_UNFINISHED)
-    # safetensors writes an array's memory as it lies, under its shape.
+    # safetensors writes an array's memory in order, whatever its strides.
     arrays = {n: np.require(a, requirements=["C"]) for n, a in state.items()}
     try:
         save_file(arrays, unfinished, metadata=dict(about or {}))
@@ -188,6 +163,6 @@ def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> 
 def iterate_tails(
     store: StateStore, weights: Mapping[str, int]
 ) -> Iterator[tuple[State, int]]:
-    """Read tails one by one with their weights, so that one is in memory at a time."""
+    """Read tails with their weights, one in memory at a time."""
     for session, weight in weights.items():
         yield store.read_tail(session), weight

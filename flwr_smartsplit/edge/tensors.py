@@ -1,11 +1,10 @@
-"""Tensors and states as plain bytes with a shape: what crosses a wire.
+"""Tensors and states as plain bytes with a shape, as they are sent.
 
-Strides travel along, because kernels choose their order of summation by them:
-with contiguous copies, ConvNeXt differed at 24 of its 29 cuts.
+Strides are sent too, because kernels choose their order of summation by them: with
+contiguous copies, ConvNeXt's results differed at 24 of its 29 cuts.
 """
 
 import hashlib
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -27,39 +26,21 @@ DTYPES = {
         *(torch.float32, torch.float64, torch.complex64, torch.complex128),
     )
 }
-"""What a tensor that crosses may hold, by name."""
+"""The dtypes of tensors that may be sent, by name."""
 
 MAX_DIMS = 32
 MAX_SPREAD = 2**14
-"""How many times its values a tensor with gaps may take when it is laid out again.
+"""The most memory of a tensor with gaps, as a multiple of its values.
 
-A sequence model that hands on its last token has gaps as long as its context."""
+The last token of a sequence has gaps as long as the sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class WireTensor:
-    """A tensor's bytes in memory order, and how to read them.
+    """A tensor's bytes, in the order they have in memory, and how to read them.
 
-    Parameters
-    ----------
-    data : ndarray
-        The values as ``uint8``, in the order they have in memory.
-    dtype : str
-        Name of the torch dtype, such as ``"float32"``.
-    shape, strides : tuple[int, ...]
-        As torch gives them; strides count elements.
-
-    Raises
-    ------
-    ValueError
-        If they contradict each other, so that it could not be unpacked.
-
-    Examples
-    --------
-    >>> boundary = torch.arange(6.0).reshape(2, 3).t()
-    >>> copy = WireTensor.pack(boundary).unpack()
-    >>> copy.stride() == boundary.stride(), torch.equal(copy, boundary)
-    (True, True)
+    ``dtype`` is torch's name, such as ``"float32"``; ``strides`` count elements. Raises
+    ``ValueError`` if the fields contradict each other.
     """
 
     data: npt.NDArray[np.uint8]
@@ -68,7 +49,6 @@ class WireTensor:
     strides: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what claims more memory than its bytes can fill."""
         shape, strides, data = self.shape, self.strides, self.data
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.dtype!r:.99} is none of {', '.join(DTYPES)}.")
@@ -94,7 +74,7 @@ class WireTensor:
 
     @classmethod
     def pack(cls, tensor: Tensor) -> Self:
-        """Read a tensor, without copying it where its memory has no gaps."""
+        """Describe a tensor; it is copied only if its memory has gaps."""
         tensor = tensor.detach().cpu()
         has_no_gaps = is_dense(tuple(tensor.shape), tensor.stride())
         values = tensor if has_no_gaps else tensor.contiguous()
@@ -107,7 +87,7 @@ class WireTensor:
         )
 
     def unpack(self) -> Tensor:
-        """Make a tensor of one's own; the bytes may be somebody else's."""
+        """Copy the bytes into a new tensor."""
         num_elements = prod(self.shape)
         flat = torch.empty(num_elements, dtype=DTYPES[self.dtype])
         if num_elements:
@@ -118,37 +98,23 @@ class WireTensor:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the values."""
+        """Size of the values in bytes."""
         return int(self.data.nbytes)
-
-    def checksum(self, start: int = 0) -> int:
-        """Tell a repeated tensor from a changed one (CRC-32)."""
-        start = zlib.crc32(repr((self.dtype, self.shape, self.strides)).encode(), start)
-        return zlib.crc32(self.data.data, start)
 
 
 def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Lay values out with gaps or repetitions, as the sender had them."""
+    """Give values the sender's strides, with gaps or repetitions."""
     result = torch.empty_strided(values.shape, strides, dtype=values.dtype)
     target = result
     for dim, stride in enumerate(strides):
-        if stride == 0:  # The elements along it are one; write it once.
+        if stride == 0:  # All elements along it share memory; write one.
             target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     target.copy_(values)
     return result
 
 
 def state_digest(state: Mapping[str, npt.NDArray[Any]]) -> str:
-    """Identify a state by SHA-256 over names, dtypes, shapes and values.
-
-    Examples
-    --------
-    >>> a = state_digest({"w": np.zeros(2, np.float32)})
-    >>> a == state_digest({"w": np.zeros(2, np.float32)})
-    True
-    >>> a == state_digest({"w": np.zeros((1, 2), np.float32)})
-    False
-    """
+    """Identify a state by SHA-256 over names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(state):
         array = np.require(state[name], requirements=["C"])

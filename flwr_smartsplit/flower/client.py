@@ -72,11 +72,11 @@ class SmartSplitNumPyClient(NumPyClient):
         id in simulation, a configured name in deployment.
     budget_bytes : int or MemoryBudget, optional
         What this device's tensors may take; None means no limit. A ``MemoryBudget``
-        is read between batches, and what the device does follows it.
+        is read between batches, and the device adapts to it.
     edges : Sequence[Edge]
         The edges this client can reach, such as ``(RayEdge(),)``.
     traits : DeviceTraits
-        What the strategy may know of this device besides: speed, links, label counts.
+        What else the strategy may know of this device: speed, links, label counts.
     num_examples, batch_size : int, optional
         Read off ``train_loader`` (a ``DataLoader``) if not given.
     local_epochs : int
@@ -85,19 +85,19 @@ class SmartSplitNumPyClient(NumPyClient):
         Whether the cap looks at some steps (``"sampled"``), all (``"strict"``) or
         none (``"off"``).
     meter_every : int
-        A sampled cap meters the first two steps of each shape, then one in so many.
+        A sampled cap meters the first two steps of each shape, then every nth step.
     owns_process : bool
-        Whether nothing but this client uses its process's memory. Training then also
-        measures the resident set, and lets the system refuse what goes over the
-        plan's budget and a slack of 32 MiB.
+        Whether this client has its process for itself. Training then also measures
+        the resident set, and the system refuses memory beyond the plan's budget plus
+        32 MiB.
     step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
-        Says what a training step takes this device, as a simulation knows it; without
-        it, the steps are measured. Edges compare it with other clients'.
+        A training step's time on a simulated device; without it, steps are timed.
+        Edges compare it with other clients'.
     seed : int
-        Root of the random streams under a stock strategy; ``SmartSplit`` sends its own.
+        Seed under a stock strategy; ``SmartSplit`` sends its own.
     context : Context, optional
-        Flower's, where ``Task.is_local`` keeps this client's own state from round to
-        round; ``build_client_app`` gives it by itself.
+        Flower's context, which keeps ``Task.is_local`` state between rounds;
+        ``build_client_app`` sets it.
     """
 
     # longer than 40 lines because each thing a client owns is an argument
@@ -151,7 +151,7 @@ class SmartSplitNumPyClient(NumPyClient):
 
     @property
     def profile(self) -> DeviceProfile:
-        """What this client says of itself, with its budget as it is now."""
+        """The client's profile, with its present budget."""
         budget_bytes = self._budget.read(step=0, live_bytes=0)
         return replace(self._profile, budget_bytes=budget_bytes)
 
@@ -176,7 +176,7 @@ class SmartSplitNumPyClient(NumPyClient):
         return evaluate_locally(plan, state, loader, self._conditions)
 
     def plan_for(self, config: Any) -> ClientPlan:
-        """Read the plan that came along, or make the one a stock strategy implies."""
+        """Read a config's plan, or make the one that a stock strategy implies."""
         plan = plan_from_config(config)
         if plan is None:
             round_number = int(config.get("server-round", 0))
@@ -200,42 +200,34 @@ class SmartSplitNumPyClient(NumPyClient):
     # --- NumPyClient --------------------------------------------------------------
 
     def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
-        """Tell the strategy what it needs to plan for this client."""
+        """Return this client's profile for the strategy's planning."""
         del config
         return profile_to_scalars(self.profile)
 
     def fit(
         self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
     ) -> tuple[list[npt.NDArray[Any]], int, dict[str, Scalar]]:
-        """Train, as Flower's legacy API asks for it."""
+        """Train in Flower's legacy API."""
         plan = self.plan_for(config)
         names = self.device_names(plan)
         outcome = self.train(plan, dict(zip(names, parameters, strict=True)))
-        scalars = {
-            **metrics_of(outcome.report, _WEIGHT),
-            **reply_to_scalars(plan, outcome),
-        }
         names = self.device_names(moved_plan(plan, outcome.report.moves))
         arrays = [outcome.state[name] for name in names if name in outcome.state]
-        return arrays, outcome.report.num_examples, scalars
+        return arrays, outcome.report.num_examples, _scalars(plan, outcome)
 
     def evaluate(
         self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
     ) -> tuple[float, int, dict[str, Scalar]]:
-        """Evaluate along the route, as Flower's legacy API asks for it."""
+        """Evaluate along the route in Flower's legacy API."""
         plan = self.plan_for(config)
         names = self.device_names(plan)
         report = self.test(plan, dict(zip(names, parameters, strict=True)))
-        scalars = {
-            **metrics_of(report, _WEIGHT),
-            **reply_to_scalars(plan, evaluated(report)),
-        }
-        return report.loss, report.num_examples, scalars
+        return report.loss, report.num_examples, _scalars(plan, evaluated(report))
 
     # --- what stays on the device --------------------------------------------------
 
     def _local(self, plan: ClientPlan) -> Arrays:
-        """Read this client's own state from Flower's context, if there is any yet."""
+        """Read this client's local state from Flower's context, if there is any yet."""
         if self.task.is_local is None or _is_stock(plan):
             return {}
         record = self._records().get(_LOCAL)
@@ -244,7 +236,7 @@ class SmartSplitNumPyClient(NumPyClient):
         return {name: array for name, array in kept.items() if name in names}
 
     def _without_local(self, outcome: Outcome) -> Outcome:
-        """Put this client's own state into Flower's context, and send the rest."""
+        """Move local state to Flower's context, and keep the rest to send."""
         if self.task.is_local is None or not outcome.state:
             return outcome
         sent = returned(outcome.state, self.task.is_local)
@@ -253,7 +245,7 @@ class SmartSplitNumPyClient(NumPyClient):
         return replace(outcome, state={name: outcome.state[name] for name in sent})
 
     def _records(self) -> RecordDict:
-        """Return what Flower keeps for this node from message to message."""
+        """Return the records that Flower keeps for this node between messages."""
         if self.context is None:
             raise InvalidTask(
                 f"client {self._profile.client_key!r}: the task's is_local keeps state "
@@ -270,8 +262,12 @@ class SmartSplitNumPyClient(NumPyClient):
         return self._edges[place].connect(address)
 
 
+def _scalars(plan: ClientPlan, outcome: Outcome) -> dict[str, Scalar]:
+    return {**metrics_of(outcome.report, _WEIGHT), **reply_to_scalars(plan, outcome)}
+
+
 def _is_stock(plan: ClientPlan) -> bool:
-    """Say whether the plan is one that ``plan_for`` made up for a stock strategy."""
+    """Tell whether ``plan_for`` made the plan for a stock strategy."""
     return not plan.state_digest
 
 
@@ -283,13 +279,7 @@ def _by_name(edges: Sequence[Edge]) -> dict[str, Edge]:
 
 
 def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:
-    """Read what a user gives as a budget.
-
-    Raises
-    ------
-    ValueError
-        If it is none.
-    """
+    """Read a user's budget; errors name the client."""
     try:
         return as_budget(budget_bytes)
     except ValueError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit.flower.client import SmartSplitNumPyClient
@@ -11,9 +11,9 @@ from flwr_smartsplit.flower.serde.records import (
     LEGACY,
     OURS,
     PROFILE_ACTION,
-    from_array_record,
+    arrays_of,
+    config_of,
     profile_to_scalars,
-    records_of,
 )
 from flwr_smartsplit.flower.serde.replies import (
     evaluate_reply,
@@ -58,16 +58,16 @@ def build_client_app(
     @app.train()
     def train(message: Message, context: Context) -> Message:
         client = make_client(context)
-        plan = client.plan_for(_config(message.content))
-        outcome = client.train(plan, _arrays(message.content))
+        plan = client.plan_for(config_of(message.content))
+        outcome = client.train(plan, arrays_of(message.content))
         reply = train_reply(plan, outcome, weighted_by_key=weighted_by_key)
         return Message(reply, reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         client = make_client(context)
-        plan = client.plan_for(_config(message.content))
-        report = client.test(plan, _arrays(message.content))
+        plan = client.plan_for(config_of(message.content))
+        report = client.test(plan, arrays_of(message.content))
         reply = evaluate_reply(plan, report, weighted_by_key=weighted_by_key)
         return Message(reply, reply_to=message)
 
@@ -90,15 +90,14 @@ class _BothApis(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message of either API."""
-        is_legacy = any(key in message.content for key in _LEGACY_KEYS)
-        if is_legacy:
+        if any(key in message.content for key in _LEGACY_KEYS):
             return self._legacy(message, context)
         return super().__call__(message, context)
 
 
 _LEGACY_KEYS = (
-    LEGACY.train_config,
-    LEGACY.evaluate_config,
+    LEGACY.train_keys[1],
+    LEGACY.evaluate_keys[1],
     "getpropertiesins.config",
     "getparametersins.config",
 )
@@ -106,36 +105,15 @@ _ARRAY_MODS = ("centraldp_mods", "localdp_mod", "secagg_mod", "secaggplus_mod")
 
 
 def _check_mods(mods: Sequence[Any]) -> None:
-    """Refuse mods that would see half a model and take it for a whole one."""
-    refused = [mod for mod in mods if _changes_arrays(mod)]
+    """Refuse those of Flower's mods that need a client's whole model."""
+    refused = [
+        str(getattr(mod, "__name__", type(mod).__name__))
+        for mod in mods
+        if str(getattr(mod, "__module__", "")).endswith(_ARRAY_MODS)
+    ]
     if refused:
         raise TypeError(
-            f"mods {', '.join(map(_name_of, refused))}: these clip, noise or mask a "
-            "client's whole model. A split client sends a part, and the edge the rest, "
-            "which they would not see; their guarantee would not hold."
+            f"mods {', '.join(refused)}: these clip, noise or mask a client's whole "
+            "model. A split client sends a part, and the edge the rest, which they "
+            "would not see; their guarantee would not hold."
         )
-
-
-def _changes_arrays(mod: Any) -> bool:
-    """Say whether a mod is one of Flower's that change what a client sends."""
-    return str(getattr(mod, "__module__", "")).endswith(_ARRAY_MODS)
-
-
-def _name_of(mod: Any) -> str:
-    return str(getattr(mod, "__name__", type(mod).__name__))
-
-
-def _config(content: RecordDict) -> dict[str, Any]:
-    """Join the config records, whatever key the strategy keeps them under."""
-    config: dict[str, Any] = {}
-    for record in records_of(content, ConfigRecord):
-        config |= dict(record)
-    return config
-
-
-def _arrays(content: RecordDict) -> dict[str, Any]:
-    """Join the array records, whatever key the strategy keeps them under."""
-    arrays: dict[str, Any] = {}
-    for record in records_of(content, ArrayRecord):
-        arrays |= from_array_record(record)
-    return arrays

@@ -1,7 +1,7 @@
-"""The strategy inside SmartSplit: which can be, and what it tells the clients.
+"""The inner strategy: which are accepted, and the config that it gives clients.
 
-Its metric functions, sampling numbers, keys and server step are its own. Its merge is
-not: of a split client, no whole model reaches the server.
+It keeps its metric functions, sampling numbers, keys and server step. It does not
+merge: the server never has a split client's whole model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ _WHY = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Api:
+class Api:
     """What differs between Flower's two APIs."""
 
     wrapper: str
@@ -56,14 +56,14 @@ class _Api:
     steps: tuple[type[Any], ...]
 
 
-MESSAGE_API = _Api(
+MESSAGE_API = Api(
     "SmartSplit",
     message.FedAvg,
     "flwr.serverapp.strategy",
     "aggregate_train",
     (message.FedAdagrad, message.FedAdam, message.FedAvgM, message.FedYogi),
 )
-LEGACY_API = _Api(
+LEGACY_API = Api(
     "LegacySmartSplit",
     legacy.FedAvg,
     "flwr.server.strategy",
@@ -72,8 +72,8 @@ LEGACY_API = _Api(
 )
 
 
-def check_strategy(strategy: object, api: _Api) -> None:
-    """Refuse a strategy whose own work could not be done.
+def check_strategy(strategy: object, api: Api) -> None:
+    """Refuse a strategy that cannot work without whole client models.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def check_strategy(strategy: object, api: _Api) -> None:
 
 
 def check_proximal(strategy: object, task: Task) -> None:
-    """Refuse FedProx over a task that would not add its term.
+    """Refuse FedProx if the task does not add its proximal term.
 
     Raises
     ------
@@ -114,17 +114,17 @@ def _is_proximal(made: object) -> TypeGuard[partial[Any]]:
     return isinstance(made, partial) and made.func is proximal
 
 
-def has_server_step(strategy: object, api: _Api) -> bool:
-    """Say whether a strategy changes the clients' mean."""
+def has_server_step(strategy: object, api: Api) -> bool:
+    """Tell whether a strategy has a server step after the mean."""
     return _definer(type(strategy), api.merge) in api.steps
 
 
-def overrides(strategy: object, method: str, api: _Api) -> bool:
-    """Say whether a method is not FedAvg's own."""
+def overrides(strategy: object, method: str, api: Api) -> bool:
+    """Tell whether a strategy overrides a method of FedAvg."""
     return _definer(type(strategy), method) is not api.base
 
 
-def _why_not(strategy: object, api: _Api) -> str:
+def _why_not(strategy: object, api: Api) -> str:
     kind = type(strategy)
     if isinstance(strategy, type):
         return "it is a class, not an instance"
@@ -153,7 +153,7 @@ def _definer(kind: type, method: str) -> type | None:
     return next((base for base in kind.__mro__ if method in vars(base)), None)
 
 
-# --- what it tells the clients --------------------------------------------------------
+# --- the config that it gives clients ------------------------------------------------
 
 
 def message_config(
@@ -164,9 +164,9 @@ def message_config(
     server_round: int,
     is_train: bool,
 ) -> ConfigRecord | None:
-    """Let a strategy configure a phase, for its config; None if there is no phase.
+    """Return the config that a strategy gives a phase; None if it skips the phase.
 
-    Whom it would ask does not matter: SmartSplit chooses.
+    Which clients it chooses does not matter: SmartSplit chooses.
     """
     configure = strategy.configure_train if is_train else strategy.configure_evaluate
     grid = _AnyNodes(strategy)
@@ -174,12 +174,12 @@ def message_config(
     with without_fedavgs_log(), instead(strategy, "min_available_nodes", 1):
         asked = list(configure(server_round, arrays, config, cast(Grid, grid)))
     size = sample_size(strategy, len(grid.get_node_ids()), is_train=is_train)
-    configs = [_told(strategy, each, arrays) for each in asked]
+    configs = [_config_of(strategy, each, arrays) for each in asked]
     return _one(strategy, configs, size)
 
 
 def sample_size(strategy: message.FedAvg, num_nodes: int, *, is_train: bool) -> int:
-    """Count how many of the nodes a strategy asks, as FedAvg does."""
+    """Return how many of the nodes a strategy samples, as FedAvg does."""
     if is_train:
         fraction, least = strategy.fraction_train, strategy.min_train_nodes
     else:
@@ -201,23 +201,23 @@ def legacy_config(
         asked: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]] = configure(
             server_round, parameters, clients
         )
-    if any(told.parameters is not parameters for _, told in asked):
+    if any(sent.parameters is not parameters for _, sent in asked):
         raise _not_kept(strategy, "sends other parameters than the global model's")
     size = legacy_sample_size(strategy, clients.num_available(), is_train=is_train)
-    return _one(strategy, [told.config for _, told in asked], size)
+    return _one(strategy, [sent.config for _, sent in asked], size)
 
 
 def legacy_sample_size(
     strategy: legacy.FedAvg, num_clients: int, *, is_train: bool
 ) -> int:
-    """Count how many of the clients a strategy asks."""
+    """Return how many of the clients a strategy samples."""
     count = strategy.num_fit_clients if is_train else strategy.num_evaluation_clients
     return count(num_clients)[0]
 
 
 @contextmanager
 def without_fedavgs_log() -> Iterator[None]:
-    """Keep to oneself what FedAvg logs of clients that SmartSplit made up."""
+    """Hide what FedAvg logs about clients that are not real."""
     _log.addFilter(_is_not_fedavgs)
     try:
         yield
@@ -227,7 +227,7 @@ def without_fedavgs_log() -> Iterator[None]:
 
 @contextmanager
 def instead(strategy: object, name: str, value: object) -> Iterator[None]:
-    """Give a strategy another value for a moment."""
+    """Replace a strategy's attribute for a moment."""
     usual = getattr(strategy, name)
     setattr(strategy, name, value)
     try:
@@ -241,7 +241,7 @@ def _is_not_fedavgs(record: LogRecord) -> bool:
 
 
 class _AnyNodes:
-    """A grid with as many nodes as a strategy needs, none of which is there."""
+    """A grid of as many made-up nodes as a strategy needs."""
 
     def __init__(self, strategy: message.FedAvg) -> None:
         self._strategy = strategy
@@ -252,7 +252,7 @@ class _AnyNodes:
 
 
 class _AnyClients(SimpleClientManager):
-    """A manager of as many clients as a strategy needs, none of which is there."""
+    """A manager of as many made-up clients as a strategy needs."""
 
     def __init__(self, strategy: legacy.FedAvg) -> None:
         super().__init__()
@@ -276,10 +276,10 @@ class _AnyClients(SimpleClientManager):
         return [cast(ClientProxy, SimpleNamespace(cid="any"))] * num_clients
 
 
-def _told(
+def _config_of(
     strategy: message.FedAvg, asked: Message, arrays: ArrayRecord
 ) -> ConfigRecord:
-    """Take the config out of a message that says nothing else but the arrays."""
+    """Return the config of a message that holds nothing else but the arrays."""
     content = dict(asked.content)
     config = content.pop(strategy.configrecord_key, None)
     if content.pop(strategy.arrayrecord_key, None) is not arrays or content:
@@ -290,7 +290,7 @@ def _told(
 def _one(
     strategy: object, configs: Sequence[Mapping[str, Any]], size: int
 ) -> Any | None:
-    """Take the config that all are told."""
+    """Return the config that all clients get."""
     if not configs:
         return None
     if len(configs) != size:

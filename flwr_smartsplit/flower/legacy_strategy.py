@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -23,49 +22,40 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
-from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.flower.base_strategy import SplitStrategy
 from flwr_smartsplit.flower.inner_strategy import (
     LEGACY_API,
-    check_proximal,
-    check_strategy,
-    has_server_step,
     legacy_config,
     legacy_sample_size,
     without_fedavgs_log,
 )
-from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
-from flwr_smartsplit.flower.planning import Planning
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.round_manager import (
-    BetweenRounds,
-    CentralManager,
     Phase,
-    Settings,
     refuse_wrappers,
 )
-from flwr_smartsplit.flower.serde.records import plan_to_scalars
-from flwr_smartsplit.flower.serde.replies import NamesOf, reply_from_scalars
+from flwr_smartsplit.flower.serde.records import plan_to_scalars, text_bytes
+from flwr_smartsplit.flower.serde.replies import reply_from_scalars
 from flwr_smartsplit.flower.server_optimizer import legacy_step
-from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
-from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
+from flwr_smartsplit.types import ClientReply, Failure
 
+_A_DAY_SECONDS = 86_400
 _Failures = Sequence[tuple[ClientProxy, Any] | BaseException]
 
 
-class LegacySmartSplit(Strategy):
-    """``SmartSplit`` for servers that speak Flower's legacy API.
+class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
+    """``SmartSplit`` for Flower's legacy server API.
 
-    From the same replies both make the same state, bit for bit. Parameters and arrays
-    are in the order of the model's ``state_dict``. All arguments but one are those of
-    ``SmartSplit``.
+    The same replies give the same state as in ``SmartSplit``, bit for bit. Parameters
+    are in the order of the model's ``state_dict``. All arguments but ``strategy`` are
+    those of ``SmartSplit``.
 
     Parameters
     ----------
     strategy : flwr.server.strategy.FedAvg, optional
-        Flower's legacy strategy, which keeps its sampling numbers, config and metric
+        The inner strategy, which keeps its sampling numbers, config and metric
         functions, ``evaluate_fn``, ``initial_parameters`` and server step.
 
     Notes
@@ -74,56 +64,16 @@ class LegacySmartSplit(Strategy):
     end with the strategy, or with ``close()``.
     """
 
-    def __init__(  # noqa: PLR0913 - what can be chosen, one by one
-        self,
-        task: Task,
-        edges: Sequence[Edge] = (),
-        *,
-        strategy: FedAvg | None = None,
-        planning: Planning = Planning(),
-        mixing: Mixing = Replace(),
-        server_steps: Sequence[ServerStep] = (),
-        seed: int = 0,
-        journal: str | Path | None = DEFAULT_JOURNAL,
-        on_row: Sequence[OnRow] = (),
-        between_rounds: BetweenRounds | None = None,
-    ) -> None:
-        super().__init__()
-        self.strategy = FedAvg() if strategy is None else strategy
-        check_strategy(self.strategy, LEGACY_API)
-        check_proximal(self.strategy, task)
-        has_step = has_server_step(self.strategy, LEGACY_API)
-        settings = Settings(
-            planning=planning,
-            mixing=mixing,
-            server_steps=tuple(server_steps),
-            seed=seed,
-            journal=journal,
-            on_row=on_row,
-            between_rounds=between_rounds,
-        )
-        self._central = CentralManager(
-            task,
-            edges,
-            settings,
-            take_step=partial(legacy_step, self.strategy) if has_step else None,
-        )
+    _api = LEGACY_API
+    _take_step = staticmethod(legacy_step)
+
+    def _set_up(self, profile_timeout_seconds: float) -> None:
         self._names = tuple(self._central.chain.model.state_dict())
-        self._fleet = LegacyFleet(timeout_seconds=planning.profile_timeout_seconds)
+        self._fleet = LegacyFleet(timeout_seconds=profile_timeout_seconds)
         self.close = weakref.finalize(self, self._central.close)
 
-    @property
-    def failures(self) -> list[Failure]:
-        """Every client's part that was not merged so far, and why."""
-        return self._central.rounds.failures
-
-    @property
-    def round_plans(self) -> list[RoundPlan]:
-        """Every training plan so far."""
-        return self._central.round_plans
-
     def __repr__(self) -> str:
-        """Show the strategy inside."""
+        """Show the inner strategy."""
         return f"LegacySmartSplit(strategy={self.strategy!r})"
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
@@ -134,7 +84,7 @@ class LegacySmartSplit(Strategy):
     def evaluate(
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
-        """Evaluate on the server, as the strategy inside does."""
+        """Evaluate on the server, as the inner strategy does."""
         return self.strategy.evaluate(server_round, parameters)
 
     def configure_fit(
@@ -142,15 +92,19 @@ class LegacySmartSplit(Strategy):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Plan the round and give each chosen client its segments and its plan."""
         refuse_wrappers(self, (Strategy,))
-        told = self._configure(server_round, parameters, client_manager, is_train=True)
-        return [(proxy, FitIns(*share)) for proxy, share in told]
+        written = self._configure(
+            server_round, parameters, client_manager, is_train=True
+        )
+        return [(proxy, FitIns(*share)) for proxy, share in written]
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Give each chosen client what it needs to evaluate along its route."""
-        told = self._configure(server_round, parameters, client_manager, is_train=False)
-        return [(proxy, EvaluateIns(*share)) for proxy, share in told]
+        written = self._configure(
+            server_round, parameters, client_manager, is_train=False
+        )
+        return [(proxy, EvaluateIns(*share)) for proxy, share in written]
 
     def aggregate_fit(
         self,
@@ -169,8 +123,8 @@ class LegacySmartSplit(Strategy):
         arrays = [settled.state[name] for name in self._names]
         metrics = self._metrics(settled.accepted, results)
         average = self.strategy.fit_metrics_aggregation_fn
-        told = average(list(metrics.values())) if average and metrics else {}
-        return ndarrays_to_parameters(arrays), told
+        averages = average(list(metrics.values())) if average and metrics else {}
+        return ndarrays_to_parameters(arrays), averages
 
     def aggregate_evaluate(
         self,
@@ -178,7 +132,7 @@ class LegacySmartSplit(Strategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Let the strategy inside average what the clients measured on their routes."""
+        """Let the inner strategy average what the clients measured on their routes."""
         dispatch = self._central.take(server_round, is_train=False)
         if dispatch is None:
             return None, {}
@@ -207,41 +161,34 @@ class LegacySmartSplit(Strategy):
         *,
         is_train: bool,
     ) -> list[tuple[ClientProxy, tuple[Parameters, dict[str, Scalar]]]]:
-        told = legacy_config(
+        config = legacy_config(
             self.strategy, parameters, server_round=server_round, is_train=is_train
         )
-        if told is None:
+        if config is None:
             return []
         phase = Phase(
             round_number=server_round,
             is_train=is_train,
             sample_size=partial(legacy_sample_size, self.strategy, is_train=is_train),
-            config={**told, "server-round": server_round},
+            config={**config, "server-round": server_round},
         )
-        least = self.strategy.min_available_clients
-        clients, failures = self._fleet.clients(client_manager, least)
-        self._central.rounds.write_failures(failures, server_round, phase="profile")
-        state = self._state(parameters)
-        profiles = {key: client.profile for key, client in clients.items()}
-        dispatch = self._central.begin(phase, state, profiles)
-        written = self._written(dispatch, parameters, phase)
-        return [(clients[key].proxy, share) for key, share in written.items()]
-
-    def _written(
-        self, dispatch: Dispatch, parameters: Parameters, phase: Phase
-    ) -> dict[str, tuple[Parameters, dict[str, Scalar]]]:
-        """Write to every chosen client: the state of its own segments, and its plan.
-
-        What came as bytes goes on as bytes: no client's share is serialised anew.
-        """
+        client_manager.wait_for(self.strategy.min_available_clients, _A_DAY_SECONDS)
+        proxies = list(client_manager.all().values())
+        dispatch = self._begin(
+            phase,
+            self._state(parameters),
+            *self._fleet.clients(proxies),
+            asked=f"{len(proxies)} clients",
+        )
+        # The bytes of Flower's parameters go on as they are, without serialising anew.
         tensors = dict(zip(self._names, parameters.tensors, strict=True))
-        written = {}
+        written = []
         for key, sent in dispatch.sent.items():
             own = [tensors[name] for name in sent.names]
             share = Parameters(own, parameters.tensor_type)
-            config = {**phase.config, **plan_to_scalars(sent.plan)}
-            dispatch.sent_bytes[key] = _size(share, config)
-            written[key] = (share, config)
+            scalars = {**phase.config, **plan_to_scalars(sent.plan)}
+            dispatch.sent_bytes[key] = _size(share, scalars)
+            written.append((dispatch.contacts[key].proxy, (share, scalars)))
         return written
 
     def _state(self, parameters: Parameters) -> dict[str, npt.NDArray[Any]]:
@@ -263,7 +210,7 @@ class LegacySmartSplit(Strategy):
         results: Iterable[tuple[ClientProxy, FitRes | EvaluateRes]],
         failures: _Failures,
     ) -> tuple[list[ClientReply], list[Failure]]:
-        """Read what came; of errors, Flower does not say whose they are."""
+        """Read the results; Flower does not say which clients the errors are from."""
         answers = [self._answer(dispatch, proxy, result) for proxy, result in results]
         unnamed = [reason_of(f) for f in failures if isinstance(f, BaseException)]
         replies, failed = dispatch.collect(answers, unnamed=unnamed)
@@ -275,12 +222,16 @@ class LegacySmartSplit(Strategy):
         self, dispatch: Dispatch, proxy: ClientProxy, result: FitRes | EvaluateRes
     ) -> Answer:
         key = self._fleet.key_of(proxy)
-        sent = dispatch.sent.get(key)
-        names = partial(names_after, sent, self._central.chain)
+        names = partial(names_after, dispatch.sent.get(key), self._central.chain)
         parameters = getattr(result, "parameters", Parameters([], ""))
         return Answer(
             key,
-            read=partial(_read, result, parameters, names),
+            read=partial(
+                reply_from_scalars,
+                result.metrics,
+                lambda: dict(enumerate(parameters_to_ndarrays(parameters))),
+                names,
+            ),
             num_bytes=_size(parameters, result.metrics),
         )
 
@@ -289,21 +240,14 @@ class LegacySmartSplit(Strategy):
         accepted: Mapping[str, ClientReply],
         results: Sequence[tuple[ClientProxy, FitRes | EvaluateRes]],
     ) -> dict[str, tuple[int, dict[str, Scalar]]]:
-        """List weights and metrics of who counts, in client_key order."""
+        """List the accepted clients' weights and metrics, in client_key order."""
         found = {self._fleet.key_of(proxy): result.metrics for proxy, result in results}
         return {k: (r.report.num_examples, found[k]) for k, r in accepted.items()}
 
 
-def _read(
-    result: FitRes | EvaluateRes, parameters: Parameters, names: NamesOf
-) -> ClientReply:
-    return reply_from_scalars(result.metrics, parameters_to_ndarrays(parameters), names)
-
-
 def _size(parameters: Parameters, scalars: Mapping[str, Any]) -> int:
-    """Count the payload of a message: array bytes and the text we add."""
-    texts = [value for value in scalars.values() if isinstance(value, str | bytes)]
-    return sum(map(len, parameters.tensors)) + sum(map(len, texts))
+    """Count a message's payload in bytes: arrays and text."""
+    return sum(map(len, parameters.tensors)) + text_bytes(scalars)
 
 
 def _given_up(reply: ClientReply) -> Failure:

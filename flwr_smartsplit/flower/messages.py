@@ -1,4 +1,4 @@
-"""A phase's messages in Flower's Message API: what is sent, and what comes back."""
+"""A phase's messages in Flower's Message API."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -22,24 +22,13 @@ from flwr_smartsplit.types import ClientReply, Failure
 def written(
     dispatch: Dispatch, arrays: ArrayRecord, config: Mapping[str, Any]
 ) -> list[Message]:
-    """Write to every chosen client: the state of its own segments, and its plan.
-
-    Parameters
-    ----------
-    dispatch : Dispatch
-        Who is sent what, and the ``Member`` behind each client_key; learns how large
-        it is.
-    arrays : ArrayRecord
-        The global state.
-    config : Mapping[str, Any]
-        What the user tells the clients.
-    """
+    """Write each chosen client's message: its segments' state, and its plan."""
     kind = MessageType.TRAIN if dispatch.is_train else MessageType.EVALUATE
     messages = []
     for key, sent in dispatch.sent.items():
         member = dispatch.contacts[key]
         content = instruction(
-            member.dialect,
+            member.layout,
             ArrayRecord({name: arrays[name] for name in sent.names}),
             {**config, **plan_to_scalars(sent.plan)},
             is_train=dispatch.is_train,
@@ -52,7 +41,7 @@ def written(
 def read(
     dispatch: Dispatch, messages: Iterable[Message], chain: Chain
 ) -> tuple[list[ClientReply], list[Failure]]:
-    """Read what came back, each message in its client's dialect."""
+    """Read the replies, each in its client's layout."""
     members = [dispatch.contacts[key] for key in dispatch.sent]
     chosen = {member.node_id: member for member in members}
     return dispatch.collect(
@@ -68,7 +57,7 @@ def _answer(
     key = f"node {node}" if member is None else member.profile.client_key
     if message.has_error():
         return Answer(key, error=last_line(message.error.reason))
-    is_legacy = member is not None and member.dialect is LEGACY
+    is_legacy = member is not None and member.layout is LEGACY
     names = partial(names_after, dispatch.sent[key], chain) if is_legacy else None
     return Answer(
         key,

@@ -1,4 +1,4 @@
-"""What a round's replies teach the selections to come, and edges about cohorts."""
+"""Observations from replies, for later selections and the edges' advice."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -25,9 +25,9 @@ ClientSeconds = Callable[[ClientPlan, StepReport], float]
 
 
 def measured_seconds(plan: ClientPlan, report: StepReport) -> float:
-    """Take the time that the client measured.
+    """Return the time that the client measured.
 
-    What it measures differs from run to run, and with it the clients that are chosen.
+    Measured times differ from run to run, and so do the clients chosen by them.
     """
     del plan
     return report.seconds
@@ -38,16 +38,9 @@ def observed(
     accepted: Mapping[str, ClientReply],
     client_seconds: ClientSeconds | None,
 ) -> Iterator[Observation]:
-    """Make an observation of every part that was merged, in client_key order.
+    """Make an observation of every merged reply, in client_key order.
 
-    Parameters
-    ----------
-    dispatch : Dispatch
-        What went out.
-    accepted : Mapping[str, ClientReply]
-        What came back and was merged.
-    client_seconds : Callable[[ClientPlan, StepReport], float], optional
-        How long a part took; without it, as long as was predicted.
+    Without ``client_seconds``, a client took as long as was predicted.
     """
     for key, reply in sorted(accepted.items()):
         sent, report = dispatch.sent[key], reply.report
@@ -75,20 +68,9 @@ def cohort_in(
     *,
     edges: Iterable[EdgeProfile] = (),
 ) -> Cohort | None:
-    """Sum up who was chosen, by the time of whole rounds; None without any speeds.
+    """Summarise the chosen clients, by the time of whole rounds; None without speeds.
 
-    Parameters
-    ----------
-    advisor : Advisor
-        Sums them up.
-    assignments : Iterable[Assignment]
-        Who was chosen.
-    devices : Mapping[str, DeviceProfile]
-        What they say of themselves, by client_key.
-    history : History
-        What they did before.
-    edges : Iterable[EdgeProfile]
-        Where they train; one whose memory is limited is to be relieved.
+    Edges whose memory is limited are to be relieved.
     """
     pairs = []
     for each in assignments:
@@ -105,7 +87,7 @@ def cohort_in(
 
 
 def _work(sent: Sent, report: StepReport) -> Work | None:
-    """Say what a step asked for at least as the round ended."""
+    """Return the least work of a step as the round ended."""
     if sent.profile is None:
         return None
     plan = moved_plan(sent.plan, report.moves)
@@ -115,10 +97,10 @@ def _work(sent: Sent, report: StepReport) -> Work | None:
 
 
 def _finite(loss: float) -> float:
-    """Let a loss that is no number speak neither for nor against anybody else."""
+    """Return 0 for a loss that is not finite, so that it affects no other client."""
     return loss if isfinite(loss) else 0.0
 
 
 def _time(seconds: float | None) -> float | None:
-    """Keep a time that somebody can have taken."""
+    """Return None for a time that is negative or not finite."""
     return seconds if seconds is not None and 0 <= seconds < inf else None

@@ -39,7 +39,7 @@ class Planning:
     clock : Callable[[], float]
         Seconds that only move forward.
     profile_timeout_seconds : float
-        How long to wait for clients that are asked who they are.
+        How long to wait for the profiles that clients are asked for.
 
     Raises
     ------

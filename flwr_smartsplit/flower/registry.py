@@ -1,22 +1,22 @@
-"""Fleets: which client sits behind which node or proxy, and what it says of itself.
+"""Fleets: the clients behind Flower's nodes or proxies, with their profiles.
 
 Flower's ids are random in every run, so everything else goes by client_key.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from flwr.app import Message
 from flwr.common import GetPropertiesIns
-from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp import Grid
 
-from flwr_smartsplit.errors import RefusedReply, SmartSplitError
+from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.flower.serde.records import (
     LEGACY,
-    Dialect,
+    RecordLayout,
     last_line,
     profile_from_content,
     profile_from_scalars,
@@ -25,32 +25,25 @@ from flwr_smartsplit.flower.serde.records import (
 from flwr_smartsplit.types import DeviceProfile, Failure
 
 _MOST_AT_ONCE = 32
-_A_DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One known client: its node, how to talk to it, and its profile."""
+    """A known client: its node, record layout and profile."""
 
     node_id: int
-    dialect: Dialect
+    layout: RecordLayout
     profile: DeviceProfile
 
 
 class Fleet:
-    """Ask every new node who it is, and remember the answer.
+    """Ask each new node for its profile, and remember the answer.
 
-    Parameters
-    ----------
-    dialect : Dialect
-        The Message API's dialect; nodes that do not understand it are asked as
-        ``NumPyClient`` apps.
-    timeout_seconds : float
-        How long to wait for the answers.
+    Nodes that do not understand ``layout`` are asked as ``NumPyClient`` apps.
     """
 
-    def __init__(self, dialect: Dialect, *, timeout_seconds: float) -> None:
-        self._dialects = [dialect, LEGACY]
+    def __init__(self, layout: RecordLayout, *, timeout_seconds: float) -> None:
+        self._layouts = [layout, LEGACY]
         self._timeout_seconds = timeout_seconds
         self._by_node: dict[int, Member] = {}
         self._silent: set[int] = set()
@@ -58,24 +51,13 @@ class Fleet:
     def members(
         self, grid: Grid, node_ids: Iterable[int], *, ask_again: bool = True
     ) -> tuple[dict[str, Member], list[Failure]]:
-        """List the clients behind these nodes by client_key, and who did not answer.
+        """List these nodes' clients by client_key, and those without a usable answer.
 
         Parameters
         ----------
-        grid : Grid
-            Reaches the nodes.
-        node_ids : Iterable[int]
-            The nodes that are there now.
         ask_again : bool
-            Whether to ask nodes again that gave no usable answer before (each time
-            may take as long as the timeout), and to name two nodes with one key.
-
-        Returns
-        -------
-        members : dict[str, Member]
-            In client_key order.
-        failures : list[Failure]
-            Nodes without a usable answer.
+            Whether to ask again nodes that gave no usable answer before (each time
+            may take as long as the timeout), and to report two nodes with one key.
         """
         present = list(node_ids)
         if ask_again:
@@ -83,42 +65,31 @@ class Fleet:
         known = self._by_node.keys() | self._silent
         unknown = [node for node in present if node not in known]
         failures: list[Failure] = []
-        # One node first: most fleets speak one dialect, and a wrong one is an error
-        # in the client's log.
+        # One node first: most fleets use one layout, and a wrong one is an error in
+        # the client's log.
         groups = [unknown] if self._by_node else [unknown[:1], unknown[1:]]
         for group in groups:
             failures += self._ask(grid, group)
-        members: dict[str, Member] = {}
-        for node in present:
-            member = self._by_node.get(node)
-            if member is None:
-                continue
-            key = member.profile.client_key
-            if key not in members:
-                members[key] = member
-            elif ask_again:
-                failures.append(_twice(key, "node", node, members[key].node_id))
-        return dict(sorted(members.items())), failures
+        known_now = {n: self._by_node[n] for n in present if n in self._by_node}
+        members, duplicates = _by_key(known_now, "node")
+        return members, failures + (duplicates if ask_again else [])
 
     def _ask(self, grid: Grid, node_ids: list[int]) -> list[Failure]:
-        """Ask in each dialect whoever has not answered yet."""
+        """Ask in each layout the nodes that have not answered yet."""
         causes: dict[int, list[str]] = {node: [] for node in node_ids}
-        first, second = self._dialects
-        for dialect in (first, second):
-            # Who was silent once would be so in any dialect, for as long again.
-            pending = [n for n, why in causes.items() if why or dialect is first]
+        first, second = self._layouts
+        for layout in (first, second):
+            # A node that is silent in one layout would be in the other, as long again.
+            pending = [n for n, why in causes.items() if why or layout is first]
             if not pending:
                 break
+            kind = layout.profile_type
             requests = [
-                Message(
-                    profile_request(dialect),
-                    message_type=dialect.profile_type,
-                    dst_node_id=node,
-                )
+                Message(profile_request(layout), message_type=kind, dst_node_id=node)
                 for node in pending
             ]
             for reply in grid.send_and_receive(requests, timeout=self._timeout_seconds):
-                self._note(reply, dialect, causes)
+                self._note(reply, layout, causes)
         self._silent |= causes.keys()
         return [
             Failure(
@@ -130,46 +101,40 @@ class Fleet:
         ]
 
     def _note(
-        self, reply: Message, dialect: Dialect, causes: dict[int, list[str]]
+        self, reply: Message, layout: RecordLayout, causes: dict[int, list[str]]
     ) -> None:
         node = reply.metadata.src_node_id
-        if reply.has_error():
-            causes[node].append(
-                f"asked as {dialect.name}: {last_line(reply.error.reason)}"
-            )
-            return
         try:
+            if reply.has_error():
+                raise RefusedReply(last_line(reply.error.reason), kind="failed")
             profile = profile_from_content(reply.content)
         except RefusedReply as error:
-            causes[node].append(f"asked as {dialect.name}: {error}")
+            causes[node].append(f"asked as {layout.name}: {error}")
             return
-        self._by_node[node] = Member(node, dialect, profile)
+        self._by_node[node] = Member(node, layout, profile)
         causes.pop(node, None)
-        self._dialects.sort(key=lambda known: known is not dialect)
+        self._layouts.sort(key=lambda known: known is not layout)
 
 
 def _joined(reasons: list[str]) -> str:
-    """Say once what a client answers in both dialects."""
+    """Join the reasons of both layouts; one if they are alike."""
     said = {reason.partition(": ")[2] for reason in reasons}
     return said.pop() if len(said) == 1 else "; ".join(reasons)
 
 
 @dataclass(frozen=True, slots=True)
 class LegacyClient:
-    """One known client: how to reach it, and its profile."""
+    """A known client: its proxy and profile."""
 
     proxy: ClientProxy
     profile: DeviceProfile
 
 
-class LegacyFleet:
-    """Ask every new client who it is, and remember the answer.
+ClientT = TypeVar("ClientT", Member, LegacyClient)
 
-    Parameters
-    ----------
-    timeout_seconds : float
-        How long to wait for an answer.
-    """
+
+class LegacyFleet:
+    """Ask each new client for its profile, and remember the answer."""
 
     def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
@@ -181,53 +146,23 @@ class LegacyFleet:
         return f"client {proxy.cid}" if profile is None else profile.client_key
 
     def clients(
-        self, client_manager: ClientManager, least: int
+        self, proxies: Iterable[ClientProxy]
     ) -> tuple[dict[str, LegacyClient], list[Failure]]:
-        """Wait for enough clients, as FedAvg does, and learn who they are.
-
-        Parameters
-        ----------
-        client_manager : ClientManager
-            Flower's.
-        least : int
-            How many clients to wait for.
-
-        Returns
-        -------
-        clients : dict[str, LegacyClient]
-            In client_key order.
-        failures : list[Failure]
-            Clients without a usable answer.
-
-        Raises
-        ------
-        SmartSplitError
-            If no client has given one.
-        """
-        client_manager.wait_for(least, _A_DAY_SECONDS)
-        proxies = dict(client_manager.all())
-        unknown = [p for cid, p in proxies.items() if cid not in self._profiles]
+        """List these clients by client_key, and those without a usable answer."""
+        proxies = list(proxies)
+        unknown = [p for p in proxies if p.cid not in self._profiles]
         with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
             failures = [problem for problem in pool.map(self._ask, unknown) if problem]
-        clients: dict[str, LegacyClient] = {}
-        for cid, proxy in proxies.items():
-            profile = self._profiles.get(cid)
-            if profile is None:
-                continue
-            key = profile.client_key
-            if key in clients:
-                failures.append(_twice(key, "client", cid, clients[key].proxy.cid))
-            else:
-                clients[key] = LegacyClient(proxy, profile)
-        if failures and not clients:
-            raise SmartSplitError(
-                f"none of {len(proxies)} clients says who it is; the first: "
-                f"{failures[0].cause}"
-            )
-        return dict(sorted(clients.items())), failures
+        known = {
+            p.cid: LegacyClient(p, self._profiles[p.cid])
+            for p in proxies
+            if p.cid in self._profiles
+        }
+        clients, duplicates = _by_key(known, "client")
+        return clients, failures + duplicates
 
     def _ask(self, proxy: ClientProxy) -> Failure | None:
-        """Learn who a client is, or what went wrong."""
+        """Ask a client for its profile; return the failure if there is none."""
         try:
             answer = proxy.get_properties(
                 GetPropertiesIns({}), timeout=self._timeout_seconds, group_id=None
@@ -235,7 +170,7 @@ class LegacyFleet:
             self._profiles[proxy.cid] = profile_from_scalars(answer.properties)
         except RefusedReply as error:
             cause = str(error)
-        except Exception as error:  # Whatever a client's process can raise.
+        except Exception as error:  # Anything a client's process can raise.
             cause = reason_of(error)
         else:
             return None
@@ -243,16 +178,25 @@ class LegacyFleet:
 
 
 def reason_of(error: BaseException) -> str:
-    """Take what a client's process said out of what Flower's server wraps it in."""
+    """Return a client's own error, without the text Flower's server wraps it in."""
     _, _, rest = str(error).partition("(reason: ")
     reason, is_wrapped, _ = rest.rpartition("). It originated")
     return last_line(reason if is_wrapped else error)
 
 
-def _twice(key: str, kind: str, this: object, other: object) -> Failure:
-    return Failure(
-        client_key=key,
-        kind="duplicate",
-        cause=f"{kind}s {other} and {this} both call themselves client {key!r}; {kind} "
-        f"{this} is left out. Give every client a client_key of its own.",
-    )
+def _by_key(
+    clients: Mapping[Any, ClientT], kind: str
+) -> tuple[dict[str, ClientT], list[Failure]]:
+    """Sort clients by client_key; of two with one key, the later is a failure."""
+    owners: dict[str, Any] = {}
+    failures = []
+    for this, client in clients.items():
+        key = client.profile.client_key
+        other = owners.setdefault(key, this)
+        if other != this:
+            cause = (
+                f"{kind}s {other} and {this} both call themselves client {key!r}; "
+                f"{kind} {this} is left out. Give every client a client_key of its own."
+            )
+            failures.append(Failure(client_key=key, kind="duplicate", cause=cause))
+    return {key: clients[owners[key]] for key in sorted(owners)}, failures

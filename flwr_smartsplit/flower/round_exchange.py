@@ -1,4 +1,4 @@
-"""Dispatch: one phase of a round, blind to which of Flower's APIs carries it."""
+"""Dispatch: one phase of a round, in either of Flower's APIs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,20 +20,13 @@ from flwr_smartsplit.types import (
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What one client is sent, and what its arrays are called.
-
-    If the client then moves its cut, ``after`` says what it sends back instead.
+    """What one client is sent.
 
     Parameters
     ----------
-    plan : ClientPlan
-        Its plan.
-    names : tuple[str, ...]
-        The state of its device segments.
-    returned_names : tuple[str, ...]
-        Those of them that it sends back: without what stays on the device.
-    assignment : Assignment
-        What the policy gave it.
+    names, returned_names : tuple[str, ...]
+        State of its device segments, and what of it the client sends back: what
+        training can change, without what stays on the device.
     profile : ChainProfile, optional
         The chain's costs at its batch size.
     """
@@ -45,10 +38,10 @@ class Sent:
     profile: ChainProfile | None = None
 
     def after(self, moves: Sequence[Move], chain: Chain) -> "Sent":
-        """Say what a client sends back that moved its cut.
+        """Follow a client's moved cut to what it sends back.
 
-        Moves that cannot have happened change nothing: such a reply is compared with
-        the plan, which it does not fit.
+        Moves that cannot have happened change nothing; then the reply does not fit
+        the plan.
         """
         if not moves:
             return self
@@ -57,27 +50,18 @@ class Sent:
             names = device_names(plan, chain)
         except InvalidRoute:
             return self
-        local = set(self.names) - set(self.returned_names)
+        local = set(changed_names(self.plan, chain)) - set(self.returned_names)
         if not local <= set(names):
             return self
-        mine = tuple(name for name in names if name not in local)
+        mine = tuple(n for n in changed_names(plan, chain) if n not in local)
         return replace(self, plan=plan, names=names, returned_names=mine)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came from one client.
+    """One client's answer: a reply to read (maybe a ``RefusedReply``), or an error.
 
-    Parameters
-    ----------
-    client_key : str
-        Who was asked, or the node if nobody was.
-    read : Callable[[], ClientReply], optional
-        Reads the reply; may raise ``RefusedReply``.
-    num_bytes : int
-        Size of what came.
-    error : str
-        Why there is nothing to read.
+    The client_key is the node's name if no client there was asked.
     """
 
     client_key: str
@@ -88,22 +72,16 @@ class Answer:
 
 @dataclass
 class Dispatch:
-    """One phase of one round: what went out, and what came back.
+    """One phase of one round: what each client is sent, and the size of the replies.
 
     Parameters
     ----------
-    round_number : int
-        The round, counted from 1.
-    is_train : bool
-        Training or evaluation.
-    started_seconds : float
-        The clock when the phase began.
     version : int
         Which global state was sent. In a synchronous run, it is the round.
     digest : str
         Digest under which the edges hold that state.
     contacts : Mapping[str, Any]
-        How the strategy reaches each client.
+        The ``Member`` or ``LegacyClient`` of each client_key.
     """
 
     round_number: int
@@ -119,15 +97,7 @@ class Dispatch:
     def expectations(
         self, chain: Chain, replies: Sequence[ClientReply] = ()
     ) -> dict[str, Expectation]:
-        """Say what every chosen client's reply must contain.
-
-        Parameters
-        ----------
-        chain : Chain
-            The model.
-        replies : Sequence[ClientReply]
-            What came: a client whose cut has moved sends what its last route has.
-        """
+        """Say what every chosen client's reply must contain, after its moves."""
         moves: dict[str, tuple[Move, ...]] = {}
         for reply in replies:  # Only the first reply of a client can be accepted.
             moves.setdefault(reply.client_key, reply.report.moves)
@@ -151,33 +121,29 @@ class Dispatch:
     def collect(
         self, answers: Iterable[Answer], *, unnamed: Sequence[str] = ()
     ) -> tuple[list[ClientReply], list[Failure]]:
-        """Sort what came into replies and failures.
+        """Sort answers into replies and failures; silent clients are failures too.
 
-        Chosen clients of whom nothing came are failures too.
-
-        Parameters
-        ----------
-        answers : Iterable[Answer]
-            What came.
-        unnamed : Sequence[str]
-            Errors of which Flower does not say whose they are.
+        ``unnamed`` are errors of which Flower does not say whose they are.
         """
         replies, failures = [], []
         silent = set(self.sent)
         for answer in answers:
             key = answer.client_key
             silent.discard(key)
-            if answer.read is None:
-                failure = Failure(client_key=key, kind="failed", cause=answer.error)
-                failures.append(failure)
-                continue
-            self.received_bytes[key] = answer.num_bytes
             try:
-                replies.append(_of(key, answer.read()))
+                if answer.read is None:
+                    raise RefusedReply(answer.error, kind="failed")
+                self.received_bytes[key] = answer.num_bytes
+                reply = answer.read()
+                if reply.client_key != key:
+                    raise RefusedReply(
+                        f"the node of client {key!r} answers for {reply.client_key!r}.",
+                        kind="refused",
+                    )
+                replies.append(reply)
             except RefusedReply as error:
-                failures.append(
-                    Failure(client_key=key, kind=error.kind, cause=str(error))
-                )
+                cause = str(error)
+                failures.append(Failure(client_key=key, kind=error.kind, cause=cause))
         failures += [_lost(key, unnamed) for key in sorted(silent)]
         return replies, failures
 
@@ -188,6 +154,15 @@ def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
         name
         for leg in plan.route.device_legs(len(chain))
         for name in chain.state_names(leg.start, leg.stop)
+    )
+
+
+def changed_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
+    """Name the device segments' state that training can change."""
+    return tuple(
+        name
+        for leg in plan.route.device_legs(len(chain))
+        for name in chain.changed_names(leg.start, leg.stop)
     )
 
 
@@ -217,29 +192,15 @@ def names_after(
 def returned(
     names: Iterable[str], is_local: Callable[[str], bool] | None
 ) -> tuple[str, ...]:
-    """Leave out the names of what stays on the device."""
+    """Leave out the names of state that stays on the device."""
     return tuple(name for name in names if is_local is None or not is_local(name))
 
 
-def _of(key: str, reply: ClientReply) -> ClientReply:
-    if reply.client_key != key:
-        raise RefusedReply(
-            f"the node of client {key!r} answers for {reply.client_key!r}.",
-            kind="refused",
-        )
-    return reply
-
-
 def _lost(key: str, unnamed: Sequence[str]) -> Failure:
+    """Make the failure of a client without a reply."""
     if unnamed:
-        return Failure(
-            client_key=key,
-            kind="failed",
-            cause="no reply; Flower's legacy API does not say whose errors came: "
-            + "; ".join(unnamed),
-        )
-    return Failure(
-        client_key=key,
-        kind="lost",
-        cause="no reply before the timeout; raise it, or look at the client's log.",
-    )
+        cause = "no reply; Flower's legacy API does not say whose errors came: "
+        cause += "; ".join(unnamed)
+        return Failure(client_key=key, kind="failed", cause=cause)
+    cause = "no reply before the timeout; raise it, or look at the client's log."
+    return Failure(client_key=key, kind="lost", cause=cause)

@@ -1,7 +1,7 @@
-"""CentralManager: plan a round, settle a round. Both strategies are thin around it.
+"""CentralManager: plan and settle rounds, for both strategies.
 
-It knows clients by their client_key and states by name; which of Flower's APIs brings
-the messages is the strategies' business. So the same replies give the same bits.
+It knows clients by client_key and states by name, whichever of Flower's APIs carries
+them, so the same replies give the same bits.
 """
 
 import sys
@@ -17,11 +17,17 @@ import numpy.typing as npt
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
-from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, Journal, OnRow
+from flwr_smartsplit.flower.journal.journal import Journal, OnRow
 from flwr_smartsplit.flower.journal.round_log import RoundLog
 from flwr_smartsplit.flower.observations import cohort_in, observed
 from flwr_smartsplit.flower.planning import Planning
-from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names, returned
+from flwr_smartsplit.flower.round_exchange import (
+    Dispatch,
+    Sent,
+    changed_names,
+    device_names,
+    returned,
+)
 from flwr_smartsplit.flower.serde.records import plain_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
@@ -31,7 +37,6 @@ from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
     Mixing,
-    Replace,
     RoundSummary,
     ServerStep,
     Settled,
@@ -57,40 +62,28 @@ from flwr_smartsplit.types import (
 
 State = Mapping[str, npt.NDArray[Any]]
 BetweenRounds = Callable[[int, State, RoundSummary], State | None]
-"""Told each settled round's number, state and summary; may return another state."""
+"""Called with each settled round's number, state and summary; may replace the state."""
 _log = getLogger("flwr")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What both strategies are given besides the task, edges and inner strategy.
+    """The arguments of both strategies that ``SmartSplit`` explains."""
 
-    ``SmartSplit`` says what each is.
-    """
-
-    planning: Planning = Planning()
-    mixing: Mixing = Replace()
-    server_steps: tuple[ServerStep, ...] = ()
-    seed: int = 0
-    journal: str | Path | None = DEFAULT_JOURNAL
-    on_row: Sequence[OnRow] = ()
-    between_rounds: BetweenRounds | None = None
+    planning: Planning
+    mixing: Mixing
+    server_steps: tuple[ServerStep, ...]
+    seed: int
+    journal: str | Path | None
+    on_row: Sequence[OnRow]
+    between_rounds: BetweenRounds | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """One phase of one round, as Flower asks for it.
 
-    Parameters
-    ----------
-    round_number : int
-        The round, counted from 1.
-    is_train : bool
-        Training or evaluation.
-    sample_size : Callable[[int], int]
-        How many to choose of so many clients.
-    config : Mapping[str, Any]
-        What the user tells the clients.
+    ``sample_size(available)`` is how many clients to choose; ``config`` is the user's.
     """
 
     round_number: int
@@ -100,18 +93,9 @@ class Phase:
 
 
 class CentralManager:
-    """Give each chosen client its route, and merge what comes back.
+    """Give each chosen client its route, and merge the replies.
 
-    Parameters
-    ----------
-    task : Task
-        Model, loss and optimizer, the same as the clients'.
-    edges : Sequence[Edge]
-        Edges that host tails.
-    settings : Settings
-        What the user chose besides.
-    take_step : Callable[[int, state, mean], state], optional
-        The inner strategy's server step.
+    ``take_step`` is the inner strategy's server step, if it has one.
     """
 
     def __init__(
@@ -147,30 +131,20 @@ class CentralManager:
         self._digest = ""
 
     def summary(self) -> None:
-        """Log the settings, in Flower's shape."""
+        """Log the settings in Flower's format."""
         _log.log(INFO, "\t├──> Splitting:")
         _log.log(INFO, "\t│\t├──Units: %d", len(self.chain))
         _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self.edges.names) or "none")
 
     def close(self) -> None:
-        """End the edges, and wait for nobody."""
+        """End the edges; drop outstanding phases."""
         self._outstanding.clear()
         self.edges.stop()
 
     def begin(
         self, phase: Phase, state: State, clients: Mapping[str, DeviceProfile]
     ) -> Dispatch:
-        """Plan a phase: who is sent what.
-
-        Parameters
-        ----------
-        phase : Phase
-            What Flower asks for.
-        state : Mapping[str, ndarray]
-            The global state.
-        clients : Mapping[str, DeviceProfile]
-            Who is there, by client_key.
-        """
+        """Plan a phase: what each chosen client is sent."""
         dispatch = Dispatch(
             phase.round_number,
             phase.is_train,
@@ -200,14 +174,17 @@ class CentralManager:
             )
             size = clients[key].batch_size
             profile = self._profile(size, assignment.option.accumulate)
-            dispatch.sent[key] = self._sent(client_plan, assignment, profile)
-        # Flower's legacy server does not ask what came of a phase that asked nobody.
+            names = device_names(client_plan, self.chain)
+            back = changed_names(client_plan, self.chain)
+            back = returned(back, self.task.is_local)
+            dispatch.sent[key] = Sent(client_plan, names, back, assignment, profile)
+        # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
         self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}
         return dispatch
 
     def take(self, version: int, *, is_train: bool) -> Dispatch | None:
-        """Return what went out in a phase, once."""
+        """Return an outstanding phase and forget it; None if there is none."""
         return self._outstanding.pop((version, is_train), None)
 
     def settle(
@@ -231,14 +208,13 @@ class CentralManager:
             observed(dispatch, settled.accepted, self.settings.planning.client_seconds)
         )
         settled = replace(settled, state=self._after(dispatch, settled, failures))
-        self._release(dispatch)
-        self._write(dispatch, settled.accepted, failures, received)
+        self._end(dispatch, settled.accepted, failures, received)
         return settled
 
     def _after(
         self, dispatch: Dispatch, settled: Settled, failures: Sequence[Failure]
     ) -> State | None:
-        """Return the next state; None if nobody changes the present one."""
+        """Return the next state; None if nothing changes the present one."""
         state, settings = settled.state, self.settings
         summary = RoundSummary(
             round_number=dispatch.round_number,
@@ -270,7 +246,7 @@ class CentralManager:
         replies: Iterable[ClientReply],
         failures: Sequence[Failure],
     ) -> dict[str, ClientReply]:
-        """End an evaluation phase; return what counts, in client_key order."""
+        """End an evaluation phase; return the accepted replies, in client_key order."""
         received = self.settings.planning.clock()
         accepted: dict[str, ClientReply] = {}
         failures = list(failures)
@@ -281,26 +257,21 @@ class CentralManager:
                 failures.append(refusal(reply, error))
             else:
                 accepted[reply.client_key] = reply
-        self._release(dispatch)
-        self._write(dispatch, accepted, failures, received)
+        self._end(dispatch, accepted, failures, received)
         return accepted
 
-    def _release(self, dispatch: Dispatch) -> None:
-        """Let edges forget what nobody needs who is still at work."""
-        if not any(each.sent for each in self._outstanding.values()):
-            newest = max(self._newest, dispatch.round_number)
-            self.edges.release(newest, self._digest)
-
-    def _write(
+    def _end(
         self,
         dispatch: Dispatch,
         accepted: Mapping[str, ClientReply],
         failures: list[Failure],
         received_seconds: float,
     ) -> None:
-        """Log and write down how a phase ended."""
-        self.rounds.write_replies(dispatch, accepted, failures)
-        self.rounds.write_round(
+        """Let edges drop old states unless a phase is outstanding; log the phase."""
+        if not any(each.sent for each in self._outstanding.values()):
+            newest = max(self._newest, dispatch.round_number)
+            self.edges.release(newest, self._digest)
+        self.rounds.write_phase(
             dispatch,
             accepted,
             failures,
@@ -313,7 +284,7 @@ class CentralManager:
     def _plan(
         self, phase: Phase, clients: Mapping[str, DeviceProfile], edges: Sequence[str]
     ) -> RoundPlan:
-        """Translate what Flower asks for into a call of the pure policy."""
+        """Call the planning policy for a phase."""
         planning = self.settings.planning
         fleet = self._priced(phase.round_number, clients)
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
@@ -339,7 +310,7 @@ class CentralManager:
     def _priced(
         self, round_number: int, clients: Mapping[str, DeviceProfile]
     ) -> list[DeviceProfile]:
-        """List the clients whose batch size works; without any, raise the reason."""
+        """List the clients whose batch size works; raise if none does."""
         priced: list[DeviceProfile] = []
         problems: list[InvalidTask] = []
         for key, client in clients.items():
@@ -356,7 +327,7 @@ class CentralManager:
         return priced
 
     def _profile(self, batch_size: int, accumulate: int = 1) -> ChainProfile:
-        """Find the chain's costs once for each batch size and micro-batches."""
+        """Profile the chain, once for each batch size and number of micro-batches."""
         kind = batch_size, max(accumulate, self.task.accumulate)
         if kind not in self._profiles:
             self._profiles[kind] = profile_chain(
@@ -373,7 +344,7 @@ class CentralManager:
         clients: Mapping[str, DeviceProfile],
         edges: Sequence[str],
     ) -> Cohort | None:
-        """Say what edges compare clients with, if they may advise them."""
+        """Return what edges compare clients with; None without an advisor."""
         advisor = self.settings.planning.advisor
         if advisor is None or not phase.is_train:
             return None
@@ -384,14 +355,6 @@ class CentralManager:
             self.history,
             edges=self.edges.profiles(edges),
         )
-
-    def _sent(
-        self, plan: ClientPlan, assignment: Assignment, profile: ChainProfile
-    ) -> Sent:
-        """Name what a client is sent, and what it sends back."""
-        names = device_names(plan, self.chain)
-        back = returned(names, self.task.is_local)
-        return Sent(plan, names, back, assignment, profile)
 
     def _client_plan(
         self,
@@ -427,10 +390,10 @@ class CentralManager:
 
 
 def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:
-    """Refuse to be driven by another strategy, such as differential privacy's.
+    """Refuse to be called by another strategy, such as differential privacy's.
 
-    Such wrappers clip and noise whole models of single clients, which are nowhere
-    whole when they are split; what they promise would silently not hold.
+    Such wrappers clip and noise single clients' whole models. The server has none of
+    a split client, so their guarantee would silently not hold.
 
     Raises
     ------

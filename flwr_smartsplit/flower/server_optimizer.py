@@ -1,7 +1,7 @@
 """Server optimizers: the server step of Flower's adaptive strategies, after the merge.
 
-They need nothing but the state before a round and the clients' mean, which is what a
-split round ends with too. The arithmetic is Flower's own.
+They need only the state before a round and the clients' mean. The arithmetic is
+Flower's own.
 
 References
 ----------
@@ -34,19 +34,15 @@ from flwr_smartsplit.server.aggregation import RoundSummary
 
 State = Mapping[str, npt.NDArray[Any]]
 TakeStep = Callable[[int, State, State], State]
-"""Goes from a round's number, its state and the clients' mean to the next state."""
+"""``take_step(round, state, mean)`` returns the next state."""
 
 
 class ServerOptimizer:
     """Step from a round's state to the next, as one of Flower's strategies does.
 
-    Parameters
-    ----------
-    take_step : Callable[[int, state, mean], state]
-        ``message_step`` or ``legacy_step`` of a strategy, which keeps the moments.
-    trained_names : frozenset[str]
-        The parameters. Buffers, such as BatchNorm's statistics, take the mean: a step
-        beyond it could make a variance negative.
+    ``take_step`` is ``message_step`` or ``legacy_step`` of a strategy, which keeps the
+    moments. Only ``trained_names``, the parameters, are stepped. Buffers, such as
+    BatchNorm's statistics, take the mean: a step could make a variance negative.
     """
 
     def __init__(self, take_step: TakeStep, trained_names: frozenset[str]) -> None:
@@ -63,14 +59,14 @@ class ServerOptimizer:
         return {**after, **self._taken}
 
     def _unrounded(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Go on from what the last step came to, which may be finer than the model."""
+        """Return the last step's result, whose dtype may be finer than the model's."""
         taken = self._taken.get(name)
         if taken is None or not np.array_equal(taken.astype(array.dtype), array):
             return array
         return taken
 
 
-# A strategy's own metric function is never shown our one reply.
+# The strategy's metric function must not see the one made-up reply.
 
 
 def message_step(

@@ -1,10 +1,9 @@
 """SmartSplit: the central manager as a Flower Message-API strategy."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from logging import INFO, WARNING, getLogger
-from pathlib import Path
 
 from flwr.app import (
     ArrayRecord,
@@ -17,80 +16,70 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from flwr_smartsplit.edge.hosts.edge import Edge
-from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower import messages
+from flwr_smartsplit.flower.base_strategy import SplitStrategy
 from flwr_smartsplit.flower.inner_strategy import (
     MESSAGE_API,
-    check_proximal,
-    check_strategy,
-    has_server_step,
     message_config,
     overrides,
     sample_size,
     without_fedavgs_log,
 )
-from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
-from flwr_smartsplit.flower.planning import Planning
-from flwr_smartsplit.flower.registry import Fleet, Member
+from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.round_manager import (
-    BetweenRounds,
-    CentralManager,
     Phase,
-    Settings,
     refuse_wrappers,
 )
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
-    message_dialect,
+    message_layout,
     to_array_record,
 )
 from flwr_smartsplit.flower.serde.replies import metrics_of
 from flwr_smartsplit.flower.server_optimizer import message_step
-from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
-from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ClientReply, Failure, RoundPlan
+from flwr_smartsplit.types import ClientReply
 
 _log = getLogger("flwr")
 
 
-class SmartSplit(Strategy):
-    """Let weak devices train only the front of a model, under a strategy of Flower's.
+class SmartSplit(SplitStrategy[FedAvg], Strategy):
+    """Let weak devices train only the front of a model, under a Flower strategy.
 
     Each round it gives every chosen client one of the routes that its memory budget
-    allows; an edge trains the rest. The clients' mean is exact whatever their routes;
-    the inner strategy takes its server step from it. With everybody on the whole route
-    this is the inner strategy. A reconstruction: of SmartSplit (Tian et al., 2024)
-    only the abstract is public, and the present policy is a first one.
+    allows; an edge trains the rest. The clients' mean is exact whatever their routes,
+    and the inner strategy's server step follows it. If every client trains the whole
+    model, this is the inner strategy. It is a reconstruction: of SmartSplit (Tian et
+    al., 2024), only the abstract is public.
 
     Parameters
     ----------
     task : Task
         Model, loss and optimizer, the same as the clients'.
     edges : Sequence[Edge]
-        Edges that host tails, such as ``(RayEdge(),)``; none means that only clients
-        who can hold the whole model train.
+        Edges that host tails, such as ``(RayEdge(),)``; without any, only clients that
+        can hold the whole model train.
     strategy : FedAvg, optional
-        Flower's strategy, ``FedAvg()`` by default. Its sampling numbers, record keys,
-        metric functions and server step are kept (``FedAdam``, ``FedYogi``,
-        ``FedAdagrad``, ``FedAvgM``), and what it writes into a round's config. One that
-        must see whole client models is refused.
+        The inner strategy, ``FedAvg()`` by default. It keeps its sampling numbers,
+        record keys, metric functions, round config and server step (``FedAdam``,
+        ``FedYogi``, ``FedAdagrad``, ``FedAvgM``). One that needs single clients' whole
+        models is refused.
     planning : Planning
         How clients and routes are chosen.
     mixing : Mixing
-        How much the clients' mean counts against the state that it meets.
+        How much the clients' mean counts against the present state.
     server_steps : Sequence[ServerStep]
         What the server adds after the inner strategy's step, in this order.
     seed : int
-        Root of sampling and of every random stream of the clients.
+        Seed of the sampling and of the clients' random streams.
     journal : str or Path, optional
         File for one JSON line per client and round; ``{number}`` in its name becomes
-        the first number that is free. None writes no file.
+        the first free number. None writes no file.
     on_row : Sequence[Callable[[Mapping], None]]
-        Told each of these lines as a mapping, such as ``TensorBoardRows(folder)``.
+        Called with each of these lines as a mapping, such as
+        ``TensorBoardRows(folder)``.
     between_rounds : Callable[[int, state, RoundSummary], state or None], optional
-        Told each settled round's number, state and summary, before the next begins. A
-        state that it returns is the next one.
+        Called after each training round with its number, state and summary. A state
+        that it returns replaces the round's.
 
     References
     ----------
@@ -98,56 +87,16 @@ class SmartSplit(Strategy):
     via Model Splitting", IEEE TPDS 35(12), 2024, arXiv:2410.11577.
     """
 
-    def __init__(  # noqa: PLR0913 - what can be chosen, one by one
-        self,
-        task: Task,
-        edges: Sequence[Edge] = (),
-        *,
-        strategy: FedAvg | None = None,
-        planning: Planning = Planning(),
-        mixing: Mixing = Replace(),
-        server_steps: Sequence[ServerStep] = (),
-        seed: int = 0,
-        journal: str | Path | None = DEFAULT_JOURNAL,
-        on_row: Sequence[OnRow] = (),
-        between_rounds: BetweenRounds | None = None,
-    ) -> None:
-        self.strategy = FedAvg() if strategy is None else strategy
-        check_strategy(self.strategy, MESSAGE_API)
-        check_proximal(self.strategy, task)
-        has_step = has_server_step(self.strategy, MESSAGE_API)
-        settings = Settings(
-            planning=planning,
-            mixing=mixing,
-            server_steps=tuple(server_steps),
-            seed=seed,
-            journal=journal,
-            on_row=on_row,
-            between_rounds=between_rounds,
-        )
-        self._central = CentralManager(
-            task,
-            edges,
-            settings,
-            take_step=partial(message_step, self.strategy) if has_step else None,
-        )
+    _api = MESSAGE_API
+    _take_step = staticmethod(message_step)
+
+    def _set_up(self, profile_timeout_seconds: float) -> None:
         keys = self.strategy.arrayrecord_key, self.strategy.configrecord_key
-        self._fleet = Fleet(
-            message_dialect(*keys), timeout_seconds=planning.profile_timeout_seconds
-        )
-
-    @property
-    def failures(self) -> list[Failure]:
-        """Every client's part that was not merged so far, and why."""
-        return self._central.rounds.failures
-
-    @property
-    def round_plans(self) -> list[RoundPlan]:
-        """Every training plan so far."""
-        return self._central.round_plans
+        layout = message_layout(*keys)
+        self._fleet = Fleet(layout, timeout_seconds=profile_timeout_seconds)
 
     def summary(self) -> None:
-        """Log the strategy's settings, in Flower's shape."""
+        """Log the strategy's settings in Flower's format."""
         self._central.summary()
         self.strategy.summary()
 
@@ -252,28 +201,25 @@ class SmartSplit(Strategy):
         *,
         is_train: bool,
     ) -> list[Message]:
-        told = message_config(
+        base = message_config(
             self.strategy, arrays, config, server_round=server_round, is_train=is_train
         )
-        if told is None:
+        if base is None:
             return []
         phase = Phase(
             round_number=server_round,
             is_train=is_train,
             sample_size=partial(sample_size, self.strategy, is_train=is_train),
-            config={**told, "server-round": server_round},
+            config={**base, "server-round": server_round},
         )
-        members = self._present(grid, phase)
-        dispatch = self._central.begin(
-            phase,
-            from_array_record(arrays),
-            {key: member.profile for key, member in members.items()},
-        )
-        dispatch.contacts = members
+        nodes = self._nodes(grid)
+        found = self._fleet.members(grid, nodes, ask_again=is_train)
+        state = from_array_record(arrays)
+        dispatch = self._begin(phase, state, *found, asked=f"{len(nodes)} nodes")
         return messages.written(dispatch, arrays, phase.config)
 
-    def _present(self, grid: Grid, phase: Phase) -> dict[str, Member]:
-        """Wait for enough nodes, as FedAvg does, and learn who they are."""
+    def _nodes(self, grid: Grid) -> list[int]:
+        """Wait for enough nodes, as FedAvg does."""
         least = self.strategy.min_available_nodes
         while len(nodes := list(grid.get_node_ids())) < least:
             _log.log(
@@ -283,18 +229,10 @@ class SmartSplit(Strategy):
                 least,
             )
             time.sleep(1)
-        members, failures = self._fleet.members(grid, nodes, ask_again=phase.is_train)
-        rounds = self._central.rounds
-        rounds.write_failures(failures, phase.round_number, phase="profile")
-        if failures and not members:
-            raise SmartSplitError(
-                f"none of {len(nodes)} nodes says who it is; the first: "
-                f"{failures[0].cause}"
-            )
-        return members
+        return nodes
 
     def _contents(self, accepted: Mapping[str, ClientReply]) -> list[RecordDict]:
-        """List the clients' metrics as their replies would, in client_key order."""
+        """List the accepted clients' metrics as records, in client_key order."""
         key = self.strategy.weighted_by_key
         return [
             RecordDict({"metrics": MetricRecord(metrics_of(reply.report, key))})

@@ -1,8 +1,8 @@
-"""What a device changes between two steps: its plan and its cut.
+"""What a device changes between two steps: its recompute plan and its cut.
 
-When its budget moves, it takes a tighter plan, then an earlier cut; and back again, but
-not at once, or a budget that goes up and down would have it change with every step.
-By its edge's advice it moves to the next cut that fits, and that helps.
+When its budget falls, it takes a tighter plan, then an earlier cut. When the budget
+rises it goes back, but not at once, so that a budget that swings does not change it at
+every step. On its edge's advice it moves to the next cut that fits and helps.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,8 @@ from flwr_smartsplit.types import (
     RouteOption,
 )
 
-PATIENCE_STEPS = 5
-"""For so many steps in a row there must be room before anything is loosened."""
-
-MARGIN = 0.02
-"""And it must be more than is needed, by this share."""
+PATIENCE_STEPS = 5  # In a row with room to spare, before anything is loosened
+MARGIN = 0.02  # Share of the budget to leave free then
 
 SecondsOf = Callable[[Route, RecomputePlan], float]
 """What a training step takes on a route, under a plan."""
@@ -41,26 +38,12 @@ SecondsOf = Callable[[Route, RecomputePlan], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where a device stands between two steps.
+    """Where a device stands between two steps."""
 
-    Parameters
-    ----------
-    planned : Route
-        The route to go back to.
-    option : RouteOption
-        Route and plan as they are.
-    calm_steps : int
-        For how many steps in a row there was room for something cheaper.
-    is_fixed : bool
-        Whether its cut cannot move.
-    constraints : Constraints
-        What the user allows.
-    """
-
-    planned: Route
-    option: RouteOption
-    calm_steps: int = 0
-    is_fixed: bool = False
+    planned: Route  # The route to go back to
+    option: RouteOption  # Route and plan as they are
+    calm_steps: int = 0  # Steps in a row with room for something cheaper
+    is_fixed: bool = False  # Whether its cut cannot move
     constraints: Constraints = NO_CONSTRAINTS
 
 
@@ -70,27 +53,10 @@ class Standing:
 def adapted(
     profile: ChainProfile, standing: Standing, budget_bytes: int | None
 ) -> tuple[RouteOption, str] | None:
-    """Decide what changes before the next step.
+    """Decide what changes before the next step, and say why; None if nothing does.
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size.
-    standing : Standing
-        Route and plan as they are.
-    budget_bytes : int or None
-        What the tensors may take from now on; None means no limit.
-
-    Returns
-    -------
-    tuple[RouteOption, str] or None
-        What to change to, and why. None if all stays, also where something cheaper
-        would fit, but not for long enough yet (see ``is_calm``).
-
-    Raises
-    ------
-    NoFeasiblePlan
-        If nothing fits, with the least bytes that would do.
+    A budget of None means no limit. If nothing fits, ``NoFeasiblePlan`` says the least
+    bytes that would do.
     """
     option = standing.option
     needed = predicted_peak_bytes(profile, option.route, option.recompute)
@@ -122,18 +88,17 @@ def _cheaper(
     now = standing.option
     if now.route == standing.planned and now.recompute.is_empty:
         return None
-    if budget_bytes is None:
-        route = now.route if standing.is_fixed else standing.planned
-        fit = _changed(now, route, KEEP_ALL)
-    else:
-        room = int(budget_bytes * (1 - MARGIN))
-        try:
-            fit = _first_fit(profile, standing.planned, standing, room)
-        except NoFeasiblePlan:
-            return None
+    try:
+        fit = _first_fit(profile, standing.planned, standing, _room(budget_bytes))
+    except NoFeasiblePlan:
+        return None
     if fit.route.cuts != now.route.cuts:
         return fit if fit.route.cuts > now.route.cuts else None
     return fit if _extra_work(profile, fit) < _extra_work(profile, now) else None
+
+
+def _room(budget_bytes: int | None) -> int | None:
+    return None if budget_bytes is None else int(budget_bytes * (1 - MARGIN))
 
 
 def _extra_work(profile: ChainProfile, option: RouteOption) -> tuple[int, bool]:
@@ -143,15 +108,9 @@ def _extra_work(profile: ChainProfile, option: RouteOption) -> tuple[int, bool]:
 
 
 def _first_fit(
-    profile: ChainProfile, start: Route, standing: Standing, budget_bytes: int
+    profile: ChainProfile, start: Route, standing: Standing, budget_bytes: int | None
 ) -> RouteOption:
-    """Find the first route from ``start`` on, with earlier and earlier cuts, that fits.
-
-    Raises
-    ------
-    NoFeasiblePlan
-        With the least bytes that would do.
-    """
+    """Find the first route that fits, from ``start`` on with ever earlier cuts."""
     routes = [start, *earlier_routes(start, standing.constraints)]
     if standing.is_fixed:
         routes = [standing.option.route]
@@ -166,7 +125,7 @@ def _first_fit(
     raise NoFeasiblePlan(
         f"nothing fits: the cheapest ({least}) needs {bytes_text(needed)} at "
         f"batch size {profile.batch_size}, whatever runs twice, and the budget has "
-        f"become {bytes_text(budget_bytes)}. This client sits the round out.",
+        f"become {bytes_text(budget_bytes or 0)}. This client sits the round out.",
         needed_bytes=needed,
         budget_bytes=budget_bytes,
     )
@@ -184,7 +143,7 @@ def _plan(
 
 
 def _changed(option: RouteOption, route: Route, plan: RecomputePlan) -> RouteOption:
-    """Change what is done, not what is trained; nobody asks for its price."""
+    """Change route and plan, not what is trained; the price is not worked out."""
     return RouteOption(
         route=route,
         recompute=plan,
@@ -207,33 +166,12 @@ def followed(  # noqa: PLR0913 - what bounds a move
     seconds_of: SecondsOf,
     constraints: Constraints = NO_CONSTRAINTS,
 ) -> RouteOption | None:
-    """Find where a device's cut goes by its edge's advice.
+    """Find where a device's cut goes on its edge's advice; None if nowhere.
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size.
-    option : RouteOption
-        Route and plan as they are.
-    action : Action
-        ``EARLIER``: the nearest earlier cut at which some plan fits and a step takes
-        less time. ``LATER``: the nearest later cut that fits with a margin and without
-        recomputing, where the device does more of the work, and a step still takes no
-        longer than the median.
-    budget_bytes : int or None
-        What the tensors may take; None means no limit.
-    cohort : Cohort
-        Knows the median.
-    seconds_of : Callable[[Route, RecomputePlan], float]
-        What a step takes.
-    constraints : Constraints
-        What the user allows.
-
-    Returns
-    -------
-    RouteOption or None
-        None if there is no such cut. A device that goes one way is then not sent
-        back: earlier cuts take less time, and no later one is slow.
+    ``EARLIER`` is the nearest earlier cut at which some plan fits and a step takes less
+    time. ``LATER`` is the nearest later cut that fits with a margin and without
+    recomputation, and where the device does more of the work; a step must still take no
+    longer than the median. So a device that moves one way is not sent back.
     """
     if action is Action.EARLIER:
         now = seconds_of(option.route, option.recompute)
@@ -242,7 +180,7 @@ def followed(  # noqa: PLR0913 - what bounds a move
             if plan is not None and seconds_of(route, plan) < now:
                 return _changed(option, route, plan)
         return None
-    room = None if budget_bytes is None else int(budget_bytes * (1 - MARGIN))
+    room = _room(budget_bytes)
     flops = work_of(profile, option.route).device_flops
     for route in later_routes(option.route, len(profile.units)):
         fits_plainly = room is None or predicted_peak_bytes(profile, route) <= room
@@ -258,11 +196,7 @@ def scaled(
 ) -> SecondsOf:
     """Estimate other routes' times from one that was measured, by the device's FLOPs.
 
-    Notes
-    -----
-    As if all the time went into the device's own work: what the link and the edge take
-    is not told apart. A later cut is thus never thought quicker than it is, unless its
-    boundary is larger.
+    All of the time counts as the device's own work; link and edge are not told apart.
     """
     measured = max(work_of(profile, option.route, option.recompute).device_flops, 1)
 

@@ -21,36 +21,16 @@ _LOW_QUANTILE = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What an edge knows of one client after some steps of a round.
-
-    Parameters
-    ----------
-    num_examples : int
-        The client's examples.
-    importance_before : float
-        Its importance when the round began; 0 if that is not known.
-    num_seen : int
-        Examples of the steps so far.
-    squared_loss : float
-        Sum over them of their batch's loss, squared.
-    step_seconds : float or None
-        Moving average since the last change; None if there is no number yet.
-    action : Action or None
-        What the last step spoke for, and
-    held_steps : int
-        for how many steps in a row it did.
-    quiet_steps : float
-        Steps since the last change; infinite if there was none.
-    """
+    """What an edge knows of one client after some steps of a round."""
 
     num_examples: int
-    importance_before: float = 0.0
-    num_seen: int = 0
-    squared_loss: float = 0.0
-    step_seconds: float | None = None
-    action: Action | None = None
-    held_steps: int = 0
-    quiet_steps: float = inf
+    importance_before: float = 0.0  # When the round began; 0 if unknown
+    num_seen: int = 0  # Examples of the steps so far
+    squared_loss: float = 0.0  # Sum over them of their batch's loss, squared
+    step_seconds: float | None = None  # Moving average since the last change
+    action: Action | None = None  # What the last step called for
+    held_steps: int = 0  # For how many steps in a row
+    quiet_steps: float = inf  # Steps since the last change
 
     @property
     def importance(self) -> float:
@@ -61,7 +41,7 @@ class Progress:
         return averaged(self.importance_before, self.num_examples * loss_rms)
 
     def restarted(self) -> "Progress":
-        """Begin to look anew: the cut has moved, or it was advised to."""
+        """Begin anew: the cut has moved, or was advised to."""
         return replace(
             self, step_seconds=None, action=None, held_steps=0, quiet_steps=0
         )
@@ -75,30 +55,11 @@ def judged(
     num_examples: int,
     step_seconds: float | None,
 ) -> tuple[Progress, Advice | None]:
-    """Take in one step, and say what the device should change now.
+    """Take in one step; return what is known now, and what the device should change.
 
-    Slow and important, its cut moves earlier; slow and unimportant, it may stop early;
-    fast, its cut moves later, where the edge needs relief.
-
-    Parameters
-    ----------
-    progress : Progress
-        What was known before.
-    cohort : Cohort
-        What the client is compared with.
-    loss : float
-        The step's mean loss.
-    num_examples : int
-        Its examples.
-    step_seconds : float or None
-        What a step takes as the route is now; None if the device does not know.
-
-    Returns
-    -------
-    progress : Progress
-        What is known now.
-    advice : Advice or None
-        None if all stays.
+    A slow and important client's cut moves earlier; a slow and unimportant one may stop
+    early; a fast one's cut moves later where the edge needs relief. ``loss`` is the
+    step's mean; ``step_seconds`` is None if the device does not know it.
     """
     seconds = progress.step_seconds
     if step_seconds is not None and 0 < step_seconds < inf:
@@ -146,23 +107,15 @@ def _reason(progress: Progress, action: Action, cohort: Cohort) -> str:
 
 
 class Advisor(Protocol):
-    """Says what edges compare their clients with; without a cohort, they are silent."""
+    """Says what edges compare their clients with."""
 
     def cohort(
         self, pairs: Iterable[tuple[float | None, float | None]]
     ) -> Cohort | None:
-        """Sum up the clients of a round.
+        """Sum up a round's clients; None if nobody is to be advised.
 
-        Parameters
-        ----------
-        pairs : Iterable[(seconds, importance)]
-            Two numbers for each client: what its round takes, and how important it is;
-            None, or a number that means nothing, where one is not known.
-
-        Returns
-        -------
-        Cohort or None
-            None if nobody is to be advised.
+        Each pair is what a client's round takes, in seconds, and its importance; None,
+        or a number that means nothing, where one is not known.
         """
         ...
 
@@ -174,11 +127,11 @@ class StragglerAdvisor:
     Parameters
     ----------
     slow_factor : float
-        A device is slow above so many times the median step,
+        A device is slow above this multiple of the median step time.
     fast_factor : float
-        and fast below so many times.
+        It is fast below this one.
     patience_steps : int
-        So many steps in a row must speak for the same change.
+        So many steps in a row must call for the same change.
     spacing_steps : int
         At least so many steps lie between two changes.
 

@@ -1,5 +1,6 @@
 """Placing: which edge hosts the rest of a client's model."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -7,50 +8,26 @@ from flwr_smartsplit.plan.timing import round_seconds
 from flwr_smartsplit.types import DeviceProfile, EdgeProfile, RouteOption
 
 NEAR = 1.1
-"""Edges over which a client's round takes at most this much longer than over the
-fastest one are as good as that."""
+"""An edge is as good as the fastest one if a round over it takes at most this much of
+that one's time."""
 
 
 @dataclass
 class Places:
-    """The edges of a round, and what is taken of them while it is planned.
-
-    Parameters
-    ----------
-    edges : Sequence[EdgeProfile]
-        The edges that are ready, in the strategy's order.
-    """
+    """The edges of a round, and what is taken of them while it is planned."""
 
     edges: Sequence[EdgeProfile]
-    _clients: dict[str, int] = field(init=False)
-    _memory_bytes: dict[str, int] = field(init=False)
-    _disk_bytes: dict[str, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Begin with empty edges."""
-        names = [edge.name for edge in self.edges]
-        self._clients = dict.fromkeys(names, 0)
-        self._memory_bytes = dict.fromkeys(names, 0)
-        self._disk_bytes = dict.fromkeys(names, 0)
+    _clients: Counter[str] = field(init=False, default_factory=Counter)
+    _memory_bytes: Counter[str] = field(init=False, default_factory=Counter)
+    _disk_bytes: Counter[str] = field(init=False, default_factory=Counter)
 
     def place(
         self, device: DeviceProfile, options: Iterable[RouteOption], home: str | None
     ) -> RouteOption | None:
-        """Give a client the first of some options for which an edge has room.
+        """Give a client the first option for which an edge has room; None if none has.
 
-        Parameters
-        ----------
-        device : DeviceProfile
-            The client.
-        options : Iterable[RouteOption]
-            What it can do, the most wanted first.
-        home : str or None
-            The edge where it was before.
-
-        Returns
-        -------
-        RouteOption or None
-            With the edge in its route; None if no edge has room for any.
+        Options come most wanted first; ``home`` is the edge where the client was
+        before.
         """
         for option in options:
             if option.is_placed or not option.route.cuts:
@@ -68,8 +45,9 @@ class Places:
     ) -> EdgeProfile | None:
         """Choose an edge that has room; None if none has.
 
-        Of the edges over which the client is about as fast, the one where it was
-        before, unless others have two clients fewer; else the one with the fewest.
+        Of the edges over which the client is about as fast: the one where it was
+        before, unless another has at least two clients fewer; else the one with the
+        fewest.
         """
         free = [edge for edge in self.edges if self._has_room(edge, option)]
         if not free:

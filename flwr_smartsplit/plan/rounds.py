@@ -10,11 +10,7 @@ import numpy as np
 from flwr_smartsplit.errors import NoFeasibleRoute
 from flwr_smartsplit.plan.routes import ChooseRoute, RouteRequest, chosen_option
 from flwr_smartsplit.plan.search_space import SearchSpace, search_space
-from flwr_smartsplit.plan.selection.candidates import (
-    Candidate,
-    by_batch_size,
-    candidates_of,
-)
+from flwr_smartsplit.plan.selection.candidates import Candidate, candidates_of
 from flwr_smartsplit.plan.selection.history import NO_HISTORY, History
 from flwr_smartsplit.plan.selection.selection import Select, SelectionRequest
 from flwr_smartsplit.plan.selection.speed_estimates import with_speeds
@@ -30,25 +26,21 @@ from flwr_smartsplit.types import (
     RouteOption,
 )
 
+Profiles = Mapping[int, ChainProfile]
+"""The chain's costs by batch size."""
+
+Found = tuple[list[Candidate], dict[str, str]]
+"""Who has a route, and for all others, by client_key, why not."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
     """How clients and routes are chosen in a round.
 
-    Parameters
-    ----------
-    edges : tuple[EdgeProfile, ...]
-        The edges that are ready.
-    select : Callable[[SelectionRequest], Selection]
-        Chooses clients, with one of the options that each has.
-    choose_route : Callable[[RouteRequest], Route], optional
-        Chooses the route of each client beforehand; without it, ``select`` may choose
-        from all.
-    constraints : Constraints
-        What the user allows.
-    accumulated : Callable[[batch_size, accumulate], ChainProfile], optional
-        The chain's costs in so many micro-batches; without it, nobody accumulates more
-        than the profiles do.
+    ``select`` chooses clients, and one option for each. ``choose_route`` leaves one
+    route to each client; without it, ``select`` sees all that fit. ``accumulated``
+    returns the costs of a batch size in so many micro-batches; without it, nobody
+    accumulates more than the profiles do.
     """
 
     edges: tuple[EdgeProfile, ...] = ()
@@ -60,7 +52,7 @@ class Routing:
 
 def plan_round(  # noqa: PLR0913 - all that a plan hangs on
     fleet: Sequence[DeviceProfile],
-    profiles: Mapping[int, ChainProfile],
+    profiles: Profiles,
     *,
     round_number: int,
     num_clients: int,
@@ -70,32 +62,8 @@ def plan_round(  # noqa: PLR0913 - all that a plan hangs on
 ) -> RoundPlan:
     """Plan one round: who has a route at all, and then who takes which.
 
-    Parameters
-    ----------
-    fleet : Sequence[DeviceProfile]
-        Every client that could take part.
-    profiles : Mapping[int, ChainProfile]
-        The chain's costs by batch size.
-    round_number : int
-        The round, counted from 1.
-    num_clients : int
-        How many to choose.
-    routing : Routing
-        How clients and routes are chosen.
-    rng : random.Random
-        Where chance comes from.
-    history : History
-        What earlier rounds brought.
-
-    Returns
-    -------
-    RoundPlan
-        Assignments in client_key order, and for everybody else the reason.
-
-    Raises
-    ------
-    InvalidRoute
-        If ``choose_route`` returns a route that this chain cannot have.
+    Rounds count from 1. The plan names every client: chosen, or skipped for a reason.
+    ``InvalidRoute`` is raised if ``choose_route`` returns one that this chain lacks.
     """
     devices = [
         with_speeds(device, history.speeds.get(device.client_key), routing.edges)
@@ -125,14 +93,15 @@ def plan_round(  # noqa: PLR0913 - all that a plan hangs on
 
 
 def _free(
-    devices: Sequence[DeviceProfile],
-    profiles: Mapping[int, ChainProfile],
-    routing: Routing,
-) -> tuple[list[Candidate], dict[str, str]]:
+    devices: Sequence[DeviceProfile], profiles: Profiles, routing: Routing
+) -> Found:
     """List everybody with all options within its budget."""
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
-    for batch_size, group in by_batch_size(devices).items():
+    groups: dict[int, list[DeviceProfile]] = {}
+    for device in devices:
+        groups.setdefault(device.batch_size, []).append(device)
+    for batch_size, group in groups.items():
         waiting, left_out = group, dict[str, str]()
         for accumulate, profile in _profiles(batch_size, profiles, routing):
             space = _space(profile, accumulate, waiting, routing)
@@ -146,9 +115,9 @@ def _free(
 
 
 def _profiles(
-    batch_size: int, profiles: Mapping[int, ChainProfile], routing: Routing
+    batch_size: int, profiles: Profiles, routing: Routing
 ) -> Iterator[tuple[int, ChainProfile]]:
-    """Yield the costs at a batch size, in one micro-batch, and then in 2, 4, 8..."""
+    """Yield the costs at a batch size in 1, 2, 4, 8... micro-batches."""
     yield 1, profiles[batch_size]
     if routing.accumulated is not None:
         accumulate, most = 2, min(routing.constraints.max_accumulate, batch_size)
@@ -179,10 +148,10 @@ def _space(
 
 def _routed(
     devices: Sequence[DeviceProfile],
-    profiles: Mapping[int, ChainProfile],
+    profiles: Profiles,
     routing: Routing,
     choose_route: ChooseRoute,
-) -> tuple[list[Candidate], dict[str, str]]:
+) -> Found:
     """List everybody with the one route that was chosen for it."""
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
@@ -195,10 +164,9 @@ def _routed(
             index=index,
             constraints=routing.constraints,
         )
+        costs = _profiles(device.batch_size, profiles, routing)
         try:
-            option = _chosen(
-                request, _profiles(device.batch_size, profiles, routing), choose_route
-            )
+            option = _chosen(request, costs, choose_route)
         except NoFeasibleRoute as error:
             unfit[device.client_key] = str(error)
             continue
@@ -217,13 +185,7 @@ def _chosen(
     profiles: Iterator[tuple[int, ChainProfile]],
     choose_route: ChooseRoute,
 ) -> RouteOption:
-    """Let a route be chosen; if none fits, again with the costs of more micro-batches.
-
-    Raises
-    ------
-    NoFeasibleRoute
-        If none fits with the most of them.
-    """
+    """Let a route be chosen; if none fits, again in more micro-batches."""
     problem = NoFeasibleRoute("there are no costs to choose by.")
     for accumulate, profile in profiles:
         try:

@@ -1,4 +1,4 @@
-"""Choosing a client's route by a function, and checking what such a function chose."""
+"""Choose a client's route by a function, and check what that function chose."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from flwr_smartsplit.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteRequest:
-    """What there is to know when a client's route is chosen.
+    """What is known when a client's route is chosen.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class RouteRequest:
 
     @property
     def edge(self) -> str | None:
-        """The edge that is this client's turn; None if there is none."""
+        """The edge whose turn it is; None if there is none."""
         return self.edges[self.index % len(self.edges)] if self.edges else None
 
     @property
@@ -118,8 +118,8 @@ def deepest_u_shape(request: RouteRequest) -> Route:
 def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
     """Return the first of some routes that the client can take.
 
-    Without running anything twice, if that is possible; else with, unless the
-    constraints forbid it.
+    Without recomputation if that is possible; else with, unless the constraints forbid
+    it.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
 def _peaks(
     routes: Iterable[Route], request: RouteRequest, budget_bytes: int
 ) -> Iterator[tuple[int, Route]]:
-    """Say what each route needs: as it is, and then with what can run twice."""
+    """Say what each route needs: as it is, and then with recomputation."""
     for route in routes:
         yield predicted_peak_bytes(request.profile, route), route
     if request.constraints.recompute:
@@ -177,13 +177,9 @@ def _peaks(
 def chosen_option(request: RouteRequest, choose_route: ChooseRoute) -> RouteOption:
     """Let a function choose a client's route, check it, and plan for its memory.
 
-    Raises
-    ------
-    InvalidRoute
-        If it cannot be laid along the chain, or edges feed one another in circles.
-    NoFeasibleRoute
-        If an edge is not there, the memory is not enough, or the device lacks units
-        that it must have.
+    Raises ``InvalidRoute`` if it cannot be laid along the chain or edges feed one
+    another in circles, and ``NoFeasibleRoute`` if an edge, memory or a required unit is
+    missing.
     """
     route = choose_route(request)
     _check_route(route, request)

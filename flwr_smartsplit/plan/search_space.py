@@ -1,12 +1,11 @@
 """The search space: every route, the plans worth a look on it, and what both cost.
 
-Routes are enumerated here and nowhere else. Peaks do not grow evenly with depth, so
-every cut counts. Without recomputation the deepest route is wanted most, since it
-leaves the least leaky boundary.
+Routes are enumerated here. Peaks are not monotonic in depth, so every cut counts.
+Without recomputation the deepest route is wanted most: its boundary leaks the least.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
 
@@ -38,10 +37,7 @@ NUM_BETWEEN = 3
 
 
 def split_routes(num_units: int, *, edge: str | None = EDGE) -> Iterator[Route]:
-    """Yield the whole model, then all single cuts, the deepest first.
-
-    Without an edge, the whole model is all there is.
-    """
+    """Yield the whole model, then, with an edge, all single cuts, deepest first."""
     yield Route.whole()
     if edge is not None:
         for cut in range(num_units - 1, 0, -1):
@@ -51,7 +47,7 @@ def split_routes(num_units: int, *, edge: str | None = EDGE) -> Iterator[Route]:
 def u_shape_routes(num_units: int, *, edge: str | None = EDGE) -> Iterator[Route]:
     """Yield the whole model, then all routes that bring the last units back.
 
-    As few of the last units as possible come back first; then the deepest front does.
+    Those with the fewest last units come first; of these, those with the deepest front.
     """
     yield Route.whole()
     if edge is not None:
@@ -79,15 +75,7 @@ def later_routes(route: Route, num_units: int) -> Iterator[Route]:
 def option_of(
     profile: ChainProfile, route: Route, recompute: RecomputePlan = KEEP_ALL
 ) -> RouteOption:
-    """Work out what a route and a plan cost.
-
-    Raises
-    ------
-    InvalidRoute
-        If a cut lies outside the chain.
-    InvalidPlan
-        If the plan is none of this route.
-    """
+    """Work out what a route of the chain, and a plan of this route, cost."""
     memory = disk = 0
     if len(route.cuts) == 1:
         memory, disk = tail_bytes(profile, route.cuts[0], len(profile.units))
@@ -107,13 +95,6 @@ def options_of_route(
     """Plan one route for several budgets, from the least that it can do with.
 
     ``num_between`` more lie at equal distances up to its peak without recomputation.
-
-    Raises
-    ------
-    InvalidRoute
-        If a cut lies outside the chain.
-    ValueError
-        If ``num_between`` is less than 0.
     """
     if num_between < 0:
         raise ValueError(f"num_between is {num_between}: give 0 or more.")
@@ -130,8 +111,6 @@ def routes_worth_a_plan(
 ) -> tuple[Route, ...]:
     """List the routes to plan for, the shallowest first.
 
-    Notes
-    -----
     A route is left out if another sends as little and, with nothing recomputed, holds
     as little: of EfficientNet-B0's 62 routes, seven remain. That it then holds more
     with recomputation, too, is nearly always true, and saves minutes. Of seven profiles
@@ -142,10 +121,10 @@ def routes_worth_a_plan(
     routes = list(u_shape_routes(size) if with_u_shapes else split_routes(size))
     if with_u_shapes:
         routes += [route for route in split_routes(size) if route.cuts]
-    costs = {
-        route: (_boundary_bytes(profile, route), predicted_peak_bytes(profile, route))
-        for route in routes
-    }
+    costs = {}
+    for route in routes:
+        sent = sum(profile.units[cut - 1].boundary_bytes for cut in route.cuts)
+        costs[route] = sent, predicted_peak_bytes(profile, route)
     kept: list[Route] = []
     # Of equal ones the deepest comes first, and stays: it leaks the least.
     for route in sorted(routes, key=costs.__getitem__):
@@ -155,10 +134,6 @@ def routes_worth_a_plan(
     return tuple(filter(worth.__contains__, reversed(routes)))
 
 
-def _boundary_bytes(profile: ChainProfile, route: Route) -> int:
-    return sum(profile.units[cut - 1].boundary_bytes for cut in route.cuts)
-
-
 # --- the space of a fleet ---------------------------------------------------------
 
 
@@ -166,22 +141,16 @@ def _boundary_bytes(profile: ChainProfile, route: Route) -> int:
 class SearchSpace:
     """All options of a chain, the most wanted first where nothing is known of speed.
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at one batch size.
-    options : tuple[RouteOption, ...]
-        First those that recompute nothing, then the others; the deepest first.
+    First those that recompute nothing, then the others; the deepest first.
     """
 
     profile: ChainProfile
     options: tuple[RouteOption, ...]
-    peaks: npt.NDArray[np.int64] = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Line the peaks up."""
-        peaks = np.array([option.peak_bytes for option in self.options], np.int64)
-        object.__setattr__(self, "peaks", peaks)
+    @cached_property
+    def peaks(self) -> npt.NDArray[np.int64]:
+        """The options' peaks, in bytes."""
+        return np.array([option.peak_bytes for option in self.options], np.int64)
 
     @cached_property
     def whole_peak_bytes(self) -> int:
@@ -204,21 +173,10 @@ def search_space(
 ) -> SearchSpace:
     """List the options of a chain, once for all clients of a batch size.
 
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the clients' batch size.
-    constraints : Constraints
-        What the user allows.
-    has_edges : bool
-        Whether any edge is ready; without one, there are whole models only.
-    accumulate : int
-        For how many micro-batches the profile was made.
-
-    Notes
-    -----
-    Every route is there as it is. Plans that recompute are there for a few budgets, on
-    routes that no other beats in memory and traffic: planning takes time.
+    Without ``has_edges`` there are whole models only; ``accumulate`` is the number of
+    micro-batches of the profile. Every route is there as it is. Plans that recompute
+    are there for a few budgets, on routes that no other beats in memory and traffic:
+    planning takes time.
     """
     size = len(profile.units)
     routes = [
@@ -250,10 +208,7 @@ def extra_work(option: RouteOption) -> tuple[int, bool]:
 
 
 def dominates(option: RouteOption, other: RouteOption) -> bool:
-    """Say whether an option is nowhere worse than another, and somewhere better.
-
-    Compared are memory, extra work, and traffic.
-    """
+    """Say whether an option is better in memory, work or traffic, and worse in none."""
     mine, theirs = _costs(option), _costs(other)
     pairs = zip(mine, theirs, strict=True)
     return mine != theirs and all(own <= its for own, its in pairs)  # type: ignore[operator]
@@ -264,12 +219,8 @@ def undominated(
 ) -> tuple[RouteOption, ...]:
     """Keep what no other option beats and a budget allows; the least memory first.
 
-    Of equal options the deepest is kept.
-
-    Raises
-    ------
-    ValueError
-        If ``budget_bytes`` is no number of bytes.
+    Of equal options the deepest is kept. A budget that is no number of bytes raises
+    ``ValueError``.
     """
     if budget_bytes is not None:
         check_budget(budget_bytes)
@@ -290,16 +241,8 @@ def recommended_option(
 ) -> RouteOption | None:
     """Take the deepest option that recomputes nothing, else the one of least work.
 
-    Returns
-    -------
-    RouteOption or None
-        If it recomputes, its route is planned anew for exactly this budget, so it may
-        be none of the front. None if no option fits.
-
-    Raises
-    ------
-    ValueError
-        If ``budget_bytes`` is no number of bytes.
+    If it recomputes, its route is planned anew for exactly this budget, so it may be
+    none of the front. None if no option fits; ``ValueError`` as in ``undominated``.
     """
     fitting = undominated(front, budget_bytes=budget_bytes)
     if not fitting:

@@ -17,32 +17,11 @@ class TailBytes(NamedTuple):
 def tail_bytes(profile: ChainProfile, start: int, stop: int) -> TailBytes:
     """Predict what units ``[start, stop)`` take at an edge with a memory budget.
 
-    Such an edge steps large parameters inside backward, as devices do.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size and optimizer.
-    start, stop : int
-        The units; at least one is before them, at the device.
-
-    Returns
-    -------
-    TailBytes
-        The most bytes of tensors that the session has at any moment, from its opening
-        to its seal, and the size of what it leaves on disk, headers not counted. Where
-        the route ends at this edge, the memory is what a meter measures there; where it
-        goes on, never below.
-
-    Raises
-    ------
-    ValueError
-        If there are no such units behind a cut.
-
-    Notes
-    -----
-    Messages that are being received or sent are not part of it. At its opening a
-    session has its state twice, as it was read and as it was built.
+    Such an edge updates large parameters inside backward, as devices do. The memory is
+    the peak of the session's tensors, from its opening, when its state is there twice
+    (read and built), to its seal; messages in transit are not part of it. It is exact
+    where the route ends at this edge, and an upper bound where it goes on. The disk is
+    without headers.
     """
     if not 0 < start < stop <= len(profile.units):
         raise ValueError(

@@ -1,7 +1,7 @@
 """How long a client's part of a round takes: work over speeds, nothing measured.
 
-The same few sums serve the planner, which compares routes, and the clock of the
-simulations, which says how long a round would have taken on a fleet.
+The planner compares routes by these sums, and the simulations' clock says by them how
+long a round would have taken on a fleet.
 """
 
 from math import inf
@@ -25,26 +25,7 @@ NO_WAIT = Link()
 def work_of(
     profile: ChainProfile, route: Route, recompute: RecomputePlan = KEEP_ALL
 ) -> Work:
-    """Add up what a route asks for.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size.
-    route : Route
-        Any route of the chain.
-    recompute : RecomputePlan
-        What the device runs twice.
-
-    Raises
-    ------
-    InvalidRoute
-        If a cut lies outside the chain.
-
-    Notes
-    -----
-    What a plan runs twice counts as forward, once for every time it runs.
-    """
+    """Add up what a route asks for; each rerun of a plan counts as forward."""
     units = profile.units
     own = [
         unit
@@ -69,16 +50,7 @@ def work_of(
 def step_seconds(
     work: Work, *, flops_per_second: float, link: Link, edge_flops_per_second: float
 ) -> float:
-    """Add up the seconds of one training step; nothing overlaps.
-
-    Examples
-    --------
-    >>> work = Work(device_flops=6, edge_flops=8, boundary_bytes=10, num_exchanges=1)
-    >>> link = Link(up_bytes_per_second=5, down_bytes_per_second=10,
-    ...             latency_seconds=0.25)
-    >>> step_seconds(work, flops_per_second=2, link=link, edge_flops_per_second=8)
-    7.5
-    """
+    """Add up the seconds of one training step; nothing overlaps."""
     return (
         work.device_flops / flops_per_second
         + work.edge_flops / edge_flops_per_second
@@ -89,7 +61,7 @@ def step_seconds(
 
 
 def transfer_seconds(num_bytes: float, link: Link) -> float:
-    """Say how long it takes that so much arrives, and as much goes back."""
+    """Return the seconds until so many bytes arrive and as many go back."""
     return (
         num_bytes / link.down_bytes_per_second
         + num_bytes / link.up_bytes_per_second
@@ -104,14 +76,7 @@ def round_seconds(
 ) -> float | None:
     """Say how long a client's part of a round takes; None if nobody knows its speed.
 
-    Parameters
-    ----------
-    work : Work
-        What its route asks for.
-    device : DeviceProfile
-        Its examples, speed and links; a link that is not known takes no time.
-    edge : EdgeProfile, optional
-        Where the rest of the model is; a speed that is not known takes no time.
+    A link or an edge of unknown speed takes no time.
     """
     flops_per_second = device.traits.flops_per_second
     if flops_per_second is None:

@@ -1,4 +1,4 @@
-"""Which replies may be merged. One refused reply touches nothing else."""
+"""Which replies may be merged. A refused reply affects no other one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,18 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.errors import RefusedReply
-from flwr_smartsplit.types import (
-    ClientReply,
-    Expectation,
-    Failure,
-    Status,
-    StepReport,
-)
+from flwr_smartsplit.types import ClientReply, Expectation, Failure, Status, StepReport
 
 State = Mapping[str, npt.NDArray[Any]]
 
 _TOO_MANY = 2**29
-"""From here on, a weight times a float32 value is not exact in float64."""
+"""From this weight on, weight times float32 is not exact in float64."""
 
 
 def check_reply(
@@ -29,62 +23,41 @@ def check_reply(
     accepted: Mapping[str, ClientReply],
     current: State,
 ) -> None:
-    """Make sure that a reply can be merged.
+    """Check that a reply can be merged with those accepted so far.
 
-    Parameters
-    ----------
-    reply : ClientReply
-        What came.
-    round_number : int
-        The round being settled.
-    expected : Mapping[str, Expectation]
-        What each chosen client has to send.
-    accepted : Mapping[str, ClientReply]
-        The replies accepted so far.
-    current : Mapping[str, ndarray]
-        The global state, for shapes and dtypes.
-
-    Raises
-    ------
-    RefusedReply
-        With ``kind`` one of late, duplicate, refused, out_of_memory, edge_failed.
+    ``current`` is the global state, for shapes and dtypes. Raises ``RefusedReply`` with
+    ``kind`` late, duplicate, refused, out_of_memory or edge_failed.
     """
     key = reply.client_key
     if reply.round_number != round_number:
         raise _refused(
-            "late",
             f"client {key!r} answers round {reply.round_number} in round "
             f"{round_number}: raise the timeout or give it less work.",
+            kind="late",
         )
     if key not in expected:
-        raise _refused("refused", f"client {key!r} was not chosen in this round.")
+        raise _refused(f"client {key!r} was not chosen in this round.")
     if key in accepted:
-        raise _refused("duplicate", f"client {key!r} has answered already.")
+        raise _refused(f"client {key!r} has answered already.", kind="duplicate")
     if reply.report.status is not Status.OK:
-        raise _refused(reply.report.status.value, reply.report.message)
+        raise _refused(reply.report.message, kind=reply.report.status.value)
     _check_state(reply, expected[key], current)
     _check_receipts(reply, expected[key])
 
 
 def check_evaluation(reply: ClientReply, *, round_number: int) -> None:
-    """Make sure that an evaluation counts.
-
-    Raises
-    ------
-    RefusedReply
-        With ``kind`` one of late, refused, out_of_memory, edge_failed.
-    """
+    """Check an evaluation; raise ``RefusedReply`` as ``check_reply`` does."""
     report = reply.report
     if reply.round_number != round_number:
-        raise _refused("late", f"evaluated round {reply.round_number}.")
+        raise _refused(f"evaluated round {reply.round_number}.", kind="late")
     if report.status is not Status.OK:
-        raise _refused(report.status.value, report.message)
+        raise _refused(report.message, kind=report.status.value)
     if report.num_examples < 1:
-        raise _refused("refused", f"evaluated {report.num_examples} examples.")
+        raise _refused(f"evaluated {report.num_examples} examples.")
 
 
 def refusal(reply: ClientReply, error: RefusedReply) -> Failure:
-    """Note whose reply was refused, why, and what it had measured."""
+    """Describe a refused reply as a failure, with its measurements."""
     return Failure(
         client_key=reply.client_key,
         kind=error.kind,
@@ -97,29 +70,26 @@ def _check_state(reply: ClientReply, expectation: Expectation, current: State) -
     key, state = reply.client_key, reply.state
     if not 1 <= reply.report.num_examples < _TOO_MANY:
         raise _refused(
-            "refused",
             f"client {key!r} trained on {reply.report.num_examples} examples: a "
-            f"weight must be at least 1 and less than {_TOO_MANY}.",
+            f"weight must be at least 1 and less than {_TOO_MANY}."
         )
     missing = sorted(expectation.device_names - state.keys())
     surplus = sorted(state.keys() - expectation.device_names)
     if missing or surplus:
         raise _refused(
-            "refused",
             f"client {key!r} must send the state of its own segments and nothing "
-            f"else: missing {missing}, surplus {surplus}.",
+            f"else: missing {missing}, surplus {surplus}."
         )
     for name, array in state.items():
         wanted = current[name]
         if array.shape != wanted.shape or array.dtype != wanted.dtype:
             raise _refused(
-                "refused",
                 f"client {key!r} sends {name} as {array.dtype}{array.shape}, the "
-                f"model has {wanted.dtype}{wanted.shape}.",
+                f"model has {wanted.dtype}{wanted.shape}."
             )
         if not np.isfinite(array).all():
             raise _refused(
-                "refused", f"client {key!r} sends values of {name} that are not finite."
+                f"client {key!r} sends values of {name} that are not finite."
             )
 
 
@@ -128,50 +98,42 @@ def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:
     receipts = {receipt.place: receipt for receipt in reply.receipts}
     if receipts.keys() != expectation.tails.keys():
         raise _refused(
-            "refused",
-            f"client {key!r} must bring a receipt of {sorted(expectation.tails)}, "
-            f"it brings {sorted(receipts)}: a tail that is not sealed is not merged.",
+            f"client {key!r} must send receipts of {sorted(expectation.tails)}, not "
+            f"of {sorted(receipts)}: a tail that is not sealed is not merged."
         )
     for place, tail in expectation.tails.items():
         receipt = receipts[place]
         if receipt.session != tail.session or set(receipt.names) != tail.names:
             raise _refused(
-                "refused",
-                f"client {key!r} brings a receipt for session {receipt.session} with "
+                f"client {key!r} sends a receipt for session {receipt.session} with "
                 f"{len(receipt.names)} names; {tail.session} with {len(tail.names)} "
-                "was expected.",
+                "was expected."
             )
         if receipt.variant != tail.variant:
             raise _refused(
-                "refused",
-                f"client {key!r} brings a receipt for variant "
-                f"{receipt.variant.name!r}; {tail.variant.name!r} was planned.",
+                f"client {key!r} sends a receipt for variant "
+                f"{receipt.variant.name!r}; {tail.variant.name!r} was planned."
             )
         if not _are_steps_of(reply.report, receipt.num_examples):
             raise _refused(
-                "refused",
                 f"client {key!r} claims {reply.report.num_examples} examples in "
                 f"{reply.report.num_epochs} epochs, its tail at {place!r} saw "
-                f"{receipt.num_examples}.",
+                f"{receipt.num_examples}."
             )
         if receipt.num_steps != reply.report.num_steps:
             raise _refused(
-                "refused",
                 f"client {key!r} did {reply.report.num_steps} steps, its tail at "
-                f"{place!r} did {receipt.num_steps}.",
+                f"{place!r} did {receipt.num_steps}."
             )
 
 
 def _are_steps_of(report: StepReport, num_stepped: int) -> bool:
-    """Say whether passes over a client's examples come to so many in all.
-
-    The last pass of a client that was released may have ended early.
-    """
+    """Check the examples of all passes; a released client's last may be incomplete."""
     all_passes = report.num_examples * report.num_epochs
     if not report.released or report.num_epochs == 1:
         return num_stepped == all_passes
     return all_passes - report.num_examples < num_stepped <= all_passes
 
 
-def _refused(kind: str, message: str) -> RefusedReply:
+def _refused(message: str, *, kind: str = "refused") -> RefusedReply:
     return RefusedReply(message, kind=kind)

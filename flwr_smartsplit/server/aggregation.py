@@ -1,8 +1,7 @@
-"""Settle a round: refuse, commit, drop, merge; then mix, and let the server add.
+"""Settle a round: check replies, commit tails, merge; then mix and step on the server.
 
-Whatever happens to single clients or edges, the mean is that of exactly the clients
-that were accepted everywhere. Both strategies call these functions, so the same replies
-give the same bits.
+Whatever fails, the mean is that of exactly the clients that were accepted everywhere.
+Both strategies call these functions, so the same replies give the same bits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,15 +25,8 @@ State = Mapping[str, npt.NDArray[Any]]
 class Settled:
     """How a round ended.
 
-    Parameters
-    ----------
-    state : Mapping[str, ndarray] or None
-        The clients' weighted mean, until the server acts on it; None if nobody was
-        accepted.
-    accepted : Mapping[str, ClientReply]
-        The merged replies, in client_key order.
-    failures : tuple[Failure, ...]
-        Everybody else.
+    ``state`` is the weighted mean, before the server acts on it; None if no client was
+    accepted. ``accepted`` holds the merged replies, in client_key order.
     """
 
     state: State | None
@@ -44,19 +36,19 @@ class Settled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSummary:
-    """What a settled round came to, for whoever acts on its state.
+    """The results of a settled round, for whoever acts on its state.
 
     Parameters
     ----------
     round_number : int
         The round, counted from 1.
     staleness : int
-        How many versions of the global state are newer than the one that these clients
-        started from; 0 where every round waits for its clients.
+        Number of global states newer than the one that these clients started from; 0 if
+        every round waits for its clients.
     reports : Mapping[str, StepReport]
-        What the merged clients measured, in client_key order.
+        The merged clients' measurements, in client_key order.
     failures : tuple[Failure, ...]
-        Whose part was not merged.
+        The clients and edges that failed.
     """
 
     round_number: int
@@ -66,7 +58,7 @@ class RoundSummary:
 
 
 class Mixing(Protocol):
-    """How much a result counts against the state that it meets."""
+    """How the clients' mean is mixed into the current global state."""
 
     def mix(self, current: State, mean: State, summary: RoundSummary) -> State:
         """Return the next state, with the names and shapes of ``current``.
@@ -76,7 +68,7 @@ class Mixing(Protocol):
         current, mean : Mapping[str, ndarray]
             The newest global state, and the clients' mean.
         summary : RoundSummary
-            How the mean came about, such as its staleness.
+            Facts about the mean, such as its staleness.
         """
 
 
@@ -91,7 +83,7 @@ class Replace:
 
 
 class ServerStep(Protocol):
-    """What the server adds to a state that was merged and mixed."""
+    """What the server does with a merged and mixed state, such as an optimizer step."""
 
     def step(self, before: State, after: State, summary: RoundSummary) -> State:
         """Return the next state, with the names and shapes of ``before``.
@@ -121,13 +113,7 @@ def next_state(
 
 
 def state_like(current: State, state: State, *, maker: object) -> State:
-    """Give a state that somebody made the types of the current one.
-
-    Raises
-    ------
-    SmartSplitError
-        If its names or shapes are not those of the current one.
-    """
+    """Cast a state to the current dtypes; refuse other names or shapes."""
     had, has = (
         {name: np.shape(array) for name, array in each.items()}
         for each in (current, state)
@@ -138,7 +124,7 @@ def state_like(current: State, state: State, *, maker: object) -> State:
         raise SmartSplitError(
             f"{maker!r} returns a state in which {len(wrong)} arrays are not the "
             f"model's, such as {name!r}: {has.get(name, 'missing')} instead of "
-            f"{had.get(name, 'nothing')}. Return every name of the state that it gets."
+            f"{had.get(name, 'nothing')}. Return every name of the given state."
         )
     return {n: np.asarray(state[n], dtype=array.dtype) for n, array in current.items()}
 
@@ -151,20 +137,10 @@ def settle_round(
     current: State,
     edges: EdgePool,
 ) -> Settled:
-    """Merge a round's replies into their weighted mean.
+    """Merge a round's replies, in any order, into their weighted mean.
 
-    Parameters
-    ----------
-    replies : Iterable[ClientReply]
-        What came, in any order.
-    round_number : int
-        The round being settled.
-    expected : Mapping[str, Expectation]
-        What each chosen client had to send.
-    current : Mapping[str, ndarray]
-        The global state; what nobody trained keeps its value.
-    edges : EdgePool
-        Where the tails are sealed.
+    ``expected`` holds what each chosen client had to send; ``current`` is the global
+    state, whose untrained values are kept; ``edges`` holds the sealed tails.
     """
     accepted, failures = _accept(replies, round_number, expected, current)
     tail_sums, dropped = _commit(accepted, round_number, edges)
@@ -207,7 +183,7 @@ def _accept(
 def _commit(
     accepted: Mapping[str, ClientReply], round_number: int, edges: EdgePool
 ) -> tuple[list[Sums], list[Failure]]:
-    """Commit at every edge; who cannot be committed at one is dropped at all."""
+    """Commit at every edge; drop a client everywhere if one edge cannot commit it."""
     remaining = dict(accepted)
     dropped: list[Failure] = []
     while True:

@@ -1,7 +1,7 @@
-"""EdgePool: the strategy's side of all edges of a run."""
+"""EdgePool: the strategy's connections to all edges of a run."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,7 @@ class _Link:
 
 
 class EdgePool:
-    """Start edges, give them the round's state, settle with them, end them.
-
-    Parameters
-    ----------
-    edges : Sequence[Edge]
-        The edges clients may be routed to; their names must differ.
-    task : Task
-        What they build their segments from.
-    """
+    """Start edges, send them each round's state, commit at them, and stop them."""
 
     def __init__(self, edges: Sequence[Edge], task: Task) -> None:
         if not isinstance(edges, list | tuple):
@@ -52,31 +44,17 @@ class EdgePool:
         return tuple(self._edges)
 
     def profiles(self, names: Sequence[str]) -> tuple[EdgeProfile, ...]:
-        """Say what some edges offer.
-
-        Parameters
-        ----------
-        names : Sequence[str]
-            The edges, in the order in which they are wanted.
-        """
+        """Return the profiles of some edges, in order."""
         return tuple(self._edges[name].profile for name in names)
 
     def prepare(
         self, digest: str, state: State
     ) -> tuple[dict[str, str], list[Failure]]:
-        """Make sure that the edges hold a state; start those that do not run.
+        """Start edges that do not run, and have all hold a state.
 
-        Returns
-        -------
-        addresses : dict[str, str]
-            By name, of every edge that is ready, in the order they were given.
-        failures : list[Failure]
-            The edges that are not; nobody is routed to them in this round.
-
-        Raises
-        ------
-        EdgeUnreachable
-            If no edge can be had from the start: something is set up wrongly.
+        Returns the addresses of the edges that are ready, by name and in order, and the
+        failures of the others, which get no client this round. Raises
+        ``EdgeUnreachable`` if no edge was ever ready: the set-up is wrong.
         """
         failures = []
         for name in self._edges:
@@ -99,14 +77,10 @@ class EdgePool:
     def commit(
         self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
     ) -> Sums:
-        """Let one edge merge exactly these sessions.
+        """Have one edge merge exactly these sessions.
 
-        Raises
-        ------
-        TailLost
-            Naming the sessions it cannot merge.
-        EdgeError
-            If it cannot merge at all.
+        Raises ``TailLost`` with the sessions that it cannot merge, or another
+        ``EdgeError``.
         """
         if place not in self._links:
             raise EdgeUnreachable(f"edge {place!r} is not running.")
@@ -114,21 +88,19 @@ class EdgePool:
         return _asked(link, wire.Commit(round_number, entries)).sums
 
     def release(self, round_number: int, keep_digest: str) -> None:
-        """Let the edges delete what the round left behind; a dead one has nothing."""
+        """Have the edges delete a round's files; ignore dead edges."""
         for link in self._links.values():
-            try:
+            with suppress(EdgeError):
                 _asked(link, wire.Release(round_number, keep_digest))
-            except EdgeError:
-                continue
 
     def stop(self) -> None:
-        """End every edge, also if another one cannot be ended."""
+        """Stop every edge, even if stopping another one fails."""
         with ExitStack() as stack:
             for name in tuple(self._links):
                 stack.callback(self._drop, name)
 
     def traffic_bytes(self) -> int:
-        """Count what went between the strategy and its edges so far."""
+        """Return the bytes sent between the strategy and its edges so far."""
         return self._past_bytes + sum(map(_traffic_bytes, self._links.values()))
 
     def _hold(self, name: str, digest: str, state: State) -> None:
@@ -153,7 +125,7 @@ class EdgePool:
             _asked(link, wire.HoldState(digest, state))
 
     def _drop(self, name: str) -> None:
-        """End an edge, if it was started, and keep its counts."""
+        """Stop an edge, if it was started, and keep its byte count."""
         link = self._links.pop(name, None)
         if link is not None:
             self._past_bytes += _traffic_bytes(link)
@@ -161,7 +133,7 @@ class EdgePool:
 
 
 def _asked(link: _Link, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
-    """Ask an edge; what goes wrong there, such as too little memory, is its own."""
+    """Send a request; turn other errors of the edge into an ``EdgeError``."""
     try:
         return link.transport.send(request)
     except (MemoryError, OSError, RuntimeError) as error:

@@ -53,6 +53,7 @@ class Chain:
         self.refusals = refusals
         self._odd_modes = odd_modes(model)
         self._state_names: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._changed_names: dict[tuple[int, int], tuple[str, ...]] = {}
 
     @classmethod
     def from_module(
@@ -176,6 +177,8 @@ class Chain:
 
         Without frozen parameters, and without buffers of units that change none.
         """
+        if (start, stop) in self._changed_names:  # Every client of a round asks.
+            return self._changed_names[start, stop]
         changed: set[str] = set()
         for index in range(start, stop):
             unit = self.segment(index, index + 1)
@@ -183,7 +186,9 @@ class Chain:
             changed |= {name for name, p in parameters if p.requires_grad}
             if self.units[index].changes_buffers:
                 changed |= dict(unit.named_buffers(remove_duplicate=False)).keys()
-        return tuple(n for n in self.state_names(start, stop) if n in changed)
+        names = tuple(n for n in self.state_names(start, stop) if n in changed)
+        self._changed_names[start, stop] = names
+        return names
 
     def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that a state fits this model, by names and shapes.

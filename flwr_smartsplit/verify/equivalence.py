@@ -95,8 +95,7 @@ class RouteChecker:
                 chain=self.chain,
                 streams=UnitStreams(_SEED, _ROUND, _CLIENT),
             )
-        self._gradients.name(_names([model], model))
-        self._true_gradients = self._gradients.take()
+        self._true_gradients = self._gradients.take(_names([model], model))
         self._true_outputs = self._outputs.take()
         self._final = state_of(model)
         self._edge = LocalEdge()
@@ -131,7 +130,7 @@ class RouteChecker:
             peak_bytes = outcome.report.peak_bytes
         except Exception as error:
             differences.append(f"{type(error).__name__}: {error}")
-        self._gradients.take()
+        self._gradients.clear()
         self._outputs.take()
         self._send(wire.Release(_ROUND, self._digest))
         return CutCheck(route, tuple(differences), measured_peak_bytes=peak_bytes)
@@ -155,8 +154,8 @@ class RouteChecker:
             differences.append(f"training ends with: {report.message}")
             return outcome
         segments = [self.chain.segment(leg.start, leg.stop) for leg in legs]
-        self._gradients.name(_names(segments, self.chain.model))
-        differences += _differing(self._true_gradients, self._gradients.take())
+        gradients = self._gradients.take(_names(segments, self.chain.model))
+        differences += _differing(self._true_gradients, gradients)
         differences += _loss_differences("loss", report.loss, self._truth.train_loss)
         differences += self._state_differences(outcome)
         # The last batch may be smaller.
@@ -209,22 +208,18 @@ def example_batches(task: Task, *, batch_size: int, seed: int = 0) -> Batches:
     """
     rng = torch.Generator().manual_seed(seed)
 
-    def draw(example: Tensor, size: int) -> Tensor:
-        choices = example.flatten()
+    def draw(size: int, example: Tensor, *, is_input: bool = True) -> Tensor:
         shape = (size, *example.shape[1:])
-        return choices[torch.randint(choices.numel(), shape, generator=rng)]
-
-    def draw_input(size: int, example: Tensor) -> Tensor:
-        if example.is_floating_point():
-            shape = (size, *example.shape[1:])
+        if is_input and example.is_floating_point():
             return torch.randn(shape, generator=rng, dtype=example.dtype)
-        return draw(example, size)
+        choices = example.flatten()
+        return choices[torch.randint(choices.numel(), shape, generator=rng)]
 
     sizes = [batch_size, batch_size, *([batch_size - 1] if batch_size > 2 else [])]  # noqa: PLR2004
     return [
         (
-            tree_map(partial(draw_input, size), task.example_inputs),
-            draw(task.example_targets, size),
+            tree_map(partial(draw, size), task.example_inputs),
+            draw(size, task.example_targets, is_input=False),
         )
         for size in sizes
     ]
@@ -236,7 +231,6 @@ class _GradientLog:
     def __init__(self, optimizer_fn: Callable[..., Optimizer]) -> None:
         self._optimizer_fn = optimizer_fn
         self._taken: list[list[list[str]]] = []
-        self._named: dict[str, str] = {}
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         parameters = list(parameters)
@@ -254,19 +248,20 @@ class _GradientLog:
         optimizer.register_step_pre_hook(one_by_one(write))
         return optimizer
 
-    def name(self, owners: Sequence[Sequence[str]]) -> None:
-        """Name the recorded gradients by the parameters of each optimizer."""
-        for names, taken in zip(owners, self._taken, strict=True):
-            for name, digests in zip(names, taken, strict=True):
-                self._named |= {
-                    f"gradient {name} of step {step}": digest
-                    for step, digest in enumerate(digests)
-                }
-
-    def take(self) -> dict[str, str]:
-        """Return what was recorded, and start over."""
-        named, self._named, self._taken = self._named, {}, []
+    def take(self, owners: Sequence[Sequence[str]]) -> dict[str, str]:
+        """Name the digests by each optimizer's parameters; return them, start over."""
+        named = {
+            f"gradient {name} of step {step}": digest
+            for names, taken in zip(owners, self._taken, strict=True)
+            for name, digests in zip(names, taken, strict=True)
+            for step, digest in enumerate(digests)
+        }
+        self.clear()
         return named
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._taken = []
 
 
 def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
@@ -303,9 +298,7 @@ class _OutputLog:
 
 
 @unmetered()
-def _digest(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return ""
+def _digest(tensor: Tensor) -> str:
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
     values = dense.resolve_conj().resolve_neg().contiguous().flatten()
     digest = hashlib.sha256(repr((tuple(tensor.shape), tensor.dtype)).encode())

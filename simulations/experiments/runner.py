@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.registry import Fleet
-from flwr_smartsplit.flower.serde.records import message_dialect
+from flwr_smartsplit.flower.serde.records import message_layout
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.train.threads import torch_threads
 from simulations.experiments.client_app import MethodApp
@@ -219,7 +219,7 @@ def _wake_clients(grid: Grid, num_clients: int) -> None:
     """
     while len(nodes := list(grid.get_node_ids())) < num_clients:
         time.sleep(0.1)
-    fleet = Fleet(message_dialect(), timeout_seconds=WAKING_TIMEOUT_SECONDS)
+    fleet = Fleet(message_layout(), timeout_seconds=WAKING_TIMEOUT_SECONDS)
     _, failures = fleet.members(grid, nodes)
     if failures:
         raise ExperimentError(

@@ -21,7 +21,7 @@ from flwr_smartsplit.flower.registry import Member
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     instruction,
-    message_dialect,
+    message_layout,
     plan_to_scalars,
     to_array_record,
 )
@@ -227,7 +227,7 @@ class NestedRounds:
         }
         record = to_array_record(cut_state(self._state, variant.shapes))
         return Message(
-            instruction(message_dialect(), record, told, is_train=True),
+            instruction(message_layout(), record, told, is_train=True),
             message_type=MessageType.TRAIN,
             dst_node_id=member.node_id,
         )

@@ -20,7 +20,7 @@ from flwr_smartsplit.flower.journal.rows import Row, failure_row, skipped_row
 from flwr_smartsplit.flower.registry import Fleet, Member
 from flwr_smartsplit.flower.serde.records import (
     last_line,
-    message_dialect,
+    message_layout,
     record_bytes,
 )
 from flwr_smartsplit.plan.selection.selection import NOT_SAMPLED, sample_clients
@@ -50,7 +50,7 @@ class Sampler:
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        self._fleet = Fleet(message_dialect(), timeout_seconds=TIMEOUT_SECONDS)
+        self._fleet = Fleet(message_layout(), timeout_seconds=TIMEOUT_SECONDS)
         self._key_of_node: dict[int, str] = {}
 
     def draw(self, server_round: int, grid: Grid) -> Sample:

@@ -12,7 +12,8 @@ import torch
 from safetensors.numpy import load_file
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.cut_moves import MoveCut, checksum
+from flwr_smartsplit.edge.cut_moves import MoveCut
+from flwr_smartsplit.edge.message_bytes import checksum
 from flwr_smartsplit.edge.tensors import WireTensor, state_digest
 from flwr_smartsplit.errors import (
     EdgeError,

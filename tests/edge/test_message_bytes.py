@@ -204,6 +204,9 @@ def test_an_error_that_the_other_end_does_not_know_is_its_nearest_base() -> None
     found = decode(joined(Lost("gone", sessions=("a",), by=print)))
     assert type(found) is TailLost
     assert (found.sessions, found.by) == (("a",), repr(print))
+    half = [np.ones(3), print]
+    found = decode(joined(Lost("gone", sessions=("a",), by=half)))
+    assert found.by == repr(half)
     found = decode(joined(Strange("why")))
     assert (type(found), str(found)) == (EdgeError, "Strange: why")
 

@@ -1,4 +1,4 @@
-"""Fleet: every node is asked who it is, once, in its own dialect; keys order all."""
+"""Fleet: every node is asked once for its profile, in its own layout."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,18 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit.flower.registry import Fleet, Member
-from flwr_smartsplit.flower.serde.records import LEGACY, message_dialect
+from flwr_smartsplit.flower.serde.records import LEGACY, message_layout
 from flwr_smartsplit.types import DeviceProfile, Failure
 from tests.flower.apps import broken_app, legacy_app, message_app
 from tests.in_process_grid import InProcessGrid
 
-DIALECT = message_dialect()
-QUERY = DIALECT.profile_type
+LAYOUT = message_layout()
+QUERY = LAYOUT.profile_type
 
 
 def fleet() -> Fleet:
     """Make a fleet that knows nobody."""
-    return Fleet(DIALECT, timeout_seconds=5.0)
+    return Fleet(LAYOUT, timeout_seconds=5.0)
 
 
 def ask(known: Fleet, grid: InProcessGrid) -> tuple[dict[str, Member], list[Failure]]:
@@ -39,7 +39,7 @@ def test_a_profile_says_what_the_client_is() -> None:
     assert members == {
         "c2": Member(
             grid.node_ids[0],
-            DIALECT,
+            LAYOUT,
             DeviceProfile(
                 client_key="c2", budget_bytes=12345, num_examples=11, batch_size=4
             ),
@@ -57,8 +57,8 @@ def test_a_profile_says_what_the_client_is() -> None:
     ],
     ids=["message", "legacy", "mixed", "mixed otherwise"],
 )
-def test_both_dialects_are_understood(apps: Sequence[ClientApp]) -> None:
-    """Members come in client_key order, with the dialect each one speaks."""
+def test_both_layouts_are_understood(apps: Sequence[ClientApp]) -> None:
+    """Members come in client_key order, with the layout that each one uses."""
     grid = InProcessGrid(apps)
     members, failures = ask(fleet(), grid)
     assert failures == []
@@ -66,12 +66,12 @@ def test_both_dialects_are_understood(apps: Sequence[ClientApp]) -> None:
     for place, key in enumerate(["c2", "c0", "c1"]):
         assert members[key].node_id == grid.node_ids[place]
         understands_both = apps[place]._call is None
-        dialects = (LEGACY, DIALECT) if understands_both else (LEGACY,)
-        assert members[key].dialect in dialects
+        layouts = (LEGACY, LAYOUT) if understands_both else (LEGACY,)
+        assert members[key].layout in layouts
 
 
-def test_a_fleet_of_one_dialect_is_asked_in_it() -> None:
-    """One node finds out; a wrong dialect is an error in a client's log."""
+def test_a_fleet_of_one_layout_is_asked_in_it() -> None:
+    """One node finds out; a wrong layout is an error in a client's log."""
     grid = InProcessGrid([message_app(k) for k in range(5)])
     ask(fleet(), grid)
     assert message_types(grid) == [QUERY] * 5
@@ -138,7 +138,7 @@ def test_a_silent_node_need_not_be_asked_in_every_phase() -> None:
 
 
 def test_an_app_that_is_not_ours_is_a_failure_with_its_cause() -> None:
-    """It was asked in both dialects; the cause is the client's own error."""
+    """It was asked in both layouts; the cause is the client's own error."""
     grid = InProcessGrid([message_app(0), broken_app()])
     members, failures = ask(fleet(), grid)
     assert list(members) == ["c0"]

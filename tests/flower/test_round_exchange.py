@@ -11,7 +11,7 @@ from flwr_smartsplit import Route
 from flwr_smartsplit.flower.messages import read, written
 from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names
-from flwr_smartsplit.flower.serde.records import message_dialect, plan_from_config
+from flwr_smartsplit.flower.serde.records import message_layout, plan_from_config
 from flwr_smartsplit.types import ClientReply, Failure, TailExpectation
 from tests.flower.apps import arrays_of, initial_arrays, legacy_app, message_app
 from tests.in_process_grid import InProcessGrid
@@ -28,11 +28,11 @@ class Round:
         """Make the grid and learn who is there."""
         last = legacy_app(2) if last is None else last
         self.grid = InProcessGrid([message_app(0), message_app(1), last])
-        fleet = Fleet(message_dialect(), timeout_seconds=5.0)
+        fleet = Fleet(message_layout(), timeout_seconds=5.0)
         found, _ = fleet.members(self.grid, self.grid.get_node_ids())
         # Our app understands both; here the first two are spoken to in their own.
         self.members = {
-            key: replace(member, dialect=message_dialect()) if key != "c2" else member
+            key: replace(member, layout=message_layout()) if key != "c2" else member
             for key, member in found.items()
         }
         self.dispatch = Dispatch(1, True, 0.0, contacts=self.members)
@@ -71,7 +71,7 @@ def summary(found: tuple[list[Any], list[Any]]) -> tuple[list[str], list[Any]]:
 def test_a_message_holds_a_devices_own_units_and_its_plan(
     a_round: Round, cut: int
 ) -> None:
-    """And the user's config, under the keys of the client's dialect."""
+    """And the user's config, under the keys of the client's layout."""
     message = a_round.message(1, Route.split(cut))
     assert message.metadata.dst_node_id == a_round.grid.node_ids[1]
     assert message.metadata.message_type == "train"
@@ -104,7 +104,7 @@ def test_expectations_are_every_name_exactly_once(a_round: Round) -> None:
     assert not expected["c1"].device_names & tail.names
 
 
-def test_replies_of_both_dialects_are_read(a_round: Round) -> None:
+def test_replies_of_both_layouts_are_read(a_round: Round) -> None:
     """With the model's names, and their size counted."""
     replies, failures = a_round.read(a_round.replies())
     assert failures == []

@@ -171,17 +171,17 @@ REFUSALS: dict[str, tuple[ClientReply, str, str]] = {
     "no receipt": (
         replace(GOOD, receipts=()),
         "refused",
-        r"receipt of \['edge'\], it brings \[\]",
+        r"receipts of \['edge'\], not of \[\]",
     ),
     "receipt of another edge": (
         with_receipt(place="elsewhere"),
         "refused",
-        r"receipt of \['edge'\], it brings \['elsewhere'\]",
+        r"receipts of \['edge'\], not of \['elsewhere'\]",
     ),
     "receipt nobody needs": (
         replace(GOOD, client_key="c2", state=dict(CURRENT)),
         "refused",
-        r"receipt of \[\], it brings \['edge'\]",
+        r"receipts of \[\], not of \['edge'\]",
     ),
     "another variant": (
         with_receipt(variant=Variant("front")),

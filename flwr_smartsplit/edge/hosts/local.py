@@ -13,8 +13,7 @@ from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
-_services: dict[str, EdgeService] = {}
-_folders: dict[str, Path] = {}
+_edges: dict[str, tuple[EdgeService, Path]] = {}
 
 
 def LocalEdge(
@@ -25,15 +24,7 @@ def LocalEdge(
     flops_per_second: float | None = None,
     room_patience_seconds: float = 60.0,
 ) -> Edge:
-    """Describe an edge that lives and dies with this process.
-
-    Parameters
-    ----------
-    name, memory_bytes, disk_bytes, flops_per_second
-        As in ``EdgeProfile``.
-    room_patience_seconds : float
-        How long a client waits for room.
-    """
+    """Describe an edge in this process; see ``EdgeProfile`` and ``Edge``."""
     profile = EdgeProfile(
         name=name,
         memory_bytes=memory_bytes,
@@ -45,31 +36,29 @@ def LocalEdge(
 
 @dataclass(frozen=True, slots=True)
 class LocalHost:
-    """Run edges in this process; requests are handed over as they are."""
+    """Run edges in this process; requests are passed as objects."""
 
     def start(self, task: Task, profile: EdgeProfile) -> str:
         """Start an edge for one run; return its address."""
         address = f"{profile.name}-{uuid.uuid4().hex[:12]}"
         folder = Path(tempfile.mkdtemp(prefix="smartsplit-"))
-        _folders[address] = folder
-        _services[address] = EdgeService(
+        service = EdgeService(
             task,
             spill_dir=folder,
             incarnation=uuid.uuid4().hex,
             connect=lambda _, address: self.connect(address),
             profile=profile,
         )
+        _edges[address] = (service, folder)
         return address
 
     def connect(self, address: str) -> LocalTransport:
         """Reach the edge at an address of this process."""
-        if address not in _services:
+        if address not in _edges:
             raise EdgeUnreachable(f"edge {address!r} does not run in this process.")
-        return LocalTransport(_services[address].handle)
+        return LocalTransport(_edges[address][0].handle)
 
     def stop(self, address: str) -> None:
-        """End the edge and delete its files."""
-        _services.pop(address, None)
-        folder = _folders.pop(address, None)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Stop the edge and delete its files."""
+        if address in _edges:
+            shutil.rmtree(_edges.pop(address)[1], ignore_errors=True)

@@ -1,9 +1,8 @@
-"""RayEdge: an edge as a Ray actor. The only file that imports Ray.
+"""RayEdge: an edge as a Ray actor. Only this file imports Ray.
 
-One actor serves many clients: an actor per client was measured to gain nothing.
-It asks Ray for no CPU, because Flower fills all of them with clients and would
-wait for ever. It never starts or joins a cluster itself: whoever runs the
-simulation or the deployment does.
+One actor serves many clients: in measurements, an actor per client was no faster. It
+requests no CPU from Ray, because Flower's clients occupy all of them. It neither starts
+nor joins a cluster: whoever runs the simulation or the deployment does.
 """
 
 import shutil
@@ -29,8 +28,8 @@ from flwr_smartsplit.types import EDGE, EdgeProfile
 
 _NAMESPACE = "flwr_smartsplit"
 # Ray sends arguments of up to 100 KiB inside its message and puts larger ones into
-# shared memory, which takes some 4 ms longer there and back. Up to a point, several
-# small parts beat one large object (`python -m simulations.benchmarks.step_time`).
+# shared memory, which adds about 4 ms per round trip. Up to a size, several small parts
+# are faster than one large object (`python -m simulations.benchmarks.step_time`).
 _INLINE_BYTES = 96 * 1024
 _MOST_BYTES_IN_PARTS = 768 * 1024
 _PAUSE_SECONDS = 0.2
@@ -49,16 +48,32 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
     patience_seconds: float = 60.0,
     timeout_seconds: float = 600.0,
 ) -> Edge:
-    """Describe an edge that runs as an actor of the Ray cluster of this process.
+    """Describe an edge that runs as an actor in this process's Ray cluster.
 
     Parameters
     ----------
-    name, memory_bytes, disk_bytes, flops_per_second
-        As in ``EdgeProfile``.
+    name : str
+        Its name in routes.
+    max_concurrency : int
+        Requests served at the same time.
+    spill_dir : str, optional
+        Parent folder, on the actor's machine, for held states and sealed tails; that
+        machine's temporary folder by default.
+    memory_bytes : int, optional
+        Memory for all sessions together; unlimited by default.
+    disk_bytes : int, optional
+        Disk for sealed tails; unlimited by default.
+    flops_per_second : float, optional
+        Its speed with one client; unknown by default.
+    resources : Mapping[str, float], optional
+        Custom Ray resources that the actor needs, such as ``{"berlin": 0.001}``; it
+        runs on a machine that has them.
     room_patience_seconds : float
-        How long a client waits for room.
-    max_concurrency, spill_dir, resources, patience_seconds, timeout_seconds
-        As in ``RayHost``.
+        How long a client waits while the edge is full.
+    patience_seconds : float
+        How long to wait for Ray to start, or for an edge to restart.
+    timeout_seconds : float
+        How long one request may take.
 
     Examples
     --------
@@ -83,23 +98,7 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayHost:
-    """Run edges as actors.
-
-    Parameters
-    ----------
-    max_concurrency : int
-        Requests served at the same time.
-    spill_dir : str, optional
-        Parent folder for held states and sealed tails, where the actor runs; the
-        temporary folder of that machine by default.
-    resources : Mapping[str, float], optional
-        Custom resources of Ray that the actor asks for, such as ``{"berlin": 0.001}``:
-        it then runs on a machine that offers them.
-    patience_seconds : float
-        How long to wait for Ray to come up, or for a restarting edge.
-    timeout_seconds : float
-        How long one request may take.
-    """
+    """Run edges as actors; the fields are as in ``RayEdge``."""
 
     max_concurrency: int = 8
     spill_dir: str | None = None
@@ -108,17 +107,14 @@ class RayHost:
     timeout_seconds: float = 600.0
 
     def start(self, task: Task, profile: EdgeProfile) -> str:
-        """Start the actor for one run, and return the name it is reached by.
+        """Start the actor for one run; return its name.
 
-        Raises
-        ------
-        EdgeUnreachable
-            If this process does not get a Ray cluster in time, or the cluster has no
-            machine for the actor.
+        Raises ``EdgeUnreachable`` if this process has no Ray cluster in time, or the
+        cluster no machine for the actor.
         """
         deadline = time.monotonic() + self.patience_seconds
         while not ray.is_initialized():
-            # Flower's simulation brings Ray up in another thread.
+            # Flower's simulation starts Ray in another thread.
             if time.monotonic() > deadline:
                 raise EdgeUnreachable(
                     f"edge {profile.name!r}: this process has no Ray cluster after "
@@ -127,11 +123,12 @@ class RayHost:
                 )
             time.sleep(_PAUSE_SECONDS)
         address = f"{profile.name}-{uuid.uuid4().hex[:12]}"
+        resources = dict(self.resources or {})
         actor: Any = ray.remote(_EdgeActor).options(
             name=address,
             namespace=_NAMESPACE,
             num_cpus=0,
-            resources=dict(self.resources or {}),
+            resources=resources,
             max_restarts=-1,
             max_concurrency=self.max_concurrency,
         )
@@ -141,22 +138,15 @@ class RayHost:
             folder = ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
         except RayError as error:
             self.stop(address)
-            asked = dict(self.resources or {})
+            asked = f" It asks for {resources} of one machine." if resources else ""
             raise EdgeUnreachable(
-                f"edge {profile.name!r} cannot start: {error}"
-                + (f" It asks for {asked} of one machine." if asked else "")
+                f"edge {profile.name!r} cannot start: {error}{asked}"
             ) from error
         _actors[address] = (handle, folder)
         return address
 
     def connect(self, address: str) -> BytesTransport:
-        """Reach the actor by its name.
-
-        Raises
-        ------
-        EdgeUnreachable
-            If this process is outside a Ray cluster, or the actor is gone.
-        """
+        """Reach the actor by its name, or raise ``EdgeUnreachable``."""
         if not ray.is_initialized():
             raise EdgeUnreachable(
                 f"edge {address!r}: this process belongs to no Ray cluster. Call "
@@ -171,17 +161,17 @@ class RayHost:
         return BytesTransport(_Carrier(actor, address, self).carry)
 
     def stop(self, address: str) -> None:
-        """End the actor and delete its files."""
+        """Stop the actor and delete its files."""
         if address not in _actors:
             return
         handle, folder = _actors.pop(address)
-        if not ray.is_initialized():  # Its actors went with it.
+        if not ray.is_initialized():  # The actor ended with the cluster.
             shutil.rmtree(folder, ignore_errors=True)
             return
         try:
             ray.get(handle.clean_up.remote(), timeout=self.patience_seconds)
         except RayError:
-            # A dead actor cleans nothing; this helps if it was on this machine.
+            # A dead actor deletes nothing; this does, if it was on this machine.
             shutil.rmtree(folder, ignore_errors=True)
         ray.kill(handle, no_restart=True)
 
@@ -192,29 +182,31 @@ _actors: dict[str, tuple[Any, Path]] = {}
 
 @dataclass(frozen=True, slots=True)
 class _Carrier:
-    """Bring bytes to one actor; requests may be repeated, so it retries."""
+    """Send bytes to one actor, and retry: requests may be repeated."""
 
     actor: Any
     address: str
     host: RayHost
 
     def carry(self, pieces: list[Piece]) -> Sequence[Piece]:
-        """Deliver a request, also to an edge that is being restarted."""
+        """Deliver a request, even to an edge that is restarting."""
         deadline = float("inf")
         while True:
             try:
                 return self._ask(pieces)
-            except ActorUnavailableError as error:
+            except RayError as error:
                 now = time.monotonic()
                 deadline = min(deadline, now + self.host.patience_seconds)
-                if now >= deadline:
-                    raise self._unreachable(error) from error
+                if not isinstance(error, ActorUnavailableError) or now >= deadline:
+                    raise EdgeUnreachable(
+                        f"edge {self.address!r} does not answer "
+                        f"({type(error).__name__}): its unmerged sessions are lost; "
+                        "clients of other edges go on."
+                    ) from error
                 time.sleep(_PAUSE_SECONDS)
-            except RayError as error:
-                raise self._unreachable(error) from error
 
     def _ask(self, pieces: list[Piece]) -> Sequence[Piece]:
-        """Send as one object, or in parts if that is faster."""
+        """Send one object, or several parts if that is faster."""
         timeout = self.host.timeout_seconds
         size = sum(map(len, pieces))
         if not _INLINE_BYTES < size <= _MOST_BYTES_IN_PARTS:
@@ -226,15 +218,9 @@ class _Carrier:
         parts = ask.remote(*_divide(b"".join(pieces), num_parts))
         return [b"".join(ray.get(parts, timeout=timeout))]
 
-    def _unreachable(self, error: Exception) -> EdgeUnreachable:
-        return EdgeUnreachable(
-            f"edge {self.address!r} does not answer ({type(error).__name__}): its "
-            "unmerged sessions are lost; clients of other edges go on."
-        )
-
 
 class _EdgeActor:
-    """An ``EdgeService`` in a process of its own; each start is an incarnation."""
+    """An ``EdgeService`` in its own process; each start is a new incarnation."""
 
     def __init__(
         self, task: Task, address: str, profile: EdgeProfile, host: RayHost
@@ -256,7 +242,7 @@ class _EdgeActor:
         return _one_object(answered(self._service.handle, *pieces))
 
     def handle_parts(self, *parts: bytes) -> tuple[bytes, ...]:
-        """Answer a request that came in parts, in as many parts."""
+        """Answer a request in parts by as many parts."""
         reply = answered(self._service.handle, b"".join(parts))
         return _divide(b"".join(reply), len(parts))
 
@@ -265,21 +251,18 @@ class _EdgeActor:
 
 
 def _folder(parent: str | None, address: str) -> Path:
-    """Name the folder of one actor on the machine that this is called on."""
+    """Return an actor's folder on this machine."""
     return Path(parent or tempfile.gettempdir()) / f"smartsplit-{address}"
 
 
 def _one_object(pieces: list[Piece]) -> Any:
-    """Join what Ray sends inline; else let it put the arrays into shared memory."""
+    """Join a small message; Ray puts a larger one's arrays into shared memory."""
     if sum(map(len, pieces)) <= _INLINE_BYTES:
         return b"".join(pieces)
     return [p if isinstance(p, bytes) else np.frombuffer(p, np.uint8) for p in pieces]
 
 
 def _divide(data: bytes, num_parts: int) -> tuple[bytes, ...]:
-    """Cut bytes into parts that Ray sends inline; a last one takes what is left."""
+    """Divide bytes into parts that Ray sends inline; the last one takes the rest."""
     ends = [index * _INLINE_BYTES for index in range(num_parts)]
-    return (
-        *(data[low:high] for low, high in pairwise(ends)),
-        data[ends[-1] :],
-    )
+    return (*(data[low:high] for low, high in pairwise(ends)), data[ends[-1] :])

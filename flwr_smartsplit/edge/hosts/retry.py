@@ -1,4 +1,4 @@
-"""Ask a full edge again, when it says so."""
+"""Retry a request while the edge is full."""
 
 import time
 from collections.abc import Callable
@@ -10,17 +10,7 @@ from flwr_smartsplit.errors import EdgeFull
 
 @dataclass(frozen=True, slots=True)
 class RetryingTransport:
-    """Send through another transport, and again while the edge is full.
-
-    Parameters
-    ----------
-    inner : Transport
-        Reaches the edge.
-    max_wait_seconds : float
-        How long to go on asking, for one request.
-    clock, sleep : Callable
-        Seconds that only move forward, and what passes them.
-    """
+    """Send through another transport, and retry for a time while the edge is full."""
 
     inner: Transport
     max_wait_seconds: float
@@ -28,13 +18,7 @@ class RetryingTransport:
     sleep: Callable[[float], None] = time.sleep
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
-        """Deliver the request once the edge is not full.
-
-        Raises
-        ------
-        EdgeFull
-            The last refusal, where time is up or waiting does not help.
-        """
+        """Send; raise the last ``EdgeFull`` if time is up or waiting does not help."""
         deadline = self.clock() + self.max_wait_seconds
         while True:
             try:

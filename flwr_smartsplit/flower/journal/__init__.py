@@ -1,1 +1,1 @@
-"""What a round leaves behind: the log, the journal, curves."""
+"""A run's record: the log, the journal, curves."""

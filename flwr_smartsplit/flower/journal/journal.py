@@ -8,27 +8,22 @@ from logging import INFO, WARNING, getLogger
 from pathlib import Path
 
 NUMBER = "{number}"
-"""In a journal's name, stands for the first number that no other file has."""
+"""In a journal's name, becomes the first number that is free."""
 
 DEFAULT_JOURNAL = f"smartsplit-{NUMBER}.jsonl"
 
 OnRow = Callable[[Mapping[str, object]], None]
-"""``on_row(row)`` is told each line of a journal."""
+"""``on_row(row)`` is called with each line of a journal."""
 
 _log = getLogger("flwr")
 
 
 class Journal:
-    """Append rows to a file of JSON lines, and tell others of them.
+    """Append rows to a file of JSON lines, and call each ``on_row`` with them.
 
-    Parameters
-    ----------
-    path : str or Path or None
-        The file; rows are added at its end. With ``{number}`` in its name, a new file
-        is made for the first row. None writes nothing.
-    on_row : Sequence[Callable[[Mapping], None]]
-        Told each row, such as ``TensorBoardRows`` and ``WandbRows``. If one raises, a
-        warning is logged once, and the run goes on.
+    With ``{number}`` in the path's name, the first row makes a new file; without a
+    path, there is none. If an ``on_row`` raises, a warning is logged once, and the run
+    goes on.
     """
 
     def __init__(self, path: str | Path | None, on_row: Sequence[OnRow] = ()) -> None:
@@ -48,46 +43,37 @@ class Journal:
             if self._path is not None:
                 with self._path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-            for index, tell in enumerate(self._on_row):
-                self._tell(index, tell, row)
+            for index, on_row in enumerate(self._on_row):
+                self._call(index, on_row, row)
 
-    def _tell(self, index: int, tell: OnRow, row: Mapping[str, object]) -> None:
+    def _call(self, index: int, on_row: OnRow, row: Mapping[str, object]) -> None:
         try:
-            tell(row)
-        except Exception:  # It only watches: what it does wrong ends no run.
+            on_row(row)
+        except Exception:  # It only watches, so its errors must not end the run.
             if index not in self._failed:
                 self._failed.add(index)
-                name = getattr(tell, "__qualname__", type(tell).__name__)
                 _log.warning(
                     "on_row: %s fails; the run goes on, and further failures of it "
                     "are not logged.",
-                    name,
+                    getattr(on_row, "__qualname__", type(on_row).__name__),
                     exc_info=True,
                 )
 
 
 def _numbered(pattern: Path) -> Path | None:
-    """Make a journal's file, unless nobody asked for it and the folder allows none."""
+    """Make the first free file; None if the default journal cannot be written here."""
     try:
-        path = _first_free(pattern)
+        pattern.parent.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            path = pattern.with_name(pattern.name.replace(NUMBER, str(number)))
+            try:
+                path.open("x").close()
+            except FileExistsError:  # Also if another process was faster.
+                continue
+            _log.log(INFO, "The journal is %s", path)
+            return path
     except OSError as error:
         if str(pattern) != DEFAULT_JOURNAL:
             raise
         _log.log(WARNING, "No journal is written (%s): name one by journal=.", error)
-        return None
-    _log.log(INFO, "The journal is %s", path)
-    return path
-
-
-def _first_free(pattern: Path) -> Path:
-    """Make a file under the first number that is free, however many try at once."""
-    pattern.parent.mkdir(parents=True, exist_ok=True)
-    numbers = count(1)
-    while True:
-        name = pattern.name.replace(NUMBER, str(next(numbers)))
-        path = pattern.with_name(name)
-        try:
-            path.open("x").close()
-        except FileExistsError:
-            continue
-        return path
+    return None

@@ -1,4 +1,4 @@
-"""RoundLog: what a strategy logs and writes down of every round."""
+"""RoundLog: the log and journal of every round."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,15 +19,7 @@ _READ = {"server-round", "proximal-mu", "proximal_mu"}
 
 
 class RoundLog:
-    """Log in Flower's shape, write one journal row per client, keep the failures.
-
-    Parameters
-    ----------
-    journal : Journal
-        Where rows go.
-    clock : Callable[[], float]
-        Seconds that only move forward.
-    """
+    """Log in Flower's format, write one journal row per client, keep the failures."""
 
     def __init__(self, journal: Journal, clock: Callable[[], float]) -> None:
         self.failures: list[Failure] = []
@@ -38,7 +30,7 @@ class RoundLog:
         self._unread: set[str] = set()
 
     def warn_of_unread(self, config: Mapping[str, object]) -> None:
-        """Say once that nobody reads what a user put into the config."""
+        """Warn once of config entries that nothing reads."""
         unread = sorted(config.keys() - _READ - self._unread)
         if unread:
             self._unread |= set(unread)
@@ -56,7 +48,7 @@ class RoundLog:
         *,
         is_train: bool,
     ) -> None:
-        """Log the routes, write who was not chosen, and log who could not be."""
+        """Log the routes and unfit clients; write rows for all that were not chosen."""
         phase = "train" if is_train else "evaluate"
         _log.log(
             INFO,
@@ -65,9 +57,7 @@ class RoundLog:
             len(plan.assignments),
             len(profiles),
         )
-        routes = Counter(
-            str(assignment.option.route) for assignment in plan.assignments
-        )
+        routes = Counter(str(each.option.route) for each in plan.assignments)
         for route, num_clients in routes.items():
             _log.log(INFO, "\t> Route %s: %s clients", route, num_clients)
         for key, reason in plan.skipped.items():
@@ -86,19 +76,22 @@ class RoundLog:
     def write_failures(
         self, failures: list[Failure], round_number: int, *, phase: str
     ) -> None:
-        """Write failures that belong to no message that was sent."""
+        """Write failures from before anything was sent."""
         self.failures += failures
         for failure in failures:
             _log.log(WARNING, "\t> %s: %s", failure.client_key, failure.cause)
             self._journal.write(failure_row(failure, round_number, phase))
 
-    def write_replies(
+    def write_phase(
         self,
         dispatch: Dispatch,
         accepted: Mapping[str, ClientReply],
         failures: list[Failure],
+        *,
+        edge_bytes_so_far: int,
+        received_seconds: float,
     ) -> None:
-        """Write what came of every message that was sent."""
+        """Write the outcome of every message that was sent, and the phase's sums."""
         _log.log(
             INFO if accepted or not failures else WARNING,
             "%s: Received %s results and %s failures",
@@ -108,26 +101,10 @@ class RoundLog:
         )
         self.failures += failures
         for failure in failures:
-            _log.log(
-                WARNING,
-                "\t> Client %s %s: %s",
-                failure.client_key,
-                failure.kind,
-                failure.cause,
-            )
+            key, kind = failure.client_key, failure.kind
+            _log.log(WARNING, "\t> Client %s %s: %s", key, kind, failure.cause)
         for row in client_rows(dispatch, accepted, failures):
             self._journal.write(row)
-
-    def write_round(
-        self,
-        dispatch: Dispatch,
-        accepted: Mapping[str, ClientReply],
-        failures: list[Failure],
-        *,
-        edge_bytes_so_far: int,
-        received_seconds: float,
-    ) -> None:
-        """Write the sums of a round's training, or of its evaluation."""
         now = self._clock()
         self._journal.write(
             round_row(

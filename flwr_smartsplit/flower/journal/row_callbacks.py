@@ -1,7 +1,6 @@
-"""Journal rows as curves: what ``on_row`` can be told, for TensorBoard and W&B.
+"""Journal rows as curves: functions for ``on_row``, for TensorBoard and W&B.
 
-A round's curves come when its row does, after those of its clients. They stand apart
-from the strategies, which know no more of them than that they are functions of a row.
+A round's curves come with its own row, which follows those of its clients.
 """
 
 import re
@@ -37,15 +36,7 @@ _OF_CLIENT = (
 
 
 class RoundScalars:
-    """Collect rows, and hand on the scalars of each round that is complete.
-
-    Parameters
-    ----------
-    write : Callable[[int, dict[str, float]], None]
-        ``write(round, scalars)``.
-    per_client : bool
-        Whether clients have scalars of their own.
-    """
+    """Collect rows, and call ``write(round, scalars)`` for each complete round."""
 
     def __init__(
         self, write: Callable[[int, Scalars], None], *, per_client: bool
@@ -68,14 +59,14 @@ class RoundScalars:
             self._write(row["round"], scalars)
 
     def _with_zeros(self, kind: str, scalars: Scalars) -> Scalars:
-        """Add what was counted in an earlier round, and is none in this one."""
+        """Add zeros for counts of earlier rounds that this round lacks."""
         counted = self._counted[kind]
         counted |= {name for name in scalars if _COUNT.search(name)}
         return {**dict.fromkeys(sorted(counted), 0.0), **scalars}
 
 
 def round_scalars(summary: Row, rows: Sequence[Row]) -> Scalars:
-    """Sum up one round's training or evaluation.
+    """Summarise one round's training or evaluation.
 
     Parameters
     ----------
@@ -147,17 +138,17 @@ def _means(rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
 
 
 def _metric_names(row: Row) -> list[str]:
-    """Name what ``Task.metrics_fn`` put into a row."""
+    """Name a row's metrics from ``Task.metrics_fn``."""
     return [name for name in row if name not in FACTS]
 
 
-class TensorBoardRows:
-    """Write a round's scalars for TensorBoard, when told the rows of a journal.
+class TensorBoardRows(RoundScalars):
+    """Write each round's scalars for TensorBoard, given a journal's rows.
 
     Parameters
     ----------
     log_dir : str or Path
-        The folder that TensorBoard is given.
+        TensorBoard's folder.
     per_client : bool
         Whether clients have curves of their own.
 
@@ -178,31 +169,27 @@ class TensorBoardRows:
                 "pip install 'flwr-smartsplit[tensorboard]'."
             ) from error
         self._writer = SummaryWriter(str(log_dir))
-        self._take = RoundScalars(self._write, per_client=per_client)
-
-    def __call__(self, row: Row) -> None:
-        """Take one row."""
-        self._take(row)
+        super().__init__(self._add, per_client=per_client)
 
     def close(self) -> None:
         """Close the file; each round is in it as soon as it is over."""
         self._writer.close()
 
-    def _write(self, number: int, scalars: Scalars) -> None:
+    def _add(self, number: int, scalars: Scalars) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, number)
         self._writer.flush()
 
 
 class WandbRun(Protocol):
-    """What is used of a run that ``wandb.init`` returns."""
+    """The part of ``wandb.Run`` that is used."""
 
     def log(self, data: dict[str, Any], *, step: int) -> None:
         """Log values at a step."""
 
 
-class WandbRows:
-    """Log a round's scalars to Weights & Biases, when told the rows of a journal.
+class WandbRows(RoundScalars):
+    """Log each round's scalars to Weights & Biases, given a journal's rows.
 
     Parameters
     ----------
@@ -214,7 +201,7 @@ class WandbRows:
     Raises
     ------
     TypeError
-        If it is no run.
+        If it has no ``log``.
     """
 
     def __init__(self, run: WandbRun, *, per_client: bool = False) -> None:
@@ -222,12 +209,7 @@ class WandbRows:
             raise TypeError(
                 f"run is a {type(run).__name__}; give what wandb.init() returned."
             )
-        self._run = run
-        self._take = RoundScalars(self._write, per_client=per_client)
-
-    def __call__(self, row: Row) -> None:
-        """Take one row."""
-        self._take(row)
-
-    def _write(self, number: int, scalars: Scalars) -> None:
-        self._run.log(dict(scalars), step=number)
+        super().__init__(
+            lambda number, scalars: run.log(dict(scalars), step=number),
+            per_client=per_client,
+        )

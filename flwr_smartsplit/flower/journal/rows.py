@@ -1,18 +1,10 @@
-"""Journal rows: what one client, and one round, came to.
-
-The names of sums are those of Flower's own benchmark where it has them.
-"""
+"""Journal rows of clients and rounds, named as in Flower's own benchmark."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from flwr_smartsplit.flower.round_exchange import Dispatch
-from flwr_smartsplit.types import (
-    ClientReply,
-    DeviceProfile,
-    Failure,
-    StepReport,
-)
+from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, StepReport
 
 Row = dict[str, object]
 
@@ -24,13 +16,16 @@ FACTS = frozenset(
 )
 """The keys of a client's row; all others are the task's metrics."""
 
+_MEASURED = """peak_bytes resident_growth_bytes num_examples num_steps num_threads loss
+    loss_rms loss_drop seconds""".split()
+
 
 def client_rows(
     dispatch: Dispatch,
     accepted: Mapping[str, ClientReply],
     failures: Sequence[Failure],
 ) -> Iterator[Row]:
-    """Make one row for every client that was sent something, and every stray reply."""
+    """Make one row for every client of the phase, and every stray reply."""
     for key, reply in accepted.items():
         yield _row(dispatch, key, reply.report) | {"status": "accepted"}
     for failure in failures:
@@ -48,10 +43,7 @@ def skipped_row(
 ) -> Row:
     """Make the row of a client that was not chosen, or could not be."""
     return {
-        "kind": "client",
-        "phase": phase,
-        "round": round_number,
-        "client_key": profile.client_key,
+        **_client(phase, round_number, profile.client_key),
         "status": "sat_out" if is_unfit else "not_sampled",
         "cause": reason,
         "budget_bytes": profile.budget_bytes,
@@ -60,12 +52,9 @@ def skipped_row(
 
 
 def failure_row(failure: Failure, round_number: int, phase: str) -> Row:
-    """Make the row of something that went wrong before anything was sent."""
+    """Make the row of a failure before anything was sent."""
     return {
-        "kind": "client",
-        "phase": phase,
-        "round": round_number,
-        "client_key": failure.client_key,
+        **_client(phase, round_number, failure.client_key),
         "status": failure.kind,
         "cause": failure.cause,
     }
@@ -80,14 +69,9 @@ def round_row(
     seconds: float,
     aggregation_seconds: float,
 ) -> Row:
-    """Make the row of one round's training, or of its evaluation.
+    """Make the row of one round's training or evaluation.
 
-    Parameters
-    ----------
-    edge_state_bytes : int
-        What went between the strategy and its edges since the row before.
-    seconds, aggregation_seconds : float
-        Wall-clock time of the round, and of settling it.
+    ``edge_state_bytes`` went between the strategy and its edges since the row before.
     """
     messages = sum(dispatch.sent_bytes.values())
     messages += sum(dispatch.received_bytes.values())
@@ -107,14 +91,10 @@ def round_row(
 
 
 def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
-    """Join what was measured and what was sent; our names come last and win."""
+    """Join a client's report and plan; our keys come last, so metrics replace none."""
     row: Row = {} if report is None else {**report.metrics, **_measured(report)}
-    row |= {
-        "kind": "client",
-        "phase": "train" if dispatch.is_train else "evaluate",
-        "round": dispatch.round_number,
-        "client_key": key,
-    }
+    phase = "train" if dispatch.is_train else "evaluate"
+    row |= _client(phase, dispatch.round_number, key)
     sent = dispatch.sent.get(key)
     if sent is not None:
         row |= {
@@ -131,22 +111,24 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
     return row
 
 
+def _client(phase: str, round_number: int, client_key: str) -> Row:
+    return {
+        "kind": "client",
+        "phase": phase,
+        "round": round_number,
+        "client_key": client_key,
+    }
+
+
 def _measured(report: StepReport) -> Row:
     changes: Row = {
         "released": report.released,
         "moves": [asdict(move) for move in report.moves],
         "replans": [asdict(replan) for replan in report.replans],
     }
-    return {name: rows for name, rows in changes.items() if rows} | {
-        "peak_bytes": report.peak_bytes,
-        "resident_growth_bytes": report.resident_growth_bytes,
-        "num_examples": report.num_examples,
-        "num_steps": report.num_steps,
-        "num_threads": report.num_threads,
-        "loss": report.loss,
-        "loss_rms": report.loss_rms,
-        "loss_drop": report.loss_drop,
+    return {
+        **{name: rows for name, rows in changes.items() if rows},
+        **{name: getattr(report, name) for name in _MEASURED},
         "edge_bytes_up": report.sent_bytes,
         "edge_bytes_down": report.received_bytes,
-        "seconds": report.seconds,
     }

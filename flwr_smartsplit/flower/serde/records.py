@@ -1,8 +1,7 @@
-"""Plans and profiles to Flower records and back. What comes back is in replies.py.
+"""Plans and profiles to Flower records and back. Replies are in replies.py.
 
-Two dialects carry the same contents: ``MESSAGE`` is Flower's Message API,
-``LEGACY`` what a ``NumPyClient`` app understands. What is ours travels as scalars
-in one record, because legacy clients take nothing else.
+Flower's two APIs lay out the same contents differently. Ours travel as scalars in one
+record, because legacy clients accept nothing else.
 """
 
 import json
@@ -40,56 +39,36 @@ PROFILE_ACTION = "smartsplit_profile"
 _PLAN = "smartsplit.plan"
 _NO_BUDGET = -1
 _MOST_CLASSES = 10_000
+"""A client that claims more would widen the tables of all others."""
 _TOO_MANY = 2**53
-"""A client that claims more would make the tables of all others as wide."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
-    """Where one of Flower's two APIs keeps things in a message.
-
-    Parameters
-    ----------
-    name : str
-        What to call it.
-    profile_type : str
-        Message type that asks a client for its profile.
-    train_arrays, train_config, evaluate_arrays, evaluate_config : str
-        Record keys of what is sent.
-    """
+class RecordLayout:
+    """One API's type of a profile request, and its keys of arrays and config."""
 
     name: str
     profile_type: str
-    train_arrays: str
-    train_config: str
-    evaluate_arrays: str
-    evaluate_config: str
+    train_keys: tuple[str, str]
+    evaluate_keys: tuple[str, str]
 
 
-LEGACY = Dialect(
+LEGACY = RecordLayout(
     name="NumPyClient",
     profile_type="get_properties",
-    train_arrays="fitins.parameters",
-    train_config="fitins.config",
-    evaluate_arrays="evaluateins.parameters",
-    evaluate_config="evaluateins.config",
+    train_keys=("fitins.parameters", "fitins.config"),
+    evaluate_keys=("evaluateins.parameters", "evaluateins.config"),
 )
 
 
-def message_dialect(arrays_key: str = ARRAYS, config_key: str = CONFIG) -> Dialect:
-    """Make the Message API's dialect, with the keys the strategy was given."""
-    return Dialect(
-        name="Message API",
-        profile_type=f"query.{PROFILE_ACTION}",
-        train_arrays=arrays_key,
-        train_config=config_key,
-        evaluate_arrays=arrays_key,
-        evaluate_config=config_key,
-    )
+def message_layout(arrays_key: str = ARRAYS, config_key: str = CONFIG) -> RecordLayout:
+    """Make the Message API's layout, with the strategy's record keys."""
+    keys = arrays_key, config_key
+    return RecordLayout("Message API", f"query.{PROFILE_ACTION}", keys, keys)
 
 
 def last_line(reason: object) -> str:
-    """Take the line of an error's text that says what happened, without colours."""
+    """Return the last line of an error's text, without colours."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(reason))
     lines = [line.strip().removesuffix("'>") for line in text.splitlines()]
     return next(filter(None, reversed(lines)), "no reason given")
@@ -116,27 +95,39 @@ def records_of(content: RecordDict, kind: type[RecordT]) -> list[RecordT]:
     return [record for record in content.values() if isinstance(record, kind)]
 
 
+def config_of(content: RecordDict) -> Scalars:
+    """Join a message's config records, whatever keys they have."""
+    config: Scalars = {}
+    for record in records_of(content, ConfigRecord):
+        config |= dict(record)
+    return config
+
+
+def arrays_of(content: RecordDict) -> dict[str, npt.NDArray[Any]]:
+    """Join a message's array records, whatever keys they have."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for record in records_of(content, ArrayRecord):
+        arrays |= from_array_record(record)
+    return arrays
+
+
 def record_bytes(content: RecordDict) -> int:
-    """Count the payload of a message: array bytes and the text we add."""
-    arrays = sum(
-        len(array.data)
-        for record in records_of(content, ArrayRecord)
-        for array in record.values()
-    )
-    texts = sum(
-        len(value)
-        for record in records_of(content, ConfigRecord)
-        for value in record.values()
-        if isinstance(value, str | bytes)
-    )
-    return arrays + texts
+    """Count a message's payload in bytes: arrays and text."""
+    records = records_of(content, ArrayRecord)
+    arrays = sum(len(array.data) for record in records for array in record.values())
+    return arrays + sum(map(text_bytes, records_of(content, ConfigRecord)))
+
+
+def text_bytes(scalars: Mapping[str, Any]) -> int:
+    """Count the payload of scalars in bytes: text only, as numbers are headers."""
+    return sum(len(each) for each in scalars.values() if isinstance(each, str | bytes))
 
 
 # --- profiles ---------------------------------------------------------------------
 
 
 def profile_to_scalars(profile: DeviceProfile) -> Scalars:
-    """Describe a device in scalars."""
+    """Write a profile as scalars."""
     budget = profile.budget_bytes
     return {
         "client-key": profile.client_key,
@@ -149,17 +140,8 @@ def profile_to_scalars(profile: DeviceProfile) -> Scalars:
 
 
 def profile_from_content(content: RecordDict) -> DeviceProfile:
-    """Read a profile from a reply in either dialect.
-
-    Raises
-    ------
-    RefusedReply
-        If the client does not say what is needed.
-    """
-    scalars: dict[str, Any] = {}
-    for record in records_of(content, ConfigRecord):
-        scalars |= dict(record)
-    return profile_from_scalars(scalars)
+    """Read a profile from a reply in either layout."""
+    return profile_from_scalars(config_of(content))
 
 
 def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
@@ -168,7 +150,7 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
     Raises
     ------
     RefusedReply
-        If the client does not say what is needed.
+        If something is missing or makes no sense.
     """
     try:
         budget = int(scalars["budget-bytes"])
@@ -182,13 +164,7 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
             num_epochs=_count("num-epochs", scalars.get("num-epochs", 1)),
             traits=_traits(json.loads(str(scalars.get("traits", "{}")))),
         )
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise RefusedReply(
             f"the client's profile lacks or misspells {error}; it has "
             f"{sorted(scalars)}. Wrap the client in SmartSplitNumPyClient.",
@@ -197,7 +173,7 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
 
 
 def _count(name: str, value: Any) -> int:
-    """Read a count that is at least 1, and no more than anything can be counted to."""
+    """Read a count of at least 1; a JSON number is exact below 2**53."""
     count = int(value)
     if not 1 <= count < _TOO_MANY:
         raise ValueError(f"{name} {str(count)[:40]}, of which there is at least 1")
@@ -205,7 +181,7 @@ def _count(name: str, value: Any) -> int:
 
 
 def _traits(values: dict[str, Any]) -> DeviceTraits:
-    """Read what a device says of itself; whatever is no such thing is an error."""
+    """Read a device's traits; raise for unknown or impossible ones."""
     link, counts = values.pop("link", None), values.pop("label_counts", None)
     links = dict(values.pop("edge_links", {}))
     if counts is not None and len(counts) > _MOST_CLASSES:
@@ -222,12 +198,12 @@ def _traits(values: dict[str, Any]) -> DeviceTraits:
 
 
 def plain_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Keep the numbers and texts of a config: what a plan can carry to an edge."""
+    """Keep a config's numbers and texts, which a plan can carry to an edge."""
     return {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
 
 
 def plan_to_scalars(plan: ClientPlan) -> Scalars:
-    """Put a plan into one text; what is neutral is left out."""
+    """Write a plan as one JSON text without its default values."""
     given = ((field, getattr(plan, field.name)) for field in fields(plan))
     values = {
         field.name: _WRITE.get(field.name, _as_it_is)(value)
@@ -238,7 +214,7 @@ def plan_to_scalars(plan: ClientPlan) -> Scalars:
 
 
 def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
-    """Read the plan of a message; None if a stock strategy sent it."""
+    """Read a message's plan; None if a stock strategy sent the message."""
     if _PLAN not in config:
         return None
     values = json.loads(str(config[_PLAN]))
@@ -270,22 +246,21 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
 
 
 def instruction(
-    dialect: Dialect,
+    layout: RecordLayout,
     record: ArrayRecord,
     config: Mapping[str, Any],
     *,
     is_train: bool,
 ) -> RecordDict:
-    """Make what one client is sent: a record of its own, shared with nobody."""
-    if dialect is LEGACY:
+    """Make one client's message, with records that no other message shares."""
+    if layout is LEGACY:
         record = ArrayRecord({str(i): a for i, a in enumerate(record.values())})
-    arrays_key = dialect.train_arrays if is_train else dialect.evaluate_arrays
-    config_key = dialect.train_config if is_train else dialect.evaluate_config
+    arrays_key, config_key = layout.train_keys if is_train else layout.evaluate_keys
     return RecordDict({arrays_key: record, config_key: ConfigRecord(dict(config))})
 
 
-def profile_request(dialect: Dialect) -> RecordDict:
-    """Make what a client is sent to ask for its profile."""
-    if dialect is LEGACY:
+def profile_request(layout: RecordLayout) -> RecordDict:
+    """Make the message that asks a client for its profile."""
+    if layout is LEGACY:
         return RecordDict({"getpropertiesins.config": ConfigRecord()})
     return RecordDict()

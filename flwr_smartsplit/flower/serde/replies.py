@@ -1,14 +1,15 @@
-"""Replies: what a client measured and confirms, to Flower records and back."""
+"""Clients' replies to Flower records and back."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
+from functools import partial
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from flwr_smartsplit.device.local_training import Outcome
 from flwr_smartsplit.edge.tensors import state_digest
@@ -17,8 +18,8 @@ from flwr_smartsplit.flower.serde.records import (
     ARRAYS,
     OURS,
     Scalars,
-    from_array_record,
-    records_of,
+    arrays_of,
+    config_of,
     to_array_record,
 )
 from flwr_smartsplit.types import (
@@ -26,24 +27,22 @@ from flwr_smartsplit.types import (
     ClientReply,
     Move,
     Receipt,
-    Replan,
     Status,
     StepReport,
-    Variant,
 )
 
 METRICS = "metrics"
 NamesOf = Callable[[tuple[Move, ...]], Sequence[str]]
-"""Names the arrays that come without names, if the client moved its cut like this."""
+"""Names the arrays of a legacy reply, given how its client moved its cut."""
 
 _REPLY = "smartsplit.reply"
 _TOO_LARGE = 2**63
 
 
 def metrics_of(report: StepReport, weighted_by_key: str) -> Scalars:
-    """List what a client measured, as the metrics that strategies average."""
+    """List a report's numbers as the metrics that strategies average."""
     return {
-        **report.metrics,  # First, so that none of them takes the place of ours.
+        **report.metrics,  # First, so that none of them replaces ours.
         weighted_by_key: report.num_examples,
         "loss": report.loss,
         "device-peak-bytes": report.peak_bytes,
@@ -68,7 +67,7 @@ def reply_to_scalars(plan: ClientPlan, outcome: Outcome) -> Scalars:
 
 
 def evaluated(report: StepReport) -> Outcome:
-    """Wrap what an evaluation measured; it has no state."""
+    """Wrap an evaluation's report as an outcome without a state."""
     return Outcome(state={}, receipts=(), report=report)
 
 
@@ -100,66 +99,40 @@ def evaluate_reply(
 def reply_from_content(
     content: RecordDict, names: NamesOf | None = None
 ) -> ClientReply:
-    """Read a reply in either dialect.
-
-    Parameters
-    ----------
-    content : RecordDict
-        What came.
-    names : Callable[[moves], Sequence[str]], optional
-        Names a legacy reply's arrays, which come without.
-
-    Raises
-    ------
-    RefusedReply
-        If the reply cannot be read.
-    """
-    with _reading():
-        texts: dict[str, Any] = {}
-        for record in records_of(content, ConfigRecord):
-            texts |= dict(record)
-        state: dict[str, npt.NDArray[Any]] = {}
-        reply, digest = _read_reply(texts[_REPLY])
-        if reply.report.status is Status.OK:  # Flower marks an empty legacy reply.
-            for arrays in records_of(content, ArrayRecord):
-                state |= from_array_record(arrays)
-        named = state if names is None else _named(reply, list(state.values()), names)
-        return _whole_reply(reply, named, digest)
+    """Read a reply in either layout, as ``reply_from_scalars`` does."""
+    scalars, arrays = config_of(content), partial(arrays_of, content)
+    return reply_from_scalars(scalars, arrays, names)
 
 
 def reply_from_scalars(
     scalars: Mapping[str, Any],
-    arrays: Sequence[npt.NDArray[Any]],
-    names: NamesOf,
+    read_arrays: Callable[[], Mapping[Any, npt.NDArray[Any]]],
+    names: NamesOf | None,
 ) -> ClientReply:
-    """Read a reply as Flower's legacy API hands it on.
+    """Read a reply, and its arrays unless the client failed.
 
-    Parameters
-    ----------
-    scalars : Mapping[str, Scalar]
-        Its metrics, ours among them.
-    arrays : Sequence[ndarray]
-        Its arrays, in the order of the names.
-    names : Callable[[moves], Sequence[str]]
-        What they are called.
+    ``names`` names the arrays of a legacy reply, which come in order but unnamed.
 
     Raises
     ------
     RefusedReply
-        If the reply cannot be read.
+        If the reply cannot be read, or its arrays are not those that the client sent.
     """
-    with _reading():
-        reply, digest = _read_reply(scalars[_REPLY])
-        is_ok = reply.report.status is Status.OK
-        named = _named(reply, arrays, names) if is_ok else {}
-        return _whole_reply(reply, named, digest)
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Refuse what cannot be read, whatever it is."""
     try:
-        yield
+        values = json.loads(str(scalars[_REPLY]))
+        reply = ClientReply(
+            client_key=str(values["client_key"]),
+            round_number=int(values["round_number"]),
+            state={},
+            receipts=_typed("receipts", tuple[Receipt, ...], values["receipts"]),
+            report=_typed("report", StepReport, values["report"]),
+        )
+        state: Mapping[Any, npt.NDArray[Any]] = {}
+        if reply.report.status is Status.OK:  # Flower marks an empty legacy reply.
+            state = read_arrays()
+        if names is not None:
+            state = _named(reply, list(state.values()), names)
+        return _whole_reply(reply, state, values["digest"])
     except RefusedReply:
         raise
     except Exception as error:
@@ -167,37 +140,6 @@ def _reading() -> Iterator[None]:
             f"the reply cannot be read: {type(error).__name__}: {error}",
             kind="refused",
         ) from error
-
-
-def _read_reply(text: Any) -> tuple[ClientReply, Any]:
-    """Read a reply, yet without its arrays, and what their digest should be."""
-    values = json.loads(str(text))
-    facts = values["report"]
-    facts["status"] = Status(facts["status"])
-    facts["moves"] = tuple(Move(**move) for move in facts.get("moves", ()))
-    facts["replans"] = tuple(Replan(**each) for each in facts.get("replans", ()))
-    report = StepReport(**facts)
-    _check_types(report)
-    receipts = tuple(
-        Receipt(
-            **{
-                **receipt,
-                "names": tuple(receipt["names"]),
-                "variant": Variant(**receipt["variant"]),
-            }
-        )
-        for receipt in values["receipts"]
-    )
-    for receipt in receipts:
-        _check_receipt(receipt)
-    reply = ClientReply(
-        client_key=str(values["client_key"]),
-        round_number=int(values["round_number"]),
-        state={},
-        receipts=receipts,
-        report=report,
-    )
-    return reply, values["digest"]
 
 
 def _named(
@@ -230,50 +172,33 @@ def _whole_reply(
     return replace(reply, state=state)
 
 
-def _check_types(report: StepReport) -> None:
-    """Make sure that a report's numbers are numbers."""
-    for field in fields(report):
-        value, wanted = getattr(report, field.name), type(field.default)
-        if field.name == "resident_growth_bytes" and value is not None:
-            wanted = int
-        if wanted is str and not isinstance(value, str):
-            raise TypeError(f"{field.name} is {value!r}, not text")
-        if wanted in (int, float) and not _is_number(value, wanted):
-            raise TypeError(f"{field.name} is {value!r}, not {wanted.__name__}")
-    metrics: Any = report.metrics
-    if not isinstance(metrics, dict) or not all(
-        _is_number(value, float) for value in metrics.values()
-    ):
-        raise TypeError(f"metrics are {metrics!r}, not numbers by name")
-    for move in report.moves:
-        numbers = (move.step, move.before, move.after)
-        if not all(_is_number(number, int) for number in numbers) or not isinstance(
-            move.reason, str
-        ):
-            raise TypeError(f"{move!r} does not have a move's types")
-    for replan in report.replans:
-        texts = (replan.before, replan.after, replan.reason)
-        if not _is_number(replan.step, int) or not all(
-            isinstance(text, str) for text in texts
-        ):
-            raise TypeError(f"{replan!r} does not have a replan's types")
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """Build a value of a type, such as a dataclass, from what JSON made of it.
+
+    Raises
+    ------
+    TypeError
+        If a value in it has another type, which would fail later and end the run.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    hints = get_type_hints(kind) if is_dataclass(kind) else {}
+    if hints and isinstance(value, dict):
+        return kind(**{k: _typed(k, hints[k], each) for k, each in value.items()})
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(name, args[0], each) for each in value)
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _typed(f"{name} {key}", args[1], v) for key, v in value.items()}
+    if origin is UnionType:  # int | None
+        return None if value is None else _typed(name, args[0], value)
+    if kind in (int, float) and _is_number(value, kind):
+        return value
+    if kind in (str, Status) and isinstance(value, str):
+        return kind(value)
+    raise TypeError(f"{name} is {value!r}, not {getattr(kind, '__name__', kind)}")
 
 
-def _check_receipt(receipt: Receipt) -> None:
-    """Make sure that a receipt's names are texts and its counts numbers."""
-    texts = (
-        *(receipt.place, receipt.incarnation, receipt.session, receipt.digest),
-        receipt.variant.name,
-    )
-    counts = (receipt.num_examples, receipt.num_steps)
-    if not all(isinstance(text, str) for text in (*texts, *receipt.names)) or not all(
-        _is_number(count, int) for count in counts
-    ):
-        raise TypeError(f"{receipt!r} does not have a receipt's types")
-
-
-def _is_number(value: Any, wanted: type) -> bool:
-    allowed = int if wanted is int else (int, float)
+def _is_number(value: Any, kind: type) -> bool:
+    allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed):
         return False
     return isinstance(value, float) or abs(value) < _TOO_LARGE

@@ -36,19 +36,10 @@ _Costs = npt.NDArray[np.float64]
 class Rotor:
     """Optimal plans of a segment for every budget up to one, in slots.
 
-    Parameters
-    ----------
-    stages : Sequence[Stage]
-        The segment.
-    budget_bytes : int
-        What they may hold besides what always stays.
-    slots : int
-        Into how many parts the budget is divided; sizes are rounded up to them.
-    is_rerun : bool
-        Whether the whole segment is run again when its gradient arrives.
+    Sizes are rounded up to slots, into which the budget (bytes besides what always
+    stays) is divided. With ``is_rerun``, the whole segment runs again when its gradient
+    arrives.
 
-    Notes
-    -----
     Column ``t`` of a table is for stages that end with stage ``t`` inside a rerun; the
     last column is for those that end the segment and run for the first time.
     """
@@ -72,43 +63,33 @@ class Rotor:
         self._costs_before = [0.0, *accumulate(_weighed(stages))]
         self._fill()
 
-    @property
-    def least_slots(self) -> int | None:
-        """The fewest slots that some plan does with; None if no plan fits."""
+    def leanest(self) -> RecomputePlan | None:
+        """Return the best plan in the fewest slots; None if no plan fits."""
         feasible = np.flatnonzero(np.isfinite(self._best[0, self._column]))
-        return int(feasible[0]) if feasible.size else None
+        return self.plan(int(feasible[0])) if feasible.size else None
 
     def best_within(self, budget_bytes: int) -> RecomputePlan | None:
         """Return the best plan whose exact peak is within the budget.
 
-        Sizes that are rounded up may add up to a slot more for each stage, so plans
-        that seem to take a little too much are looked at, too.
+        Rounding may add up to a slot for each stage, so plans that seem to take a
+        little too much are tried as well.
         """
         for slots in range(self._all_slots, self._slots - 1, -1):
             plan = self.plan(slots)
-            if plan is not None and held_by(self._stages, plan).peak_bytes <= (
-                budget_bytes
-            ):
+            if plan and held_by(self._stages, plan).peak_bytes <= budget_bytes:
                 return plan
         return None
 
     def plan(self, slots: int | None = None) -> RecomputePlan | None:
-        """Return the plan of least extra cost; None if none fits.
-
-        Parameters
-        ----------
-        slots : int, optional
-            How many of the slots it may use; all by default.
-        """
+        """Return the plan of least extra cost in some or all slots, if any fits."""
         slots = self._slots if slots is None else slots
         if not np.isfinite(self._best[0, self._column, slots]):
             return None
         selective: list[int] = []
         reruns = self._read(0, self._column, slots, selective)
         if self._is_rerun:
-            stages = self._stages
-            whole = Rerun(stages[0].start, stages[-1].stop, tuple(reruns))
-            reruns = [whole]
+            start, stop = self._stages[0].start, self._stages[-1].stop
+            reruns = [Rerun(start, stop, tuple(reruns))]
         return RecomputePlan(tuple(reruns), tuple(sorted(selective)))
 
     # --- the recurrence -------------------------------------------------------------
@@ -197,7 +178,7 @@ class Rotor:
         return count
 
     def _arriving(self, last: int) -> int:
-        """Size of the gradients that are there while stages run forward."""
+        """Return the size of the gradients that are there during forward."""
         if last == self._top:
             return 0
         return self._left[last + 1] + self._stages[last].arriving_bytes
@@ -241,8 +222,8 @@ def _shifted(costs: _Costs, slots: int) -> _Costs:
 def _weighed(stages: Sequence[Stage]) -> list[float]:
     """Add to each cost what decides between equal ones: the bytes made again.
 
-    Operators without FLOPs are not free, so of two plans the one that makes less of
-    them is better. All of it together counts less than the smallest cost.
+    Operators without FLOPs are not free, so the plan that makes fewer bytes is better.
+    All of these weights together are less than the smallest cost.
     """
     total = sum(stage.passing_peak_bytes for stage in stages)
     least = min((s.cost for s in stages if s.cost), default=1.0)

@@ -23,9 +23,8 @@ def predicted_peak_bytes(
     Returns
     -------
     int
-        Bytes. If nothing runs twice, equal to what the meter measures from the second
-        step on; else never below it, and by at most 5 % above
-        (`docs/memory-model.md`).
+        Bytes. Without recomputation, exactly what the meter measures from the second
+        step on; with it, never less and at most 5 % more (`docs/memory-model.md`).
 
     Raises
     ------
@@ -36,9 +35,9 @@ def predicted_peak_bytes(
 
     Notes
     -----
-    A device that gets the last segment back holds both segments all the time. The
-    first one's activations wait while the last one does its whole step; then the first
-    goes backward as if nothing else were there.
+    The device of a U-shaped route holds both segments all the time. The first one's
+    activations wait while the last one does its whole step; then the first runs
+    backward as if nothing else were there.
     """
     first, *rest = route.device_legs(len(profile.units))
     if not recompute.is_empty:

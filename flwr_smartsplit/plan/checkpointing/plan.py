@@ -22,8 +22,6 @@ from flwr_smartsplit.types import (
     Route,
 )
 
-_SLOTS = 500
-
 
 def plan_recompute(
     profile: ChainProfile,
@@ -45,8 +43,8 @@ def plan_recompute(
     Returns
     -------
     RecomputePlan
-        The one of least extra cost; nothing is recomputed if all fits. Sizes are
-        rounded up to 1/500 of the budget, so a plan is never above it.
+        The plan of least extra cost; empty if everything fits. Sizes are rounded up to
+        1/500 of the budget, so a plan never exceeds it.
 
     Raises
     ------
@@ -55,8 +53,8 @@ def plan_recompute(
 
     Notes
     -----
-    Optimal for one device segment. A route that comes back has two, which are planned
-    one after the other: first what waits, then what the rest leaves room for.
+    Optimal for one device segment. A U-shaped route has two, planned one after the
+    other: first what waits, then what the rest leaves room for.
 
     Examples
     --------
@@ -92,13 +90,7 @@ def plan_recompute(
 
 
 def check_budget(budget_bytes: object) -> None:
-    """Refuse what is not a number of bytes.
-
-    Raises
-    ------
-    ValueError
-        Saying what it is instead.
-    """
+    """Raise ValueError unless this is a number of bytes."""
     is_count = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
     if not is_count or budget_bytes < 0:  # type: ignore[operator]
         raise ValueError(
@@ -120,12 +112,10 @@ def cheapest_plan(
         for index, plan in enumerate(_candidates(segments, budget_bytes))
         if predicted_peak_bytes(profile, route, plan) <= budget_bytes
     ]
-    if not fitting:
-        plan = _leanest(profile, route)
-        return (
-            plan if predicted_peak_bytes(profile, route, plan) <= budget_bytes else None
-        )
-    return min(fitting)[2]
+    if fitting:
+        return min(fitting)[2]
+    fits = least_bytes(profile, route) <= budget_bytes
+    return _leanest(profile, route) if fits else None
 
 
 def least_bytes(profile: ChainProfile, route: Route) -> int:
@@ -135,7 +125,7 @@ def least_bytes(profile: ChainProfile, route: Route) -> int:
 
 @lru_cache(maxsize=4096)
 def floor_bytes(profile: ChainProfile, route: Route) -> int:
-    """Find what no plan of a route can go below: it is quick, and may be too low."""
+    """Bound from below, and quickly, what any plan of a route needs."""
     segments = _segments(profile, route)
     needs = [0]
     for stages in (segments.head, segments.tail):
@@ -147,7 +137,7 @@ def floor_bytes(profile: ChainProfile, route: Route) -> int:
 
 
 def extra_flops(profile: ChainProfile, route: Route, plan: RecomputePlan) -> int:
-    """Count the floating-point operations that a plan adds to a step's forward."""
+    """Count the FLOPs that a plan adds to a step's forward."""
     return round(_extra(_segments(profile, route), plan))
 
 
@@ -194,8 +184,7 @@ def _candidates(segments: _Segments, budget_bytes: int) -> list[RecomputePlan]:
 def _best(
     stages: Sequence[Stage], free_bytes: int, *, is_rerun: bool = False
 ) -> RecomputePlan | None:
-    rotor = Rotor(stages, free_bytes, slots=_SLOTS, is_rerun=is_rerun)
-    return rotor.best_within(free_bytes)
+    return Rotor(stages, free_bytes, is_rerun=is_rerun).best_within(free_bytes)
 
 
 def _joined(head: RecomputePlan, tail: RecomputePlan) -> RecomputePlan:
@@ -223,18 +212,15 @@ def _leanest(profile: ChainProfile, route: Route) -> RecomputePlan:
 
 
 def _lean_ones(segments: _Segments, free_bytes: int) -> list[RecomputePlan]:
-    def leanest(stages: Sequence[Stage], is_rerun: bool) -> RecomputePlan | None:
-        rotor = Rotor(stages, free_bytes, slots=_SLOTS, is_rerun=is_rerun)
-        return None if rotor.least_slots is None else rotor.plan(rotor.least_slots)
-
     if free_bytes <= 0:
         return []
     kinds = (False, True) if segments.tail else (False,)
-    heads = [leanest(segments.head, is_rerun) for is_rerun in kinds]
+    rotors = [Rotor(segments.head, free_bytes, is_rerun=kind) for kind in kinds]
+    found = [head for rotor in rotors if (head := rotor.leanest()) is not None]
     if not segments.tail:
-        return [plan for plan in heads if plan is not None]
-    tail = leanest(segments.tail, False)
-    return [_joined(h, tail) for h in heads if h is not None and tail is not None]
+        return found
+    tail = Rotor(segments.tail, free_bytes).leanest()
+    return [] if tail is None else [_joined(head, tail) for head in found]
 
 
 def _extra(segments: _Segments, plan: RecomputePlan) -> float:
@@ -269,11 +255,11 @@ def _rerun_cost(stages: Sequence[Stage], part: Rerun) -> float:
 def _nearest_that_fits(
     profile: ChainProfile, route: Route, budget_bytes: int
 ) -> Route | None:
-    """Find the deepest first cut, before this one, at which some plan fits."""
-    size = len(profile.units)
-    first = route.cuts[0] if route.cuts else size
-    for cut in range(first - 1, 0, -1):
-        nearer = route.with_first_cut(cut) if route.cuts else Route.split(cut)
-        if least_bytes(profile, nearer) <= budget_bytes:
-            return nearer
-    return None
+    """Find the deepest earlier first cut at which some plan fits."""
+    first = route.cuts[0] if route.cuts else len(profile.units)
+    earlier = (
+        route.with_first_cut(cut) if route.cuts else Route.split(cut)
+        for cut in range(first - 1, 0, -1)
+    )
+    fitting = (each for each in earlier if least_bytes(profile, each) <= budget_bytes)
+    return next(fitting, None)

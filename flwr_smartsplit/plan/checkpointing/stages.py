@@ -15,16 +15,7 @@ from flwr_smartsplit.types import ChainProfile, Leg, StepBytes
 class StageRun:
     """One way to run a stage once and keep what backward needs.
 
-    Parameters
-    ----------
-    saved_bytes, kept_bytes : int
-        As in ``StepBytes``.
-    forward_peak_bytes, rerun_peak_bytes, backward_peak_bytes : int
-        As in ``StepBytes``.
-    extra_cost : float
-        What backward runs again.
-    selective : tuple[int, ...]
-        The units that keep their costly results only.
+    Bytes are as in ``StepBytes``.
     """
 
     saved_bytes: int
@@ -32,56 +23,28 @@ class StageRun:
     forward_peak_bytes: int
     rerun_peak_bytes: int
     backward_peak_bytes: int
-    extra_cost: float = 0.0
-    selective: tuple[int, ...] = ()
+    extra_cost: float = 0.0  # What backward runs again
+    selective: tuple[int, ...] = ()  # Units that keep their costly results only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Units ``[start, stop)`` that are kept or run again together.
-
-    Parameters
-    ----------
-    start, stop : int
-        The units; none for the loss.
-    runs : tuple[StageRun, ...]
-        How it can be run, keeping all first.
-    passing_peak_bytes : int
-        The most that its forward makes where nothing is kept.
-    output_bytes, arriving_bytes : int
-        Size of its output, and of the gradients where a rerun of it begins.
-    left_bytes : int
-        Gradients that its backward leaves until the end.
-    cost : float
-        Of its forward, in FLOPs or milliseconds.
-    rerun_cost : float
-        The same up to the last tensor it saves.
-    can_rerun : bool
-        Whether it may run twice.
-    """
+    """Units ``[start, stop)`` kept or run again together; none for the loss."""
 
     start: int
     stop: int
-    runs: tuple[StageRun, ...]
-    passing_peak_bytes: int = 0
+    runs: tuple[StageRun, ...]  # Ways to run it, keeping all first
+    passing_peak_bytes: int = 0  # Most that its forward makes if nothing is kept
     output_bytes: int = 0
-    arriving_bytes: int = 0
-    left_bytes: int = 0
-    cost: float = 0.0
-    rerun_cost: float = 0.0
+    arriving_bytes: int = 0  # Gradients that are there when a rerun of it begins
+    left_bytes: int = 0  # Gradients that its backward leaves until the end
+    cost: float = 0.0  # Of its forward, in FLOPs or milliseconds
+    rerun_cost: float = 0.0  # The same up to the last tensor that it saves
     can_rerun: bool = True
 
 
 def stages_of(profile: ChainProfile, leg: Leg) -> tuple[Stage, ...]:
-    """Divide a device's segment into stages; the loss is the last if it is there.
-
-    Parameters
-    ----------
-    profile : ChainProfile
-        Exact costs at the client's batch size and optimizer.
-    leg : Leg
-        The segment.
-    """
+    """Divide a device's segment into stages; the loss is the last if it is there."""
     found: list[Stage] = []
     pending: list[int] = []
     for index in range(leg.start, leg.stop):
@@ -95,7 +58,11 @@ def stages_of(profile: ChainProfile, leg: Leg) -> tuple[Stage, ...]:
     if leg.stop == len(profile.units):
         last = profile.units[-1].step
         if last.output_bytes and last.is_output_saved:
-            found.append(_loss(profile.loss, leg.stop))
+            loss, end = profile.loss, leg.stop
+            runs, left = (_run_of([loss]),), loss.left_bytes
+            found.append(
+                Stage(start=end, stop=end, runs=runs, left_bytes=left, can_rerun=False)
+            )
         else:
             found[-1] = _with_loss(found[-1], profile.loss, last.output_bytes)
     return tuple(found)
@@ -155,16 +122,6 @@ def _run_of(steps: Sequence[StepBytes]) -> StageRun:
     )
 
 
-def _loss(step: StepBytes, index: int) -> Stage:
-    return Stage(
-        start=index,
-        stop=index,
-        runs=(_run_of([step]),),
-        left_bytes=step.left_bytes,
-        can_rerun=False,
-    )
-
-
 def _with_loss(stage: Stage, loss: StepBytes, alive_bytes: int) -> Stage:
     """Join the loss to the last stage, whose output it does not keep."""
     peak = alive_bytes + loss.forward_peak_bytes
@@ -174,9 +131,7 @@ def _with_loss(stage: Stage, loss: StepBytes, alive_bytes: int) -> Stage:
         return replace(
             run,
             forward_peak_bytes=max(run.forward_peak_bytes, held),
-            backward_peak_bytes=max(
-                run.backward_peak_bytes + loss.left_bytes, held + loss.left_bytes
-            ),
+            backward_peak_bytes=max(run.backward_peak_bytes, held) + loss.left_bytes,
         )
 
     return replace(
@@ -197,13 +152,13 @@ def always_held_bytes(profile: ChainProfile, legs: Sequence[Leg]) -> int:
 
 
 def left_from(stages: Sequence[Stage]) -> list[int]:
-    """Say of each stage, and of the end, what the backward from there on leaves."""
+    """List what the backward of each stage and those after it leaves; 0 at the end."""
     lefts = [stage.left_bytes for stage in reversed(stages)]
     return list(accumulate(lefts, initial=0))[::-1]
 
 
 def passing_peaks(stages: Sequence[Stage]) -> list[int]:
-    """Find the most that stages up to each of these make if nothing is kept."""
+    """List the most that stages up to each of these make if nothing is kept."""
     most, before, peaks = 0, 0, []
     for stage in stages:
         most = max(most, before + stage.passing_peak_bytes)

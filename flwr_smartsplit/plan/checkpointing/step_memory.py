@@ -15,18 +15,10 @@ from flwr_smartsplit.types import RecomputePlan, Rerun
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the stages of one device segment hold besides what always stays.
+    """What the stages of one device segment hold besides what always stays."""
 
-    Parameters
-    ----------
-    peak_bytes : int
-        The most, forward and backward.
-    waiting_bytes : int
-        What is left while the rest of the step runs elsewhere.
-    """
-
-    peak_bytes: int
-    waiting_bytes: int
+    peak_bytes: int  # The most, forward and backward
+    waiting_bytes: int  # Left while the rest of the step runs elsewhere
 
 
 Item = tuple[int, int, "tuple[Item, ...] | None"]
@@ -34,24 +26,16 @@ Item = tuple[int, int, "tuple[Item, ...] | None"]
 
 
 def held_by(stages: Sequence[Stage], plan: RecomputePlan) -> Held:
-    """Follow a step through its stages and find what it holds.
+    """Follow a step through the stages of one segment and find what it holds.
 
-    Parameters
-    ----------
-    stages : Sequence[Stage]
-        Those of one segment.
-    plan : RecomputePlan
-        What runs again, in units; its parts begin and end where stages do.
-
-    Raises
-    ------
-    InvalidPlan
-        If they do not, or a stage must not run twice.
+    Raises ``InvalidPlan`` if a part does not begin and end where stages do, or has a
+    stage that must not run twice.
     """
     ledger = _Ledger(stages, frozenset(plan.selective))
     items = items_of(stages, plan.reruns)
     held = ledger.forward(items, 0)
-    waiting = held[-1] + ledger.stays(items[-1])
+    first, _, inner = items[-1]
+    waiting = held[-1] + (ledger.run_of(first).kept_bytes if inner is None else 0)
     ledger.backward(items, held)
     return Held(ledger.peak_bytes, waiting)
 
@@ -114,7 +98,7 @@ class _Ledger:
             held.append(live)
             ends = is_rerun and number == len(items)
             if inner is None:
-                run = self._run_of(first)
+                run = self.run_of(first)
                 peak = run.rerun_peak_bytes if ends else run.forward_peak_bytes
                 self._see(live + peak)
                 live += run.saved_bytes
@@ -130,23 +114,16 @@ class _Ledger:
             reversed(items), reversed(held), strict=True
         ):
             if inner is None:
-                run = self._run_of(first)
+                run = self.run_of(first)
                 self._see(base + self._left[first + 1] + run.backward_peak_bytes)
             else:
-                arriving = self._arriving(last)
+                # The gradients that are there when the rerun begins.
+                arriving = self._left[last + 1] + self._stages[last].arriving_bytes
                 again = self.forward(inner, base + arriving, is_rerun=True)
                 self.backward(inner, [each - arriving for each in again])
 
-    def _arriving(self, last: int) -> int:
-        """Size of the gradients that are there when a rerun of stages begins."""
-        return self._left[last + 1] + self._stages[last].arriving_bytes
-
-    def stays(self, item: Item) -> int:
-        """Say what the last item of a segment keeps while the rest runs elsewhere."""
-        first, _, inner = item
-        return self._run_of(first).kept_bytes if inner is None else 0
-
-    def _run_of(self, index: int) -> StageRun:
+    def run_of(self, index: int) -> StageRun:
+        """Find how the plan runs a stage that it keeps."""
         stage = self._stages[index]
         for run in stage.runs[1:]:
             if self._selective.issuperset(run.selective):

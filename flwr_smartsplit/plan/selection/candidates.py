@@ -1,6 +1,6 @@
 """Candidates: the clients that have a route, and the options that each of them has."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isnan, nan
 
@@ -25,30 +25,14 @@ MOST_SECONDS = float(np.finfo(np.float64).max)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """One client and what it can do.
-
-    Parameters
-    ----------
-    device : DeviceProfile
-        The client.
-    space : SearchSpace
-        What there is at its batch size.
-    fits : ndarray
-        Indices of the options within its budget, shape (options that fit,).
-    seconds : ndarray
-        What each of these would take in a round; NaN if the device's speed is unknown.
-    best : int
-        Index of the fastest option that fits; of the first one if nobody knows.
-    best_seconds : float
-        What that one would take; NaN if unknown.
-    """
+    """One client and what it can do."""
 
     device: DeviceProfile
-    space: SearchSpace
-    fits: npt.NDArray[np.int64]
-    seconds: Floats
-    best: int
-    best_seconds: float
+    space: SearchSpace  # What there is at its batch size
+    fits: npt.NDArray[np.int64]  # Indices of the options within its budget
+    seconds: Floats  # What each of these takes in a round, or NaN
+    best: int  # Index of the fastest that fits; the first if unknown
+    best_seconds: float  # NaN if unknown
 
     @property
     def client_key(self) -> str:
@@ -67,14 +51,9 @@ class Candidate:
             yield self._option(index)
 
     def assigned(self, option: RouteOption, *, why: str = "") -> Assignment:
-        """Give the client one of its options.
+        """Give the client one of its options, placed at an edge with room for it.
 
-        Parameters
-        ----------
-        option : RouteOption
-            With an edge that has room for it.
-        why : str
-            Why this client was chosen, for the journal.
+        ``why`` says, for the journal, why this client was chosen.
         """
         return Assignment(
             client_key=self.client_key,
@@ -92,15 +71,7 @@ class Candidate:
 def candidates_of(
     devices: Sequence[DeviceProfile], space: SearchSpace, edges: Sequence[EdgeProfile]
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Find out who can take what.
-
-    Returns
-    -------
-    candidates : list[Candidate]
-        In the order of the devices.
-    unfit : dict[str, str]
-        For all other devices the reason, by client_key.
-    """
+    """Find out who can take what, and for all others, by client_key, why not."""
     budgets = np.array(
         [
             # A client that claims more than there can be has no limit.
@@ -181,13 +152,3 @@ def _rates(links: Sequence[Link | None]) -> tuple[Floats, Floats]:
     ]
     per_message = [2 * link.latency_seconds for link in known]
     return np.array(per_byte)[:, None], np.array(per_message)[:, None]
-
-
-def by_batch_size(
-    fleet: Sequence[DeviceProfile],
-) -> Mapping[int, list[DeviceProfile]]:
-    """Group devices by their batch size, each group in the order of the fleet."""
-    groups: dict[int, list[DeviceProfile]] = {}
-    for device in fleet:
-        groups.setdefault(device.batch_size, []).append(device)
-    return groups

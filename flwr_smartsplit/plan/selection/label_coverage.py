@@ -9,17 +9,8 @@ Floats = npt.NDArray[np.float64]
 def divergence(counts: Floats, target: Floats) -> Floats:
     """Compare label counts with a distribution: Jensen-Shannon, in nats.
 
-    Parameters
-    ----------
-    counts : ndarray
-        Examples per class, shape (..., classes); a row of zeros is as far as can be.
-    target : ndarray
-        A distribution, shape (classes,).
-
-    Returns
-    -------
-    ndarray
-        Shape (...,), from 0 (alike) to log 2 (no class in common).
+    From 0 (alike) to log 2 (no class in common, or no examples at all). Counts have
+    shape (..., classes), the result (...,).
 
     Examples
     --------
@@ -43,14 +34,8 @@ def _entropy_sum(of: Floats, to: Floats) -> Floats:
 def coverage_gains(covered: Floats, counts: Floats, target: Floats) -> Floats:
     """Say how much closer to the target each client would bring those chosen.
 
-    Parameters
-    ----------
-    covered : ndarray
-        Examples per class of the clients chosen so far, shape (classes,).
-    counts : ndarray
-        Of each other client, shape (clients, classes).
-    target : ndarray
-        The distribution to come close to, shape (classes,).
+    ``covered`` has shape (classes,), ``counts`` of the other clients (clients,
+    classes).
     """
     before = divergence(covered, target)
     gains: Floats = before - divergence(covered + counts, target)

@@ -35,7 +35,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRequest:
-    """What there is to know when a round's clients are chosen.
+    """What a selection knows when it chooses a round's clients.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class SelectionRequest:
     history : History
         What earlier rounds brought.
     rng : random.Random
-        Where chance comes from.
+        The source of randomness.
     """
 
     candidates: Sequence[Candidate]
@@ -79,7 +79,7 @@ class SelectionRequest:
         ranked : Iterable[Candidate]
             Some or all of the candidates, the most wanted first.
         options : Callable[[Candidate], Iterable[RouteOption]]
-            The options of one of them, the most wanted first; by default those of
+            A candidate's options, the most wanted first; by default those of
             ``Candidate.preferred``.
 
         Returns
@@ -133,12 +133,6 @@ def sampled(request: SelectionRequest) -> list[Candidate]:
 def sample_clients(
     client_keys: Sequence[str], *, num_clients: int, rng: Random
 ) -> frozenset[str]:
-    """Draw clients without replacement, or take all; their order is no matter.
-
-    Examples
-    --------
-    >>> sorted(sample_clients(["b", "a"], num_clients=5, rng=Random(0)))
-    ['a', 'b']
-    """
+    """Draw clients without replacement, or take all; in any order."""
     candidates = sorted(client_keys)
     return frozenset(rng.sample(candidates, min(num_clients, len(candidates))))

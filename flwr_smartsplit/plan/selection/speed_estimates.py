@@ -11,79 +11,33 @@ from math import inf
 from flwr_smartsplit.types import DeviceProfile, EdgeProfile, Link, Work
 from flwr_smartsplit.types.devices import LEAST_RATE, MOST_FLOPS_PER_SECOND
 
-LEAST_SECONDS = 1e-9
-"""A shorter step is none."""
-
-MOST_STEPS = 8
-"""So many routes of a client are remembered, the last ones."""
-
+LEAST_SECONDS = 1e-9  # A shorter step is none
+MOST_STEPS = 8  # Of one client, each on another route; the last ones are kept
 _LEAST_DETERMINANT = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The shortest step that a device made on one route.
+    """The shortest step that a device made on one route."""
 
-    Parameters
-    ----------
-    flops : float
-        Its own work.
-    num_bytes : float
-        What went to the edge and came back, together.
-    seconds : float
-        How long it took.
-    """
-
-    flops: float
-    num_bytes: float
+    flops: float  # Its own work
+    num_bytes: float  # To the edge and back, together
     seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """How fast a device seems to be.
+    """How fast a device seems to be in training."""
 
-    Parameters
-    ----------
-    steps : tuple[Step, ...]
-        What is known of it, one for each route.
-    flops_per_second : float
-        Floating-point operations of training.
-    bytes_per_second : float or None
-        To an edge and back, whatever the edge itself takes included; None if that is
-        not told apart from the device's own work.
-    """
-
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  # One for each route
     flops_per_second: float
-    bytes_per_second: float | None = None
+    bytes_per_second: float | None = None  # With the edge's own time, if told apart
 
 
 def learned(
     before: Speeds | None, work: Work | None, step_seconds: float | None
 ) -> Speeds | None:
-    """Learn from one more round.
-
-    Parameters
-    ----------
-    before : Speeds or None
-        What was known.
-    work : Work or None
-        What a step asked for; None if nobody knows.
-    step_seconds : float or None
-        How long it took; None, or a number that means nothing, if nobody knows.
-
-    Examples
-    --------
-    >>> def work(flops, num_bytes):
-    ...     return Work(device_flops=flops, boundary_bytes=num_bytes, num_exchanges=1)
-    >>> whole = learned(None, work(80, 0), 4.0)
-    >>> whole.flops_per_second, whole.bytes_per_second
-    (20.0, None)
-    >>> cut = learned(whole, work(20, 10), 3.0)
-    >>> round(cut.flops_per_second, 6), round(cut.bytes_per_second, 6)
-    (20.0, 10.0)
-    """
+    """Learn from one more round; numbers that mean nothing teach nothing."""
     if work is None or step_seconds is None or not LEAST_SECONDS <= step_seconds < inf:
         return before
     new = Step(
@@ -107,14 +61,7 @@ def with_speeds(
 ) -> DeviceProfile:
     """Fill in what a device does not say of itself; what it says stands.
 
-    Parameters
-    ----------
-    device : DeviceProfile
-        What it says.
-    speeds : Speeds or None
-        What was learned of it.
-    edges : Iterable[EdgeProfile]
-        To all of which its way is taken for the same.
+    Its way to all edges is taken to be the same.
     """
     traits = device.traits
     if speeds is None or traits.flops_per_second is not None:

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from flwr_smartsplit.plan.placement import Places
 from flwr_smartsplit.plan.selection.candidates import Candidate
-from flwr_smartsplit.plan.selection.history import History
 from flwr_smartsplit.plan.selection.label_coverage import coverage_gains
 from flwr_smartsplit.plan.selection.selection import (
     EDGES_FULL,
@@ -27,48 +26,32 @@ from flwr_smartsplit.types import RouteOption
 Floats = npt.NDArray[np.float64]
 
 CLIP = 3.0
-LEAST_CONSIDERED = 256
-"""Of a fleet of so many, all are considered."""
+LEAST_CONSIDERED = 256  # Of a fleet of so many, all are considered
 MOST_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """The factors of all candidates, as logarithms; NaN where nothing is known.
+    """The factors of all candidates, shape (candidates,); NaN where nothing is known.
 
-    Parameters
-    ----------
-    loss : ndarray
-        Examples times the root mean squared loss of the client's last round, shape
-        (candidates,); of clients that never took part, with the median loss.
-    memory : ndarray
-        Budget over what the whole model needs, at most 1.
-    speed : ndarray
-        One over the seconds of the fastest route that fits.
-    waiting : ndarray
-        Rounds since the client took part, in turns: after one, everybody could have
-        taken part once. No logarithm, so that in time it outweighs all else.
+    All but ``waiting`` are logarithms; that one, in time, outweighs all else.
     """
 
-    loss: Floats
-    memory: Floats
-    speed: Floats
-    waiting: Floats
+    loss: Floats  # Examples times the root mean squared loss of the last round
+    memory: Floats  # Budget over what the whole model needs, at most 1
+    speed: Floats  # One over the seconds of the fastest route that fits
+    waiting: Floats  # Rounds since it took part, over those until all could have
 
 
-def factors_of(
-    candidates: Sequence[Candidate],
-    history: History,
-    *,
-    round_number: int,
-    num_clients: int,
-) -> Factors:
-    """Work the factors out."""
-    seen = [history.latest.get(each.device.client_key) for each in candidates]
-    typical = np.median([s.loss_rms for s in history.latest.values()] or [1.0])
+def factors_of(candidates: Sequence[Candidate], request: SelectionRequest) -> Factors:
+    """Work out the factors; a client that never took part has the median loss."""
+    latest = request.history.latest
+    seen = [latest.get(each.client_key) for each in candidates]
+    typical = np.median([s.loss_rms for s in latest.values()] or [1.0])
     examples = np.array([each.device.num_examples for each in candidates], np.float64)
     losses = np.array([typical if s is None else s.loss_rms for s in seen], np.float64)
     last = np.array([0 if s is None else s.round_number for s in seen], np.float64)
+    missed = request.round_number - 1 - last
     share = [
         1.0
         if each.device.budget_bytes is None
@@ -80,18 +63,12 @@ def factors_of(
         loss=np.log(np.maximum(examples * losses, 1e-12)),
         memory=np.log(np.array(share, np.float64)),
         speed=-np.log(seconds),
-        waiting=(round_number - 1 - last) * num_clients / max(len(candidates), 1),
+        waiting=missed * request.num_clients / max(len(candidates), 1),
     )
 
 
 def normalised(values: Floats) -> Floats:
-    """Shift and scale to mean 0 and deviation 1, cut off at 3; what is unknown is 0.
-
-    Examples
-    --------
-    >>> normalised(np.array([1.0, 3.0, np.nan])).tolist()
-    [-1.0, 1.0, 0.0]
-    """
+    """Shift and scale to mean 0 and deviation 1, cut off at 3; what is unknown is 0."""
     is_known = np.isfinite(values)
     known = values[is_known]
     scaled = np.zeros_like(values)
@@ -105,9 +82,9 @@ def normalised(values: Floats) -> Floats:
 class SelectByUtility:
     """Choose whose utility is highest, one by one, with the route that serves best.
 
-    The utility is the weighted sum of the normalised logarithms of these factors, so
-    their product; a weight of 0 switches one off. What a device does not say counts as
-    average.
+    The utility is the weighted sum of the normalised logarithms of these factors, as if
+    they were multiplied; a weight of 0 switches one off. What a device does not report
+    counts as average.
 
     Parameters
     ----------
@@ -118,18 +95,13 @@ class SelectByUtility:
     speed : float
         Weight of one over the time that the client's part takes.
     coverage : float
-        Weight of how much closer a client brings the labels of those chosen to the
-        labels of all; only of clients that share their label counts.
+        Weight of how much closer its labels, if it counts them, bring those of the
+        chosen clients to those of all.
     waiting : float
         Weight of the rounds since a client took part: fairness.
     considered : int
-        For each client that is wanted, so many of the most promising are considered,
-        labels aside; never fewer than 256.
-
-    Examples
-    --------
-    >>> SelectByUtility(coverage=0.0).coverage
-    0.0
+        Candidates to consider per wanted client, the most promising before labels
+        count; never fewer than 256 in all.
     """
 
     loss: float = 1.0
@@ -145,7 +117,6 @@ class SelectByUtility:
 
 
 BY_UTILITY = SelectByUtility()
-"""With its usual weights."""
 
 
 class _Choosing:
@@ -157,12 +128,7 @@ class _Choosing:
         self._candidates = [request.candidates[index] for index in self._order]
         self._request = request
         self._places = Places(request.edges)
-        factors = factors_of(
-            self._candidates,
-            request.history,
-            round_number=request.round_number,
-            num_clients=request.num_clients,
-        )
+        factors = factors_of(self._candidates, request)
         parts = {
             "loss": rule.loss * normalised(factors.loss),
             "memory": rule.memory * normalised(factors.memory),
@@ -175,13 +141,14 @@ class _Choosing:
         # Plain floats: those of numpy take several times as long to print.
         self._shown = [(name, part.tolist()) for name, part in parts.items()]
         size = max(rule.considered * request.num_clients, LEAST_CONSIDERED)
-        self._promising = np.argsort(-self._prior, kind="stable")[:size]
+        self._pool = np.zeros(len(self._candidates), bool)  # Who is considered
+        self._pool[np.argsort(-self._prior, kind="stable")[:size]] = True
 
     def selection(self) -> Selection:
         """Choose greedily, exchange, and see who finds room at an edge."""
         options: dict[int, RouteOption] = {}
         passed: dict[str, str] = {}
-        is_left = self._pool()
+        is_left = self._pool.copy()
         queue = self._exchanged(self._greedy(self._request.num_clients))
         while len(options) < self._request.num_clients and is_left.any():
             index = queue.pop(0) if queue else self._next(list(options), is_left)
@@ -203,16 +170,10 @@ class _Choosing:
         ]
         return Selection(chosen=chosen, passed=passed | self._others(taken, passed))
 
-    def _pool(self) -> npt.NDArray[np.bool_]:
-        """Mark the candidates among whom the choice is made."""
-        is_in = np.zeros(len(self._candidates), bool)
-        is_in[self._promising] = True
-        return is_in
-
     def _greedy(self, num_clients: int) -> list[int]:
         """Take one by one who adds most: each changes what others' labels add."""
         taken: list[int] = []
-        is_left = self._pool()
+        is_left = self._pool.copy()
         for _ in range(min(num_clients, int(is_left.sum()))):
             taken.append(self._next(taken, is_left))
             is_left[taken[-1]] = False
@@ -228,13 +189,11 @@ class _Choosing:
             return taken
         for _ in range(MOST_PASSES):
             before = list(taken)
-            for position, index in enumerate(taken):
+            for position in range(len(taken)):
                 rest = taken[:position] + taken[position + 1 :]
-                is_left = self._pool()
+                is_left = self._pool.copy()
                 is_left[rest] = False
-                best = self._next(rest, is_left)
-                if best != index:
-                    taken[position] = best
+                taken[position] = self._next(rest, is_left)
             if taken == before:
                 break
         return taken

@@ -102,12 +102,7 @@ def utility_of(
     From 0, where the least promising client adds nothing, so that a share of it means
     something.
     """
-    factors = factors_of(
-        asked.candidates,
-        asked.history,
-        round_number=asked.round_number,
-        num_clients=asked.num_clients,
-    )
+    factors = factors_of(asked.candidates, asked)
     prior = (
         rule.loss * normalised(factors.loss)
         + rule.memory * normalised(factors.memory)

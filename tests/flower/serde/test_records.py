@@ -1,4 +1,4 @@
-"""Records: what is written is what is read, in both dialects; nonsense is refused."""
+"""Records: what is written is what is read, in both layouts; nonsense is refused."""
 
 import json
 from dataclasses import asdict, replace
@@ -15,7 +15,7 @@ from flwr_smartsplit.flower.serde.records import (
     LEGACY,
     from_array_record,
     instruction,
-    message_dialect,
+    message_layout,
     plan_from_config,
     plan_to_scalars,
     profile_from_content,
@@ -204,12 +204,12 @@ def test_half_a_profile_is_refused(scalars: dict[str, Any], message: str) -> Non
     assert "SmartSplitNumPyClient" in str(raised.value)
 
 
-def test_each_dialect_is_asked_as_it_expects() -> None:
+def test_each_layout_is_asked_as_it_expects() -> None:
     """A legacy app reads a config record, a Message-API app nothing."""
     assert list(profile_request(LEGACY)) == ["getpropertiesins.config"]
-    assert list(profile_request(message_dialect())) == []
+    assert list(profile_request(message_layout())) == []
     assert LEGACY.profile_type == "get_properties"
-    assert message_dialect().profile_type == "query.smartsplit_profile"
+    assert message_layout().profile_type == "query.smartsplit_profile"
 
 
 # --- plans ----------------------------------------------------------------------------
@@ -262,10 +262,10 @@ def test_a_stock_strategy_sends_no_plan() -> None:
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_an_instruction_is_laid_out_as_the_dialect_says(is_train: bool) -> None:
+def test_an_instruction_has_the_keys_of_its_layout(is_train: bool) -> None:
     """Names under the Message API, numbers in the same order under the legacy one."""
     record = to_array_record(STATE)
-    ours = instruction(message_dialect("w", "c"), record, {"a": 1}, is_train=is_train)
+    ours = instruction(message_layout("w", "c"), record, {"a": 1}, is_train=is_train)
     assert list(ours) == ["w", "c"]
     assert list(ours["w"]) == list(STATE)
     theirs = instruction(LEGACY, record, {"a": 1}, is_train=is_train)
@@ -288,7 +288,7 @@ def test_an_instruction_does_not_share_the_config() -> None:
 # --- replies --------------------------------------------------------------------------
 
 
-def test_a_reply_comes_back_in_the_message_dialect() -> None:
+def test_a_reply_comes_back_in_the_message_layout() -> None:
     """State, receipts and report, to the last digit."""
     content = train_reply(PLAN, OUTCOME, weighted_by_key="n")
     reply = reply_from_content(content)
@@ -300,7 +300,7 @@ def test_a_reply_comes_back_in_the_message_dialect() -> None:
     assert content["metrics"]["accuracy"] == 1 / 3
 
 
-def test_a_reply_comes_back_in_the_legacy_dialect() -> None:
+def test_a_reply_comes_back_in_the_legacy_layout() -> None:
     """The names are those the strategy sent, in their order."""
     scalars = reply_to_scalars(PLAN, OUTCOME)
     content = legacy_reply(*STATE.values(), **scalars)

@@ -31,7 +31,8 @@ def test_factors_are_those_worked_out_by_hand() -> None:
     history = NO_HISTORY.after(
         [seen("a", round_number=2, loss_rms=3.0), seen("b", round_number=4, loss_rms=1)]
     )
-    found = factors_of(fleet, history, round_number=5, num_clients=2)
+    asked = request(fleet, history=history, round_number=5, num_clients=2)
+    found = factors_of(fleet, asked)
     # c was never seen: the median loss of the others, 2.
     assert np.exp(found.loss) == pytest.approx([30.0, 20.0, 60.0])
     assert found.memory == pytest.approx([log(0.25), 0.0, 0.0])
