@@ -1,4 +1,4 @@
-"""The costs of a task's chain, found once in a process for each batch size."""
+"""The costs of a task's chain, cached per process."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -14,19 +14,10 @@ _lock = Lock()
 
 
 def profile_of(task: Task, *, batch_size: int) -> ChainProfile:
-    """Find the costs of a task's chain, once in a process.
+    """Find the costs of a task's chain, once per process and batch size.
 
-    Parameters
-    ----------
-    task : Task
-        What is trained.
-    batch_size : int
-        Examples per step.
-
-    Notes
-    -----
-    The dry run has a thread of its own: meters and modes belong to threads, and the
-    caller may be in the middle of a step that is metered, or paused from it.
+    The dry run has its own thread: meters and modes are per thread, and the caller may
+    be inside a metered step.
     """
     chain = build_chain(task)
     digest = profile_digest(chain, batch_size=batch_size, task=task)
