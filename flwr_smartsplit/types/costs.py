@@ -35,60 +35,27 @@ class StepBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitCost:
-    """What one unit holds, and what crosses the boundary after it.
+    """What one unit holds, and what crosses the boundary after it."""
 
-    Parameters
-    ----------
-    name : str
-        The unit's name in its chain.
-    parameter_bytes, buffer_bytes : int
-        Size of its parameters, and of its buffers and other tensors.
-    gradient_bytes, optimizer_state_bytes : int
-        Size of its parameters' gradients, and of the optimizer's state for them.
-    saved_bytes : int
-        Saved activations: what its forward allocates and backward needs.
-    boundary_bytes : int
-        Size of its output for one micro-batch, with its context; 0 for the last unit.
-    forward_flops : int
-        FLOPs of its forward; a multiply-add is two.
-    device_peak_bytes : int
-        The most that a device holds during a training step if this is its last unit:
-        parameters, gradients, optimizer state, batch, activations, boundary gradient.
-    waiting_bytes : int
-        The part of it that stays while the rest of the step runs elsewhere:
-        activations.
-    return_bytes : int
-        The most that the step takes from this unit on, where it returns to the device:
-        incoming boundary, activations, gradients, temporaries. Parameters, buffers and
-        optimizer state of these units come on top.
-    keeps_gradient : bool
-        Whether gradients stay from micro-batch to micro-batch.
-    head_update_bytes, tail_update_bytes : int
-        The most that the optimizer allocates and frees after backward if this is a
-        device's last unit, and if it is its first.
-    step : StepBytes
-        The costs that plans to recompute are made from.
-    selective_step : StepBytes, optional
-        The same if the unit is selective (see ``RecomputePlan``); None if that saves
-        nothing.
-    """
-
-    name: str
+    name: str  # In its chain
     parameter_bytes: int
-    buffer_bytes: int
-    gradient_bytes: int
+    buffer_bytes: int  # Of its buffers, and of tensors that are neither
+    gradient_bytes: int  # Of its parameters
     optimizer_state_bytes: int
-    saved_bytes: int
-    boundary_bytes: int
-    forward_flops: int
+    saved_bytes: int  # Activations: what its forward allocates and backward needs
+    boundary_bytes: int  # Its output for one micro-batch; 0 for the last unit
+    forward_flops: int  # A multiply-add is two
+    # The most that a device holds in a training step if this is its last unit
     device_peak_bytes: int
-    waiting_bytes: int
+    waiting_bytes: int  # What of it stays while the rest of the step runs elsewhere
+    # The most that a step takes from here on where it returns to the device, without
+    # the parameters, buffers and optimizer state of these units
     return_bytes: int
-    keeps_gradient: bool = False
-    head_update_bytes: int = 0
-    tail_update_bytes: int = 0
-    step: StepBytes = StepBytes()
-    selective_step: StepBytes | None = None
+    keeps_gradient: bool = False  # From micro-batch to micro-batch
+    head_update_bytes: int = 0  # What the optimizer needs if this is the last unit here
+    tail_update_bytes: int = 0  # And if it is the first
+    step: StepBytes = StepBytes()  # What plans to recompute are made from
+    selective_step: StepBytes | None = None  # None if being selective saves nothing
 
     @property
     def resident_bytes(self) -> int:
