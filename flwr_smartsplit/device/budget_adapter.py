@@ -61,7 +61,6 @@ class Adapter:
         self._calm_steps = self._calm_steps + 1 if is_room else 0
 
     def _costs(self, runner: RouteRunner) -> ChainProfile:
-        """Profile the chain when its costs are first needed."""
         if self._profile is None:
             task = replace(self._task, accumulate=runner.accumulate)
             self._profile = profile_of(task, batch_size=self._batch_size)

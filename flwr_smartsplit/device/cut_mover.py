@@ -33,14 +33,13 @@ class CutMover:
         edge: EdgeClient,
         cuts: tuple[int, int],
         *,
-        step: int,
-        norm: float | None,
+        step: int,  # Steps done
+        norm: float | None,  # For which the last update waits
     ) -> SegmentRunner:
         """Move the cut from one unit to another; return the first segment's new runner.
 
-        ``step`` counts the steps done; the last update waits for ``norm``. Raises
-        ``RefusedMove`` or ``MemoryCapExceeded`` if it is impossible; the cut is then
-        unchanged, here and at the edge.
+        Raises ``RefusedMove`` or ``MemoryCapExceeded`` if it is impossible; the cut is
+        then unchanged, here and at the edge.
         """
         before, after = cuts
         remake = partial(rebuilt, head, self.chain, range(after), make=self.make)

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map
 from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.device.step_timer import StepSeconds, StepTimer
 from flwr_smartsplit.edge.client import Connect
+from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.errors import (
     EdgeError,
     InvalidTask,
@@ -35,53 +35,28 @@ from flwr_smartsplit.train.segment_runner import CPU
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import ClientPlan, Receipt, Status, StepReport
 
-State = Mapping[str, npt.NDArray[Any]]
 Loader = Iterable[tuple[Batch, Tensor]]
 _PAIR = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """What stays the same for a client in every round.
-
-    Parameters
-    ----------
-    connect : Callable[[place, address], Transport]
-        Reaches an edge.
-    cap_mode : CapMode or str
-        Whether the cap meters some steps (``"sampled"``), all (``"strict"``) or none
-        (``"off"``).
-    meter_every : int
-        A sampled cap meters the first two steps, then one in ``meter_every``.
-    local_epochs : int
-        Passes over the training loader.
-    batch_size : int, optional
-        Examples per step, if the loader has no ``batch_size``: an edge reserves memory
-        by it when a session opens.
-    owns_process : bool
-        Whether only this client uses its process's memory. Training then also measures
-        the resident set, and the system refuses memory beyond the plan's budget and
-        32 MiB.
-    clock : Callable[[], float]
-        A monotonic clock, in seconds.
-    between_steps : Callable[[RouteRunner], None], optional
-        Called before each training step; it may move the first cut or recompute more,
-        as an ``Adapter`` does.
-    step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
-        Predicts a training step's seconds, in a simulation; by default, they are
-        measured.
-    """
+    """What stays the same for a client in every round."""
 
     task: Task
     connect: Connect
     cap_mode: CapMode | str = CapMode.SAMPLED
-    meter_every: int = 50
-    local_epochs: int = 1
+    meter_every: int = 50  # If sampled, the first two steps, then one in so many
+    local_epochs: int = 1  # Passes over the training loader
+    # Examples per step, if the loader has no ``batch_size``: edges reserve memory by it
     batch_size: int | None = None
+    # Whether only this client uses its process's memory. Training then also measures
+    # the resident set; the system refuses memory beyond the plan's budget and 32 MiB.
     owns_process: bool = False
-    clock: Callable[[], float] = time.perf_counter
+    clock: Callable[[], float] = time.perf_counter  # Monotonic, in seconds
+    # Called before each training step; may move the first cut or recompute more
     between_steps: Callable[[RouteRunner], None] | None = None
-    step_seconds: StepSeconds | None = None
+    step_seconds: StepSeconds | None = None  # Predicts steps' times; measured if None
     device: torch.device = CPU
 
     def __post_init__(self) -> None:
@@ -93,14 +68,10 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A client's results of a round.
+    """A client's results of a round."""
 
-    ``state`` is that of its device segments, empty unless the report's status is OK;
-    ``receipts`` are for the tails at its edges.
-    """
-
-    state: State
-    receipts: tuple[Receipt, ...]
+    state: State  # Of its device segments; empty unless the report's status is OK
+    receipts: tuple[Receipt, ...]  # For the tails at its edges
     report: StepReport
 
 
@@ -113,7 +84,10 @@ def train_locally(
     no exception is raised.
     """
     start = conditions.clock()
-    with torch_threads(plan.num_threads), _resident_growth(conditions) as resident:
+    growth: AbstractContextManager[MemoryGrowth] = nullcontext(MemoryGrowth())
+    if conditions.owns_process:
+        growth = resident_growth()
+    with torch_threads(plan.num_threads), growth as resident:
         runner = _route_runner(plan, conditions, is_trained=True)
         try:
             with _fence(plan, conditions):
@@ -173,11 +147,6 @@ def _trained(
     )
 
 
-def _resident_growth(conditions: Conditions) -> AbstractContextManager[MemoryGrowth]:
-    """Measure the process's memory, if it is this client's."""
-    return resident_growth() if conditions.owns_process else nullcontext(MemoryGrowth())
-
-
 def _fence(plan: ClientPlan, conditions: Conditions) -> AbstractContextManager[None]:
     """Limit the process's memory, if it is this client's and there is a budget."""
     extra_bytes = None
@@ -206,7 +175,6 @@ def _route_runner(
 
 
 def _failure(runner: RouteRunner, error: SmartSplitError) -> StepReport:
-    """Report what was done before ``error``."""
     over = isinstance(error, MemoryCapExceeded | NoFeasiblePlan)
     return replace(
         runner.report(num_epochs=1),
@@ -222,10 +190,7 @@ def _batch_size(loader: Loader, conditions: Conditions) -> int | None:
 
 
 def _own_batch(batch: Any) -> tuple[Batch, Tensor]:
-    """Check and own a loader's batch; its inputs are a tensor, a sequence or a mapping.
-
-    Raises ``InvalidTask`` if it is not ``(inputs, targets)``.
-    """
+    """Own a loader's batch, whose inputs are a tensor, a sequence or a mapping."""
     is_pair = isinstance(batch, tuple | list) and len(batch) == _PAIR
     if not is_pair or not isinstance(batch[1], Tensor):
         kind = type(batch[1] if is_pair else batch).__name__

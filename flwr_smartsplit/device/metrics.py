@@ -77,10 +77,7 @@ class Metrics:
 
 
 def rms(losses: Sequence[tuple[float, int]]) -> float:
-    """Root mean square over examples of their batch's loss.
-
-    ``losses`` holds each step's loss and number of examples.
-    """
+    """Root mean square of each step's loss, weighted by its number of examples."""
     return math.sqrt(_mean([(loss**2, count) for loss, count in losses]))
 
 

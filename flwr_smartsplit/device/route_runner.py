@@ -4,7 +4,6 @@ The device has the first segment, and the last one too if the route returns; edg
 the segments between.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from flwr_smartsplit.device.metrics import Metrics
 from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of
+from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
@@ -42,14 +42,9 @@ from flwr_smartsplit.types import (
     StepReport,
 )
 
-State = Mapping[str, npt.NDArray[Any]]
-
 
 class RouteRunner:
-    """Train or evaluate batches along a client's route.
-
-    ``cap`` meters the device's memory; ``timer`` measures or predicts its steps.
-    """
+    """Train or evaluate batches along a client's route, metered by ``cap``."""
 
     def __init__(
         self,
@@ -58,14 +53,14 @@ class RouteRunner:
         cap: MemoryCap,
         *,
         is_trained: bool,
-        timer: StepTimer | None = None,
+        timer: StepTimer,
         device: torch.device = CPU,
     ) -> None:
         self.plan = plan
         self.route = plan.route
         self.recompute = plan.recompute
         self.cap = cap
-        self.timer = timer or StepTimer(plan, clock=time.perf_counter)
+        self.timer = timer
         self.metrics = Metrics()
         self.advice: Advice | None = None
         self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
@@ -80,17 +75,13 @@ class RouteRunner:
 
     def open(
         self,
-        state: State,
+        state: State,  # Of the device segments
         connect: Connect,
         *,
-        token: str,
-        batch_size: int | None = None,
+        token: str,  # Identifies this opening
+        batch_size: int | None = None,  # The largest that will come, if known
     ) -> None:
-        """Build the device's segments under the cap, and open sessions at the edges.
-
-        ``state`` is that of the device segments, ``token`` identifies this opening, and
-        ``batch_size`` is the largest that will come, if known.
-        """
+        """Build the device's segments under the cap, and open sessions at the edges."""
         num_units = len(self._chain)
         for leg in self.route.device_legs(num_units):
             self._runners.append(self._built(leg, state))
@@ -190,7 +181,7 @@ class RouteRunner:
     def abandon(self) -> None:
         """Delete this client's sessions, if their edges can be reached."""
         if self._edge is not None:
-            self._edge.abandon_quietly()
+            self._edge.abandon()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Copy what training can change of the device's state, in the chain's order."""
@@ -246,11 +237,7 @@ class RouteRunner:
         return value, stepped.norms
 
     def _finish(
-        self,
-        stepped: wire.Stepped,
-        targets: Tensor,
-        edge: EdgeClient,
-        part: MicroBatch,
+        self, stepped: wire.Stepped, targets: Tensor, edge: EdgeClient, part: MicroBatch
     ) -> tuple[float, wire.Stepped]:
         """Finish a step on the device, which the labels never leave."""
         tail, step = self._runners[-1], self.num_steps
@@ -268,7 +255,7 @@ class RouteRunner:
         sent = edge.returning.encode(gradients)
         del gradients
         back = wire.Backward(step=step, part=part, gradients=sent)
-        return value, edge.backward(back)
+        return value, edge.pass_on(back)
 
     def _request(self, targets: Tensor, part: MicroBatch) -> wire.Forward:
         """Make the request of a step, without its boundary."""
@@ -295,7 +282,6 @@ class RouteRunner:
             runner.update(self._norm)
 
     def _evaluated(self, inputs: Batch, targets: Tensor) -> Mapping[str, float]:
-        """Return loss and metrics of one batch."""
         head, tail, edge = self._runners[0], self._runners[-1], self._edge
         if edge is None:
             return head.assess(head.evaluate(inputs), targets)
@@ -327,16 +313,10 @@ class RouteRunner:
         return runner
 
     def _placed(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
-        """Move a batch to the torch device."""
-        if self._device == CPU:
-            return inputs, targets
-        placed: tuple[Batch, Tensor]
-        placed = tree_map(lambda x: x.to(self._device), (inputs, targets))
+        placed: tuple[Batch, Tensor] = inputs, targets
+        if self._device != CPU:
+            placed = tree_map(lambda x: x.to(self._device), placed)
         return placed
 
     def _owners(self) -> list[Any]:
-        return [
-            owner
-            for runner in self._runners
-            for owner in (runner.segment, runner.optimizer)
-        ]
+        return [x for each in self._runners for x in (each.segment, each.optimizer)]

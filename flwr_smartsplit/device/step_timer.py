@@ -9,8 +9,7 @@ from flwr_smartsplit.types import ClientPlan, RecomputePlan, Route
 StepSeconds = Callable[[ClientPlan, Route, RecomputePlan], float]
 """Predicts the seconds of a step, instead of a clock."""
 
-_WARM_UP_STEPS = 2
-"""The first steps on a route are slower: they allocate, and are metered."""
+_WARM_UP_STEPS = 2  # On a route; slower, because they allocate and are metered
 
 
 class StepTimer:
@@ -39,20 +38,18 @@ class StepTimer:
 
     def latest(self, route: Route, recompute: RecomputePlan) -> float | None:
         """Return the last step's seconds; None if none counts yet."""
-        if self.given is not None:
-            return self.given(route, recompute)
         steps = self._steps(route, recompute)
         return steps[-1] if steps else None
 
     def mean(self, route: Route, recompute: RecomputePlan) -> float | None:
         """Return a step's mean seconds; None if none counts yet."""
-        if self.given is not None:
-            return self.given(route, recompute)
         steps = self._steps(route, recompute)
         return sum(steps) / len(steps) if steps else None
 
     def _steps(self, route: Route, recompute: RecomputePlan) -> list[float]:
-        """List the steps that count: those after the warm-up."""
+        """List the seconds that count: the given ones, or those after the warm-up."""
+        if self.given is not None:
+            return [self.given(route, recompute)]
         if self._measured_at != (route, recompute):
             return []
         return self._measured[_WARM_UP_STEPS:]

@@ -21,24 +21,19 @@ from flwr_smartsplit.types import ChainProfile, EdgeProfile
 
 LEAST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.05, 5.0
 _NOTHING = TailBytes(0, 0)
-_Needed = tuple[int, int]
-"""Batch size and first unit."""
+_Needed = tuple[int, int]  # Batch size and first unit
 _UNKNOWN = (1, 0)
 
 
 class Admission:
-    """Let sessions open, grow and move within an edge's budgets, if it has any.
-
-    A dry run of the task predicts what a session needs. ``sealed`` holds the bytes of
-    the tails already on disk, by session.
-    """
+    """Let sessions open, grow and move within an edge's budgets, if it has any."""
 
     def __init__(
         self,
         task: Task,
         profile: EdgeProfile,
         *,
-        sealed: Mapping[str, int],
+        sealed: Mapping[str, int],  # Bytes of the tails already on disk, by session
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._task = task
@@ -55,11 +50,8 @@ class Admission:
         self._needed: dict[str, _Needed] = {}
 
     def open(self, request: wire.OpenSession) -> None:
-        """Reserve all that a session will need, or raise ``EdgeFull``.
-
-        An unknown batch size counts as 1; the first batch then reserves more.
-        """
-        if self.is_limited:
+        """Reserve all that a session will need, or raise ``EdgeFull``."""
+        if self.is_limited:  # An unknown batch size counts as 1; ``fit`` reserves more.
             self._reserve_for(request, (request.batch_size or 1, request.start))
 
     def fit(self, session: Session, request: StepRequest) -> None:
@@ -98,6 +90,7 @@ class Admission:
         self._needed[opened.session] = needed
 
     def _need(self, opened: wire.OpenSession, needed: _Needed) -> TailBytes:
+        """Predict what a session needs, by a dry run of the task."""
         batch_size, start = needed
         kind = batch_size, opened.accumulate
         if kind not in self._profiles:
@@ -107,12 +100,9 @@ class Admission:
         return need if opened.is_trained else need._replace(disk_bytes=0)
 
     def reserve(self, session: str, need: TailBytes, *, keeps: bool = False) -> None:
-        """Replace a session's reservation, or raise ``EdgeFull`` and keep the old one.
-
-        With ``keeps``, the larger of both is reserved.
-        """
+        """Replace a session's reservation, or keep it and raise ``EdgeFull``."""
         with self._lock:
-            if keeps:
+            if keeps:  # The larger of both is reserved.
                 need = TailBytes(*map(max, self._open.get(session, _NOTHING), need))
             self._check(session, need)
             self._open[session] = need
@@ -141,7 +131,6 @@ class Admission:
             self._sealed = dict(sealed)
 
     def _check(self, session: str, need: TailBytes) -> None:
-        """Raise ``EdgeFull`` if memory or disk is too small."""
         others = [held for name, held in self._open.items() if name != session]
         sealed = sum(size for name, size in self._sealed.items() if name != session)
         used = (

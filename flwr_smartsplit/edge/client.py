@@ -33,17 +33,14 @@ def nowhere(place: str, address: str) -> wire.Transport:
 # longer than 40 lines because it fills in every field of an opening
 def opening_of(
     plan: ClientPlan,
-    legs: tuple[Leg, ...],
+    legs: tuple[Leg, ...],  # The segments at edges, in order
     *,
     is_trained: bool,
     token: str,
-    batch_size: int | None = None,
+    batch_size: int | None = None,  # The largest, if known
     accumulate: int = 1,
 ) -> wire.OpenSession:
-    """Make the request for the first edge; it holds those for the edges after it.
-
-    ``legs`` are the segments at edges, in order; ``batch_size`` the largest, if known.
-    """
+    """Make the request for the first edge; it holds those for the edges after it."""
     onward = None
     for leg in reversed(legs):
         cut_index = plan.route.cuts.index(leg.start)
@@ -74,11 +71,7 @@ def opening_of(
 
 
 class EdgeClient:
-    """Open a session at an edge, and send its requests.
-
-    ``outward`` is the crossing of the cut before the edge; ``returning`` that of the
-    route's last cut, where it returns to the device.
-    """
+    """Open a session at an edge, and send its requests."""
 
     def __init__(
         self,
@@ -87,22 +80,19 @@ class EdgeClient:
         *,
         device: torch.device = CPU,
     ) -> None:
-        self.outward = Crossing.at(opening.codecs, 0, device)
-        self.returning = Crossing.at(opening.codecs, -1, device)
+        self.outward = Crossing.at(opening.codecs, 0, device)  # The cut to the edge
+        self.returning = Crossing.at(opening.codecs, -1, device)  # The route's last cut
         self._transport = wire.CountingTransport(transport)
         self._session = opening.session
         self._num_moves = 0
         self._incarnation = self._transport.send(opening).incarnation
 
     def forward(self, boundary: Boundary, request: wire.Forward) -> wire.Stepped:
-        """Send a step's request on, with this session and this place's boundary."""
-        return self._forwarded(replace(request, boundary=self.outward.encode(boundary)))
+        """Send a step's request on, with this place's boundary."""
+        return self.pass_on(replace(request, boundary=self.outward.encode(boundary)))
 
-    def backward(self, request: wire.Backward) -> wire.Stepped:
-        """Send the returned boundary's gradients on, still encoded."""
-        return self._forwarded(request)
-
-    def _forwarded(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
+    def pass_on(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
+        """Send a request on with this session's name; its tensors stay encoded."""
         return self._transport.send(
             replace(request, session=self._session, incarnation=self._incarnation)
         )
@@ -131,13 +121,9 @@ class EdgeClient:
         )
 
     def abandon(self) -> None:
-        """Delete the session at this edge and those after it."""
-        self._transport.send(wire.Abandon(self._session, self._incarnation))
-
-    def abandon_quietly(self) -> None:
-        """Abandon; if the edge cannot be reached, the end of the round does it."""
+        """Delete the session here and at later edges; the round's end retries it."""
         with suppress(EdgeError):
-            self.abandon()
+            self._transport.send(wire.Abandon(self._session, self._incarnation))
 
     def traffic(self) -> tuple[int, int]:
         """Return the bytes sent and received."""

@@ -14,10 +14,9 @@ from flwr_smartsplit.types import RAW, codec_at
 
 
 class Codec(Protocol):
-    """Encodes tensors before they cross a cut, and decodes them behind it.
+    """Encodes tensors before they cross a cut, and decodes them behind it; stateless.
 
-    Boundaries and their gradients go through it, in training and evaluation; targets do
-    not. It has no state.
+    Boundaries and gradients go through it, also in evaluation; targets do not.
     """
 
     @property

@@ -25,27 +25,25 @@ from flwr_smartsplit.train.unit_migration import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """The edge has moved the cut; ``units`` are now the device's, if it moved later."""
+    """The edge has moved the cut."""
 
-    units: MigratedUnits | None = None
+    units: MigratedUnits | None = None  # Now the device's, if the cut moved later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveCut(Request[Moved]):
     """Move a session's first unit to ``start``, exactly once.
 
-    ``step`` counts the steps done, and ``number`` the session's moves before this one.
-    To repeat the last move before the next step repeats its reply. ``units`` are new at
-    the edge, if the cut moves earlier. ``norm`` is as in ``Forward``.
+    To repeat the last move before the next step repeats its reply.
     """
 
     session: str
     incarnation: str
-    step: int
-    number: int
+    step: int  # Steps done
+    number: int  # Moves of the session before this one
     start: int
-    units: MigratedUnits | None = None
-    norm: float | None = None
+    units: MigratedUnits | None = None  # New at the edge, if the cut moves earlier
+    norm: float | None = None  # As in ``Forward``
 
 
 def pack_units(units: MigratedUnits) -> MigratedUnits:
@@ -85,7 +83,6 @@ def moved_session(
 
 
 def _check(chain: Chain, units: range, request: MoveCut) -> None:
-    """Refuse a move that does not fit the session."""
     start, arriving = request.start, request.units
     if not 0 < start < units.stop or start == units.start:
         raise RefusedMove(

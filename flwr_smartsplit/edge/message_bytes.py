@@ -29,8 +29,7 @@ from flwr_smartsplit.edge import cut_moves, protocol
 from flwr_smartsplit.edge.protocol import Request
 from flwr_smartsplit.errors import EdgeError, RefusedMessage
 
-Piece = bytes | memoryview
-"""Bytes as a host carries them; a message is one or several in a row."""
+Piece = bytes | memoryview  # A message is one or several in a row
 
 VERSION = 1
 MAX_HEAD_BYTES = 2**24
@@ -176,8 +175,7 @@ def decode(*pieces: Piece) -> Any:
         f"the message has version {version}, this side reads {VERSION}: {_ONE_RELEASE}",
     )
     _refuse_if(
-        size > MAX_HEAD_BYTES,
-        f"a head of {size} bytes; {MAX_HEAD_BYTES} are allowed.",
+        size > MAX_HEAD_BYTES, f"a head of {size} bytes; {MAX_HEAD_BYTES} are allowed."
     )
     head = bytes(reader.take(size))
     _refuse_if(crc32(head) != code, "the head does not match its checksum.")

@@ -68,52 +68,29 @@ class Opened:
 class OpenSession(Request[Opened]):
     """Build one client's segment at the edge, and those at the edges after it.
 
-    Parameters
-    ----------
-    session, place : str
-        The session's name, and the edge's name in the route.
-    start, stop : int
-        The edge runs the units ``[start, stop)``.
-    state_digest : str
-        The held state to start from.
-    onward : Onward, optional
-        The next edge of the route; this edge opens a session there and talks to it.
-    is_trained : bool
-        Whether the session trains its segment, or only evaluates it.
-    token : str
-        Distinguishes a repeated request from a second opening, which starts over.
-    cohort : Cohort, optional
-        Only for the route's first edge, which advises the device.
-    batch_size : int, optional
-        The largest batch that will come, if the device knows.
-    accumulate : int
-        Micro-batches per batch.
-    codecs : tuple[str, ...]
-        The codec of each crossing, from the one into this edge on; empty for ``RAW``.
-
-    The other fields are as in ``ClientPlan``.
+    Fields without a comment are as in ``ClientPlan``.
     """
 
-    session: str
-    place: str
+    session: str  # Its name
+    place: str  # The edge's name in the route
     round_number: int
     client_key: str
-    start: int
+    start: int  # The edge runs the units ``[start, stop)``
     stop: int
-    state_digest: str
+    state_digest: str  # The held state to start from
     seed: int
     num_threads: int
     config: Mapping[str, Any] = field(default_factory=dict)
-    onward: "Onward | None" = None
-    is_trained: bool = True
-    token: str = ""
-    cohort: Cohort | None = None
+    onward: "Onward | None" = None  # The next edge; this one opens a session there
+    is_trained: bool = True  # Or only evaluated
+    token: str = ""  # Tells a repeated request from a second opening, which starts over
+    cohort: Cohort | None = None  # For the route's first edge, which advises the device
     importance: float = 0.0
     num_examples: int = 0
-    batch_size: int | None = None
+    batch_size: int | None = None  # The largest that will come, if the device knows
     variant: Variant = WHOLE
-    accumulate: int = 1
-    codecs: tuple[str, ...] = ()
+    accumulate: int = 1  # Micro-batches per batch
+    codecs: tuple[str, ...] = ()  # Of the cuts from this one on; empty for ``RAW``
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +103,13 @@ class Onward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """The reply to ``Forward`` and to ``Backward``.
+    """The reply to ``Forward`` and to ``Backward``."""
 
-    ``boundary`` returns to the device, where the route ends there. ``gradients`` are
-    those of the incoming tensors that need one, in order. ``values`` holds the batch's
-    mean loss, and metrics in evaluation; ``norms`` the gradients' norms, where they are
-    clipped. ``advice`` is what the device should change before the next step.
-    """
-
-    boundary: tuple[WireTensor, ...] = ()
-    gradients: tuple[WireTensor, ...] = ()
-    values: Mapping[str, float] = field(default_factory=dict)
-    norms: Mapping[str, float] = field(default_factory=dict)
-    advice: Advice | None = None
+    boundary: tuple[WireTensor, ...] = ()  # If the route ends on the device
+    gradients: tuple[WireTensor, ...] = ()  # Of the inputs that need one, in order
+    values: Mapping[str, float] = field(default_factory=dict)  # Mean loss; metrics
+    norms: Mapping[str, float] = field(default_factory=dict)  # Of clipped gradients
+    advice: Advice | None = None  # What to change before the next step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,28 +119,17 @@ class Forward(Request[Stepped]):
     With targets, that is everything: loss, backward and update in training, loss and
     metrics in evaluation. Without them, the boundary returns to the device, and
     ``Backward`` follows in training. To repeat the last request repeats its reply.
-
-    Parameters
-    ----------
-    step : int
-        The step, from 0.
-    num_examples : int
-        Examples in the micro-batch.
-    norm : float, optional
-        The norm of all gradients of the step before, whose update waited for it.
-    step_seconds : float, optional
-        Seconds per step on the device, with its present route.
     """
 
     session: str = ""
     incarnation: str = ""
-    step: int
+    step: int  # From 0
     boundary: tuple[WireTensor, ...] = ()
     targets: WireTensor | None = None
-    num_examples: int
+    num_examples: int  # In the micro-batch
     part: MicroBatch = WHOLE_BATCH
-    norm: float | None = None
-    step_seconds: float | None = None
+    norm: float | None = None  # Of all gradients of the last step; its update waited
+    step_seconds: float | None = None  # On the device, with its present route
 
     def __post_init__(self) -> None:
         given = None if self.targets is None else self.targets.shape[:1]
@@ -182,40 +142,31 @@ class Forward(Request[Stepped]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backward(Request[Stepped]):
-    """Run backward in the step of the last ``Forward``, and update.
-
-    ``gradients`` are those of the returned tensors that need one, in order.
-    """
+    """Run backward in the step of the last ``Forward``, and update."""
 
     session: str = ""
     incarnation: str = ""
     step: int
     part: MicroBatch = WHOLE_BATCH
-    gradients: tuple[WireTensor, ...]
+    gradients: tuple[WireTensor, ...]  # Of the returned tensors that need one, in order
 
 
 @dataclass(frozen=True, slots=True)
 class Seal(Request[tuple[Receipt, ...]]):
-    """Finish a session after the device's ``num_steps`` steps.
-
-    The edge checks its tail, writes it to disk and frees its memory.
-    """
+    """Finish a session: check its tail, write it to disk and free its memory."""
 
     session: str
     incarnation: str
-    num_steps: int
-    norm: float | None = None
+    num_steps: int  # That the device did
+    norm: float | None = None  # As in ``Forward``
 
 
 @dataclass(frozen=True, slots=True)
 class Abandon(Request[None]):
-    """Delete a session and its tail, sealed or not, unless it was opened again since.
-
-    An empty incarnation means any.
-    """
+    """Delete a session and its tail, sealed or not, unless it was opened again."""
 
     session: str
-    incarnation: str = ""
+    incarnation: str = ""  # Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +226,6 @@ class CountingTransport:
 
 def payload_bytes(message: Any) -> int:
     """Add up the array bytes in a message; headers are not counted."""
-    if message is None or isinstance(message, str | int | float):
-        return 0
     if isinstance(message, WireTensor):
         message = message.data
     if isinstance(message, np.ndarray):

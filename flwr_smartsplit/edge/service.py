@@ -17,7 +17,7 @@ from flwr_smartsplit.edge.client import Connect, EdgeClient, nowhere
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.session_table import SessionTable
-from flwr_smartsplit.edge.state_store import StateStore, iterate_tails
+from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.edge.weighted_mean import add_states
 from flwr_smartsplit.errors import EdgeError, StaleSession
@@ -33,30 +33,16 @@ _UNLIMITED = EdgeProfile(name="")
 
 
 class EdgeService:
-    """Answer every request to an edge; it is thread-safe.
-
-    Parameters
-    ----------
-    spill_dir : Path
-        Folder for held states and sealed tails; it survives a restart of the edge.
-    incarnation : str
-        Identifies this start of the edge; requests to an earlier one are refused.
-    connect : Callable[[place, address], Transport]
-        Reaches other edges, where routes continue.
-    profile : EdgeProfile
-        The budgets that all sessions share.
-    device : torch.device
-        Where segments compute.
-    """
+    """Answer every request to an edge; it is thread-safe."""
 
     def __init__(
         self,
         task: Task,
         *,
-        spill_dir: Path,
-        incarnation: str,
-        connect: Connect = nowhere,
-        profile: EdgeProfile = _UNLIMITED,
+        spill_dir: Path,  # For held states and sealed tails; survives a restart
+        incarnation: str,  # This start's; requests to an earlier one are refused
+        connect: Connect = nowhere,  # To the edges where routes continue
+        profile: EdgeProfile = _UNLIMITED,  # The budgets that all sessions share
         device: torch.device = CPU,
     ) -> None:
         self._task = task
@@ -173,7 +159,7 @@ class EdgeService:
     def _(self, request: wire.Commit) -> wire.Committed:
         self._store.verify({e.session: e.digest for e in request.entries})
         weights = {entry.session: entry.weight for entry in request.entries}
-        return wire.Committed(add_states(iterate_tails(self._store, weights)))
+        return wire.Committed(add_states(self._store.read_tails(weights)))
 
     @_answer.register
     def _(self, request: wire.Release) -> None:

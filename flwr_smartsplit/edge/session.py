@@ -29,17 +29,14 @@ Place = tuple[int, int, bool]
 
 
 class Session:
-    """One client's replica of its segment at an edge.
-
-    ``incarnation`` identifies this opening; ``onward`` is the route's next edge.
-    """
+    """One client's replica of its segment at an edge."""
 
     def __init__(
         self,
         opened: wire.OpenSession,
-        incarnation: str,
+        incarnation: str,  # Identifies this opening
         runner: SegmentRunner,
-        onward: EdgeClient | None,
+        onward: EdgeClient | None,  # The route's next edge
         *,
         device: torch.device = CPU,
     ) -> None:
@@ -98,7 +95,6 @@ class Session:
         return self._returned(stepped, gradients, advice)
 
     def _enter(self, request: wire.Forward) -> Boundary:
-        """Run the segment forward, and return its boundary."""
         return self.runner.forward(
             self._inward.decode(request.boundary),
             step=request.step,
@@ -110,7 +106,7 @@ class Session:
         """Run backward from the gradients of the device or of the next edge."""
         stepped, crossing = wire.Stepped(gradients=request.gradients), self._returning
         if self.onward is not None:
-            stepped, crossing = self.onward.backward(request), self.onward.outward
+            stepped, crossing = self.onward.pass_on(request), self.onward.outward
         gradients = self.runner.backward(lambda: crossing.decode(stepped.gradients))
         return self._returned(stepped, gradients)
 
@@ -280,7 +276,6 @@ class RequestOrder:
 
 
 def _place_after(request: StepRequest) -> Place:
-    """Return the place of the next request."""
     step, part = request.step, request.part
     if isinstance(request, wire.Forward) and request.targets is None:
         return (step, part.index, True)

@@ -84,7 +84,7 @@ class SessionTable:
             if self._open.get(session.opened.session) is session:
                 self.forget(session.opened.session)  # Not a later opening.
             if session.onward is not None:
-                session.onward.abandon_quietly()
+                session.onward.abandon()
             if isinstance(error, EdgeFull):  # A later edge is full; do not retry.
                 error.retry_after_seconds = None
             raise
@@ -155,7 +155,7 @@ class SessionTable:
         if known is None or request.incarnation in ("", known.incarnation):
             self.forget(request.session)
             if known is not None and known.onward is not None:
-                known.onward.abandon_quietly()
+                known.onward.abandon()
 
     def release(self, round_number: int) -> None:
         """Delete this round's and earlier sessions, and forget every sealed one."""

@@ -6,18 +6,15 @@ merged only if its digest is still the same.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
-
-State = Mapping[str, npt.NDArray[Any]]
 
 _STATE = ".state.safetensors"
 _TAIL = ".tail.safetensors"
@@ -88,6 +85,11 @@ class StateStore:
                 sessions=(session,),
             ) from error
 
+    def read_tails(self, weights: Mapping[str, int]) -> Iterator[tuple[State, int]]:
+        """Read tails with their weights by session, one in memory at a time."""
+        for session, weight in weights.items():
+            yield self.read_tail(session), weight
+
     def drop_tail(self, session: str) -> None:
         """Delete a sealed tail, if there is one."""
         self._tail_path(session).unlink(missing_ok=True)
@@ -101,14 +103,11 @@ class StateStore:
 
     def release(self, round_number: int, keep_digest: str) -> None:
         """Delete the tails of this and earlier rounds, and all states but one."""
-        for path in self._folder.glob(f"*{_TAIL}"):
-            if _round_of(path) <= round_number:
-                path.unlink(missing_ok=True)
-        for path in self._folder.glob(f"*{_UNFINISHED}"):
+        find, kept = self._folder.glob, self._state_path(keep_digest)
+        tails = [path for path in find(f"*{_TAIL}") if _round_of(path) <= round_number]
+        states = [path for path in find(f"*{_STATE}") if path != kept]
+        for path in (*tails, *find(f"*{_UNFINISHED}"), *states):
             path.unlink(missing_ok=True)
-        for path in self._folder.glob(f"*{_STATE}"):
-            if path != self._state_path(keep_digest):
-                path.unlink(missing_ok=True)
 
     def _fits(self, session: str, digest: str) -> bool:
         try:
@@ -158,11 +157,3 @@ def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> 
     except SafetensorError as error:
         raise OSError(f"{unfinished.name} cannot be written: {error}") from error
     unfinished.replace(path)
-
-
-def iterate_tails(
-    store: StateStore, weights: Mapping[str, int]
-) -> Iterator[tuple[State, int]]:
-    """Read tails with their weights, one in memory at a time."""
-    for session, weight in weights.items():
-        yield store.read_tail(session), weight

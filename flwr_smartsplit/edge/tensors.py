@@ -29,24 +29,19 @@ DTYPES = {
 """The dtypes of tensors that may be sent, by name."""
 
 MAX_DIMS = 32
+# The most memory of a tensor with gaps, as a multiple of its values: the last token of
+# a sequence has gaps as long as the sequence.
 MAX_SPREAD = 2**14
-"""The most memory of a tensor with gaps, as a multiple of its values.
-
-The last token of a sequence has gaps as long as the sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class WireTensor:
-    """A tensor's bytes, in the order they have in memory, and how to read them.
-
-    ``dtype`` is torch's name, such as ``"float32"``; ``strides`` count elements. Raises
-    ``ValueError`` if the fields contradict each other.
-    """
+    """A tensor's bytes, in the order they have in memory, and how to read them."""
 
     data: npt.NDArray[np.uint8]
-    dtype: str
+    dtype: str  # Torch's name, such as ``float32``
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # In elements
 
     def __post_init__(self) -> None:
         shape, strides, data = self.shape, self.strides, self.data
@@ -95,11 +90,6 @@ class WireTensor:
         if is_dense(self.shape, self.strides):
             return flat.as_strided(self.shape, self.strides)
         return _spread(flat.view(self.shape), self.strides)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the values in bytes."""
-        return int(self.data.nbytes)
 
 
 def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:

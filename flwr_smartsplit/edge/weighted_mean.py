@@ -22,8 +22,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
-_BLOCK = 2**16
-"""Values added at a time."""
+_BLOCK = 2**16  # Values added at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,13 +105,7 @@ class MemoryBudget(ABC):
 
 
 def as_budget(value: int | MemoryBudget | None) -> MemoryBudget:
-    """Turn bytes, a budget or None into a budget whose ``read`` checks its numbers.
-
-    Examples
-    --------
-    >>> as_budget(4096).read(step=0, live_bytes=0)
-    4096
-    """
+    """Turn bytes, a budget or None into a budget whose ``read`` checks its numbers."""
     if isinstance(value, _Checked):
         return value
     if isinstance(value, MemoryBudget):
@@ -180,9 +174,6 @@ def _checked(value: Any, name: str) -> int | None:
             "give bytes, or None for no limit."
         )
     return int(value)
-
-
-# --- traces -----------------------------------------------------------------------
 
 
 def _trace(path: Path) -> _Trace:

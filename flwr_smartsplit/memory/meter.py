@@ -45,10 +45,7 @@ def phase(name: str) -> Iterator[None]:
 
 @contextmanager
 def unmetered() -> Iterator[None]:
-    """Count nothing of what this thread does inside.
-
-    An edge in the device's own process and thread must not count against the device.
-    """
+    """Count nothing that this thread does inside, such as the work of a local edge."""
     _here.pauses = getattr(_here, "pauses", 0) + 1
     try:
         yield
@@ -108,10 +105,7 @@ class MemoryMeter(TorchDispatchMode):
         self._check("track")
 
     def forget(self, *things: Any) -> None:
-        """Stop counting what stays alive but is not the step's, such as a batch.
-
-        A loader that keeps its batches would otherwise seem to fill the memory.
-        """
+        """Stop counting what outlives the step, such as a batch that a loader keeps."""
         for thing in things:
             for _, tensor in _tensors_in(thing):
                 for key in _keys_of(tensor):
@@ -267,7 +261,6 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _keys_of(tensor: Tensor) -> set[int]:
-    """Return the meter's keys of a tensor's storages."""
     try:
         return {tensor.untyped_storage()._cdata}
     except NotImplementedError:

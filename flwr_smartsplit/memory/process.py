@@ -74,20 +74,17 @@ def resident_growth() -> Iterator[MemoryGrowth]:
 def data_fence(extra_bytes: int | None, *, client: str = "") -> Iterator[None]:
     """Let the system refuse what this process takes above ``extra_bytes`` more.
 
-    A second fence behind ``memory_cap`` that also sees memory outside tensors: it
-    lowers the process's soft ``RLIMIT_DATA``, and restores it. None sets no fence.
-    Raises MemoryCapExceeded when torch, numpy or Python is refused memory inside.
+    It lowers the process's soft ``RLIMIT_DATA``, which also covers memory outside
+    tensors, and restores it. None sets no fence. Raises MemoryCapExceeded when torch,
+    numpy or Python is refused memory inside.
 
-    Small requests inside kernels are refused too, and not all kernels recover: with
-    oneDNN, less than a MiB below the fence, the process can crash, or be unable to run
-    convolutions from then on. Fence only a process that you can afford to lose, and
-    leave it slack. What malloc keeps can be reused and is not refused: tell it to
-    return all of it.
-
-    Every thread needs a stack, and OpenMP ends the process if one does not fit: torch's
-    own threads are started before the fence is set.
+    Not all kernels recover from a refusal: with oneDNN, less than a MiB below the
+    fence, the process can crash, or run no convolutions from then on. Fence only a
+    process that you can afford to lose, and leave it slack. What malloc keeps is not
+    refused: tell it to return all of it.
     """
-    _check(extra_bytes)
+    if extra_bytes is not None and extra_bytes < 0:
+        raise ValueError(f"extra_bytes is {extra_bytes}: give at least 0, or None.")
     if extra_bytes is None or process_bytes("VmData") is None:
         yield
         return
@@ -111,11 +108,6 @@ def data_fence(extra_bytes: int | None, *, client: str = "") -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _check(extra_bytes: int | None) -> None:
-    if extra_bytes is not None and extra_bytes < 0:
-        raise ValueError(f"extra_bytes is {extra_bytes}: give at least 0, or None.")
-
-
 def _is_mark_reset() -> bool:
     """Reset the resident set's high-water mark to its current size, if allowed."""
     try:
@@ -126,7 +118,7 @@ def _is_mark_reset() -> bool:
 
 
 def _start_torch_threads() -> None:
-    """Make torch start the threads of its first large operator and first backward."""
+    """Make torch start its threads: OpenMP ends the process if a stack does not fit."""
     num_threads = torch.get_num_threads()
     if num_threads > 1:
         torch.ones(num_threads * _TORCH_GRAIN)
@@ -158,12 +150,10 @@ def _is_refusal(error: Exception) -> bool:
 def _exceeded(
     error: Exception, client: str, grown_bytes: int, allowed_bytes: int
 ) -> MemoryCapExceeded:
-    """Say what was refused, at which growth, and what to do.
-
-    By now some of it may be free again, so only a lower bound of the growth is known.
-    """
+    """Say what was refused, at which growth, and what to do."""
     asked = _ASKED.search(str(error))
     asked_bytes = parse_size(asked[1] + asked[2].replace("bytes", "B")) if asked else 0
+    # By now some of it may be free again: this is a lower bound.
     live_bytes = max(grown_bytes + asked_bytes, allowed_bytes + 1)
     kinds = {"taken since the fence": live_bytes - asked_bytes}
     if asked_bytes:

@@ -1,18 +1,14 @@
 """Which replies may be merged. A refused reply affects no other one."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.types import ClientReply, Expectation, Failure, Status, StepReport
 
-State = Mapping[str, npt.NDArray[Any]]
-
-_TOO_MANY = 2**29
-"""From this weight on, weight times float32 is not exact in float64."""
+_TOO_MANY = 2**29  # From it on, weight times float32 is not exact in float64
 
 
 def check_reply(
@@ -21,12 +17,11 @@ def check_reply(
     round_number: int,
     expected: Mapping[str, Expectation],
     accepted: Mapping[str, ClientReply],
-    current: State,
+    current: State,  # The global state, for shapes and dtypes
 ) -> None:
     """Check that a reply can be merged with those accepted so far.
 
-    ``current`` is the global state, for shapes and dtypes. Raises ``RefusedReply`` with
-    ``kind`` late, duplicate, refused, out_of_memory or edge_failed.
+    Its ``RefusedReply.kind`` is late, duplicate, refused, out_of_memory or edge_failed.
     """
     key = reply.client_key
     if reply.round_number != round_number:

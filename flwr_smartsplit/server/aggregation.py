@@ -6,31 +6,24 @@ Both strategies call these functions, so the same replies give the same bits.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from flwr_smartsplit.edge.protocol import Entry
+from flwr_smartsplit.edge.protocol import Entry, State
 from flwr_smartsplit.edge.weighted_mean import Sums, add_states, add_sums, merge
 from flwr_smartsplit.errors import EdgeError, RefusedReply, SmartSplitError, TailLost
 from flwr_smartsplit.server.acceptance import check_reply, refusal
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.types import ClientReply, Expectation, Failure, StepReport
 
-State = Mapping[str, npt.NDArray[Any]]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """How a round ended.
+    """How a round ended."""
 
-    ``state`` is the weighted mean, before the server acts on it; None if no client was
-    accepted. ``accepted`` holds the merged replies, in client_key order.
-    """
-
-    state: State | None
-    accepted: Mapping[str, ClientReply]
+    state: State | None  # The weighted mean, unmixed; None if no client was accepted
+    accepted: Mapping[str, ClientReply]  # Merged, in client_key order
     failures: tuple[Failure, ...]
 
 
@@ -133,37 +126,13 @@ def settle_round(
     replies: Iterable[ClientReply],
     *,
     round_number: int,
-    expected: Mapping[str, Expectation],
-    current: State,
-    edges: EdgePool,
+    expected: Mapping[str, Expectation],  # What each chosen client had to send
+    current: State,  # The global state, whose untrained values are kept
+    edges: EdgePool,  # They hold the sealed tails
 ) -> Settled:
-    """Merge a round's replies, in any order, into their weighted mean.
-
-    ``expected`` holds what each chosen client had to send; ``current`` is the global
-    state, whose untrained values are kept; ``edges`` holds the sealed tails.
-    """
-    accepted, failures = _accept(replies, round_number, expected, current)
-    tail_sums, dropped = _commit(accepted, round_number, edges)
-    failures += dropped
-    for failure in dropped:
-        del accepted[failure.client_key]
-    if not accepted:
-        return Settled(state=None, accepted={}, failures=tuple(failures))
-    device_sums = add_states(
-        (reply.state, reply.report.num_examples) for reply in accepted.values()
-    )
-    mean: State = merge(current, add_sums([device_sums, *tail_sums]))
-    return Settled(state=mean, accepted=accepted, failures=tuple(failures))
-
-
-def _accept(
-    replies: Iterable[ClientReply],
-    round_number: int,
-    expected: Mapping[str, Expectation],
-    current: State,
-) -> tuple[dict[str, ClientReply], list[Failure]]:
+    """Merge a round's replies, in any order, into their weighted mean."""
     accepted: dict[str, ClientReply] = {}
-    failures = []
+    failures: list[Failure] = []
     for reply in replies:
         try:
             check_reply(
@@ -177,7 +146,18 @@ def _accept(
             failures.append(refusal(reply, error))
         else:
             accepted[reply.client_key] = reply
-    return dict(sorted(accepted.items())), failures
+    accepted = dict(sorted(accepted.items()))
+    tail_sums, dropped = _commit(accepted, round_number, edges)
+    failures += dropped
+    for failure in dropped:
+        del accepted[failure.client_key]
+    if not accepted:
+        return Settled(state=None, accepted={}, failures=tuple(failures))
+    device_sums = add_states(
+        (reply.state, reply.report.num_examples) for reply in accepted.values()
+    )
+    mean: State = merge(current, add_sums([device_sums, *tail_sums]))
+    return Settled(state=mean, accepted=accepted, failures=tuple(failures))
 
 
 def _commit(

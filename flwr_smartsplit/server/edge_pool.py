@@ -1,20 +1,16 @@
 """EdgePool: the strategy's connections to all edges of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
-
-import numpy.typing as npt
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.edge import Edge
+from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EdgeProfile, Failure
-
-State = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass
@@ -84,8 +80,7 @@ class EdgePool:
         """
         if place not in self._links:
             raise EdgeUnreachable(f"edge {place!r} is not running.")
-        link = self._links[place]
-        return _asked(link, wire.Commit(round_number, entries)).sums
+        return _asked(self._links[place], wire.Commit(round_number, entries)).sums
 
     def release(self, round_number: int, keep_digest: str) -> None:
         """Have the edges delete a round's files; ignore dead edges."""

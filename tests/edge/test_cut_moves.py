@@ -1,6 +1,7 @@
 """Cuts that move between two steps of a round change where it is done, and no bit."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from flwr_smartsplit import (
 )
 from flwr_smartsplit.device.local_training import Conditions, Outcome
 from flwr_smartsplit.device.route_runner import RouteRunner
+from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import client as link_module
 from flwr_smartsplit.edge import cut_moves as moving_module
 from flwr_smartsplit.edge import protocol as wire
@@ -478,7 +480,8 @@ def test_an_evaluation_does_not_move(pair: Moving) -> None:
     """It has no steps that it could be fenced by."""
     state = initial_state()
     plan = client_plan(0, SPLIT(3), state, addresses=pair.addresses)
-    runner = RouteRunner(plan, TASK, MemoryCap(None), is_trained=False)
+    timer = StepTimer(plan, clock=time.perf_counter)
+    runner = RouteRunner(plan, TASK, MemoryCap(None), is_trained=False, timer=timer)
     connect = lambda place, address: pair.edges[place].connect(address)  # noqa: E731
     runner.open(device_part(state, SPLIT(3)), connect, token="t")
     with pytest.raises(RefusedMove, match="is trained"):

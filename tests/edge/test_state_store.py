@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flwr_smartsplit.edge.state_store import StateStore, iterate_tails
+from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
 from tests.faults import tail_files
@@ -169,7 +169,7 @@ def test_tails_are_read_one_at_a_time(tmp_path: Path) -> None:
     spill = StateStore(tmp_path)
     for value in range(3):
         spill.put_tail(str(value), 1, {"w": np.array([float(value)])})
-    tails = iterate_tails(spill, {"2": 5, "0": 7, "1": 9})
+    tails = spill.read_tails({"2": 5, "0": 7, "1": 9})
     state, weight = next(tails)
     assert (state["w"].tolist(), weight) == ([2.0], 5)
     spill.drop_tail("1")

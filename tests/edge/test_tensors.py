@@ -71,7 +71,7 @@ def test_every_layout_arrives_as_it_was(layout: str) -> None:
     copy = packed.unpack()
     assert_same(copy, tensor.detach())
     assert not copy.requires_grad
-    assert packed.num_bytes == tensor.numel() * tensor.element_size()
+    assert packed.data.nbytes == tensor.numel() * tensor.element_size()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,14 +1,14 @@
 """Edge: what an edge offers, and where it runs."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from flwr_smartsplit.edge.hosts.retry import RetryingTransport
 from flwr_smartsplit.edge.message_bytes import Piece, decode, encode, fitted, reply_hint
 from flwr_smartsplit.edge.protocol import ReplyT, Request, Transport
-from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.errors import EdgeFull, SmartSplitError
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EdgeProfile
 
@@ -29,6 +29,28 @@ class Host(Protocol):
 
     def stop(self, address: str) -> None:
         """Stop the edge and delete its files; no error if it is gone already."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryingTransport:
+    """Send through another transport, and retry for a time while the edge is full."""
+
+    inner: Transport
+    max_wait_seconds: float
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def send(self, request: Request[ReplyT]) -> ReplyT:
+        """Send; raise the last ``EdgeFull`` if time is up or waiting does not help."""
+        deadline = self.clock() + self.max_wait_seconds
+        while True:
+            try:
+                return self.inner.send(request)
+            except EdgeFull as error:
+                wait = error.retry_after_seconds
+                if wait is None or self.clock() + wait > deadline:
+                    raise
+                self.sleep(wait)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +81,9 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class BytesTransport:
-    """Reach an edge through anything that carries bytes.
+    """Reach an edge through anything that carries bytes."""
 
-    ``carry`` takes a request's bytes to ``answered`` at the edge and returns the
-    reply's; it may join pieces, but not divide them.
-    """
-
+    # Takes bytes to ``answered`` and returns the reply's; may join pieces, not divide
     carry: Callable[[list[Piece]], Sequence[Piece]]
 
     def send(self, request: Request[ReplyT]) -> ReplyT:

@@ -251,7 +251,6 @@ class _EdgeActor:
 
 
 def _folder(parent: str | None, address: str) -> Path:
-    """Return an actor's folder on this machine."""
     return Path(parent or tempfile.gettempdir()) / f"smartsplit-{address}"
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.hosts.retry import RetryingTransport
+from flwr_smartsplit.edge.hosts.edge import RetryingTransport
 from flwr_smartsplit.errors import EdgeFull
 
 REQUEST = wire.IsHeld("digest")
