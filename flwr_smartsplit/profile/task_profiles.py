@@ -7,13 +7,15 @@ from flwr_smartsplit.profile.cache import profile_digest
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile
+from flwr_smartsplit.types import WHOLE, ChainProfile, Variant
 
 _profiles: dict[str, ChainProfile] = {}
 _lock = Lock()
 
 
-def profile_of(task: Task, *, batch_size: int) -> ChainProfile:
+def profile_of(
+    task: Task, *, batch_size: int, variant: Variant = WHOLE
+) -> ChainProfile:
     """Find the costs of a task's chain, once in a process.
 
     Parameters
@@ -22,14 +24,16 @@ def profile_of(task: Task, *, batch_size: int) -> ChainProfile:
         What is trained.
     batch_size : int
         Examples per step.
+    variant : Variant
+        What of the model is trained.
 
     Notes
     -----
     The dry run has a thread of its own: meters and modes belong to threads, and the
     caller may be in the middle of a step that is metered, or paused from it.
     """
-    chain = build_chain(task)
-    digest = profile_digest(chain, batch_size=batch_size, task=task)
+    chain = build_chain(task).under(variant)
+    digest = profile_digest(chain, batch_size=batch_size, task=task, variant=variant)
     with _lock:
         if digest not in _profiles:
             with ThreadPoolExecutor(max_workers=1) as aside:
