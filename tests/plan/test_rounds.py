@@ -18,6 +18,7 @@ from flwr_smartsplit.types import (
     EdgeProfile,
     RoundPlan,
     Route,
+    Variant,
 )
 from tests.plan.profiles import chain_of, device
 
@@ -138,7 +139,7 @@ def test_a_plan_cannot_be_changed() -> None:
 # --- gradient accumulation ------------------------------------------------------------
 
 
-def parts_of(batch_size: int, accumulate: int) -> ChainProfile:
+def parts_of(batch_size: int, accumulate: int, _: Variant) -> ChainProfile:
     """Halve every peak with each doubling of the micro-batches."""
     peaks = [unit.device_peak_bytes for unit in PROFILES[batch_size].units]
     return chain_of([peak // accumulate for peak in peaks], batch_size=batch_size)
@@ -161,7 +162,7 @@ def test_who_fits_nothing_accumulates_as_little_as_it_can(
         edges=EDGE_X,
         choose_route=choose_route,
         constraints=Constraints(max_accumulate=most, recompute=False),
-        accumulated=parts_of,
+        costs=parts_of,
     )
     made = plan([*FLEET, device("f", 2)], routing=routing)
     options = {each.client_key: each.option for each in made.assignments}
@@ -182,7 +183,7 @@ def test_the_reason_says_in_how_many_parts_it_was_tried() -> None:
     routing = Routing(
         edges=EDGE_X,
         constraints=Constraints(max_accumulate=2, recompute=False),
-        accumulated=parts_of,
+        costs=parts_of,
     )
     made = plan([device("f", 2)], routing=routing)
     assert (
