@@ -36,6 +36,7 @@ def test_a_device_process_grows_by_its_front_and_not_by_the_model() -> None:
     assert result["resident_growth_bytes"] < _SHARE * result["whole_model_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_measurement_sees_a_device_that_holds_the_whole_model() -> None:
     """The planted error, a device that builds the model, fails the same bound."""

@@ -245,7 +245,9 @@ def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, lo
     log = logs[app].result()
     assert all(line in log for line in promised(EXAMPLES / app / "README.md"))
 
-    assert routes_by_round(journal(flower, app)) == [ROUTES[app]] * 3
+    rounds = routes_by_round(journal(flower, app))
+    assert len(rounds) >= 3
+    assert rounds == [ROUTES[app]] * len(rounds)
     first, *_, last = accuracies(log)
     assert last > max(0.8, first + 0.1)
 

@@ -1,1 +1,1 @@
-"""A client's part of a round: its loader along its route, under its cap."""
+"""A client's part of a round: it trains along its route, under its memory cap."""

@@ -1,17 +1,11 @@
-"""Adapter: follows a budget that moves, and the edge's wishes, between two steps."""
+"""Adapter: follows a changing memory budget, and the edge's advice, between steps."""
 
 from dataclasses import dataclass, replace
 
 from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.memory.budget import MemoryBudget
-from flwr_smartsplit.plan.adaptation import (
-    Standing,
-    adapted,
-    followed,
-    is_calm,
-    scaled,
-)
+from flwr_smartsplit.plan.adaptation import Standing, adapted, followed, is_calm, scaled
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.task import Task
@@ -20,7 +14,7 @@ from flwr_smartsplit.types import Action, ChainProfile, RouteOption
 
 @dataclass
 class _Known:
-    """Between which budgets it is not known whether there is room for less work."""
+    """Which budgets are known to be too small for less work, and which to suffice."""
 
     standing: Standing | None = None
     no_room_bytes: float = -1
@@ -28,19 +22,10 @@ class _Known:
 
 
 class Adapter:
-    """Change plan and cut between steps, as a budget and the edge's advice say.
+    """Change recompute plan and cut between steps, by a budget and the edge's advice.
 
-    The budget says what is possible, the edge what is planned: where a cut has moved
-    by its advice, that is the route which the device goes back to.
-
-    Parameters
-    ----------
-    budget : MemoryBudget
-        What the device's tensors may take.
-    task : Task
-        What is trained.
-    batch_size : int
-        Examples per step.
+    The budget limits what is possible. Where a cut moved on the edge's advice, that is
+    the route to which the device returns when the budget allows.
     """
 
     def __init__(self, budget: MemoryBudget, task: Task, *, batch_size: int) -> None:
@@ -54,13 +39,7 @@ class Adapter:
         self._planned: RouteOption | None = None
 
     def __call__(self, runner: RouteRunner) -> None:
-        """Adapt a route before its next step.
-
-        Raises
-        ------
-        NoFeasiblePlan
-            If nothing fits.
-        """
+        """Adapt a route before its next step, or raise ``NoFeasiblePlan``."""
         budget_bytes = self._budget.read(
             step=runner.num_steps, live_bytes=runner.live_bytes
         )
@@ -71,7 +50,7 @@ class Adapter:
         profile, standing = self._costs(runner), self._standing(runner)
         change = adapted(profile, standing, budget_bytes)
         if change is not None and not self._is_done(runner, *change):
-            # The cut stays where it is; what is left are tighter plans.
+            # The cut cannot move; only tighter recompute plans remain.
             self._is_fixed = True
             change = adapted(profile, self._standing(runner), budget_bytes)
             if change is not None:
@@ -82,7 +61,7 @@ class Adapter:
         self._calm_steps = self._calm_steps + 1 if is_room else 0
 
     def _costs(self, runner: RouteRunner) -> ChainProfile:
-        """Find the chain's costs the first time that they are needed."""
+        """Profile the chain when its costs are first needed."""
         if self._profile is None:
             task = replace(self._task, accumulate=runner.accumulate)
             self._profile = profile_of(
@@ -91,14 +70,14 @@ class Adapter:
         return self._profile
 
     def _follow(self, runner: RouteRunner, budget_bytes: int | None) -> None:
-        """Move the cut where the edge would have it, if it can go there."""
+        """Move the cut as the edge advises, if possible."""
         advice, cohort = runner.advice, runner.plan.cohort
         if advice is None or advice.action is Action.RELEASE or cohort is None:
             return
         profile, now = self._costs(runner), _option(runner)
         latest = runner.timer.latest(runner.route, runner.recompute)
         if latest is None:
-            return  # Nobody knows what a step takes now.
+            return  # The time of a step is not known yet.
         seconds_of = runner.timer.given or scaled(profile, now, latest)
         found = followed(
             profile,
@@ -119,7 +98,7 @@ class Adapter:
             self._planned = replace(found, peak_bytes=peak)
 
     def _plan(self, runner: RouteRunner) -> RouteOption:
-        """Say what is planned: what the strategy did, or the edge since."""
+        """Return the plan: the strategy's, or the edge's since."""
         return self._planned or RouteOption(
             route=runner.plan.route,
             recompute=runner.plan.recompute,
@@ -127,21 +106,18 @@ class Adapter:
         )
 
     def _is_at_ease(self, runner: RouteRunner, budget_bytes: int | None) -> bool:
-        """Say whether all is as planned and fits, so that no costs are needed."""
+        """Return whether all is as planned and fits, so that no costs are needed."""
         planned = self._plan(runner)
         fits = budget_bytes is None or 0 < planned.peak_bytes <= budget_bytes
-        is_as_planned = (runner.route, runner.recompute) == (
-            planned.route,
-            planned.recompute,
-        )
-        return is_as_planned and fits
+        now = (runner.route, runner.recompute)
+        return fits and now == (planned.route, planned.recompute)
 
     def _is_calm(
         self, profile: ChainProfile, standing: Standing, budget_bytes: int | None
     ) -> bool:
-        """Look whether there is room, unless a look at another budget has told.
+        """Return whether less work fits; skip planning where other budgets decide it.
 
-        A look plans for many cuts, and what is free changes from step to step.
+        Planning considers many cuts, and free memory changes from step to step.
         """
         standing = replace(standing, calm_steps=0)
         if standing != self._known.standing:
@@ -170,7 +146,7 @@ class Adapter:
         )
 
     def _is_done(self, runner: RouteRunner, option: RouteOption, reason: str) -> bool:
-        """Change; say whether the cut could be moved where it had to."""
+        """Change to an option; return whether its cut could be reached."""
         if option.route.cuts != runner.route.cuts:
             try:
                 runner.move(
@@ -184,7 +160,7 @@ class Adapter:
 
 
 def _option(runner: RouteRunner) -> RouteOption:
-    """Say what is done now; the plan says what does not change."""
+    """Return the present option; what never changes is the plan's."""
     return RouteOption(
         route=runner.route,
         recompute=runner.recompute,

@@ -1,4 +1,4 @@
-"""CutMover: the device's side of a cut that moves between two steps."""
+"""CutMover: the device's side of moving a cut between two steps."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +20,7 @@ from flwr_smartsplit.train.unit_migration import (
 
 @dataclass(frozen=True)
 class CutMover:
-    """Give the device's first segment units of the edge's, or the edge some of its.
-
-    Parameters
-    ----------
-    task, chain : Task, Chain
-        What is trained.
-    cap : MemoryCap
-        Watches what the device holds.
-    make : Callable[[Segment], SegmentRunner]
-        Makes the device's runners.
-    """
+    """Moves units between the device's first segment and the first edge."""
 
     task: Task
     chain: Chain
@@ -46,21 +36,11 @@ class CutMover:
         step: int,
         norm: float | None,
     ) -> SegmentRunner:
-        """Move a cut; return what runs the first segment from now on.
+        """Move the cut from one unit to another; return the first segment's new runner.
 
-        Parameters
-        ----------
-        head, edge : SegmentRunner, EdgeClient
-            The first segment so far, and the first edge.
-        cuts : tuple[int, int]
-            The cut before and after.
-        step, norm : int, float or None
-            How many steps are done, and the norm that the last update waits for.
-
-        Raises
-        ------
-        RefusedMove, MemoryCapExceeded
-            If it cannot be done; the cut is where it was, here and at the edge.
+        ``step`` counts the steps done; the last update waits for ``norm``. Raises
+        ``RefusedMove`` or ``MemoryCapExceeded`` if it is impossible; the cut is then
+        unchanged, here and at the edge.
         """
         before, after = cuts
         remake = partial(rebuilt, head, self.chain, range(after), make=self.make)
@@ -72,7 +52,7 @@ class CutMover:
             return fewer
         arriving = edge.move(step, after, None, norm)
         if arriving is None:
-            raise RuntimeError("the edge gave units away and did not send them.")
+            raise RuntimeError("the edge moved the cut and did not send its units.")
         try:
             with self.cap.building():
                 more = remake(num_steps=step, arriving=unpack_units(arriving))

@@ -1,7 +1,4 @@
-"""One client's part of a round: a loader along its route, under its cap.
-
-Both Flower APIs call these two functions; neither knows that the other exists.
-"""
+"""Train or evaluate one client for a round, under both of Flower's APIs."""
 
 import time
 import uuid
@@ -45,38 +42,34 @@ _PAIR = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """What a client brings to every round.
+    """What stays the same for a client in every round.
 
     Parameters
     ----------
-    task : Task
-        Model, loss and optimizer.
     connect : Callable[[place, address], Transport]
         Reaches an edge.
     cap_mode : CapMode or str
-        Whether the cap looks at some steps (``"sampled"``), all (``"strict"``) or
-        none (``"off"``).
+        Whether the cap meters some steps (``"sampled"``), all (``"strict"``) or none
+        (``"off"``).
     meter_every : int
-        A sampled cap meters the first two steps, then one in so many.
+        A sampled cap meters the first two steps, then one in ``meter_every``.
     local_epochs : int
         Passes over the training loader.
     batch_size : int, optional
-        Examples per step, where the loader does not say: an edge needs to know it when
-        a session opens.
+        Examples per step, if the loader has no ``batch_size``: an edge reserves memory
+        by it when a session opens.
     owns_process : bool
-        Whether nothing but this client uses its process's memory. Training then also
-        measures the resident set, and lets the system refuse what goes over the
-        plan's budget and a slack of 32 MiB.
+        Whether only this client uses its process's memory. Training then also measures
+        the resident set, and the system refuses memory beyond the plan's budget and
+        32 MiB.
     clock : Callable[[], float]
-        Seconds that only move forward.
+        A monotonic clock, in seconds.
     between_steps : Callable[[RouteRunner], None], optional
-        Called before each training step; it may move the first cut or have more run
-        twice, as an ``Adapter`` does.
+        Called before each training step; it may move the first cut or recompute more,
+        as an ``Adapter`` does.
     step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
-        Says what a training step takes, as a simulation knows it; without it, the
-        clock measures.
-    device : torch.device
-        Where the client's segments compute.
+        Predicts a training step's seconds, in a simulation; by default, they are
+        measured.
     """
 
     task: Task
@@ -92,7 +85,6 @@ class Conditions:
     device: torch.device = CPU
 
     def __post_init__(self) -> None:
-        """Refuse counts that mean nothing."""
         for name in ("meter_every", "local_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1.")
@@ -101,16 +93,10 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a client has at the end of its part of a round.
+    """A client's results of a round.
 
-    Parameters
-    ----------
-    state : Mapping[str, ndarray]
-        Its device segments' state; empty unless the report's status is OK.
-    receipts : tuple[Receipt, ...]
-        What its edges hold.
-    report : StepReport
-        What it measured.
+    ``state`` is that of its device segments, empty unless the report's status is OK;
+    ``receipts`` are for the tails at its edges.
     """
 
     state: State
@@ -121,24 +107,10 @@ class Outcome:
 def train_locally(
     plan: ClientPlan, state: State, loader: Loader, conditions: Conditions
 ) -> Outcome:
-    """Train one client for one round, and never let it take others down.
+    """Train one client for one round; ``state`` is that of its device segments.
 
-    Parameters
-    ----------
-    plan : ClientPlan
-        The route, the cap and the seeds.
-    state : Mapping[str, ndarray]
-        The global state of the device segments.
-    loader : Iterable
-        Batches ``(inputs, targets)``.
-    conditions : Conditions
-        What the client brings.
-
-    Returns
-    -------
-    Outcome
-        Going over the cap or losing the edge ends in a report with that status and
-        the numbers, not in an exception.
+    If it exceeds its cap or loses an edge, the report says so, with all measurements;
+    no exception is raised.
     """
     start = conditions.clock()
     with torch_threads(plan.num_threads), _resident_growth(conditions) as resident:
@@ -160,10 +132,30 @@ def train_locally(
     return replace(outcome, report=report)
 
 
+def evaluate_locally(
+    plan: ClientPlan, state: State, loader: Loader, conditions: Conditions
+) -> StepReport:
+    """Evaluate along the route, as ``train_locally`` trains; seal nothing."""
+    start = conditions.clock()
+    runner = _route_runner(plan, conditions, is_trained=False)
+    token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
+    with torch_threads(plan.num_threads):
+        try:
+            runner.open(state, conditions.connect, token=token, batch_size=size)
+            for batch in runner.streams.batches(loader, 0):
+                runner.evaluate_step(*_own_batch(batch))
+            report = runner.report(num_epochs=1)
+        except (MemoryCapExceeded, EdgeError) as error:
+            report = _failure(runner, error)
+        finally:
+            runner.abandon()
+    return replace(report, seconds=conditions.clock() - start)
+
+
 def _trained(
     runner: RouteRunner, state: State, loader: Loader, conditions: Conditions
 ) -> Outcome:
-    """Take all steps of a round, or those until the edge has enough, or raise."""
+    """Take a round's steps, all or until the edge lets the client stop."""
     token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
     runner.open(state, conditions.connect, token=token, batch_size=size)
     for epoch in range(conditions.local_epochs):
@@ -182,39 +174,16 @@ def _trained(
 
 
 def _resident_growth(conditions: Conditions) -> AbstractContextManager[MemoryGrowth]:
-    """Measure the process, if it is this client's."""
+    """Measure the process's memory, if it is this client's."""
     return resident_growth() if conditions.owns_process else nullcontext(MemoryGrowth())
 
 
 def _fence(plan: ClientPlan, conditions: Conditions) -> AbstractContextManager[None]:
-    """Fence the process, if it is this client's and there is a budget."""
+    """Limit the process's memory, if it is this client's and there is a budget."""
     extra_bytes = None
     if conditions.owns_process and plan.budget_bytes is not None:
         extra_bytes = plan.budget_bytes + KERNEL_SLACK_BYTES
     return data_fence(extra_bytes, client=f"client {plan.client_key}")
-
-
-def evaluate_locally(
-    plan: ClientPlan, state: State, loader: Loader, conditions: Conditions
-) -> StepReport:
-    """Evaluate along the route, so that a weak device never holds the model.
-
-    Parameters and outcome are as for ``train_locally``; nothing is sealed.
-    """
-    start = conditions.clock()
-    runner = _route_runner(plan, conditions, is_trained=False)
-    token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
-    with torch_threads(plan.num_threads):
-        try:
-            runner.open(state, conditions.connect, token=token, batch_size=size)
-            for batch in runner.streams.batches(loader, 0):
-                runner.evaluate_step(*_own_batch(batch))
-            report = runner.report(num_epochs=1)
-        except (MemoryCapExceeded, EdgeError) as error:
-            report = _failure(runner, error)
-        finally:
-            runner.abandon()
-    return replace(report, seconds=conditions.clock() - start)
 
 
 def _route_runner(
@@ -237,7 +206,7 @@ def _route_runner(
 
 
 def _failure(runner: RouteRunner, error: SmartSplitError) -> StepReport:
-    """Sum up what was done before it ended in ``error``."""
+    """Report what was done before ``error``."""
     over = isinstance(error, MemoryCapExceeded | NoFeasiblePlan)
     return replace(
         runner.report(num_epochs=1),
@@ -247,18 +216,15 @@ def _failure(runner: RouteRunner, error: SmartSplitError) -> StepReport:
 
 
 def _batch_size(loader: Loader, conditions: Conditions) -> int | None:
-    """Say how many examples a batch has, if the loader or the client knows."""
+    """Return the examples per batch, if the loader or the client knows."""
     size = getattr(loader, "batch_size", None)
     return size if isinstance(size, int) else conditions.batch_size
 
 
 def _own_batch(batch: Any) -> tuple[Batch, Tensor]:
-    """Take a batch as a loader gives it: inputs in a tensor, a list, or a mapping.
+    """Check and own a loader's batch; its inputs are a tensor, a sequence or a mapping.
 
-    Raises
-    ------
-    InvalidTask
-        If it is not ``(inputs, targets)``.
+    Raises ``InvalidTask`` if it is not ``(inputs, targets)``.
     """
     is_pair = isinstance(batch, tuple | list) and len(batch) == _PAIR
     if not is_pair or not isinstance(batch[1], Tensor):

@@ -1,4 +1,4 @@
-"""Metrics: what adds up while a client goes through its batches."""
+"""Metrics: sums over a client's batches."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from flwr_smartsplit.types import Action, Advice, Move, Replan, StepReport
 
 
 class Metrics:
-    """Count a client's steps, examples, losses and metrics."""
+    """Sum up a client's steps, examples, losses and metrics."""
 
     def __init__(self) -> None:
         self.num_steps = 0
@@ -20,19 +20,11 @@ class Metrics:
         self._losses: list[tuple[float, int]] = []
 
     def begin_epoch(self) -> None:
-        """Count what comes to another pass over the examples."""
+        """Begin another pass over the examples."""
         self._by_epoch.append(0)
 
     def count(self, num_examples: int, values: Mapping[str, float]) -> None:
-        """Count one step.
-
-        Parameters
-        ----------
-        num_examples : int
-            Its examples.
-        values : Mapping[str, float]
-            Means over them: the loss, and metrics by name.
-        """
+        """Count one step; ``values`` are means over its examples, with the loss."""
         self.num_steps += 1
         self.num_examples += num_examples
         if self._by_epoch:
@@ -42,34 +34,28 @@ class Metrics:
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * num_examples
 
     def move(self, before: int, after: int, reason: str) -> None:
-        """Note that the cut has moved."""
+        """Record a move of the cut."""
         move = Move(step=self.num_steps, before=before, after=after, reason=reason)
         self._moves.append(move)
 
     def replan(self, before: str, after: str, reason: str) -> None:
-        """Note that other units run twice from now on."""
+        """Record that other units are recomputed from now on."""
         replan = Replan(step=self.num_steps, before=before, after=after, reason=reason)
         self._replans.append(replan)
 
     def is_released(self, advice: Advice | None) -> bool:
-        """Say whether the edge has let this client stop, and note why."""
+        """Return whether the edge has let this client stop, and record why."""
         if advice is not None and advice.action is Action.RELEASE:
             self.released = advice.reason
         return bool(self.released)
 
     @property
     def loss_sum(self) -> float:
-        """The losses of all examples."""
+        """Sum of the losses of all examples."""
         return self._sums["loss"]
 
     def report(self, *, num_epochs: int) -> StepReport:
-        """Sum up; a client that was released counts the passes it began.
-
-        Parameters
-        ----------
-        num_epochs : int
-            Passes over the examples that were planned.
-        """
+        """Report on the planned passes; on those begun if the client was released."""
         num_examples = self.num_examples // num_epochs
         if self.released:
             begun = [each for each in self._by_epoch if each]
@@ -91,12 +77,9 @@ class Metrics:
 
 
 def rms(losses: Sequence[tuple[float, int]]) -> float:
-    """Root of the mean over the examples of their batch's loss, squared.
+    """Root mean square over examples of their batch's loss.
 
-    Parameters
-    ----------
-    losses : Sequence[(loss, num_examples)]
-        Of each step, in order.
+    ``losses`` holds each step's loss and number of examples.
     """
     return math.sqrt(_mean([(loss**2, count) for loss, count in losses]))
 

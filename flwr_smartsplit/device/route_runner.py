@@ -1,7 +1,7 @@
-"""RouteRunner: one client's route in one round, step by step.
+"""RouteRunner: runs one client's route in one round, step by step.
 
-The device has the first segment, and the last one too if the route comes back; edges
-have what lies between.
+The device has the first segment, and the last one too if the route returns; edges have
+the segments between.
 """
 
 import time
@@ -46,22 +46,9 @@ State = Mapping[str, npt.NDArray[Any]]
 
 
 class RouteRunner:
-    """Train or evaluate batch after batch along a client's route.
+    """Train or evaluate batches along a client's route.
 
-    Parameters
-    ----------
-    plan : ClientPlan
-        The route, the seeds, and how edges are reached.
-    task : Task
-        Model, loss and optimizer.
-    cap : MemoryCap
-        Watches what the device holds.
-    is_trained : bool
-        Whether there are training steps to come, or only evaluation.
-    timer : StepTimer, optional
-        Knows what a step takes; without it, the steps are measured.
-    device : torch.device
-        Where the device's segments compute.
+    ``cap`` meters the device's memory; ``timer`` measures or predicts its steps.
     """
 
     def __init__(
@@ -99,18 +86,10 @@ class RouteRunner:
         token: str,
         batch_size: int | None = None,
     ) -> None:
-        """Build the device's segments under the cap, and those at the edges.
+        """Build the device's segments under the cap, and open sessions at the edges.
 
-        Parameters
-        ----------
-        state : Mapping[str, ndarray]
-            The global state of the device segments.
-        connect : Callable[[place, address], Transport]
-            Reaches an edge.
-        token : str
-            Of this opening.
-        batch_size : int, optional
-            The most examples that a batch will have, if that is known.
+        ``state`` is that of the device segments, ``token`` identifies this opening, and
+        ``batch_size`` is the largest that will come, if known.
         """
         num_units = len(self._chain)
         for leg in self.route.device_legs(num_units):
@@ -130,7 +109,7 @@ class RouteRunner:
             self._edge = EdgeClient(transport, opening, device=self._device)
 
     def train_step(self, inputs: Batch, targets: Tensor) -> None:
-        """Do one training step, metered if it is its turn."""
+        """Do one training step, metered if the cap's schedule says so."""
         inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             with self.timer.step(self.route, self.recompute):
@@ -138,7 +117,7 @@ class RouteRunner:
         self.metrics.count(int(targets.shape[0]), {"loss": loss})
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
-        """Evaluate one batch, metered if it is its turn."""
+        """Evaluate one batch, metered if the cap's schedule says so."""
         inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             for _, (x, y) in micro_batches((inputs, targets), self.accumulate):
@@ -146,12 +125,12 @@ class RouteRunner:
 
     @property
     def num_steps(self) -> int:
-        """How many steps are done."""
+        """Steps done."""
         return self.metrics.num_steps
 
     @property
     def live_bytes(self) -> int:
-        """What this client's tensors take now, also where its cap looks at none."""
+        """Bytes of this client's tensors now, even if its cap is off."""
         if self.cap.mode is not CapMode.OFF:
             return self.cap.live_bytes
         meter = MemoryMeter(None)
@@ -159,20 +138,7 @@ class RouteRunner:
         return meter.live_bytes
 
     def replan(self, recompute: RecomputePlan, *, reason: str = "") -> None:
-        """Run other units twice from the next step on.
-
-        Parameters
-        ----------
-        recompute : RecomputePlan
-            What the device runs twice.
-        reason : str
-            Why, for the report.
-
-        Raises
-        ------
-        InvalidPlan
-            If it does not lie within the device's segments.
-        """
+        """Recompute other units from the next step on, or raise ``InvalidPlan``."""
         if recompute == self.recompute:
             return
         for leg in self.route.device_legs(len(self._chain)):
@@ -188,25 +154,10 @@ class RouteRunner:
     ) -> None:
         """Move the cut between the device and the first edge, between two steps.
 
-        Parameters
-        ----------
-        cut : int
-            The first unit at the edge from now on.
-        recompute : RecomputePlan
-            What the device runs twice from now on.
-        reason : str
-            Why, for the report.
-
-        Raises
-        ------
-        RefusedMove
-            If it cannot be done exactly; training may go on with the cut as it is.
-        MemoryCapExceeded
-            If more units do not fit; training may go on with the cut as it is.
-        InvalidRoute
-            If there is no such cut.
-        EdgeError
-            If the edge fails, and with it this client's part of the round.
+        ``cut`` is the edge's new first unit, ``recompute`` the device's new plan.
+        Raises ``InvalidRoute`` if there is no such cut, and ``RefusedMove`` or
+        ``MemoryCapExceeded`` if an exact move is impossible or does not fit; training
+        may then continue. After an ``EdgeError`` it cannot.
         """
         before = self.route
         route = before.with_first_cut(cut)
@@ -216,7 +167,7 @@ class RouteRunner:
         if self._edge is None or not self._is_trained:
             raise RefusedMove("a cut moves only while a session at an edge is trained.")
         for runner in self._runners:
-            runner.release_gradients()  # They have been used.
+            runner.release_gradients()  # They are no longer needed.
         mover = CutMover(self._task, self._chain, self.cap, self._runner)
         self._runners[0] = mover.move(
             self._runners[0],
@@ -231,13 +182,13 @@ class RouteRunner:
         self.replan(recompute, reason=reason)
 
     def seal(self) -> tuple[Receipt, ...]:
-        """Finish the sessions at the edges, if there are any."""
+        """Finish the sessions at the edges, if any."""
         if self._edge is None:
             return ()
         return self._edge.seal(self.num_steps, self._norm)
 
     def abandon(self) -> None:
-        """Tell the edges to forget this client, if they can still be told."""
+        """Delete this client's sessions, if their edges can be reached."""
         if self._edge is not None:
             self._edge.abandon_quietly()
 
@@ -254,7 +205,7 @@ class RouteRunner:
         return {name: array for name, array in state.items() if name in changed}
 
     def report(self, *, num_epochs: int) -> StepReport:
-        """Sum up what was done and measured."""
+        """Report what was done and measured."""
         sent, received = (0, 0) if self._edge is None else self._edge.traffic()
         return replace(
             self.metrics.report(num_epochs=num_epochs),
@@ -264,8 +215,6 @@ class RouteRunner:
             num_threads=torch.get_num_threads(),
             step_seconds=self.timer.mean(self.route, self.recompute) or 0.0,
         )
-
-    # --- one step -----------------------------------------------------------------
 
     def _step(self, inputs: Batch, targets: Tensor) -> float:
         """Train on one batch, micro-batch by micro-batch; return its mean loss."""
@@ -280,7 +229,7 @@ class RouteRunner:
     def _forward_backward(
         self, inputs: Batch, targets: Tensor, part: MicroBatch
     ) -> tuple[float, Mapping[str, float]]:
-        """Return loss and gradient norms; what a step holds ends where used last."""
+        """Return loss and gradient norms; free each tensor after its last use."""
         head, edge = self._runners[0], self._edge
         at: dict[str, Any] = {"step": self.num_steps, "part": part}
         if edge is None:
@@ -303,7 +252,7 @@ class RouteRunner:
         edge: EdgeClient,
         part: MicroBatch,
     ) -> tuple[float, wire.Stepped]:
-        """Finish a step whose end is here: the labels never leave the device."""
+        """Finish a step on the device, which the labels never leave."""
         tail, step = self._runners[-1], self.num_steps
         loss, gradients = tail.finish(
             edge.returning.decode(stepped.boundary),
@@ -315,14 +264,14 @@ class RouteRunner:
         value = float(loss)
         del loss
         if self._task.max_gradient_norm is None and part.count == 1:
-            tail.release_gradients()  # They have been used.
+            tail.release_gradients()  # They are no longer needed.
         sent = edge.returning.encode(gradients)
         del gradients
         back = wire.Backward(step=step, part=part, gradients=sent)
         return value, edge.backward(back)
 
     def _request(self, targets: Tensor, part: MicroBatch) -> wire.Forward:
-        """Say all of a step but its boundary."""
+        """Make the request of a step, without its boundary."""
         seconds = None
         if self._is_trained:
             seconds = self.timer.latest(self.route, self.recompute)
@@ -336,7 +285,7 @@ class RouteRunner:
         )
 
     def _update(self, norms: Mapping[str, float]) -> None:
-        """Update what waits for the norm of all gradients, those at edges too."""
+        """Clip by the norm of all gradients, also those at edges, and update."""
         if self._task.max_gradient_norm is None:
             return
         for runner in self._runners:
@@ -358,8 +307,6 @@ class RouteRunner:
         returned = edge.returning.decode(stepped.boundary)
         return tail.assess(tail.evaluate(returned), targets)
 
-    # --- what runs here -----------------------------------------------------------
-
     def _built(self, leg: Leg, state: State) -> SegmentRunner:
         with self.cap.building():
             segment = materialise(self._chain, leg.start, leg.stop, state)
@@ -380,7 +327,7 @@ class RouteRunner:
         return runner
 
     def _placed(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
-        """Bring a batch to where this device computes."""
+        """Move a batch to the torch device."""
         if self._device == CPU:
             return inputs, targets
         placed: tuple[Batch, Tensor]

@@ -1,4 +1,4 @@
-"""StepTimer: what a training step takes, as its edge is told."""
+"""StepTimer: seconds per training step, which the device reports to its edge."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,24 +7,14 @@ from functools import partial
 from flwr_smartsplit.types import ClientPlan, RecomputePlan, Route
 
 StepSeconds = Callable[[ClientPlan, Route, RecomputePlan], float]
-"""Says what a step takes, in place of a clock."""
+"""Predicts the seconds of a step, instead of a clock."""
 
 _WARM_UP_STEPS = 2
-"""The first steps on a route allocate, and are metered."""
+"""The first steps on a route are slower: they allocate, and are metered."""
 
 
 class StepTimer:
-    """Measure a client's steps, or have somebody say what they take.
-
-    Parameters
-    ----------
-    plan : ClientPlan
-        Whose steps they are.
-    clock : Callable[[], float]
-        Seconds that only move forward.
-    given : Callable[[ClientPlan, Route, RecomputePlan], float], optional
-        Says what a step takes, on any route; then nothing is measured.
-    """
+    """Measure a client's steps by a clock, or take their seconds from ``given``."""
 
     def __init__(
         self,
@@ -40,7 +30,7 @@ class StepTimer:
 
     @contextmanager
     def step(self, route: Route, recompute: RecomputePlan) -> Iterator[None]:
-        """Measure a step; another route or plan begins anew."""
+        """Measure a step; another route or plan starts over."""
         if self._measured_at != (route, recompute):
             self._measured_at, self._measured = (route, recompute), []
         start = self._clock()
@@ -48,21 +38,21 @@ class StepTimer:
         self._measured.append(self._clock() - start)
 
     def latest(self, route: Route, recompute: RecomputePlan) -> float | None:
-        """Return the seconds of the last step here; None if none counts yet."""
+        """Return the last step's seconds; None if none counts yet."""
         if self.given is not None:
             return self.given(route, recompute)
         steps = self._steps(route, recompute)
         return steps[-1] if steps else None
 
     def mean(self, route: Route, recompute: RecomputePlan) -> float | None:
-        """Return the mean seconds of a step here; None if none counts yet."""
+        """Return a step's mean seconds; None if none counts yet."""
         if self.given is not None:
             return self.given(route, recompute)
         steps = self._steps(route, recompute)
         return sum(steps) / len(steps) if steps else None
 
     def _steps(self, route: Route, recompute: RecomputePlan) -> list[float]:
-        """List the steps that count."""
+        """List the steps that count: those after the warm-up."""
         if self._measured_at != (route, recompute):
             return []
         return self._measured[_WARM_UP_STEPS:]

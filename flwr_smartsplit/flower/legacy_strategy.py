@@ -36,7 +36,7 @@ from flwr_smartsplit.flower.round_manager import (
     Phase,
     refuse_wrappers,
 )
-from flwr_smartsplit.flower.serde.records import plan_to_scalars
+from flwr_smartsplit.flower.serde.records import plan_to_scalars, text_bytes
 from flwr_smartsplit.flower.serde.replies import reply_from_scalars
 from flwr_smartsplit.flower.server_optimizer import legacy_step
 from flwr_smartsplit.types import ClientReply, Failure
@@ -247,8 +247,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
 
 def _size(parameters: Parameters, scalars: Mapping[str, Any]) -> int:
     """Count a message's payload in bytes: arrays and text."""
-    texts = [value for value in scalars.values() if isinstance(value, str | bytes)]
-    return sum(map(len, parameters.tensors)) + sum(map(len, texts))
+    return sum(map(len, parameters.tensors)) + text_bytes(scalars)
 
 
 def _given_up(reply: ClientReply) -> Failure:

@@ -111,42 +111,6 @@ def data_fence(extra_bytes: int | None, *, client: str = "") -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-@contextmanager
-def cuda_fence(
-    extra_bytes: int | None,
-    *,
-    client: str = "",
-    device: torch.device | int | None = None,
-) -> Iterator[None]:
-    """Let torch's CUDA allocator refuse what it takes above ``extra_bytes`` more.
-
-    The allocator counts the segments that it reserves, of 2 MiB and more, and not the
-    tensors in them: leave slack. Its cache is emptied first. None sets no fence. Raises
-    MemoryCapExceeded when the allocator refuses.
-    """
-    _check(extra_bytes)
-    if extra_bytes is None or not torch.cuda.is_available():
-        yield
-        return
-    torch.cuda.empty_cache()
-    start_bytes = torch.cuda.memory_reserved(device)
-    index = torch.cuda.current_device() if device is None else device
-    total_bytes = torch.cuda.get_device_properties(index).total_memory
-    fraction = min(1.0, (start_bytes + extra_bytes) / total_bytes)
-    read = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.7
-    before = 1.0 if read is None else read(device)
-
-    def grown_bytes() -> int:
-        return torch.cuda.memory_reserved(device) - start_bytes
-
-    with _naming_refusals(client, extra_bytes, grown_bytes):
-        torch.cuda.set_per_process_memory_fraction(min(fraction, before), device)
-        try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(before, device)
-
-
 def _check(extra_bytes: int | None) -> None:
     if extra_bytes is not None and extra_bytes < 0:
         raise ValueError(f"extra_bytes is {extra_bytes}: give at least 0, or None.")

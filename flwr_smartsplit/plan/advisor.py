@@ -126,8 +126,10 @@ class StragglerAdvisor:
 
     Parameters
     ----------
-    slow_factor, fast_factor : float
-        A device is slow above, and fast below, this multiple of the median step time.
+    slow_factor : float
+        A device is slow above this multiple of the median step time.
+    fast_factor : float
+        It is fast below this one.
     patience_steps : int
         So many steps in a row must call for the same change.
     spacing_steps : int

@@ -29,21 +29,10 @@ _LIBRARIES = (*_PACKAGES, "builtins", "functools", "collections", "typing", "abc
 def profile_digest(
     chain: Chain, *, batch_size: int, task: Task, variant: Variant = WHOLE
 ) -> str:
-    """Identify a profile by model, batch, loss, optimizer, and who computes it.
+    """Identify a profile by model, batch, loss, optimizer and variant.
 
     Functions and classes count with their code, constants, closures and the globals
-    they name, except those of libraries, for which a version stands.
-
-    Parameters
-    ----------
-    chain : Chain
-        The chain that is profiled.
-    batch_size : int
-        Examples per step.
-    task : Task
-        Supplies loss, optimizer and targets.
-    variant : Variant
-        What of the model is trained.
+    they name. Library code counts by its version.
     """
     digest = hashlib.sha256(repr(variant).encode())
     for fact in _facts(chain, batch_size, task):
@@ -52,7 +41,7 @@ def profile_digest(
 
 
 def read_profile(cache_dir: Path, digest: str) -> ChainProfile | None:
-    """Read a profile, if it is there and whole."""
+    """Read a profile; None if the file is missing or damaged."""
     try:
         text = _path(cache_dir, digest).read_text(encoding="utf-8")
         return ChainProfile.from_json(text)
@@ -61,7 +50,7 @@ def read_profile(cache_dir: Path, digest: str) -> ChainProfile | None:
 
 
 def write_profile(cache_dir: Path, digest: str, profile: ChainProfile) -> None:
-    """Write a profile so that nobody ever reads half of it."""
+    """Write a profile atomically, so that no reader sees half of it."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     path = _path(cache_dir, digest)
     draft = path.with_suffix(f".{os.getpid()}.draft")
@@ -105,22 +94,22 @@ def _shape(tensor: Tensor) -> tuple[tuple[int, ...], str]:
 
 
 class _Describer:
-    """Take functions, objects and containers apart into values with a stable ``repr``.
+    """Reduce functions, objects and containers to values with a stable ``repr``.
 
-    What cannot be described becomes a number that never comes again, so that a profile
-    is rather computed anew than mistaken for another's.
+    What cannot be described becomes a unique number, so that its profile is computed
+    again and never mistaken for another.
     """
 
     def __init__(self) -> None:
         self._seen: dict[int, Any] = {}
 
     def __call__(self, value: Any) -> Any:  # noqa: PLR0911 - one for each kind
-        """Describe a value by what it does; each thing once."""
+        """Describe a value by what it does; each object once."""
         if isinstance(value, _PLAIN):
             return value
         if id(value) in self._seen:
             return "seen"
-        self._seen[id(value)] = value  # Kept alive, so that its id stays its own.
+        self._seen[id(value)] = value  # Keep it alive so that its id stays unique.
         if isinstance(value, Mapping):
             return [(self(key), self(item)) for key, item in value.items()]
         if isinstance(value, list | tuple | set | frozenset):
@@ -137,7 +126,7 @@ class _Describer:
         if isinstance(value, type):
             return self._class(value)
         name = getattr(value, "__qualname__", None)
-        if isinstance(name, str):  # A function that is not written in Python.
+        if isinstance(name, str):  # A function written in C.
             return getattr(value, "__module__", ""), name
         if not hasattr(value, "__dict__"):
             return uuid.uuid4().hex
@@ -174,7 +163,7 @@ class _Describer:
 
 
 def _is_library(thing: Any) -> bool:
-    """Say whether a version already stands for a function's or class's code."""
+    """Say whether a package version stands for this code."""
     return str(getattr(thing, "__module__", "")).split(".")[0] in _LIBRARIES
 
 

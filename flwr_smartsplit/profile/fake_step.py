@@ -1,4 +1,4 @@
-"""A training step of a whole chain under fake tensors, run to be logged."""
+"""A training step of a whole chain under fake tensors, logged."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,21 +26,11 @@ from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch, RecomputePl
 
 
 class DryStep:
-    """A whole chain under fake tensors and a log, ready for training steps.
-
-    Parameters
-    ----------
-    chain : Chain
-        The chain.
-    batch_size : int
-        Examples per step.
-    task : Task
-        Supplies loss and optimizer.
-    """
+    """A whole chain under fake tensors and a log, ready for training steps."""
 
     def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
         steps_in_backward = task.max_gradient_norm is None
-        # Both look at values, and hold nothing that a plain step does not.
+        # Both read values, and neither holds more memory than a plain step.
         task = replace(task, max_gradient_norm=None, schedule_fn=None)
         self._mode, self.meter = DryRun(), LoggingMeter()
         self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
@@ -57,10 +47,12 @@ class DryStep:
             )
             self.meter.track(self._batch)
             self.batch_bytes = self.meter.live_bytes
-            self.meter.track(self.segment, self.runner.optimizer)  # Some have a state.
+            self.meter.track(
+                self.segment, self.runner.optimizer
+            )  # Some begin with a state.
 
     def run(self, step: int) -> int:
-        """Do one step; return the change where its last micro-batch began."""
+        """Run one step; return the position where its last micro-batch began."""
         with self._mode, self.meter:
             for part, batch in self._parts:
                 start = self.meter.position
@@ -71,9 +63,9 @@ class DryStep:
 
 
 def _parts(batch: Any, batch_size: int, task: Task) -> list[tuple[MicroBatch, Any]]:
-    """Divide a batch into two micro-batches of the largest size, or leave it whole.
+    """Take two micro-batches of the largest size, or the whole batch.
 
-    The last one takes most: the gradients of all before it are there.
+    The second one meets the gradients of the first, so its peak is the step's.
     """
     if micro_batch_size(batch_size, task.accumulate) == batch_size:
         return [(WHOLE_BATCH, batch)]
@@ -86,18 +78,7 @@ def log_step(
 ) -> StepLog:
     """Run two steps of a whole chain under fake tensors, and log the second.
 
-    The optimizer makes its state in the first.
-
-    Parameters
-    ----------
-    chain : Chain
-        What to run.
-    batch_size : int
-        Examples per step.
-    task : Task
-        Supplies the optimizer, the loss and the shape of the targets.
-    recompute : RecomputePlan
-        What runs twice in it.
+    The first one creates the optimizer's state.
     """
     dry = DryStep(chain, batch_size=batch_size, task=task)
     ends: list[int] = []
@@ -129,7 +110,7 @@ def log_step(
 
 
 def _seen(segment: nn.Module, meter: LoggingMeter) -> frozenset[str]:
-    """Name the constants that a step used."""
+    """Name the constants that the step used."""
     return frozenset(
         name
         for name, constant in constants_of(segment).items()

@@ -1,10 +1,10 @@
-"""What a step of a whole chain does to memory: every change, and what adds up.
+"""Every change of memory in one step of a whole chain, and the sums read off it.
 
-A device that holds units ``[0, cut)`` makes and frees the same storages in the same
-order as the whole chain does in those units: autograd runs what was recorded last
-first, so all of the rest is done when a boundary's gradient is there, and
-``SegmentRunner`` holds neither boundary nor gradient. So one log tells the peak of
-every cut. What differs is added: how the gradient arrives, and whose optimizer runs.
+A device with units ``[0, cut)`` allocates and frees the same storages in the same order
+as the whole chain does in those units: autograd runs backward in reverse, so all later
+units are done when a boundary's gradient is there, and ``SegmentRunner`` holds neither
+boundary nor gradient. So one log gives the peak of every cut. Added are the two
+differences: how the gradient arrives, and whose optimizer runs.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,13 +27,10 @@ UNKNOWN = -1
 
 
 class LoggingMeter(MemoryMeter):
-    """A meter that writes down every change, and which storage changed.
+    """A meter that logs every change of memory and the storage that changed.
 
-    Attributes
-    ----------
-    forward_flops : int
-        Floating-point operations so far that a graph was made of; in backward these
-        are what runs again.
+    ``forward_flops`` counts the FLOPs run with gradients enabled; during backward these
+    are the reruns.
     """
 
     def __init__(self) -> None:
@@ -43,13 +40,9 @@ class LoggingMeter(MemoryMeter):
         self.births: list[int] = []  # The change that first saw the storage.
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operator as a meter does, and count its FLOPs in forward."""
+        """Run the operator as a meter does, and count FLOPs that build a graph."""
         result = super().__torch_dispatch__(func, types, args, kwargs)
         count = flop_registry.get(func.overloadpacket)
         if count is not None and torch.is_grad_enabled():
@@ -66,7 +59,7 @@ class LoggingMeter(MemoryMeter):
 
     @property
     def position(self) -> int:
-        """The number of the next change."""
+        """The index of the next change."""
         return len(self.changes)
 
     def birth_of(self, tensor: Tensor) -> int:
@@ -77,9 +70,9 @@ class LoggingMeter(MemoryMeter):
 
 @dataclass
 class BoundaryLog:
-    """How the value of one unit goes out, and how its gradient comes back.
+    """How one unit's value leaves, and how its gradient comes back.
 
-    Positions are numbers of changes; bytes are what the wire adds to them.
+    Positions are indices of changes; the wire adds packing and unpacking bytes.
     """
 
     forward_end: int
@@ -87,10 +80,10 @@ class BoundaryLog:
     spanned_bytes: int
     packing_bytes: int
     backward_start: int = 0
-    flops_before: int | None = None  # Forward's, when its gradient came.
+    flops_before: int | None = None  # When its gradient came.
     gradients: dict[int, int] = field(default_factory=dict)  # Bytes, by birth.
-    gradient_storages: dict[int, int] = field(default_factory=dict)  # Where it stays.
-    unpacking_bytes: int = 0  # On arrival; and what packing them takes:
+    gradient_storages: dict[int, int] = field(default_factory=dict)  # If not sent.
+    unpacking_bytes: int = 0
     gradient_packing_bytes: int = 0
     crosses_alone: bool = True
     outputs: tuple[tuple[int, int], ...] = ()  # Birth and bytes of each storage.
@@ -103,26 +96,26 @@ class BoundaryLog:
 
 
 class _Watched(torch.autograd.Function):
-    """Let a boundary pass, and tell of its gradients when all of them are there."""
+    """Pass a boundary through, and report its gradients once all are there."""
 
     @staticmethod
     def forward(
         ctx: Any, came: Callable[..., None], *boundary: Tensor
     ) -> tuple[Tensor, ...]:
-        """Hand the boundary on."""
+        """Return the boundary."""
         ctx.set_materialize_grads(False)
         ctx.came = came
         return tuple(tensor.detach() for tensor in boundary)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Tell of the gradients, and hand them on."""
+        """Report the gradients and return them."""
         ctx.came(*gradients)
         return None, *gradients
 
 
 class Observed(nn.Module):
-    """A segment that tells a log of its units' values while it trains."""
+    """A segment whose unit values are logged while it trains."""
 
     def __init__(
         self, segment: nn.Module, meter: LoggingMeter, *, num_units: int
@@ -145,16 +138,9 @@ class Observed(nn.Module):
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         boundary = BoundaryLog(
             forward_end=self.meter.position,
-            boundary_bytes=sum(t.numel() * t.element_size() for t in tensors),
-            spanned_bytes=sum(
-                num_spanned(tuple(t.shape), t.stride()) * t.element_size()
-                for t in tensors
-            ),
-            packing_bytes=sum(
-                t.numel() * t.element_size()
-                for t in tensors
-                if not is_dense(tuple(t.shape), t.stride())
-            ),
+            boundary_bytes=sum(t.nbytes for t in tensors),
+            spanned_bytes=sum(map(_spanned_bytes, tensors)),
+            packing_bytes=sum(map(_packing_bytes, tensors)),
         )
         versions = _versions(self._changeable)
         boundary.changes_tensors = versions != self._versions
@@ -183,28 +169,35 @@ class Observed(nn.Module):
         for gradient in gradients:
             if gradient is None:
                 continue
-            shape, strides = tuple(gradient.shape), gradient.stride()
-            size, birth = gradient.element_size(), self.meter.birth_of(gradient)
-            # Those that share memory do not where they arrive: at most, this is it.
-            spanned = (
-                boundary.gradients.get(birth, 0) + num_spanned(shape, strides) * size
-            )
+            birth = self.meter.birth_of(gradient)
+            # Gradients that share memory here do not where they arrive: upper bound.
+            spanned = boundary.gradients.get(birth, 0) + _spanned_bytes(gradient)
             boundary.gradients[birth] = spanned
             in_place = max(spanned, gradient.untyped_storage().nbytes())
             boundary.gradient_storages[birth] = in_place
-            packed = 0 if is_dense(shape, strides) else gradient.numel() * size
+            packed = _packing_bytes(gradient)
             boundary.gradient_packing_bytes += packed
             most = max(most, boundary.gradient_bytes + packed)
         boundary.unpacking_bytes = most - boundary.gradient_bytes
+
+
+def _spanned_bytes(tensor: Tensor) -> int:
+    return num_spanned(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
+
+
+def _packing_bytes(tensor: Tensor) -> int:
+    """Size of the copy that the wire makes of a tensor with gaps or overlap."""
+    is_packed = is_dense(tuple(tensor.shape), tensor.stride())
+    return 0 if is_packed else tensor.nbytes
 
 
 _Place = tuple[dict[str, Any], str]
 
 
 def _changeable(segment: nn.Module) -> list[_Place]:
-    """Find where the tensors are that a forward may change, or put others in place.
+    """Find the tensors that a forward may change or replace, as (dict, key).
 
-    Running statistics are left out: a unit that runs twice does not update them twice.
+    Running statistics are left out: a rerun does not update them.
     """
     return [
         (values, name)
@@ -217,14 +210,14 @@ def _changeable(segment: nn.Module) -> list[_Place]:
 
 
 def _versions(places: list[_Place]) -> list[tuple[int, int]]:
-    """Take which tensor each is, and how often it was changed."""
+    """Read which tensor each is, and how often it was changed."""
     tensors = [values.get(name) for values, name in places]
     return [(id(tensor), getattr(tensor, "_version", 0)) for tensor in tensors]
 
 
 @dataclass(frozen=True)
 class Used:
-    """Names of what a step trained and of the constants it saw, and how it updated."""
+    """Names of the trained parameters and used constants, and when updates ran."""
 
     trained: frozenset[str]
     constants: frozenset[str]
@@ -237,22 +230,22 @@ class StepLog:
     Attributes
     ----------
     peak_bytes : int
-        The most that was alive in both steps: the peak of the whole route.
+        Peak of both steps: that of the whole route.
     batch_bytes : int
-        Size of the batch, its targets included.
+        Size of the batch with its targets.
     trained, constants : frozenset[str]
-        Names of the parameters that got a gradient, and of the tensors that were used
-        but are neither parameters nor buffers.
+        Names of the parameters that received a gradient, and of the used tensors that
+        are neither parameters nor buffers.
     optimizer_temporary_bytes : int
-        What the optimizer's last step made beyond what was there before it.
+        What the optimizer's last step allocated on top.
     steps_in_backward : bool
-        Whether large parameters were stepped inside backward.
+        Whether large parameters were updated inside backward.
     changes, births : ndarray
         Bytes of each change, and the change that first saw the storage.
     boundaries : list[BoundaryLog]
-        How the value of each unit went out and its gradient came back.
+        One per unit.
     start, backward_end : int
-        The changes where the step began and where its backward was over.
+        The changes where the step began and where its backward ended.
     """
 
     def __init__(
@@ -273,7 +266,7 @@ class StepLog:
         self.births = np.array(meter.births, dtype=np.int64)
         self.boundaries = boundaries
         for boundary in boundaries[:-1]:
-            if not boundary.gradients:  # It is frozen up to there.
+            if not boundary.gradients:  # All units before it are frozen.
                 boundary.backward_start = backward_end
         self.start = start
         self.backward_end = backward_end
@@ -286,33 +279,42 @@ class StepLog:
         return len(self.boundaries)
 
     def boundary_bytes(self, index: int) -> int:
-        """Size of what crosses the boundary after a unit."""
+        """Size of the boundary after a unit."""
         return self.boundaries[index].boundary_bytes
 
+    def forward_of(self, index: int) -> slice:
+        """Find the changes of a unit's forward."""
+        start = self.boundaries[index - 1].forward_end if index else self.start
+        return slice(start, self.boundaries[index].forward_end)
+
+    def born_in(self, part: slice) -> npt.NDArray[np.bool_]:
+        """Mark the changes of storages that were first seen in a part of the step."""
+        is_born = (self.births >= part.start) & (self.births < part.stop)
+        return np.asarray(is_born, dtype=np.bool_)
+
+    def sum_bytes(self, until: int, mine: npt.NDArray[np.bool_]) -> int:
+        """Sum the marked changes from the step's start to a position."""
+        part = slice(self.start, until)
+        return int(self.changes[part][mine[part]].sum())
+
     def saved_bytes(self, index: int) -> int:
-        """Size of what a unit's forward makes and backward finds."""
-        first = self.boundaries[index - 1].forward_end if index else self.start
-        last = self.boundaries[index].forward_end
-        forward = slice(self.start, self.boundaries[-1].forward_end)
-        births = self.births[forward]
-        mine = (births >= first) & (births < last)
-        return int(self.changes[forward][mine].sum())
+        """Size of what a unit's forward allocates and keeps for backward."""
+        mine = self.born_in(self.forward_of(index))
+        return self.sum_bytes(self.boundaries[-1].forward_end, mine)
 
     def waiting_bytes(self, index: int) -> int:
-        """Size of the activations that wait while the units after one do their step.
+        """Size of the activations held while later units run.
 
-        The boundary is dropped once sent; what backward needs of it is still held.
+        The boundary is dropped once sent; only what backward needs of it counts.
         """
         boundary = self.boundaries[index]
         if not boundary.gradients:
             return 0
-        until = slice(self.start, boundary.backward_start)
-        births = self.births[until]
-        from_forward = (births >= self.start) & (births < boundary.forward_end)
-        return int(self.changes[until][from_forward].sum())
+        from_forward = self.born_in(slice(self.start, boundary.forward_end))
+        return self.sum_bytes(boundary.backward_start, from_forward)
 
     def rerun_flops(self, index: int) -> int:
-        """Count what ran forward again in a unit's backward, in FLOPs."""
+        """Count the FLOPs of the reruns in a unit's backward."""
         marks = [boundary.flops_before for boundary in self.boundaries[: index + 1]]
         first, last = (
             self._all_flops if mark is None else mark
@@ -321,10 +323,10 @@ class StepLog:
         return last - first
 
     def return_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
-        """Find the most a place holds that runs all units from one to the last.
+        """Find the peak of a place that runs all units from one to the last.
 
-        What stays is not counted; the boundary that comes in is held to the end. No
-        route comes back for the first unit.
+        Without parameters, buffers and optimizer state; the incoming boundary counts to
+        the end. No route returns to the first unit.
         """
         if index == 0:
             return 0
@@ -342,10 +344,7 @@ class StepLog:
         )
 
     def _left_bytes(self, boundary: BoundaryLog) -> int:
-        """Size of what a place that ends the route has made when its backward is over.
-
-        That is the gradients, the boundary's with them, and the loss.
-        """
+        """Size of all gradients and the loss when the backward of a tail is over."""
         changes = self.changes[boundary.forward_end : self.backward_end]
         births = self.births[boundary.forward_end : self.backward_end]
         mine = (births >= boundary.forward_end) & (births < boundary.backward_start)
@@ -356,17 +355,15 @@ class StepLog:
         return int(changes[mine & ~(goes_back & is_over)].sum())
 
     def head_bytes(self, index: int, optimizer_temporary_bytes: int) -> int:
-        """Find the most a device that ends with a unit holds besides what stays.
+        """Find the peak of a device that ends with a unit.
 
-        What stays, namely parameters, buffers, optimizer state and batch, is not
-        counted.
+        Without parameters, buffers, optimizer state and batch.
         """
         boundary = self.boundaries[index]
         forward = slice(self.start, boundary.forward_end)
-        births = self.births
-        from_forward = (births >= self.start) & (births < boundary.forward_end)
-        sending = int(self.changes[forward][births[forward] >= self.start].sum())
-        going = max(self._forward_highest(forward), sending + boundary.packing_bytes)
+        births, from_forward = self.births, self.born_in(forward)
+        made = self.changes[forward][births[forward] >= self.start]
+        going = max(highest(made), int(made.sum()) + boundary.packing_bytes)
         if not boundary.gradients:
             return going
         held = self.waiting_bytes(index)
@@ -385,16 +382,13 @@ class StepLog:
             left + optimizer_temporary_bytes,
         )
 
-    def _forward_highest(self, forward: slice) -> int:
-        return highest(self.changes[forward][self.births[forward] >= self.start])
-
 
 def as_arrived(
     gradients: Mapping[int, int],
     changes: npt.NDArray[np.int64],
     births: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Give gradients the sizes that they arrived with; say which changes are theirs."""
+    """Give gradients their arrived sizes; mark the changes that are theirs."""
     changes = changes.copy()
     for birth, size in gradients.items():
         changes[births == birth] = -size
@@ -402,5 +396,5 @@ def as_arrived(
 
 
 def highest(changes: npt.NDArray[np.int64]) -> int:
-    """Find the highest sum of the first changes, or none of them."""
+    """Find the highest running sum, at least 0."""
     return max(0, int(np.cumsum(changes).max(initial=0)))

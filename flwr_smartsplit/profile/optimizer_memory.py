@@ -1,4 +1,4 @@
-"""What an optimizer holds for parameters, and what its step needs besides."""
+"""What an optimizer keeps for parameters, and what its step allocates."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,13 +16,7 @@ _Signature = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
 
 
 class OptimizerCosts:
-    """Dry runs of a task's optimizer, each done once for parameters of one kind.
-
-    Parameters
-    ----------
-    task : Task
-        Supplies the optimizer.
-    """
+    """Dry runs of a task's optimizer, one per signature of parameters."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -33,19 +27,19 @@ class OptimizerCosts:
         return sum(self._step([parameter])[0] for parameter in parameters)
 
     def early_state_bytes(self, parameters: Sequence[Tensor]) -> int:
-        """Size of what the optimizer makes at once, also without any gradient."""
+        """Size of the state that the optimizer makes before any gradient."""
         if not parameters:
             return 0
         mode, meter = DryRun(), MemoryMeter()
-        twins = [fake_like(parameter, mode) for parameter in parameters]
+        fakes = [fake_like(parameter, mode) for parameter in parameters]
         with mode:
-            meter.track(self._built(twins))
+            meter.track(self._built(fakes))
             return meter.live_bytes
 
     def temporary_bytes(self, parameters: Sequence[Tensor]) -> int:
-        """Most that a step makes and frees, if parameters are stepped one by one.
+        """Most that a step allocates and frees if it updates parameters one by one.
 
-        While one is stepped, the last temporary of the one before may still live.
+        The last temporary of one parameter may still live while the next is updated.
         """
         own = [self._step([parameter])[1] for parameter in parameters]
         most = max(own, default=0)
@@ -57,7 +51,7 @@ class OptimizerCosts:
         return most
 
     def temporary_bytes_at_once(self, parameters: Sequence[Tensor]) -> int:
-        """Most that a step makes and frees, however it goes about it."""
+        """Most that a step of all parameters allocates and frees."""
         return self._step(parameters)[1]
 
     def _step(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
@@ -71,17 +65,17 @@ class OptimizerCosts:
         if not parameters:
             return 0, 0
         mode, meter = DryRun(), MemoryMeter()
-        twins = [fake_like(parameter, mode) for parameter in parameters]
+        fakes = [fake_like(parameter, mode) for parameter in parameters]
         with mode:
-            for twin in twins:
-                twin.grad = torch.empty_like(twin)
-            optimizer = self._built(twins)
+            for fake in fakes:
+                fake.grad = torch.empty_like(fake)
+            optimizer = self._built(fakes)
             if optimizer is None:
                 return 0, 0
             optimizer.step()
             meter.track(optimizer)
             state_bytes = meter.live_bytes
-            meter.track(twins, [twin.grad for twin in twins])
+            meter.track(fakes, [fake.grad for fake in fakes])
             before = meter.live_bytes
             with meter:
                 optimizer.step()

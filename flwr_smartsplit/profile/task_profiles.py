@@ -1,4 +1,4 @@
-"""The costs of a task's chain, found once in a process for each batch size."""
+"""The costs of a task's chain, cached per process."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -16,21 +16,10 @@ _lock = Lock()
 def profile_of(
     task: Task, *, batch_size: int, variant: Variant = WHOLE
 ) -> ChainProfile:
-    """Find the costs of a task's chain, once in a process.
+    """Find a chain's costs, once per process, batch size and variant.
 
-    Parameters
-    ----------
-    task : Task
-        What is trained.
-    batch_size : int
-        Examples per step.
-    variant : Variant
-        What of the model is trained.
-
-    Notes
-    -----
-    The dry run has a thread of its own: meters and modes belong to threads, and the
-    caller may be in the middle of a step that is metered, or paused from it.
+    The dry run has its own thread: meters and modes are per thread, and the caller may
+    be inside a metered step.
     """
     chain = build_chain(task).under(variant)
     digest = profile_digest(chain, batch_size=batch_size, task=task, variant=variant)

@@ -1,7 +1,7 @@
-"""What each unit makes and frees in a step, so that plans can be added up from it.
+"""What each unit allocates and frees in a step, so that plans can add it up.
 
-Read off the same log of one step that tells the peak of every cut
-(``profile/memory_trace.py``), and off a second forward in which nothing is kept.
+Read off the log that gives the peak of every cut (``memory_trace.py``), and off a
+second forward that saves nothing.
 """
 
 from dataclasses import replace
@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +28,7 @@ from flwr_smartsplit.train.segment_runner import autocast_of
 from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes, UnitCost
 
 _MOST_FLOPS = 0.1
-"""The part of its forward that a selective unit may run again."""
+"""The largest fraction of its forward that a selective unit may rerun."""
 
 
 def step_bytes(
@@ -40,27 +39,9 @@ def step_bytes(
     task: Task,
     recompute: RecomputePlan = KEEP_ALL,
 ) -> tuple[list[StepBytes], StepBytes]:
-    """Find what each unit, and then the loss, makes and frees in a step.
+    """Find what each unit, and then the loss, allocates and frees in a step.
 
-    Parameters
-    ----------
-    chain : Chain
-        The chain that was logged.
-    log : StepLog
-        One step of it.
-    batch_size : int
-        Examples per step.
-    task : Task
-        Says whether forward runs in mixed precision.
-    recompute : RecomputePlan
-        What ran twice in the step.
-
-    Returns
-    -------
-    units : list[StepBytes]
-        Their FLOPs are 0; ``unit_flops`` counts them.
-    loss : StepBytes
-        The loss.
+    FLOPs are left at 0, as ``unit_flops`` counts them.
     """
     size = micro_batch_size(batch_size, task.accumulate)
     task = replace(task, accumulate=1)
@@ -80,21 +61,21 @@ def step_bytes(
 
 def _unit(log: StepLog, index: int) -> StepBytes:
     boundary = log.boundaries[index]
-    first = log.boundaries[index - 1].forward_end if index else log.start
-    last = boundary.forward_end
-    mine = (log.births >= first) & (log.births < last)
-    saved = _sum(log, slice(log.start, log.boundaries[-1].forward_end), mine)
-    kept = _sum(log, slice(log.start, boundary.backward_start), mine)
+    forward = log.forward_of(index)
+    first, last = forward.start, forward.stop
+    mine = log.born_in(forward)
+    saved = log.saved_bytes(index)
+    kept = log.sum_bytes(boundary.backward_start, mine)
     new = {birth: size for birth, size in boundary.outputs if first <= birth < last}
     end = log.boundaries[-1].forward_end
     if index == log.num_units - 1:
         end = boundary.backward_start
-    alive = {b for b in new if _sum(log, slice(log.start, end), log.births == b)}
+    alive = {birth for birth in new if log.sum_bytes(end, log.births == birth)}
     crossing_bytes = context = 0
     output_bytes = next(iter(new.values()), 0)
     is_saved = bool(new) and next(iter(new)) in alive
     if boundary.crosses_alone:
-        # What travels along as context stays, whoever keeps it.
+        # Context crosses every cut and stays, whichever unit keeps it.
         context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
     else:
         since = _last_alone(log, index)
@@ -103,13 +84,13 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         output_bytes = sum(
             size
             for birth, size in alive_after.items()
-            if not _sum(log, slice(log.start, end), log.births == birth)
+            if not log.sum_bytes(end, log.births == birth)
         )
-    sent = _sum(log, slice(log.start, last), mine) + boundary.packing_bytes
+    sent = log.sum_bytes(last, mine) + boundary.packing_bytes
     return StepBytes(
         saved_bytes=saved + context,
         kept_bytes=kept + context,
-        forward_peak_bytes=max(_forward_peak(log, first, last), sent),
+        forward_peak_bytes=max(highest(log.changes[forward][mine[forward]]), sent),
         backward_peak_bytes=_backward_peak(log, index, kept + context),
         left_bytes=_left(log, index),
         output_bytes=output_bytes,
@@ -121,18 +102,9 @@ def _unit(log: StepLog, index: int) -> StepBytes:
 
 
 def _last_alone(log: StepLog, index: int) -> int:
-    """Find where the last boundary before a unit was made that is a single tensor."""
+    """Find the end of the last earlier unit whose boundary is a single tensor."""
     alone = (p for p in reversed(log.boundaries[:index]) if p.crosses_alone)
     return next((boundary.forward_end for boundary in alone), log.start)
-
-
-def _sum(log: StepLog, until: slice, mine: npt.NDArray[np.bool_]) -> int:
-    return int(log.changes[until][mine[until]].sum())
-
-
-def _forward_peak(log: StepLog, first: int, last: int) -> int:
-    changes, births = log.changes[first:last], log.births[first:last]
-    return highest(changes[births >= first])
 
 
 def _backward(log: StepLog, index: int) -> slice:
@@ -143,18 +115,17 @@ def _backward(log: StepLog, index: int) -> slice:
 
 def _backward_peak(log: StepLog, index: int, kept: int) -> int:
     boundary, during = log.boundaries[index], _backward(log, index)
-    first = log.boundaries[index - 1].forward_end if index else log.start
     births = log.births[during]
     gradients = boundary.gradient_storages
     changes, is_gradient = as_arrived(gradients, log.changes[during], births)
-    mine = (births >= first) & (births < boundary.forward_end)
+    mine = log.born_in(log.forward_of(index))[during]
     changes = changes[mine | is_gradient | (births >= during.start)]
     arrived = kept + sum(gradients.values())
     return arrived + max(highest(changes), boundary.unpacking_bytes)
 
 
 def _left(log: StepLog, index: int) -> int:
-    """Size of what a unit's backward makes and leaves, but for what goes on."""
+    """Size of what a unit's backward leaves, without the gradient it passes on."""
     during = _backward(log, index)
     births = log.births[during]
     onward = list(log.boundaries[index - 1].gradients) if index else []
@@ -168,13 +139,12 @@ def _loss(log: StepLog) -> StepBytes:
     births = log.births[during]
     changes = log.changes[during][births >= during.start]
     peak = highest(changes)
-    is_onward = np.isin(births, list(last.gradients))
-    left = log.changes[during][(births >= during.start) & ~is_onward]
+    is_onward = np.isin(births, list(last.gradients))[births >= during.start]
     return StepBytes(
         forward_peak_bytes=peak,
         passing_peak_bytes=peak,
         backward_peak_bytes=peak,
-        left_bytes=int(left.sum()),
+        left_bytes=int(changes[~is_onward].sum()),
         can_rerun=False,
     )
 
@@ -182,7 +152,7 @@ def _loss(log: StepLog) -> StepBytes:
 def _passing_peaks(
     chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
 ) -> list[int]:
-    """Find the most that each unit makes in a forward that keeps nothing."""
+    """Find the peak of each unit in a forward that saves nothing."""
     mode, meter = DryRun(), LoggingMeter()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
     batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
@@ -194,11 +164,7 @@ def _passing_peaks(
         return value
 
     with mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(task):
-        segment(
-            batch,
-            observe=end,
-            recompute=recompute,
-        )
+        segment(batch, observe=end, recompute=recompute)
     changes, births = np.array(meter.changes), np.array(meter.births)
     return [
         highest(changes[first:last][births[first:last] >= first])
@@ -207,10 +173,10 @@ def _passing_peaks(
 
 
 class _Reruns:
-    """What a rerun finds and makes: it begins and ends where tensors are saved.
+    """The peak of each rerun, and the gradients held when it starts.
 
-    Checkpointing runs units again when backward first asks for what they saved, and
-    stops at the last tensor that they save.
+    Checkpointing reruns units when backward first asks for a saved tensor, and stops at
+    the last tensor that they save.
     """
 
     def __init__(
@@ -226,14 +192,14 @@ class _Reruns:
         self._births = np.array(self._dry.meter.births)
 
     def peak_bytes(self, index: int) -> int:
-        """Find the most that a unit makes up to the last tensor that it saves."""
+        """Find a unit's peak up to the last tensor that it saves."""
         boundaries = self._dry.observed.boundaries
         first = boundaries[index - 1].forward_end if index else self._start
         during = slice(first, self._last_save.get(index, first))
         return highest(self._changes[during][self._births[during] >= first])
 
     def arriving_bytes(self, index: int) -> int | None:
-        """Size of the gradients where backward first asks for what a unit saved."""
+        """Size of the gradients when backward first needs what a unit saved."""
         if index not in self._first_use:
             return None
         boundary = self._dry.observed.boundaries[index]
@@ -256,10 +222,9 @@ class _Reruns:
 
 
 def unit_flops(chain: Chain, *, batch_size: int) -> list[tuple[int, int]]:
-    """Count each unit's forward, and that up to the last tensor that it saves.
+    """Count the FLOPs of each unit's forward, and up to the last tensor that it saves.
 
-    There checkpointing stops when it runs a unit again. This is apart from the meter,
-    which a counter disturbs.
+    There a rerun stops. Counted apart from the meter, which a FLOP counter disturbs.
     """
     mode = DryRun()
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()
@@ -288,18 +253,18 @@ def unit_flops(chain: Chain, *, batch_size: int) -> list[tuple[int, int]]:
 
 
 def _drop(value: Any) -> Any:
-    """Keep nothing of what backward would need."""
+    """Save nothing for backward."""
     del value
 
 
-# --- units that checkpoint selectively ------------------------------------------------
-# A second logged step tells, in which all units that can do so. Each unit's numbers
-# hold whatever the others do: one that checkpoints selectively keeps its input if and
-# only if the plain one does (``split/trace/selective_checkpointing.py``).
+# --- selective checkpointing ----------------------------------------------------------
+# A second logged step makes every unit selective that can be. Each unit's numbers hold
+# whatever the others do: a selective unit keeps its input if and only if the plain one
+# does (``split/trace/selective_checkpointing.py``).
 
 
 def selective_plan(chain: Chain) -> RecomputePlan:
-    """Plan for all units of a chain to be selective that can be."""
+    """Make every unit selective that can be."""
     able = (
         i for i, unit in enumerate(chain.units) if unit.selective_forward is not None
     )
@@ -309,24 +274,7 @@ def selective_plan(chain: Chain) -> RecomputePlan:
 def selective_steps(
     chain: Chain, plain: StepLog, *, batch_size: int, task: Task
 ) -> list[StepBytes | None]:
-    """Find what each unit makes and frees if its cheap operators run twice.
-
-    Parameters
-    ----------
-    chain : Chain
-        The units.
-    plain : StepLog
-        A step in which none of them does.
-    batch_size : int
-        Examples per step.
-    task : Task
-        Supplies the optimizer, the loss and the shape of the targets.
-
-    Returns
-    -------
-    list[StepBytes or None]
-        None for a unit that has no such variant.
-    """
+    """Find what each unit allocates and frees if it is selective; None if it cannot."""
     plan = selective_plan(chain)
     found: list[StepBytes | None] = [None] * len(chain)
     if plan.is_empty:
@@ -341,7 +289,7 @@ def selective_steps(
 
 
 def with_selective_step(unit: UnitCost, selective: StepBytes | None) -> UnitCost:
-    """Add what a selective unit makes and frees, if being selective is worth it."""
+    """Add the costs of a selective unit, if it saves memory at little cost."""
     if selective is None or selective.saved_bytes >= unit.step.saved_bytes:
         return unit
     is_cheap = selective.rerun_flops <= _MOST_FLOPS * unit.forward_flops

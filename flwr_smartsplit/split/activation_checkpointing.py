@@ -1,8 +1,8 @@
-"""Run units twice instead of keeping what they make, with the same numbers.
+"""Rerun units in backward instead of saving their activations, with the same numbers.
 
-Torch's checkpointing drops what a part of a graph saves and runs that part again when
-backward asks for it. What is ours: a running statistic is not updated twice, random
-units draw their own stream again, and parts may be nested as a plan says.
+Torch's checkpointing drops what a part of a graph saves and reruns that part when
+backward asks for it. Added here: a running statistic is not updated twice, random units
+draw their own stream again, and parts may be nested.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,31 +21,21 @@ RunUnit = Callable[[int, Any], Any]
 """``run(index, value)`` runs one unit."""
 
 Observer = Callable[[int, Any], Any]
-"""``observe(index, value)`` is told the value of each unit that has run, and returns
-what to go on with."""
+"""``observe(index, value)`` gets each unit's value, and returns the one to pass on."""
 
 
 def observe_nothing(index: int, value: Any) -> Any:
-    """Look away."""
+    """Return the value as it is."""
     del index
     return value
 
 
 @dataclass(frozen=True, slots=True)
 class UnitRunner:
-    """How units are run.
+    """How units run: ``run(index, value)`` runs one, and ``observe`` sees its value.
 
-    Parameters
-    ----------
-    run : Callable[[int, value], value]
-        Runs one unit.
-    root : nn.Module
-        The module that they are part of.
-    observe : Callable[[int, value], value]
-        Is told the value of each unit.
-    preserves_chance : bool
-        Whether torch's generator has to be put back to draw the same numbers again;
-        not if each unit draws from a stream of its own.
+    ``root`` is the module they are part of. ``preserves_chance`` restores torch's
+    generator for a rerun; not needed if each unit draws from its own stream.
     """
 
     run: RunUnit
@@ -57,19 +47,7 @@ class UnitRunner:
 def run_units(
     value: Any, units: range, reruns: Sequence[Rerun], runner: UnitRunner
 ) -> Any:
-    """Run units in order; those of ``reruns`` keep nothing and run again in backward.
-
-    Parameters
-    ----------
-    value : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
-        What the first unit takes.
-    units : range
-        Which to run.
-    reruns : Sequence[Rerun]
-        Parts of them, in order.
-    runner : UnitRunner
-        How they are run.
-    """
+    """Run units in order; those of ``reruns`` save nothing and rerun in backward."""
     index = units.start
     for part in reruns:
         for unit in range(index, part.start):
@@ -102,18 +80,9 @@ def run_twice(
     root: nn.Module,
     preserves_chance: bool = False,
 ) -> Any:
-    """Run a function and keep nothing but its inputs; run it again for backward.
+    """Run a function, save only its inputs, and rerun it in backward.
 
-    Parameters
-    ----------
-    function : Callable
-        Of the values.
-    *values : Any
-        Its inputs; tensors are kept.
-    root : nn.Module
-        Whose running statistics must not be updated twice.
-    preserves_chance : bool
-        Whether torch's generator has to be put back to draw the same numbers again.
+    The running statistics of ``root`` are not updated twice.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -130,11 +99,11 @@ def run_twice(
 
 @contextmanager
 def statistics_kept(root: nn.Module) -> Iterator[None]:
-    """Let no BatchNorm of a module update its running statistics.
+    """Keep the running statistics of a module's norms unchanged.
 
-    A momentum of 0 keeps them to the bit, and saves as many tensors as before, which
-    torch's checkpointing makes sure of. Instance norms take a mean over the batch even
-    so; theirs are copied.
+    A momentum of 0 keeps BatchNorm's to the bit, and saves as many tensors as before,
+    which torch's checkpointing checks. Instance norms average over the batch even so,
+    so theirs are copied.
     """
     norms: list[Any] = [each for each in root.modules() if has_statistics(each)]
     before = [(norm.momentum, dict(norm._buffers)) for norm in norms]
@@ -152,5 +121,5 @@ def statistics_kept(root: nn.Module) -> Iterator[None]:
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Say whether a module keeps statistics that a rerun leaves alone."""
+    """Say whether a module keeps running statistics, which a rerun leaves alone."""
     return isinstance(module, _NormBase) and module.track_running_stats

@@ -1,9 +1,9 @@
-"""Build the part of a model that belongs at one place, and nothing else.
+"""Build only the part of a model that runs at one place.
 
-Parameters are created on the meta device, which has no memory; only the segments
-of this place are then given real tensors. Buffers stay real while building,
-because some models compute them from data: building wholly on meta fails for 15 of
-80 torchvision classifiers, this way for none.
+Parameters are created on the meta device, which has no memory; only this place's
+segments then get real tensors. Buffers stay real while building, because some models
+compute them from data: building wholly on meta fails for 15 of 80 torchvision
+classifiers, this way for none.
 """
 
 import pickle
@@ -37,27 +37,27 @@ _Recipe = tuple[Callable[..., nn.Module], Any, bytes]
 _chains_by_recipe: dict[_Recipe, Chain] = {}
 
 
-def _on_meta(param: nn.Parameter, twins: Any) -> nn.Parameter:
+def _on_meta(param: nn.Parameter, made: Any) -> nn.Parameter:
     if param.is_meta:
         return param
-    if param not in twins:
-        twins[param] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-    twin: nn.Parameter = twins[param]
-    return twin
+    if param not in made:
+        made[param] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+    on_meta: nn.Parameter = made[param]
+    return on_meta
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Send every parameter that is registered in this thread to the meta device."""
+    """Move every parameter registered in this thread to the meta device."""
     register = nn.Module.register_parameter
     thread = threading.get_ident()
-    twins = WeakIdKeyDictionary()  # One parameter under two names stays one.
+    made = WeakIdKeyDictionary()  # One parameter under two names stays one.
 
     def register_on_meta(
         module: nn.Module, name: str, param: nn.Parameter | None
     ) -> None:
         if param is not None and threading.get_ident() == thread:
-            param = _on_meta(param, twins)
+            param = _on_meta(param, made)
         register(module, name, param)
 
     with _building:
@@ -72,51 +72,32 @@ def parameters_on_meta() -> Iterator[None]:
 def build_chain(task: Task) -> Chain:
     """Read the task's model as a chain without allocating its parameters.
 
-    A chain is traced once per process: Flower and Ray hand every message its own
-    copy of a task, so the copies of one recipe share a chain.
-
-    Parameters
-    ----------
-    task : Task
-        Whose model to read.
-
-    Raises
-    ------
-    NotSplittable
-        If torch.fx cannot trace the model.
-    InvalidTask
-        If the model cannot be built, or does not accept the example inputs.
+    Traced once per process: Flower and Ray give every message its own copy of a task,
+    so copies of one recipe share a chain. Raises ``NotSplittable`` if torch.fx cannot
+    trace the model, and ``InvalidTask`` if it cannot be built or refuses the example
+    inputs.
     """
     with _building:
-        chain = _chains_by_task.get(task)
+        if task in _chains_by_task:
+            return _chains_by_task[task]
+        recipe = _recipe(task)
+        chain = _chains_by_recipe.get(recipe) if recipe else None
         if chain is None:
-            recipe = _recipe(task)
-            chain = _chains_by_recipe.get(recipe) if recipe else None
-            if chain is None:
-                model = _built(task)
-                if task.units_fn is None:
-                    chain = Chain.from_module(
-                        model,
-                        task.example_inputs,
-                        max_boundary_tensors=task.max_boundary_tensors,
-                    )
-                else:
-                    units = task.units_fn(model)
-                    chain = Chain.from_units(model, units, task.example_inputs)
-            _chains_by_task[task] = chain
-            if recipe:
-                _chains_by_recipe[recipe] = chain
+            model, inputs = _built(task), task.example_inputs
+            if task.units_fn is None:
+                chain = Chain.from_module(
+                    model, inputs, max_boundary_tensors=task.max_boundary_tensors
+                )
+            else:
+                chain = Chain.from_units(model, task.units_fn(model), inputs)
+        _chains_by_task[task] = chain
+        if recipe:
+            _chains_by_recipe[recipe] = chain
         return chain
 
 
 def _built(task: Task) -> nn.Module:
-    """Build a task's model with its parameters on meta.
-
-    Raises
-    ------
-    InvalidTask
-        If that fails, for instance since it computes with its parameters.
-    """
+    """Build a task's model with its parameters on meta, or raise ``InvalidTask``."""
     try:
         with parameters_on_meta():
             model = task.model_fn()
@@ -144,19 +125,14 @@ def _built(task: Task) -> nn.Module:
 
 
 def _recipe(task: Task) -> _Recipe | None:
-    """Describe what the chain depends on, if ``model_fn`` is importable.
+    """Describe what the chain depends on, if ``model_fn`` can be pickled.
 
-    The function itself is part of it: in a notebook, its name may be used again.
+    The function object counts: a notebook may define its name again.
     """
     inputs = tree_map(
         lambda x: (tuple(x.shape), x.stride(), str(x.dtype)), task.example_inputs
     )
-    function: Callable[..., nn.Module] = task.model_fn
-    units: Any = task.units_fn
-    while isinstance(function, partial):
-        function = function.func
-    while isinstance(units, partial):
-        units = units.func
+    function, units = _unwrapped(task.model_fn), _unwrapped(task.units_fn)
     try:
         hash((function, units))
         parts = (task.model_fn, task.units_fn, inputs, task.max_boundary_tensors)
@@ -165,29 +141,19 @@ def _recipe(task: Task) -> _Recipe | None:
         return None
 
 
+def _unwrapped(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
 def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
-    """Give units ``[start, stop)`` real tensors, filled from ``state``.
+    """Give units ``[start, stop)`` real tensors, filled from ``state`` by name.
 
-    Parameters
-    ----------
-    chain : Chain
-        A chain whose parameters may be on meta.
-    start, stop : int
-        The units to build.
-    state : Mapping[str, ndarray]
-        Values by the model's names; names of other units are left alone.
-
-    Returns
-    -------
-    Segment
-        A segment of its own, with the strides that the model gives its tensors.
-
-    Raises
-    ------
-    InvalidTask
-        If a value is missing or has another shape.
+    The tensors get the model's strides. Raises ``InvalidTask`` if a value is missing or
+    has another shape.
     """
-    with unmetered():  # The template's buffers are nobody's.
+    with unmetered():  # Only a template.
         segment = chain.own_segment(start, stop)
         wanted = segment.state_dict()
     problems = [
@@ -208,7 +174,7 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
 
 def _fill(segment: Segment, state: State) -> None:
     """Give a segment real tensors; one tensor under two names stays one."""
-    twins: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}
     for prefix, module in segment.named_modules():
         dot = f"{prefix}." if prefix else ""
         persistent = module._buffers.keys() - module._non_persistent_buffers_set
@@ -219,9 +185,9 @@ def _fill(segment: Segment, state: State) -> None:
             for name in names:
                 old = tensors[name]
                 if old is not None:
-                    if id(old) not in twins:
-                        twins[id(old)] = _filled_like(old, state[dot + name])
-                    tensors[name] = twins[id(old)]
+                    if id(old) not in made:
+                        made[id(old)] = _filled_like(old, state[dot + name])
+                    tensors[name] = made[id(old)]
 
 
 def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
@@ -231,7 +197,7 @@ def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
         filled = torch.empty_strided(shape, template.stride(), dtype=template.dtype)
     else:
         filled = torch.empty(shape, dtype=template.dtype)
-    with unmetered():  # The message's memory is not the step's.
+    with unmetered():  # The message is not part of the step.
         source = torch.from_numpy(np.require(values, requirements=["C", "W"]))
         with torch.no_grad():
             filled.copy_(source)
@@ -249,10 +215,7 @@ def state_of(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
 
 
 def state_views(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
-    """Show a module's state as contiguous arrays, by name, copied only if they are not.
-
-    They change with the module.
-    """
+    """Show a module's state as contiguous arrays, sharing memory where possible."""
     return {
         name: np.asarray(tensor.detach().cpu().numpy(), order="C")
         for name, tensor in module.state_dict().items()

@@ -1,8 +1,4 @@
-"""Chain: a model as ordered, named units that can be run in any contiguous part.
-
-It knows names and order only; what units cost stands in ``costs``, where they run
-in ``device`` and ``edge``.
-"""
+"""Chain: a model as ordered, named units that run in any contiguous part."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -91,16 +87,16 @@ class Chain:
     def from_units(
         cls, model: nn.Module, units: Sequence[Unit], example_inputs: Batch
     ) -> Self:
-        """Make a chain of units that are listed by hand, where tracing does not work.
+        """Make a chain of units listed by hand, where tracing does not work.
 
         Units between which the model must not be cut become one.
 
         Parameters
         ----------
         model : nn.Module
-            The model that the units belong to; its parameters may be on meta.
+            The model of the units; its parameters may be on meta.
         units : Sequence[Unit]
-            What to run, in order. Each parameter that is trained must be read by one.
+            What to run, in order. A unit must read each parameter that is trained.
         example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
             One batch, as the first unit takes it; only shapes and dtypes matter.
 
@@ -159,8 +155,7 @@ class Chain:
         start, stop : int
             The units.
         source : nn.Module, optional
-            Has their modules under the model's names, if they shall not be the model's
-            own.
+            Where to take the modules from, instead of the model.
 
         Raises
         ------
@@ -178,13 +173,13 @@ class Chain:
         return Segment(units, start, root, self._odd_modes, entering=entering)
 
     def own_segment(self, start: int, stop: int) -> Segment:
-        """Copy units ``[start, stop)``, so that their modules are nobody else's."""
+        """Copy units ``[start, stop)`` with modules of their own."""
         return copy.deepcopy(self.segment(start, stop))
 
     def state_names(self, start: int, stop: int) -> tuple[str, ...]:
-        """Name the state of units ``[start, stop)`` in the model's own order.
+        """Name the state of units ``[start, stop)`` in the model's order.
 
-        Names that no unit uses are at no place: training cannot change them.
+        State that no unit uses belongs to no segment: training cannot change it.
         """
         if (start, stop) not in self._state_names:  # Every client of a round asks.
             names = set(self.segment(start, stop).state_dict())
@@ -196,8 +191,7 @@ class Chain:
     def changed_names(self, start: int, stop: int) -> tuple[str, ...]:
         """Name the state of units ``[start, stop)`` that training can change.
 
-        Parameters that are frozen stay as they are, and so do the buffers of units
-        that write into none.
+        Without frozen parameters, and without buffers of units that change none.
         """
         if (start, stop) in self._changed_names:  # Every client of a round asks.
             return self._changed_names[start, stop]
@@ -213,7 +207,7 @@ class Chain:
         return names
 
     def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Make sure that a state is one of this model, by names and shapes.
+        """Check that a state fits this model, by names and shapes.
 
         Raises
         ------
@@ -234,7 +228,7 @@ class Chain:
             )
 
     def require_cuts(self) -> None:
-        """Raise if the model cannot be cut anywhere, and say why.
+        """Raise if the model cannot be cut anywhere, with the reasons.
 
         Raises
         ------

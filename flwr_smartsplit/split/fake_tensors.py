@@ -1,4 +1,4 @@
-"""Dry runs: tensors that have sizes but no memory, for costs and cut places."""
+"""Dry runs: tensors that have sizes but no memory, for costs and cuts."""
 
 import copy
 import math
@@ -18,8 +18,8 @@ from flwr_smartsplit.split.layout import is_dense
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# Operators whose first result torch lays out otherwise under fake tensors: the CPU's
-# kernels make it contiguous, or in the format that their first input suggests.
+# Operators whose first result has another layout under fake tensors: the CPU's kernels
+# make it contiguous, or in the memory format of their first input.
 _aten = torch.ops.aten
 _PACKED = {_aten.log_sigmoid_forward.default, _aten.rrelu_with_noise.default}
 _SUGGESTED = {
@@ -31,19 +31,15 @@ _SUGGESTED = {
 
 
 class DryRun(FakeTensorMode):
-    """Fake tensors, each laid out as the CPU's kernels lay it out.
+    """Fake tensors with the layout that the CPU's kernels give them.
 
-    The layout decides which later operators copy, and so what a step holds.
+    The layout decides which later operators copy, and so what a step allocates.
     """
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: Any = (),
-        kwargs: Any = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator, and lay its first result out anew where torch errs."""
+        """Run an operator, and correct its first result's layout where torch errs."""
         result: Any = super().__torch_dispatch__(func, types, args, kwargs)
         if func in _SUGGESTED:
             layout = suggest_memory_format(args[0])
@@ -55,7 +51,7 @@ class DryRun(FakeTensorMode):
             if isinstance(result, Tensor):
                 return result.contiguous(memory_format=layout)
             first, *others = result
-            if first is not None:  # Backward may be asked for other gradients only.
+            if first is not None:  # None if backward computes other gradients only.
                 first = first.contiguous(memory_format=layout)
             return (first, *others)
 
@@ -69,7 +65,7 @@ class _Filters:
         self._before: Any = None
 
     def ignore(self) -> None:
-        """Ignore every warning until as many blocks have ended as began."""
+        """Ignore all warnings until the last open block ends."""
         with self._lock:
             if self._num_blocks == 0:
                 self._before = warnings.catch_warnings()
@@ -78,7 +74,7 @@ class _Filters:
             self._num_blocks += 1
 
     def restore(self) -> None:
-        """Put the user's filters back if this block was the last."""
+        """Restore the user's filters if this block was the last."""
         with self._lock:
             self._num_blocks -= 1
             if self._num_blocks == 0:
@@ -90,9 +86,9 @@ _filters = _Filters()
 
 @contextmanager
 def warnings_ignored() -> Iterator[None]:
-    """Let no warning of a dry run raise, also where the user makes them errors.
+    """Ignore the warnings of a dry run, even where the user makes them errors.
 
-    A dry run is none of the user's; the real step warns for itself.
+    The real step gives its own.
     """
     _filters.ignore()
     try:
@@ -105,26 +101,18 @@ def fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """Make a fake CPU tensor of the same shape, strides, dtype and role."""
     with mode:
         if tensor.dim() == 0 and not tensor.is_floating_point():
-            # A counter has a value, because BatchNorm may divide by it.
+            # A counter needs a value: BatchNorm may divide by it.
             return torch.tensor(0, dtype=tensor.dtype)
-        twin = torch.empty_strided(
+        fake = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
         )
     if isinstance(tensor, nn.Parameter):
-        twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
-    return twin
+        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
 
 
 def fake_copy(segment: ModuleT, mode: FakeTensorMode) -> ModuleT:
-    """Copy a module with fake tensors for its own; none is allocated.
-
-    Parameters
-    ----------
-    segment : nn.Module
-        What to copy; it may hold real tensors, and is not touched.
-    mode : FakeTensorMode
-        The mode the fake tensors belong to.
-    """
+    """Copy a module with fake tensors in place of its own; allocates nothing."""
     tensors = [
         value
         for module in segment.modules()
@@ -146,13 +134,12 @@ def constants_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fake_batch(batch: Any, mode: FakeTensorMode, *, batch_size: int) -> Any:
-    """Make a fake twin of a batch, nested as it is, with ``batch_size`` examples.
+    """Make a fake batch of ``batch_size`` examples, nested like ``batch``.
 
-    Its examples are laid out like those of ``batch``, if they are dense: a convolution
-    takes more memory for some layouts than for others.
+    Dense examples keep their layout: a convolution takes more memory for some layouts.
     """
 
-    def twin(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Tensor:
         shape, strides = tensor.shape[1:], tensor.stride()[1:]
         if not is_dense(shape, strides):
             return torch.empty((batch_size, *shape), dtype=tensor.dtype)
@@ -160,4 +147,4 @@ def fake_batch(batch: Any, mode: FakeTensorMode, *, batch_size: int) -> Any:
         return torch.empty_strided(sizes, steps, dtype=tensor.dtype)
 
     with mode:
-        return tree_map(twin, batch)
+        return tree_map(fake, batch)

@@ -1,9 +1,8 @@
 """Units of Hugging Face's transformers, which torch.fx cannot trace.
 
-A unit calls the library's own modules, and makes its attention mask with the library's
-own functions, so its numbers are the stock model's. The padding mask travels behind the
-hidden state as it is in the batch: the library leaves it out where nothing is padded,
-which only its values can say.
+A unit calls the library's own modules and mask functions, so its numbers are the stock
+model's. The padding mask crosses each cut with the hidden state, as it is in the batch:
+the library drops it where nothing is padded, which only its values can say.
 """
 
 import inspect
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.segment import Unit
 
-_OLDEST = 5  # Before, its mask functions took other arguments.
+_OLDEST = 5  # Older mask functions take other arguments.
 
 
 def encoder_units(model: nn.Module) -> list[Unit]:
@@ -55,8 +54,8 @@ def decoder_units(model: nn.Module) -> list[Unit]:
     """List the units of a GPT-like model: embeddings, each layer, the head.
 
     Tied embeddings are on both sides of every cut: build the model with
-    ``tie_word_embeddings=False``. And with ``use_cache=False``, for else each layer
-    copies its keys and values, as the stock model does.
+    ``tie_word_embeddings=False``. Also set ``use_cache=False``, or each layer copies
+    its keys and values, as the stock model does.
 
     Parameters
     ----------
@@ -83,22 +82,12 @@ def decoder_units(model: nn.Module) -> list[Unit]:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Where a model keeps its parts, by the names of its modules.
+    """Where a model keeps its parts, by module name.
 
-    Parameters
-    ----------
-    embed : Callable
-        The first unit: ``embed(root, input_ids, attention_mask=..., ...)``.
-    front : tuple[str, ...]
-        What the first unit uses.
-    run_layer : Callable
-        One layer: ``run_layer(config, layer, hidden, *context)``.
-    layers : str
-        The list of layers; each is a unit.
-    head : tuple[str | Callable[[Tensor], Tensor], ...]
-        What the last unit calls, one after the other.
-    output : str
-        The class of ``transformers.modeling_outputs`` that the model returns.
+    The first unit calls ``embed(root, input_ids, ...)`` and reads ``front``; each of
+    ``layers`` is a unit and runs as ``run_layer(config, layer, hidden, *context)``; the
+    last unit calls each step of ``head`` and returns the ``output`` class of
+    ``transformers.modeling_outputs``.
     """
 
     embed: Callable[..., Any]
@@ -142,7 +131,7 @@ def _finish(
 
 
 def _boundary(*values: Tensor | None) -> Any:
-    """Leave out what there is not; one tensor stands alone."""
+    """Drop the values that are None; return a single tensor as itself."""
     kept = tuple(value for value in values if value is not None)
     return kept if len(kept) > 1 else kept[0]
 
@@ -249,7 +238,7 @@ def _positions(input_ids: Tensor) -> Tensor:
 
 
 def _cache(config: Any, layer: nn.Module) -> dict[str, Any]:
-    """Let keys and values be laid out as in the stock model, which keeps them."""
+    """Make the cache of a stock model: it decides the layout of keys and values."""
     if not config.use_cache:
         return {}
     name = _cache_argument(type(layer).forward)
@@ -292,12 +281,9 @@ _DECODERS: Mapping[str, _Parts] = {
 
 
 def _parts_of(model: nn.Module, table: Mapping[str, _Parts], caller: str) -> _Parts:
-    """Look a model's class up; a subclass may run other code, so it is not supported.
+    """Look a model's class up, or raise ``NotSplittable``.
 
-    Raises
-    ------
-    NotSplittable
-        If there are no units for it.
+    A subclass may run other code, so it is not supported.
     """
     library = _library()
     name = type(model).__name__
@@ -321,13 +307,7 @@ def _refused(model: nn.Module, option: str) -> NotSplittable:
 
 
 def _library(part: str = "") -> Any:
-    """Import a part of transformers.
-
-    Raises
-    ------
-    ImportError
-        If it is not installed, or too old.
-    """
+    """Import a part of transformers, or raise ``ImportError``."""
     wanted = f'pip install "transformers>={_OLDEST}"'
     try:
         library = import_module("transformers")

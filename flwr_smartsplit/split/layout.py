@@ -1,4 +1,4 @@
-"""How a tensor lies in memory: without gaps, or in fewer or more bytes than it has."""
+"""How a tensor's elements fill its memory: without gaps, or with gaps or overlap."""
 
 
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

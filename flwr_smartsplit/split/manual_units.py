@@ -1,7 +1,7 @@
-"""Units that a user lists by hand, checked by a dry run before they are trusted.
+"""Units that a user lists by hand, checked by a dry run.
 
-Tracing finds out by itself what a unit reads, writes and draws. Here the user says
-what it reads; the rest is seen under fake tensors, as for traced models.
+The user says what a unit reads; what it writes and draws is observed under fake
+tensors, as for traced models.
 """
 
 from collections.abc import Sequence
@@ -39,28 +39,9 @@ def declared_units(
 ) -> tuple[tuple[Unit, ...], dict[str, str]]:
     """Check units, and join those between which the model must not be cut.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model that the units belong to; it is not touched.
-    units : Sequence[Unit]
-        The units as the user lists them.
-    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
-        One batch, as the first unit takes it.
-
-    Returns
-    -------
-    units : tuple[Unit, ...]
-        The chain; cuts are possible between any two neighbours.
-    refusals : dict[str, str]
-        For each unit that must not be the last of a segment, the reason.
-
-    Raises
-    ------
-    NotSplittable
-        If the units are not a chain of this model; names every problem.
-    InvalidTask
-        If a unit does not run on what the one before it returns.
+    Returns the chain's units, and the reason for each unit that must not end a segment.
+    Raises ``NotSplittable`` with every problem of the list, and ``InvalidTask`` if a
+    unit does not run on what the one before it returns.
     """
     units = list(units)
     problems = _list_problems(model, units)
@@ -91,7 +72,7 @@ def declared_units(
 
 
 def _list_problems(model: nn.Module, units: Sequence[Unit]) -> list[str]:
-    """Say what is wrong with the list itself."""
+    """List what is wrong with the list itself."""
     strangers = [unit for unit in units if not isinstance(unit, Unit)]
     if strangers:
         return [f"{strangers[0]!r} is not a Unit"]
@@ -162,7 +143,7 @@ def _refusal(
     facts: tuple[list[NodeFacts], list[NodeFacts]],
     index: int,
 ) -> str | None:
-    """Say why there must be no cut after a unit, if so."""
+    """Say why there must be no cut after a unit, or None."""
     after = index + 1
     for found in facts:
         value = found[index].value
@@ -186,7 +167,7 @@ def _refusal(
 
 
 def _value_problem(value: Any) -> str | None:
-    """Say why a unit's value is not a boundary, if so."""
+    """Say why a unit's value is not a boundary, or None."""
     tensors = value if type(value) is tuple else (value,)
     if tensors and all(isinstance(tensor, Tensor) for tensor in tensors):
         return None
@@ -198,7 +179,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _joined(units: Sequence[Unit], cuts: Sequence[int]) -> tuple[Unit, ...]:
-    """Make one unit of those between two cuts, under the name of the last."""
+    """Join the units between two cuts, under the name of the last."""
     starts = [0, *(cut + 1 for cut in cuts)]
     stops = [*starts[1:], len(units)]
     return tuple(

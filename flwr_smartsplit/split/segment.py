@@ -77,7 +77,7 @@ class Unit:
     def forward_in(
         self, training: bool, *, is_selective: bool = False
     ) -> Callable[..., Any]:
-        """Return what it does in one mode."""
+        """Return the function for one mode."""
         if not training:
             return self.eval_forward or self.forward
         return (self.selective_forward if is_selective else None) or self.forward
@@ -86,23 +86,9 @@ class Unit:
 class Segment(nn.Module):
     """Units ``[start, stop)`` of a chain, as a module with the model's own names.
 
-    Parameters
-    ----------
-    units : Sequence[Unit]
-        The units, in order.
-    start : int
-        Index of the first of them in the chain.
-    source : nn.Module
-        The model whose modules and parameters the segment shares.
-    odd_modes : Mapping[bool, frozenset[str]]
-        For ``train(mode)``, the modules that the model leaves in the other mode.
-    entering : tuple[bool, ...]
-        For each tensor of the boundary that enters, whether it needs a gradient.
-
-    Attributes
-    ----------
-    entering_gradients : tuple[bool, ...]
-        The same.
+    It shares the modules and parameters of ``source``. ``odd_modes`` names, for
+    ``train(mode)``, the modules that the model leaves in the other mode;
+    ``entering_gradients`` says for each incoming tensor whether it needs a gradient.
     """
 
     def __init__(
@@ -116,7 +102,7 @@ class Segment(nn.Module):
     ) -> None:
         super().__init__()
         self.entering_gradients = entering
-        # Mangled names, because the model's own children stand beside them.
+        # Mangled names, so that none collides with the model's own children.
         self.__units = tuple(units)
         self.__start = start
         for target in sorted({name for unit in units for name in unit.reads}):
@@ -127,7 +113,7 @@ class Segment(nn.Module):
         }
 
     def train(self, mode: bool = True) -> Self:
-        """Switch as the model does, which may keep some modules in the other mode."""
+        """Switch modes as the model does, which may keep some modules in the other."""
         super().train(mode)
         for name in self.__odd_modes.get(mode, ()):
             self.get_submodule(name).training = not mode
@@ -144,21 +130,12 @@ class Segment(nn.Module):
     ) -> Any:
         """Run the units in order, each random one under its own stream.
 
-        Parameters
-        ----------
-        inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
-            The batch, or the boundary that enters the segment.
-        streams : Streams
-            Opens the random stream of a unit.
-        step : int or str
-            Number of the training step, from 0, or the name of a micro-batch in it.
-        observe : Observer
-            Is told the value of each unit.
-        recompute : RecomputePlan
-            What keeps nothing, or less, and runs again in backward.
+        ``inputs`` is the batch or the incoming boundary; ``step`` the number of the
+        step, from 0, or the name of a micro-batch in it.
         """
         training, first = self.training, self.__start
-        plan = recompute.within(first, first + len(self.__units))
+        units = range(first, first + len(self.__units))
+        plan = recompute.within(units.start, units.stop)
 
         def run(index: int, value: Any) -> Any:
             unit = self.__units[index - first]
@@ -168,19 +145,18 @@ class Segment(nn.Module):
                     return run_unit(do, self, value)
             return run_unit(do, self, value)
 
-        units = range(first, first + len(self.__units))
         reruns = plan.reruns if training else ()
         runner = UnitRunner(run, self, observe, preserves_chance=streams is no_streams)
         return run_units(inputs, units, reruns, runner)
 
 
 def as_boundary(outputs: Any) -> Boundary:
-    """Take what a segment returns as a boundary."""
+    """Return a segment's outputs as a boundary."""
     return outputs if type(outputs) is tuple else (outputs,)
 
 
 def run_unit(run: Callable[..., Any], root: nn.Module, value: Any) -> Any:
-    """Hand a unit a batch or a boundary as arguments."""
+    """Call a unit with a batch or a boundary as its arguments."""
     if type(value) is dict:
         return run(root, **value)
     if type(value) is tuple:

@@ -1,4 +1,4 @@
-"""Parts of a module: shared under their own names, and in the mode the model sets."""
+"""Parts of a module: shared under their own names, in the mode the model sets."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Put every submodule's training flag back afterwards."""
+    """Restore every submodule's training flag afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -37,14 +37,7 @@ def odd_modes(model: nn.Module) -> dict[bool, frozenset[str]]:
 def share(source: nn.Module, target: nn.Module, path: list[str]) -> None:
     """Register ``source``'s object at ``path`` under the same path of ``target``.
 
-    Parameters
-    ----------
-    source : nn.Module
-        What has it.
-    target : nn.Module
-        What shall have it too.
-    path : list[str]
-        Names of modules, and at last of a module, a tensor or another attribute.
+    The path ends at a module, a tensor or another attribute.
     """
     *parents, last = path
     for name in parents:

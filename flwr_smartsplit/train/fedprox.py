@@ -21,9 +21,9 @@ def proximal(
     """Build an optimizer that pulls parameters back to where the round began.
 
     It adds ``mu * (w - w0)`` to each gradient, the derivative of FedProx's term
-    ``mu / 2 * ||w - w0||^2`` [1]_. The term falls apart into parameters, so each place
-    adds its own. A place keeps a copy of the parameters that it trains; the cost is
-    part of the prediction.
+    ``mu / 2 * ||w - w0||^2`` [1]_. The term is a sum over parameters, so each place
+    adds its own part. A place keeps a copy of the parameters that it trains;
+    predictions include it.
 
     Parameters
     ----------
@@ -57,12 +57,12 @@ def proximal(
         for parameter in _trained(optimizer):
             centre = optimizer.state[parameter].get(_CENTRE)
             if centre is None:
-                copies[parameter] = parameter.clone()  # There is no way back yet.
+                copies[parameter] = parameter.clone()  # Before its first step.
             else:
                 parameter.grad.add_(parameter - centre, alpha=mu)
 
     def keep(optimizer: Optimizer, *_: Any) -> None:
-        # Not before the first step: optimizers take a state for one of their own.
+        # After the first step: an optimizer takes any earlier state for its own.
         while copies:
             parameter, copy = copies.popitem()
             optimizer.state[parameter][_CENTRE] = copy

@@ -1,8 +1,8 @@
-"""Clip gradients by their common norm when they lie at several places.
+"""Clip gradients by their common norm when they are at several places.
 
 ``torch.nn.utils.clip_grad_norm_`` takes the norm of the norms of all gradients. Each
-place sends its own, one number for each parameter; put back into the model's order,
-they give the same bits as where all gradients lie together.
+place sends one norm per parameter; in the model's order they give the same bits as in
+one place.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ Norms = Mapping[str, float]
 """The norm of each gradient, by its parameter's name."""
 
 
-@unmetered()  # Numbers, not tensors to speak of.
+@unmetered()  # A few scalars.
 def gradient_norms(segment: nn.Module) -> dict[str, float]:
-    """Take the norm of each gradient of a segment."""
+    """Compute the norm of each gradient of a segment."""
     return {
         name: float(torch.linalg.vector_norm(parameter.grad))
         for name, parameter in segment.named_parameters()
@@ -30,19 +30,10 @@ def gradient_norms(segment: nn.Module) -> dict[str, float]:
 
 @unmetered()
 def total_norm(norms: Norms, model: nn.Module) -> float:
-    """Take the norm of all gradients of a model from the norm of each.
+    """Compute the norm of all gradients from the norm of each, by parameter name.
 
-    Parameters
-    ----------
-    norms : Mapping[str, float]
-        By name, in any order.
-    model : nn.Module
-        Whose names they are; its parameters may be on meta.
-
-    Raises
-    ------
-    InvalidTask
-        If the parameters are of several types, whose norms torch does not add up.
+    Raises ``InvalidTask`` if the parameters have several dtypes, whose norms torch does
+    not combine.
     """
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) > 1:
@@ -57,7 +48,7 @@ def total_norm(norms: Norms, model: nn.Module) -> float:
 
 @unmetered()
 def clip_gradients(segment: nn.Module, *, max_norm: float, norm: float) -> None:
-    """Scale a segment's gradients in place, as if all of the model's were here."""
+    """Scale a segment's gradients in place by the norm of the whole model's."""
     parameters = [p for p in segment.parameters() if p.grad is not None]
     if parameters:
         dtype = parameters[0].dtype

@@ -1,4 +1,4 @@
-"""The task's schedule of learning rates, at one place."""
+"""The task's learning-rate schedule."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,10 @@ from flwr_smartsplit.task import Task
 def scheduler_of(
     optimizer: Optimizer | None, task: Task, config: Mapping[str, Any]
 ) -> LRScheduler | None:
-    """Set a new optimizer up as the task says.
+    """Build the scheduler of a new optimizer; None if the task has none.
 
-    Raises
-    ------
-    InvalidTask
-        If ``schedule_fn`` reads what the config lacks, or returns something else.
+    Raises ``InvalidTask`` if ``schedule_fn`` reads what the config lacks, or returns
+    something else.
     """
     if optimizer is None or task.schedule_fn is None:
         return None

@@ -1,4 +1,4 @@
-"""Divide a batch into micro-batches, as a loop that accumulates gradients does."""
+"""Divide a batch into micro-batches, to accumulate gradients."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -15,19 +15,15 @@ BatchT = TypeVar("BatchT")
 def micro_batches(
     batch: BatchT, accumulate: int
 ) -> Iterator[tuple[MicroBatch, BatchT]]:
-    """Divide inputs and targets into parts of nearly equal size, in order.
+    """Divide inputs and targets, in order, into parts of nearly equal size.
 
-    Parameters
-    ----------
-    batch : Tensor, or tuples and dicts of tensors
-        Every tensor has the examples in dimension 0. The parts share its memory.
-    accumulate : int
-        How many parts; fewer if there are fewer examples.
+    There are fewer than ``accumulate`` parts if there are fewer examples; they share
+    the batch's memory.
 
     Raises
     ------
     InvalidTask
-        If the tensors have different numbers of examples.
+        If the tensors have different numbers of examples in dimension 0.
 
     Examples
     --------
@@ -48,15 +44,17 @@ def micro_batches(
     if count == 1:
         yield MicroBatch(), batch
         return
-    bounds = [_bound(total, index, count) for index in range(count + 1)]
-    for index in range(count):
-        start, stop = bounds[index], bounds[index + 1]
+    size, num_larger = divmod(total, count)
+    start = 0
+    for index in range(count):  # As in Tensor.tensor_split, the first are larger.
+        stop = start + size + (index < num_larger)
         part: Any = tree_map(lambda x, a=start, b=stop: x[a:b], batch)
         yield MicroBatch(index, count, total / (stop - start)), part
+        start = stop
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
-    """Take the mean loss of a batch from those of its parts, ``(loss, examples)``.
+    """Compute the mean loss of a batch from its parts' ``(loss, examples)``.
 
     Examples
     --------
@@ -69,7 +67,7 @@ def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
 
 
 def micro_batch_size(batch_size: int, accumulate: int) -> int:
-    """Say how many examples the largest micro-batch has.
+    """Count the examples of the largest micro-batch.
 
     Examples
     --------
@@ -77,12 +75,6 @@ def micro_batch_size(batch_size: int, accumulate: int) -> int:
     (8, 3, 1)
     """
     return -(-batch_size // min(accumulate, batch_size))
-
-
-def _bound(total: int, index: int, count: int) -> int:
-    """Say where a part begins; as in ``Tensor.tensor_split``, the first are larger."""
-    size, larger = divmod(total, count)
-    return index * size + min(index, larger)
 
 
 def _num_examples(tensor: Tensor) -> int:

@@ -1,8 +1,8 @@
 """One derived random stream per (seed, round, client, step, unit).
 
-Streams are derived, never shared, so that any number of workers, threads or
-places draws the same numbers. Torch's generator is process-wide: two threads that
-fork it disturb each other (measured: 24 of 400 steps wrong), hence one lock.
+Streams are derived, never shared, so any number of workers, threads or places draws the
+same numbers. Torch's generator is process-wide: two threads that fork it disturb each
+other (measured: 24 of 400 steps wrong), hence one lock.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ ItemT = TypeVar("ItemT")
 
 
 def derived_seed(*parts: int | str) -> int:
-    """Derive a 63-bit seed from the parts; every part changes it.
+    """Derive a 63-bit seed that depends on every part.
 
     Examples
     --------
@@ -35,7 +35,7 @@ def derived_seed(*parts: int | str) -> int:
 
 @contextmanager
 def stream(seed: int) -> Iterator[None]:
-    """Run torch's CPU generator from ``seed``, and put it back afterwards."""
+    """Seed torch's CPU generator, and restore it afterwards."""
     generator = torch.default_generator
     with _generator_lock:
         before = generator.get_state()
@@ -55,16 +55,16 @@ class UnitStreams:
     client_key: str
 
     def __call__(self, step: int | str, unit: int) -> AbstractContextManager[None]:
-        """Open the stream of one unit in one step, or one micro-batch of it."""
+        """Open the stream of one unit in one step or micro-batch."""
         return stream(
             derived_seed(self.seed, self.round_number, self.client_key, step, unit)
         )
 
     def batches(self, loader: Iterable[ItemT], epoch: int) -> Iterator[ItemT]:
-        """Go through a loader so that shuffling and augmentation are derived too.
+        """Iterate over a loader with derived shuffling and augmentation.
 
-        The generator runs from the client's own stream while the loader works, and
-        is put back while the batch is used.
+        The generator runs from the client's own stream while the loader works, and is
+        restored while the batch is used.
         """
         generator = torch.default_generator
         seed = derived_seed(self.seed, self.round_number, self.client_key, _DATA, epoch)

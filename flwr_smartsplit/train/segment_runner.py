@@ -1,7 +1,7 @@
-"""SegmentRunner: a segment's part of each training step, and evaluation.
+"""SegmentRunner: a segment's part of each training step, and its evaluation.
 
-One runner serves every place: the head on a device, a tail on an edge, the whole
-model. It lives beside the cost model because a prediction is a dry run of it.
+One class serves every place: the head on a device, a tail on an edge, the whole model,
+and the dry run that predicts their memory.
 """
 
 import itertools
@@ -39,37 +39,17 @@ Gradients = tuple[Tensor, ...]
 class SegmentRunner:
     """Train or evaluate one segment at one place.
 
-    Parameters
-    ----------
-    segment : Segment
-        What runs here; its parameters are updated in place.
-    task : Task
-        Supplies the loss and the optimizer.
-    streams : Streams
-        Opens the random stream of a unit.
-    config : Mapping[str, Any], optional
-        What the task's ``schedule_fn`` is told.
-    is_trained : bool
-        Whether it needs an optimizer; evaluation does not.
-    steps_in_backward : bool
-        Whether large parameters are stepped inside backward, which frees their
-        gradients at once and costs a little time. Only done where it is exact.
-    device : torch.device
-        Where it computes; the segment is moved there.
+    The segment's parameters are updated in place; ``config`` goes to the task's
+    ``schedule_fn``. ``steps_in_backward`` updates large parameters inside backward,
+    which frees their gradients early, where that is exact. ``recompute`` may change
+    between two steps.
 
-    Attributes
-    ----------
-    recompute : RecomputePlan
-        What runs twice in a training step; may be set anew between two steps.
-
-    Notes
-    -----
-    A step ends with an update, after the last micro-batch if the task accumulates
-    gradients. If the task clips gradients by their common norm, the
-    update waits for ``update(norm)``, since part of that norm may lie elsewhere.
+    A step ends with an update, after the last micro-batch if the task accumulates. If
+    the task clips by the common norm, the caller calls ``update(norm)``, since part of
+    that norm may come from elsewhere.
     """
 
-    def __init__(  # noqa: PLR0913 - what runs, and how its place runs it
+    def __init__(  # noqa: PLR0913 - what runs, and how
         self,
         segment: nn.Module,
         task: Task,
@@ -89,8 +69,11 @@ class SegmentRunner:
         needs_one = is_trained and bool(parameters)
         self.optimizer = optimizer_of(task, parameters) if needs_one else None
         self._scheduler = scheduler_of(self.optimizer, task, config or {})
-        self.steps_in_backward = steps_in_backward and _can_step_in_backward(
-            self.optimizer, task
+        self.steps_in_backward = (
+            steps_in_backward
+            and self.optimizer is not None
+            and task.max_gradient_norm is None  # Clipping needs all gradients first.
+            and steps_one_by_one(self.optimizer)
         )
         self._part = WHOLE_BATCH
         self._entry: Tensor | None = None
@@ -105,23 +88,10 @@ class SegmentRunner:
         inputs_are_boundary: bool,
         part: MicroBatch = WHOLE_BATCH,
     ) -> Boundary:
-        """Start a step: run the segment forward and keep its graph.
+        """Start a step: run forward, keep the graph, return the detached boundary.
 
-        Parameters
-        ----------
-        inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
-            The batch, or the boundary that entered.
-        step : int
-            Number of the step, from 0.
-        inputs_are_boundary : bool
-            Whether a gradient has to go back to where the inputs came from.
-        part : MicroBatch
-            Which part of the batch it is.
-
-        Returns
-        -------
-        Boundary
-            The outgoing boundary, detached; the runner does not hold it.
+        ``inputs_are_boundary`` says whether gradients go back to where the inputs came
+        from.
         """
         outputs = self._run(inputs, step, inputs_are_boundary, part)
         boundary = as_boundary(outputs)
@@ -132,18 +102,10 @@ class SegmentRunner:
     def backward(self, receive: Callable[[], Gradients]) -> Gradients:
         """End a step from the gradients of its outgoing boundary, and update.
 
-        Parameters
-        ----------
-        receive : Callable[[], tuple[Tensor, ...]]
-            Makes the gradients of those outgoing tensors that need one, in order, when
-            the engine needs them and for the engine alone. Not called if none does. An
-            empty tensor stands for no gradient.
-
-        Returns
-        -------
-        tuple[Tensor, ...]
-            The gradients of those incoming tensors that need one, in order; ``()``
-            where nothing goes back.
+        ``receive`` returns the gradients of those outgoing tensors that need one, in
+        order; an empty tensor stands for none. The engine calls it when it needs them,
+        if at all. Returns the same for the incoming tensors; ``()`` where nothing goes
+        back.
         """
         entry, self._entry = self._entry, None
         if entry is None:
@@ -164,41 +126,33 @@ class SegmentRunner:
         inputs_are_boundary: bool,
         part: MicroBatch = WHOLE_BATCH,
     ) -> tuple[Tensor, Gradients]:
-        """Do a whole step where the route ends: forward, loss, backward, update.
+        """Run a whole step where the route ends: forward, loss, backward, update.
 
-        Returns
-        -------
-        loss : Tensor
-            The detached mean loss of the examples.
-        gradients : tuple[Tensor, ...]
-            As ``backward`` returns them.
+        Returns the detached mean loss, and gradients as ``backward`` does.
         """
         outputs = self._run(inputs, step, inputs_are_boundary, part)
         with phase("loss"), autocast_of(self.task, self.device):
             loss = self.task.loss_fn(outputs, targets)
             if loss.untyped_storage().nbytes() > loss.nbytes:
-                # Some losses leave their mean where all of their terms were.
+                # Some losses return a view of the storage of all their terms.
                 loss = loss.clone()
             scaled = loss if part.count == 1 else loss / part.loss_divisor
-        del outputs  # What backward needs of them, the graph holds.
+        del outputs  # The graph holds what backward needs.
         with phase("backward"), self._early_updates():
             scaled.backward()
         del scaled
-        loss = loss.detach()  # And with it the graph goes.
+        loss = loss.detach()  # This frees the graph.
         return loss, self._end()
 
     def gradient_norms(self) -> dict[str, float]:
-        """Take the norm of each gradient, where an update waits for all of them."""
+        """Compute the norm of each gradient where the update waits for them."""
         waits = self.task.max_gradient_norm is not None and self._part.is_last
         return gradient_norms(self.segment) if waits else {}
 
     def update(self, norm: float | None = None) -> None:
-        """Do the optimizer's step; it comes by itself if the task clips nothing.
+        """Step the optimizer and its schedule; automatic unless the task clips.
 
-        Parameters
-        ----------
-        norm : float, optional
-            The norm of all gradients of the model, to clip these by.
+        ``norm`` is that of all gradients of the model, to clip these by.
         """
         if self.optimizer is None:
             return
@@ -211,7 +165,7 @@ class SegmentRunner:
                 self._scheduler.step()
 
     def release_gradients(self) -> None:
-        """Free the gradients, where other work comes before the next step."""
+        """Free the gradients when other work comes before the next step."""
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -224,11 +178,11 @@ class SegmentRunner:
 
     @torch.no_grad()
     def assess(self, outputs: Any, targets: Tensor) -> dict[str, float]:
-        """Return loss and metrics of the outputs, in evaluation."""
+        """Compute loss and metrics of the outputs."""
         with autocast_of(self.task, self.device):
             values = {"loss": float(self.task.loss_fn(outputs, targets))}
             if self.task.metrics_fn is not None:
-                # First, so that none of them takes the place of the loss.
+                # The loss comes last, so that no metric replaces it.
                 values = {**self.task.metrics_fn(outputs, targets), **values}
         return values
 
@@ -251,14 +205,14 @@ class SegmentRunner:
             )
 
     def _early_updates(self) -> AbstractContextManager[None]:
-        # Under accumulation all gradients live through the micro-batches anyway.
+        # Accumulated gradients live until the last micro-batch anyway.
         is_part = self._part.count > 1
         if self.optimizer is None or not self.steps_in_backward or is_part:
             return nullcontext()
         return early_updates(self.optimizer)
 
     def _leaf(self, inputs: Batch) -> Batch:
-        """Let a boundary in, and have its gradients put aside."""
+        """Start the graph at a boundary, and collect its gradients."""
         if isinstance(inputs, dict):
             raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
         boundary = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -274,7 +228,7 @@ class SegmentRunner:
         return boundary if len(boundary) > 1 else boundary[0]
 
     def _end(self) -> Gradients:
-        """Update, unless that has to wait; return what goes back."""
+        """Update unless the task clips; return the gradients that go back."""
         if self.task.max_gradient_norm is None and self._part.is_last:
             self.update()
         gradients = tuple(self._input_gradients)
@@ -282,14 +236,8 @@ class SegmentRunner:
         return gradients
 
 
-def _can_step_in_backward(optimizer: Optimizer | None, task: Task) -> bool:
-    """Say whether parameters may be stepped before all gradients are there."""
-    waits = task.max_gradient_norm is not None
-    return optimizer is not None and not waits and steps_one_by_one(optimizer)
-
-
 def optimizer_of(task: Task, parameters: Sequence[nn.Parameter]) -> Optimizer | None:
-    """Build the optimizer of some parameters; None if the task's takes none of them.
+    """Build the task's optimizer; None if it takes none of the parameters.
 
     An ``optimizer_fn`` may choose, for instance matrices only.
     """
@@ -302,6 +250,6 @@ def optimizer_of(task: Task, parameters: Sequence[nn.Parameter]) -> Optimizer | 
 
 
 def autocast_of(task: Task, device: torch.device = CPU) -> AbstractContextManager[Any]:
-    """Switch mixed precision on, if the task says so."""
+    """Enable mixed precision if the task asks for it."""
     dtype = task.autocast_dtype
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,7 +1,7 @@
 """The number of torch threads a step runs with.
 
-It stands apart because devices and edges need the same number: gradients differ
-in their last bits between one thread and two.
+Devices and edges need the same number: between one thread and two, gradients differ in
+their last bits.
 """
 
 from collections.abc import Iterator

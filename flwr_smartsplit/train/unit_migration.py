@@ -1,8 +1,8 @@
-"""Carry units from one running segment to another, with all that training made of them.
+"""Move units from one running segment to another, with all their training state.
 
-What a unit takes along is its values, the optimizer's state of its parameters, and
-what the optimizer's groups are set to. What stays is shared, not copied: while a cut
-moves, a device holds nothing twice.
+A unit takes along its values, the optimizer's state of its parameters, and the settings
+of their parameter groups. Units that stay are shared, not copied: a device holds
+nothing twice while a cut moves.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 
 State = Mapping[str, npt.NDArray[Any]]
 Make = Callable[[Segment], SegmentRunner]
-"""Makes the runner of a segment as its place makes them: task, streams, config."""
+"""Makes the runner of a segment with its place's task, streams and config."""
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -42,12 +42,12 @@ class MigratedUnits:
     state : Mapping[str, ndarray]
         Their parameters and buffers, by the model's names.
     buffers : Mapping[str, Tensor]
-        Buffers that are not part of the state and that training has changed.
+        Non-persistent buffers that training has changed.
     optimizer : Mapping[str, Mapping[str, Any]]
         The optimizer's state of each parameter: tensors and plain values, nested in
         mappings, lists and tuples.
     settings : Mapping[str, str]
-        What the optimizer's group of each parameter is set to, written out.
+        The settings of each parameter's group, as text.
     """
 
     start: int
@@ -61,21 +61,10 @@ class MigratedUnits:
 def migrated_units(
     runner: SegmentRunner, chain: Chain, start: int, stop: int
 ) -> MigratedUnits:
-    """Take what units ``[start, stop)`` of a segment have become; it shares memory.
+    """Collect what units ``[start, stop)`` take along, sharing memory.
 
-    Parameters
-    ----------
-    runner : SegmentRunner
-        Runs a segment with these units, and is between two steps.
-    chain : Chain
-        Whose units they are.
-    start, stop : int
-        The units.
-
-    Raises
-    ------
-    RefusedMove
-        If they have something that cannot be sent.
+    The runner must be between two steps. Raises ``RefusedMove`` if the units have
+    something that cannot be sent.
     """
     part = chain.segment(start, stop, source=runner.segment)
     _check_attributes(part, chain.model)
@@ -102,29 +91,12 @@ def rebuilt(
     num_steps: int,
     arriving: MigratedUnits | None = None,
 ) -> SegmentRunner:
-    """Go on with other units: those that stay are shared, those that arrive are built.
+    """Make a runner of other units: those that stay are shared, new ones are built.
 
-    Parameters
-    ----------
-    runner : SegmentRunner
-        Runs the units so far, and is between two steps; it stays as it is, but for its
-        gradients, which have been used.
-    chain : Chain
-        Whose units they are.
-    units : range
-        Those to run from now on.
-    make : Callable[[Segment], SegmentRunner]
-        Makes a runner as this place does.
-    num_steps : int
-        The steps done so far.
-    arriving : MigratedUnits, optional
-        The units among them that are new here.
-
-    Raises
-    ------
-    RefusedMove
-        If optimizer or schedule cannot be brought exactly to where they were, or the
-        units are on an accelerator.
+    ``make`` builds a runner with this place's task, streams and config, and
+    ``num_steps`` are done so far. Of the old runner, between two steps, only the
+    gradients are freed. Raises ``RefusedMove`` if the optimizer or schedule cannot be
+    restored exactly, or the units are on an accelerator.
     """
     if runner.device != CPU:
         raise RefusedMove(f"units move from CPU to CPU; these are on {runner.device}.")
@@ -150,25 +122,15 @@ def rebuilt(
 
 
 def kept_units(chain: Chain, task: Task) -> frozenset[int]:
-    """Find the units whose state, or part of it, stays on the device."""
-    is_local = task.is_local
-    if is_local is None:
+    """Find the units with any state that stays on the device."""
+    if task.is_local is None:
         return frozenset()
-    return frozenset(
-        index
-        for index in range(len(chain))
-        if any(map(is_local, chain.state_names(index, index + 1)))
-    )
+    names = {i: chain.state_names(i, i + 1) for i in range(len(chain))}
+    return frozenset(i for i, own in names.items() if any(map(task.is_local, own)))
 
 
 def check_kept(chain: Chain, task: Task, leaving: range) -> None:
-    """Make sure that no unit leaves the device whose state must stay there.
-
-    Raises
-    ------
-    RefusedMove
-        Naming the units.
-    """
+    """Raise ``RefusedMove`` if a leaving unit has state that must stay here."""
     kept = sorted(kept_units(chain, task) & set(leaving))
     if kept:
         names = ", ".join(chain.unit_names[index] for index in kept)
@@ -190,7 +152,7 @@ def _built(chain: Chain, arriving: MigratedUnits) -> Segment:
 
 
 def _changed_buffers(part: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """Find the buffers that no state has and that are not as the model makes them."""
+    """Find the non-persistent buffers that differ from a new model's."""
     fresh = dict(model.named_buffers(remove_duplicate=False))
     saved = part.state_dict().keys()
     return {
@@ -201,20 +163,17 @@ def _changed_buffers(part: nn.Module, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_attributes(part: nn.Module, model: nn.Module) -> None:
-    """Refuse modules that count, say, in a Python number: it would not come along."""
+    """Refuse modules with plain attributes that training changes."""
     for name, module in part.named_modules():
         fresh = _plain_attributes(model.get_submodule(name))
         found = _plain_attributes(module)
-        changed = [
-            key
-            for key in fresh.keys() & found.keys() - {"training"}
-            if fresh[key] != found[key]
-        ]
+        names = fresh.keys() & found.keys() - {"training"}
+        changed = [key for key in names if fresh[key] != found[key]]
         if changed:
             raise RefusedMove(
                 f"{name}: training changes {', '.join(sorted(changed))} of this "
-                f"{type(module).__name__}, which only tensors can be carried from: "
-                "register a buffer, or keep the cut where it is."
+                f"{type(module).__name__}, and only tensors can move: register a "
+                "buffer, or keep the cut where it is."
             )
 
 
@@ -234,21 +193,21 @@ def _names_by_id(runner: SegmentRunner) -> dict[int, str]:
 
 
 def _optimizer_states(runner: SegmentRunner) -> dict[str, Mapping[str, Any]]:
-    """Return the optimizer's state by the names of its parameters."""
+    """Return the optimizer's state by parameter name."""
     if runner.optimizer is None:
         return {}
     names, state = _names_by_id(runner), runner.optimizer.state
     groups = [p for group in runner.optimizer.param_groups for p in group["params"]]
     if any(id(key) not in names for key in [*state, *groups]):
         raise RefusedMove(
-            f"{type(runner.optimizer).__name__} keeps what belongs to no parameter "
+            f"{type(runner.optimizer).__name__} has state that belongs to no parameter "
             "of the model, so no unit can take it along: keep the cut where it is."
         )
     return {names[id(key)]: values for key, values in state.items()}
 
 
 def _settings(runner: SegmentRunner) -> dict[str, str]:
-    """Write out what each parameter's group is set to: rates, decays, and so on."""
+    """Write out the settings of each parameter's group: rates, decays, and so on."""
     if runner.optimizer is None:
         return {}
     names = _names_by_id(runner)
@@ -269,9 +228,8 @@ def _as_text(value: Any) -> str:
 def _replay(runner: SegmentRunner, num_steps: int) -> None:
     """Bring a new optimizer and its schedule to this step.
 
-    Both are stepped as often as elsewhere. There are no gradients, so all that moves
-    is what depends on the number of steps alone; and nothing else could, since the
-    parameters are empty meanwhile.
+    Steps without gradients change only what depends on the number of steps. The
+    parameters are empty meanwhile, so nothing else can change.
     """
     parameters = list(runner.segment.parameters())
     values = [parameter.data for parameter in parameters]
@@ -286,7 +244,7 @@ def _replay(runner: SegmentRunner, num_steps: int) -> None:
     except Exception as error:
         raise RefusedMove(
             "the optimizer or its schedule cannot be stepped without gradients, so it "
-            f"cannot be set up anew in a running round: {type(error).__name__}: {error}"
+            f"cannot be rebuilt in a running round: {type(error).__name__}: {error}"
         ) from error
     finally:
         after = [parameter._version for parameter in parameters]
@@ -295,7 +253,7 @@ def _replay(runner: SegmentRunner, num_steps: int) -> None:
     if after != before:
         raise RefusedMove(
             f"{type(runner.optimizer).__name__} changes parameters that have no "
-            "gradient, so it cannot be set up anew in a running round."
+            "gradient, so it cannot be rebuilt in a running round."
         )
 
 
@@ -305,14 +263,13 @@ def _check_settings(found: Mapping[str, str], wanted: Mapping[str, str]) -> None
         name = wrong[0]
         raise RefusedMove(
             f"{name} ({len(wrong)} in all): a new optimizer of this task, stepped as "
-            f"often, is set to {found[name]}, and was {wanted.get(name)} before: what "
-            "sets it must depend on the parameter, the config and the number of steps "
-            "alone."
+            f"often, is set to {found[name]}, and was {wanted.get(name)} before: it "
+            "may depend only on the parameter, the config and the number of steps."
         )
 
 
 def _check_counters(old: Optimizer | None, new: Optimizer | None) -> None:
-    """Refuse optimizers that remember something outside their state."""
+    """Refuse optimizers that keep changing values outside their state."""
     if old is None or new is None:
         return
     before, after = _plain_attributes(old), _plain_attributes(new)

@@ -7,118 +7,55 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBytes:
-    """What one unit allocates and frees during a step, for plans that recompute.
+    """What one unit allocates and frees during a step, for plans that recompute."""
 
-    Parameters
-    ----------
-    saved_bytes : int
-        What its forward saves for backward, with its output if that is saved.
-    kept_bytes : int
-        The part of it that is still there when its own backward begins.
-    forward_peak_bytes : int
-        The most that its forward allocates.
-    rerun_peak_bytes : int
-        The same up to the last tensor that it saves, where a rerun ends.
-    passing_peak_bytes : int
-        The same where nothing is saved for backward.
-    backward_peak_bytes : int
-        The most in its backward: saved tensors, the gradients of its input and output,
-        temporaries, gradients of its parameters.
-    left_bytes : int
-        Gradients that its backward leaves until the end of the step.
-    output_bytes : int
-        Size of its output's storage; 0 if it is its input's.
-    gradient_bytes : int
-        Size of the gradient of its output.
-    arriving_bytes : int or None
-        Size of the gradients where its backward first needs what it saved; None if it
-        saves nothing.
-    crossing_bytes : int
-        Where more than one tensor after it needs a gradient: size of all that cross and
-        were made since a single one did. Then ``output_bytes`` is the part of them that
-        no unit saves, and no rerun begins there.
-    is_output_saved : bool
-        Whether ``saved_bytes`` includes the output.
-    rerun_flops : int
-        FLOPs of its forward up to the last result that it saves; in a selective step,
-        of what its backward recomputes. A ``Rerun`` of a selective unit costs both.
-    can_rerun : bool
-        Whether it may run twice: not if it writes into tensors other than a
-        BatchNorm's.
-    """
-
-    saved_bytes: int = 0
-    kept_bytes: int = 0
-    forward_peak_bytes: int = 0
-    rerun_peak_bytes: int = 0
-    passing_peak_bytes: int = 0
+    saved_bytes: int = 0  # What forward saves for backward, its output if that is saved
+    kept_bytes: int = 0  # What of it is left when the unit's own backward begins
+    forward_peak_bytes: int = 0  # The most that forward allocates
+    rerun_peak_bytes: int = (
+        0  # The same up to the last tensor saved: a rerun ends there
+    )
+    passing_peak_bytes: int = 0  # The same where nothing is saved for backward
+    # Saved tensors, gradients of input and output, of parameters, temporaries
     backward_peak_bytes: int = 0
-    left_bytes: int = 0
-    output_bytes: int = 0
-    gradient_bytes: int = 0
+    left_bytes: int = 0  # Gradients that backward leaves until the end of the step
+    output_bytes: int = 0  # Its output's storage; 0 if it is its input's
+    gradient_bytes: int = 0  # The gradient of its output
+    # The gradients where backward first needs what was saved; None if nothing was
     arriving_bytes: int | None = None
+    # Where several tensors after it need gradients: all that cross and were made since
+    # a single one did. ``output_bytes`` is then what of them no unit saves.
     crossing_bytes: int = 0
-    is_output_saved: bool = True
+    is_output_saved: bool = True  # Whether ``saved_bytes`` includes the output
+    # Of forward up to the last result saved; in a selective step, of what backward
+    # recomputes. A ``Rerun`` of a selective unit costs both.
     rerun_flops: int = 0
-    can_rerun: bool = True
+    can_rerun: bool = True  # Not if it writes into tensors other than a BatchNorm's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitCost:
-    """What one unit holds, and what crosses the boundary after it.
+    """What one unit holds, and what crosses the boundary after it."""
 
-    Parameters
-    ----------
-    name : str
-        The unit's name in its chain.
-    parameter_bytes, buffer_bytes : int
-        Size of its parameters, and of its buffers and other tensors.
-    gradient_bytes, optimizer_state_bytes : int
-        Size of its parameters' gradients, and of the optimizer's state for them.
-    saved_bytes : int
-        Saved activations: what its forward allocates and backward needs.
-    boundary_bytes : int
-        Size of its output for one micro-batch, with its context; 0 for the last unit.
-    forward_flops : int
-        FLOPs of its forward; a multiply-add is two.
-    device_peak_bytes : int
-        The most that a device holds during a training step if this is its last unit:
-        parameters, gradients, optimizer state, batch, activations, boundary gradient.
-    waiting_bytes : int
-        The part of it that stays while the rest of the step runs elsewhere:
-        activations.
-    return_bytes : int
-        The most that the step takes from this unit on, where it returns to the device:
-        incoming boundary, activations, gradients, temporaries. Parameters, buffers and
-        optimizer state of these units come on top.
-    keeps_gradient : bool
-        Whether gradients stay from micro-batch to micro-batch.
-    head_update_bytes, tail_update_bytes : int
-        The most that the optimizer allocates and frees after backward if this is a
-        device's last unit, and if it is its first.
-    step : StepBytes
-        The costs that plans to recompute are made from.
-    selective_step : StepBytes, optional
-        The same if the unit is selective (see ``RecomputePlan``); None if that saves
-        nothing.
-    """
-
-    name: str
+    name: str  # In its chain
     parameter_bytes: int
-    buffer_bytes: int
-    gradient_bytes: int
+    buffer_bytes: int  # Of its buffers, and of tensors that are neither
+    gradient_bytes: int  # Of its parameters
     optimizer_state_bytes: int
-    saved_bytes: int
-    boundary_bytes: int
-    forward_flops: int
+    saved_bytes: int  # Activations: what its forward allocates and backward needs
+    boundary_bytes: int  # Its output for one micro-batch; 0 for the last unit
+    forward_flops: int  # A multiply-add is two
+    # The most that a device holds in a training step if this is its last unit
     device_peak_bytes: int
-    waiting_bytes: int
+    waiting_bytes: int  # What of it stays while the rest of the step runs elsewhere
+    # The most that a step takes from here on where it returns to the device, without
+    # the parameters, buffers and optimizer state of these units
     return_bytes: int
-    keeps_gradient: bool = False
-    head_update_bytes: int = 0
-    tail_update_bytes: int = 0
-    step: StepBytes = StepBytes()
-    selective_step: StepBytes | None = None
+    keeps_gradient: bool = False  # From micro-batch to micro-batch
+    head_update_bytes: int = 0  # What the optimizer needs if this is the last unit here
+    tail_update_bytes: int = 0  # And if it is the first
+    step: StepBytes = StepBytes()  # What plans to recompute are made from
+    selective_step: StepBytes | None = None  # None if being selective saves nothing
 
     @property
     def resident_bytes(self) -> int:

@@ -40,67 +40,29 @@ class Replan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a client measured during its part of a round.
-
-    Parameters
-    ----------
-    status : Status
-        How it ended.
-    message : str
-        The error's text if ``status`` is not OK.
-    num_examples, num_steps : int
-        Examples of one epoch, which are the client's weight, and all optimizer steps.
-    num_epochs : int
-        Passes over these examples.
-    loss : float
-        Mean loss over the examples.
-    loss_rms : float
-        Root mean square, over the examples, of their batch's loss.
-    loss_drop : float
-        Mean loss of the first half of the steps, less that of the second half.
-    peak_bytes : int
-        The most that the device held in the metered steps.
-    resident_growth_bytes : int or None
-        Growth of the process's resident set; None if the client is not alone in its
-        process, or the system does not report it.
-    sent_bytes, received_bytes : int
-        Traffic between the device and its edges.
-    seconds : float
-        Wall-clock time of the client's part.
-    num_threads : int
-        Torch threads in use.
-    metrics : Mapping[str, float]
-        What ``Task.metrics_fn`` returned, averaged over the examples.
-    moves : tuple[Move, ...]
-        How the first cut moved during the round, in order.
-    replans : tuple[Replan, ...]
-        How the recompute plan changed during the round, in order.
-    step_seconds : float
-        Mean time of a training step on the final route, by the client's clock or its
-        ``step_seconds``; 0 if unknown.
-    released : str
-        Why the edge let it stop early; empty if it did not. Then ``num_examples`` are
-        those it trained on, and ``num_epochs`` includes the last, unfinished pass.
-    """
+    """What a client measured during its part of a round."""
 
     status: Status = Status.OK
-    message: str = ""
-    num_examples: int = 0
-    num_epochs: int = 1
-    num_steps: int = 0
-    loss: float = 0.0
-    loss_rms: float = 0.0
-    loss_drop: float = 0.0
-    peak_bytes: int = 0
+    message: str = ""  # The error's text if ``status`` is not OK
+    num_examples: int = 0  # Of one epoch: the client's weight
+    num_epochs: int = 1  # Passes over these examples
+    num_steps: int = 0  # Of the optimizer, in all passes
+    loss: float = 0.0  # Mean over the examples
+    loss_rms: float = 0.0  # Root mean square, over the examples, of their batch's loss
+    loss_drop: float = 0.0  # Mean of the first half of the steps, less the second's
+    peak_bytes: int = 0  # The most that the device held in the metered steps
+    # Of the process's resident set; None if others share the process, or it is unknown
     resident_growth_bytes: int | None = None
-    sent_bytes: int = 0
+    sent_bytes: int = 0  # From the device to its edges
     received_bytes: int = 0
-    seconds: float = 0.0
-    num_threads: int = 1
-    metrics: Mapping[str, float]
-    moves: tuple[Move, ...] = ()
-    replans: tuple[Replan, ...] = ()
-    step_seconds: float = 0.0
+    seconds: float = 0.0  # Wall-clock time of the client's part
+    num_threads: int = 1  # Torch threads in use
+    metrics: Mapping[str, float]  # Of ``Task.metrics_fn``, averaged over the examples
+    moves: tuple[Move, ...] = ()  # Of the first cut, in order
+    replans: tuple[Replan, ...] = ()  # Changes of the recompute plan, in order
+    step_seconds: float = 0.0  # Mean on the final route; 0 if unknown
+    # Why the edge let it stop early. Then ``num_examples`` are those it trained on, and
+    # ``num_epochs`` includes the last, unfinished pass.
     released: str = ""
 
 

@@ -1,4 +1,4 @@
-"""Fleet: every node is asked who it is, once, in its own layout; keys order all."""
+"""Fleet: every node is asked once for its profile, in its own layout."""
 
 from collections.abc import Sequence
 
@@ -58,7 +58,7 @@ def test_a_profile_says_what_the_client_is() -> None:
     ids=["message", "legacy", "mixed", "mixed otherwise"],
 )
 def test_both_layouts_are_understood(apps: Sequence[ClientApp]) -> None:
-    """Members come in client_key order, with the layout each one speaks."""
+    """Members come in client_key order, with the layout that each one uses."""
     grid = InProcessGrid(apps)
     members, failures = ask(fleet(), grid)
     assert failures == []

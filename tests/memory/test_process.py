@@ -20,7 +20,6 @@ from flwr_smartsplit.errors import MemoryCapExceeded
 from flwr_smartsplit.memory import process as process_memory
 from flwr_smartsplit.memory.process import (
     MemoryGrowth,
-    cuda_fence,
     data_fence,
     process_bytes,
     resident_growth,
@@ -36,10 +35,6 @@ HUGE = 2**35  # Refused before a page of it is touched.
 alone = pytest.mark.slow
 """Memory that other tests freed in this process may hide a growth or a refusal."""
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-cuda = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -254,28 +249,3 @@ def test_a_fence_does_not_loosen_another() -> None:
         error = refused(lambda: bytes_of(2 * FENCE), extra_bytes=2**50)
         assert limits() == outer
     assert error.budget_bytes <= FENCE + MARGIN
-
-
-# --- CUDA -----------------------------------------------------------------------------
-
-
-class TestCuda:
-    """The same of torch's CUDA allocator."""
-
-    pytestmark = cuda
-
-    def test_who_asks_for_more_than_the_fence_is_refused(self) -> None:
-        """And then a smaller tensor fits."""
-        with pytest.raises(MemoryCapExceeded) as found, cuda_fence(FENCE, client="a"):
-            torch.empty(2 * FENCE, dtype=torch.uint8, device="cuda")
-        assert (found.value.client, found.value.budget_bytes) == ("a", FENCE)
-        with cuda_fence(FENCE):
-            torch.empty(FENCE // 2, dtype=torch.uint8, device="cuda")
-        torch.empty(2 * FENCE, dtype=torch.uint8, device="cuda")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_without_cuda_there_is_no_fence() -> None:
-    """What is inside runs as it would."""
-    with cuda_fence(0):
-        assert bytes_of(SIZE).sum() == SIZE

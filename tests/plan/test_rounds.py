@@ -189,3 +189,23 @@ def test_the_reason_says_in_how_many_parts_it_was_tried() -> None:
     assert (
         "needs 5 B at batch size 4 in 2 parts, the budget is 2 B" in made.skipped["f"]
     )
+
+
+@pytest.mark.parametrize("choose_route", [None, deepest_split])
+def test_a_variant_is_for_who_fits_nothing_else(choose_route: Any) -> None:
+    """The first that fits, at its own costs; whoever fits whole trains whole."""
+    parts = {"half": 2, "quarter": 4}
+    routing = Routing(
+        edges=EDGE_X,
+        choose_route=choose_route,
+        constraints=Constraints(recompute=False),
+        variants=tuple(map(Variant, parts)),
+        costs=lambda size, _, variant: parts_of(size, parts[variant.name], variant),
+    )
+    made = plan([*FLEET, device("f", 2)], routing=routing)
+    found = {e.client_key: e.option.variant.name for e in made.assignments}
+    assert {key: name for key, name in found.items() if name != "whole"} == {
+        "c": "half",
+        "f": "quarter",
+    }
+    assert made.unfit == set()

@@ -200,5 +200,5 @@ def test_a_spoilt_file_is_replaced(tmp_path: Path, text: str):
 
 def test_json_that_is_no_profile_is_refused_clearly():
     """The error says what to do."""
-    with pytest.raises(ValueError, match=r"not a chain's profile as JSON.*Make one"):
+    with pytest.raises(ValueError, match=r"not a chain.*Make a new one"):
         ChainProfile.from_json('{"batch_size": 3}')

@@ -113,18 +113,14 @@ def arrays_of(content: RecordDict) -> dict[str, npt.NDArray[Any]]:
 
 def record_bytes(content: RecordDict) -> int:
     """Count a message's payload in bytes: arrays and text."""
-    arrays = sum(
-        len(array.data)
-        for record in records_of(content, ArrayRecord)
-        for array in record.values()
-    )
-    texts = sum(
-        len(value)
-        for record in records_of(content, ConfigRecord)
-        for value in record.values()
-        if isinstance(value, str | bytes)
-    )
-    return arrays + texts
+    records = records_of(content, ArrayRecord)
+    arrays = sum(len(array.data) for record in records for array in record.values())
+    return arrays + sum(map(text_bytes, records_of(content, ConfigRecord)))
+
+
+def text_bytes(scalars: Mapping[str, Any]) -> int:
+    """Count the payload of scalars in bytes: text only, as numbers are headers."""
+    return sum(len(each) for each in scalars.values() if isinstance(each, str | bytes))
 
 
 # --- profiles ---------------------------------------------------------------------

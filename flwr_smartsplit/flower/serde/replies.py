@@ -99,7 +99,7 @@ def evaluate_reply(
 def reply_from_content(
     content: RecordDict, names: NamesOf | None = None
 ) -> ClientReply:
-    """Read a reply in either layout; ``reply_from_scalars`` says the rest."""
+    """Read a reply in either layout, as ``reply_from_scalars`` does."""
     scalars, arrays = config_of(content), partial(arrays_of, content)
     return reply_from_scalars(scalars, arrays, names)
 
@@ -198,8 +198,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or not isinstance(
-        value, int if kind is int else float | int
-    ):
+    allowed = int if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed):
         return False
     return isinstance(value, float) or abs(value) < _TOO_LARGE

@@ -1,11 +1,11 @@
 """Why a place in a model can or cannot be cut.
 
 A place is a node of the model's graph after which few tensors are still needed; all of
-them cross. A gradient that is added up on both sides of a cut is added in the stock
-model's order: autograd runs the operations in reverse, so the far side's sum is there
-first, at whatever place. A dry run under fake tensors finds out what every operation
-does: which storages it writes, whether it draws random numbers, whether its value needs
-a gradient. Guessing from names would miss functional and user-written operations.
+them cross. Gradients that are summed on both sides of a cut are summed in the stock
+model's order: autograd runs operations in reverse, so the far side's sum comes first. A
+dry run under fake tensors shows which storages each operation writes, whether it draws
+random numbers, and whether its value needs a gradient. Guessing from names would miss
+functional and user-written operations.
 """
 
 import logging
@@ -52,7 +52,7 @@ class _FactFinder(fx.Interpreter):
     def fetch_args_kwargs_from_env(
         self, n: fx.Node
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give operations lists of their own: some write into their arguments."""
+        """Copy the lists among the arguments: some operations write into them."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return _thawed(tuple(args)), _thawed(dict(kwargs))
 
@@ -76,12 +76,12 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def is_reshaped(facts: Mapping[fx.Node, NodeFacts]) -> bool:
-    """Say whether any tensor got another shape after it was made."""
+    """Say whether any tensor changed its shape after it was made."""
     return any(fact.shape != _shape(fact.value) for fact in facts.values())
 
 
 def _thawed(value: Any) -> Any:
-    """Replace the lists and dicts that fx froze by ordinary ones."""
+    """Replace fx's immutable lists and dicts by ordinary ones."""
     if isinstance(value, list):
         return [_thawed(item) for item in value]
     if type(value) is tuple:
@@ -95,21 +95,10 @@ def _thawed(value: Any) -> Any:
 def find_facts(
     model: nn.Module, graph: fx.Graph, example_inputs: Batch
 ) -> dict[fx.Node, NodeFacts]:
-    """Run a graph under fake tensors and see what each of its nodes does.
+    """Run a graph under fake tensors and record what each of its nodes does.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model the graph was traced from; it is not touched.
-    graph : fx.Graph
-        Its graph in the mode that the model is in.
-    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
-        One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
-
-    Raises
-    ------
-    InvalidTask
-        If the model does not run on the example inputs.
+    The model must be in the mode that was traced; it is not changed. Raises
+    ``InvalidTask`` if it does not run on the example inputs.
     """
     reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
     everything = Unit("", _identity, reads)
@@ -131,7 +120,7 @@ def find_facts(
 def cannot_run(
     model: nn.Module, example_inputs: Batch, error: Exception, *, part: str = ""
 ) -> InvalidTask:
-    """Say that a dry run of a model, or a part of it, on its example inputs failed."""
+    """Make the error of a failed dry run of a model, or a part of it."""
     shapes = [tuple(example.shape) for example in tree_leaves(example_inputs)]
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     if "convert all Tensors to FakeTensors" in reason:
@@ -146,7 +135,7 @@ def cannot_run(
 
 @contextmanager
 def torch_log_silenced() -> Iterator[None]:
-    """Keep torch from logging a traceback of what is raised as an error anyway."""
+    """Keep torch from logging a traceback of what is raised anyway."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -183,33 +172,28 @@ def admissible_cuts(
 ) -> tuple[list[tuple[Place, Place]], dict[str, str]]:
     """Keep the places that can be cut without changing a number.
 
-    Returns
-    -------
-    cuts : list[tuple[Place, Place]]
-        The places that may be cut, in order: the one of the training graph and the
-        one of the same name of the evaluation graph.
-    refusals : dict[str, str]
-        For each other place with at most ``max_tensors`` live tensors, the reason.
+    Returns pairs of the same place in the training and the evaluation graph, in order;
+    and the reason for each other place with at most ``max_tensors`` live tensors.
     """
     order = {node: index for index, node in enumerate(eval_graph.nodes)}
     reached = grad_nodes(facts[list(train_graph.nodes)[-1]].value)
-    twins = {n.name: place for n, place in live_places(eval_graph, max_tensors).items()}
+    others = {n.name: p for n, p in live_places(eval_graph, max_tensors).items()}
     kept: list[tuple[Place, Place]] = []
     refusals = {}
     for node, place in live_places(train_graph, max_tensors).items():
-        twin = twins.get(node.name)
+        other = others.get(node.name)
         reason = _refusal(model, place, facts, reached)
-        if reason is None and twin is None:
+        if reason is None and other is None:
             reason = "evaluation mode has no such place"
-        if reason is None and twin is not None:
-            if kept and order[twin.node] < order[kept[-1][1].node]:
+        if reason is None and other is not None:
+            if kept and order[other.node] < order[kept[-1][1].node]:
                 reason = "evaluation mode comes to it in another order"
-            elif [n.name for n in twin.tensors] != [n.name for n in place.tensors]:
+            elif [n.name for n in other.tensors] != [n.name for n in place.tensors]:
                 reason = "evaluation mode needs other tensors after it"
             else:
-                reason = _tied(model, node, twin.node)
-        if reason is None and twin is not None:
-            kept.append((place, twin))
+                reason = _tied(model, node, other.node)
+        if reason is None and other is not None:
+            kept.append((place, other))
         else:
             refusals[node.name] = str(reason)
     return kept, refusals
@@ -218,7 +202,7 @@ def admissible_cuts(
 def gradient_flags(
     place: Place | None, facts: Mapping[fx.Node, NodeFacts]
 ) -> tuple[bool, ...]:
-    """Say of each tensor that crosses at a place whether a gradient comes back."""
+    """Say for each tensor that crosses at a place whether a gradient comes back."""
     if place is None:
         return ()
     needed = (facts[node].value.requires_grad for node in place.tensors)
@@ -226,7 +210,7 @@ def gradient_flags(
 
 
 def grad_nodes(outputs: Any) -> set[Any]:
-    """Find all nodes of autograd's graph that backward reaches from outputs."""
+    """Find all autograd nodes that backward reaches from outputs."""
     tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
     waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     reached = set(waiting)
@@ -244,7 +228,7 @@ def _refusal(
     facts: dict[fx.Node, NodeFacts],
     reached: set[Any],
 ) -> str | None:
-    """Say why the tensors of a place must not be a boundary, if so."""
+    """Say why the tensors of a place must not be a boundary, or None."""
     before, after = _sides(place.node)
     for node in place.tensors:
         problem = _value_problem(facts[node].value)
@@ -282,10 +266,10 @@ def _value_problem(value: Any) -> str | None:
 def _shared_gradients(
     place: Place, facts: Mapping[fx.Node, NodeFacts], after: set[fx.Node]
 ) -> str | None:
-    """Say which two tensors would get gradients in the same memory, if any.
+    """Say which two tensors would get gradients in the same memory, or None.
 
-    A sum, or a concatenation, gives its terms one gradient, or parts of one. On the far
-    side of a cut they would be several, and take more memory than the model does.
+    A sum or a concatenation gives its terms one gradient, or parts of one. Beyond a cut
+    they would be separate, and take more memory than in the model.
     """
     users: dict[fx.Node, fx.Node] = {}
     edges: dict[Any, fx.Node] = {}
@@ -293,9 +277,9 @@ def _shared_gradients(
         value = facts[node].value
         if not value.requires_grad:
             continue
-        twin = edges.setdefault((value.grad_fn, value.output_nr), node)
-        if twin is not node:
-            return f"{twin.name} and {node.name} are one tensor"
+        first = edges.setdefault((value.grad_fn, value.output_nr), node)
+        if first is not node:
+            return f"{first.name} and {node.name} are one tensor"
         user = _only_user(node, facts, after)
         other = user and users.setdefault(user, node)
         if user and other and other is not node:
@@ -322,7 +306,7 @@ def _only_user(
 
 
 def overwritten(value: Any, later: Mapping[str, NodeFacts]) -> str | None:
-    """Say what runs later and writes into a value in place, if anything does."""
+    """Say which later operation writes into a value in place, or None."""
     storages = storages_of(value)
     for name, facts in later.items():
         if facts.written & storages:
@@ -338,7 +322,7 @@ def _sides(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _tied(model: nn.Module, *places: fx.Node) -> str | None:
-    """Say whether a tensor is used on both sides of a place, in whatever mode."""
+    """Say whether a tensor is used on both sides of a place, in either mode."""
     sides = zip(*map(_sides, places), strict=True)
     before, after = (
         {str(used.target) for nodes in side for node in nodes for used in used_by(node)}
@@ -348,15 +332,7 @@ def _tied(model: nn.Module, *places: fx.Node) -> str | None:
 
 
 def tied(model: nn.Module, before: Iterable[str], after: Iterable[str]) -> str | None:
-    """Say which tensor is used on both sides of a place, if one is.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    before, after : Iterable[str]
-        Dotted names of what each side uses of it.
-    """
+    """Say which tensor is used on both sides, by what each uses of the model."""
     first, second = _tensors_of(model, before), _tensors_of(model, after)
     names = sorted({first[key] for key in first.keys() & second.keys()})
     if not names:
@@ -381,15 +357,7 @@ def _tensors_of(model: nn.Module, targets: Iterable[str]) -> dict[int, str]:
 def with_nearest(
     refused: Mapping[int, tuple[str, str]], cuts: Mapping[int, str]
 ) -> dict[str, str]:
-    """Add to each refusal the nearest place that can be cut.
-
-    Parameters
-    ----------
-    refused : Mapping[int, tuple[str, str]]
-        Name and reason of each refused place, by its position.
-    cuts : Mapping[int, str]
-        The units that end at the places that can be cut, by position.
-    """
+    """Add the nearest possible cut to each refusal (name, reason), by position."""
     explained = {}
     for position, (name, reason) in refused.items():
         advice = "no other place can be cut"

@@ -1,7 +1,7 @@
-"""What tracing would lose without a word, found out and refused instead.
+"""Refuse models whose forward does something that a trace would silently lose.
 
-torch.fx runs ``forward`` once and keeps its operations on the inputs. What Python does
-besides happens only then: numbers drawn, counters counted, contexts entered.
+torch.fx runs ``forward`` once and keeps its operations on the inputs. Other Python code
+runs only then: drawing numbers, counting, entering contexts.
 """
 
 import random
@@ -23,13 +23,7 @@ _PLAIN = (bool, int, float, str, bytes, tuple, type(None))
 
 
 def trace_strictly(model: nn.Module, trace: Callable[[], ResultT]) -> ResultT:
-    """Trace a model, and refuse it if that has changed or drawn anything.
-
-    Raises
-    ------
-    NotSplittable
-        If the trace would not be what the model does, and why.
-    """
+    """Trace a model; raise ``NotSplittable`` if that changed or drew anything."""
     hooks = (model._forward_hooks, model._forward_pre_hooks)
     if "forward" in vars(model) or any(hooks):
         raise _refused(model, "its forward is changed by a hook or on the instance")
@@ -37,7 +31,7 @@ def trace_strictly(model: nn.Module, trace: Callable[[], ResultT]) -> ResultT:
     recorder = Recorder()
     with recorder, torch.enable_grad():
         traced = trace()
-    # The generators are the whole process's: look whether it was this thread.
+    # All threads share the generators: check that this one drew.
     is_random = chance != _chance() and _draws(trace)
     if recorder.facts.is_random or is_random:
         raise _refused(model, "its forward draws random numbers outside of operators")
@@ -49,12 +43,9 @@ def trace_strictly(model: nn.Module, trace: Callable[[], ResultT]) -> ResultT:
 
 
 def refuse_switches(name: str) -> None:
-    """Refuse an operation whose surroundings a trace does not keep.
+    """Raise ``NotSplittable`` for an operation inside a context that a trace loses.
 
-    Raises
-    ------
-    NotSplittable
-        If gradients are off, numbers are cast, or activations are checkpointed.
+    That is without gradients, under autocast, or under activation checkpointing.
     """
     switches = {
         "without gradients (torch.no_grad)": not torch.is_grad_enabled(),
@@ -87,10 +78,10 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _draws(run: Callable[[], object]) -> bool:
-    """Say whether a function draws from Python's or NumPy's generators, here.
+    """Say whether a function draws from Python's or NumPy's generators in this thread.
 
-    Python tells this thread of its own calls. Of NumPy's it does not, so a function
-    that draws is one that draws each time.
+    A profiler sees this thread's calls of Python's. For NumPy's there is none, so a
+    function draws if their state changes at every try.
     """
     shared = random.random.__self__  # type: ignore[attr-defined]
     drawn = []

@@ -1,9 +1,9 @@
 """What is still needed after each operation of a model's graph.
 
 A place for a cut is an operation after which few tensors are still needed, besides
-parameters, which are read where they are used, and sizes. Sizes are whole numbers that
-a model reads off the shape of a tensor; they travel along as the shape of an empty
-tensor, so that neither memory nor values are involved.
+parameters, which are read where they are used, and sizes: whole numbers read off a
+tensor's shape. Sizes cross a cut as the shape of an empty tensor, which takes no
+memory.
 """
 
 import itertools
@@ -17,18 +17,14 @@ from torch import Tensor, fx
 
 _NUMBER, _SIZE, _TUPLE = range(3)
 _ARITHMETIC = (
-    operator.add,
-    operator.sub,
-    operator.mul,
-    operator.floordiv,
-    operator.mod,
+    *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod),
 )
 
 
 def read_sizes_early(graph: fx.Graph) -> None:
-    """Move each reading of a tensor's shape to where the tensor is made.
+    """Move each read of a tensor's shape to where the tensor is made.
 
-    Else a tensor would stay alive until its shape is read, as that of the input for a
+    Else a tensor stays alive until its shape is read, for instance the input for a
     final interpolation. Only for graphs in which nothing changes a shape in place.
     """
     for node in reversed(list(graph.nodes)):
@@ -41,12 +37,7 @@ def read_sizes_early(graph: fx.Graph) -> None:
 class Place:
     """Where a graph may be cut: after ``node``, which is one of the ``tensors``.
 
-    Parameters
-    ----------
-    node : fx.Node
-        The last operation before the cut.
-    tensors, sizes : tuple[fx.Node, ...]
-        What crosses, in the order it was made.
+    All ``tensors`` and ``sizes`` cross, in the order they were made.
     """
 
     node: fx.Node
@@ -57,7 +48,7 @@ class Place:
 def live_places(graph: fx.Graph, max_tensors: int = 1) -> dict[fx.Node, Place]:
     """Find the nodes after which their value and at most a few others are alive.
 
-    A node after which nothing is computed is none.
+    Without those after which nothing is computed.
     """
     last = list(graph.nodes)[-1]
     places = {}
@@ -73,7 +64,7 @@ def live_places(graph: fx.Graph, max_tensors: int = 1) -> dict[fx.Node, Place]:
 
 
 def longest_needed(graph: fx.Graph) -> tuple[str, int] | None:
-    """Name the value that is alive next to most others, and count those."""
+    """Name the value that is alive after most other nodes, and count those."""
     counts = Counter(
         other.name
         for node, live in _live_after(graph).items()
@@ -117,9 +108,7 @@ def is_size(node: fx.Node) -> bool:
 
 
 def as_tensor(value: Any) -> Tensor:
-    """Write a size as the shape of an empty tensor.
-
-    A negative number, such as the -1 of a view, stands in a dimension of its own.
+    """Write a size as the shape of an empty tensor, signs in separate dimensions.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What operators do: what they write and save, what they cost, whether they draw."""
+"""What operators write, save and cost, and whether they draw random numbers."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -18,26 +18,10 @@ _UNDECLARED = ("running_mean", "running_var")
 class NodeFacts:
     """What the dry run saw of one node of a graph.
 
-    Parameters
-    ----------
-    value : Any
-        What it returned.
-    shape : tuple[int, ...]
-        The value's shape when it was made.
-    written : set[int]
-        The storages that it wrote.
-    is_random : bool
-        Whether it drew random numbers.
-    changes_model : bool
-        Whether it changed a tensor or an attribute of the model.
-    operators : list
-        The operators it consists of.
-    flops : int
-        Their floating-point operations.
-    saved : dict[int, int]
-        The bytes of each storage that it left to backward, but for the model's own.
-    num_before_saved : int
-        How many of the operators were done when it saved last.
+    ``shape`` is the value's when it was made; ``written`` the storages that the node
+    wrote; ``changes_model`` whether it changed a tensor or attribute of the model;
+    ``saved`` the bytes of each storage saved for backward, without the model's own;
+    ``num_before_saved`` how many of its ``operators`` had run when it saved last.
     """
 
     value: Any = None
@@ -52,14 +36,9 @@ class NodeFacts:
 
 
 class Recorder(TorchDispatchMode):
-    """Note what operators do to storages, what they cost, and the random ones.
+    """Record what operators do to storages, what they cost, and the random ones.
 
-    Attributes
-    ----------
-    facts : NodeFacts
-        Where it is noted.
-    own : set[int]
-        The storages that are the model's.
+    It writes to ``facts``; ``own`` are the model's storages.
     """
 
     def __init__(self) -> None:
@@ -68,13 +47,9 @@ class Recorder(TorchDispatchMode):
         self.own: set[int] = set()
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operator and note what it is declared to do."""
+        """Run the operator and record what it is declared to do."""
         kwargs = kwargs or {}
         given = itertools.zip_longest(func._schema.arguments, args)
         for argument, value in given:
@@ -92,7 +67,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def note_saved(self, tensor: Tensor) -> Tensor:
-        """Note that backward is left a tensor; keep it as it is."""
+        """Record that a tensor is saved for backward; return it."""
         for key in storages_of(tensor) - self.own:
             self.facts.saved[key] = tensor.untyped_storage().nbytes()
         self.facts.num_before_saved = len(self.facts.operators)
@@ -114,7 +89,7 @@ def storages_of(value: Any) -> set[int]:
 
 
 def attributes_of(module: nn.Module | None) -> dict[tuple[str, str], Any]:
-    """List what a module and its parts hold, by name."""
+    """List the attributes, parameters and buffers of a module and its parts."""
     if module is None:
         return {}
     return {

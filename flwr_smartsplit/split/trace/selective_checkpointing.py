@@ -1,12 +1,13 @@
-"""Which parts of a unit run twice so that it keeps its costly results only.
+"""Choose the parts of a unit that run twice, so that it saves only costly results.
 
-A region is a run of cheap operators, mostly with one costly operator at its end. That
-one saves its inputs before it runs, and torch's checkpointing stops once all is there
-that was saved; so a normalisation and an activation before a convolution run twice, but
-the convolution does not. What was saved inside the region is not kept; its inputs are.
+A region is a run of cheap operators, usually with one costly operator at its end. That
+one saves its inputs before it runs, and torch's checkpointing stops once every saved
+tensor is there; so a normalisation and an activation before a convolution run twice,
+but the convolution does not. The region keeps its inputs instead of what was saved
+inside.
 
-Everything is decided from what a dry run saw each node do (``op_recorder.py``); what is
-not known to be cheap is costly.
+All decisions use what a dry run saw each node do (``op_recorder.py``); an operator not
+known to be cheap is costly.
 """
 
 from collections import Counter
@@ -38,8 +39,8 @@ _CHEAP = frozenset(
 those that torch calls pointwise."""
 
 _NEGLIGIBLE = 0.02
-"""The part of a unit's FLOPs, or of what it keeps, that is not worth a thought: a
-squeeze-and-excitation's products run again, and a region has to save more."""
+"""The negligible fraction of a unit's FLOPs, or of what it keeps: products in a
+squeeze-and-excitation may rerun, and a region has to save more."""
 
 _Option = tuple[int, int]
 """The first node of a region, and the one after its last."""
@@ -48,21 +49,9 @@ _Option = tuple[int, int]
 def selective_function(
     model: nn.Module, piece: Piece, facts: dict[fx.Node, NodeFacts]
 ) -> Callable[..., Any] | None:
-    """Compile a piece of a graph so that its cheap operators run twice.
+    """Compile a piece whose cheap operators run twice; None if that saves nothing.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model the graph was traced from, in training mode.
-    piece : Piece
-        The unit.
-    facts : dict[fx.Node, NodeFacts]
-        What each node of the graph does.
-
-    Returns
-    -------
-    Callable or None
-        ``forward(root, *inputs)``; None if that would save nothing.
+    The model is in training mode; ``facts`` say what each node of its graph does.
     """
     regions = find_regions(model, piece, facts)
     return compiled(model, piece, regions) if regions else None
@@ -71,13 +60,7 @@ def selective_function(
 def find_regions(
     model: nn.Module, piece: Piece, facts: dict[fx.Node, NodeFacts]
 ) -> list[Region]:
-    """Choose the parts of a unit that run twice, so that it keeps least.
-
-    Parameters
-    ----------
-    model, piece, facts
-        As for ``selective_function``.
-    """
+    """Choose the parts of a unit that run twice, so that it keeps least."""
     unit = _UnitGraph(model, piece, facts)
     choice = _least_kept(unit)
     regions = (
@@ -90,12 +73,8 @@ def find_regions(
 class _UnitGraph:
     """A unit's nodes in order, and what may be done with them.
 
-    Attributes
-    ----------
-    nodes : list[fx.Node]
-        What it does, in order.
-    sizes : dict[int, int]
-        Bytes of each storage that it may keep, but for those that are there anyway.
+    ``sizes`` holds the bytes of each storage that the unit may keep, without those that
+    are kept anyway.
     """
 
     def __init__(
@@ -116,7 +95,7 @@ class _UnitGraph:
             self.sizes |= fact.saved | _sizes(fact.value)
         entered = self._entered(piece, facts)
         saved = {key for fact in self.facts for key in fact.saved}
-        # Else what the unit before keeps would depend on this one's being selective.
+        # Else what the unit before keeps would depend on whether this one is selective.
         self._closed = entered - saved if piece.entering is not None else set()
         for key in entered | self._left(piece, facts):
             self.sizes.pop(key, None)
@@ -165,7 +144,7 @@ class _UnitGraph:
         return known and self._may_repeat(index)
 
     def ends_regions(self, index: int) -> bool:
-        """Say whether a costly node saves nothing but what it starts from."""
+        """Say whether a costly node saves only what it computes from."""
         fact = self.facts[index]
         first = fact.operators[: fact.num_before_saved]
         return self._may_repeat(index) and all(map(_is_cheap, first))
@@ -192,7 +171,7 @@ class _UnitGraph:
                     yield start, stop
 
     def _is_legal(self, start: int, stop: int) -> bool:
-        """Say whether some nodes can run again later from their inputs."""
+        """Say whether some nodes can rerun later from their inputs."""
         written = {key for fact in self.facts[start:stop] for key in fact.written}
         if any(not start <= self._maker.get(key, start) < stop for key in written):
             return False
@@ -217,10 +196,10 @@ class _UnitGraph:
 
 
 def _least_kept(unit: _UnitGraph) -> list[_Option]:
-    """Choose a region in each run, or none, so that least is kept.
+    """Choose a region in each run, or none, so that the unit keeps least.
 
-    A storage may be kept for several reasons, so a choice depends on the others: start
-    from the largest regions, and better one run after the other.
+    Several runs may keep the same storage, so choices depend on each other: start from
+    the largest regions, then improve one run after the other.
     """
     runs = {run: list(unit.options(*run)) for run in unit.runs()}
     best = {run: options[-1] if options else None for run, options in runs.items()}
@@ -256,18 +235,18 @@ def _is_cheap(operator: Any) -> bool:
     name = packet.__name__
     if operator.is_view or name in _CHEAP:
         return True
-    twins = [packet]  # A twin that works in place has fewer tags.
+    packets = [packet]  # In-place variants have fewer tags.
     if name.endswith("_") and hasattr(torch.ops.aten, name[:-1]):
-        twins.append(getattr(torch.ops.aten, name[:-1]))
+        packets.append(getattr(torch.ops.aten, name[:-1]))
     return name.rstrip("_") in _CHEAP or any(
-        torch.Tag.pointwise in getattr(twin, overload).tags
-        for twin in twins
-        for overload in twin.overloads()
+        torch.Tag.pointwise in getattr(each, overload).tags
+        for each in packets
+        for overload in each.overloads()
     )
 
 
 def _negligible(flops: Iterable[int]) -> int:
-    """Find up to how many FLOPs all nodes together are a negligible part."""
+    """Find the most FLOPs up to which all nodes together are negligible."""
     counts = Counter(flops)
     allowed = _NEGLIGIBLE * sum(each * times for each, times in counts.items())
     total = most = 0

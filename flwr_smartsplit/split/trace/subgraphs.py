@@ -1,4 +1,4 @@
-"""From a piece of a model's graph to a function of the model and its inputs.
+"""Compile a piece of a model's graph into a function of the model and its inputs.
 
 A region is a part of a piece that runs twice: it becomes a function of its own, which
 the piece's function calls through torch's checkpointing.
@@ -30,14 +30,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Region:
-    """Neighbouring nodes of a piece that keep their inputs and run again in backward.
+    """Neighbouring nodes of a piece that keep their inputs and rerun in backward.
 
-    Parameters
-    ----------
-    nodes, inputs, outputs : tuple[fx.Node, ...]
-        What it does, what it needs, and what others need of it.
-    norms : tuple[str, ...]
-        Names of its BatchNorms, whose statistics must not be updated twice.
+    ``outputs`` are the nodes that others use, ``norms`` the names of its BatchNorms,
+    whose statistics must not be updated twice.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -47,7 +43,7 @@ class Region:
 
     @classmethod
     def of(cls, nodes: Sequence[fx.Node], norms: Sequence[str] = ()) -> "Region":
-        """Find what some nodes need of others, and others of them."""
+        """Make a region of nodes: find its inputs and outputs."""
         mine = set(nodes)
         needed = dict.fromkeys(n for node in nodes for n in node.all_input_nodes)
         return cls(
@@ -66,7 +62,7 @@ class _Copy:
         self.copies: dict[fx.Node, fx.Node] = {}
 
     def of(self, node: fx.Node) -> fx.Node:
-        """Copy a node and what it needs, each once."""
+        """Copy a node and its inputs, each once."""
         if node not in self.copies:
             self.copies[node] = self.graph.node_copy(node, self.of)
         return self.copies[node]
@@ -87,25 +83,13 @@ class _Copy:
 def compiled(
     model: nn.Module, piece: Piece, regions: Sequence[Region] = ()
 ) -> Callable[..., Any]:
-    """Compile one piece of a graph into ``forward(root, *inputs)``.
+    """Compile a piece into ``forward(root, *inputs)``, with ``regions`` that run twice.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model the graph was traced from.
-    piece : Piece
-        What to compile.
-    regions : Sequence[Region]
-        Parts of it that run twice.
-
-    Raises
-    ------
-    NotSplittable
-        If a module has a name that cannot stand in code.
+    Raises ``NotSplittable`` if a module's name is a Python keyword.
     """
     copy = _Copy()
     graph = copy.graph
-    # To fx, this name is the module itself.
+    # For fx, this name is the module itself.
     root = graph.placeholder("self") if regions else None
     if piece.entering is not None:
         for index, tensor in enumerate(piece.entering.tensors):
@@ -123,7 +107,7 @@ def compiled(
             copy.of(node)
     result = _result(piece, copy)
     if root is not None:
-        # A name is deleted after its last use as a value, and modules are none.
+        # fx deletes a name after its last use, and module calls do not count as one.
         result = graph.call_function(_first, (result, root))
     graph.output(result)
     return copy.compiled(model)
@@ -147,16 +131,16 @@ def _first(value: Any, other: Any) -> Any:
 def _call(
     model: nn.Module, region: Region, root: fx.Node | None, copy: _Copy
 ) -> Mapping[fx.Node, fx.Node]:
-    """Call a region in a new graph; return what stands there for its nodes."""
+    """Call a region in a new graph; return what replaces its nodes there."""
     function = _twice(_region_function(model, region), region.norms)
     values = (root, *(copy.of(node) for node in region.inputs))
     called = copy.graph.call_function(function, values)
-    stand_ins = dict.fromkeys(region.nodes, called)  # Those of inner nodes are unused.
+    results = dict.fromkeys(region.nodes, called)  # Those of inner nodes are unused.
     if len(region.outputs) > 1:
         for index, node in enumerate(region.outputs):
             item = copy.graph.call_function(operator.getitem, (called, index))
-            stand_ins[node] = item
-    return stand_ins
+            results[node] = item
+    return results
 
 
 def _region_function(model: nn.Module, region: Region) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """From a module's forward to a chain of units.
 
-A model is traced twice, in training and in evaluation mode, because the two may
-run different code; a place counts only where both can be cut.
+A model is traced in training and in evaluation mode, because the two may run different
+code; a place counts only where both can be cut.
 """
 
 import inspect
@@ -36,53 +36,38 @@ from flwr_smartsplit.split.trace.selective_checkpointing import selective_functi
 from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
 
 AUGMENTED = "augmented assignment to"
-"""Where a node's ``meta`` names the value that Python would have changed."""
+"""The key of a node's ``meta`` for the value that Python would have changed."""
 
 
-class _NotingProxy(fx.Proxy):
-    """A stand-in that notes ``x += y``, which fx reads as ``x = x + y``."""
-
-    def _augmented(self, operation: Callable[..., Any], other: Any) -> Any:
+def _noting(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def augmented(self: fx.Proxy, other: Any) -> Any:
         result = operation(self, other)
         if isinstance(result, fx.Proxy):
             result.node.meta[AUGMENTED] = self.node
         return result
 
-    def __iadd__(self, other: Any) -> Any:
-        return self._augmented(operator.add, other)
+    return augmented
 
-    def __isub__(self, other: Any) -> Any:
-        return self._augmented(operator.sub, other)
 
-    def __imul__(self, other: Any) -> Any:
-        return self._augmented(operator.mul, other)
+class _NotingProxy(fx.Proxy):
+    """A proxy that notes ``x += y``, which fx reads as ``x = x + y``."""
 
-    def __itruediv__(self, other: Any) -> Any:
-        return self._augmented(operator.truediv, other)
-
-    def __ifloordiv__(self, other: Any) -> Any:
-        return self._augmented(operator.floordiv, other)
-
-    def __imod__(self, other: Any) -> Any:
-        return self._augmented(operator.mod, other)
-
-    def __ipow__(self, other: Any) -> Any:
-        return self._augmented(operator.pow, other)
-
-    def __iand__(self, other: Any) -> Any:
-        return self._augmented(operator.and_, other)
-
-    def __ior__(self, other: Any) -> Any:
-        return self._augmented(operator.or_, other)
-
-    def __ixor__(self, other: Any) -> Any:
-        return self._augmented(operator.xor, other)
+    __iadd__ = _noting(operator.add)
+    __isub__ = _noting(operator.sub)
+    __imul__ = _noting(operator.mul)
+    __itruediv__ = _noting(operator.truediv)
+    __ifloordiv__ = _noting(operator.floordiv)
+    __imod__ = _noting(operator.mod)
+    __ipow__ = _noting(operator.pow)
+    __iand__ = _noting(operator.and_)
+    __ior__ = _noting(operator.or_)
+    __ixor__ = _noting(operator.xor)
 
 
 class _Tracer(fx.Tracer):
     """Keep every module without children whole, so that its mode stays live."""
 
-    # Else what is computed from buffers alone is computed once, while tracing.
+    # Else values computed from buffers alone become constants of the trace.
     proxy_buffer_attributes = True
 
     def __init__(self, inputs: Batch) -> None:
@@ -90,12 +75,12 @@ class _Tracer(fx.Tracer):
         self.inputs = inputs
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
-        """Make a node, unless it would lose what is switched around it."""
+        """Make a node, unless fx would lose a switched-on context around it."""
         refuse_switches(f"{args[0]}" if args else kind)
         return super().create_proxy(kind, *args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Make the stand-in for a value; it notes augmented assignments."""
+        """Make a proxy that notes augmented assignments."""
         return _NotingProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -108,7 +93,7 @@ class _Tracer(fx.Tracer):
         is_module: bool,
         concrete_args: Any = None,
     ) -> tuple[Any, list[Any]]:
-        """Call the root as the batch does: what it leaves out keeps its default."""
+        """Call the root as the batch does: absent arguments keep their defaults."""
         del is_module, concrete_args
         names = input_names(self.root, self.inputs)
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
@@ -124,10 +109,7 @@ class _Tracer(fx.Tracer):
 def input_names(model: nn.Module, inputs: Batch) -> list[str]:
     """Name the tensors of a batch as the model's ``forward`` does.
 
-    Raises
-    ------
-    NotSplittable
-        If ``forward`` does not take them.
+    Raises ``NotSplittable`` if ``forward`` does not take them.
     """
     forward = inspect.signature(type(model).forward)
     try:
@@ -152,29 +134,11 @@ def input_names(model: nn.Module, inputs: Batch) -> list[str]:
 def trace_units(
     model: nn.Module, example_inputs: Batch, *, max_boundary_tensors: int = 1
 ) -> tuple[tuple[Unit, ...], dict[str, str]]:
-    """Read a model as a chain of units.
+    """Read a model as a chain of units, which may be cut between any two.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Any module that torch.fx can trace; its parameters may be on meta.
-    example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
-        One batch, ``(batch, *input shape)`` each; only shapes and dtypes matter.
-    max_boundary_tensors : int
-        The most tensors that may cross a cut, besides sizes.
-
-    Returns
-    -------
-    units : tuple[Unit, ...]
-        The chain; cuts are possible between any two neighbours.
-    refusals : dict[str, str]
-        For each place with few enough tensors that must not be cut, the reason and the
-        nearest place that can be.
-
-    Raises
-    ------
-    NotSplittable
-        If torch.fx cannot trace the model.
+    At most ``max_boundary_tensors`` tensors, besides sizes, may cross a cut. Also
+    returns, for each place with few enough tensors that must not be cut, the reason and
+    the nearest cut. Raises ``NotSplittable`` if torch.fx cannot trace the model.
     """
     with modes_restored(model):
         train_graph = _trace(model.train(), example_inputs)
@@ -189,11 +153,7 @@ def trace_units(
             read_sizes_early(train_graph)
             read_sizes_early(eval_graph)
         cuts, refusals = admissible_cuts(
-            model,
-            train_graph,
-            eval_graph,
-            facts,
-            max_tensors=max_boundary_tensors,
+            model, train_graph, eval_graph, facts, max_tensors=max_boundary_tensors
         )
         train_parts = _pieces(train_graph, [train for train, _ in cuts])
         eval_parts = _pieces(eval_graph, [evaluate for _, evaluate in cuts])
@@ -211,13 +171,7 @@ def trace_units(
 
 
 def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> None:
-    """Refuse ``x += y`` where something else looks at ``x``'s memory later.
-
-    Raises
-    ------
-    NotSplittable
-        Naming the operation.
-    """
+    """Raise ``NotSplittable`` for ``x += y`` where ``x``'s memory is used later."""
     nodes = list(graph.nodes)
     order = {node: index for index, node in enumerate(nodes)}
     for index, node in enumerate(nodes):
@@ -237,7 +191,7 @@ def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> Non
 
 
 def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
-    """Say of a graph without a single live value which one is in the way most."""
+    """Name the value that most often prevents a cut in a graph without any."""
     found = longest_needed(graph)
     if found is None:
         return {}
@@ -273,7 +227,7 @@ def _pieces(graph: fx.Graph, cuts: list[Place]) -> list[Piece]:
 
 
 def _unit_names(pieces: list[Piece]) -> list[str]:
-    """Name each piece by its last module, or else its last node; each name once."""
+    """Name each piece uniquely by its last module, or else its last node."""
     names: list[str] = []
     for piece in pieces:
         modules = [str(n.target) for n in piece.nodes if n.op == "call_module"]

@@ -164,7 +164,7 @@ def test_what_a_device_says_of_itself_comes_back() -> None:
         ({"traits": '{"link": {"up_bytes_per_second": 0}}'}, r"at least 0\.001"),
         ({"traits": '{"link": {"up_bytes_per_second": 1e-310}}'}, r"at least 0\.001"),
         ({"traits": '{"link": {"latency_seconds": 1e300}}'}, r"from 0 to 1e\+06"),
-        ({"traits": f'{{"label_counts": [{10**400}, 1]}}'}, "how many examples"),
+        ({"traits": f'{{"label_counts": [{10**400}, 1]}}'}, "number of examples"),
         ({"num-examples": 0}, "num-examples 0, of which"),
         ({"num-examples": -800}, "num-examples -800, of which"),
         ({"num-examples": str(10**400)}, "num-examples 1000000"),
@@ -262,7 +262,7 @@ def test_a_stock_strategy_sends_no_plan() -> None:
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_an_instruction_is_laid_out_as_the_layout_says(is_train: bool) -> None:
+def test_an_instruction_has_the_keys_of_its_layout(is_train: bool) -> None:
     """Names under the Message API, numbers in the same order under the legacy one."""
     record = to_array_record(STATE)
     ours = instruction(message_layout("w", "c"), record, {"a": 1}, is_train=is_train)
