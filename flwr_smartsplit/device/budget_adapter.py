@@ -63,7 +63,9 @@ class Adapter:
     def _costs(self, runner: RouteRunner) -> ChainProfile:
         if self._profile is None:
             task = replace(self._task, accumulate=runner.accumulate)
-            self._profile = profile_of(task, batch_size=self._batch_size)
+            self._profile = profile_of(
+                task, batch_size=self._batch_size, variant=runner.plan.variant
+            )
         return self._profile
 
     def _follow(self, runner: RouteRunner, budget_bytes: int | None) -> None:

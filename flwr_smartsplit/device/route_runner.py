@@ -67,7 +67,7 @@ class RouteRunner:
         self._is_trained = is_trained
         self._device = device
         self._task = task
-        self._chain = build_chain(task)
+        self._chain = build_chain(task).under(plan.variant)
         self._runners: list[SegmentRunner] = []
         self._edge: EdgeClient | None = None
         self._norm: float | None = None

@@ -17,7 +17,7 @@ from flwr_smartsplit.errors import EdgeFull, RefusedMove, bytes_text
 from flwr_smartsplit.plan.tail_memory import TailBytes, tail_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile, EdgeProfile
+from flwr_smartsplit.types import ChainProfile, EdgeProfile, Variant
 
 LEAST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.05, 5.0
 _NOTHING = TailBytes(0, 0)
@@ -46,7 +46,7 @@ class Admission:
         self._sealed = dict(sealed)
         self._usual_seconds = 0.0
         self._lock = Lock()
-        self._profiles: dict[tuple[int, int], ChainProfile] = {}
+        self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
         self._needed: dict[str, _Needed] = {}
 
     def open(self, request: wire.OpenSession) -> None:
@@ -92,10 +92,12 @@ class Admission:
     def _need(self, opened: wire.OpenSession, needed: _Needed) -> TailBytes:
         """Predict what a session needs, by a dry run of the task."""
         batch_size, start = needed
-        kind = batch_size, opened.accumulate
+        kind = batch_size, opened.accumulate, opened.variant
         if kind not in self._profiles:
             task = replace(self._task, accumulate=opened.accumulate)
-            self._profiles[kind] = profile_of(task, batch_size=batch_size)
+            self._profiles[kind] = profile_of(
+                task, batch_size=batch_size, variant=opened.variant
+            )
         need = tail_bytes(self._profiles[kind], start, opened.stop)
         return need if opened.is_trained else need._replace(disk_bytes=0)
 

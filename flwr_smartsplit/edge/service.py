@@ -23,6 +23,7 @@ from flwr_smartsplit.edge.weighted_mean import add_states
 from flwr_smartsplit.errors import EdgeError, StaleSession
 from flwr_smartsplit.memory.meter import unmetered
 from flwr_smartsplit.split.build import build_chain, materialise
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.rng import UnitStreams
@@ -95,14 +96,16 @@ class EdgeService:
             self._sessions.require_open(session)
             make = partial(self._runner, session.opened)
             with self._sessions.void_on_error(session):
-                return session.move(request, self._chain, make)
+                return session.move(request, self._chain_of(session), make)
 
     @_answer.register
     def _(self, request: wire.Seal) -> tuple[Receipt, ...]:
         try:
             with self._sessions.held(request) as session:
                 with self._sessions.void_on_error(session):
-                    return self._sessions.seal(session, request)
+                    return self._sessions.seal(
+                        session, request, self._chain_of(session)
+                    )
         except StaleSession:
             # It may have been sealed before, or while this request waited.
             receipts = self._sessions.sealed_by(request)
@@ -117,9 +120,10 @@ class EdgeService:
     def _built(self, request: wire.OpenSession) -> Session:
         """Build a session here, and at the edges after this one."""
         with unmetered():  # The template's buffers belong to no session.
-            names = self._chain.state_names(request.start, request.stop)
+            chain = self._chain.under(request.variant)
+            names = chain.state_names(request.start, request.stop)
         state = self._store.read_state(request.state_digest, names)
-        segment = materialise(self._chain, request.start, request.stop, state)
+        segment = materialise(chain, request.start, request.stop, state)
         del state
         runner, onward = self._runner(request, segment), None
         if request.onward is not None:
@@ -128,6 +132,9 @@ class EdgeService:
             onward = EdgeClient(transport, opening, device=self._device)
         incarnation = f"{self._incarnation}{request.token}"
         return Session(request, incarnation, runner, onward, device=self._device)
+
+    def _chain_of(self, session: Session) -> Chain:
+        return self._chain.under(session.opened.variant)
 
     def _runner(self, opened: wire.OpenSession, segment: Segment) -> SegmentRunner:
         """Make a session's runner, when it opens or its cut moves."""

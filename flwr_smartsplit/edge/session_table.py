@@ -14,6 +14,7 @@ from flwr_smartsplit.edge.session import Session, StepRequest
 from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.errors import EdgeFull, RefusedMove, RefusedTail, StaleSession
 from flwr_smartsplit.split.build import state_views
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import Receipt
 
@@ -99,9 +100,12 @@ class SessionTable:
             self._admission.free(name)
         raise self._stale(name, session.incarnation)
 
-    def seal(self, session: Session, request: wire.Seal) -> tuple[Receipt, ...]:
+    def seal(
+        self, session: Session, request: wire.Seal, chain: Chain
+    ) -> tuple[Receipt, ...]:
         """Finish a session here and at later edges, write its tail, and close it.
 
+        The tail is what training can change of the session's units.
         Raises ``RefusedTail`` if the tail is not finite or the steps do not agree with
         the device's, and ``StaleSession`` if the session was ended meanwhile.
         """
@@ -116,7 +120,9 @@ class SessionTable:
         if session.onward is not None:
             after = session.onward.seal(request.num_steps, request.norm)
         # Views suffice: nothing changes the segment any more.
-        state = state_views(session.runner.segment)
+        views = state_views(session.runner.segment)
+        changed = chain.changed_names(session.start, opened.stop)
+        state = {name: views[name] for name in changed}
         broken = [name for name, a in state.items() if not np.isfinite(a).all()]
         if broken:
             raise RefusedTail(

@@ -9,7 +9,7 @@ from flwr_smartsplit.plan.advisor import Advisor
 from flwr_smartsplit.plan.routes import ChooseRoute
 from flwr_smartsplit.plan.selection.selection import Select
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
-from flwr_smartsplit.types import NO_CONSTRAINTS, Constraints
+from flwr_smartsplit.types import NO_CONSTRAINTS, Constraints, Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,9 @@ class Planning:
         if labels must stay on the devices, or a function of one's own.
     constraints : Constraints
         What every route must respect, such as ``Constraints(min_device_units=2)``.
+    variants : tuple[Variant, ...]
+        What clients train instead of the whole model if nothing else fits; the first
+        under which something does.
     advisor : Advisor, optional
         Lets edges move cuts and release slow, unimportant clients in a round, such as
         ``StragglerAdvisor()``; by default they do not: ``docs/results.md`` says why.
@@ -56,6 +59,7 @@ class Planning:
     select: Select = BY_UTILITY
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
+    variants: tuple[Variant, ...] = ()
     advisor: Advisor | None = None
     client_seconds: ClientSeconds | None = None
     num_threads: int = 1

@@ -109,7 +109,11 @@ class Dispatch:
                 tails={
                     leg.place: TailExpectation(
                         session=sent.plan.session(leg.place),
-                        names=frozenset(chain.state_names(leg.start, leg.stop)),
+                        names=frozenset(
+                            chain.under(sent.plan.variant).changed_names(
+                                leg.start, leg.stop
+                            )
+                        ),
                         variant=sent.plan.variant,
                     )
                     for leg in sent.plan.route.edge_legs(len(chain))
@@ -159,6 +163,7 @@ def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
 
 def changed_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
     """Name the device segments' state that training can change."""
+    chain = chain.under(plan.variant)
     return tuple(
         name
         for leg in plan.route.device_legs(len(chain))

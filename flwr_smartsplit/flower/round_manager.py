@@ -50,6 +50,7 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
+    WHOLE,
     Assignment,
     ChainProfile,
     ClientPlan,
@@ -58,6 +59,7 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     Failure,
     RoundPlan,
+    Variant,
 )
 
 State = Mapping[str, npt.NDArray[Any]]
@@ -124,7 +126,7 @@ class CentralManager:
             trained = frozenset(n for n, _ in self.chain.model.named_parameters())
             step = ServerOptimizer(take_step, trained)
             self._server_steps = (step, *settings.server_steps)
-        self._profiles: dict[tuple[int, int], ChainProfile] = {}
+        self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self._newest = 0
         self._state: State = {}
@@ -172,8 +174,8 @@ class CentralManager:
                 addresses=addresses,
                 cohort=cohort,
             )
-            size = clients[key].batch_size
-            profile = self._profile(size, assignment.option.accumulate)
+            size, option = clients[key].batch_size, assignment.option
+            profile = self._profile(size, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = changed_names(client_plan, self.chain)
             back = returned(back, self.task.is_local)
@@ -298,7 +300,8 @@ class CentralManager:
                 select=planning.select if phase.is_train else select_at_random,
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
-                accumulated=self._profile,
+                variants=planning.variants,
+                costs=self._profile,
             ),
             rng=Random(seed),
             history=self.history,
@@ -326,12 +329,14 @@ class CentralManager:
             raise problems[0]
         return priced
 
-    def _profile(self, batch_size: int, accumulate: int = 1) -> ChainProfile:
-        """Profile the chain, once for each batch size and number of micro-batches."""
-        kind = batch_size, max(accumulate, self.task.accumulate)
+    def _profile(
+        self, batch_size: int, accumulate: int = 1, variant: Variant = WHOLE
+    ) -> ChainProfile:
+        """Profile the chain, once for each batch size, micro-batches and variant."""
+        kind = batch_size, max(accumulate, self.task.accumulate), variant
         if kind not in self._profiles:
             self._profiles[kind] = profile_chain(
-                self.chain,
+                self.chain.under(variant),
                 batch_size=batch_size,
                 task=replace(self.task, accumulate=kind[1]),
             )

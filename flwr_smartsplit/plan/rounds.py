@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import nan
 from random import Random
 
@@ -18,12 +19,14 @@ from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from flwr_smartsplit.plan.timing import round_seconds
 from flwr_smartsplit.types import (
     NO_CONSTRAINTS,
+    WHOLE,
     ChainProfile,
     Constraints,
     DeviceProfile,
     EdgeProfile,
     RoundPlan,
     RouteOption,
+    Variant,
 )
 
 Profiles = Mapping[int, ChainProfile]
@@ -38,16 +41,17 @@ class Routing:
     """How clients and routes are chosen in a round.
 
     ``select`` chooses clients, and one option for each. ``choose_route`` leaves one
-    route to each client; without it, ``select`` sees all that fit. ``accumulated``
-    returns the costs of a batch size in so many micro-batches; without it, nobody
-    accumulates more than the profiles do.
+    route to each client; without it, ``select`` sees all that fit. ``costs``
+    returns those of a batch size in so many micro-batches under a variant; without it,
+    nobody accumulates more than the profiles do, and everybody trains the whole model.
     """
 
     edges: tuple[EdgeProfile, ...] = ()
     select: Select = BY_UTILITY
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
-    accumulated: Callable[[int, int], ChainProfile] | None = None
+    variants: tuple[Variant, ...] = ()
+    costs: Callable[[int, int, Variant], ChainProfile] | None = None
 
 
 def plan_round(  # noqa: PLR0913 - all that a plan hangs on
@@ -103,8 +107,8 @@ def _free(
         groups.setdefault(device.batch_size, []).append(device)
     for batch_size, group in groups.items():
         waiting, left_out = group, dict[str, str]()
-        for accumulate, profile in _profiles(batch_size, profiles, routing):
-            space = _space(profile, accumulate, waiting, routing)
+        for variant, accumulate, profile in _profiles(batch_size, profiles, routing):
+            space = _space(profile, (variant, accumulate), waiting, routing)
             found, left_out = candidates_of(waiting, space, routing.edges)
             candidates += found
             waiting = [each for each in waiting if each.client_key in left_out]
@@ -116,34 +120,38 @@ def _free(
 
 def _profiles(
     batch_size: int, profiles: Profiles, routing: Routing
-) -> Iterator[tuple[int, ChainProfile]]:
-    """Yield the costs at a batch size in 1, 2, 4, 8... micro-batches."""
-    yield 1, profiles[batch_size]
-    if routing.accumulated is not None:
-        accumulate, most = 2, min(routing.constraints.max_accumulate, batch_size)
+) -> Iterator[tuple[Variant, int, ChainProfile]]:
+    """Yield the costs in 1, 2, 4, 8... micro-batches, then those under variants."""
+    yield WHOLE, 1, profiles[batch_size]
+    if routing.costs is None:
+        return
+    most = min(routing.constraints.max_accumulate, batch_size)
+    for variant in (WHOLE, *routing.variants):
+        accumulate = 2 if variant == WHOLE else 1
         while accumulate <= most:
-            yield accumulate, routing.accumulated(batch_size, accumulate)
+            yield variant, accumulate, routing.costs(batch_size, accumulate, variant)
             accumulate *= 2
 
 
 def _space(
     profile: ChainProfile,
-    accumulate: int,
+    how: tuple[Variant, int],
     devices: Sequence[DeviceProfile],
     routing: Routing,
 ) -> SearchSpace:
     """List the options; plans that recompute only where a budget is short."""
     constraints, has_edges = routing.constraints, bool(routing.edges)
     plain = replace(constraints, recompute=False)
-    space = search_space(profile, plain, has_edges=has_edges, accumulate=accumulate)
+    listed = partial(
+        search_space, profile, has_edges=has_edges, variant=how[0], accumulate=how[1]
+    )
+    space = listed(plain)
     most = int(space.peaks.max())
     budgets = [device.budget_bytes for device in devices]
     is_short = any(budget is not None and budget < most for budget in budgets)
     if not (constraints.recompute and is_short):
         return space
-    return search_space(
-        profile, constraints, has_edges=has_edges, accumulate=accumulate
-    )
+    return listed(constraints)
 
 
 def _routed(
@@ -182,16 +190,16 @@ def _routed(
 
 def _chosen(
     request: RouteRequest,
-    profiles: Iterator[tuple[int, ChainProfile]],
+    profiles: Iterator[tuple[Variant, int, ChainProfile]],
     choose_route: ChooseRoute,
 ) -> RouteOption:
-    """Let a route be chosen; if none fits, again in more micro-batches."""
+    """Let a route be chosen; if none fits, in more micro-batches, or a variant."""
     problem = NoFeasibleRoute("there are no costs to choose by.")
-    for accumulate, profile in profiles:
+    for variant, accumulate, profile in profiles:
         try:
             option = chosen_option(replace(request, profile=profile), choose_route)
         except NoFeasibleRoute as error:
             problem = error
         else:
-            return replace(option, accumulate=accumulate)
+            return replace(option, accumulate=accumulate, variant=variant)
     raise problem

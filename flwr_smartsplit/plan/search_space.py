@@ -24,11 +24,13 @@ from flwr_smartsplit.types import (
     EDGE,
     KEEP_ALL,
     NO_CONSTRAINTS,
+    WHOLE,
     ChainProfile,
     Constraints,
     RecomputePlan,
     Route,
     RouteOption,
+    Variant,
 )
 
 NUM_BETWEEN = 3
@@ -170,6 +172,7 @@ def search_space(
     *,
     has_edges: bool = True,
     accumulate: int = 1,
+    variant: Variant = WHOLE,
 ) -> SearchSpace:
     """List the options of a chain, once for all clients of a batch size.
 
@@ -195,7 +198,10 @@ def search_space(
             for option in reversed(options_of_route(profile, route))
             if not option.recompute.is_empty
         ]
-    options = (replace(each, accumulate=accumulate) for each in (*plain, *planned))
+    options = (
+        replace(each, accumulate=accumulate, variant=variant)
+        for each in (*plain, *planned)
+    )
     return SearchSpace(profile, tuple(options))
 
 

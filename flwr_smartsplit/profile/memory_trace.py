@@ -227,25 +227,7 @@ class Used:
 class StepLog:
     """What the second training step of a whole chain did to memory.
 
-    Attributes
-    ----------
-    peak_bytes : int
-        Peak of both steps: that of the whole route.
-    batch_bytes : int
-        Size of the batch with its targets.
-    trained, constants : frozenset[str]
-        Names of the parameters that received a gradient, and of the used tensors that
-        are neither parameters nor buffers.
-    optimizer_temporary_bytes : int
-        What the optimizer's last step allocated on top.
-    steps_in_backward : bool
-        Whether large parameters were updated inside backward.
-    changes, births : ndarray
-        Bytes of each change, and the change that first saw the storage.
-    boundaries : list[BoundaryLog]
-        One per unit.
-    start, backward_end : int
-        The changes where the step began and where its backward ended.
+    ``changes`` are bytes, ``births`` the change that first saw each one's storage.
     """
 
     def __init__(
@@ -258,8 +240,8 @@ class StepLog:
         batch_bytes: int,
         used: Used,
     ) -> None:
-        self.peak_bytes = meter.peak_bytes
-        self.batch_bytes = batch_bytes
+        self.peak_bytes = meter.peak_bytes  # Of both steps: the whole route's.
+        self.batch_bytes = batch_bytes  # With the targets.
         self.trained, self.constants = used.trained, used.constants
         self.steps_in_backward = used.steps_in_backward
         self.changes = np.array(meter.changes, dtype=np.int64)

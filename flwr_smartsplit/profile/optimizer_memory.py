@@ -33,7 +33,8 @@ class OptimizerCosts:
         mode, meter = DryRun(), MemoryMeter()
         fakes = [fake_like(parameter, mode) for parameter in parameters]
         with mode:
-            meter.track(self._built(fakes))
+            optimizer = self._built(fakes)  # Its state lives as long as it does.
+            meter.track(optimizer)
             return meter.live_bytes
 
     def temporary_bytes(self, parameters: Sequence[Tensor]) -> int:

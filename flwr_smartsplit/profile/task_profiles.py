@@ -7,20 +7,22 @@ from flwr_smartsplit.profile.cache import profile_digest
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile
+from flwr_smartsplit.types import WHOLE, ChainProfile, Variant
 
 _profiles: dict[str, ChainProfile] = {}
 _lock = Lock()
 
 
-def profile_of(task: Task, *, batch_size: int) -> ChainProfile:
-    """Find the costs of a task's chain, once per process and batch size.
+def profile_of(
+    task: Task, *, batch_size: int, variant: Variant = WHOLE
+) -> ChainProfile:
+    """Find a chain's costs, once per process, batch size and variant.
 
     The dry run has its own thread: meters and modes are per thread, and the caller may
     be inside a metered step.
     """
-    chain = build_chain(task)
-    digest = profile_digest(chain, batch_size=batch_size, task=task)
+    chain = build_chain(task).under(variant)
+    digest = profile_digest(chain, batch_size=batch_size, task=task, variant=variant)
     with _lock:
         if digest not in _profiles:
             with ThreadPoolExecutor(max_workers=1) as aside:

@@ -11,6 +11,7 @@ from flwr_smartsplit.split.manual_units import declared_units
 from flwr_smartsplit.split.segment import Batch, Segment, Unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.tracing import trace_units
+from flwr_smartsplit.types import WHOLE, Variant
 
 
 class Chain:
@@ -117,6 +118,21 @@ class Chain:
         """
         checked, refusals = declared_units(model, units, example_inputs)
         return cls(model, checked, example_inputs, refusals=refusals)
+
+    def under(self, variant: Variant) -> "Chain":
+        """Return the chain as a variant has it: the same units, of a model of its own.
+
+        Raises
+        ------
+        InvalidTask
+            If the variant is not one that this version knows.
+        """
+        if variant == WHOLE:
+            return self
+        raise InvalidTask(
+            f"variant {variant.name!r} is not known here; this version knows "
+            f"{WHOLE.name!r}. Use one version everywhere."
+        )
 
     @property
     def unit_names(self) -> tuple[str, ...]:

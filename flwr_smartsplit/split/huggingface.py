@@ -34,15 +34,14 @@ def encoder_units(model: nn.Module) -> list[Unit]:
     Returns
     -------
     list[Unit]
-        For ``Task(units_fn=encoder_units)``. The last unit returns an object with
-        ``logits``, as the model does.
+        For ``Task(units_fn=encoder_units)``. The last returns ``logits`` as the model
+        does.
 
     Raises
     ------
-    NotSplittable
-        If the model, or what its configuration asks for, is not supported.
-    ImportError
-        If transformers is not installed, or too old.
+    NotSplittable, ImportError
+        If the model or its configuration is not supported; if transformers is not
+        installed, or too old.
     """
     parts = _parts_of(model, _ENCODERS, "encoder_units")
     if getattr(model.config, "is_decoder", False):
@@ -64,18 +63,7 @@ def decoder_units(model: nn.Module) -> list[Unit]:
         its parameters may be on meta. A batch is ``input_ids`` alone, or a dict with
         ``attention_mask``.
 
-    Returns
-    -------
-    list[Unit]
-        For ``Task(units_fn=decoder_units)``. The last unit returns an object with
-        ``logits``, as the model does.
-
-    Raises
-    ------
-    NotSplittable
-        If the model, or what its configuration asks for, is not supported.
-    ImportError
-        If transformers is not installed, or too old.
+    Otherwise as ``encoder_units``.
     """
     return _units(model, _parts_of(model, _DECODERS, "decoder_units"))
 

@@ -33,29 +33,14 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigratedUnits:
-    """What units ``[start, stop)`` of a running segment take along.
-
-    Parameters
-    ----------
-    start, stop : int
-        The units.
-    state : Mapping[str, ndarray]
-        Their parameters and buffers, by the model's names.
-    buffers : Mapping[str, Tensor]
-        Non-persistent buffers that training has changed.
-    optimizer : Mapping[str, Mapping[str, Any]]
-        The optimizer's state of each parameter: tensors and plain values, nested in
-        mappings, lists and tuples.
-    settings : Mapping[str, str]
-        The settings of each parameter's group, as text.
-    """
+    """What units ``[start, stop)`` of a running segment take along."""
 
     start: int
     stop: int
-    state: State
-    buffers: Mapping[str, Any]
-    optimizer: Mapping[str, Mapping[str, Any]]
-    settings: Mapping[str, str]
+    state: State  # Parameters and buffers, by the model's names
+    buffers: Mapping[str, Any]  # Non-persistent ones that training has changed
+    optimizer: Mapping[str, Mapping[str, Any]]  # Its state of each parameter
+    settings: Mapping[str, str]  # Those of each parameter's group, as text
 
 
 def migrated_units(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 class Variant:
     """What part of the global model a client trains; today, all of it.
 
-    A variant that freezes or narrows the model gets its fields here. Plans, sessions,
-    receipts and the profile cache already tell variants apart by ``name``.
+    A variant that freezes part of the model gets its fields here, and ``Chain.under``
+    makes its chain. Plans, sessions, receipts and profiles carry it; a merge is per
+    name, over the clients that trained it.
     """
 
     name: str = "whole"

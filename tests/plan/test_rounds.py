@@ -18,6 +18,7 @@ from flwr_smartsplit.types import (
     EdgeProfile,
     RoundPlan,
     Route,
+    Variant,
 )
 from tests.plan.profiles import chain_of, device
 
@@ -138,7 +139,7 @@ def test_a_plan_cannot_be_changed() -> None:
 # --- gradient accumulation ------------------------------------------------------------
 
 
-def parts_of(batch_size: int, accumulate: int) -> ChainProfile:
+def parts_of(batch_size: int, accumulate: int, _: Variant) -> ChainProfile:
     """Halve every peak with each doubling of the micro-batches."""
     peaks = [unit.device_peak_bytes for unit in PROFILES[batch_size].units]
     return chain_of([peak // accumulate for peak in peaks], batch_size=batch_size)
@@ -161,7 +162,7 @@ def test_who_fits_nothing_accumulates_as_little_as_it_can(
         edges=EDGE_X,
         choose_route=choose_route,
         constraints=Constraints(max_accumulate=most, recompute=False),
-        accumulated=parts_of,
+        costs=parts_of,
     )
     made = plan([*FLEET, device("f", 2)], routing=routing)
     options = {each.client_key: each.option for each in made.assignments}
@@ -182,9 +183,29 @@ def test_the_reason_says_in_how_many_parts_it_was_tried() -> None:
     routing = Routing(
         edges=EDGE_X,
         constraints=Constraints(max_accumulate=2, recompute=False),
-        accumulated=parts_of,
+        costs=parts_of,
     )
     made = plan([device("f", 2)], routing=routing)
     assert (
         "needs 5 B at batch size 4 in 2 parts, the budget is 2 B" in made.skipped["f"]
     )
+
+
+@pytest.mark.parametrize("choose_route", [None, deepest_split])
+def test_a_variant_is_for_who_fits_nothing_else(choose_route: Any) -> None:
+    """The first that fits, at its own costs; whoever fits whole trains whole."""
+    parts = {"half": 2, "quarter": 4}
+    routing = Routing(
+        edges=EDGE_X,
+        choose_route=choose_route,
+        constraints=Constraints(recompute=False),
+        variants=tuple(map(Variant, parts)),
+        costs=lambda size, _, variant: parts_of(size, parts[variant.name], variant),
+    )
+    made = plan([*FLEET, device("f", 2)], routing=routing)
+    found = {e.client_key: e.option.variant.name for e in made.assignments}
+    assert {key: name for key, name in found.items() if name != "whole"} == {
+        "c": "half",
+        "f": "quarter",
+    }
+    assert made.unfit == set()

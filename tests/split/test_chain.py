@@ -11,9 +11,10 @@ from hypothesis import given, reject, settings
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flwr_smartsplit.errors import InvalidRoute, NotSplittable
+from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
 from flwr_smartsplit.split.build import build_chain, parameters_on_meta
 from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.types import WHOLE, Variant
 from tests.models import resnet18, small_cnn, task_of
 from tests.oracle import compare
 
@@ -309,3 +310,11 @@ def test_a_chain_can_be_read_without_any_parameter_in_memory():
     real = Chain.from_module(small_cnn(), example)
     assert chain.unit_names == real.unit_names
     assert chain.refusals == real.refusals
+
+
+def test_a_variant_that_nobody_knows_is_named() -> None:
+    """The whole model is the chain itself."""
+    chain = CHAINS["small"]()
+    assert chain.under(WHOLE) is chain
+    with pytest.raises(InvalidTask, match="variant 'front' is not known"):
+        chain.under(Variant("front"))
