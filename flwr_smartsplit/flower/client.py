@@ -30,11 +30,7 @@ from flwr_smartsplit.flower.serde.records import (
     profile_to_scalars,
     to_array_record,
 )
-from flwr_smartsplit.flower.serde.replies import (
-    evaluated,
-    metrics_of,
-    reply_to_scalars,
-)
+from flwr_smartsplit.flower.serde.replies import evaluated, metrics_of, reply_to_scalars
 from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.split.build import build_chain

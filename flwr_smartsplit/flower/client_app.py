@@ -15,10 +15,7 @@ from flwr_smartsplit.flower.serde.records import (
     config_of,
     profile_to_scalars,
 )
-from flwr_smartsplit.flower.serde.replies import (
-    evaluate_reply,
-    train_reply,
-)
+from flwr_smartsplit.flower.serde.replies import evaluate_reply, train_reply
 
 
 def build_client_app(

@@ -32,10 +32,7 @@ from flwr_smartsplit.flower.inner_strategy import (
 )
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
-from flwr_smartsplit.flower.round_manager import (
-    Phase,
-    refuse_wrappers,
-)
+from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
 from flwr_smartsplit.flower.serde.records import plan_to_scalars, text_bytes
 from flwr_smartsplit.flower.serde.replies import reply_from_scalars
 from flwr_smartsplit.flower.server_optimizer import legacy_step

@@ -160,9 +160,7 @@ class TensorBoardRows(RoundScalars):
 
     def __init__(self, log_dir: str | Path, *, per_client: bool = False) -> None:
         try:
-            from torch.utils.tensorboard import (  # noqa: PLC0415 - optional package
-                SummaryWriter,
-            )
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional package
         except ImportError as error:
             raise ImportError(
                 "TensorBoardRows needs tensorboard: "

@@ -21,9 +21,7 @@ _MEASURED = """peak_bytes resident_growth_bytes num_examples num_steps num_threa
 
 
 def client_rows(
-    dispatch: Dispatch,
-    accepted: Mapping[str, ClientReply],
-    failures: Sequence[Failure],
+    dispatch: Dispatch, accepted: Mapping[str, ClientReply], failures: Sequence[Failure]
 ) -> Iterator[Row]:
     """Make one row for every client of the phase, and every stray reply."""
     for key, reply in accepted.items():

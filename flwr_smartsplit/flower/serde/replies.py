@@ -137,8 +137,7 @@ def reply_from_scalars(
         raise
     except Exception as error:
         raise RefusedReply(
-            f"the reply cannot be read: {type(error).__name__}: {error}",
-            kind="refused",
+            f"the reply cannot be read: {type(error).__name__}: {error}", kind="refused"
         ) from error
 
 

@@ -24,10 +24,7 @@ from flwr_smartsplit.types import (
 
 
 def plan_recompute(
-    profile: ChainProfile,
-    route: Route,
-    *,
-    budget_bytes: int,
+    profile: ChainProfile, route: Route, *, budget_bytes: int
 ) -> RecomputePlan:
     """Choose what a device recomputes so that its route fits a budget.
 
