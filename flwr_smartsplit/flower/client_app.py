@@ -86,7 +86,6 @@ class _BothApis(ClientApp):
         self._legacy = ClientApp(lambda c: make_client(c).to_client(), list(mods))
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answer a message of either API."""
         if any(key in message.content for key in _LEGACY_KEYS):
             return self._legacy(message, context)
         return super().__call__(message, context)

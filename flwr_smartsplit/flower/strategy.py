@@ -53,13 +53,11 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
     task : Task
         Model, loss and optimizer, the same as the clients'.
     edges : Sequence[Edge]
-        Edges that host tails, such as ``(RayEdge(),)``; without any, only clients that
-        can hold the whole model train.
+        Such as ``(RayEdge(),)``; without any, only whole models are trained.
     strategy : FedAvg, optional
         The inner strategy, ``FedAvg()`` by default. It keeps its sampling numbers,
-        record keys, metric functions, round config and server step (``FedAdam``,
-        ``FedYogi``, ``FedAdagrad``, ``FedAvgM``). One that needs single clients' whole
-        models is refused.
+        record keys, metric functions, round config and server step (``FedAdam`` and
+        the like). One that needs single clients' whole models is refused.
     planning : Planning
         How clients and routes are chosen.
     mixing : Mixing
@@ -72,11 +70,9 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         File for one JSON line per client and round; ``{number}`` in its name becomes
         the first free number. None writes no file.
     on_row : Sequence[Callable[[Mapping], None]]
-        Called with each of these lines as a mapping, such as
-        ``TensorBoardRows(folder)``.
+        Called with each of these lines, such as ``TensorBoardRows(folder)``.
     between_rounds : Callable[[int, state, RoundSummary], state or None], optional
-        Called after each training round with its number, state and summary. A state
-        that it returns replaces the round's.
+        Called after each training round; a state that it returns replaces the round's.
 
     References
     ----------
