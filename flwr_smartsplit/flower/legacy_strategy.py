@@ -89,19 +89,15 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Plan the round and give each chosen client its segments and its plan."""
         refuse_wrappers(self, (Strategy,))
-        written = self._configure(
-            server_round, parameters, client_manager, is_train=True
-        )
-        return [(proxy, FitIns(*share)) for proxy, share in written]
+        sent = self._configure(server_round, parameters, client_manager, is_train=True)
+        return [(proxy, FitIns(*share)) for proxy, share in sent]
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Give each chosen client what it needs to evaluate along its route."""
-        written = self._configure(
-            server_round, parameters, client_manager, is_train=False
-        )
-        return [(proxy, EvaluateIns(*share)) for proxy, share in written]
+        sent = self._configure(server_round, parameters, client_manager, is_train=False)
+        return [(proxy, EvaluateIns(*share)) for proxy, share in sent]
 
     def aggregate_fit(
         self,
@@ -189,7 +185,6 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         return written
 
     def _state(self, parameters: Parameters) -> dict[str, npt.NDArray[Any]]:
-        """Name the parameters as the model does."""
         arrays = parameters_to_ndarrays(parameters)
         shapes = {n: a.shape for n, a in zip(self._names, arrays, strict=False)}
         if len(arrays) != len(self._names):

@@ -175,9 +175,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         contents = self._contents(accepted)
         if not overrides(self.strategy, "aggregate_evaluate", MESSAGE_API):
             average = self.strategy.evaluate_metrics_aggr_fn
-            return (
-                average(contents, self.strategy.weighted_by_key) if accepted else None
-            )
+            key = self.strategy.weighted_by_key
+            return average(contents, key) if accepted else None
         kind = MessageType.EVALUATE
         merged = [Message(c, message_type=kind, dst_node_id=0) for c in contents]
         with without_fedavgs_log():
