@@ -28,9 +28,8 @@ class Task:
         Builds the optimizer of the parameters of one segment. It must treat
         parameters one by one, as SGD and Adam do.
     example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
-        A batch of inputs of any size, ``(batch, *input shape)`` each, as the model
-        takes it (a dict by keyword); only shapes, dtypes and the strides of one
-        example matter: best take a batch of your loader.
+        A batch of your loader, ``(batch, *input shape)`` each, as the model takes it (a
+        dict by keyword); only shapes, dtypes and the strides of one example matter.
     example_targets : Tensor
         Their targets, ``(batch, *target shape)``.
     metrics_fn : Callable[[outputs, targets], Mapping[str, float]], optional
@@ -38,28 +37,23 @@ class Task:
     units_fn : Callable[[nn.Module], Sequence[Unit]], optional
         Lists the units of a model that torch.fx cannot trace. Importable, too.
     schedule_fn : Callable[[Optimizer, Mapping], LRScheduler or None], optional
-        Sets up a new optimizer for a round: it may change learning rates by the
-        round's config (``train_config`` and ``"server-round"``), and may return a torch
-        scheduler, which is stepped after each training step. Called at every place.
+        Sets up a new optimizer at every place by the round's config (``train_config``
+        and ``"server-round"``); may return a torch scheduler, stepped after each step.
     max_gradient_norm : float, optional
-        Clip the norm of all gradients of a step, those at other places included, as
-        ``torch.nn.utils.clip_grad_norm_`` does.
+        Clip the norm of all gradients of a step, those at other places included.
     autocast_dtype : torch.dtype, optional
         Run forward and loss under ``torch.autocast`` with this type, such as
         ``torch.bfloat16``; not ``torch.float16``, which needs loss scaling.
     accumulate : int
         Micro-batches of a step: each batch is divided into so many parts, whose
-        gradients add up to one optimizer step, at every place. This takes less memory;
-        BatchNorm sees the parts, as in any loop that accumulates gradients.
+        gradients add up to one optimizer step. BatchNorm sees the parts.
     max_boundary_tensors : int
-        The most tensors that may cross a cut. With 1, a model is cut where a single
-        tensor passes; with more, also inside blocks with skip connections, such as
-        those of a U-Net or a DenseNet. It changes the units, and with them the numbers
-        of cuts and the random numbers that units draw.
+        The most tensors that may cross a cut. With more than 1, cuts also lie inside
+        blocks with skip connections. It changes the units, and with them the numbers of
+        cuts and the random numbers that units draw.
     is_local : Callable[[str], bool], optional
-        Says by name which state stays on the device that trained it and is not merged,
-        such as BatchNorm's or a personal last layer. Its units are on the device on
-        every route.
+        Says by name which state stays on the device and is not merged, such as
+        BatchNorm's or a personal last layer; so do its units, on every route.
 
     Examples
     --------
@@ -110,7 +104,6 @@ class Task:
             raise TypeError(f"{'; '.join(problems)}.")
 
     def _check_options(self) -> None:
-        """Refuse what cannot be trained at any place."""
         if self.max_boundary_tensors < 1:
             raise ValueError(
                 f"max_boundary_tensors is {self.max_boundary_tensors}: at least one "

@@ -16,13 +16,7 @@ class BadArgument(SmartSplitError):
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """Read the shape of one input.
-
-    Examples
-    --------
-    >>> parse_shape("3x32x32"), parse_shape("784")
-    ((3, 32, 32), (784,))
-    """
+    """Read the shape of one input, such as 3x32x32."""
     words = text.lower().split("x")
     if not all(re.fullmatch("0*[1-9][0-9]{0,8}", word) for word in words):
         raise BadArgument(
@@ -41,15 +35,7 @@ def parse_bytes(text: str) -> int:
 
 
 def choose_cuts(text: str, *, num_units: int, rng: Random) -> tuple[int, ...]:
-    """Choose the cuts that ``--cuts`` names, each once and in order.
-
-    Examples
-    --------
-    >>> choose_cuts("first,middle,last", num_units=14, rng=Random(0))
-    (1, 7, 13)
-    >>> choose_cuts("all", num_units=4, rng=Random(0))
-    (1, 2, 3)
-    """
+    """Choose the cuts that ``--cuts`` names, each once and in order."""
     last = num_units - 1
     named = {"first": [1], "middle": [num_units // 2], "last": [last]}
     named["all"] = [*range(1, num_units)]
@@ -75,12 +61,6 @@ def choose_cut(text: str, *, unit_names: Sequence[str]) -> int:
     """Read one cut: a number, the last unit before it, or ``whole``.
 
     A number is never taken for a name. Returns how many units the device has.
-
-    Examples
-    --------
-    >>> names = ["conv", "relu", "fc"]
-    >>> [choose_cut(text, unit_names=names) for text in ("2", "conv", "fc", "whole")]
-    [2, 1, 3, 3]
     """
     last = len(unit_names) - 1
     if re.fullmatch("[0-9]{1,9}", text, re.ASCII):

@@ -74,9 +74,7 @@ def _draw_route(
 
 
 def _points(options: list[RouteOption]) -> tuple[list[int], list[float]]:
-    return [each.peak_bytes for each in options], [
-        extra_share(each) for each in options
-    ]
+    return [each.peak_bytes for each in options], list(map(extra_share, options))
 
 
 def _draw_budget(axes: Axes, report: FrontReport) -> None:

@@ -32,13 +32,7 @@ _HEADERS = (
     "bound-\nary",
     "device\nshare",
 )
-_UNIT_HEADERS = (
-    "",
-    "unit\non the device",
-    "forward\nruns",
-    "selective",
-    "fwd.\nFLOPs",
-)
+_UNIT_HEADERS = ("", "unit\non the device", "forward\nruns", "selective", "fwd.\nFLOPs")
 _LEGEND = (
     "again: units whose forward runs twice or more; selective: units that keep only "
     "the results of their costly operators, and recompute the cheap ones."

@@ -66,7 +66,6 @@ def profile_figure(report: ProfileReport) -> Figure:
 
 
 def _draw_memory(axes: Axes, profile: ChainProfile, budget_bytes: int | None) -> None:
-    """Draw each device's peak, and what its units hold in total."""
     units = profile.units
     peaks = [unit.device_peak_bytes for unit in units]
     cuts = range(1, len(units) + 1)
@@ -93,7 +92,6 @@ def _draw_memory(axes: Axes, profile: ChainProfile, budget_bytes: int | None) ->
 
 
 def _draw_work(axes: Axes, profile: ChainProfile) -> None:
-    """Draw which share of the forward pass each device does."""
     flops = _totals(profile.units, lambda unit: unit.forward_flops)
     total = flops[-1] or 1
     cuts = range(1, len(flops) + 1)
@@ -109,7 +107,6 @@ def _draw_work(axes: Axes, profile: ChainProfile) -> None:
 
 
 def _draw_traffic(axes: Axes, profile: ChainProfile) -> None:
-    """Draw what crosses each cut, beside the size of a batch."""
     sizes = [unit.boundary_bytes for unit in profile.units[:-1]]
     cuts = range(1, len(sizes) + 1)
     batch_bytes = profile.batch_bytes

@@ -103,7 +103,6 @@ class ProfileReport:
         return table
 
     def _memory_lines(self) -> list[str]:
-        """Say what the whole model needs, and which cut needs the least."""
         profile = self.subject.profile
         whole_bytes = profile.units[-1].device_peak_bytes
         whole_text, batch_text = map(bytes_text, (whole_bytes, profile.batch_bytes))
@@ -121,7 +120,6 @@ class ProfileReport:
         return lines
 
     def _refusals_text(self) -> str:
-        """List the first places that must not be cut."""
         if self.subject.no_cut_reason is not None:
             return self.subject.no_cut_reason
         refusals = list(self.subject.refusals.items())
@@ -136,7 +134,6 @@ class ProfileReport:
         return "\n".join(lines)
 
     def _budget_text(self, budget_bytes: int) -> str:
-        """Say what fits, and which route the strategy would take."""
         units, route = self.subject.profile.units, self._deepest_route()
         if route is None:
             least = min(unit.device_peak_bytes for unit in units)

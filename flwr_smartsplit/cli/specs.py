@@ -47,11 +47,6 @@ def task_of(
 
     A ``Task`` brings its example inputs and its optimizer; an ``nn.Module`` of your own
     needs ``input_shape``, the shape of one input without the batch.
-
-    Examples
-    --------
-    >>> task_of("torchvision:resnet18", input_shape=(3, 32, 32)).example_inputs.shape
-    torch.Size([1, 3, 32, 32])
     """
     if optimizer not in OPTIMIZERS:
         raise UnknownModel(

@@ -13,12 +13,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from flwr_smartsplit.cli.specs import (
-    UnknownModel,
-    first_line,
-    optimizer_name,
-    task_of,
-)
+from flwr_smartsplit.cli.specs import UnknownModel, first_line, optimizer_name, task_of
 from flwr_smartsplit.errors import InvalidTask, NotSplittable, SmartSplitError
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain

@@ -68,7 +68,6 @@ class Metrics:
             num_steps=self.num_steps,
             loss=means.pop("loss"),
             loss_rms=rms(self._losses),
-            loss_drop=drop(self._losses),
             metrics=means,
             moves=tuple(self._moves),
             replans=tuple(self._replans),
@@ -77,22 +76,9 @@ class Metrics:
 
 
 def rms(losses: Sequence[tuple[float, int]]) -> float:
-    """Root mean square of each step's loss, weighted by its number of examples."""
-    return math.sqrt(_mean([(loss**2, count) for loss, count in losses]))
+    """Root mean square over examples of their batch's loss.
 
-
-def drop(losses: Sequence[tuple[float, int]]) -> float:
-    """Mean loss of the first half of the steps, less that of the second half.
-
-    Examples
-    --------
-    >>> drop([(3.0, 8), (2.0, 8), (1.0, 8)])
-    2.0
+    ``losses`` holds each step's loss and number of examples.
     """
-    half = max(len(losses) // 2, 1)
-    return _mean(losses[:half]) - _mean(losses[-half:])
-
-
-def _mean(weighted: Sequence[tuple[float, int]]) -> float:
-    total = sum(count for _, count in weighted)
-    return sum(value * count for value, count in weighted) / max(total, 1)
+    total = sum(count for _, count in losses)
+    return math.sqrt(sum(loss**2 * count for loss, count in losses) / max(total, 1))

@@ -90,13 +90,7 @@ class SplitStrategy(Generic[StrategyT]):
         *,
         asked: str,
     ) -> Dispatch:
-        """Plan a phase for the clients that gave a profile.
-
-        Raises
-        ------
-        SmartSplitError
-            If none of those that were ``asked`` has given one.
-        """
+        """Plan a phase for the clients that gave a profile; raise if none did."""
         rounds = self._central.rounds
         rounds.write_failures(failures, phase.round_number, phase="profile")
         if failures and not clients:

@@ -30,11 +30,7 @@ from flwr_smartsplit.flower.serde.records import (
     profile_to_scalars,
     to_array_record,
 )
-from flwr_smartsplit.flower.serde.replies import (
-    evaluated,
-    metrics_of,
-    reply_to_scalars,
-)
+from flwr_smartsplit.flower.serde.replies import evaluated, metrics_of, reply_to_scalars
 from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.split.build import build_chain
@@ -66,13 +62,12 @@ class SmartSplitNumPyClient(NumPyClient):
     train_loader : Iterable
         Batches ``(inputs, targets)``; they are iterated anew each round.
     eval_loader : Iterable, optional
-        Batches for evaluation; without it, the training examples are used.
+        Batches for evaluation; by default, those of ``train_loader``.
     client_key : str
-        A name that stays the same from round to round and run to run: the partition
-        id in simulation, a configured name in deployment.
+        A name that stays the same in all rounds and runs, such as the partition id.
     budget_bytes : int or MemoryBudget, optional
-        What this device's tensors may take; None means no limit. A ``MemoryBudget``
-        is read between batches, and the device adapts to it.
+        What this device's tensors may take; None is no limit. A ``MemoryBudget`` is
+        read between batches, and the device adapts to it.
     edges : Sequence[Edge]
         The edges this client can reach, such as ``(RayEdge(),)``.
     traits : DeviceTraits
@@ -82,22 +77,18 @@ class SmartSplitNumPyClient(NumPyClient):
     local_epochs : int
         Passes over the training loader in each round.
     cap_mode : CapMode or str
-        Whether the cap looks at some steps (``"sampled"``), all (``"strict"``) or
-        none (``"off"``).
+        Meters some steps (``"sampled"``), all (``"strict"``) or none (``"off"``).
     meter_every : int
         A sampled cap meters the first two steps of each shape, then every nth step.
     owns_process : bool
-        Whether this client has its process for itself. Training then also measures
-        the resident set, and the system refuses memory beyond the plan's budget plus
-        32 MiB.
+        Whether this client has its process for itself: it then measures the resident
+        set too, and the system refuses memory beyond the plan's budget plus 32 MiB.
     step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
         A training step's time on a simulated device; without it, steps are timed.
-        Edges compare it with other clients'.
     seed : int
         Seed under a stock strategy; ``SmartSplit`` sends its own.
     context : Context, optional
-        Flower's context, which keeps ``Task.is_local`` state between rounds;
-        ``build_client_app`` sets it.
+        Keeps ``Task.is_local`` state between rounds; ``build_client_app`` sets it.
     """
 
     # longer than 40 lines because each thing a client owns is an argument
@@ -272,14 +263,12 @@ def _is_stock(plan: ClientPlan) -> bool:
 
 
 def _by_name(edges: Sequence[Edge]) -> dict[str, Edge]:
-    """Find the edges by their names."""
     if not isinstance(edges, list | tuple):
         raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
     return {edge.name: edge for edge in edges}
 
 
 def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:
-    """Read a user's budget; errors name the client."""
     try:
         return as_budget(budget_bytes)
     except ValueError as error:

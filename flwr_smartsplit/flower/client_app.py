@@ -15,10 +15,7 @@ from flwr_smartsplit.flower.serde.records import (
     config_of,
     profile_to_scalars,
 )
-from flwr_smartsplit.flower.serde.replies import (
-    evaluate_reply,
-    train_reply,
-)
+from flwr_smartsplit.flower.serde.replies import evaluate_reply, train_reply
 
 
 def build_client_app(
@@ -89,7 +86,6 @@ class _BothApis(ClientApp):
         self._legacy = ClientApp(lambda c: make_client(c).to_client(), list(mods))
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answer a message of either API."""
         if any(key in message.content for key in _LEGACY_KEYS):
             return self._legacy(message, context)
         return super().__call__(message, context)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from logging import LogRecord, getLogger
 from types import SimpleNamespace
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common import EvaluateIns, FitIns, Parameters, Scalar
@@ -73,13 +73,7 @@ LEGACY_API = Api(
 
 
 def check_strategy(strategy: object, api: Api) -> None:
-    """Refuse a strategy that cannot work without whole client models.
-
-    Raises
-    ------
-    TypeError
-        Naming the strategy, the reason, and what to give instead.
-    """
+    """Raise TypeError if a strategy cannot work without whole client models."""
     why = _why_not(strategy, api)
     if why:
         name = strategy if isinstance(strategy, type) else type(strategy)
@@ -92,26 +86,18 @@ def check_strategy(strategy: object, api: Api) -> None:
 
 
 def check_proximal(strategy: object, task: Task) -> None:
-    """Refuse FedProx if the task does not add its proximal term.
-
-    Raises
-    ------
-    ValueError
-        Saying how the task adds it.
-    """
+    """Raise ValueError for FedProx if the task does not add its proximal term."""
     mu = getattr(strategy, "proximal_mu", 0.0)
     made = task.optimizer_fn
-    of_task = made.keywords["mu"] if _is_proximal(made) else 0.0
+    of_task = 0.0
+    if isinstance(made, partial) and made.func is proximal:
+        of_task = made.keywords["mu"]
     if mu != of_task and task.schedule_fn is None and isinstance(strategy, _PROXIMAL):
         raise ValueError(
             f"strategy=FedProx(proximal_mu={mu}) asks clients for a term that the task "
             f"adds with mu={of_task}: give Task(optimizer_fn=partial(proximal, "
             f"optimizer_fn=..., mu={mu})), or a schedule_fn that reads it."
         )
-
-
-def _is_proximal(made: object) -> TypeGuard[partial[Any]]:
-    return isinstance(made, partial) and made.func is proximal
 
 
 def has_server_step(strategy: object, api: Api) -> bool:
@@ -218,11 +204,15 @@ def legacy_sample_size(
 @contextmanager
 def without_fedavgs_log() -> Iterator[None]:
     """Hide what FedAvg logs about clients that are not real."""
-    _log.addFilter(_is_not_fedavgs)
+
+    def is_not_fedavgs(record: LogRecord) -> bool:
+        return record.module != "fedavg"
+
+    _log.addFilter(is_not_fedavgs)
     try:
         yield
     finally:
-        _log.removeFilter(_is_not_fedavgs)
+        _log.removeFilter(is_not_fedavgs)
 
 
 @contextmanager
@@ -234,10 +224,6 @@ def instead(strategy: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(strategy, name, usual)
-
-
-def _is_not_fedavgs(record: LogRecord) -> bool:
-    return record.module != "fedavg"
 
 
 class _AnyNodes:
@@ -290,7 +276,6 @@ def _config_of(
 def _one(
     strategy: object, configs: Sequence[Mapping[str, Any]], size: int
 ) -> Any | None:
-    """Return the config that all clients get."""
     if not configs:
         return None
     if len(configs) != size:

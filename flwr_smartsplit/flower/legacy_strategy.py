@@ -32,10 +32,7 @@ from flwr_smartsplit.flower.inner_strategy import (
 )
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
-from flwr_smartsplit.flower.round_manager import (
-    Phase,
-    refuse_wrappers,
-)
+from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
 from flwr_smartsplit.flower.serde.records import plan_to_scalars, text_bytes
 from flwr_smartsplit.flower.serde.replies import reply_from_scalars
 from flwr_smartsplit.flower.server_optimizer import legacy_step
@@ -92,19 +89,15 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Plan the round and give each chosen client its segments and its plan."""
         refuse_wrappers(self, (Strategy,))
-        written = self._configure(
-            server_round, parameters, client_manager, is_train=True
-        )
-        return [(proxy, FitIns(*share)) for proxy, share in written]
+        sent = self._configure(server_round, parameters, client_manager, is_train=True)
+        return [(proxy, FitIns(*share)) for proxy, share in sent]
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Give each chosen client what it needs to evaluate along its route."""
-        written = self._configure(
-            server_round, parameters, client_manager, is_train=False
-        )
-        return [(proxy, EvaluateIns(*share)) for proxy, share in written]
+        sent = self._configure(server_round, parameters, client_manager, is_train=False)
+        return [(proxy, EvaluateIns(*share)) for proxy, share in sent]
 
     def aggregate_fit(
         self,
@@ -192,7 +185,6 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         return written
 
     def _state(self, parameters: Parameters) -> dict[str, npt.NDArray[Any]]:
-        """Name the parameters as the model does."""
         arrays = parameters_to_ndarrays(parameters)
         shapes = {n: a.shape for n, a in zip(self._names, arrays, strict=False)}
         if len(arrays) != len(self._names):

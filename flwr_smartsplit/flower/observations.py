@@ -52,8 +52,9 @@ def observed(
             client_key=key,
             round_number=dispatch.round_number,
             num_examples=report.num_examples,
-            loss_rms=max(_finite(report.loss_rms), 0.0),
-            seconds=_time(seconds),
+            # A loss that is not finite affects no other client.
+            loss_rms=max(report.loss_rms, 0.0) if isfinite(report.loss_rms) else 0.0,
+            seconds=seconds if seconds is not None and 0 <= seconds < inf else None,
             step_seconds=report.step_seconds if client_seconds is not None else None,
             work=_work(sent, report),
             edge=edges[0] if edges else None,
@@ -94,13 +95,3 @@ def _work(sent: Sent, report: StepReport) -> Work | None:
     is_as_planned = not (report.moves or report.replans)
     recompute = plan.recompute if is_as_planned else KEEP_ALL
     return work_of(sent.profile, plan.route, recompute)
-
-
-def _finite(loss: float) -> float:
-    """Return 0 for a loss that is not finite, so that it affects no other client."""
-    return loss if isfinite(loss) else 0.0
-
-
-def _time(seconds: float | None) -> float | None:
-    """Return None for a time that is negative or not finite."""
-    return seconds if seconds is not None and 0 <= seconds < inf else None

@@ -19,12 +19,11 @@ class Planning:
     Parameters
     ----------
     select : Callable[[SelectionRequest], Selection]
-        Chooses the clients that train, each with one of the routes and plans that its
-        memory allows: ``SelectByUtility()`` (default), ``select_at_random``, or a
-        function of one's own.
+        Chooses who trains, and each one's route and plan of those that its memory
+        allows: ``SelectByUtility()`` or ``select_at_random``, for instance.
     choose_route : Callable[[RouteRequest], Route], optional
-        Chooses each client's route beforehand: ``deepest_split``, ``deepest_u_shape``
-        if labels must stay on the devices, or a function of one's own.
+        Chooses each client's route beforehand: ``deepest_split``, or
+        ``deepest_u_shape`` if labels must stay on the devices.
     constraints : Constraints
         What every route must respect, such as ``Constraints(min_device_units=2)``.
     variants : tuple[Variant, ...]
@@ -32,11 +31,10 @@ class Planning:
         under which something does.
     advisor : Advisor, optional
         Lets edges move cuts and release slow, unimportant clients in a round, such as
-        ``StragglerAdvisor()``; by default they do not: ``docs/results.md`` says why.
+        ``StragglerAdvisor()``; ``docs/results.md`` says why it is off by default.
     client_seconds : Callable[[ClientPlan, StepReport], float], optional
-        How long a client's part took, such as ``measured_seconds``; by default, as
-        long as was predicted from its traits. With it, the speed of devices that do
-        not tell it is learned from their steps.
+        How long a client's part took, such as ``measured_seconds``, from which unknown
+        speeds are learned; by default, as long as was predicted from its traits.
     num_threads : int
         Torch threads at every place.
     clock : Callable[[], float]
@@ -48,12 +46,6 @@ class Planning:
     ------
     TypeError
         If something cannot choose clients or routes, or constrain them.
-
-    Examples
-    --------
-    >>> from flwr_smartsplit import deepest_u_shape
-    >>> Planning(choose_route=deepest_u_shape).num_threads
-    1
     """
 
     select: Select = BY_UTILITY
@@ -67,7 +59,6 @@ class Planning:
     profile_timeout_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot plan."""
         if self.choose_route is not None and not callable(self.choose_route):
             raise TypeError(
                 f"choose_route is {self.choose_route!r}; give a function of a "

@@ -53,11 +53,8 @@ class Fleet:
     ) -> tuple[dict[str, Member], list[Failure]]:
         """List these nodes' clients by client_key, and those without a usable answer.
 
-        Parameters
-        ----------
-        ask_again : bool
-            Whether to ask again nodes that gave no usable answer before (each time
-            may take as long as the timeout), and to report two nodes with one key.
+        With ``ask_again``, two nodes with one key are reported, and nodes that gave no
+        usable answer before are asked again, which may take as long as the timeout.
         """
         present = list(node_ids)
         if ask_again:
@@ -162,7 +159,6 @@ class LegacyFleet:
         return clients, failures + duplicates
 
     def _ask(self, proxy: ClientProxy) -> Failure | None:
-        """Ask a client for its profile; return the failure if there is none."""
         try:
             answer = proxy.get_properties(
                 GetPropertiesIns({}), timeout=self._timeout_seconds, group_id=None

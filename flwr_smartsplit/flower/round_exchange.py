@@ -20,22 +20,14 @@ from flwr_smartsplit.types import (
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What one client is sent.
-
-    Parameters
-    ----------
-    names, returned_names : tuple[str, ...]
-        State of its device segments, and what of it the client sends back: what
-        training can change, without what stays on the device.
-    profile : ChainProfile, optional
-        The chain's costs at its batch size.
-    """
+    """What one client is sent."""
 
     plan: ClientPlan
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of its device segments' state
+    # Those that it sends back: what training can change, if it need not stay there
     returned_names: tuple[str, ...]
     assignment: Assignment
-    profile: ChainProfile | None = None
+    profile: ChainProfile | None = None  # at its batch size
 
     def after(self, moves: Sequence[Move], chain: Chain) -> "Sent":
         """Follow a client's moved cut to what it sends back.
@@ -74,22 +66,15 @@ class Answer:
 class Dispatch:
     """One phase of one round: what each client is sent, and the size of the replies.
 
-    Parameters
-    ----------
-    version : int
-        Which global state was sent. In a synchronous run, it is the round.
-    digest : str
-        Digest under which the edges hold that state.
-    contacts : Mapping[str, Any]
-        The ``Member`` or ``LegacyClient`` of each client_key.
+    All mappings are by client_key.
     """
 
     round_number: int
     is_train: bool
     started_seconds: float
-    version: int = 0
-    digest: str = ""
-    contacts: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 0  # of the global state that was sent: the round, if synchronous
+    digest: str = ""  # under which the edges hold that state
+    contacts: Mapping[str, Any] = field(default_factory=dict)  # Member or LegacyClient
     sent: dict[str, Sent] = field(default_factory=dict)
     sent_bytes: dict[str, int] = field(default_factory=dict)
     received_bytes: dict[str, int] = field(default_factory=dict)
@@ -174,10 +159,7 @@ def changed_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
 def moved_plan(plan: ClientPlan, moves: Sequence[Move]) -> ClientPlan:
     """Follow a client's moves from its planned route to the one it ended on.
 
-    Raises
-    ------
-    InvalidRoute
-        If they do not begin at its cut, do not follow each other, or end at no cut.
+    ``InvalidRoute`` is raised if they do not begin at its cut or follow each other.
     """
     route = plan.route
     for move in moves:
@@ -202,7 +184,6 @@ def returned(
 
 
 def _lost(key: str, unnamed: Sequence[str]) -> Failure:
-    """Make the failure of a client without a reply."""
     if unnamed:
         cause = "no reply; Flower's legacy API does not say whose errors came: "
         cause += "; ".join(unnamed)

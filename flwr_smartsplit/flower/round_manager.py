@@ -286,7 +286,6 @@ class CentralManager:
     def _plan(
         self, phase: Phase, clients: Mapping[str, DeviceProfile], edges: Sequence[str]
     ) -> RoundPlan:
-        """Call the planning policy for a phase."""
         planning = self.settings.planning
         fleet = self._priced(phase.round_number, clients)
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
@@ -399,11 +398,6 @@ def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:
 
     Such wrappers clip and noise single clients' whole models. The server has none of
     a split client, so their guarantee would silently not hold.
-
-    Raises
-    ------
-    SmartSplitError
-        If the method that calls this was called by another strategy.
     """
     owner = sys._getframe(2).f_locals.get("self")
     if isinstance(owner, kinds) and owner is not strategy:

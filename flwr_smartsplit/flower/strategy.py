@@ -26,10 +26,7 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import Fleet
-from flwr_smartsplit.flower.round_manager import (
-    Phase,
-    refuse_wrappers,
-)
+from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     message_layout,
@@ -56,13 +53,11 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
     task : Task
         Model, loss and optimizer, the same as the clients'.
     edges : Sequence[Edge]
-        Edges that host tails, such as ``(RayEdge(),)``; without any, only clients that
-        can hold the whole model train.
+        Such as ``(RayEdge(),)``; without any, only whole models are trained.
     strategy : FedAvg, optional
         The inner strategy, ``FedAvg()`` by default. It keeps its sampling numbers,
-        record keys, metric functions, round config and server step (``FedAdam``,
-        ``FedYogi``, ``FedAdagrad``, ``FedAvgM``). One that needs single clients' whole
-        models is refused.
+        record keys, metric functions, round config and server step (``FedAdam`` and
+        the like). One that needs single clients' whole models is refused.
     planning : Planning
         How clients and routes are chosen.
     mixing : Mixing
@@ -75,11 +70,9 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         File for one JSON line per client and round; ``{number}`` in its name becomes
         the first free number. None writes no file.
     on_row : Sequence[Callable[[Mapping], None]]
-        Called with each of these lines as a mapping, such as
-        ``TensorBoardRows(folder)``.
+        Called with each of these lines, such as ``TensorBoardRows(folder)``.
     between_rounds : Callable[[int, state, RoundSummary], state or None], optional
-        Called after each training round with its number, state and summary. A state
-        that it returns replaces the round's.
+        Called after each training round; a state that it returns replaces the round's.
 
     References
     ----------
@@ -182,9 +175,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         contents = self._contents(accepted)
         if not overrides(self.strategy, "aggregate_evaluate", MESSAGE_API):
             average = self.strategy.evaluate_metrics_aggr_fn
-            return (
-                average(contents, self.strategy.weighted_by_key) if accepted else None
-            )
+            key = self.strategy.weighted_by_key
+            return average(contents, key) if accepted else None
         kind = MessageType.EVALUATE
         merged = [Message(c, message_type=kind, dst_node_id=0) for c in contents]
         with without_fedavgs_log():

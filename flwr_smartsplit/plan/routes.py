@@ -10,11 +10,7 @@ from flwr_smartsplit.plan.checkpointing.plan import (
     least_bytes,
     plan_recompute,
 )
-from flwr_smartsplit.plan.search_space import (
-    option_of,
-    split_routes,
-    u_shape_routes,
-)
+from flwr_smartsplit.plan.search_space import option_of, split_routes, u_shape_routes
 from flwr_smartsplit.types import (
     KEEP_ALL,
     NO_CONSTRAINTS,
@@ -141,7 +137,7 @@ def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:
             f"no route keeps the first {constraints.min_device_units} units on the "
             "device, and those whose state is its own "
             f"({sorted(constraints.kept_units)}): lower min_device_units, or let fewer "
-            "names be local.",
+            "names be local."
         )
     if budget_bytes is None:
         return allowed[0]

@@ -70,9 +70,7 @@ def transfer_seconds(num_bytes: float, link: Link) -> float:
 
 
 def round_seconds(
-    work: Work,
-    device: DeviceProfile,
-    edge: EdgeProfile | None = None,
+    work: Work, device: DeviceProfile, edge: EdgeProfile | None = None
 ) -> float | None:
     """Say how long a client's part of a round takes; None if nobody knows its speed.
 

@@ -24,11 +24,6 @@ class Constraints:
     ------
     ValueError
         If a number is below 1.
-
-    Examples
-    --------
-    >>> Constraints(min_device_units=3).allow(Route.split(2), num_units=8)
-    False
     """
 
     min_device_units: int = 1

@@ -12,9 +12,7 @@ class StepBytes:
     saved_bytes: int = 0  # What forward saves for backward, its output if that is saved
     kept_bytes: int = 0  # What of it is left when the unit's own backward begins
     forward_peak_bytes: int = 0  # The most that forward allocates
-    rerun_peak_bytes: int = (
-        0  # The same up to the last tensor saved: a rerun ends there
-    )
+    rerun_peak_bytes: int = 0  # The same up to the last tensor saved, where it ends
     passing_peak_bytes: int = 0  # The same where nothing is saved for backward
     # Saved tensors, gradients of input and output, of parameters, temporaries
     backward_peak_bytes: int = 0
@@ -89,12 +87,6 @@ class ChainProfile:
         Size of one micro-batch's targets.
     num_micro_batches : int
         Micro-batches of a step; 1 without accumulation.
-
-    Examples
-    --------
-    >>> profile = ChainProfile(batch_size=8, batch_bytes=128, units=())
-    >>> ChainProfile.from_json(profile.to_json()) == profile
-    True
     """
 
     batch_size: int

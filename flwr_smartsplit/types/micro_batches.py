@@ -9,13 +9,6 @@ class MicroBatch:
 
     The loss is divided by ``loss_divisor``, the batch's number of examples over this
     part's, so that the gradients add up to those of the batch's mean loss.
-
-    Examples
-    --------
-    >>> MicroBatch(3, 4, 4.0).is_last, WHOLE_BATCH.is_first, WHOLE_BATCH.is_last
-    (True, True, True)
-    >>> WHOLE_BATCH.in_step(7), MicroBatch(1, 4, 4.0).in_step(7)
-    (7, '7.1')
     """
 
     index: int = 0

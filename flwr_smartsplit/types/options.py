@@ -42,43 +42,19 @@ NO_WORK = Work()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteOption:
-    """A route, how it is trained, and what that costs.
-
-    Parameters
-    ----------
-    route : Route
-        Where the segments run.
-    recompute : RecomputePlan
-        What the device runs twice.
-    variant : Variant
-        What part of the global model is trained.
-    codecs : tuple[str, ...]
-        How the boundary at each cut is encoded; empty for ``RAW`` at all of them.
-    accumulate : int
-        Micro-batches of a step.
-    peak_bytes : int
-        Predicted peak of the device during a step; 0 if unknown.
-    work : Work
-        What a step asks of device, link and edge.
-    edge_memory_bytes, edge_disk_bytes : int
-        What the rest of the model takes in the edge's memory, and sealed on its disk.
-    seconds : float or None
-        Duration of one client's part of a round; None if unknown.
-    is_placed : bool
-        Whether the route names its edges; else ``"edge"`` stands for any of them.
-    """
+    """A route, how it is trained, and what that costs."""
 
     route: Route
-    recompute: RecomputePlan = KEEP_ALL
-    variant: Variant = WHOLE
-    codecs: tuple[str, ...] = ()
-    accumulate: int = 1
-    peak_bytes: int = 0
-    work: Work = NO_WORK
-    edge_memory_bytes: int = 0
-    edge_disk_bytes: int = 0
-    seconds: float | None = None
-    is_placed: bool = False
+    recompute: RecomputePlan = KEEP_ALL  # what the device runs twice
+    variant: Variant = WHOLE  # what part of the global model is trained
+    codecs: tuple[str, ...] = ()  # one per cut; empty for RAW at all of them
+    accumulate: int = 1  # micro-batches of a step
+    peak_bytes: int = 0  # predicted, of the device during a step; 0 if unknown
+    work: Work = NO_WORK  # of a step
+    edge_memory_bytes: int = 0  # of the rest of the model, while it trains
+    edge_disk_bytes: int = 0  # of the same, sealed
+    seconds: float | None = None  # of the client's part of a round; None if unknown
+    is_placed: bool = False  # whether it names its edges; else "edge" is any of them
 
     def at(self, edge: str | None) -> Self:
         """Place the rest of the model at an edge; a whole model needs none."""

@@ -49,7 +49,6 @@ class StepReport:
     num_steps: int = 0  # Of the optimizer, in all passes
     loss: float = 0.0  # Mean over the examples
     loss_rms: float = 0.0  # Root mean square, over the examples, of their batch's loss
-    loss_drop: float = 0.0  # Mean of the first half of the steps, less the second's
     peak_bytes: int = 0  # The most that the device held in the metered steps
     # Of the process's resident set; None if others share the process, or it is unknown
     resident_growth_bytes: int | None = None
@@ -118,8 +117,7 @@ class Failure:
     client_key : str
         The client, or the node where no key is known.
     kind : str
-        The reason in one word: refused, late, duplicate, lost, failed, out_of_memory,
-        edge_failed.
+        refused, late, duplicate, lost, failed, out_of_memory or edge_failed.
     cause : str
         The reason in a sentence, with its numbers.
     report : StepReport, optional

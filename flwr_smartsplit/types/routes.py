@@ -39,12 +39,8 @@ class Route:
 
     Examples
     --------
-    >>> str(Route.split(3))
-    'device[:3] > edge[3:]'
-    >>> [leg.stop for leg in Route.split(3).legs(8)]
-    [3, 8]
-    >>> Route.whole().legs(8)
-    (Leg(place='device', start=0, stop=8),)
+    >>> str(Route.split(3)), str(Route.whole())
+    ('device[:3] > edge[3:]', 'whole')
     >>> str(Route.u_shape(2, 6)), str(Route.hops((2, 6), edges=("near", "far")))
     ('device[:2] > edge[2:6] > device[6:]', 'device[:2] > near[2:6] > far[6:]')
     """
@@ -106,11 +102,6 @@ class Route:
         ------
         InvalidRoute
             If there is none, or the next one is not beyond it.
-
-        Examples
-        --------
-        >>> str(Route.u_shape(2, 6).with_first_cut(4))
-        'device[:4] > edge[4:6] > device[6:]'
         """
         if not self.cuts:
             raise InvalidRoute("a whole model has no cut that could move.")

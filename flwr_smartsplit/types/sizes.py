@@ -8,18 +8,7 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]+)", re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Read a size with its unit, in bytes.
-
-    Raises
-    ------
-    ValueError
-        If it is not a number with a binary unit, or less than one byte.
-
-    Examples
-    --------
-    >>> parse_size("64MiB"), parse_size("1.5 kib")
-    (67108864, 1536)
-    """
+    """Read a size with its unit, in bytes; ValueError if it is none."""
     match = _SIZE.fullmatch(text.strip())
     unit_bytes = _UNIT_BYTES.get(match[2].lower()) if match else None
     exact = float(match[1]) * unit_bytes if match and unit_bytes else 0.0

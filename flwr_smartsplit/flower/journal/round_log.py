@@ -42,11 +42,7 @@ class RoundLog:
             )
 
     def write_plan(
-        self,
-        plan: RoundPlan,
-        profiles: Mapping[str, DeviceProfile],
-        *,
-        is_train: bool,
+        self, plan: RoundPlan, profiles: Mapping[str, DeviceProfile], *, is_train: bool
     ) -> None:
         """Log the routes and unfit clients; write rows for all that were not chosen."""
         phase = "train" if is_train else "evaluate"

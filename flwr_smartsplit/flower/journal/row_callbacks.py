@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flwr_smartsplit.flower.journal.rows import FACTS
 
@@ -23,16 +23,8 @@ _OF_ROUND = {
     "aggregation_seconds": "server_aggregation_time_sec",
 }
 _COUNT = re.compile(r"/(status|route)/")
-_OF_CLIENT = (
-    "loss",
-    "seconds",
-    "peak_bytes",
-    "resident_growth_bytes",
-    "bytes_down",
-    "bytes_up",
-    "edge_bytes_down",
-    "edge_bytes_up",
-)
+_OF_CLIENT = """loss seconds peak_bytes resident_growth_bytes bytes_down bytes_up
+    edge_bytes_down edge_bytes_up""".split()
 
 
 class RoundScalars:
@@ -53,16 +45,14 @@ class RoundScalars:
         elif row["kind"] in _PHASES:
             rows, self._rows = self._rows, []
             mine = [other for other in rows if other["round"] == row["round"]]
-            scalars = self._with_zeros(row["kind"], round_scalars(row, mine))
+            scalars = round_scalars(row, mine)
+            # Counts of earlier rounds that this one lacks become 0.
+            counted = self._counted[row["kind"]]
+            counted |= {name for name in scalars if _COUNT.search(name)}
+            scalars = {**dict.fromkeys(sorted(counted), 0.0), **scalars}
             if self._per_client:
                 scalars |= client_scalars(mine)
             self._write(row["round"], scalars)
-
-    def _with_zeros(self, kind: str, scalars: Scalars) -> Scalars:
-        """Add zeros for counts of earlier rounds that this round lacks."""
-        counted = self._counted[kind]
-        counted |= {name for name in scalars if _COUNT.search(name)}
-        return {**dict.fromkeys(sorted(counted), 0.0), **scalars}
 
 
 def round_scalars(summary: Row, rows: Sequence[Row]) -> Scalars:
@@ -82,16 +72,6 @@ def round_scalars(summary: Row, rows: Sequence[Row]) -> Scalars:
         ``seconds``, ``aggregation_seconds``, ``loss`` and each metric (means over the
         accepted clients' examples), ``worst_peak_fraction`` (of a budget),
         ``status/...`` and ``route/...`` (numbers of clients).
-
-    Examples
-    --------
-    >>> client = {"phase": "train", "status": "accepted", "route": "whole"}
-    >>> rows = [
-    ...     {**client, "loss": 1.0, "num_examples": 30},
-    ...     {**client, "loss": 3.0, "num_examples": 10},
-    ... ]
-    >>> round_scalars({"kind": "round", "accepted": 2}, rows)["train/loss"]
-    1.5
     """
     phase = _PHASES[summary["kind"]]
     scalars = {
@@ -126,10 +106,8 @@ def client_scalars(rows: Sequence[Row]) -> Scalars:
 def _means(rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
     """Average loss and metrics over the examples of accepted clients."""
     rows = [row for row in rows if row["status"] == "accepted"]
-    names = dict.fromkeys(
-        name for row in rows for name in ("loss", *_metric_names(row))
-    )
-    for name in names:
+    names = (name for row in rows for name in ("loss", *_metric_names(row)))
+    for name in dict.fromkeys(names):
         having = [row for row in rows if name in row and row["num_examples"] > 0]
         examples = sum(row["num_examples"] for row in having)
         if examples:
@@ -160,9 +138,7 @@ class TensorBoardRows(RoundScalars):
 
     def __init__(self, log_dir: str | Path, *, per_client: bool = False) -> None:
         try:
-            from torch.utils.tensorboard import (  # noqa: PLC0415 - optional package
-                SummaryWriter,
-            )
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional package
         except ImportError as error:
             raise ImportError(
                 "TensorBoardRows needs tensorboard: "
@@ -181,13 +157,6 @@ class TensorBoardRows(RoundScalars):
         self._writer.flush()
 
 
-class WandbRun(Protocol):
-    """The part of ``wandb.Run`` that is used."""
-
-    def log(self, data: dict[str, Any], *, step: int) -> None:
-        """Log values at a step."""
-
-
 class WandbRows(RoundScalars):
     """Log each round's scalars to Weights & Biases, given a journal's rows.
 
@@ -204,7 +173,7 @@ class WandbRows(RoundScalars):
         If it has no ``log``.
     """
 
-    def __init__(self, run: WandbRun, *, per_client: bool = False) -> None:
+    def __init__(self, run: Any, *, per_client: bool = False) -> None:
         if not callable(getattr(run, "log", None)):
             raise TypeError(
                 f"run is a {type(run).__name__}; give what wandb.init() returned."

@@ -11,19 +11,17 @@ Row = dict[str, object]
 FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
     predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
-    num_steps num_threads loss loss_rms loss_drop seconds bytes_down bytes_up
+    num_steps num_threads loss loss_rms seconds bytes_down bytes_up
     edge_bytes_up edge_bytes_down moves replans released recompute""".split()
 )
 """The keys of a client's row; all others are the task's metrics."""
 
 _MEASURED = """peak_bytes resident_growth_bytes num_examples num_steps num_threads loss
-    loss_rms loss_drop seconds""".split()
+    loss_rms seconds""".split()
 
 
 def client_rows(
-    dispatch: Dispatch,
-    accepted: Mapping[str, ClientReply],
-    failures: Sequence[Failure],
+    dispatch: Dispatch, accepted: Mapping[str, ClientReply], failures: Sequence[Failure]
 ) -> Iterator[Row]:
     """Make one row for every client of the phase, and every stray reply."""
     for key, reply in accepted.items():

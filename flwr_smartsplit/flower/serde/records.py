@@ -145,13 +145,7 @@ def profile_from_content(content: RecordDict) -> DeviceProfile:
 
 
 def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
-    """Read a profile.
-
-    Raises
-    ------
-    RefusedReply
-        If something is missing or makes no sense.
-    """
+    """Read a profile; RefusedReply if something is missing or makes no sense."""
     try:
         budget = int(scalars["budget-bytes"])
         if budget < _NO_BUDGET:

@@ -112,11 +112,7 @@ def reply_from_scalars(
     """Read a reply, and its arrays unless the client failed.
 
     ``names`` names the arrays of a legacy reply, which come in order but unnamed.
-
-    Raises
-    ------
-    RefusedReply
-        If the reply cannot be read, or its arrays are not those that the client sent.
+    ``RefusedReply`` is raised if the arrays are not those that the client sent.
     """
     try:
         values = json.loads(str(scalars[_REPLY]))
@@ -137,8 +133,7 @@ def reply_from_scalars(
         raise
     except Exception as error:
         raise RefusedReply(
-            f"the reply cannot be read: {type(error).__name__}: {error}",
-            kind="refused",
+            f"the reply cannot be read: {type(error).__name__}: {error}", kind="refused"
         ) from error
 
 
@@ -175,10 +170,7 @@ def _whole_reply(
 def _typed(name: str, kind: Any, value: Any) -> Any:
     """Build a value of a type, such as a dataclass, from what JSON made of it.
 
-    Raises
-    ------
-    TypeError
-        If a value in it has another type, which would fail later and end the run.
+    TypeError if a value in it has another type, which would fail later and end the run.
     """
     origin, args = get_origin(kind), get_args(kind)
     hints = get_type_hints(kind) if is_dataclass(kind) else {}

@@ -192,7 +192,6 @@ class Rotor:
     def _read(
         self, start: int, last: int, slots: int, selective: list[int]
     ) -> list[Rerun]:
-        """Read the choices back as a plan."""
         reruns: list[Rerun] = []
         while start < min(last + 1, self._top):
             choice = int(self._choice[start, last, slots])
@@ -212,7 +211,6 @@ class Rotor:
 
 
 def _shifted(costs: _Costs, slots: int) -> _Costs:
-    """Give costs to those who have ``slots`` more."""
     result = np.full_like(costs, _NEVER)
     if slots < costs.size:
         result[slots:] = costs[: costs.size - slots]

@@ -24,10 +24,7 @@ from flwr_smartsplit.types import (
 
 
 def plan_recompute(
-    profile: ChainProfile,
-    route: Route,
-    *,
-    budget_bytes: int,
+    profile: ChainProfile, route: Route, *, budget_bytes: int
 ) -> RecomputePlan:
     """Choose what a device recomputes so that its route fits a budget.
 
@@ -55,18 +52,6 @@ def plan_recompute(
     -----
     Optimal for one device segment. A U-shaped route has two, planned one after the
     other: first what waits, then what the rest leaves room for.
-
-    Examples
-    --------
-    >>> from flwr_smartsplit.types import ChainProfile, UnitCost
-    >>> costs = dict.fromkeys(
-    ...     ("parameter_bytes", "buffer_bytes", "gradient_bytes",
-    ...      "optimizer_state_bytes", "saved_bytes", "boundary_bytes",
-    ...      "forward_flops", "waiting_bytes", "return_bytes"), 0)
-    >>> unit = UnitCost(name="a", device_peak_bytes=8, **costs)
-    >>> profile = ChainProfile(batch_size=1, batch_bytes=0, units=(unit,))
-    >>> str(plan_recompute(profile, Route.whole(), budget_bytes=8))
-    'none'
     """
     check_budget(budget_bytes)
     found = cheapest_plan(profile, route, budget_bytes)
@@ -224,7 +209,6 @@ def _lean_ones(segments: _Segments, free_bytes: int) -> list[RecomputePlan]:
 
 
 def _extra(segments: _Segments, plan: RecomputePlan) -> float:
-    """Add up the cost of what runs again."""
     pairs = zip(segments.legs, (segments.head, segments.tail), strict=False)
     return sum(
         cost_of(stages, plan.within(leg.start, leg.stop)) for leg, stages in pairs
