@@ -6,13 +6,7 @@ from an edge to a device.
 
 
 def bytes_text(num_bytes: int) -> str:
-    """Write a size for a person, in the largest unit that leaves three digits.
-
-    Examples
-    --------
-    >>> bytes_text(830), bytes_text(64 * 2**20)
-    ('830 B', '64 MiB')
-    """
+    """Write a size for a person, in the largest unit that leaves three digits."""
     size, unit = float(num_bytes), "B"
     for larger in ("KiB", "MiB", "GiB"):
         if abs(size) < 1000:  # noqa: PLR2004 - three digits
@@ -80,27 +74,14 @@ class NoFeasiblePlan(SmartSplitError):
 
 
 class MemoryCapExceeded(SmartSplitError):
-    """Live tensors exceeded the cap: a tighter plan or an earlier cut would help.
+    """Live tensors exceeded the cap: a tighter plan or an earlier cut would help."""
 
-    Attributes
-    ----------
-    client : str
-        Whose memory it was.
-    operator, phase : str
-        The operator that exceeded the cap, and the phase: building, forward, loss,
-        backward or optimizer.
-    live_bytes, budget_bytes : int
-        What was alive after the operator, and what was allowed.
-    bytes_by_kind : dict[str, int]
-        The live bytes by what they are for, the largest first.
-    """
-
-    client: str
-    operator: str
-    phase: str
-    live_bytes: int
-    budget_bytes: int
-    bytes_by_kind: dict[str, int]
+    client: str  # Whose memory it was
+    operator: str  # The operator that exceeded the cap
+    phase: str  # building, forward, loss, backward or optimizer
+    live_bytes: int  # After the operator
+    budget_bytes: int  # What was allowed
+    bytes_by_kind: dict[str, int]  # The live bytes by their use, the largest first
 
 
 class RefusedMove(SmartSplitError):

@@ -2,13 +2,7 @@
 
 
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Say whether the elements fill their memory without gaps or repetitions.
-
-    Examples
-    --------
-    >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (0, 1))
-    (True, False)
-    """
+    """Say whether the elements fill their memory without gaps or repetitions."""
     if 0 in shape:
         return True  # There is nothing to lay out.
     expected = 1
@@ -21,13 +15,7 @@ def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def num_spanned(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Count the elements of the memory that a tensor spans.
-
-    Examples
-    --------
-    >>> num_spanned((2, 3), (0, 1)), num_spanned((2, 3), (6, 2))
-    (3, 11)
-    """
+    """Count the elements of the memory that a tensor spans."""
     if 0 in shape:
         return 0
     steps = zip(shape, strides, strict=True)

@@ -18,19 +18,7 @@ def micro_batches(
     """Divide inputs and targets, in order, into parts of nearly equal size.
 
     There are fewer than ``accumulate`` parts if there are fewer examples; they share
-    the batch's memory.
-
-    Raises
-    ------
-    InvalidTask
-        If the tensors have different numbers of examples in dimension 0.
-
-    Examples
-    --------
-    >>> import torch
-    >>> parts = micro_batches(torch.arange(3), 2)
-    >>> [(part.loss_divisor, x.tolist()) for part, x in parts]
-    [(1.5, [0, 1]), (3.0, [2])]
+    the batch's memory. Tensors of different lengths raise ``InvalidTask``.
     """
     sizes = {_num_examples(tensor) for tensor in tree_leaves(batch)}
     if accumulate > 1 and len(sizes) != 1:
@@ -54,26 +42,14 @@ def micro_batches(
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> float:
-    """Compute the mean loss of a batch from its parts' ``(loss, examples)``.
-
-    Examples
-    --------
-    >>> mean_loss([(1.0, 2), (4.0, 1)])
-    2.0
-    """
+    """Compute the mean loss of a batch from its parts' ``(loss, examples)``."""
     if len(losses) == 1:
         return losses[0][0]
     return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 
 
 def micro_batch_size(batch_size: int, accumulate: int) -> int:
-    """Count the examples of the largest micro-batch.
-
-    Examples
-    --------
-    >>> micro_batch_size(32, 4), micro_batch_size(10, 4), micro_batch_size(3, 8)
-    (8, 3, 1)
-    """
+    """Count the examples of the largest micro-batch."""
     return -(-batch_size // min(accumulate, batch_size))
 
 

@@ -60,20 +60,6 @@ class RouteChecker:
 
     Use it as a context manager: it hosts an edge in this process. Give at least two
     batches of one size, so that the optimizer's state counts.
-
-    Examples
-    --------
-    >>> from functools import partial
-    >>> task = Task(
-    ...     model_fn=partial(nn.Sequential, nn.Linear(4, 4), nn.Linear(4, 2)),
-    ...     loss_fn=nn.functional.cross_entropy,
-    ...     optimizer_fn=partial(torch.optim.SGD, lr=0.1),
-    ...     example_inputs=torch.zeros(1, 4),
-    ...     example_targets=torch.arange(2),
-    ... )
-    >>> with RouteChecker(task, example_batches(task, batch_size=3)) as checker:
-    ...     checker.check(Route.split(1)).differences
-    ()
     """
 
     def __init__(self, task: Task, batches: Batches) -> None:

@@ -14,7 +14,11 @@ from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
-from flwr_smartsplit.train.micro_batches import micro_batches
+from flwr_smartsplit.train.micro_batches import (
+    mean_loss,
+    micro_batch_size,
+    micro_batches,
+)
 from flwr_smartsplit.train.segment_runner import SegmentRunner
 from tests.models import OPTIMIZERS, batches_of, seeded, small_cnn, task_of
 
@@ -153,3 +157,15 @@ def test_a_task_without_micro_batches_is_refused() -> None:
     """Nothing would ever be trained."""
     with pytest.raises(ValueError, match="at least 1 micro-batch"):
         replace(task_of(small_cnn, shape=SHAPE), accumulate=0)
+
+
+def test_parts_are_as_even_as_can_be_the_larger_ones_first() -> None:
+    """And each weighs by its examples."""
+    parts = micro_batches(torch.arange(3), 2)
+    assert [(part.loss_divisor, x.tolist()) for part, x in parts] == [
+        (1.5, [0, 1]),
+        (3.0, [2]),
+    ]
+    sizes = [micro_batch_size(*case) for case in ((32, 4), (10, 4), (3, 8))]
+    assert sizes == [8, 3, 1]
+    assert mean_loss([(1.0, 2), (4.0, 1)]) == 2.0
