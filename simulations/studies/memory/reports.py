@@ -140,7 +140,7 @@ COLUMNS = (
     "whole\nMiB",
     "device\nMiB",
     "times\nless",
-    "by 32\ntimes",
+    "by\n32",
     "floor\nMiB",
     "useful\ncut at",
     "device\nMiB",
