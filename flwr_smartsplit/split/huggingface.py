@@ -54,7 +54,7 @@ def decoder_units(model: nn.Module) -> list[Unit]:
 
     Tied embeddings are on both sides of every cut: build the model with
     ``tie_word_embeddings=False``. Also set ``use_cache=False``, or each layer copies
-    its keys and values, as the stock model does.
+    its keys and values, as the stock model does. Otherwise as ``encoder_units``.
 
     Parameters
     ----------
@@ -62,8 +62,6 @@ def decoder_units(model: nn.Module) -> list[Unit]:
         A ``GPT2LMHeadModel``, ``GPT2ForTokenClassification`` or ``LlamaForCausalLM``;
         its parameters may be on meta. A batch is ``input_ids`` alone, or a dict with
         ``attention_mask``.
-
-    Otherwise as ``encoder_units``.
     """
     return _units(model, _parts_of(model, _DECODERS, "decoder_units"))
 
