@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from simulations.report.style import svg_of
@@ -76,6 +77,17 @@ def settings_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"version of {name}", text) for name, text in versions.items()),
         *config.get("hardware", {}).items(),
     ]
+
+
+TERMINAL_COLUMNS = 110
+"""What a table needs at least; a narrower terminal would lose its columns."""
+
+
+def terminal() -> Console:
+    """Open the terminal, wide enough for a table."""
+    console = Console()
+    console.width = max(console.width, TERMINAL_COLUMNS)
+    return console
 
 
 def terminal_table(

@@ -5,12 +5,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import TaskID
 
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.provenance import Provenance
-from simulations.report.pages import REPORT, SUMMARY
+from simulations.report.pages import REPORT, SUMMARY, terminal
 from simulations.report.progress import progress_bar
 from simulations.report.studies.cells import (
     headline,
@@ -109,7 +108,7 @@ def print_study(study: StudyLines, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(methods_object(study_figures(study))) + "\n")
         return
-    console = Console()
+    console = terminal()
     console.print(f"{headline(study)}\n")
     for case in study.cases():
         console.print(case_table(case, study.config))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from flwr_smartsplit.train.threads import torch_threads
 from simulations.experiments.provenance import Provenance
@@ -24,6 +23,7 @@ from simulations.report.pages import (
     Section,
     html_page,
     settings_rows,
+    terminal,
     terminal_table,
 )
 from simulations.report.progress import progress_bar
@@ -133,8 +133,9 @@ class Measurement:
         if as_json:
             sys.stdout.write(json.dumps(methods_object(self.figures_fn(rows))) + "\n")
         else:
-            Console().print(f"{report.headline}\n")
-            Console().print(
+            console = terminal()
+            console.print(f"{report.headline}\n")
+            console.print(
                 terminal_table(report.columns, report.cells, caption=report.caption)
             )
         return list(report.problems)

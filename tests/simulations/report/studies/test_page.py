@@ -13,6 +13,7 @@ from simulations.report.studies.curves import gains_of_all_cases
 from simulations.report.studies.page import case_table, study_page
 from simulations.report.studies.reading import read_case, read_study
 from simulations.report.style import spread, svg_of
+from simulations.studies.command import print_study
 from simulations.studies.suites import SINGLE_CLAIMS, STUDIES
 from tests.simulations.fleets.test_clock import PROFILE
 from tests.simulations.folders import CASE, write_study
@@ -188,3 +189,12 @@ def test_a_run_that_hardly_began_can_be_reported(tmp_path, rows):
 
     assert "by hand" in single_page(folder)
     assert json.loads((folder / "config.json").read_text())
+
+
+def test_a_narrow_terminal_keeps_the_methods_names(single, capsys, monkeypatch):
+    """They were lost in 80 columns, where the numbers alone need more."""
+    monkeypatch.setenv("COLUMNS", "80")
+    study = read_study(single)
+    print_study(study, as_json=False)
+    shown = capsys.readouterr().out
+    assert all(f"\n{method} " in shown for method in study.cases()[0].finished)
