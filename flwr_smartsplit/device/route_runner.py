@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.build import build_chain, materialise, state_of
+from flwr_smartsplit.split.build import build_chain, materialise, state_views
 from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
@@ -186,14 +187,12 @@ class RouteRunner:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Copy what training can change of the device's state, in the chain's order."""
         state: dict[str, npt.NDArray[Any]] = {}
-        for runner in self._runners:
-            state |= state_of(runner.segment)
-        changed = {
-            name
-            for leg in self.route.device_legs(len(self._chain))
-            for name in self._chain.changed_names(leg.start, leg.stop)
-        }
-        return {name: array for name, array in state.items() if name in changed}
+        legs = self.route.device_legs(len(self._chain))
+        for runner, leg in zip(self._runners, legs, strict=True):
+            views = state_views(runner.segment)
+            changed = self._chain.changed_names(leg.start, leg.stop)
+            state |= {name: np.array(views[name]) for name in changed}
+        return state
 
     def report(self, *, num_epochs: int) -> StepReport:
         """Report what was done and measured."""

@@ -133,14 +133,14 @@ def test_a_tail_that_is_sealed_wrong_is_found_by_name(monkeypatch):
 
 def test_a_front_that_is_returned_wrong_is_found_by_name(monkeypatch):
     """A changed last bit in the device's part is named."""
-    state_of = runner.state_of
+    state_views = runner.state_views
 
     def spoilt(module: nn.Module) -> Any:
-        state = state_of(module)
+        state = state_views(module)
         state["norm1.running_mean"][0] = np.nextafter(state["norm1.running_mean"][0], 1)
         return state
 
-    monkeypatch.setattr(runner, "state_of", spoilt)
+    monkeypatch.setattr(runner, "state_views", spoilt)
     assert differences(small_task()) == ["state norm1.running_mean"]
 
 
