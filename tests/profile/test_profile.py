@@ -120,6 +120,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], int]] = {
 MAX_TENSORS = {"unet": 9, "frozen unet": 9, "densenet": 9}
 """How many tensors may cross a cut, where it is more than one."""
 
+LARGE = ("resnet18", "unet", "frozen unet", "densenet")
+
 EVERY_CUT = [
     pytest.param(name, cut, id=f"{name}-cut={cut}")
     for name, (_, num_units, *_) in MODELS.items()
@@ -135,8 +137,8 @@ EVERY_STEP = [
     )
     for case in EVERY_CUT
     for optimizer in OPTIMIZERS
-    # A second for each; the other models show what optimizers hold.
-    for is_slow in [case.values[0] == "resnet18" and optimizer != "momentum"]
+    # The smaller models show what optimizers hold.
+    for is_slow in [case.values[0] in LARGE and optimizer != "momentum"]
 ]
 
 
