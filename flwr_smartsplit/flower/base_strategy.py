@@ -26,6 +26,7 @@ from flwr_smartsplit.flower.round_manager import (
 from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Failure, RoundPlan
+from flwr_smartsplit.types.sizes import whole
 
 StrategyT = TypeVar("StrategyT")
 
@@ -58,7 +59,7 @@ class SplitStrategy(Generic[StrategyT]):
             planning=planning,
             mixing=mixing,
             server_steps=tuple(server_steps),
-            seed=seed,
+            seed=whole(seed, "seed"),
             journal=journal,
             on_row=on_row,
             between_rounds=between_rounds,

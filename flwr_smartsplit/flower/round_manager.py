@@ -28,7 +28,7 @@ from flwr_smartsplit.flower.round_exchange import (
     device_names,
     returned,
 )
-from flwr_smartsplit.flower.serde.records import plain_values
+from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
@@ -47,6 +47,7 @@ from flwr_smartsplit.server.aggregation import (
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.metric_names import check_metrics
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
@@ -118,6 +119,7 @@ class CentralManager:
         self.history = NO_HISTORY
         if edges:
             self.chain.require_cuts()
+        check_metrics(self.chain, task)
         constraints = settings.planning.constraints
         kept = constraints.kept_units | kept_units(self.chain, task)
         self._constraints = replace(constraints, kept_units=kept)
@@ -385,7 +387,7 @@ class CentralManager:
             accumulate=option.accumulate,
             state_digest=digest,
             edge_addresses={e: addresses[e] for e in option.route.edges()},
-            config=plain_values(phase.config),
+            config=config_values(phase.config),
             cohort=None if cohort is None else cohort.for_steps(device.num_steps),
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,

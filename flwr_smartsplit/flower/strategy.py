@@ -1,7 +1,7 @@
 """SmartSplit: the central manager as a Flower Message-API strategy."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from logging import INFO, WARNING, getLogger
 
@@ -11,7 +11,6 @@ from flwr.app import (
     Message,
     MessageType,
     MetricRecord,
-    RecordDict,
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
@@ -32,9 +31,7 @@ from flwr_smartsplit.flower.serde.records import (
     message_layout,
     to_array_record,
 )
-from flwr_smartsplit.flower.serde.replies import metrics_of
 from flwr_smartsplit.flower.server_optimizer import message_step
-from flwr_smartsplit.types import ClientReply
 
 _log = getLogger("flwr")
 
@@ -159,9 +156,11 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         arrays = None if settled.state is None else to_array_record(settled.state)
         if not settled.accepted:
             return arrays, None
-        contents = self._contents(settled.accepted)
-        key = self.strategy.weighted_by_key
-        return arrays, self.strategy.train_metrics_aggr_fn(contents, key)
+        average, key = (
+            self.strategy.train_metrics_aggr_fn,
+            self.strategy.weighted_by_key,
+        )
+        return arrays, messages.averaged(average, settled.accepted, key)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -172,12 +171,11 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             return None
         read = messages.read(dispatch, replies, self._central.chain)
         accepted = self._central.assess(dispatch, *read)
-        contents = self._contents(accepted)
+        key = self.strategy.weighted_by_key
         if not overrides(self.strategy, "aggregate_evaluate", MESSAGE_API):
             average = self.strategy.evaluate_metrics_aggr_fn
-            key = self.strategy.weighted_by_key
-            return average(contents, key) if accepted else None
-        kind = MessageType.EVALUATE
+            return messages.averaged(average, accepted, key) if accepted else None
+        contents, kind = messages.contents_of(accepted, key), MessageType.EVALUATE
         merged = [Message(c, message_type=kind, dst_node_id=0) for c in contents]
         with without_fedavgs_log():
             return self.strategy.aggregate_evaluate(server_round, merged)
@@ -222,11 +220,3 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             )
             time.sleep(1)
         return nodes
-
-    def _contents(self, accepted: Mapping[str, ClientReply]) -> list[RecordDict]:
-        """List the accepted clients' metrics as records, in client_key order."""
-        key = self.strategy.weighted_by_key
-        return [
-            RecordDict({"metrics": MetricRecord(metrics_of(reply.report, key))})
-            for reply in accepted.values()
-        ]

@@ -32,6 +32,7 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import early_ones
 from flwr_smartsplit.types import ChainProfile, StepBytes, UnitCost
+from flwr_smartsplit.types.sizes import whole
 
 
 def profile_chain(
@@ -75,6 +76,7 @@ def profile_chain(
     >>> profile_chain(chain, batch_size=8, task=task).units[0].parameter_bytes
     40
     """
+    batch_size = whole(batch_size, "batch_size")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: a step needs at least one.")
     if cache_dir is None:

@@ -24,13 +24,14 @@ from flwr_smartsplit.split.segment import (
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import clip_gradients, gradient_norms
 from flwr_smartsplit.train.lr_schedule import scheduler_of
+from flwr_smartsplit.train.metric_names import check_metric_names
 from flwr_smartsplit.train.optimizer_in_backward import (
     GradientEntry,
     GradientExit,
     early_updates,
     steps_one_by_one,
 )
-from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch
+from flwr_smartsplit.types import KEEP_ALL, RESERVED_METRICS, WHOLE_BATCH, MicroBatch
 
 CPU = torch.device("cpu")
 Gradients = tuple[Tensor, ...]
@@ -182,8 +183,9 @@ class SegmentRunner:
         with autocast_of(self.task, self.device):
             values = {"loss": float(self.task.loss_fn(outputs, targets))}
             if self.task.metrics_fn is not None:
-                # The loss comes last, so that no metric replaces it.
-                values = {**self.task.metrics_fn(outputs, targets), **values}
+                metrics = self.task.metrics_fn(outputs, targets)
+                check_metric_names(metrics, RESERVED_METRICS)
+                values |= {name: float(value) for name, value in metrics.items()}
         return values
 
     def _run(

@@ -21,6 +21,7 @@ from flwr_smartsplit.types import (
     Rerun,
     Route,
 )
+from flwr_smartsplit.types.sizes import whole_bytes
 
 
 def plan_recompute(
@@ -53,7 +54,7 @@ def plan_recompute(
     Optimal for one device segment. A U-shaped route has two, planned one after the
     other: first what waits, then what the rest leaves room for.
     """
-    check_budget(budget_bytes)
+    budget_bytes = whole_bytes(budget_bytes, "budget_bytes")
     found = cheapest_plan(profile, route, budget_bytes)
     if found is not None:
         return found
@@ -72,16 +73,6 @@ def plan_recompute(
         budget_bytes=budget_bytes,
         route=nearest,
     )
-
-
-def check_budget(budget_bytes: object) -> None:
-    """Raise ValueError unless this is a number of bytes."""
-    is_count = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
-    if not is_count or budget_bytes < 0:  # type: ignore[operator]
-        raise ValueError(
-            f"budget_bytes is {budget_bytes!r}: give a whole number of bytes of at "
-            "least 0, such as 64 * 2**20."
-        )
 
 
 @lru_cache(maxsize=4096)
