@@ -24,15 +24,21 @@ from flwr_smartsplit.edge.protocol import Transport
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
 from flwr_smartsplit.flower.round_exchange import device_names, moved_plan, returned
 from flwr_smartsplit.flower.serde.records import (
+    PARTITION,
     Arrays,
     Scalar,
+    Scalars,
     config_values,
     from_array_record,
     plan_from_config,
     profile_to_scalars,
     to_array_record,
 )
-from flwr_smartsplit.flower.serde.replies import client_metrics, evaluated, reply_to_scalars
+from flwr_smartsplit.flower.serde.replies import (
+    client_metrics,
+    evaluated,
+    reply_to_scalars,
+)
 from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.split.build import build_chain
@@ -131,12 +137,13 @@ class SmartSplitNumPyClient(NumPyClient):
                 "the training loader does not say how many examples it draws and in "
                 "which batches: give num_examples and batch_size."
             )
+        eval_size = _sizes(eval_loader)[1]
         self._profile = DeviceProfile(
             client_key=client_key,
             budget_bytes=None,  # It may move.
             num_examples=num_examples,
             batch_size=batch_size,
-            eval_batch_size=_sizes(eval_loader)[1],
+            eval_batch_size=None if eval_size == batch_size else eval_size,
             num_epochs=whole(local_epochs, "local_epochs"),
             traits=traits,
         )
@@ -156,6 +163,12 @@ class SmartSplitNumPyClient(NumPyClient):
         """The client's profile, with its present budget."""
         budget_bytes = self._budget.read(step=0, live_bytes=0)
         return replace(self._profile, budget_bytes=budget_bytes)
+
+    def profile_scalars(self) -> Scalars:
+        """Write the profile, with the partition that Flower's simulation gives."""
+        config = {} if self.context is None else self.context.node_config
+        partition = {name: n for name, n in config.items() if name == PARTITION}
+        return {**profile_to_scalars(self.profile), **partition}
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
@@ -207,7 +220,7 @@ class SmartSplitNumPyClient(NumPyClient):
     def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
         """Return this client's profile for the strategy's planning."""
         del config
-        return profile_to_scalars(self.profile)
+        return self.profile_scalars()
 
     def fit(
         self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
@@ -268,7 +281,10 @@ class SmartSplitNumPyClient(NumPyClient):
 
 
 def _scalars(plan: ClientPlan, outcome: Outcome) -> dict[str, Scalar]:
-    return {**client_metrics(outcome.report, _WEIGHT), **reply_to_scalars(plan, outcome)}
+    return {
+        **client_metrics(outcome.report, _WEIGHT),
+        **reply_to_scalars(plan, outcome),
+    }
 
 
 def _is_stock(plan: ClientPlan) -> bool:

@@ -22,7 +22,7 @@ from flwr_smartsplit.flower.serde.replies import (
     reply_from_content,
 )
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.types import ClientReply, Failure
+from flwr_smartsplit.types import RESERVED_METRICS, ClientReply, Failure
 
 _log = getLogger("flwr")
 
@@ -91,7 +91,8 @@ def averaged(
     partial_names = [
         name
         for name in names
-        if any(name not in r.metrics or name in r.metric_examples for r in reports)
+        if name not in (*RESERVED_METRICS, weighted_by_key)
+        and any(name not in r.metrics or name in r.metric_examples for r in reports)
     ]
     numbers = [metrics_of(report, weighted_by_key) for report in reports]
     if average is not aggregate_metricrecords or not partial_names:

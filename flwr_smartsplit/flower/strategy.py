@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from logging import INFO, WARNING, getLogger
+from logging import INFO, getLogger
 
 from flwr.app import (
     ArrayRecord,
@@ -15,6 +15,7 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
+from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower import messages
 from flwr_smartsplit.flower.base_strategy import SplitStrategy
 from flwr_smartsplit.flower.inner_strategy import (
@@ -25,6 +26,7 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import Fleet
+from flwr_smartsplit.flower.round_exchange import Dispatch
 from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
@@ -32,6 +34,7 @@ from flwr_smartsplit.flower.serde.records import (
     to_array_record,
 )
 from flwr_smartsplit.flower.server_optimizer import message_step
+from flwr_smartsplit.types import ClientReply, Failure
 
 _log = getLogger("flwr")
 
@@ -106,6 +109,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         ------
         InvalidTask
             If the initial arrays are not the state of the task's model.
+        SmartSplitError
+            At the end, if no round merged anything; its ``result`` has what there is.
         """
         self._central.chain.check_state(
             {name: tuple(array.shape) for name, array in initial_arrays.items()}
@@ -122,9 +127,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             )
         finally:
             self.close()
-        if not result.arrays and self.strategy.fraction_train > 0:
-            _log.log(WARNING, "Nobody trained: the result is the initial model.")
-            result.arrays = initial_arrays
+        if not result.arrays and self.round_plans:
+            raise SmartSplitError(self._central.why_nothing_merged(), result=result)
         return result
 
     def close(self) -> None:
@@ -151,8 +155,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         dispatch = self._central.take(server_round, is_train=True)
         if dispatch is None:
             return None, None
-        read = messages.read(dispatch, replies, self._central.chain)
-        settled = self._central.settle(dispatch, *read)
+        settled = self._central.settle(dispatch, *self._read(dispatch, replies))
         arrays = None if settled.state is None else to_array_record(settled.state)
         if not settled.accepted:
             return arrays, None
@@ -169,8 +172,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         dispatch = self._central.take(server_round, is_train=False)
         if dispatch is None:
             return None
-        read = messages.read(dispatch, replies, self._central.chain)
-        accepted = self._central.assess(dispatch, *read)
+        accepted = self._central.assess(dispatch, *self._read(dispatch, replies))
         key = self.strategy.weighted_by_key
         if not overrides(self.strategy, "aggregate_evaluate", MESSAGE_API):
             average = self.strategy.evaluate_metrics_aggr_fn
@@ -207,6 +209,13 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         state = from_array_record(arrays)
         dispatch = self._begin(phase, state, *found, asked=f"{len(nodes)} nodes")
         return messages.written(dispatch, arrays, phase.config)
+
+    def _read(
+        self, dispatch: Dispatch, replies: Iterable[Message]
+    ) -> tuple[list[ClientReply], list[Failure]]:
+        read, failures = messages.read(dispatch, replies, self._central.chain)
+        self._fleet.heard(dispatch, failures)
+        return read, failures
 
     def _nodes(self, grid: Grid) -> list[int]:
         """Wait for enough nodes, as FedAvg does."""

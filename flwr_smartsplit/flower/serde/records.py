@@ -35,6 +35,7 @@ RecordT = TypeVar("RecordT", ArrayRecord, ConfigRecord)
 ARRAYS = "arrays"
 CONFIG = "config"
 OURS = "smartsplit"
+PARTITION = "partition-id"
 PROFILE_ACTION = "smartsplit_profile"
 
 _PREFIX = "smartsplit."
