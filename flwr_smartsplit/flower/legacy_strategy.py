@@ -34,7 +34,11 @@ from flwr_smartsplit.flower.inner_strategy import (
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
-from flwr_smartsplit.flower.serde.records import plan_to_scalars, text_bytes
+from flwr_smartsplit.flower.serde.records import (
+    legacy_scalars,
+    plan_to_scalars,
+    text_bytes,
+)
 from flwr_smartsplit.flower.serde.replies import reply_from_scalars
 from flwr_smartsplit.flower.server_optimizer import legacy_step
 from flwr_smartsplit.types import ClientReply, Failure
@@ -196,7 +200,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         for key, sent in dispatch.sent.items():
             own = [tensors[name] for name in sent.names]
             share = Parameters(own, parameters.tensor_type)
-            scalars = {**phase.config, **plan_to_scalars(sent.plan)}
+            scalars = {**legacy_scalars(phase.config), **plan_to_scalars(sent.plan)}
             dispatch.sent_bytes[key] = _size(share, scalars)
             written.append((dispatch.contacts[key].proxy, (share, scalars)))
         return written

@@ -36,9 +36,10 @@ from flwr_smartsplit import (
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from flwr_smartsplit.flower import messages, round_manager
+from flwr_smartsplit.flower.serde.records import to_array_record
 from flwr_smartsplit.plan import evaluation
-from flwr_smartsplit.split.build import build_chain
-from tests.flower.apps import apps, message_app, peak_of, run, smart_split
+from flwr_smartsplit.split.build import build_chain, state_of
+from tests.flower.apps import apps, legacy_app, message_app, peak_of, run, smart_split
 from tests.flower.legacy import legacy_smart_split, run_legacy
 from tests.tasks import (
     BATCH_SIZE,
@@ -89,14 +90,15 @@ def noting(optimizer: Any, config: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("make", [message_app, legacy_app])
 @pytest.mark.parametrize("is_legacy", [False, True])
 def test_every_value_of_the_config_reaches_every_place(
-    cut: int | None, is_legacy: bool
+    cut: int | None, is_legacy: bool, make: Any
 ) -> None:
     """With its type; a list that does not arrive would be a schedule left out."""
     _seen.clear()
     task = replace(TASK, schedule_fn=noting)
-    fleet = apps([None] * 2, task=task)
+    fleet = [make(index, task=task) for index in range(2)]
     if is_legacy:
         given = {"on_fit_config_fn": lambda number: CONFIG}
         strategy = legacy_smart_split(task=task, choose_route=always(cut), **given)
@@ -360,8 +362,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def test_an_evaluation_holds_no_more_than_its_price(kind: str) -> None:
     """On every route, as the meter counts; and much less than training does."""
     task = replace(TASK, model_fn=MODELS[kind])
-    chain = build_chain(task)
-    size = 16
+    chain, model, size = build_chain(task), MODELS[kind](), 16
     trained = profile_chain(chain, batch_size=size, task=task)
     profile = evaluation.forward_only(trained)
     routes = [Route.whole(), *map(Route.split, range(1, len(chain)))]
@@ -387,7 +388,7 @@ def test_an_evaluation_holds_no_more_than_its_price(kind: str) -> None:
             min_evaluate_nodes=1,
             min_available_nodes=1,
         )
-        run(fleet, strategy, num_rounds=1)
+        run(fleet, strategy, num_rounds=1, arrays=to_array_record(state_of(model)))
         (row,) = (r for r in rows if r["kind"] == "client" and r["phase"] == "evaluate")
         assert row["status"] == "accepted", row
         assert (
@@ -453,6 +454,9 @@ NUMBERS: list[Callable[[Any], Any]] = [
 def test_numbers_of_other_libraries_are_as_good(number: Callable[[Any], Any]) -> None:
     """The same run as with Python's own, bit for bit."""
 
+    def task(n: Callable[[Any], Any]) -> Any:
+        return replace(TASK, accumulate=n(1), max_gradient_norm=n(5))
+
     def client(index: int, n: Callable[[Any], Any]) -> Any:
         traits = DeviceTraits(
             flops_per_second=n(10**9),
@@ -462,6 +466,7 @@ def test_numbers_of_other_libraries_are_as_good(number: Callable[[Any], Any]) ->
         return message_app(
             index,
             n(10**6),
+            task=task(n),
             traits=traits,
             num_examples=n(8 + index),
             batch_size=n(4),
@@ -474,7 +479,7 @@ def test_numbers_of_other_libraries_are_as_good(number: Callable[[Any], Any]) ->
         cut = (np.int64 if n is not int else int)(4)
         return {
             "edges": (edge,),
-            "task": replace(TASK, accumulate=n(1), max_gradient_norm=n(5)),
+            "task": task(n),
             "seed": n(3),
             "num_threads": n(1),
             "min_device_units": n(1),

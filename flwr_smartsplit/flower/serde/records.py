@@ -269,9 +269,15 @@ def instruction(
 ) -> RecordDict:
     """Make one client's message, with records that no other message shares."""
     if layout is LEGACY:
+        config = legacy_scalars(config)
         record = ArrayRecord({str(i): a for i, a in enumerate(record.values())})
     arrays_key, config_key = layout.train_keys if is_train else layout.evaluate_keys
     return RecordDict({arrays_key: record, config_key: ConfigRecord(dict(config))})
+
+
+def legacy_scalars(config: Mapping[str, Any]) -> Scalars:
+    """Leave out the lists, which Flower's legacy API cannot send; the plan has them."""
+    return {k: v for k, v in config.items() if not isinstance(v, list | tuple)}
 
 
 def profile_request(layout: RecordLayout) -> RecordDict:
