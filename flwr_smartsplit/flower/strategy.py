@@ -115,6 +115,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         self._central.chain.check_state(
             {name: tuple(array.shape) for name, array in initial_arrays.items()}
         )
+        num_planned = len(self.round_plans)
         try:
             result = super().start(
                 grid,
@@ -127,7 +128,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             )
         finally:
             self.close()
-        if not result.arrays and self.round_plans:
+        if not result.arrays and len(self.round_plans) > num_planned:
             raise SmartSplitError(self._central.why_nothing_merged(), result=result)
         return result
 
