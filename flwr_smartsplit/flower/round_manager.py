@@ -434,13 +434,15 @@ def _evaluating(
     Where clients evaluate batches as large as they train, the price of a training step
     covers both.
     """
-    sizes = {each.eval_batch_size for each in clients.values()}
+    sizes = {
+        c.eval_batch_size for c in clients.values() if c.eval_batch_size is not None
+    }
     trained = {c.batch_size for c in clients.values() if c.eval_batch_size is None}
     found = {
         key: replace(each, batch_size=each.eval_batch_size or each.batch_size)
         for key, each in clients.items()
     }
-    return frozenset(sizes - trained - {None}), found  # type: ignore[arg-type]
+    return frozenset(sizes - trained), found
 
 
 def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:
