@@ -238,8 +238,8 @@ def _by_key(
 
     def rank(this: Any) -> Any:
         each = clients[this]
-        age, who = -each.answered, (each.partition, repr(each.profile), this)
-        return (this in doubted, age, *who)
+        is_doubted, who = this in doubted, repr(each.profile)
+        return is_doubted, -each.answered, each.partition, who, this
 
     owners: dict[str, Any] = {}
     failures = []

@@ -62,8 +62,13 @@ class LocalGrid(Grid):
             node_ids = range(FIRST_NODE_ID, FIRST_NODE_ID + len(apps))
         self._nodes: dict[int, Node] = {}
         for partition, (app, node_id) in enumerate(zip(apps, node_ids, strict=True)):
-            config = {"partition-id": partition, "num-partitions": len(apps)}
-            context = Context(run_id, node_id, config, RecordDict(), {})
+            context = Context(
+                run_id,
+                node_id,
+                {"partition-id": partition, "num-partitions": len(apps)},
+                RecordDict(),
+                {},
+            )
             self._nodes[node_id] = Node(app, context)
         self._replies: dict[str, list[Message]] = {}
 
