@@ -160,10 +160,7 @@ class CentralManager:
             digest=state_digest(state),
         )
         self._state, self._digest = state, dispatch.digest
-        if phase.is_train:
-            self._newest = dispatch.version
-        if not phase.is_train:
-            self._forward_only, clients = _evaluating(clients)
+        clients = self._begun(phase, clients)
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
@@ -182,8 +179,7 @@ class CentralManager:
                 cohort=cohort,
             )
             size, option = clients[key].batch_size, assignment.option
-            costs = self._profile if phase.is_train else self._evaluation_profile
-            profile = costs(size, option.accumulate, option.variant)
+            profile = self._costs(size, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = changed_names(client_plan, self.chain)
             back = returned(back, self.task.is_local)
@@ -313,10 +309,9 @@ class CentralManager:
         planning = self.settings.planning
         fleet = self._priced(phase.round_number, clients)
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
-        costs = self._profile if phase.is_train else self._evaluation_profile
         plan = plan_round(
             fleet,
-            {each.batch_size: costs(each.batch_size) for each in fleet},
+            {each.batch_size: self._costs(each.batch_size) for each in fleet},
             round_number=phase.round_number,
             num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
@@ -325,7 +320,7 @@ class CentralManager:
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
                 variants=planning.variants,
-                costs=costs,
+                costs=self._costs,
             ),
             rng=Random(seed),
             history=self.history,
@@ -367,10 +362,20 @@ class CentralManager:
             )
         return self._profiles[kind]
 
-    def _evaluation_profile(
+    def _begun(
+        self, phase: Phase, clients: Mapping[str, DeviceProfile]
+    ) -> Mapping[str, DeviceProfile]:
+        """Note what a phase is priced at; return the clients at its batch sizes."""
+        if phase.is_train:
+            self._newest, self._forward_only = phase.round_number, frozenset()
+            return clients
+        self._forward_only, clients = _evaluating(clients)
+        return clients
+
+    def _costs(
         self, batch_size: int, accumulate: int = 1, variant: Variant = WHOLE
     ) -> ChainProfile:
-        """Profile an evaluation; as in training where that batch size is trained."""
+        """Profile a step of this phase: of training, or forward only."""
         profile = self._profile(batch_size, accumulate, variant)
         return forward_only(profile) if batch_size in self._forward_only else profile
 

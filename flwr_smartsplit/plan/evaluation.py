@@ -13,28 +13,26 @@ def forward_only(profile: ChainProfile) -> ChainProfile:
     forward allocates. Nothing is recomputed.
     """
     held: list[int] = []  # The most while each unit runs
-    entered = 0  # The batch has its own number
+    entering = [0]  # What enters each unit; the batch has its own number
     for unit in profile.units:
-        step = unit.step
-        left = max(step.output_bytes, unit.boundary_bytes, step.crossing_bytes)
-        held.append(max(entered + step.passing_peak_bytes, left))
-        entered = left if left or not step.passing_peak_bytes else entered
-    held[-1] = max(held[-1], entered + profile.loss.forward_peak_bytes)
+        step, entered = unit.step, entering[-1]
+        made = max(step.output_bytes, unit.boundary_bytes, step.crossing_bytes)
+        held.append(max(entered + step.passing_peak_bytes, made))
+        entering.append(made if made or not step.passing_peak_bytes else entered)
+    held.append(entering[-1] + profile.loss.forward_peak_bytes)
     static = accumulate(
         (unit.parameter_bytes + unit.buffer_bytes for unit in profile.units),
         initial=profile.batch_bytes,
     )
     next(static)
-    return replace(
-        profile,
-        units=tuple(
-            _forward_only(unit, below + max(held[: index + 1]), max(held[index:]))
-            for index, (unit, below) in enumerate(
-                zip(profile.units, static, strict=True)
-            )
-        ),
-        updates_last=False,
-    )
+    last = len(profile.units) - 1
+    units = []
+    for index, (unit, below) in enumerate(zip(profile.units, static, strict=True)):
+        peak = below + max(held if index == last else held[: index + 1])
+        # What came back stays until the loss is there.
+        returned = max(held[index], entering[index] + max(held[index + 1 :]))
+        units.append(_forward_only(unit, peak, returned))
+    return replace(profile, units=tuple(units), updates_last=False)
 
 
 def _forward_only(unit: UnitCost, peak_bytes: int, return_bytes: int) -> UnitCost:

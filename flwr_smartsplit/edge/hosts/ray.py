@@ -174,7 +174,8 @@ class RayHost:
         if address not in _actors:
             return
         handle, folder = _actors.pop(address)
-        _locks.pop(address, None)  # Closed with its last reference.
+        if address in _locks:
+            _locks.pop(address).close()
         if not ray.is_initialized():  # The actor ended with the cluster.
             shutil.rmtree(folder, ignore_errors=True)
             return

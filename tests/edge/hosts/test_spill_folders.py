@@ -64,7 +64,7 @@ def test_an_edge_reclaims_what_a_killed_process_left(
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_a_folder_with_two_owners_stays_until_both_are_gone(tmp_path: Path) -> None:
