@@ -33,9 +33,10 @@ State = Mapping[str, npt.NDArray[Any]]
 _WHEN_FILLED = 1
 """Torch's count of changes of a tensor that was made and filled."""
 
-_chains_by_task: "WeakKeyDictionary[Task, Chain]" = WeakKeyDictionary()
+_Marked = tuple[str, Chain]
 _Recipe = tuple[Callable[..., nn.Module], Any, bytes]
-_chains_by_recipe: dict[_Recipe, tuple[str, Chain]] = {}
+_chains_by_task: "WeakKeyDictionary[Task, _Marked]" = WeakKeyDictionary()
+_chains_by_recipe: dict[_Recipe | None, _Marked] = {}
 
 
 @warnings_ignored()
@@ -49,19 +50,17 @@ def build_chain(task: Task, *, anew: bool = False) -> Chain:
     or refuses the example inputs.
     """
     with building:
-        if task in _chains_by_task and not anew:
-            return _chains_by_task[task]
-        model, mark = template_of(task)
-        recipe = _recipe(task)
-        known, chain = (
-            _chains_by_recipe.get(recipe, ("", None)) if recipe else ("", None)
-        )
-        if chain is None or known != mark:
-            chain = _traced(task, model)
-        _chains_by_task[task] = chain
-        if recipe:
-            _chains_by_recipe[recipe] = mark, chain
-        return chain
+        known = _chains_by_task.get(task)
+        if known is None or anew:
+            model, mark = template_of(task)
+            recipe = _recipe(task)
+            known = known or _chains_by_recipe.get(recipe)
+            if known is None or known[0] != mark:
+                known = mark, _traced(task, model)
+            _chains_by_task[task] = known
+            if recipe is not None:
+                _chains_by_recipe[recipe] = known
+        return known[1]
 
 
 def _traced(task: Task, model: nn.Module) -> Chain:
