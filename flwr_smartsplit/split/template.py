@@ -8,9 +8,10 @@ when it is done: the whole model then takes its memory for that moment.
 import hashlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import combinations
 from logging import getLogger
 from typing import Any
 
@@ -44,42 +45,43 @@ class _Emptier:
     """
 
     def __init__(self, num_other: int = 0) -> None:
-        self.problems: list[str] = []
         self._num_other = num_other
-        self._used: dict[int, list[tuple[Any, tuple[int, int], str]]] = {}
+        self._used: dict[int, list[tuple[Any, ...]]] = {}
 
-    def empty(self, name: str, param: Tensor | None) -> None:
+    def empty(self, param: Tensor | None) -> None:
         """Free one parameter's memory."""
         if param is None or _is_lazy(param) or param.layout is not torch.strided:
             return
-        self._note_memory(name, param)
+        self._note_memory(param)
         if param.is_meta:
             return
         with torch.no_grad():
             empty = torch.empty_like(param, device="meta")
             empty.requires_grad_(param.requires_grad)
             torch._C._swap_tensor_impl(param, empty)  # type: ignore[attr-defined]
-        self._note_memory(name, param)
+        self._note_memory(param)
         if self._num_other:
             torch.rand(self._num_other)
 
-    def _note_memory(self, name: str, param: Tensor) -> None:
-        """Note two parameters in the same memory, which would get memory each."""
-        storage = param.untyped_storage()
-        start = param.storage_offset() * param.element_size()
-        stop = start + num_spanned(tuple(param.shape), param.stride()) * (
-            param.element_size()
-        )
-        others = self._used.setdefault(storage._cdata, [])
-        self.problems += [
-            f"{name} and {other} are two parameters in the same memory: assign one "
-            "parameter to both attributes"
-            for (held, owner), (low, high), other in others
-            if not held.expired() and owner() is not param
-            if low < stop and start < high
-        ]
-        held = StorageWeakRef(storage), weakref.ref(param)
-        others.append((held, (start, stop), name))
+    def _note_memory(self, param: Tensor) -> None:
+        storage, size = param.untyped_storage(), param.element_size()
+        start = param.storage_offset() * size
+        stop = start + num_spanned(tuple(param.shape), param.stride()) * size
+        # As long as it is referred to, no other storage gets this number.
+        note = start, stop, weakref.ref(param), StorageWeakRef(storage)
+        self._used.setdefault(storage._cdata, []).append(note)
+
+    def shared_memory(self, names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+        """Find parameters, by identity, that were made in the same memory."""
+        for notes in self._used.values():
+            known = [
+                (names[id(owner())], start, stop)
+                for start, stop, owner, _ in notes
+                if owner() is not None and id(owner()) in names
+            ]
+            for (one, start, stop), (two, low, high) in combinations(known, 2):
+                if one != two and start < high and low < stop:
+                    yield one, two
 
 
 @contextmanager
@@ -93,7 +95,7 @@ def parameters_on_meta(emptier: _Emptier | None = None) -> Iterator[None]:
         module: nn.Module, name: str, param: nn.Parameter | None
     ) -> None:
         if threading.get_ident() == thread:
-            emptier.empty(name, param)
+            emptier.empty(param)
         register(module, name, param)
 
     with building:
@@ -209,19 +211,19 @@ class _Draws(TorchDispatchMode):
 
 
 class _PartDescriber(Describer):
-    """Also tells of modules that a function holds."""
+    """Also describes modules that are held by other things than modules."""
 
     def __init__(
-        self, tensor: Callable[[Tensor], Any], held: Callable[[str], None]
+        self, tensor: Callable[[Tensor], Any], module: Callable[[nn.Module], Any]
     ) -> None:
         super().__init__(tensor)
-        self._held = held
+        self._module = module
 
     def _object(self, value: Any) -> Any:
-        is_held = self.in_function and not self.in_global
-        if is_held and isinstance(value, nn.Module):
-            self._held(f"a {type(value).__name__}")
-        return super()._object(value)
+        described = super()._object(value)
+        if isinstance(value, nn.Module) and not self.in_global:
+            return described, self._module(value)
+        return described
 
 
 class _Findings:
@@ -232,14 +234,18 @@ class _Findings:
 
     def __init__(self, model: nn.Module, emptier: _Emptier) -> None:
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                emptier.empty(name, parameter)
+            for parameter in module._parameters.values():
+                emptier.empty(parameter)
         self.model = model
         self.on_meta: list[str] = []
-        self._problems = emptier.problems
         self._state = {id(t): name for name, t in reversed([*_named(model)])}
+        self._problems = [
+            f"{one} and {two} are two parameters in the same memory: assign one "
+            "parameter to both attributes"
+            for one, two in emptier.shared_memory(self._state)
+        ]
         self._where = ""
-        self._describe = _PartDescriber(self._described, self._function_holds)
+        self._describe = _PartDescriber(self._described, self._held)
         facts: list[Any] = []
         for prefix, module in model.named_modules():
             self._where = prefix
@@ -283,6 +289,18 @@ class _Findings:
         else:
             return values_of(tensor)
         return layout_of(tensor)
+
+    def _held(self, module: nn.Module) -> Any:
+        """Describe a module that an attribute or a function holds."""
+        if self._describe.in_function:
+            self._function_holds(f"a {type(module).__name__}")
+        if any(module is each for each in self.model.modules()):
+            return "module"
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
+            self.on_meta.append(self._where)
+            return "without values"
+        return [values_of(tensor) for tensor in tensors]
 
     def _function_holds(self, what: str) -> None:
         self._problems.append(

@@ -537,3 +537,48 @@ def test_an_optimizer_that_takes_some_parameters(kind: int) -> None:
     assert made.kinds() == []
     assert far_from(made.state, stock_fedavg(task)) == []
     assert differences(made.state, start_of(task)) == ["2.weight"]
+
+
+LATE: list[int] = []
+
+
+class Late(nn.Module):
+    """Writes a buffer in later steps only, by something that no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("own", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Write it, if it is late."""
+        if LATE:
+            self.own.add_(1)
+        return x
+
+
+class LateLoader:
+    """A loader from whose first batch on it is late."""
+
+    batch_size = 4
+
+    def __iter__(self) -> Any:
+        """Yield a client's batches."""
+        LATE.append(1)
+        yield from batches(1)
+
+
+@pytest.mark.parametrize("route", [Route.whole(), Route.split(1, edge="near")])
+def test_a_change_that_no_dry_run_saw_is_refused(route: Route) -> None:
+    """It would not come back, and nobody would notice."""
+    task = task_of(lambda: nn.Sequential(nn.Linear(8, 8), Late(), nn.Linear(8, 3)))
+    app = message_app(
+        0, task=task, edges=EDGES, train_loader=LateLoader(), num_examples=8
+    )
+    strategy = smart_split(EDGES, task=task, choose_route=lambda _: route)
+    arrays = ArrayRecord({n: Array(a) for n, a in start_of(task).items()})
+    try:
+        made = run([app], strategy, arrays=arrays, num_rounds=1)
+    finally:
+        LATE.clear()
+    assert [key for key, _ in made.kinds()] == ["c0"]
+    assert "training changes 1.own, and a dry run" in made.strategy.failures[0].cause

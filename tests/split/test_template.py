@@ -36,6 +36,10 @@ class Net(nn.Module):
         extra(self)
         self.mid = mid
 
+    def weights(self) -> Tensor:
+        """Show what a list holds."""
+        return self.hidden[0].weight.detach()
+
     def forward(self, x: Tensor) -> Tensor:
         """Run them."""
         x = torch.relu(self.a(x))
@@ -99,6 +103,10 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "a number computed from a weight": (
         setting(scale=lambda m: float(m.b.weight.detach().norm())),
         lambda m, x: x / m.scale,
+    ),
+    "a layer that is no submodule": (
+        setting(hidden=lambda m: [nn.Linear(WIDTH, WIDTH).requires_grad_(False)]),
+        lambda m, x: x + F.linear(x, m.weights()),
     ),
     "its own generator": (
         setting(
@@ -189,6 +197,12 @@ def moved_data(model: Any) -> None:
     model[0].weight.data = torch.zeros(8, 8)
 
 
+def wrapped_again(model: Any) -> None:
+    """Make a new parameter of a weight's memory; the old one goes later."""
+    old = model[0].weight
+    model[0].weight = nn.Parameter(old.data, requires_grad=False)
+
+
 def loaded(model: Any, **options: Any) -> None:
     """Load pretrained values."""
     with torch.random.fork_rng():
@@ -230,6 +244,7 @@ WORK = {
     "to device and memory format": lambda m: m.to(memory_format=torch.channels_last),
     "weight.data =": moved_data,
     "weight.data.copy_": lambda m: m[0].weight.data.copy_(torch.zeros(8, 8)),
+    "data in another parameter": wrapped_again,
     "pretrained": loaded,
     "pretrained, assigned": partial(loaded, assign=True),
     "orthogonal": lambda m: nn.init.orthogonal_(m[0].weight),
@@ -377,7 +392,7 @@ REFUSED = {
         "0.z is complex128.*use complex64",
     ),
     "extra state": (replaced(0, partial(WithExtra, 8, 8)), "0 has an extra state"),
-    "one memory": (same_memory, "weight and weight are two parameters in the same"),
+    "one memory": (same_memory, "0.weight and 2.weight are two parameters in the same"),
     "overlapping memory": (flat_memory, "two parameters in the same memory"),
     "unregistered parameter": (
         lambda m: setattr(m[0], "kept", [nn.Parameter(torch.ones(3))]),
