@@ -460,7 +460,8 @@ def test_what_becomes_infinite_is_refused(route: Route) -> None:
     ):
         made = federated(task, lambda _: route, num_rounds=1)
         assert {kind for _, kind in made.kinds()} <= {"refused", "edge_failed"}
-        assert len(made.kinds()) == len(SIZES)
+        # The first client has one step, after which some are still finite.
+        assert {key for key, _ in made.kinds()} >= {"c1", "c2"}
         assert "not finite" in made.strategy.failures[0].cause
 
 
