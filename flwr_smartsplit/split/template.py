@@ -6,19 +6,21 @@ when it is done: the whole model then takes its memory for that moment.
 """
 
 import hashlib
+import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from itertools import combinations
+from itertools import combinations, zip_longest
 from logging import getLogger
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,7 +52,7 @@ class _Emptier:
 
     def empty(self, param: Tensor | None) -> None:
         """Free one parameter's memory."""
-        if param is None or _is_lazy(param) or param.layout is not torch.strided:
+        if param is None or is_lazy(param) or param.layout is not torch.strided:
             return
         self._note_memory(param)
         if param.is_meta:
@@ -58,7 +60,7 @@ class _Emptier:
         with torch.no_grad():
             empty = torch.empty_like(param, device="meta")
             empty.requires_grad_(param.requires_grad)
-            torch._C._swap_tensor_impl(param, empty)  # type: ignore[attr-defined]
+            torch._C._swap_tensor_impl(param, empty)
         self._note_memory(param)
         if self._num_other:
             torch.rand(self._num_other)
@@ -106,15 +108,15 @@ def parameters_on_meta(emptier: _Emptier | None = None) -> Iterator[None]:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def template_of(task: Task) -> tuple[nn.Module, str]:
+def template_of(task: Task, known: str = "") -> tuple[nn.Module, str]:
     """Build a task's model without parameters' values; also return its mark.
 
-    Two models with one mark differ in nothing but the values of their state. Torch's
-    generator is left as it was. Raises ``InvalidTask`` if the model cannot be built, or
+    Two models with one mark differ in nothing but the values of their state; one with a
+    ``known`` mark is built once. Generators are left as they were. Raises ``InvalidTask`` if the model cannot be built, or
     has something that a place that builds a part of it would lose.
     """
     try:
-        model, findings = _built_on_meta(task.model_fn)
+        model, findings = _built_on_meta(task.model_fn, known)
         lost = findings.on_meta
         why = f"{lost[0]} is computed from them" if lost else ""
     except InvalidTask:
@@ -124,47 +126,92 @@ def template_of(task: Task) -> tuple[nn.Module, str]:
     except Exception as error:
         why = f"without them it fails: {type(error).__name__}: {error}".splitlines()[0]
     if why:
-        model, findings = _built_with_values(task.model_fn, why)
+        model, findings = _built_with_values(task.model_fn, why, known)
     findings.refuse()
     return model, findings.mark
 
 
-def _built_on_meta(model_fn: Callable[[], nn.Module]) -> tuple[nn.Module, "_Findings"]:
-    def build(num_other: int = 0) -> tuple[nn.Module, _Findings, int]:
-        emptier, draws = _Emptier(num_other), _Draws(num_other)
-        with torch.random.fork_rng(devices=[]), parameters_on_meta(emptier), draws:
+def _built_on_meta(
+    model_fn: Callable[[], nn.Module], known: str
+) -> tuple[nn.Module, "_Findings"]:
+    def build(turn: int = 0) -> tuple[nn.Module, _Findings, bool]:
+        emptier, draws = _Emptier(turn), _Draws(turn)
+        with _own_chance(turn) as has_drawn, parameters_on_meta(emptier), draws:
             model = _checked(model_fn())
-        return model, _Findings(model, emptier), draws.count
+            drew = draws.count > 0 or has_drawn()
+        return model, _Findings(model, emptier), drew
 
-    model, findings, num_draws = build()
-    for turn in range(_NUM_OTHER_DRAWS if num_draws else 0):
-        if build(turn + 1)[1].mark != findings.mark:
-            raise _NeedsValues("it draws random constants after them")
+    model, findings, drew = build()
+    is_new = findings.mark != known
+    for turn in range(1, _NUM_OTHER_DRAWS + 1) if drew and is_new else ():
+        if build(turn)[1].mark != findings.mark:
+            raise _NeedsValues("it draws constants")
     return model, findings
 
 
 def _built_with_values(
-    model_fn: Callable[[], nn.Module], why: str
+    model_fn: Callable[[], nn.Module], why: str, known: str
 ) -> tuple[nn.Module, "_Findings"]:
-    try:
-        with building, torch.random.fork_rng(devices=[]):
+    def build(turn: int = 0) -> tuple[nn.Module, _Findings, int]:
+        with building, _own_chance(turn):
             model = _checked(model_fn())
+        num_bytes = sum(p.nbytes for p in model.parameters() if not is_lazy(p))
+        return model, _Findings(model, _Emptier()), num_bytes
+
+    try:
+        model, findings, num_bytes = build()
+        _warn(type(model).__name__, why, num_bytes)
+        is_new = findings.mark != known
+        for turn in range(1, _NUM_OTHER_DRAWS + 1) if is_new else ():
+            findings.compare(build(turn)[1])
     except InvalidTask:
         raise
     except Exception as error:
         raise InvalidTask(
             f"model_fn fails: {type(error).__name__}: {str(error).rstrip('.')}."
         ) from error
-    num_bytes = sum(p.nbytes for p in model.parameters() if not _is_lazy(p))
-    findings = _Findings(model, _Emptier())
+    return model, findings
+
+
+@contextmanager
+def _own_chance(turn: int) -> Iterator[Callable[[], bool]]:
+    """Leave all generators as they were; from turn 1 on, begin with other numbers.
+
+    Yields a function that says whether Python's or NumPy's generator has been used.
+    """
+
+    def state() -> tuple[Any, ...]:
+        numpys: Any = np.random.get_state()  # noqa: NPY002 - a model_fn may use it
+        return random.getstate(), numpys
+
+    def has_drawn() -> bool:
+        (python, numpys), (old, olds) = state(), before
+        return python != old or numpys[2] != olds[2] or (numpys[1] != olds[1]).any()
+
+    outside = before = state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            if turn:
+                torch.manual_seed(turn)
+                random.seed(turn)
+                np.random.seed(turn)  # noqa: NPY002
+                before = state()
+            yield has_drawn
+        finally:
+            random.setstate(outside[0])
+            np.random.set_state(outside[1])  # noqa: NPY002
+
+
+@cache
+def _warn(name: str, why: str, num_bytes: int) -> None:
+    """Warn once in a process."""
     _log.warning(
         "model_fn of %s needs the values of its parameters (%s): each process that "
         "trains a part of it holds all %d bytes of them while it builds.",
-        type(model).__name__,
+        name,
         why,
         num_bytes,
     )
-    return model, findings
 
 
 def _checked(model: Any) -> nn.Module:
@@ -178,10 +225,6 @@ def _checked(model: Any) -> nn.Module:
             f"model_fn returns a {type(model).__name__}: return an nn.Module."
         )
     return model
-
-
-def _is_lazy(tensor: Tensor | None) -> bool:
-    return isinstance(tensor, UninitializedTensorMixin)
 
 
 class _NeedsValues(Exception):
@@ -246,7 +289,7 @@ class _Findings:
         ]
         self._where = ""
         self._describe = _PartDescriber(self._described, self._held)
-        facts: list[Any] = []
+        facts: list[tuple[str, Any]] = []
         for prefix, module in model.named_modules():
             self._where = prefix
             facts.append((prefix, self._describe(type(module))))
@@ -256,13 +299,14 @@ class _Findings:
             for name, value in {**vars(module), **unsaved}.items():
                 if name not in ("training", "_parameters", "_buffers", "_modules"):
                     self._where = f"{prefix}.{name}".lstrip(".")
-                    facts.append((name, self._describe(value)))
+                    facts.append((self._where, self._describe(value)))
         facts += [
-            (name, *layout_of(tensor), tensor.requires_grad)
+            (name, (*layout_of(tensor), tensor.requires_grad))
             for name, tensor in _named(model)
-            if not _is_lazy(tensor)
+            if not is_lazy(tensor)
         ]
-        self.mark = hashlib.sha256(repr(facts).encode()).hexdigest()
+        self._facts = [(name, _digest(fact)) for name, fact in facts]
+        self.mark = _digest(self._facts)
 
     def _described(self, tensor: Tensor) -> Any:
         """Describe a tensor that an attribute holds, and note what is wrong with it."""
@@ -302,6 +346,17 @@ class _Findings:
             return "without values"
         return [values_of(tensor) for tensor in tensors]
 
+    def compare(self, other: "_Findings") -> None:
+        """Raise ``InvalidTask`` if another call of ``model_fn`` built another model."""
+        for mine, others in zip_longest(self._facts, other._facts):
+            if mine != others:
+                name = (mine or others)[0]
+                raise InvalidTask(
+                    f"{name or type(self.model).__name__} is another one each time "
+                    "model_fn is called, so that each place would have its own: seed "
+                    "what draws it in model_fn, or register it as a buffer."
+                )
+
     def _function_holds(self, what: str) -> None:
         self._problems.append(
             f"{self._where} is a function that holds {what}, and a part that is built "
@@ -310,7 +365,7 @@ class _Findings:
 
     def refuse(self) -> None:
         """Raise for what a place that builds a part of the model would lose."""
-        if not any(_is_lazy(tensor) for _, tensor in _named(self.model)):
+        if not any(is_lazy(tensor) for _, tensor in _named(self.model)):
             _refuse_hooks(self.model)  # A lazy layer has some of its own.
         problems = [f"{name} has no values" for name in self.on_meta]
         problems += [
@@ -330,9 +385,13 @@ class _Findings:
             )
 
 
+def _digest(fact: Any) -> str:
+    return hashlib.sha256(repr(fact).encode()).hexdigest()
+
+
 def _problems_of(tensor: Tensor) -> Iterator[str]:
     """Say what of a tensor of the state would be lost."""
-    if _is_lazy(tensor):
+    if is_lazy(tensor):
         yield "has no shape yet: call the model once on an example in model_fn"
         return
     kind = type(tensor)

@@ -575,7 +575,8 @@ def test_a_change_that_no_dry_run_saw_is_refused(route: Route) -> None:
     app = message_app(
         0, task=task, edges=EDGES, train_loader=LateLoader(), num_examples=8
     )
-    strategy = smart_split(EDGES, task=task, choose_route=lambda _: route)
+    alone = {"min_available_nodes": 1, "min_train_nodes": 1}
+    strategy = smart_split(EDGES, task=task, choose_route=lambda _: route, **alone)
     arrays = ArrayRecord({n: Array(a) for n, a in start_of(task).items()})
     try:
         made = run([app], strategy, arrays=arrays, num_rounds=1)

@@ -2,10 +2,12 @@
 
 import copy
 import logging
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,6 +126,7 @@ VALUES_NEEDED = [name for name in KINDS if "generator" not in name]
 def warned(caplog: Any) -> Any:
     """Collect what is logged."""
     logging.getLogger("flwr").propagate = True
+    template._warn.cache_clear()
     caplog.set_level(logging.WARNING, logger="flwr")
     return caplog
 
@@ -157,6 +160,26 @@ def test_constants_that_miss_draws_are_seen(monkeypatch: Any) -> None:
 
     with pytest.raises(AssertionError):
         check_all_routes(fresh)
+
+
+UNSEEDED = {
+    "p": "a copy of a weight",
+    "scale": "a number drawn",
+    "order": "a permutation as a list",
+}
+
+
+@pytest.mark.parametrize("attribute", [*UNSEEDED, "numbers", "choice"])
+def test_constants_that_differ_at_each_place_are_refused(attribute: str) -> None:
+    """Nobody has seeded them: the error names the attribute."""
+    others = {
+        "numbers": lambda m: np.random.permutation(WIDTH),  # noqa: NPY002
+        "choice": lambda m: random.random(),
+    }
+    kind = (setting(**{attribute: others.get(attribute)}), None)
+    kind = KINDS[UNSEEDED[attribute]] if attribute in UNSEEDED else kind
+    with pytest.raises(InvalidTask, match=f"{attribute} is another one each time"):
+        build_chain(task_of(lambda: Net(*kind), shape=(8,)))
 
 
 def test_building_a_chain_draws_nothing_of_the_users() -> None:
