@@ -112,8 +112,9 @@ def template_of(task: Task, known: str = "") -> tuple[nn.Module, str]:
     """Build a task's model without parameters' values; also return its mark.
 
     Two models with one mark differ in nothing but the values of their state; one with a
-    ``known`` mark is built once. Generators are left as they were. Raises ``InvalidTask`` if the model cannot be built, or
-    has something that a place that builds a part of it would lose.
+    ``known`` mark is built once. Generators are left as they were. Raises
+    ``InvalidTask`` if the model cannot be built, or has something that a place that
+    builds a part of it would lose.
     """
     try:
         model, findings = _built_on_meta(task.model_fn, known)
