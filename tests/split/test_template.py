@@ -176,7 +176,7 @@ def test_constants_that_differ_at_each_place_are_refused(attribute: str) -> None
         "numbers": lambda m: np.random.permutation(WIDTH),  # noqa: NPY002
         "choice": lambda m: random.random(),
     }
-    kind = (setting(**{attribute: others.get(attribute)}), None)
+    kind = (setting(**{attribute: others.get(attribute)}), lambda m, x: x)
     kind = KINDS[UNSEEDED[attribute]] if attribute in UNSEEDED else kind
     with pytest.raises(InvalidTask, match=f"{attribute} is another one each time"):
         build_chain(task_of(lambda: Net(*kind), shape=(8,)))
@@ -241,6 +241,13 @@ def normed(wrap: Callable[..., nn.Module]) -> Callable[[Any], None]:
     return change
 
 
+def skipped_init(model: Any) -> None:
+    """Make a layer without values first."""
+    model[2] = nn.utils.skip_init(nn.Linear, 8, 8)
+    for parameter in model[2].parameters():
+        nn.init.ones_(parameter)
+
+
 def lazy_and_called(model: Any) -> None:
     """Infer a lazy layer's shape by one call."""
     model[2] = nn.LazyLinear(8)
@@ -261,6 +268,23 @@ def recurrent(model: Any) -> None:
     model[2] = Last()
 
 
+class Counts(nn.Module):
+    """Counts its calls in a buffer, and has a layer."""
+
+    def __init__(self, *, is_assigned: bool) -> None:
+        super().__init__()
+        self.layer, self.is_assigned = nn.Linear(8, 8), is_assigned
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Count, and run it."""
+        if self.is_assigned:
+            self.calls = self.calls + 1
+        else:
+            self.calls.add_(1)
+        return self.layer(x)
+
+
 WORK = {
     "to cpu": lambda m: m.to("cpu"),
     "to device": lambda m: m.to(torch.device("cpu")),
@@ -278,9 +302,12 @@ WORK = {
     "weight norm": normed(parametrizations.weight_norm),
     "spectral norm": normed(parametrizations.spectral_norm),
     "orthogonal parametrization": normed(parametrizations.orthogonal),
-    "skip init": normed(lambda _: nn.utils.skip_init(nn.Linear, 8, 8)),
+    "skip init": skipped_init,
     "lazy layer, called": lazy_and_called,
     "recurrent": recurrent,
+    "a buffer counted in forward": lambda m: m.__setitem__(
+        2, Counts(is_assigned=False)
+    ),
     "an attribute of a parameter": lambda m: setattr(m[2].weight, "tag", 1),
 }
 
@@ -428,6 +455,10 @@ REFUSED = {
     "a graph": (
         lambda m: setattr(m[0], "twice", m[0].weight * 2),
         "0.twice is computed from parameters in model_fn: detach it",
+    ),
+    "a buffer assigned in forward": (
+        replaced(2, partial(Counts, is_assigned=True)),
+        "forward assigns 2.calls.*in place, as in self.calls.add_",
     ),
     "layers made in forward": (replaced(2, MakesLayers), "2.layer.*in __init__"),
     "compiled": (torch.compile, "return the module itself, without torch.compile"),
