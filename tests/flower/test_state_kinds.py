@@ -206,12 +206,12 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("model_fn", [Repeated, Shortcut, Tied])
-@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("kind", [0, 2])  # With the clients' numbers: all five.
 def test_every_name_of_a_tensor_has_its_trained_value(model_fn: Any, kind: int) -> None:
     """In the final arrays, loaded into the stock model, on every kind of route."""
     task = task_of(model_fn)
     kinds = routes(len(build_chain(task)))
-    made = federated(task, lambda _: kinds[kind % len(kinds)])
+    made = federated(task, lambda i: kinds[(kind + i) % len(kinds)])
     assert made.kinds() == []
     assert far_from(made.state, stock_fedavg(task)) == []
     start = start_of(task)
@@ -260,7 +260,7 @@ def test_an_alias_that_is_left_behind_is_seen(monkeypatch: Any) -> None:
         "flwr_smartsplit.split.chain.Chain.with_aliases", lambda _, state: state
     )
     with pytest.raises((AssertionError, InvalidTask)):
-        test_every_name_of_a_tensor_has_its_trained_value(Repeated, 1)
+        test_every_name_of_a_tensor_has_its_trained_value(Repeated, 0)
 
 
 # --- dtypes ---------------------------------------------------------------------------
@@ -334,7 +334,7 @@ CONSTANT = {
 }
 
 
-@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("kind", [0, 2])  # With the clients' numbers: all five.
 @pytest.mark.parametrize("name", WRITTEN)
 def test_buffers_of_every_dtype_are_merged_exactly(name: str, kind: int) -> None:
     """What forward writes is averaged in its dtype; what it does not stays."""
