@@ -162,10 +162,11 @@ def _built_with_values(
     try:
         model, findings, num_bytes = build()
         _warn(type(model).__name__, why, num_bytes)
+        findings.refuse()
         is_new = findings.mark != known
         for turn in range(1, _NUM_OTHER_DRAWS + 1) if is_new else ():
             findings.compare(build(turn)[1])
-    except InvalidTask:
+    except (InvalidTask, NotSplittable):
         raise
     except Exception as error:
         raise InvalidTask(
