@@ -188,7 +188,8 @@ def _own_chance(turn: int) -> Iterator[Callable[[], bool]]:
 
     def has_drawn() -> bool:
         (python, numpys), (old, olds) = state(), before
-        return python != old or numpys[2] != olds[2] or (numpys[1] != olds[1]).any()
+        is_numpy = numpys[2] != olds[2] or not np.array_equal(numpys[1], olds[1])
+        return bool(python != old) or is_numpy
 
     outside = before = state()
     with torch.random.fork_rng(devices=[]):
