@@ -30,8 +30,9 @@ class Task:
     example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
         A batch of your loader, ``(batch, *input shape)`` each, as the model takes it (a
         dict by keyword); only shapes, dtypes and the strides of one example matter.
-    example_targets : Tensor
-        Their targets, ``(batch, *target shape)``.
+    example_targets : Tensor, tuple or dict of Tensors, or None
+        Their targets, ``(batch, *target shape)`` each, nested as your loader yields
+        them. A loss that looks at values is priced for the values given here.
     metrics_fn : Callable[[outputs, targets], Mapping[str, float]], optional
         Batch means to report in evaluation, such as an accuracy.
     units_fn : Callable[[nn.Module], Sequence[Unit]], optional
@@ -72,7 +73,7 @@ class Task:
     loss_fn: "Callable[[Any, Any], Tensor]"
     optimizer_fn: "Callable[[Iterable[nn.Parameter]], Optimizer]"
     example_inputs: "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
-    example_targets: "Tensor"
+    example_targets: Any
     metrics_fn: Callable[[Any, Any], Mapping[str, float]] | None = None
     units_fn: "Callable[[nn.Module], Sequence[Any]] | None" = None
     schedule_fn: "Callable[[Optimizer, Mapping[str, Any]], Any] | None" = None

@@ -164,7 +164,7 @@ class MemoryMeter(TorchDispatchMode):
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:
-            for part in _parts(tensor):
+            for part in parts_of(tensor):
                 self._see(part)
             return
         key, num_bytes = storage._cdata, storage.nbytes()
@@ -249,7 +249,7 @@ def _tensors_in(thing: Any) -> Iterator[tuple[str, Tensor]]:
                 yield BATCH, leaf
 
 
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors that a sparse one is made of; other layouts hide theirs."""
     if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
@@ -264,4 +264,4 @@ def _keys_of(tensor: Tensor) -> set[int]:
     try:
         return {tensor.untyped_storage()._cdata}
     except NotImplementedError:
-        return {key for part in _parts(tensor) for key in _keys_of(part)}
+        return {key for part in parts_of(tensor) for key in _keys_of(part)}

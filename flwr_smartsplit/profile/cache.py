@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
@@ -69,7 +69,8 @@ def _facts(chain: Chain, batch_size: int, task: Task) -> Iterator[Any]:
         yield source.name, source.read_bytes()
     yield batch_size
     examples = chain.example_inputs, task.example_targets
-    yield tree_map(lambda x: (_shape(x), x.stride()), examples)
+    yield tree_map_only(Tensor, lambda x: (_shape(x), x.stride()), examples)
+    yield _values(task.example_targets)  # A loss may look at them.
     describe = _Describer()
     for unit in chain.units:
         yield unit.name, unit.reads, unit.is_random, describe(unit.forward)
@@ -80,6 +81,11 @@ def _facts(chain: Chain, batch_size: int, task: Task) -> Iterator[Any]:
             yield name, _shape(tensor), tensor.stride(), tensor.requires_grad
     yield describe(task.loss_fn), describe(task.optimizer_fn)
     yield str(task.autocast_dtype), task.max_gradient_norm is not None, task.accumulate
+
+
+def _values(targets: Any) -> list[str]:
+    leaves = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)]
+    return [hashlib.sha256(repr(leaf.tolist()).encode()).hexdigest() for leaf in leaves]
 
 
 def _version(package: str) -> str:

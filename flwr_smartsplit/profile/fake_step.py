@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from flwr_smartsplit.profile.dry_loss import DryLoss
 from flwr_smartsplit.profile.memory_trace import (
     UNKNOWN,
     LoggingMeter,
@@ -15,9 +16,11 @@ from flwr_smartsplit.profile.memory_trace import (
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
+    StandIns,
     constants_of,
     fake_batch,
     fake_copy,
+    fake_targets,
 )
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size, micro_batches
@@ -35,12 +38,16 @@ class DryStep:
         self._mode, self.meter = DryRun(), LoggingMeter()
         self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
         self.observed = Observed(self.segment, self.meter, num_units=len(chain))
-        self._batch = fake_batch(
-            (chain.example_inputs, task.example_targets),
-            self._mode,
-            batch_size=batch_size,
+        inputs, mode = chain.example_inputs, self._mode
+        targets = fake_targets(
+            task.example_targets, inputs, mode, batch_size=batch_size
         )
-        with self._mode:
+        self._batch = fake_batch(inputs, mode, batch_size=batch_size), targets
+        size = micro_batch_size(batch_size, task.accumulate)
+        self.loss = DryLoss(task, mode, self.meter, batch_size=size)
+        task = replace(task, loss_fn=self.loss)
+        self._stand_ins = StandIns(mode)
+        with mode, self._stand_ins:
             self._parts = _parts(self._batch, batch_size, task)
             self.runner = SegmentRunner(
                 self.observed, task, steps_in_backward=steps_in_backward
@@ -53,7 +60,7 @@ class DryStep:
 
     def run(self, step: int) -> int:
         """Run one step; return the position where its last micro-batch began."""
-        with self._mode, self.meter:
+        with self._mode, self.meter, self._stand_ins:
             for part, batch in self._parts:
                 start = self.meter.position
                 self.runner.finish(
@@ -94,6 +101,7 @@ def log_step(
         )
     dry.runner.recompute = recompute
     dry.run(0)
+    loss_bytes = _kept_bytes(dry)
     start = dry.run(1)
     return StepLog(
         dry.meter,
@@ -105,8 +113,16 @@ def log_step(
             frozenset(trained),
             _seen(dry.segment, dry.meter),
             dry.runner.steps_in_backward,
+            loss_bytes,
         ),
     )
+
+
+def _kept_bytes(dry: DryStep) -> int:
+    """Size of what the loss used or made in its forward, and has not freed by now."""
+    pairs = zip(dry.meter.births, dry.meter.changes, strict=True)
+    spans = dry.loss.spans
+    return sum(size for birth, size in pairs if any(birth in span for span in spans))
 
 
 def _seen(segment: nn.Module, meter: LoggingMeter) -> frozenset[str]:

@@ -38,6 +38,21 @@ class LoggingMeter(MemoryMeter):
         self.forward_flops = 0
         self.changes: list[int] = []
         self.births: list[int] = []  # The change that first saw the storage.
+        self._ignored: dict[int, Tensor] = {}  # By storage; they stay alive.
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Never count a tensor's storage."""
+        self._ignored[tensor.untyped_storage()._cdata] = tensor.detach()
+
+    def see(self, *tensors: Tensor | None) -> None:
+        """Count tensors that no operator was given yet."""
+        self._see_all(tensors)
+
+    def _see(self, tensor: Tensor) -> None:
+        if self._ignored and tensor.layout is torch.strided:
+            if tensor.untyped_storage()._cdata in self._ignored:
+                return
+        super()._see(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -217,11 +232,16 @@ def _versions(places: list[_Place]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Used:
-    """Names of the trained parameters and used constants, and when updates ran."""
+    """What the step used, and when updates ran.
+
+    ``trained`` and ``constants`` are names of parameters and of other tensors;
+    ``loss_bytes`` is what the loss keeps between steps, such as class weights.
+    """
 
     trained: frozenset[str]
     constants: frozenset[str]
     steps_in_backward: bool
+    loss_bytes: int = 0
 
 
 class StepLog:
@@ -243,7 +263,10 @@ class StepLog:
         self.peak_bytes = meter.peak_bytes  # Of both steps: the whole route's.
         self.batch_bytes = batch_bytes  # With the targets.
         self.trained, self.constants = used.trained, used.constants
-        self.steps_in_backward = used.steps_in_backward
+        self.steps_in_backward, self.loss_bytes = (
+            used.steps_in_backward,
+            used.loss_bytes,
+        )
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
         self.boundaries = boundaries

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.fake_tensors import DryRun, fake_like
+from flwr_smartsplit.split.fake_tensors import DryRun, StandIns, fake_like
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import optimizer_of
 
@@ -20,7 +20,7 @@ class OptimizerCosts:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._known: dict[_Signature, tuple[int, int]] = {}
+        self._known: dict[_Signature, tuple[int, int, int]] = {}
 
     def state_bytes(self, parameters: Sequence[Tensor]) -> int:
         """Size of what the optimizer keeps from step to step."""
@@ -55,32 +55,40 @@ class OptimizerCosts:
         """Most that a step of all parameters allocates and frees."""
         return self._step(parameters)[1]
 
-    def _step(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
-        """Return the bytes of the state, and those that a second step adds."""
+    def constant_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """Size of what the optimizer holds whatever it trains, as a tensor ``lr``."""
+        return self._step(parameters)[2]
+
+    def _step(self, parameters: Sequence[Tensor]) -> tuple[int, int, int]:
+        """Return the bytes of the state, those that a second step adds, and others."""
         signature = tuple((tuple(p.shape), p.stride(), p.dtype) for p in parameters)
         if signature not in self._known:
             self._known[signature] = self._dry_run(parameters)
         return self._known[signature]
 
-    def _dry_run(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+    def _dry_run(self, parameters: Sequence[Tensor]) -> tuple[int, int, int]:
         if not parameters:
-            return 0, 0
+            return 0, 0, 0
         mode, meter = DryRun(), MemoryMeter()
         fakes = [fake_like(parameter, mode) for parameter in parameters]
-        with mode:
+        stand_ins = StandIns(mode)
+        with mode, stand_ins:
             for fake in fakes:
                 fake.grad = torch.empty_like(fake)
             optimizer = self._built(fakes)
             if optimizer is None:
-                return 0, 0
+                return 0, 0, 0
             optimizer.step()
             meter.track(optimizer)
             state_bytes = meter.live_bytes
             meter.track(fakes, [fake.grad for fake in fakes])
             before = meter.live_bytes
-            with meter:
-                optimizer.step()
-        return state_bytes, meter.peak_bytes - before
+        with mode, meter, stand_ins:
+            optimizer.step()  # What it holds besides a state shows here.
+            constant_bytes = meter.live_bytes - before
+            meter.peak_bytes = meter.live_bytes
+            optimizer.step()
+        return state_bytes, meter.peak_bytes - before - constant_bytes, constant_bytes
 
     def _built(self, parameters: Sequence[Tensor]) -> Optimizer | None:
         return optimizer_of(self._task, list(nn.ParameterList(parameters)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.profile.cache import (
@@ -27,7 +28,11 @@ from flwr_smartsplit.profile.unit_memory import (
     with_selective_step,
 )
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
+from flwr_smartsplit.split.fake_tensors import (
+    constants_of,
+    rows_of_targets,
+    warnings_ignored,
+)
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import early_ones
@@ -103,15 +108,25 @@ def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
             "and optimizer must fit the examples and not look at values.",
             batch_size=batch_size,
         ) from error
-    targets_bytes = task.example_targets[:1].nbytes
     return ChainProfile(
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
         units=tuple(map(_with_steps, units, steps, selective, flops)),
         loss=loss,
         updates_last=task.max_gradient_norm is not None,
-        targets_bytes=micro_batch_size(batch_size, task.accumulate) * targets_bytes,
+        targets_bytes=_targets_bytes(task, batch_size),
         num_micro_batches=min(task.accumulate, batch_size),
+    )
+
+
+def _targets_bytes(task: Task, batch_size: int) -> int:
+    """Size of one micro-batch's targets."""
+    size = micro_batch_size(batch_size, task.accumulate)
+    rows = rows_of_targets(task.example_targets, task.example_inputs, batch_size=size)
+    leaves = [x for x in tree_leaves(task.example_targets) if isinstance(x, Tensor)]
+    return sum(
+        x[:1].nbytes * count if x.dim() else x.nbytes
+        for x, count in zip(leaves, rows, strict=True)
     )
 
 
@@ -138,6 +153,7 @@ def _unit_costs(
         segment = chain.segment(index, index + 1)
         parameter_bytes = _total_bytes(segment.parameters())
         buffer_bytes = _total_bytes(segment.buffers()) + _constant_bytes(segment, log)
+        buffer_bytes += log.loss_bytes * (index == len(chain) - 1)
         static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
         static_bytes += optimizer.gradient_bytes * accumulates
         unit = UnitCost(
@@ -199,10 +215,13 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
         temporary_bytes = costs.temporary_bytes_at_once
     waits = task.max_gradient_norm is not None
     found = []
+    units = [chain.segment(index, index + 1) for index in range(size)]
+    takers = [index for index, unit in enumerate(units) if _trained(unit, log)]
     for index, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-        unit = chain.segment(index, index + 1)
-        trained, idle = _trained(unit, log), _idle(unit, log)
+        trained, idle = _trained(units[index], log), _idle(units[index], log)
         state_bytes = costs.state_bytes(trained) + costs.early_state_bytes(idle)
+        if index in (*takers[:1], *takers[-1:]):  # Both ends of a u-shape hold it.
+            state_bytes += costs.constant_bytes(trained)
         tail_bytes = temporary_bytes(tail)
         found.append(
             _OptimizerCost(
