@@ -27,13 +27,13 @@ from flwr_smartsplit.memory.process import (
     data_fence,
     resident_growth,
 )
-from flwr_smartsplit.split.segment import Batch
+from flwr_smartsplit.split.example_shapes import example_shapes
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import CPU
 from flwr_smartsplit.train.threads import torch_threads
-from flwr_smartsplit.types import ClientPlan, Receipt, Status, StepReport
+from flwr_smartsplit.types import ClientPlan, Receipt, Shapes, Status, StepReport
 
-Loader = Iterable[tuple[Batch, Any]]
+Loader = Iterable[tuple[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,9 @@ def train_locally(
                 outcome = _trained(runner, state, loader, conditions)
         except (MemoryCapExceeded, NoFeasiblePlan, EdgeError) as error:
             runner.abandon()
-            outcome = Outcome(state={}, receipts=(), report=_failure(runner, error))
+            outcome = Outcome(
+                state={}, receipts=(), report=_failure(runner, error, conditions.task)
+            )
         except BaseException:
             runner.abandon()
             raise
@@ -118,7 +120,7 @@ def evaluate_locally(
                 runner.evaluate_step(*own_batch(batch, examples))
             report = runner.report(num_epochs=1)
         except (MemoryCapExceeded, EdgeError) as error:
-            report = _failure(runner, error)
+            report = _failure(runner, error, conditions.task)
         finally:
             runner.abandon()
     return replace(report, seconds=conditions.clock() - start)
@@ -172,13 +174,24 @@ def _route_runner(
     )
 
 
-def _failure(runner: RouteRunner, error: SmartSplitError) -> StepReport:
+def _failure(runner: RouteRunner, error: SmartSplitError, task: Task) -> StepReport:
     over = isinstance(error, MemoryCapExceeded | NoFeasiblePlan)
+    report, message = runner.report(num_epochs=1), str(error)
+    if over and report.example_shapes:
+        message += (
+            f" The examples have shapes up to {_text(report.example_shapes)}, and the "
+            f"prediction is for {_text(example_shapes(task))}, those of the "
+            "task: the next round is planned for the larger ones."
+        )
     return replace(
-        runner.report(num_epochs=1),
+        report,
         status=Status.OUT_OF_MEMORY if over else Status.EDGE_FAILED,
-        message=str(error),
+        message=message,
     )
+
+
+def _text(shapes: Shapes) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _batch_size(loader: Loader, conditions: Conditions) -> int | None:

@@ -25,6 +25,7 @@ from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.build import build_chain, materialise, state_views
+from flwr_smartsplit.split.example_shapes import longer_than_example, shapes_of
 from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
@@ -106,6 +107,7 @@ class RouteRunner:
 
     def train_step(self, inputs: Batch, targets: Any) -> None:
         """Do one training step, metered if the cap's schedule says so."""
+        self.metrics.saw(shapes_of((inputs, targets)))
         inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             with self.timer.step(self.route, self.recompute):
@@ -114,6 +116,7 @@ class RouteRunner:
 
     def evaluate_step(self, inputs: Batch, targets: Any) -> None:
         """Evaluate one batch, metered if the cap's schedule says so."""
+        self.metrics.saw(shapes_of((inputs, targets)))
         inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             for _, (x, y) in micro_batches((inputs, targets), self.accumulate):
@@ -204,6 +207,7 @@ class RouteRunner:
         return replace(
             self.metrics.report(num_epochs=num_epochs),
             peak_bytes=self.cap.peak_bytes,
+            example_shapes=longer_than_example(self.metrics.example_shapes, self._task),
             sent_bytes=sent,
             received_bytes=received,
             num_threads=torch.get_num_threads(),

@@ -46,12 +46,18 @@ from flwr_smartsplit.server.aggregation import (
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.split.example_shapes import (
+    longer_than_example,
+    longest,
+    with_example_shapes,
+)
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
     WHOLE,
     Assignment,
+    BatchKind,
     ChainProfile,
     ClientPlan,
     ClientReply,
@@ -59,6 +65,7 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     Failure,
     RoundPlan,
+    Shapes,
     Variant,
 )
 
@@ -126,7 +133,8 @@ class CentralManager:
             trained = frozenset(n for n, _ in self.chain.model.named_parameters())
             step = ServerOptimizer(take_step, trained)
             self._server_steps = (step, *settings.server_steps)
-        self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
+        self._profiles: dict[tuple[BatchKind, int, Variant], ChainProfile] = {}
+        self._shapes: dict[str, Shapes] = {}  # Of the longest examples, by client
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self._newest = 0
         self._state: State = {}
@@ -157,6 +165,10 @@ class CentralManager:
         self._state, self._digest = state, dispatch.digest
         if phase.is_train:
             self._newest = dispatch.version
+        clients = {
+            key: replace(client, example_shapes=self._shapes.get(key, ()))
+            for key, client in clients.items()
+        }
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
@@ -174,8 +186,8 @@ class CentralManager:
                 addresses=addresses,
                 cohort=cohort,
             )
-            size, option = clients[key].batch_size, assignment.option
-            profile = self._profile(size, option.accumulate, option.variant)
+            kind, option = clients[key].batch_kind, assignment.option
+            profile = self._profile(kind, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = changed_names(client_plan, self.chain)
             back = returned(back, self.task.is_local)
@@ -197,7 +209,7 @@ class CentralManager:
     ) -> Settled:
         """End a training phase: refuse, commit, drop, merge, mix, step."""
         received = self.settings.planning.clock()
-        replies = list(replies)
+        replies = self._noted(replies)
         settled = settle_round(
             replies,
             round_number=dispatch.round_number,
@@ -252,7 +264,7 @@ class CentralManager:
         received = self.settings.planning.clock()
         accepted: dict[str, ClientReply] = {}
         failures = list(failures)
-        for reply in sorted(replies, key=lambda r: r.client_key):
+        for reply in sorted(self._noted(replies), key=lambda r: r.client_key):
             try:
                 check_evaluation(reply, round_number=dispatch.round_number)
             except RefusedReply as error:
@@ -261,6 +273,17 @@ class CentralManager:
                 accepted[reply.client_key] = reply
         self._end(dispatch, accepted, failures, received)
         return accepted
+
+    def _noted(self, replies: Iterable[ClientReply]) -> list[ClientReply]:
+        """Note who met longer examples than the task's: they are priced at those."""
+        replies = list(replies)
+        for reply in replies:
+            before = self._shapes.get(reply.client_key, ())
+            seen = longest(reply.report.example_shapes, before)
+            shapes = longer_than_example(seen, self.task)
+            if shapes:
+                self._shapes[reply.client_key] = shapes
+        return replies
 
     def _end(
         self,
@@ -291,7 +314,7 @@ class CentralManager:
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
         plan = plan_round(
             fleet,
-            {each.batch_size: self._profile(each.batch_size) for each in fleet},
+            {each.batch_kind: self._profile(each.batch_kind) for each in fleet},
             round_number=phase.round_number,
             num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
@@ -317,7 +340,7 @@ class CentralManager:
         problems: list[InvalidTask] = []
         for key, client in clients.items():
             try:
-                self._profile(client.batch_size)
+                self._profile(client.batch_kind)
             except InvalidTask as error:
                 problems.append(error)
                 failure = Failure(client_key=key, kind="failed", cause=str(error))
@@ -329,15 +352,18 @@ class CentralManager:
         return priced
 
     def _profile(
-        self, batch_size: int, accumulate: int = 1, variant: Variant = WHOLE
+        self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
     ) -> ChainProfile:
-        """Profile the chain, once for each batch size, micro-batches and variant."""
-        kind = batch_size, max(accumulate, self.task.accumulate), variant
+        """Profile the chain, once for each kind of batch, micro-batches and variant."""
+        kind = batch, max(accumulate, self.task.accumulate), variant
         if kind not in self._profiles:
+            batch_size, shapes = (batch, ()) if isinstance(batch, int) else batch
+            chain, task = with_example_shapes(
+                self.chain.under(variant), self.task, shapes
+            )
+            task = replace(task, accumulate=kind[1])
             self._profiles[kind] = profile_chain(
-                self.chain.under(variant),
-                batch_size=batch_size,
-                task=replace(self.task, accumulate=kind[1]),
+                chain, batch_size=batch_size, task=task
             )
         return self._profiles[kind]
 

@@ -5,6 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 
+Shapes = tuple[tuple[int, ...], ...]
+"""The shapes of one example's tensors: inputs, then targets."""
+
+BatchKind = int | tuple[int, Shapes]
+"""A batch size; and the shapes of its examples where they are not the task's."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBytes:
     """What one unit allocates and frees during a step, for plans that recompute."""

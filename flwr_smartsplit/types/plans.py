@@ -7,6 +7,7 @@ from math import inf
 from flwr_smartsplit.types.advice import Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
 from flwr_smartsplit.types.constraints import NO_CONSTRAINTS, Constraints
+from flwr_smartsplit.types.costs import BatchKind, Shapes
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits
 from flwr_smartsplit.types.options import RouteOption
 from flwr_smartsplit.types.routes import Route
@@ -23,6 +24,13 @@ class DeviceProfile:
     batch_size: int
     num_epochs: int = 1
     traits: DeviceTraits = NO_TRAITS
+    example_shapes: Shapes = ()  # Of the longest it met, if longer than the task's
+
+    @property
+    def batch_kind(self) -> BatchKind:
+        """What a step's costs depend on: the batch size, and shapes if not usual."""
+        shapes = self.example_shapes
+        return (self.batch_size, shapes) if shapes else self.batch_size
 
     @property
     def num_steps(self) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from flwr_smartsplit import (
 )
 from flwr_smartsplit.errors import InvalidPlan, NoFeasiblePlan
 from flwr_smartsplit.memory.meter import MemoryMeter
+from flwr_smartsplit.plan.checkpointing import plan as plan_module
 from flwr_smartsplit.plan.checkpointing.plan import (
     cheapest_plan,
     extra_flops,
@@ -191,3 +193,62 @@ def test_a_plan_that_is_not_this_routes_is_refused():
     ]:
         with pytest.raises(InvalidPlan, match=problem):
             predicted_peak_bytes(profile, Route.split(20), RecomputePlan((part,)))
+
+
+class Counting(torch.nn.Module):
+    """A layer that keeps a mean of what it saw, so it must not run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, values):
+        if self.training:
+            self.mean.mul_(0.9).add_(values.detach().mean(0), alpha=0.1)
+        return torch.tanh(values - self.mean)
+
+
+def counting(place: int) -> torch.nn.Module:
+    """Put one such layer somewhere."""
+    layers = [torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32)]
+    layers += [torch.nn.Tanh(), torch.nn.Linear(32, 10)]
+    layers.insert(place, Counting())
+    return torch.nn.Sequential(*layers)
+
+
+def normed() -> torch.nn.Module:
+    """Normalise a weight, whose estimate changes with each run."""
+    model = counting(5)[:5]
+    torch.nn.utils.parametrizations.spectral_norm(model[0])
+    return model
+
+
+ONCE = {f"a mean at {place}": partial(counting, place) for place in range(5)}
+ONCE["a spectral norm"] = normed
+
+
+def planned_everywhere(name: str) -> None:
+    """Plan every route that comes back, for budgets from the least to the most."""
+    task = task_of(ONCE[name], optimizer=OPTIMIZERS["momentum"], shape=(32,))
+    profile = profile_chain(build_chain(task), batch_size=8, task=task)
+    size = len(profile.units)
+    assert any(not unit.step.can_rerun for unit in profile.units)
+    for first, last in combinations(range(1, size), 2):
+        route = Route.u_shape(first, last)
+        for budget in budgets_between(profile, route):
+            plan = plan_recompute(profile, route, budget_bytes=budget)
+            assert predicted_peak_bytes(profile, route, plan) <= budget
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_routes_that_come_back_are_planned_around_units_that_run_once(name):
+    planned_everywhere(name)
+
+
+def test_a_plan_that_reruns_such_a_unit_would_be_seen(monkeypatch):
+    """Planted: the whole front runs again, whatever is in it."""
+    monkeypatch.setattr(plan_module._Segments, "head_can_rerun", True)
+    plan_module._leanest.cache_clear()
+    with pytest.raises(InvalidPlan, match="must not run twice"):
+        planned_everywhere("a mean at 0")
+    plan_module._leanest.cache_clear()

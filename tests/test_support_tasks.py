@@ -1,0 +1,283 @@
+"""Losses, optimizers and targets of everyday code, as docs/support.md lists them.
+
+The targets are nested, unevenly long or missing; losses and optimizers hold tensors or
+look at values.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from flwr_smartsplit.profile.dry_loss import DryLoss
+from tests.flower.apps import message_app, run, smart_split
+from tests.models import unet
+from tests.support import EDGES, check_every_kind, check_runs
+from tests.tasks import NUM_CLASSES, TASK, tiny_cnn
+
+WEIGHTS = torch.tensor([1.0, 5.0, 0.1])
+TABLE = torch.arange(12.0).view(4, 3)
+
+
+# --- tensors that a loss or an optimizer holds ----------------------------------------
+
+
+def by_a_global(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Weigh classes by a tensor of the module."""
+    return functional.cross_entropy(outputs, targets, weight=WEIGHTS)
+
+
+def by_a_row(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Weigh by a view, which keeps all of its table alive."""
+    losses = functional.cross_entropy(outputs, targets, reduction="none")
+    return (losses * TABLE[1].sum()).mean()
+
+
+class Smoothed(nn.Module):
+    """A loss with a buffer, and a table that it makes when it is first used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", WEIGHTS)
+        self.table: Tensor | None = None
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mix one-hot targets with the weights."""
+        if self.table is None:
+            self.table = torch.eye(NUM_CLASSES)
+        wanted = self.table[targets] + 0.1 * self.weights
+        return -(outputs.log_softmax(1) * wanted).mean()
+
+
+def in_a_closure() -> Any:
+    """Build a loss that holds its weights in a closure."""
+    weights = WEIGHTS.clone()
+    return lambda outputs, targets: functional.cross_entropy(outputs, targets, weights)
+
+
+def several_outputs(targets: Tensor) -> Tensor:
+    """Name many classes at once, for binary losses."""
+    return functional.one_hot(targets, NUM_CLASSES).float()
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        partial(functional.cross_entropy, weight=WEIGHTS),
+        nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.1),
+        by_a_global,
+        by_a_row,
+    ],
+    ids=["partial", "module", "global", "view"],
+)
+def test_class_weights(loss_fn: Any) -> None:
+    """Wherever a loss holds its tensors."""
+    check_every_kind(loss_fn=loss_fn)
+
+
+def test_class_weights_in_a_loss_with_a_memory() -> None:
+    """What it makes at its first use is its own, and never fake."""
+    loss = Smoothed()
+    check_every_kind(loss_fn=loss)
+    assert type(loss.table) is Tensor
+
+
+def test_class_weights_of_multi_label_losses() -> None:
+    """``pos_weight`` and its like."""
+    check_every_kind(
+        loss_fn=nn.BCEWithLogitsLoss(pos_weight=WEIGHTS),
+        example_targets=several_outputs(torch.arange(NUM_CLASSES)),
+    )
+
+
+def rate_made_anew(parameters: Any) -> Optimizer:
+    """Build an optimizer with a rate of its own."""
+    return torch.optim.SGD(parameters, lr=torch.tensor(0.05), momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "optimizer_fn",
+    [
+        partial(torch.optim.SGD, lr=torch.tensor(0.05)),
+        partial(torch.optim.Adam, lr=torch.tensor(0.01), foreach=False),
+        rate_made_anew,
+    ],
+    ids=["SGD", "Adam", "made anew"],
+)
+def test_learning_rates_as_tensors(optimizer_fn: Any) -> None:
+    """A u-shape is priced for one rate at each of its ends, so four bytes too high."""
+    check_every_kind(optimizer_fn=optimizer_fn, is_exact=False)
+
+
+def test_a_tensor_that_is_not_counted_would_be_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: a log that takes what the loss keeps for nothing."""
+    monkeypatch.setattr(DryLoss, "spans", property(lambda _: [], lambda *_: None))
+    with pytest.raises(AssertionError, match="device"):
+        check_every_kind(loss_fn=by_a_global, is_federated=False)
+
+
+# --- losses that look at values -------------------------------------------------------
+
+
+def masked(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Leave out examples by a mask."""
+    kept = targets >= 0
+    return functional.cross_entropy(outputs[kept], targets[kept])
+
+
+def hardest(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Train on the hardest examples; how many, the values say."""
+    losses = functional.cross_entropy(outputs, targets, reduction="none")
+    count = 1 + int(losses.detach().min() > 0)
+    return losses.topk(count).values.mean()
+
+
+@pytest.mark.parametrize("loss_fn", [masked, hardest])
+def test_losses_that_look_at_values(loss_fn: Any) -> None:
+    """They are run for real, on the task's example targets."""
+    check_every_kind(loss_fn=loss_fn)
+
+
+def sequence_model() -> nn.Module:
+    """Build a model that reads sequences of 7 steps and scores 4 labels at each."""
+    return nn.Sequential(
+        *(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()),
+        *(nn.Linear(16, 4), nn.LogSoftmax(2)),
+    )
+
+
+def ctc(outputs: Tensor, targets: Any) -> Tensor:
+    """Align labels with steps."""
+    steps = outputs.transpose(0, 1)
+    if isinstance(targets, Tensor):
+        size, length = targets.shape
+        lengths = (len(steps),) * size, (length,) * size
+        return functional.ctc_loss(steps, targets, *lengths)
+    return functional.ctc_loss(
+        steps, targets["labels"], targets["steps"], targets["lengths"]
+    )
+
+
+LENGTHS = {"steps": torch.tensor([7, 6]), "lengths": torch.tensor([3, 2])}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        torch.tensor([[1, 2, 3], [3, 2, 1]]),
+        {"labels": torch.tensor([[1, 2, 3], [3, 2, 1]]), **LENGTHS},
+    ],
+    ids=["one length", "padded"],
+)
+def test_ctc(targets: Any) -> None:
+    """With labels of one length, or padded with their lengths."""
+    check_every_kind(
+        model_fn=sequence_model,
+        loss_fn=ctc,
+        example_inputs=torch.zeros(2, 7, 5),
+        example_targets=targets,
+        metrics_fn=None,
+        # Drawn lengths may fit no drawn label, so real peaks differ by batch.
+        is_exact=isinstance(targets, Tensor),
+    )
+
+
+# --- several losses, and nested targets -----------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    """A classifier that also says where; its outputs are nested as asked."""
+
+    def __init__(self, *, as_dict: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*list(tiny_cnn())[:8])
+        self.kind, self.box = nn.Linear(24, NUM_CLASSES), nn.Linear(24, 4)
+        self.as_dict = as_dict
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Return both heads."""
+        features = self.body(inputs)
+        kind, box = self.kind(features), self.box(features)
+        return {"kind": kind, "box": box} if self.as_dict else (kind, box)
+
+
+def two_losses(outputs: Any, targets: Any) -> Tensor:
+    """Add the losses of both heads."""
+    if isinstance(outputs, dict):
+        outputs = outputs["kind"], outputs["box"]
+        targets = targets["kind"], targets["box"]
+    first = functional.cross_entropy(outputs[0], targets[0])
+    return first + 0.5 * functional.l1_loss(outputs[1], targets[1])
+
+
+KINDS, BOXES = torch.arange(NUM_CLASSES), torch.rand(NUM_CLASSES, 4)
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_several_outputs_and_losses(as_dict: bool) -> None:
+    """Outputs and targets as a dict or as a tuple."""
+    targets: Any = {"kind": KINDS, "box": BOXES} if as_dict else (KINDS, BOXES)
+    check_every_kind(
+        model_fn=partial(TwoHeads, as_dict=as_dict),
+        loss_fn=two_losses,
+        example_targets=targets,
+        metrics_fn=None,
+    )
+
+
+def weighted(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    """Weigh each example."""
+    losses = functional.cross_entropy(outputs, targets[0], reduction="none")
+    return (losses * targets[1]).mean()
+
+
+def test_weights_of_single_examples() -> None:
+    """In the targets; micro-batches take their part of them."""
+    facts: dict[str, Any] = {"loss_fn": weighted, "metrics_fn": None}
+    facts["example_targets"] = KINDS, torch.rand(NUM_CLASSES)
+    check_every_kind(**facts)
+    check_runs(replace(TASK, accumulate=2, **facts))
+
+
+def energy(outputs: Tensor, targets: None) -> Tensor:
+    """Need no targets."""
+    assert targets is None
+    return outputs.pow(2).mean()
+
+
+def test_no_targets() -> None:
+    """The loader yields ``(inputs, None)``."""
+    check_every_kind(loss_fn=energy, example_targets=None, metrics_fn=None)
+
+
+def test_targets_other_than_the_examples() -> None:
+    """The error says what the loader yields and what the task has."""
+    task = replace(TASK, loss_fn=energy, example_targets=None, metrics_fn=None)
+    clients = [message_app(index, task=task) for index in range(2)]
+    made = run(clients, smart_split(EDGES, task=task), num_rounds=1)
+    assert made.kinds() == [("c0", "failed"), ("c1", "failed")]
+    cause = made.strategy.failures[0].cause
+    assert "yields targets in a Tensor" in cause
+    assert "example_targets are None" in cause
+
+
+def test_segmentation() -> None:
+    """A class for each pixel, weighed, some left out, through a U-Net."""
+    targets = torch.randint(-1, NUM_CLASSES, (2, 12, 12))
+    outputs = unet()(torch.zeros(2, 3, 12, 12))
+    weights = torch.linspace(0.5, 2.0, outputs.shape[1])
+    check_every_kind(
+        model_fn=unet,
+        loss_fn=nn.CrossEntropyLoss(weight=weights, ignore_index=-1),
+        example_inputs=torch.zeros(2, 3, 12, 12),
+        example_targets=targets.clamp(max=outputs.shape[1] - 1),
+        max_boundary_tensors=8,
+        metrics_fn=None,
+    )
