@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from flwr_smartsplit import proximal
 from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 from tests.flower.apps import (
     message_app,
     run,
@@ -31,11 +30,9 @@ from tests.support import (
     train_whole,
 )
 from tests.tasks import (
-    BATCH_SIZE,
     TASK,
     differences,
     initial_state,
-    tiny_chain,
     tiny_cnn,
 )
 

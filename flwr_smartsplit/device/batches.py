@@ -50,8 +50,8 @@ def _as_example(targets: Any, example: Any) -> Any:
     raise InvalidTask(
         f"the loader yields targets in {_kind(targets)}, and the task's "
         f"example_targets are {_kind(example)}: give example_targets as your loader "
-        "yields them (a tensor, a tuple or dict of tensors, or None), or change what it "
-        "yields by a collate_fn."
+        "yields them (a tensor, a tuple or dict of tensors, or None), or change what "
+        "it yields by a collate_fn."
     )
 
 

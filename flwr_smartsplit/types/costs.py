@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-
 Shapes = tuple[tuple[int, ...], ...]
 """The shapes of one example's tensors: inputs, then targets."""
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
-import pytest
 import torch
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ SHORT, LONG = 4, 9
 def model() -> nn.Module:
     """Build a network over sequences of any length."""
     widths = (6, 24, 24, 24, 3)
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = pairwise(widths)
     return nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairs))
 
 

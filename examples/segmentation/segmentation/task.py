@@ -14,6 +14,7 @@ BUDGETS_BYTES = (None, 3 * 2**20, 2 * 2**20, 2**20)  # one per device; None is n
 NUM_CLASSES = 3  # background, disc, square
 NUM_IMAGES = 64  # per device
 SIZE = 32
+RADIUS = 5  # of a disc, and half a square
 
 
 def block(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -66,9 +67,11 @@ def make_data(seed: int) -> TensorDataset:
     )
     classes = torch.zeros(NUM_IMAGES, SIZE, SIZE, dtype=torch.int64)
     for picture in classes:
-        (y, x), (v, u) = torch.randint(6, SIZE - 6, (2, 2), generator=chance).tolist()
-        picture[(rows - y) ** 2 + (columns - x) ** 2 <= 25] = 1
-        picture[(rows - v).abs().maximum((columns - u).abs()) <= 4] = 2
+        (y, x), (v, u) = torch.randint(
+            RADIUS, SIZE - RADIUS, (2, 2), generator=chance
+        ).tolist()
+        picture[(rows - y) ** 2 + (columns - x) ** 2 <= RADIUS**2] = 1
+        picture[(rows - v).abs().maximum((columns - u).abs()) < RADIUS] = 2
     brightness = torch.tensor([0.0, 0.7, 1.0])[classes]
     noise = 0.2 * torch.randn(classes.shape, generator=chance)
     return TensorDataset((brightness + noise)[:, None], classes)

@@ -17,6 +17,11 @@ from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
+from flwr_smartsplit.split.trace.conditions import (
+    Conditions,
+    check_condition,
+    condition_text,
+)
 from flwr_smartsplit.split.trace.cut_points import (
     admissible_cuts,
     find_facts,
@@ -24,11 +29,6 @@ from flwr_smartsplit.split.trace.cut_points import (
     is_reshaped,
     used_by,
     with_nearest,
-)
-from flwr_smartsplit.split.trace.conditions import (
-    Conditions,
-    check_condition,
-    condition_text,
 )
 from flwr_smartsplit.split.trace.guards import refuse_switches, trace_strictly
 from flwr_smartsplit.split.trace.liveness import (
