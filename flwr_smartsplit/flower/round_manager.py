@@ -33,7 +33,7 @@ from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.selection.selection import select_at_random
-from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
     Mixing,
@@ -358,12 +358,12 @@ class CentralManager:
         kind = batch, max(accumulate, self.task.accumulate), variant
         if kind not in self._profiles:
             batch_size, shapes = (batch, ()) if isinstance(batch, int) else batch
-            chain, task = with_example_shapes(
-                self.chain.under(variant), self.task, shapes
-            )
-            task = replace(task, accumulate=kind[1])
-            self._profiles[kind] = profile_chain(
-                chain, batch_size=batch_size, task=task
+            chain, task = with_example_shapes(self.chain, self.task, shapes)
+            self._profiles[kind] = profile_once(
+                chain,
+                replace(task, accumulate=kind[1]),
+                batch_size=batch_size,
+                variant=variant,
             )
         return self._profiles[kind]
 

@@ -97,7 +97,9 @@ def test_a_condition_on_the_size_of_the_batch_is_refused() -> None:
 
 
 def test_a_condition_on_values_is_refused_with_the_way_out() -> None:
-    with pytest.raises(NotSplittable, match="branch on the values.*units_fn") as caught:
+    with pytest.raises(
+        NotSplittable, match=r"branch on the values.*units_fn"
+    ) as caught:
         Chain.from_module(Conditional(by_value), torch.zeros(2, 10))
     assert "shape" not in str(caught.value)
 
@@ -106,7 +108,7 @@ def test_a_step_that_would_decide_otherwise_is_refused() -> None:
     chain = Chain.from_module(Conditional(small_batches), torch.zeros(2, 10))
     segment = chain.segment(0, len(chain))
     segment(torch.zeros(4, 10))
-    with pytest.raises(InvalidTask, match="gt.*that is False, for this batch True"):
+    with pytest.raises(InvalidTask, match=r"gt.*that is False, for this batch True"):
         segment(torch.zeros(5, 10))
 
 
