@@ -70,7 +70,8 @@ def check_every_kind(
             assert check.differences == (), route
             if is_exact:
                 predicted = predicted_peak_bytes(profile, route)
-                assert check.measured_peak_bytes == predicted, route
+                measured = check.measured_peak_bytes
+                assert (route, measured) == (route, predicted)
     if is_federated:
         check_runs(task)
 

@@ -101,16 +101,14 @@ class DryLoss:
         with _disable_current_modes(), self._meter:
             found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
         gradients = [next(found) if x.requires_grad else None for x in outputs]
-        fakes = []
-        for gradient in gradients:
-            fake = None
-            if gradient is not None:
-                with self._mode:
-                    fake = torch.empty_strided(
-                        gradient.shape, gradient.stride(), dtype=gradient.dtype
-                    )
-            fakes.append(fake)
-        del found, gradients
+        with self._mode:
+            fakes = [
+                None
+                if x is None
+                else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+                for x in gradients
+            ]
+        del found, gradients  # Before the fakes are counted.
         self._meter.see(*fakes)
         return fakes
 

@@ -1,10 +1,13 @@
 """A training step of a whole chain under fake tensors, logged."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from flwr_smartsplit.memory.meter import parts_of
 from flwr_smartsplit.profile.dry_loss import DryLoss
 from flwr_smartsplit.profile.memory_trace import (
     UNKNOWN,
@@ -90,11 +93,17 @@ def log_step(
     dry = DryStep(chain, batch_size=batch_size, task=task)
     ends: list[int] = []
     trained: set[str] = set()
+    sparse: dict[str, int] = {}
+
+    def note(parameter: Tensor, *, name: str) -> None:
+        trained.add(name)
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout is torch.sparse_coo:
+            sparse[name] = parts_of(gradient)[1].shape[0]
+
     for name, parameter in dry.segment.named_parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(
-                lambda _, name=name: trained.add(name)
-            )
+            parameter.register_post_accumulate_grad_hook(partial(note, name=name))
     if dry.runner.optimizer is not None:
         dry.runner.optimizer.register_step_pre_hook(
             lambda *_: ends.append(dry.meter.position)
@@ -114,6 +123,7 @@ def log_step(
             _seen(dry.segment, dry.meter),
             dry.runner.steps_in_backward,
             loss_bytes,
+            sparse,
         ),
     )
 

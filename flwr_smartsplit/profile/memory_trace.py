@@ -242,6 +242,7 @@ class Used:
     constants: frozenset[str]
     steps_in_backward: bool
     loss_bytes: int = 0
+    sparse: Mapping[str, int] = field(default_factory=dict)  # Values of such gradients
 
 
 class StepLog:
@@ -263,10 +264,8 @@ class StepLog:
         self.peak_bytes = meter.peak_bytes  # Of both steps: the whole route's.
         self.batch_bytes = batch_bytes  # With the targets.
         self.trained, self.constants = used.trained, used.constants
-        self.steps_in_backward, self.loss_bytes = (
-            used.steps_in_backward,
-            used.loss_bytes,
-        )
+        self.steps_in_backward = used.steps_in_backward
+        self.loss_bytes, self.sparse = used.loss_bytes, used.sparse
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
         self.boundaries = boundaries

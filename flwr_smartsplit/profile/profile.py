@@ -5,7 +5,7 @@ the same meter as in a real step, so nothing is modelled (``docs/memory-model.md
 One step of the whole chain gives the costs of every cut (``memory_trace.py``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import early_ones
 from flwr_smartsplit.types import ChainProfile, StepBytes, UnitCost
+
+_INDEX_BYTES = 8
 
 
 def profile_chain(
@@ -96,10 +98,18 @@ def profile_chain(
 def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     try:
         log = log_step(chain, batch_size=batch_size, task=task)
+        if log.sparse and min(task.accumulate, batch_size) > 1:
+            raise InvalidTask(
+                f"the gradients of {', '.join(log.sparse)} are sparse, and torch "
+                "appends to them from micro-batch to micro-batch: use sparse=False, "
+                "or do not accumulate."
+            )
         units = _unit_costs(chain, log, batch_size, task)
         steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
         selective = selective_steps(chain, log, batch_size=batch_size, task=task)
         flops = unit_flops(chain, batch_size=batch_size)
+    except InvalidTask:
+        raise
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
@@ -205,7 +215,9 @@ class _OptimizerCost:
 
 
 def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerCost]:
-    costs = OptimizerCosts(task)
+    named = dict(chain.segment(0, len(chain)).named_parameters())
+    sparse = {id(named[name]): count for name, count in log.sparse.items()}
+    costs = OptimizerCosts(task, sparse)
     size = len(chain)
     heads = [_late(chain.segment(0, stop + 1), log) for stop in range(size)]
     tails = [_late(chain.segment(start, size), log) for start in range(size)]
@@ -225,7 +237,7 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
         tail_bytes = temporary_bytes(tail)
         found.append(
             _OptimizerCost(
-                gradient_bytes=_total_bytes(trained),
+                gradient_bytes=sum(_gradient_bytes(p, sparse) for p in trained),
                 state_bytes=state_bytes,
                 head_temporary_bytes=temporary_bytes(head),
                 tail_temporary_bytes=tail_bytes,
@@ -233,6 +245,14 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
             )
         )
     return found
+
+
+def _gradient_bytes(parameter: Tensor, sparse: Mapping[int, int]) -> int:
+    """Size of a gradient; a sparse one has an index beside each of its rows."""
+    count = sparse.get(id(parameter))
+    if count is None:
+        return parameter.numel() * parameter.element_size()
+    return count * (parameter[:1].numel() * parameter.element_size() + _INDEX_BYTES)
 
 
 def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:

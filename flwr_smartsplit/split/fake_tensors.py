@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.split.layout import is_dense
+from flwr_smartsplit.split.sparse_fakes import is_sparse_fake, keep_parts, part_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -32,6 +33,26 @@ _SUGGESTED = {
 }
 
 
+# Operators whose CPU kernels make the result in a storage that may be larger: as large
+# as the first input, or for losses that take a mean, as large as all terms.
+_LIKE_INPUT = {_aten.im2col.default, _aten.col2im.default}
+_LIKE_TERMS = {
+    _aten.binary_cross_entropy.default,
+    _aten.mse_loss.default,
+    _aten.smooth_l1_loss.default,
+}
+
+
+def _storage_numel(func: Any, args: Any, result: Tensor) -> int:
+    """Count the values for which an operator's result has room."""
+    if func in _LIKE_INPUT:
+        return max(result.numel(), args[0].numel())
+    if func in _LIKE_TERMS:
+        shapes = (tensor.shape for tensor in args[:2])
+        return max(result.numel(), math.prod(torch.broadcast_shapes(*shapes)))
+    return result.numel()
+
+
 class DryRun(FakeTensorMode):
     """Fake tensors with the layout that the CPU's kernels give them.
 
@@ -42,7 +63,18 @@ class DryRun(FakeTensorMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operator, and correct its first result's layout where torch errs."""
+        part = part_of(func, args)
+        if part is not None:
+            return part
         result: Any = super().__torch_dispatch__(func, types, args, kwargs)
+        if is_sparse_fake(result):
+            with self:
+                keep_parts(func, args, result)
+            return result
+        if func in _LIKE_INPUT or func in _LIKE_TERMS:
+            with self:
+                room = result.new_empty(_storage_numel(func, args, result))
+                return room.as_strided(result.shape, result.stride())
         if func in _SUGGESTED:
             layout = suggest_memory_format(args[0])
         elif func in _PACKED:

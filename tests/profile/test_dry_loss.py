@@ -12,6 +12,7 @@ from torch.nn import functional
 from flwr_smartsplit import Route, Task, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.memory.meter import MemoryMeter
+from flwr_smartsplit.profile import fake_step
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.fake_tensors import DryRun, StandIns, fake_targets
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
@@ -23,13 +24,13 @@ TABLE = torch.arange(12.0).view(4, 3)
 def seen_bytes(*tensors: Tensor) -> int:
     """Count what stand-ins of tensors take."""
     mode, meter = DryRun(), MemoryMeter()
+    stand_ins = StandIns(mode)
     with mode:
         fake = torch.ones(3)
-    with mode, meter, StandIns(mode):
-        kept = [fake * tensor for tensor in tensors]
-    before = meter.live_bytes
-    del kept
-    return before - fake.nbytes - sum(3 * t.element_size() for t in tensors)
+    with mode, meter, stand_ins:
+        for tensor in tensors:
+            fake * tensor
+    return meter.live_bytes - fake.nbytes
 
 
 def test_a_stand_in_takes_what_its_tensor_keeps_alive() -> None:
@@ -94,7 +95,7 @@ def test_gradients_of_a_real_loss_arrive_as_they_would() -> None:
             }
 
     def loss(outputs: Any, targets: Tensor) -> Tensor:
-        return looks(outputs["scores"], targets + 1)
+        return looks(outputs["scores"], targets)
 
     each = task(loss, model_fn=Several, metrics_fn=None)
     chain = build_chain(each)
@@ -119,6 +120,21 @@ def test_a_loss_that_cannot_run_is_refused(loss_fn: Any) -> None:
     each = task(loss_fn)
     with pytest.raises(InvalidTask, match="a dry run of Sequential"):
         profile_chain(build_chain(each), batch_size=4, task=each)
+
+
+def test_a_tensor_that_is_not_counted_would_be_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: a log that takes what the loss keeps for nothing."""
+    each = task(partial(functional.cross_entropy, weight=torch.ones(3)))
+    chain, route = build_chain(each), Route.u_shape(2, 7)
+    with RouteChecker(each, example_batches(each, batch_size=4)) as checker:
+        measured = checker.check(route).measured_peak_bytes
+    profile = profile_chain(chain, batch_size=4, task=each)
+    assert predicted_peak_bytes(profile, route) == measured
+    monkeypatch.setattr(fake_step, "_kept_bytes", lambda _: 0)
+    wrong = profile_chain(chain, batch_size=4, task=each)
+    assert predicted_peak_bytes(wrong, route) == measured - 12
 
 
 def test_targets_grow_with_the_batch() -> None:

@@ -179,7 +179,7 @@ def trace_units(
         )
     order = [node.name for node in train_graph.nodes]
     refused = {order.index(name): (name, why) for name, why in refusals.items()}
-    refused = {**_needed_everywhere(train_graph, few=bool(cuts or refused)), **refused}
+    refused = {**_needed_everywhere(train_graph, len(cuts)), **refused}
     places = [order.index(train.node.name) for train, _ in cuts]
     return units, with_nearest(refused, dict(zip(places, names, strict=False)))
 
@@ -204,16 +204,13 @@ def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> Non
             )
 
 
-def _needed_everywhere(graph: fx.Graph, *, few: bool) -> dict[int, tuple[str, str]]:
-    """Name the value that most often prevents a cut, and what to do about it.
-
-    With ``few``, only a value that is needed next to most others.
-    """
+def _needed_everywhere(graph: fx.Graph, num_cuts: int) -> dict[int, tuple[str, str]]:
+    """Name the value that prevents more cuts than there are, and what to do."""
     found = longest_needed(graph)
-    nodes = list(graph.nodes)
-    if found is None or (few and found[1] < len(nodes) / 2):
+    if found is None or found[1] <= num_cuts:
         return {}
     name, count = found
+    nodes = list(graph.nodes)
     (index,) = (i for i, node in enumerate(nodes) if node.name == name)
     advice = "let it cross the cuts there: Task(max_boundary_tensors=...)"
     if nodes[index].op == "placeholder":
