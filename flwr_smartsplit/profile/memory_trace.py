@@ -42,7 +42,7 @@ class LoggingMeter(MemoryMeter):
 
     def ignore(self, tensor: Tensor) -> None:
         """Never count a tensor's storage."""
-        self._ignored[tensor.untyped_storage()._cdata] = tensor.detach()
+        self._ignored[tensor.untyped_storage()._cdata] = tensor
 
     def see(self, *tensors: Tensor | None) -> None:
         """Count tensors that no operator was given yet."""

@@ -36,8 +36,8 @@ def keep_parts(func: Any, args: Any, result: Tensor) -> None:
     """Give an operator's sparse result the parts that the real one has."""
     tensors = [value for value in args if isinstance(value, Tensor)]
     sources = [getattr(each, PARTS) for each in tensors if hasattr(each, PARTS)]
-    if not sources:  # It is made of its parts.
-        parts = tuple(tensors[:2])
+    if not sources:
+        parts = _new_parts(func, tensors, result)
     elif func in _SAME or (len(sources) == 1 and result is args[0]):
         parts = sources[0]
     else:
@@ -49,3 +49,14 @@ def keep_parts(func: Any, args: Any, result: Tensor) -> None:
             values.new_empty((count, *values.shape[1:])),
         )
     setattr(result, PARTS, parts)
+
+
+def _new_parts(func: Any, tensors: list[Tensor], result: Tensor) -> tuple[Tensor, ...]:
+    """Return the parts of a tensor that is made of them, or of dense tensors."""
+    if "sparse_coo_tensor" in str(func):
+        return tuple(tensors[:2])
+    # A gradient with a row for each index, as EmbeddingBag's.
+    whole = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    indices = max(whole, key=Tensor.numel).reshape(1, -1)
+    rows = indices.shape[1], *result.shape[1:]
+    return indices, torch.empty(rows, dtype=result.dtype)

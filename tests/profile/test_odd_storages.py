@@ -66,11 +66,26 @@ class Tokens(nn.Module):
         return outputs
 
 
+class Bags(nn.Module):
+    """Bags of embeddings."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.embed = nn.EmbeddingBag(200, 16, mode=mode, sparse=True)
+        self.middle, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Score a bag of words."""
+        outputs: Tensor = self.last(self.middle(self.embed(tokens)).relu())
+        return outputs
+
+
 CASES: dict[str, tuple[Any, Tensor]] = {
     "unfold": (Unfolded, IMAGES),
     "unfold with strides": (partial(Unfolded, stride=3), IMAGES),
     "fold": (Folded, IMAGES),
     "few tokens": (Tokens, TOKENS),
+    "bags": (partial(Bags, "sum"), TOKENS),
     "many tokens": (partial(Tokens, size=2000, width=64), TOKENS),
 }
 

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from flwr_smartsplit import Task
 
 BATCH_SIZE = 8
-BUDGETS_BYTES = (None, 3 * 2**20, 2 * 2**20, 2**20)  # one per device; None is no limit
+BUDGETS_BYTES = (None, 4 * 2**20, 3 * 2**20, 2**20)  # one per device; None is no limit
 NUM_CLASSES = 3  # background, disc, square
 NUM_IMAGES = 64  # per device
 SIZE = 32

@@ -37,7 +37,7 @@ class Conditions:
                 found = [run.is_true(node) for run in self._runs]
         except Exception as error:
             raise NotSplittable(
-                f"torch.fx cannot trace {name}: Its forward must not branch on the "
+                f"torch.fx cannot trace {name}: its forward must not branch on the "
                 f"values of tensors, and {node.name} does ({_first_line(error)}). "
                 "Write it without the branch (torch.where), or list the model's units "
                 "by hand, with Chain.from_units and Task(units_fn=...): a branch may "
