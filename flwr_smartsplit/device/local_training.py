@@ -27,7 +27,7 @@ from flwr_smartsplit.memory.process import (
     data_fence,
     resident_growth,
 )
-from flwr_smartsplit.split.example_shapes import example_shapes
+from flwr_smartsplit.profile.example_shapes import example_shapes
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import CPU
 from flwr_smartsplit.train.threads import torch_threads

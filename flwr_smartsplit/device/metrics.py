@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from flwr_smartsplit.split.example_shapes import longest
+from flwr_smartsplit.profile.example_shapes import longest
 from flwr_smartsplit.types import Action, Advice, Move, Replan, Shapes, StepReport
 
 

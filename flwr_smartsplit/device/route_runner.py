@@ -24,8 +24,8 @@ from flwr_smartsplit.edge.tensors import pack_targets
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
+from flwr_smartsplit.profile.example_shapes import longer_than_example, shapes_of
 from flwr_smartsplit.split.build import build_chain, materialise, state_views
-from flwr_smartsplit.split.example_shapes import longer_than_example, shapes_of
 from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm

@@ -33,6 +33,11 @@ from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.selection.selection import select_at_random
+from flwr_smartsplit.profile.example_shapes import (
+    longer_than_example,
+    longest,
+    with_example_shapes,
+)
 from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
@@ -46,11 +51,6 @@ from flwr_smartsplit.server.aggregation import (
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
-from flwr_smartsplit.split.example_shapes import (
-    longer_than_example,
-    longest,
-    with_example_shapes,
-)
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units

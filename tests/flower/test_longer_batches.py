@@ -18,11 +18,11 @@ from flwr_smartsplit import (
 )
 from flwr_smartsplit.flower import round_manager
 from flwr_smartsplit.flower.serde.records import to_array_record
-from flwr_smartsplit.split.build import state_of
-from flwr_smartsplit.split.example_shapes import (
+from flwr_smartsplit.profile.example_shapes import (
     longer_than_example,
     with_example_shapes,
 )
+from flwr_smartsplit.split.build import state_of
 from tests.flower.apps import Run, message_app, run, smart_split
 
 SHORT, LONG = 4, 9
