@@ -89,6 +89,7 @@ class Task:
             object.__setattr__(self, "example_inputs", dict(inputs))
         elif isinstance(inputs, tuple | list):
             object.__setattr__(self, "example_inputs", tuple(inputs))
+        object.__setattr__(self, "example_targets", _no_lists(self.example_targets))
         self._check_options()
         made = {"model_fn": "parameters", "optimizer_fn": "param_groups"}
         problems = [
@@ -133,3 +134,12 @@ class Task:
                 f"loss_fn is a {type(loss).__name__} with parameters of its own, which "
                 "no place would train: make them part of the model."
             )
+
+
+def _no_lists(targets: Any) -> Any:
+    """Write nested targets with tuples and dicts, as every place gets them."""
+    if isinstance(targets, Mapping):
+        return {key: _no_lists(value) for key, value in targets.items()}
+    if isinstance(targets, list) or type(targets) is tuple:
+        return tuple(map(_no_lists, targets))
+    return targets

@@ -6,7 +6,7 @@ look at values.
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -210,13 +210,33 @@ def two_losses(outputs: Any, targets: Any) -> Tensor:
 KINDS, BOXES = torch.arange(NUM_CLASSES), torch.rand(NUM_CLASSES, 4)
 
 
-@pytest.mark.parametrize("as_dict", [True, False])
-def test_several_outputs_and_losses(as_dict: bool) -> None:
+class Wanted(NamedTuple):
+    """Targets by name."""
+
+    kind: Tensor
+    box: Tensor
+
+
+def two_named_losses(outputs: Any, targets: Wanted) -> Tensor:
+    """Add the losses of both heads."""
+    return two_losses(outputs, (targets.kind, targets.box))
+
+
+@pytest.mark.parametrize(
+    ("targets", "loss_fn"),
+    [
+        ({"kind": KINDS, "box": BOXES}, two_losses),
+        ((KINDS, BOXES), two_losses),
+        ([KINDS, BOXES], two_losses),
+        (Wanted(KINDS, BOXES), two_named_losses),
+    ],
+    ids=["dict", "tuple", "list", "named"],
+)
+def test_several_outputs_and_losses(targets: Any, loss_fn: Any) -> None:
     """Outputs and targets as a dict or as a tuple."""
-    targets: Any = {"kind": KINDS, "box": BOXES} if as_dict else (KINDS, BOXES)
     check_every_kind(
-        model_fn=partial(TwoHeads, as_dict=as_dict),
-        loss_fn=two_losses,
+        model_fn=partial(TwoHeads, as_dict=isinstance(targets, dict)),
+        loss_fn=loss_fn,
         example_targets=targets,
         metrics_fn=None,
     )

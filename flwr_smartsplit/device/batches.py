@@ -46,7 +46,9 @@ def _as_example(targets: Any, example: Any) -> Any:
     elif isinstance(example, tuple | list) and isinstance(targets, tuple | list):
         if len(example) == len(targets):
             pairs = zip(targets, example, strict=True)
-            return tuple(_as_example(*pair) for pair in pairs)
+            owned = [_as_example(*pair) for pair in pairs]
+            is_named = hasattr(example, "_fields")
+            return type(example)(*owned) if is_named else tuple(owned)
     raise InvalidTask(
         f"the loader yields targets in {_kind(targets)}, and the task's "
         f"example_targets are {_kind(example)}: give example_targets as your loader "
