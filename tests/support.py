@@ -53,9 +53,7 @@ def routes_of(num_units: int) -> tuple[Route, ...]:
     )
 
 
-def check_every_kind(
-    *, is_exact: bool = True, is_federated: bool = True, **changes: Any
-) -> None:
+def check_every_kind(*, is_exact: bool = True, **changes: Any) -> None:
     """Compare all four kinds of route with the stock module, then whole runs.
 
     ``is_exact`` says whether peaks are predicted to the byte.
@@ -72,8 +70,7 @@ def check_every_kind(
                 predicted = predicted_peak_bytes(profile, route)
                 measured = check.measured_peak_bytes
                 assert (route, measured) == (route, predicted)
-    if is_federated:
-        check_runs(task)
+    check_runs(task)
 
 
 def check_runs(task: Task) -> None:
@@ -81,8 +78,9 @@ def check_runs(task: Task) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         start = state_of(task.model_fn())
-    mixed = train_mixed(task, make=drawn_app, arrays=to_array_record(start))
-    whole = train_whole(task, make=drawn_app, arrays=to_array_record(start))
+    how: dict[str, Any] = {"make": drawn_app, "num_rounds": 1}
+    mixed = train_mixed(task, arrays=to_array_record(start), **how)
+    whole = train_whole(task, arrays=to_array_record(start), **how)
     assert differences(mixed.state, whole.state) == []
     assert differences(mixed.state, start) != []
 
@@ -111,6 +109,7 @@ def train_whole(
 
 def _trained(task: Task, make: Any, edges: Any, **changes: Any) -> Run:
     start = {name: changes.pop(name, None) for name in ("train_config", "arrays")}
+    start["num_rounds"] = changes.pop("num_rounds", 2)
     clients = [make(index, task=task, edges=EDGES) for index in range(len(ROUTES))]
     made = run(clients, smart_split(edges, task=task, **changes), **start)
     assert made.kinds() == []

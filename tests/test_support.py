@@ -261,4 +261,4 @@ def test_fedprox_costs_what_is_predicted() -> None:
     """The copy of the parameters is part of the price."""
     sgd = partial(torch.optim.SGD, lr=0.5)
     prox = partial(proximal, optimizer_fn=sgd, mu=0.1)
-    check_every_kind(optimizer_fn=prox, is_federated=False)
+    check_every_kind(optimizer_fn=prox)

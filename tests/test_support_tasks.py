@@ -18,6 +18,8 @@ from tests.flower.apps import message_app, run, smart_split
 from tests.support import EDGES, check_every_kind, check_runs
 from tests.tasks import NUM_CLASSES, TASK, tiny_cnn
 
+SLOW = pytest.mark.slow  # More of the same kind
+ADAM = partial(torch.optim.Adam, lr=torch.tensor(0.01), foreach=False)
 WEIGHTS = torch.tensor([1.0, 5.0, 0.1])
 TABLE = torch.arange(12.0).view(4, 3)
 
@@ -52,12 +54,6 @@ class Smoothed(nn.Module):
         return -(outputs.log_softmax(1) * wanted).mean()
 
 
-def in_a_closure() -> Any:
-    """Build a loss that holds its weights in a closure."""
-    weights = WEIGHTS.clone()
-    return lambda outputs, targets: functional.cross_entropy(outputs, targets, weights)
-
-
 def several_outputs(targets: Tensor) -> Tensor:
     """Name many classes at once, for binary losses."""
     return functional.one_hot(targets, NUM_CLASSES).float()
@@ -66,12 +62,12 @@ def several_outputs(targets: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "loss_fn",
     [
-        partial(functional.cross_entropy, weight=WEIGHTS),
         nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.1),
-        by_a_global,
-        by_a_row,
+        pytest.param(partial(functional.cross_entropy, weight=WEIGHTS), marks=SLOW),
+        pytest.param(by_a_global, marks=SLOW),
+        pytest.param(by_a_row, marks=SLOW),
     ],
-    ids=["partial", "module", "global", "view"],
+    ids=["module", "partial", "global", "view"],
 )
 def test_class_weights(loss_fn: Any) -> None:
     """Wherever a loss holds its tensors."""
@@ -102,11 +98,11 @@ def rate_made_anew(parameters: Any) -> Optimizer:
 @pytest.mark.parametrize(
     "optimizer_fn",
     [
-        partial(torch.optim.SGD, lr=torch.tensor(0.05)),
-        partial(torch.optim.Adam, lr=torch.tensor(0.01), foreach=False),
         rate_made_anew,
+        pytest.param(partial(torch.optim.SGD, lr=torch.tensor(0.05)), marks=SLOW),
+        pytest.param(ADAM, marks=SLOW),
     ],
-    ids=["SGD", "Adam", "made anew"],
+    ids=["made anew", "SGD", "Adam"],
 )
 def test_learning_rates_as_tensors(optimizer_fn: Any) -> None:
     """A u-shape is priced for one rate at each of its ends, so four bytes too high."""
@@ -129,7 +125,7 @@ def hardest(outputs: Tensor, targets: Tensor) -> Tensor:
     return losses.topk(count).values.mean()
 
 
-@pytest.mark.parametrize("loss_fn", [masked, hardest])
+@pytest.mark.parametrize("loss_fn", [masked, pytest.param(hardest, marks=SLOW)])
 def test_losses_that_look_at_values(loss_fn: Any) -> None:
     """They are run for real, on the task's example targets."""
     check_every_kind(loss_fn=loss_fn)
@@ -161,7 +157,7 @@ LENGTHS = {"steps": torch.tensor([7, 6]), "lengths": torch.tensor([3, 2])}
 @pytest.mark.parametrize(
     "targets",
     [
-        torch.tensor([[1, 2, 3], [3, 2, 1]]),
+        pytest.param(torch.tensor([[1, 2, 3], [3, 2, 1]]), marks=SLOW),
         {"labels": torch.tensor([[1, 2, 3], [3, 2, 1]]), **LENGTHS},
     ],
     ids=["one length", "padded"],
@@ -226,8 +222,8 @@ def two_named_losses(outputs: Any, targets: Wanted) -> Tensor:
     ("targets", "loss_fn"),
     [
         ({"kind": KINDS, "box": BOXES}, two_losses),
-        ((KINDS, BOXES), two_losses),
-        ([KINDS, BOXES], two_losses),
+        pytest.param((KINDS, BOXES), two_losses, marks=SLOW),
+        pytest.param([KINDS, BOXES], two_losses, marks=SLOW),
         (Wanted(KINDS, BOXES), two_named_losses),
     ],
     ids=["dict", "tuple", "list", "named"],
