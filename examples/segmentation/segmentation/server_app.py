@@ -42,11 +42,6 @@ def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
     images, classes = make_data(seed=len(BUDGETS_BYTES)).tensors
     with torch.no_grad():
         found = model.eval()(images).argmax(1)
-    overlaps = [
-        ((found == kind) & (classes == kind)).sum()
-        / ((found == kind) | (classes == kind)).sum()
-        for kind in range(NUM_CLASSES)
-    ]
-    accuracy = (found == classes).float().mean()
-    mean_iou = torch.stack(overlaps).mean()
-    return MetricRecord({"accuracy": float(accuracy), "mean-iou": float(mean_iou)})
+    right = (found == classes).float()
+    by_class = [right[classes == kind].mean() for kind in range(NUM_CLASSES)]
+    return MetricRecord({"accuracy": float(torch.stack(by_class).mean())})
