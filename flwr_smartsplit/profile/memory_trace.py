@@ -38,11 +38,12 @@ class LoggingMeter(MemoryMeter):
         self.forward_flops = 0
         self.changes: list[int] = []
         self.births: list[int] = []  # The change that first saw the storage.
-        self._ignored: dict[int, Tensor] = {}  # By storage; they stay alive.
+        self._ignored: dict[int, Any] = {}  # Storages, which stay alive
 
     def ignore(self, tensor: Tensor) -> None:
         """Never count a tensor's storage."""
-        self._ignored[tensor.untyped_storage()._cdata] = tensor
+        storage = tensor.untyped_storage()
+        self._ignored[storage._cdata] = storage
 
     def see(self, *tensors: Tensor | None) -> None:
         """Count tensors that no operator was given yet."""
