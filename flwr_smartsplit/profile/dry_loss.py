@@ -101,16 +101,15 @@ class DryLoss:
         with _disable_current_modes(), self._meter:
             found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
         gradients = [next(found) if x.requires_grad else None for x in outputs]
-        with self._mode:
-            fakes = [
-                None
-                if x is None
-                else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-                for x in gradients
-            ]
+        fakes = [None if x is None else self.fake_like(x) for x in gradients]
         del found, gradients  # Before the fakes are counted.
         self._meter.see(*fakes)
         return fakes
+
+    def fake_like(self, real: Tensor) -> Tensor:
+        """Make a fake tensor, which the meter does not count yet."""
+        with _disable_current_modes(), self._mode:
+            return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
 
     def _real_targets(self) -> Any:
         """Repeat the example targets until there are enough, uncounted."""
@@ -145,8 +144,7 @@ class _RealLoss(torch.autograd.Function):
         ctx.save_for_backward(
             *(leaf for leaf, is_kept in zip(leaves, kept, strict=True) if is_kept)
         )
-        with dry._mode:
-            fake = torch.empty((), dtype=ctx.loss.dtype)
+        fake = dry.fake_like(ctx.loss)
         dry._meter.ignore(fake)
         return fake
 
