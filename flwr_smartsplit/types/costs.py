@@ -30,8 +30,7 @@ class StepBytes:
     # Where several tensors after it need gradients: all that cross and were made since
     # a single one did. ``output_bytes`` is then what of them no unit saves.
     crossing_bytes: int = 0
-    # Of what it saves, that which later units use, too: it is there even if this one
-    # keeps nothing
+    # What later units use besides its output: it stays even if this one runs again
     context_bytes: int = 0
     is_output_saved: bool = True  # Whether ``saved_bytes`` includes the output
     # Of forward up to the last result saved; in a selective step, of what backward
