@@ -46,10 +46,10 @@ _LIKE_TERMS = {
 def _storage_numel(func: Any, args: Any, result: Tensor) -> int:
     """Count the values for which an operator's result has room."""
     if func in _LIKE_INPUT:
-        return max(result.numel(), args[0].numel())
+        return int(max(result.numel(), args[0].numel()))
     if func in _LIKE_TERMS:
         shapes = (tensor.shape for tensor in args[:2])
-        return max(result.numel(), math.prod(torch.broadcast_shapes(*shapes)))
+        return int(max(result.numel(), math.prod(torch.broadcast_shapes(*shapes))))
     return result.numel()
 
 

@@ -1,6 +1,7 @@
 """Divide a batch into micro-batches, to accumulate gradients."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -37,7 +38,7 @@ def micro_batches(
     start = 0
     for index in range(count):  # As in Tensor.tensor_split, the first are larger.
         stop = start + size + (index < num_larger)
-        part: Any = tree_map_only(Tensor, lambda x, a=start, b=stop: x[a:b], batch)
+        part: Any = tree_map_only(Tensor, partial(_rows, start, stop), batch)
         yield MicroBatch(index, count, total / (stop - start)), part
         start = stop
 
@@ -63,6 +64,10 @@ def num_examples(inputs: Any, targets: Any) -> int:
         return int(targets.shape[0])
     leaves = tree_leaves(inputs)
     return next(int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim())
+
+
+def _rows(start: int, stop: int, tensor: Tensor) -> Tensor:
+    return tensor[start:stop]
 
 
 def _num_rows(tensor: Tensor) -> int:

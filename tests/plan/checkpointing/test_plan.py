@@ -26,11 +26,12 @@ from flwr_smartsplit.plan.checkpointing.plan import (
     floor_bytes,
     least_bytes,
 )
+from flwr_smartsplit.plan.checkpointing.stages import stages_of
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.types import KEEP_ALL, ChainProfile, Rerun
+from flwr_smartsplit.types import KEEP_ALL, ChainProfile, Leg, Rerun
 from tests.models import OPTIMIZERS, batches_of, small_cnn, task_of, unet
 
 BATCH_SIZE = 4
@@ -63,7 +64,7 @@ MANY_UNITS = 40
 SEVERAL = {"unet": 8, "a table for all": 2}
 """How many tensors may cross a cut, where it is more than one."""
 
-MOST_ABOVE = {name: 1.1 if name in SEVERAL else 1.05 for name in MODELS}
+MOST_ABOVE = {name: 1.15 if name in SEVERAL else 1.05 for name in MODELS}
 """A prediction may be so much too high, and never too low."""
 
 
@@ -143,8 +144,8 @@ def test_a_prediction_that_forgets_what_all_units_use_is_too_low():
     task, profile = made("a table for all")
     units = [replace(u, step=replace(u.step, context_bytes=0)) for u in profile.units]
     wrong = replace(profile, units=tuple(units))
-    first = next(i for i, u in enumerate(profile.units) if u.step.context_bytes)
-    plan = RecomputePlan(tuple(Rerun(i, i + 1) for i in range(first, len(units) - 2)))
+    stages = stages_of(profile, Leg("device", 0, len(units)))
+    plan = RecomputePlan(tuple(Rerun(s.start, s.stop) for s in stages if s.can_rerun))
     measured = measured_bytes(task, Route.whole(), plan)
     assert predicted_peak_bytes(wrong, Route.whole(), plan) < measured
     assert measured <= predicted_peak_bytes(profile, Route.whole(), plan)
