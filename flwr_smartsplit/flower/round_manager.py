@@ -165,10 +165,7 @@ class CentralManager:
         self._state, self._digest = state, dispatch.digest
         if phase.is_train:
             self._newest = dispatch.version
-        clients = {
-            key: replace(client, example_shapes=self._shapes.get(key, ()))
-            for key, client in clients.items()
-        }
+        clients = self._with_shapes(clients)
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
@@ -284,6 +281,14 @@ class CentralManager:
             if shapes:
                 self._shapes[reply.client_key] = shapes
         return replies
+
+    def _with_shapes(
+        self, clients: Mapping[str, DeviceProfile]
+    ) -> dict[str, DeviceProfile]:
+        return {
+            key: replace(client, example_shapes=self._shapes.get(key, ()))
+            for key, client in clients.items()
+        }
 
     def _end(
         self,

@@ -71,12 +71,11 @@ def _unit(log: StepLog, index: int) -> StepBytes:
     if index == log.num_units - 1:
         end = boundary.backward_start
     alive = {birth for birth in new if log.sum_bytes(end, log.births == birth)}
-    crossing_bytes = context = shared = 0
+    crossing_bytes = context = 0
     output_bytes = next(iter(new.values()), 0)
     is_saved = bool(new) and next(iter(new)) in alive
     if boundary.crosses_alone:
         # Context crosses every cut and stays, whichever unit keeps it.
-        shared = sum(list(new.values())[1:])
         context = sum(new[birth] for birth in list(new)[1:] if birth not in alive)
     else:
         since = _last_alone(log, index)
@@ -96,7 +95,7 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         left_bytes=_left(log, index),
         output_bytes=output_bytes,
         crossing_bytes=crossing_bytes,
-        context_bytes=shared,
+        context_bytes=sum(list(new.values())[1:]) * boundary.crosses_alone,
         gradient_bytes=sum(boundary.gradient_storages.values()),
         is_output_saved=is_saved,
         can_rerun=not boundary.changes_tensors,
