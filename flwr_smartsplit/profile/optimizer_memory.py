@@ -84,8 +84,8 @@ class OptimizerCosts:
                 count = self._sparse.get(id(parameter))
                 fake.grad = _gradient(fake, num_values=count)
             optimizer = self._built(fakes)
-            if optimizer is None:
-                return 0, 0, 0
+            if optimizer is None:  # Nobody frees the gradients of what it leaves.
+                return sum(fake.nbytes for fake in fakes), 0, 0
             optimizer.step()
             meter.track(optimizer)
             state_bytes = meter.live_bytes
