@@ -90,6 +90,8 @@ class DryLoss:
 
             with self._meter, torch.enable_grad(), saved_tensors_hooks(note, _itself):
                 loss = self._loss_fn(outputs, targets)
+            self._meter.forget(loss)
+            self._meter.ignore(loss)  # Its fake counts.
         kept = [tensor.untyped_storage()._cdata in saved for tensor in made]
         return loss, made, kept
 
@@ -98,8 +100,11 @@ class DryLoss:
     ) -> list[Tensor | None]:
         """Return the gradients of real outputs as fakes that the meter counts."""
         wanted = [output for output in outputs if output.requires_grad]
-        with _disable_current_modes(), self._meter:
-            found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+        with _disable_current_modes():
+            seed = torch.ones_like(loss)
+            self._meter.ignore(seed)  # The fake loss's counts.
+            with self._meter:
+                found = iter(torch.autograd.grad(loss, wanted, seed, allow_unused=True))
         gradients = [next(found) if x.requires_grad else None for x in outputs]
         fakes = [None if x is None else self.fake_like(x) for x in gradients]
         del found, gradients  # Before the fakes are counted.
@@ -144,14 +149,11 @@ class _RealLoss(torch.autograd.Function):
         ctx.save_for_backward(
             *(leaf for leaf, is_kept in zip(leaves, kept, strict=True) if is_kept)
         )
-        fake = dry.fake_like(ctx.loss)
-        dry._meter.ignore(fake)
-        return fake
+        return dry.fake_like(ctx.loss)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
         """Return fakes of the real gradients."""
-        ctx.dry._meter.forget(gradients)  # The real loss has its own.
         loss, outputs = ctx.loss, ctx.outputs
         ctx.loss = ctx.outputs = None
         return None, None, *ctx.dry.differentiated(loss, outputs)

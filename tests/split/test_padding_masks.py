@@ -21,7 +21,7 @@ class Masked(nn.Module):
         self.embed = nn.Embedding(9, 8)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
-            for _ in range(3)
+            for _ in range(5)
         )
         self.head = nn.Linear(8, 3)
         self.derived = derived
@@ -90,16 +90,16 @@ def test_the_way_out_gives_the_stock_models_numbers() -> None:
         loss_fn=nn.functional.cross_entropy,
         optimizer_fn=partial(torch.optim.SGD, lr=0.1),
         example_inputs=TOKENS,
-        example_targets=torch.arange(3),
+        example_targets=torch.arange(5),
         units_fn=units,
     )
     with RouteChecker(task, example_batches(task, batch_size=3)) as checker:
         assert checker.chain.unit_names == (
             "embed",
-            *map("blocks.{}".format, range(3)),
+            *map("blocks.{}".format, range(5)),
             "head",
         )
-        for cut in range(1, 5):
+        for cut in range(1, 7):
             assert checker.check(Route.split(cut)).differences == ()
 
 

@@ -205,9 +205,9 @@ def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> Non
 
 
 def _needed_everywhere(graph: fx.Graph, num_cuts: int) -> dict[int, tuple[str, str]]:
-    """Name the value that prevents as many cuts as there are, and what to do."""
+    """Name the value that prevents more cuts than there are, and what to do."""
     found = longest_needed(graph)
-    if found is None or found[1] < num_cuts:
+    if found is None or found[1] <= num_cuts:
         return {}
     name, count = found
     nodes = list(graph.nodes)
