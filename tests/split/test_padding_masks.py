@@ -90,7 +90,7 @@ def test_the_way_out_gives_the_stock_models_numbers() -> None:
         loss_fn=nn.functional.cross_entropy,
         optimizer_fn=partial(torch.optim.SGD, lr=0.1),
         example_inputs=TOKENS,
-        example_targets=torch.arange(5),
+        example_targets=torch.arange(3),
         units_fn=units,
     )
     with RouteChecker(task, example_batches(task, batch_size=3)) as checker:
