@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flwr_smartsplit.types.sizes import plain, whole
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
     from torch.optim import Optimizer
@@ -90,6 +92,9 @@ class Task:
         elif isinstance(inputs, tuple | list):
             object.__setattr__(self, "example_inputs", tuple(inputs))
         object.__setattr__(self, "example_targets", _no_lists(self.example_targets))
+        for name in ("accumulate", "max_boundary_tensors"):
+            object.__setattr__(self, name, whole(getattr(self, name), name))
+        object.__setattr__(self, "max_gradient_norm", plain(self.max_gradient_norm))
         self._check_options()
         made = {"model_fn": "parameters", "optimizer_fn": "param_groups"}
         problems = [
