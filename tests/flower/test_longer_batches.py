@@ -125,7 +125,8 @@ def test_who_can_take_no_route_then_sits_out() -> None:
 def test_a_strategy_that_forgets_would_be_seen(monkeypatch: Any) -> None:
     """Planted: the same route in every round, and out of memory in each."""
     monkeypatch.setattr(round_manager, "longer_than_example", lambda *_: ())
-    made = trained(app(peak_of(SHORT, Route.whole()), SHORT, LONG))
+    budget = peak_of(SHORT, Route.whole())
+    made = trained(app(budget, SHORT, LONG), app(budget, SHORT, key=1))
     assert made.kinds() == [("c0", "out_of_memory")] * 3
 
 
