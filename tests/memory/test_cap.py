@@ -321,7 +321,7 @@ def test_a_batch_is_forgotten_also_after_an_error():
     [
         (
             {"budget_bytes": -1},
-            r"budget_bytes is -1: give a whole number of bytes of at least 0, .*or None",
+            r"budget_bytes is -1: give a whole number of bytes .*or None",
         ),
         ({"every": 0}, "every is 0: give at least 1"),
         ({"every": -5}, "every is -5: give at least 1"),
