@@ -89,7 +89,7 @@ class SmartSplitNumPyClient(NumPyClient):
     cap_mode : CapMode or str
         Meters some steps (``"sampled"``), all (``"strict"``) or none (``"off"``).
     meter_every : int
-        A sampled cap meters the first two steps of each shape, then every nth step.
+        A sampled cap meters the first two steps of each kind of batch, then every nth.
     owns_process : bool
         Whether this client has its process for itself: it then measures the resident
         set too, and the system refuses memory beyond the plan's budget plus 32 MiB.
