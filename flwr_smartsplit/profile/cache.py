@@ -22,7 +22,7 @@ _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), ModuleType),
     *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
-_PACKAGES = ("torch", "torchvision", "transformers", "numpy")
+_PACKAGES = ("torch", "torchvision", "transformers", "peft", "numpy")
 _LIBRARIES = (*_PACKAGES, "builtins", "functools", "collections", "typing", "abc")
 
 

@@ -8,7 +8,7 @@ classifiers, this way for none.
 
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -147,10 +147,18 @@ def _unwrapped(function: Any) -> Any:
     return function
 
 
-def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
+def materialise(
+    chain: Chain,
+    start: int,
+    stop: int,
+    state: State,
+    *,
+    beside: Iterable[Segment] = (),
+) -> Segment:
     """Give units ``[start, stop)`` real tensors, filled from ``state`` by name.
 
-    The tensors get the model's strides. Raises ``InvalidTask`` if a value is missing or
+    The tensors get the model's strides; frozen ones that a segment ``beside`` this one
+    has are its own. Raises ``InvalidTask`` if a value is missing or
     has another shape.
     """
     with unmetered():  # Only a template.
@@ -168,13 +176,27 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
             "Use the state of a model built by the same task."
         )
     with phase(BUILDING):
-        _fill(segment, state)
+        _fill(segment, state, _frozen_in(chain, beside, segment))
     return segment
 
 
-def _fill(segment: Segment, state: State) -> None:
+def _frozen_in(
+    chain: Chain, segments: Iterable[Segment], template: Segment
+) -> dict[int, Tensor]:
+    """Find the frozen parameters of segments that a template has, by its own ids."""
+    names = {n: id(p) for n, p in chain.model.named_parameters(remove_duplicate=False)}
+    made = {
+        names[name]: parameter
+        for segment in segments
+        for name, parameter in segment.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    mine = template.named_parameters(remove_duplicate=False) if made else ()
+    return {id(p): made[names[name]] for name, p in mine if names[name] in made}
+
+
+def _fill(segment: Segment, state: State, made: dict[int, Tensor]) -> None:
     """Give a segment real tensors; one tensor under two names stays one."""
-    made: dict[int, Tensor] = {}
     for prefix, module in segment.named_modules():
         dot = f"{prefix}." if prefix else ""
         persistent = module._buffers.keys() - module._non_persistent_buffers_set

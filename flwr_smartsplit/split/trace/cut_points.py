@@ -332,9 +332,14 @@ def _tied(model: nn.Module, *places: fx.Node) -> str | None:
 
 
 def tied(model: nn.Module, before: Iterable[str], after: Iterable[str]) -> str | None:
-    """Say which tensor is used on both sides, by what each uses of the model."""
+    """Say which tensor is used on both sides, by what each uses of the model.
+
+    Frozen parameters may be: each side has them, and they stay the same.
+    """
     first, second = _tensors_of(model, before), _tensors_of(model, after)
-    names = sorted({first[key] for key in first.keys() & second.keys()})
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    both = first.keys() & second.keys() - frozen
+    names = sorted({first[key] for key in both})
     if not names:
         return None
     return f"both sides of it use {', '.join(names)}"

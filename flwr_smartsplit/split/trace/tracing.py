@@ -85,7 +85,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` is one node of the graph."""
-        return super().is_leaf_module(m, module_qualified_name) or not m._modules
+        is_leaf = super().is_leaf_module(m, module_qualified_name) or not m._modules
+        return is_leaf or _is_adapter(m)
 
     def create_args_for_root(
         self,
@@ -104,6 +105,15 @@ class _Tracer(fx.Tracer):
             return root_fn(root, *values)
 
         return call, [self.root, *proxies]
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Say whether this is a layer of peft, around one that it adapts or replaces.
+
+    Their forward branches on settings and dtypes.
+    """
+    is_peft = type(module).__module__.partition(".")[0] == "peft"
+    return is_peft and not {"base_layer", "original_module"}.isdisjoint(module._modules)
 
 
 def input_names(model: nn.Module, inputs: Batch) -> list[str]:
