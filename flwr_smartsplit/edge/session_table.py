@@ -12,8 +12,9 @@ from flwr_smartsplit.edge.client import EdgeClient
 from flwr_smartsplit.edge.cut_moves import MoveCut
 from flwr_smartsplit.edge.session import Session, StepRequest
 from flwr_smartsplit.edge.state_store import StateStore
+from flwr_smartsplit.edge.weighted_mean import has_diverged
 from flwr_smartsplit.errors import EdgeFull, RefusedMove, RefusedTail, StaleSession
-from flwr_smartsplit.split.build import state_views
+from flwr_smartsplit.split.build import changed_state
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import Receipt
@@ -120,10 +121,12 @@ class SessionTable:
         if session.onward is not None:
             after = session.onward.seal(request.num_steps, request.norm)
         # Views suffice: nothing changes the segment any more.
-        views = state_views(session.runner.segment)
-        changed = chain.changed_names(session.start, opened.stop)
-        state = {name: views[name] for name in changed}
-        broken = [name for name, a in state.items() if not np.isfinite(a).all()]
+        segment = session.runner.segment
+        state = changed_state(segment, chain, session.start, opened.stop)
+        broken = tuple(name for name, a in state.items() if not np.isfinite(a).all())
+        if broken:  # An infinite constant may have been so before.
+            before = self._store.read_state(opened.state_digest, broken)
+            broken = tuple(n for n in broken if has_diverged(state[n], before[n]))
         if broken:
             raise RefusedTail(
                 f"session {name}: not finite after {session.num_steps} "

@@ -168,7 +168,8 @@ class SmartSplitNumPyClient(NumPyClient):
         outcome = train_locally(plan, known, self.train_loader, conditions)
         if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
-            return replace(outcome, state={**known, **outcome.state})
+            whole = build_chain(self.task).with_aliases({**known, **outcome.state})
+            return replace(outcome, state=whole)
         report = self._noted(plan, outcome.report)
         return self._without_local(replace(outcome, report=report))
 
@@ -247,7 +248,9 @@ class SmartSplitNumPyClient(NumPyClient):
         """
         if plan.frozen_digest:
             names = frozen_names(plan, build_chain(self.task))
-            kept = {} if self.context is None else self._records().get(_FROZEN, {})
+            kept: Any = {}
+            if self.context is not None:
+                kept = self._records().get(_FROZEN, kept)
             if not plan.sends_frozen:
                 mine = {name: kept[name] for name in names if name in kept}
                 state = {**from_array_record(ArrayRecord(mine)), **state}

@@ -112,7 +112,7 @@ class CentralManager:
     ) -> None:
         self.task = task
         self.settings = settings
-        self.chain = build_chain(task)
+        self.chain = build_chain(task, anew=True)
         self.edges = EdgePool(edges, task)
         journal = Journal(settings.journal, settings.on_row)
         self.rounds = RoundLog(journal, settings.planning.clock)
@@ -125,7 +125,9 @@ class CentralManager:
         self._constraints = replace(constraints, kept_units=kept)
         self._server_steps = settings.server_steps
         if take_step is not None:
-            trained = frozenset(n for n, _ in self.chain.model.named_parameters())
+            first = self.chain.first_names
+            named = self.chain.model.named_parameters()
+            trained = frozenset(first[name] for name, _ in named)
             step = ServerOptimizer(take_step, trained)
             self._server_steps = (step, *settings.server_steps)
         self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
@@ -151,6 +153,7 @@ class CentralManager:
         self, phase: Phase, state: State, clients: Mapping[str, DeviceProfile]
     ) -> Dispatch:
         """Plan a phase: what each chosen client is sent."""
+        self.chain.check_aliases(state)
         self._state = state
         self._sent = sent = GlobalState.of(state, self._changing)
         dispatch = Dispatch(
@@ -249,6 +252,7 @@ class CentralManager:
             if changed is not None:
                 state = state_like(seen, changed, maker=settings.between_rounds)
         if state is not None:
+            state = self.chain.with_aliases(state)
             self._state = state
             if self.edges.names:
                 self._sent = GlobalState.of(state, self._changing)

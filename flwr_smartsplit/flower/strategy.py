@@ -111,7 +111,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             If the initial arrays are not the state of the task's model.
         """
         self._central.chain.check_state(
-            {name: tuple(array.shape) for name, array in initial_arrays.items()}
+            {n: (tuple(a.shape), a.dtype) for n, a in initial_arrays.items()}
         )
         try:
             result = super().start(

@@ -128,7 +128,7 @@ def check_kept(chain: Chain, task: Task, leaving: range) -> None:
 # --- values ---------------------------------------------------------------------------
 
 
-def _built(chain: Chain, arriving: MigratedUnits, present: Segment) -> Segment:
+def _built(chain: Chain, arriving: MigratedUnits, present: nn.Module) -> Segment:
     part = materialise(
         chain, arriving.start, arriving.stop, arriving.state, beside=[present]
     )

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
@@ -22,6 +23,7 @@ from flwr_smartsplit.split.trace.cut_points import (
     find_facts,
     gradient_flags,
     is_reshaped,
+    no_new_state,
     used_by,
     with_nearest,
 )
@@ -86,7 +88,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` is one node of the graph."""
         is_leaf = super().is_leaf_module(m, module_qualified_name) or not m._modules
-        return is_leaf or _is_adapter(m)
+        # A parametrization may write its buffers, without gradients.
+        return is_leaf or is_parametrized(m) or _is_adapter(m)
 
     def create_args_for_root(
         self,
@@ -150,7 +153,7 @@ def trace_units(
     returns, for each place with few enough tensors that must not be cut, the reason and
     the nearest cut. Raises ``NotSplittable`` if torch.fx cannot trace the model.
     """
-    with modes_restored(model):
+    with modes_restored(model), no_new_state(model, model):
         train_graph = _trace(model.train(), example_inputs)
         eval_graph = _trace(model.eval(), example_inputs)
         facts = find_facts(model.train(), train_graph, example_inputs)
@@ -216,10 +219,12 @@ def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
     except NotSplittable:
         raise
     except Exception as error:
+        advice = "Its forward must not branch on the values of tensors"
+        if isinstance(error, TypeError) and "to buffer" in str(error):
+            advice = "Write buffers in place, as in self.count.add_(1)"
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Its forward must "
-            "not branch on the values of tensors; or list its units by hand, with "
-            "Chain.from_units and Task(units_fn=...)."
+            f"torch.fx cannot trace {type(model).__name__}: {error}. {advice}; or list "
+            "its units by hand, with Chain.from_units and Task(units_fn=...)."
         ) from error
 
 
@@ -256,13 +261,14 @@ def _make_unit(
     train, evaluate = parts
     nodes = (*train.nodes, *evaluate.nodes)
     reads = {str(used.target) for node in nodes for used in used_by(node)}
+    seen = [facts[node] for node in train.nodes if node in facts]
     return Unit(
         name=name,
         forward=compiled(model, train),
         eval_forward=compiled(model, evaluate),
         reads=tuple(sorted(reads)),
-        is_random=any(facts[n].is_random for n in train.nodes if n in facts),
+        is_random=any(fact.is_random for fact in seen),
         selective_forward=selective_function(model, train, facts),
         gradients=gradient_flags(train.leaving, facts),
-        changes_buffers=any(facts[n].changes_model for n in train.nodes if n in facts),
+        writes=tuple(sorted({name for f in seen for name in f.changed_state})),
     )
