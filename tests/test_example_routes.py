@@ -29,6 +29,11 @@ ROUTES = {
         "1": "device[:4] > edge[4:]",
         "2": "device[:2] > edge[2:]",
     },
+    "lora_language_model": {
+        "0": "whole",
+        "1": "device[:4] > edge[4:5] > device[5:]",
+        "2": "device[:2] > edge[2:5] > device[5:]",
+    },
     "multi_hop": {
         "0": "whole",
         "1": "device[:6] > near[6:]",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from flwr_smartsplit import Route, Task, build_client_app, proximal
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.errors import InvalidTask, SmartSplitError
+from flwr_smartsplit.errors import InvalidTask, NotSplittable, SmartSplitError
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.routes import RouteRequest, deepest_split
-from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.split.build import build_chain, state_of
+from flwr_smartsplit.split.huggingface import decoder_units
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
+from tests.adapters import PEFT, with_lora
+from tests.architectures import hugging_face_model
 from tests.flower.apps import (
     Run,
     initial_arrays,
@@ -139,6 +143,40 @@ def test_frozen_layers() -> None:
 def test_optimizers_that_choose() -> None:
     """A place may have nothing that its optimizer takes."""
     check_every_kind(optimizer_fn=matrices_only)
+
+
+def test_adapters() -> None:
+    """Those of peft, in a model that torch.fx traces; tests/adapters.py has more."""
+    model_fn = partial(with_lora, tiny_cnn, target_modules=["4", "8"])
+    check_every_kind(model_fn=model_fn)
+    task = replace(TASK, model_fn=model_fn)
+    arrays = to_array_record(state_of(model_fn()))
+    mixed = train_mixed(task, arrays=arrays)
+    assert differences(mixed.state, train_whole(task, arrays=arrays).state) == []
+    moved = differences(mixed.state, from_array_record(arrays))
+    assert moved
+    assert all(
+        "lora_" in name or "running" in name or "num_b" in name for name in moved
+    )
+
+
+def test_adapters_that_add_tokens() -> None:
+    """They would be lost where a model is cut."""
+    peft = import_module("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    base = hugging_face_model("GPT2LMHeadModel").model_fn()
+    with pytest.raises(NotSplittable, match="PromptTuningConfig adds to its forward"):
+        decoder_units(peft.get_peft_model(base, config))
+
+
+def test_tied_embeddings() -> None:
+    """A decoder is cut where they are frozen, and one unit where they are trained."""
+    sgd = partial(torch.optim.SGD, lr=0.05)
+    assert len(build_chain(PEFT["tied gpt"].task(sgd))) == 4
+    trained = hugging_face_model("GPT2LMHeadModel", tie_word_embeddings=True)
+    chain = build_chain(trained.task(sgd))
+    with pytest.raises(NotSplittable, match=r"both sides of it use .*wte\.weight"):
+        chain.require_cuts()
 
 
 def test_skip_connections() -> None:

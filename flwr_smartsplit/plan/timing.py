@@ -42,7 +42,9 @@ def work_of(
         boundary_bytes=profile.num_micro_batches
         * sum(units[cut - 1].boundary_bytes for cut in crossed),
         num_exchanges=profile.num_micro_batches * len(crossed),
-        state_bytes=sum(unit.parameter_bytes + unit.buffer_bytes for unit in own),
+        state_bytes=sum(
+            unit.parameter_bytes - unit.frozen_bytes + unit.buffer_bytes for unit in own
+        ),
         extra_flops=extra,
     )
 

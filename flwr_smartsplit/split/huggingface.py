@@ -51,9 +51,10 @@ def encoder_units(model: nn.Module) -> list[Unit]:
 def decoder_units(model: nn.Module) -> list[Unit]:
     """List the units of a GPT-like model: embeddings, each layer, the head.
 
-    Tied embeddings are on both sides of every cut: build the model with
-    ``tie_word_embeddings=False``. Also set ``use_cache=False``, or each layer copies
-    its keys and values, as the stock model does. Otherwise as ``encoder_units``.
+    Tied embeddings that are trained are on both sides of every cut: build the model
+    with ``tie_word_embeddings=False``. Where they are frozen, as under LoRA, each place
+    has its own. Set ``use_cache=False``, or each layer copies its keys and values, as
+    the stock model does. Otherwise as ``encoder_units``.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ class Work:
     edge_flops: float = 0
     boundary_bytes: int = 0  # sent from the device over its cuts; as much comes back
     num_exchanges: int = 0  # round trips over the device's link
-    state_bytes: int = 0  # the device's parameters and buffers, moved once a round
+    state_bytes: int = 0  # the device's state, moved once a round; not the frozen
     extra_flops: int = 0  # the part of device_flops that recomputation adds
 
     @property
