@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from flwr_smartsplit.errors import NotSplittable
@@ -13,6 +14,7 @@ from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.plan.tail_memory import tail_bytes
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.huggingface import decoder_units, encoder_units
 from flwr_smartsplit.split.segment import Unit
 from flwr_smartsplit.types import ChainProfile, Route
@@ -112,6 +114,31 @@ def test_trained_tied_embeddings_are_still_one_unit() -> None:
     """Both sides would train them."""
     tied = hugging_face_model("GPT2LMHeadModel", tie_word_embeddings=True)
     assert len(build_chain(tied.task(OPTIMIZERS["sgd"]))) == 1
+
+
+class Codebook(nn.Module):
+    """A frozen matrix that is used twice, and maybe moved by forward."""
+
+    def __init__(self, *, is_moved: bool) -> None:
+        super().__init__()
+        self.is_moved = is_moved
+        self.codes = nn.Parameter(torch.eye(8), requires_grad=False)
+        self.middle = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.middle(x @ self.codes).relu()
+        if self.is_moved:
+            self.codes.add_(1.0)
+        return x @ self.codes
+
+
+def test_a_frozen_tensor_that_forward_writes_is_not_used_on_both_sides() -> None:
+    """Each side would have its own, and see only its own writes."""
+    inputs = torch.zeros(2, 8)
+    still = Chain.from_module(Codebook(is_moved=False), inputs)
+    moved = Chain.from_module(Codebook(is_moved=True), inputs)
+    assert len(still) > 1
+    assert any("both sides of it use codes" in why for why in moved.refusals.values())
 
 
 def test_an_edges_disk_has_no_frozen_parameters() -> None:
