@@ -89,7 +89,7 @@ class WeightedSum:
         """Divide whole numbers exactly, towards zero."""
         high, low = self.high, self.low
         if (np.abs(high) < _HALF_RANGE).all():
-            total = high.astype(np.int64) + low.astype(np.int64)
+            total: Any = high.astype(np.int64) + low.astype(np.int64)
         else:
             total = _INTEGERS(high) + _INTEGERS(low)
         mean = np.abs(total) // self.weight

@@ -52,9 +52,9 @@ def build_chain(task: Task, *, anew: bool = False) -> Chain:
     with building:
         known = _chains_by_task.get(task)
         if known is None or anew:
-            model, mark = template_of(task)
             recipe = _recipe(task)
             known = known or _chains_by_recipe.get(recipe)
+            model, mark = template_of(task, known[0] if known else "")
             if known is None or known[0] != mark:
                 known = mark, _traced(task, model)
             _chains_by_task[task] = known

@@ -264,7 +264,7 @@ class Chain:
         unequal = [
             f"{name} and {first}"
             for name, first in self.first_names.items()
-            if name != first and _bytes(state[name]) != _bytes(state[first])
+            if name != first and not _are_equal(state[name], state[first])
         ]
         if unequal:
             raise InvalidTask(
@@ -305,5 +305,5 @@ def _difference(found: _Kind | None, wanted: _Kind | None) -> str:
     return f"{shape} instead of {wanted[0] if wanted else 'nothing'}"
 
 
-def _bytes(array: npt.NDArray[Any]) -> bytes:
-    return np.asarray(array).tobytes()
+def _are_equal(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")

@@ -6,18 +6,21 @@ when it is done: the whole model then takes its memory for that moment.
 """
 
 import hashlib
+import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import combinations, zip_longest
 from logging import getLogger
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,42 +47,43 @@ class _Emptier:
     """
 
     def __init__(self, num_other: int = 0) -> None:
-        self.problems: list[str] = []
         self._num_other = num_other
-        self._used: dict[int, list[tuple[Any, tuple[int, int], str]]] = {}
+        self._used: dict[int, list[tuple[Any, ...]]] = {}
 
-    def empty(self, name: str, param: Tensor | None) -> None:
+    def empty(self, param: Tensor | None) -> None:
         """Free one parameter's memory."""
-        if param is None or _is_lazy(param) or param.layout is not torch.strided:
+        if param is None or is_lazy(param) or param.layout is not torch.strided:
             return
-        self._note_memory(name, param)
+        self._note_memory(param)
         if param.is_meta:
             return
         with torch.no_grad():
             empty = torch.empty_like(param, device="meta")
             empty.requires_grad_(param.requires_grad)
-            torch._C._swap_tensor_impl(param, empty)  # type: ignore[attr-defined]
-        self._note_memory(name, param)
+            torch._C._swap_tensor_impl(param, empty)
+        self._note_memory(param)
         if self._num_other:
             torch.rand(self._num_other)
 
-    def _note_memory(self, name: str, param: Tensor) -> None:
-        """Note two parameters in the same memory, which would get memory each."""
-        storage = param.untyped_storage()
-        start = param.storage_offset() * param.element_size()
-        stop = start + num_spanned(tuple(param.shape), param.stride()) * (
-            param.element_size()
-        )
-        others = self._used.setdefault(storage._cdata, [])
-        self.problems += [
-            f"{name} and {other} are two parameters in the same memory: assign one "
-            "parameter to both attributes"
-            for (held, owner), (low, high), other in others
-            if not held.expired() and owner() is not param
-            if low < stop and start < high
-        ]
-        held = StorageWeakRef(storage), weakref.ref(param)
-        others.append((held, (start, stop), name))
+    def _note_memory(self, param: Tensor) -> None:
+        storage, size = param.untyped_storage(), param.element_size()
+        start = param.storage_offset() * size
+        stop = start + num_spanned(tuple(param.shape), param.stride()) * size
+        # As long as it is referred to, no other storage gets this number.
+        note = start, stop, weakref.ref(param), StorageWeakRef(storage)
+        self._used.setdefault(storage._cdata, []).append(note)
+
+    def shared_memory(self, names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+        """Find parameters, by identity, that were made in the same memory."""
+        for notes in self._used.values():
+            known = [
+                (names[id(owner())], start, stop)
+                for start, stop, owner, _ in notes
+                if owner() is not None and id(owner()) in names
+            ]
+            for (one, start, stop), (two, low, high) in combinations(known, 2):
+                if one != two and start < high and low < stop:
+                    yield one, two
 
 
 @contextmanager
@@ -93,7 +97,7 @@ def parameters_on_meta(emptier: _Emptier | None = None) -> Iterator[None]:
         module: nn.Module, name: str, param: nn.Parameter | None
     ) -> None:
         if threading.get_ident() == thread:
-            emptier.empty(name, param)
+            emptier.empty(param)
         register(module, name, param)
 
     with building:
@@ -104,15 +108,16 @@ def parameters_on_meta(emptier: _Emptier | None = None) -> Iterator[None]:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def template_of(task: Task) -> tuple[nn.Module, str]:
+def template_of(task: Task, known: str = "") -> tuple[nn.Module, str]:
     """Build a task's model without parameters' values; also return its mark.
 
-    Two models with one mark differ in nothing but the values of their state. Torch's
-    generator is left as it was. Raises ``InvalidTask`` if the model cannot be built, or
-    has something that a place that builds a part of it would lose.
+    Two models with one mark differ in nothing but the values of their state; one with a
+    ``known`` mark is built once. Generators are left as they were. Raises
+    ``InvalidTask`` if the model cannot be built, or has something that a place that
+    builds a part of it would lose.
     """
     try:
-        model, findings = _built_on_meta(task.model_fn)
+        model, findings = _built_on_meta(task.model_fn, known)
         lost = findings.on_meta
         why = f"{lost[0]} is computed from them" if lost else ""
     except InvalidTask:
@@ -122,47 +127,92 @@ def template_of(task: Task) -> tuple[nn.Module, str]:
     except Exception as error:
         why = f"without them it fails: {type(error).__name__}: {error}".splitlines()[0]
     if why:
-        model, findings = _built_with_values(task.model_fn, why)
+        model, findings = _built_with_values(task.model_fn, why, known)
     findings.refuse()
     return model, findings.mark
 
 
-def _built_on_meta(model_fn: Callable[[], nn.Module]) -> tuple[nn.Module, "_Findings"]:
-    def build(num_other: int = 0) -> tuple[nn.Module, _Findings, int]:
-        emptier, draws = _Emptier(num_other), _Draws(num_other)
-        with torch.random.fork_rng(devices=[]), parameters_on_meta(emptier), draws:
+def _built_on_meta(
+    model_fn: Callable[[], nn.Module], known: str
+) -> tuple[nn.Module, "_Findings"]:
+    def build(turn: int = 0) -> tuple[nn.Module, _Findings, bool]:
+        emptier, draws = _Emptier(turn), _Draws(turn)
+        with _own_chance(turn) as has_drawn, parameters_on_meta(emptier), draws:
             model = _checked(model_fn())
-        return model, _Findings(model, emptier), draws.count
+            drew = draws.count > 0 or has_drawn()
+        return model, _Findings(model, emptier), drew
 
-    model, findings, num_draws = build()
-    for turn in range(_NUM_OTHER_DRAWS if num_draws else 0):
-        if build(turn + 1)[1].mark != findings.mark:
-            raise _NeedsValues("it draws random constants after them")
+    model, findings, drew = build()
+    is_new = findings.mark != known
+    for turn in range(1, _NUM_OTHER_DRAWS + 1) if drew and is_new else ():
+        if build(turn)[1].mark != findings.mark:
+            raise _NeedsValues("it draws constants")
     return model, findings
 
 
 def _built_with_values(
-    model_fn: Callable[[], nn.Module], why: str
+    model_fn: Callable[[], nn.Module], why: str, known: str
 ) -> tuple[nn.Module, "_Findings"]:
-    try:
-        with building, torch.random.fork_rng(devices=[]):
+    def build(turn: int = 0) -> tuple[nn.Module, _Findings, int]:
+        with building, _own_chance(turn):
             model = _checked(model_fn())
+        num_bytes = sum(p.nbytes for p in model.parameters() if not is_lazy(p))
+        return model, _Findings(model, _Emptier()), num_bytes
+
+    try:
+        model, findings, num_bytes = build()
+        _warn(type(model).__name__, why, num_bytes)
+        is_new = findings.mark != known
+        for turn in range(1, _NUM_OTHER_DRAWS + 1) if is_new else ():
+            findings.compare(build(turn)[1])
     except InvalidTask:
         raise
     except Exception as error:
         raise InvalidTask(
             f"model_fn fails: {type(error).__name__}: {str(error).rstrip('.')}."
         ) from error
-    num_bytes = sum(p.nbytes for p in model.parameters() if not _is_lazy(p))
-    findings = _Findings(model, _Emptier())
+    return model, findings
+
+
+@contextmanager
+def _own_chance(turn: int) -> Iterator[Callable[[], bool]]:
+    """Leave all generators as they were; from turn 1 on, begin with other numbers.
+
+    Yields a function that says whether Python's or NumPy's generator has been used.
+    """
+
+    def state() -> tuple[Any, ...]:
+        numpys: Any = np.random.get_state()  # noqa: NPY002 - a model_fn may use it
+        return random.getstate(), numpys
+
+    def has_drawn() -> bool:
+        (python, numpys), (old, olds) = state(), before
+        return python != old or numpys[2] != olds[2] or (numpys[1] != olds[1]).any()
+
+    outside = before = state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            if turn:
+                torch.manual_seed(turn)
+                random.seed(turn)
+                np.random.seed(turn)  # noqa: NPY002
+                before = state()
+            yield has_drawn
+        finally:
+            random.setstate(outside[0])
+            np.random.set_state(outside[1])  # noqa: NPY002
+
+
+@cache
+def _warn(name: str, why: str, num_bytes: int) -> None:
+    """Warn once in a process."""
     _log.warning(
         "model_fn of %s needs the values of its parameters (%s): each process that "
         "trains a part of it holds all %d bytes of them while it builds.",
-        type(model).__name__,
+        name,
         why,
         num_bytes,
     )
-    return model, findings
 
 
 def _checked(model: Any) -> nn.Module:
@@ -176,10 +226,6 @@ def _checked(model: Any) -> nn.Module:
             f"model_fn returns a {type(model).__name__}: return an nn.Module."
         )
     return model
-
-
-def _is_lazy(tensor: Tensor | None) -> bool:
-    return isinstance(tensor, UninitializedTensorMixin)
 
 
 class _NeedsValues(Exception):
@@ -209,19 +255,19 @@ class _Draws(TorchDispatchMode):
 
 
 class _PartDescriber(Describer):
-    """Also tells of modules that a function holds."""
+    """Also describes modules that are held by other things than modules."""
 
     def __init__(
-        self, tensor: Callable[[Tensor], Any], held: Callable[[str], None]
+        self, tensor: Callable[[Tensor], Any], module: Callable[[nn.Module], Any]
     ) -> None:
         super().__init__(tensor)
-        self._held = held
+        self._module = module
 
     def _object(self, value: Any) -> Any:
-        is_held = self.in_function and not self.in_global
-        if is_held and isinstance(value, nn.Module):
-            self._held(f"a {type(value).__name__}")
-        return super()._object(value)
+        described = super()._object(value)
+        if isinstance(value, nn.Module) and not self.in_global:
+            return described, self._module(value)
+        return described
 
 
 class _Findings:
@@ -232,15 +278,19 @@ class _Findings:
 
     def __init__(self, model: nn.Module, emptier: _Emptier) -> None:
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                emptier.empty(name, parameter)
+            for parameter in module._parameters.values():
+                emptier.empty(parameter)
         self.model = model
         self.on_meta: list[str] = []
-        self._problems = emptier.problems
         self._state = {id(t): name for name, t in reversed([*_named(model)])}
+        self._problems = [
+            f"{one} and {two} are two parameters in the same memory: assign one "
+            "parameter to both attributes"
+            for one, two in emptier.shared_memory(self._state)
+        ]
         self._where = ""
-        self._describe = _PartDescriber(self._described, self._function_holds)
-        facts: list[Any] = []
+        self._describe = _PartDescriber(self._described, self._held)
+        facts: list[tuple[str, Any]] = []
         for prefix, module in model.named_modules():
             self._where = prefix
             facts.append((prefix, self._describe(type(module))))
@@ -250,13 +300,14 @@ class _Findings:
             for name, value in {**vars(module), **unsaved}.items():
                 if name not in ("training", "_parameters", "_buffers", "_modules"):
                     self._where = f"{prefix}.{name}".lstrip(".")
-                    facts.append((name, self._describe(value)))
+                    facts.append((self._where, self._describe(value)))
         facts += [
-            (name, *layout_of(tensor), tensor.requires_grad)
+            (name, (*layout_of(tensor), tensor.requires_grad))
             for name, tensor in _named(model)
-            if not _is_lazy(tensor)
+            if not is_lazy(tensor)
         ]
-        self.mark = hashlib.sha256(repr(facts).encode()).hexdigest()
+        self._facts = [(name, _digest(fact)) for name, fact in facts]
+        self.mark = _digest(self._facts)
 
     def _described(self, tensor: Tensor) -> Any:
         """Describe a tensor that an attribute holds, and note what is wrong with it."""
@@ -284,6 +335,29 @@ class _Findings:
             return values_of(tensor)
         return layout_of(tensor)
 
+    def _held(self, module: nn.Module) -> Any:
+        """Describe a module that an attribute or a function holds."""
+        if self._describe.in_function:
+            self._function_holds(f"a {type(module).__name__}")
+        if any(module is each for each in self.model.modules()):
+            return "module"
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
+            self.on_meta.append(self._where)
+            return "without values"
+        return [values_of(tensor) for tensor in tensors]
+
+    def compare(self, other: "_Findings") -> None:
+        """Raise ``InvalidTask`` if another call of ``model_fn`` built another model."""
+        for mine, others in zip_longest(self._facts, other._facts):
+            if mine != others:
+                name = (mine or others)[0]
+                raise InvalidTask(
+                    f"{name or type(self.model).__name__} is another one each time "
+                    "model_fn is called, so that each place would have its own: seed "
+                    "what draws it in model_fn, or register it as a buffer."
+                )
+
     def _function_holds(self, what: str) -> None:
         self._problems.append(
             f"{self._where} is a function that holds {what}, and a part that is built "
@@ -292,7 +366,7 @@ class _Findings:
 
     def refuse(self) -> None:
         """Raise for what a place that builds a part of the model would lose."""
-        if not any(_is_lazy(tensor) for _, tensor in _named(self.model)):
+        if not any(is_lazy(tensor) for _, tensor in _named(self.model)):
             _refuse_hooks(self.model)  # A lazy layer has some of its own.
         problems = [f"{name} has no values" for name in self.on_meta]
         problems += [
@@ -312,9 +386,13 @@ class _Findings:
             )
 
 
+def _digest(fact: Any) -> str:
+    return hashlib.sha256(repr(fact).encode()).hexdigest()
+
+
 def _problems_of(tensor: Tensor) -> Iterator[str]:
     """Say what of a tensor of the state would be lost."""
-    if _is_lazy(tensor):
+    if is_lazy(tensor):
         yield "has no shape yet: call the model once on an example in model_fn"
         return
     kind = type(tensor)

@@ -206,12 +206,12 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("model_fn", [Repeated, Shortcut, Tied])
-@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("kind", [0, 2])  # With the clients' numbers: all five.
 def test_every_name_of_a_tensor_has_its_trained_value(model_fn: Any, kind: int) -> None:
     """In the final arrays, loaded into the stock model, on every kind of route."""
     task = task_of(model_fn)
     kinds = routes(len(build_chain(task)))
-    made = federated(task, lambda _: kinds[kind % len(kinds)])
+    made = federated(task, lambda i: kinds[(kind + i) % len(kinds)])
     assert made.kinds() == []
     assert far_from(made.state, stock_fedavg(task)) == []
     start = start_of(task)
@@ -260,7 +260,7 @@ def test_an_alias_that_is_left_behind_is_seen(monkeypatch: Any) -> None:
         "flwr_smartsplit.split.chain.Chain.with_aliases", lambda _, state: state
     )
     with pytest.raises((AssertionError, InvalidTask)):
-        test_every_name_of_a_tensor_has_its_trained_value(Repeated, 1)
+        test_every_name_of_a_tensor_has_its_trained_value(Repeated, 0)
 
 
 # --- dtypes ---------------------------------------------------------------------------
@@ -334,7 +334,7 @@ CONSTANT = {
 }
 
 
-@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("kind", [0, 2])  # With the clients' numbers: all five.
 @pytest.mark.parametrize("name", WRITTEN)
 def test_buffers_of_every_dtype_are_merged_exactly(name: str, kind: int) -> None:
     """What forward writes is averaged in its dtype; what it does not stays."""
@@ -460,7 +460,8 @@ def test_what_becomes_infinite_is_refused(route: Route) -> None:
     ):
         made = federated(task, lambda _: route, num_rounds=1)
         assert {kind for _, kind in made.kinds()} <= {"refused", "edge_failed"}
-        assert len(made.kinds()) == len(SIZES)
+        # The first client has one step, after which some are still finite.
+        assert {key for key, _ in made.kinds()} >= {"c1", "c2"}
         assert "not finite" in made.strategy.failures[0].cause
 
 
@@ -537,3 +538,49 @@ def test_an_optimizer_that_takes_some_parameters(kind: int) -> None:
     assert made.kinds() == []
     assert far_from(made.state, stock_fedavg(task)) == []
     assert differences(made.state, start_of(task)) == ["2.weight"]
+
+
+LATE: list[int] = []
+
+
+class Late(nn.Module):
+    """Writes a buffer in later steps only, by something that no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("own", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Write it, if it is late."""
+        if LATE:
+            self.own.add_(1)
+        return x
+
+
+class LateLoader:
+    """A loader from whose first batch on it is late."""
+
+    batch_size = 4
+
+    def __iter__(self) -> Any:
+        """Yield a client's batches."""
+        LATE.append(1)
+        yield from batches(1)
+
+
+@pytest.mark.parametrize("route", [Route.whole(), Route.split(1, edge="near")])
+def test_a_change_that_no_dry_run_saw_is_refused(route: Route) -> None:
+    """It would not come back, and nobody would notice."""
+    task = task_of(lambda: nn.Sequential(nn.Linear(8, 8), Late(), nn.Linear(8, 3)))
+    app = message_app(
+        0, task=task, edges=EDGES, train_loader=LateLoader(), num_examples=8
+    )
+    alone = {"min_available_nodes": 1, "min_train_nodes": 1}
+    strategy = smart_split(EDGES, task=task, choose_route=lambda _: route, **alone)
+    arrays = ArrayRecord({n: Array(a) for n, a in start_of(task).items()})
+    try:
+        made = run([app], strategy, arrays=arrays, num_rounds=1)
+    finally:
+        LATE.clear()
+    assert [key for key, _ in made.kinds()] == ["c0"]
+    assert "training changes 1.own, and a dry run" in made.strategy.failures[0].cause

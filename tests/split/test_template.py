@@ -2,10 +2,12 @@
 
 import copy
 import logging
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,10 @@ class Net(nn.Module):
         self.c = nn.Linear(WIDTH, 10)
         extra(self)
         self.mid = mid
+
+    def weights(self) -> Tensor:
+        """Show what a list holds."""
+        return self.hidden[0].weight.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Run them."""
@@ -100,6 +106,10 @@ KINDS: dict[str, tuple[Any, Any]] = {
         setting(scale=lambda m: float(m.b.weight.detach().norm())),
         lambda m, x: x / m.scale,
     ),
+    "a layer that is no submodule": (
+        setting(hidden=lambda m: [nn.Linear(WIDTH, WIDTH).requires_grad_(False)]),
+        lambda m, x: x + F.linear(x, m.weights()),
+    ),
     "its own generator": (
         setting(
             p=lambda m: torch.rand(
@@ -116,6 +126,7 @@ VALUES_NEEDED = [name for name in KINDS if "generator" not in name]
 def warned(caplog: Any) -> Any:
     """Collect what is logged."""
     logging.getLogger("flwr").propagate = True
+    template._warn.cache_clear()
     caplog.set_level(logging.WARNING, logger="flwr")
     return caplog
 
@@ -149,6 +160,26 @@ def test_constants_that_miss_draws_are_seen(monkeypatch: Any) -> None:
 
     with pytest.raises(AssertionError):
         check_all_routes(fresh)
+
+
+UNSEEDED = {
+    "p": "a copy of a weight",
+    "scale": "a number drawn",
+    "order": "a permutation as a list",
+}
+
+
+@pytest.mark.parametrize("attribute", [*UNSEEDED, "numbers", "choice"])
+def test_constants_that_differ_at_each_place_are_refused(attribute: str) -> None:
+    """Nobody has seeded them: the error names the attribute."""
+    others = {
+        "numbers": lambda m: np.random.permutation(WIDTH),  # noqa: NPY002
+        "choice": lambda m: random.random(),
+    }
+    kind = (setting(**{attribute: others.get(attribute)}), lambda m, x: x)
+    kind = KINDS[UNSEEDED[attribute]] if attribute in UNSEEDED else kind
+    with pytest.raises(InvalidTask, match=f"{attribute} is another one each time"):
+        build_chain(task_of(lambda: Net(*kind), shape=(8,)))
 
 
 def test_building_a_chain_draws_nothing_of_the_users() -> None:
@@ -189,6 +220,12 @@ def moved_data(model: Any) -> None:
     model[0].weight.data = torch.zeros(8, 8)
 
 
+def wrapped_again(model: Any) -> None:
+    """Make a new parameter of a weight's memory; the old one goes later."""
+    old = model[0].weight
+    model[0].weight = nn.Parameter(old.data, requires_grad=False)
+
+
 def loaded(model: Any, **options: Any) -> None:
     """Load pretrained values."""
     with torch.random.fork_rng():
@@ -202,6 +239,13 @@ def normed(wrap: Callable[..., nn.Module]) -> Callable[[Any], None]:
         model[2] = wrap(model[2])
 
     return change
+
+
+def skipped_init(model: Any) -> None:
+    """Make a layer without values first."""
+    model[2] = nn.utils.skip_init(nn.Linear, 8, 8)
+    for parameter in model[2].parameters():
+        nn.init.ones_(parameter)
 
 
 def lazy_and_called(model: Any) -> None:
@@ -224,12 +268,30 @@ def recurrent(model: Any) -> None:
     model[2] = Last()
 
 
+class Counts(nn.Module):
+    """Counts its calls in a buffer, and has a layer."""
+
+    def __init__(self, *, is_assigned: bool) -> None:
+        super().__init__()
+        self.layer, self.is_assigned = nn.Linear(8, 8), is_assigned
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Count, and run it."""
+        if self.is_assigned:
+            self.calls = self.calls + 1
+        else:
+            self.calls.add_(1)
+        return self.layer(x)
+
+
 WORK = {
     "to cpu": lambda m: m.to("cpu"),
     "to device": lambda m: m.to(torch.device("cpu")),
     "to device and memory format": lambda m: m.to(memory_format=torch.channels_last),
     "weight.data =": moved_data,
     "weight.data.copy_": lambda m: m[0].weight.data.copy_(torch.zeros(8, 8)),
+    "data in another parameter": wrapped_again,
     "pretrained": loaded,
     "pretrained, assigned": partial(loaded, assign=True),
     "orthogonal": lambda m: nn.init.orthogonal_(m[0].weight),
@@ -240,9 +302,12 @@ WORK = {
     "weight norm": normed(parametrizations.weight_norm),
     "spectral norm": normed(parametrizations.spectral_norm),
     "orthogonal parametrization": normed(parametrizations.orthogonal),
-    "skip init": normed(lambda _: nn.utils.skip_init(nn.Linear, 8, 8)),
+    "skip init": skipped_init,
     "lazy layer, called": lazy_and_called,
     "recurrent": recurrent,
+    "a buffer counted in forward": lambda m: m.__setitem__(
+        2, Counts(is_assigned=False)
+    ),
     "an attribute of a parameter": lambda m: setattr(m[2].weight, "tag", 1),
 }
 
@@ -377,7 +442,7 @@ REFUSED = {
         "0.z is complex128.*use complex64",
     ),
     "extra state": (replaced(0, partial(WithExtra, 8, 8)), "0 has an extra state"),
-    "one memory": (same_memory, "weight and weight are two parameters in the same"),
+    "one memory": (same_memory, "0.weight and 2.weight are two parameters in the same"),
     "overlapping memory": (flat_memory, "two parameters in the same memory"),
     "unregistered parameter": (
         lambda m: setattr(m[0], "kept", [nn.Parameter(torch.ones(3))]),
@@ -390,6 +455,10 @@ REFUSED = {
     "a graph": (
         lambda m: setattr(m[0], "twice", m[0].weight * 2),
         "0.twice is computed from parameters in model_fn: detach it",
+    ),
+    "a buffer assigned in forward": (
+        replaced(2, partial(Counts, is_assigned=True)),
+        "forward assigns 2.calls.*in place, as in self.calls.add_",
     ),
     "layers made in forward": (replaced(2, MakesLayers), "2.layer.*in __init__"),
     "compiled": (torch.compile, "return the module itself, without torch.compile"),

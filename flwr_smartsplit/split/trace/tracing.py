@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
@@ -33,7 +34,11 @@ from flwr_smartsplit.split.trace.liveness import (
     longest_needed,
     read_sizes_early,
 )
-from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
+from flwr_smartsplit.split.trace.op_recorder import (
+    NodeFacts,
+    attributes_of,
+    storages_of,
+)
 from flwr_smartsplit.split.trace.selective_checkpointing import selective_function
 from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
 
@@ -214,18 +219,31 @@ def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
 
 @warnings_ignored()
 def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
+    before = attributes_of(model)
     try:
-        return trace_strictly(model, partial(_Tracer(inputs).trace, model))
+        graph = trace_strictly(model, partial(_Tracer(inputs).trace, model))
+        after = attributes_of(model)
+        lost = [k for k, v in after.items() if _is_proxy(v) and before.get(k) is not v]
+        if lost:
+            name = ".".join(filter(None, lost[0]))
+            raise NotSplittable(
+                f"forward assigns {name}, which torch.fx would lose. Write a buffer in "
+                f"place, as in self.{lost[0][1]}.add_(1); or list its units by hand "
+                "with Task(units_fn=...)."
+            )
+        return graph
     except NotSplittable:
         raise
     except Exception as error:
-        advice = "Its forward must not branch on the values of tensors"
-        if isinstance(error, TypeError) and "to buffer" in str(error):
-            advice = "Write buffers in place, as in self.count.add_(1)"
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. {advice}; or list "
-            "its units by hand, with Chain.from_units and Task(units_fn=...)."
+            f"torch.fx cannot trace {type(model).__name__}: {error}. Its forward must "
+            "not branch on the values of tensors; or list its units by hand, with "
+            "Chain.from_units and Task(units_fn=...)."
         ) from error
+
+
+def _is_proxy(value: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value))
 
 
 def _pieces(graph: fx.Graph, cuts: list[Place]) -> list[Piece]:
