@@ -31,8 +31,8 @@ ROUTES = {
     },
     "lora_language_model": {
         "0": "whole",
-        "1": "device[:4] > edge[4:5] > device[5:]",
-        "2": "device[:2] > edge[2:5] > device[5:]",
+        "1": "device[:2] > edge[2:5] > device[5:]",
+        "2": "device[:1] > edge[1:5] > device[5:]",
     },
     "multi_hop": {
         "0": "whole",

@@ -23,6 +23,7 @@ def client_fn(context: Context) -> SmartSplitNumPyClient:
         client_key=str(index),
         budget_bytes=BUDGETS_BYTES[index],
         edges=(RayEdge(),),
+        local_epochs=2,
     )
 
 

@@ -18,7 +18,7 @@ BATCH_SIZE = 16
 LENGTH = 64
 VOCABULARY = 128  # ASCII
 IGNORED = -100  # A label that torch's cross_entropy leaves out
-BUDGETS_BYTES = (None, 6 * 2**20, 4 * 2**20)  # one per device; None is no limit
+BUDGETS_BYTES = (None, 16 * 2**20, 2 * 2**20)  # one per device; None is no limit
 TEXTS = ("load_breast_cancer", "load_wine", "load_digits")  # one per device
 PUBLIC_TEXTS = ("load_diabetes", "load_iris", "load_linnerud")
 
