@@ -154,23 +154,17 @@ class CentralManager:
     ) -> Dispatch:
         """Plan a phase: what each chosen client is sent."""
         self.chain.check_aliases(state)
-        self._state = state
-        self._sent = sent = GlobalState.of(state, self._changing)
+        self._state, self._sent = state, GlobalState.of(state, self._changing)
         dispatch = Dispatch(
             phase.round_number,
             phase.is_train,
             self.settings.planning.clock(),
             version=phase.round_number,
-            digest=sent.digest,
+            digest=self._sent.digest,
         )
         if phase.is_train:
             self._newest = dispatch.version
-        addresses, unready = self.edges.prepare(
-            sent.digest,
-            sent.changing,
-            rest={sent.rest: sent.frozen} if sent.rest else {},
-        )
-        self.rounds.write_failures(unready, phase.round_number, phase="edge")
+        addresses = self._prepare_edges(phase.round_number)
         plan = self._plan(phase, clients, tuple(addresses))
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
@@ -182,7 +176,7 @@ class CentralManager:
                 assignment,
                 phase,
                 clients[key],
-                digest=sent.digest,
+                digest=dispatch.digest,
                 addresses=addresses,
                 cohort=cohort,
             )
@@ -191,8 +185,8 @@ class CentralManager:
             names = device_names(client_plan, self.chain)
             back = changed_names(client_plan, self.chain)
             back = returned(back, self.task.is_local)
-            message = Sent(client_plan, names, back, assignment, profile)
-            dispatch.sent[key] = self._without_kept(message)
+            sent = Sent(client_plan, names, back, assignment, profile)
+            dispatch.sent[key] = self._without_kept(sent)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
         self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}
@@ -257,6 +251,14 @@ class CentralManager:
             if self.edges.names:
                 self._sent = GlobalState.of(state, self._changing)
         return state
+
+    def _prepare_edges(self, round_number: int) -> Mapping[str, str]:
+        """Have the edges hold the global state; return the addresses of those ready."""
+        state = self._sent
+        rest = {state.rest: state.frozen} if state.rest else {}
+        addresses, unready = self.edges.prepare(state.digest, state.changing, rest=rest)
+        self.rounds.write_failures(unready, round_number, phase="edge")
+        return addresses
 
     def _without_kept(self, sent: Sent) -> Sent:
         """Leave out the frozen arrays that a client's node has kept."""
