@@ -6,7 +6,7 @@ from rich.console import Console
 
 from simulations.benchmarks.lora_memory import Size, measured, show
 
-SMALL = Size(layers=2, width=8, batch_size=4, length=6, vocabulary=40)
+SMALL = Size(layers=2, width=64, batch_size=4, length=6, vocabulary=40)
 
 
 def test_every_row_is_exact_and_as_predicted() -> None:
