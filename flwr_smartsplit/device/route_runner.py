@@ -24,7 +24,12 @@ from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.build import build_chain, changed_state, materialise
+from flwr_smartsplit.split.build import (
+    build_chain,
+    check_unsent,
+    materialise,
+    state_views,
+)
 from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
@@ -189,8 +194,10 @@ class RouteRunner:
         state: dict[str, npt.NDArray[Any]] = {}
         legs = self.route.device_legs(len(self._chain))
         for runner, leg in zip(self._runners, legs, strict=True):
-            views = changed_state(runner.segment, self._chain, leg.start, leg.stop)
-            state |= {name: np.array(view) for name, view in views.items()}
+            views = state_views(runner.segment)
+            changed = self._chain.changed_names(leg.start, leg.stop)
+            check_unsent(runner.segment, changed)
+            state |= {name: np.array(views[name]) for name in changed}
         return state
 
     def report(self, *, num_epochs: int) -> StepReport:

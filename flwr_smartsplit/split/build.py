@@ -8,7 +8,7 @@ for none.
 
 import copy
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -160,25 +160,16 @@ def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
     return filled
 
 
-def changed_state(
-    segment: nn.Module, chain: Chain, start: int, stop: int
-) -> dict[str, npt.NDArray[Any]]:
-    """Show what training can change of units ``[start, stop)``, by name.
-
-    Arrays share memory where possible. Raises ``InvalidTask`` if training has changed
-    anything else.
-    """
-    names = chain.changed_names(start, stop)
+def check_unsent(segment: nn.Module, sent: Collection[str]) -> None:
+    """Raise ``InvalidTask`` if training has changed state that is not sent back."""
     state = segment.state_dict(keep_vars=True)
-    others = [n for n in state.keys() - set(names) if state[n]._version > _WHEN_FILLED]
-    if others:
+    names = [n for n in state.keys() - set(sent) if state[n]._version > _WHEN_FILLED]
+    if names:
         raise InvalidTask(
-            f"training changes {', '.join(sorted(others))}, and a dry run of one step "
+            f"training changes {', '.join(sorted(names))}, and a dry run of one step "
             "did not, so that it would not be sent back: let forward write it in every "
             "step, or register it with persistent=False."
         )
-    views = state_views(segment)
-    return {name: views[name] for name in names}
 
 
 def state_of(module: nn.Module) -> dict[str, npt.NDArray[Any]]:

@@ -162,10 +162,11 @@ def _built_with_values(
     try:
         model, findings, num_bytes = build()
         _warn(type(model).__name__, why, num_bytes)
+        findings.refuse()
         is_new = findings.mark != known
         for turn in range(1, _NUM_OTHER_DRAWS + 1) if is_new else ():
             findings.compare(build(turn)[1])
-    except InvalidTask:
+    except (InvalidTask, NotSplittable):
         raise
     except Exception as error:
         raise InvalidTask(
@@ -187,7 +188,8 @@ def _own_chance(turn: int) -> Iterator[Callable[[], bool]]:
 
     def has_drawn() -> bool:
         (python, numpys), (old, olds) = state(), before
-        return python != old or numpys[2] != olds[2] or (numpys[1] != olds[1]).any()
+        is_numpy = numpys[2] != olds[2] or not np.array_equal(numpys[1], olds[1])
+        return bool(python != old) or is_numpy
 
     outside = before = state()
     with torch.random.fork_rng(devices=[]):
