@@ -33,7 +33,7 @@ from flwr_smartsplit.flower.inner_strategy import (
 )
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
-from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
+from flwr_smartsplit.flower.round_manager import Phase
 from flwr_smartsplit.flower.serde.records import (
     legacy_scalars,
     plan_to_scalars,
