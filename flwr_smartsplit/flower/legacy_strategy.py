@@ -29,6 +29,7 @@ from flwr_smartsplit.flower.inner_strategy import (
     LEGACY_API,
     legacy_config,
     legacy_sample_size,
+    refuse_wrappers,
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
