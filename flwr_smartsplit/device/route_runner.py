@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from flwr_smartsplit.device.cut_mover import CutMover
 from flwr_smartsplit.device.metrics import Metrics
@@ -30,7 +29,8 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
 from flwr_smartsplit.train.micro_batches import mean_loss, micro_batches
 from flwr_smartsplit.train.rng import UnitStreams
-from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
+from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.torch_device import CPU, placed, synchronise
 from flwr_smartsplit.types import (
     KEEP_ALL,
     WHOLE_BATCH,
@@ -64,7 +64,9 @@ class RouteRunner:
         self.timer = timer
         self.metrics = Metrics()
         self.advice: Advice | None = None
-        self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
+        self.streams = UnitStreams(
+            plan.seed, plan.round_number, plan.client_key, device
+        )
         self._is_trained = is_trained
         self._device = device
         self._task = task
@@ -106,6 +108,7 @@ class RouteRunner:
         with self.cap.step((inputs, targets), *self._owners()):
             with self.timer.step(self.route, self.recompute):
                 loss = self._step(inputs, targets)
+                synchronise(self._device)
         self.metrics.count(int(targets.shape[0]), {"loss": loss})
 
     def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
@@ -125,7 +128,7 @@ class RouteRunner:
         """Bytes of this client's tensors now, even if its cap is off."""
         if self.cap.mode is not CapMode.OFF:
             return self.cap.live_bytes
-        meter = MemoryMeter(None)
+        meter = MemoryMeter(device=self._device)
         meter.track(*self._owners())
         return meter.live_bytes
 
@@ -276,7 +279,7 @@ class RouteRunner:
             return
         for runner in self._runners:
             norms = {**norms, **runner.gradient_norms()}
-        self._norm = total_norm(norms, self._chain.model)
+        self._norm = total_norm(norms, self._chain.model, self._device)
         for runner in self._runners:
             runner.update(self._norm)
 
@@ -295,7 +298,7 @@ class RouteRunner:
     def _built(self, leg: Leg, state: State) -> SegmentRunner:
         with self.cap.building():
             segment = materialise(self._chain, leg.start, leg.stop, state)
-            self.cap.track(segment)
+            self.cap.track(segment.to(self._device))
         return self._runner(segment)
 
     def _runner(self, segment: Segment) -> SegmentRunner:
@@ -312,10 +315,10 @@ class RouteRunner:
         return runner
 
     def _placed(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
-        placed: tuple[Batch, Tensor] = inputs, targets
-        if self._device != CPU:
-            placed = tree_map(lambda x: x.to(self._device), placed)
-        return placed
+        """Place a batch; labels that an edge needs, and not the device, stay."""
+        is_sent = self._edge is not None and not self.route.returns
+        own_targets = targets if is_sent else placed(targets, self._device)
+        return placed(inputs, self._device), own_targets
 
     def _owners(self) -> list[Any]:
         return [x for each in self._runners for x in (each.segment, each.optimizer)]

@@ -20,7 +20,8 @@ from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.train.micro_batches import mean_loss
-from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
+from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.train.unit_migration import Make
 from flwr_smartsplit.types import Advice
 
@@ -77,7 +78,7 @@ class Session:
         if self.onward is None and request.targets is not None:
             loss, gradients = self.runner.finish(
                 self._inward.decode(request.boundary),
-                request.targets.unpack().to(self._inward.device),
+                request.targets.unpack(self._inward.device),
                 step=request.step,
                 part=request.part,
                 inputs_are_boundary=True,
@@ -131,7 +132,7 @@ class Session:
             return self.onward.forward(as_boundary(outputs), request)
         if request.targets is None:
             return wire.Stepped(boundary=self._returning.encode(as_boundary(outputs)))
-        targets = request.targets.unpack().to(self._inward.device)
+        targets = request.targets.unpack(self._inward.device)
         return wire.Stepped(values=self.runner.assess(outputs, targets))
 
     def update(self, norm: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy.typing as npt
@@ -33,8 +34,10 @@ from flwr_smartsplit.flower.serde.records import (
 from flwr_smartsplit.flower.serde.replies import evaluated, metrics_of, reply_to_scalars
 from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
 from flwr_smartsplit.memory.cap import CapMode
+from flwr_smartsplit.profile.accelerator_memory import accelerator_overhead
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.torch_device import CPU, as_device
 from flwr_smartsplit.types import (
     NO_TRAITS,
     ClientPlan,
@@ -83,6 +86,10 @@ class SmartSplitNumPyClient(NumPyClient):
     owns_process : bool
         Whether this client has its process for itself: it then measures the resident
         set too, and the system refuses memory beyond the plan's budget plus 32 MiB.
+    device : str or torch.device
+        Where this client computes: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``,
+        which takes the first GPU that this process sees, and the CPU where it sees
+        none. On CUDA, ``budget_bytes`` is memory of the GPU.
     step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
         A training step's time on a simulated device; without it, steps are timed.
     seed : int
@@ -108,6 +115,7 @@ class SmartSplitNumPyClient(NumPyClient):
         cap_mode: CapMode | str = CapMode.SAMPLED,
         meter_every: int = 50,
         owns_process: bool = False,
+        device: str | torch.device = CPU,
         step_seconds: StepSeconds | None = None,
         seed: int = 0,
         context: Context | None = None,
@@ -137,6 +145,7 @@ class SmartSplitNumPyClient(NumPyClient):
             local_epochs=local_epochs,
             batch_size=self._profile.batch_size,
             owns_process=owns_process,
+            device=as_device(device),
             step_seconds=step_seconds,
         )
 
@@ -144,12 +153,26 @@ class SmartSplitNumPyClient(NumPyClient):
     def profile(self) -> DeviceProfile:
         """The client's profile, with its present budget."""
         budget_bytes = self._budget.read(step=0, live_bytes=0)
+        if budget_bytes is not None:
+            budget_bytes = max(0, budget_bytes - self._spare_bytes)
         return replace(self._profile, budget_bytes=budget_bytes)
+
+    @cached_property
+    def _spare_bytes(self) -> int:
+        """What the strategy may not plan with: an accelerator takes it beyond plans."""
+        if self._conditions.device.type == "cpu":
+            return 0
+        size = self._profile.batch_size
+        return accelerator_overhead(
+            build_chain(self.task), batch_size=size, task=self.task
+        )
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
         state = {**state, **self._local(plan)}
         conditions = self._conditions
+        if plan.budget_bytes is not None:
+            conditions = replace(conditions, spare_bytes=self._spare_bytes)
         if not _is_stock(plan) and (self._moves or plan.cohort is not None):
             size = self._profile.batch_size
             adapter = Adapter(self._budget, self.task, batch_size=size)
@@ -164,7 +187,10 @@ class SmartSplitNumPyClient(NumPyClient):
         """Do this client's part of an evaluation round."""
         loader = self.train_loader if self.eval_loader is None else self.eval_loader
         state = {**state, **self._local(plan)}
-        return evaluate_locally(plan, state, loader, self._conditions)
+        conditions = self._conditions
+        if plan.budget_bytes is not None:
+            conditions = replace(conditions, spare_bytes=self._spare_bytes)
+        return evaluate_locally(plan, state, loader, conditions)
 
     def plan_for(self, config: Any) -> ClientPlan:
         """Read a config's plan, or make the one that a stock strategy implies."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -45,6 +46,10 @@ class MemoryCap:
         ``"strict"``, ``"sampled"`` or ``"off"``.
     every : int
         A sampled cap meters the first two steps of each shape, then one in so many.
+    device : torch.device, optional
+        Counts the memory of this device only; of all devices by default.
+    spare_bytes : int
+        What the cap allows beyond every budget: see ``accelerator_overhead``.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class MemoryCap:
         name: str = "",
         mode: CapMode | str = CapMode.STRICT,
         every: int = 50,
+        device: torch.device | None = None,
+        spare_bytes: int = 0,
     ) -> None:
         if budget_bytes is not None and budget_bytes < 0:
             raise ValueError(
@@ -63,7 +70,9 @@ class MemoryCap:
             raise ValueError(f"every is {every}: give at least 1.")
         self.mode = CapMode(mode)
         self.every = every
-        self.meter = MemoryMeter(budget_bytes, name=name)
+        self.spare_bytes = spare_bytes
+        self.meter = MemoryMeter(name=name, device=device)
+        self.limit(budget_bytes)
         self._steps_by_shape: dict[tuple[Any, ...], int] = {}
         self._metered_threads: set[int] = set()
 
@@ -84,7 +93,8 @@ class MemoryCap:
 
     def limit(self, budget_bytes: int | None) -> None:
         """Set another cap from now on; None only measures."""
-        self.meter.budget_bytes = budget_bytes
+        spare = self.spare_bytes
+        self.meter.budget_bytes = None if budget_bytes is None else budget_bytes + spare
 
     def start_over(self) -> None:
         """Meter the next steps like the first ones: what is trained has changed."""

@@ -24,6 +24,7 @@ from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.torch_device import as_device
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
 _NAMESPACE = "flwr_smartsplit"
@@ -44,6 +45,8 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
     disk_bytes: int | None = None,
     flops_per_second: float | None = None,
     resources: Mapping[str, float] | None = None,
+    device: str = "cpu",
+    num_gpus: float = 0,
     room_patience_seconds: float = 600.0,
     patience_seconds: float = 60.0,
     timeout_seconds: float = 600.0,
@@ -68,6 +71,12 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
     resources : Mapping[str, float], optional
         Custom Ray resources that the actor needs, such as ``{"berlin": 0.001}``; it
         runs on a machine that has them.
+    device : str
+        Where its segments train: ``"cpu"`` or ``"cuda"``.
+    num_gpus : float
+        The share of one GPU that the actor takes from Ray, at most 1. Ray shows an
+        actor without a share no GPU. A share is not a limit of memory:
+        ``memory_bytes`` is.
     room_patience_seconds : float
         How long a client waits while the edge is full.
     patience_seconds : float
@@ -90,6 +99,8 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
         max_concurrency=max_concurrency,
         spill_dir=spill_dir,
         resources=resources,
+        device=device,
+        num_gpus=num_gpus,
         patience_seconds=patience_seconds,
         timeout_seconds=timeout_seconds,
     )
@@ -103,8 +114,23 @@ class RayHost:
     max_concurrency: int = 8
     spill_dir: str | None = None
     resources: Mapping[str, float] | None = None
+    device: str = "cpu"
+    num_gpus: float = 0
     patience_seconds: float = 60.0
     timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_gpus <= 1:
+            raise ValueError(
+                f"num_gpus is {self.num_gpus}: an edge computes on one device; give 0 "
+                "to 1, and one edge for each GPU."
+            )
+        if (self.num_gpus > 0) != (self.device != "cpu"):
+            raise ValueError(
+                f"device={self.device!r} with num_gpus={self.num_gpus}: Ray shows an "
+                "edge only the GPU that it has a share of; give both, such as "
+                "device='cuda', num_gpus=0.5, or neither."
+            )
 
     def start(self, task: Task, profile: EdgeProfile) -> str:
         """Start the actor for one run; return its name.
@@ -128,6 +154,7 @@ class RayHost:
             name=address,
             namespace=_NAMESPACE,
             num_cpus=0,
+            num_gpus=self.num_gpus,
             resources=resources,
             max_restarts=-1,
             max_concurrency=self.max_concurrency,
@@ -138,7 +165,8 @@ class RayHost:
             folder = ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
         except RayError as error:
             self.stop(address)
-            asked = f" It asks for {resources} of one machine." if resources else ""
+            needs = resources | ({"GPU": self.num_gpus} if self.num_gpus else {})
+            asked = f" It asks for {needs} of one machine." if needs else ""
             raise EdgeUnreachable(
                 f"edge {profile.name!r} cannot start: {error}{asked}"
             ) from error
@@ -232,6 +260,7 @@ class _EdgeActor:
             incarnation=uuid.uuid4().hex,
             connect=lambda _, address: host.connect(address),
             profile=profile,
+            device=as_device(host.device),
         )
 
     def ready(self) -> Path:
