@@ -11,12 +11,20 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+
+try:  # Flower moves its inner modules between releases.
+    from flwr.supercore.run import Run
+except ModuleNotFoundError:
+    from flwr.common.typing import Run
+try:
+    from flwr.supercore.task_identity import TaskIdentity
+except ModuleNotFoundError:
+    TaskIdentity = SimpleNamespace()
 
 CLIENT_APP_RAISED_EXCEPTION = 2
 Fate = Callable[[Message], list[Message]]
