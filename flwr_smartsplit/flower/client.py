@@ -32,7 +32,11 @@ from flwr_smartsplit.flower.serde.records import (
     to_array_record,
 )
 from flwr_smartsplit.flower.serde.replies import evaluated, metrics_of, reply_to_scalars
-from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
+from flwr_smartsplit.memory.budget import (
+    MemoryBudget,
+    as_budget,
+    reads_the_machine,
+)
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.profile.accelerator_memory import accelerator_overhead
 from flwr_smartsplit.split.build import build_chain
@@ -145,7 +149,7 @@ class SmartSplitNumPyClient(NumPyClient):
             local_epochs=local_epochs,
             batch_size=self._profile.batch_size,
             owns_process=owns_process,
-            device=as_device(device),
+            device=_device_of(client_key, device, budget_bytes),
             step_seconds=step_seconds,
         )
 
@@ -299,6 +303,17 @@ def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:
         return as_budget(budget_bytes)
     except ValueError as error:
         raise ValueError(f"client {client_key!r}: {error}") from error
+
+
+def _device_of(client_key: str, device: Any, budget: Any) -> torch.device:
+    found = as_device(device)
+    if found.type != "cpu" and reads_the_machine(budget):
+        raise InvalidTask(
+            f"client {client_key!r} computes on {found}, and MemoryBudget.free_memory "
+            "reads the machine's memory: give it "
+            "available_bytes=lambda: torch.cuda.mem_get_info()[0]."
+        )
+    return found
 
 
 def _sizes(

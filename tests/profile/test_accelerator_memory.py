@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flwr_smartsplit import Route, Task
+from flwr_smartsplit import MemoryBudget, Route, Task
+from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.flower import client as client_module
 from flwr_smartsplit.memory import meter
 from flwr_smartsplit.profile.accelerator_memory import accelerator_overhead
 from flwr_smartsplit.split.build import build_chain
@@ -75,6 +77,19 @@ def test_the_overhead_of_large_tensors_is_small() -> None:
 
 def test_a_client_on_the_cpu_plans_with_all_of_its_budget() -> None:
     assert make_client(0, 10**6).profile.budget_bytes == 10**6
+
+
+def test_a_budget_of_the_machines_memory_is_no_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that reads something else may be."""
+    monkeypatch.setattr(client_module, "as_device", torch.device)
+    budget = MemoryBudget.free_memory(reserve_bytes=0)
+    with pytest.raises(InvalidTask, match="'c0' computes on cuda:0, and"):
+        make_client(0, budget, device="cuda:0")
+    make_client(0, budget)
+    own = MemoryBudget.free_memory(reserve_bytes=0, available_bytes=lambda: 7)
+    make_client(0, own, device="cuda:0")
 
 
 def test_a_client_on_an_accelerator_keeps_the_overhead_for_itself() -> None:
