@@ -298,7 +298,9 @@ class RouteRunner:
     def _built(self, leg: Leg, state: State) -> SegmentRunner:
         with self.cap.building():
             segment = materialise(self._chain, leg.start, leg.stop, state)
-            self.cap.track(segment.to(self._device))
+            if self._device != CPU:
+                segment.to(self._device)
+            self.cap.track(segment)
         return self._runner(segment)
 
     def _runner(self, segment: Segment) -> SegmentRunner:

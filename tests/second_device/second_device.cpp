@@ -35,10 +35,10 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<kType> {
   c10::Stream stream() const { return c10::Stream(c10::Stream::DEFAULT, device()); }
   c10::Device getDevice() const override { return device(); }
   c10::Device exchangeDevice(c10::Device) const override { return device(); }
-  c10::Stream getStream(c10::Device) const override { return stream(); }
+  c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
   c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
   c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
-  c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
+  c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
   void synchronizeDevice(const c10::DeviceIndex) const override {}
@@ -132,7 +132,32 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
   return {there(std::get<0>(result)), there(std::get<1>(result)), there(std::get<2>(result))};
 }
 
+// It writes running statistics without saying so in its schema.
+std::tuple<Tensor, Tensor, Tensor> batch_norm(
+    const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
+    const std::optional<Tensor>& mean, const std::optional<Tensor>& var, bool training,
+    double momentum, double eps) {
+  auto here = [&](const std::optional<Tensor>& t) -> std::optional<Tensor> {
+    if (!t.has_value() || !t->defined()) return std::nullopt;
+    TORCH_CHECK(t->device() == x.device(), "Expected all tensors to be on the same device");
+    return on_cpu(*t);
+  };
+  auto [y, m, v] = at::native_batch_norm(
+      on_cpu(x), here(w), here(b), here(mean), here(var), training, momentum, eps);
+  return {y.to(x.device()), m.to(x.device()), v.to(x.device())};
+}
+
+void refuse(const Tensor& x, const c10::OperatorHandle& op) {
+  TORCH_CHECK(!x.defined() || !x.is_cpu() || x.dim() == 0,
+              "Expected all tensors to be on the same device, in ", op.schema().name());
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (value.isTensor()) refuse(value.toTensor(), op);
+    if (value.isTensorList())
+      for (const Tensor& x : value.toTensorList().vec()) refuse(x, op);
+  }
   at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
 }
 
@@ -152,6 +177,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
+  m.impl("native_batch_norm", batch_norm);
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
   m.impl("set_.source_Storage_storage_offset", set_storage);
