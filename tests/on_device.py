@@ -139,7 +139,12 @@ def strays(device: torch.device) -> Iterator[list[str]]:
 def peaks(made: Run) -> list[tuple[str, int]]:
     """Read each client's metered peaks off the replies, in their order."""
     told = [message.content for message in made.grid.replied if message.has_content()]
-    replies = [reply_from_content(c) for c in told if "smartsplit" in str(c.keys())]
+    records = [(content, content.config_records.get("smartsplit")) for content in told]
+    replies = [
+        reply_from_content(content)
+        for content, record in records
+        if record is not None and "smartsplit.reply" in record
+    ]
     return sorted((r.client_key, r.report.peak_bytes) for r in replies)
 
 
