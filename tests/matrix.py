@@ -42,7 +42,7 @@ class Corner:
     pins: tuple[str, ...] = ()
 
 
-OLD_FLWR = ("flwr==1.41.0",)
+OLD_FLWR = ("flwr==1.40.0",)
 OLD_TORCH = ("torch==2.9.0", "torchvision==0.24.0")
 CORNERS = (
     Corner("oldest", "3.11", (*OLD_FLWR, *OLD_TORCH)),
