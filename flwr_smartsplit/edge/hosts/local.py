@@ -5,8 +5,10 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from flwr_smartsplit.edge.hosts.edge import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge, new_address
+from flwr_smartsplit.edge.hosts.spill_folders import PREFIX, claim, delete_abandoned
 from flwr_smartsplit.edge.protocol import LocalTransport
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
@@ -14,7 +16,7 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.torch_device import as_device
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
-_edges: dict[str, tuple[EdgeService, Path]] = {}
+_edges: dict[str, tuple[EdgeService, BinaryIO]] = {}
 
 
 def LocalEdge(
@@ -44,8 +46,10 @@ class LocalHost:
 
     def start(self, task: Task, profile: EdgeProfile) -> str:
         """Start an edge for one run; return its address."""
-        address = f"{profile.name}-{uuid.uuid4().hex[:12]}"
-        folder = Path(tempfile.mkdtemp(prefix="smartsplit-"))
+        address, parent = new_address(profile.name), Path(tempfile.gettempdir())
+        delete_abandoned(parent)
+        folder = parent / f"{PREFIX}{address}"
+        lock = claim(folder)
         service = EdgeService(
             task,
             spill_dir=folder,
@@ -54,7 +58,7 @@ class LocalHost:
             profile=profile,
             device=as_device(self.device),
         )
-        _edges[address] = (service, folder)
+        _edges[address] = (service, lock)
         return address
 
     def connect(self, address: str) -> LocalTransport:
@@ -66,4 +70,5 @@ class LocalHost:
     def stop(self, address: str) -> None:
         """Stop the edge and delete its files."""
         if address in _edges:
-            shutil.rmtree(_edges.pop(address)[1], ignore_errors=True)
+            with _edges.pop(address)[1] as lock:
+                shutil.rmtree(Path(lock.name).parent, ignore_errors=True)
