@@ -8,7 +8,7 @@ from flwr_smartsplit.profile.memory_trace import LoggingMeter
 from flwr_smartsplit.profile.optimizer_memory import OptimizerCosts
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.optimizer_in_backward import early_ones
+from flwr_smartsplit.train.optimizer_in_backward import stepped_in_backward
 
 _COPIES_OF_A_BOUNDARY = 3  # Sent, received, and unpacked or packed
 
@@ -48,7 +48,7 @@ def _most_storages(meter: LoggingMeter) -> int:
 def _at_once_bytes(segment: nn.Module, dry: DryStep, task: Task) -> int:
     """Size of the temporaries if all parameters that wait are updated at once."""
     trained = [p for p in segment.parameters() if p.requires_grad]
-    early = early_ones(trained) if dry.runner.steps_in_backward else []
+    early = stepped_in_backward(trained) if dry.runner.steps_in_backward else []
     ids = {id(parameter) for parameter in early}
     late = [parameter for parameter in trained if id(parameter) not in ids]
     return OptimizerCosts(task, is_at_once=True).temporary_bytes_at_once(late)
