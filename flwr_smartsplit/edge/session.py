@@ -6,6 +6,7 @@ edge to edge and never through the device, which may be too small to hold it.
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from flwr_smartsplit.edge.client import EdgeClient
 from flwr_smartsplit.edge.codec import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, moved_session
 from flwr_smartsplit.edge.message_bytes import checksum
+from flwr_smartsplit.edge.tensors import WireTensor, unpack_targets
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.train.micro_batches import mean_loss
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.train.torch_device import CPU
+from flwr_smartsplit.train.torch_device import CPU, placed
 from flwr_smartsplit.train.unit_migration import Make
 from flwr_smartsplit.types import Advice
 
@@ -78,7 +80,7 @@ class Session:
         if self.onward is None and request.targets is not None:
             loss, gradients = self.runner.finish(
                 self._inward.decode(request.boundary),
-                request.targets.unpack(self._inward.device),
+                self._targets(request.targets),
                 step=request.step,
                 part=request.part,
                 inputs_are_boundary=True,
@@ -132,8 +134,12 @@ class Session:
             return self.onward.forward(as_boundary(outputs), request)
         if request.targets is None:
             return wire.Stepped(boundary=self._returning.encode(as_boundary(outputs)))
-        targets = request.targets.unpack(self._inward.device)
+        targets = self._targets(request.targets)
         return wire.Stepped(values=self.runner.assess(outputs, targets))
+
+    def _targets(self, packed: WireTensor | tuple[WireTensor, ...]) -> Any:
+        like = self.runner.task.example_targets
+        return placed(unpack_targets(packed, like=like), self._inward.device)
 
     def update(self, norm: float | None) -> None:
         """Do the last step's update, if it waited for the norm of all gradients."""

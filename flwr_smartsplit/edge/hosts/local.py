@@ -46,6 +46,7 @@ class LocalHost:
 
     def start(self, task: Task, profile: EdgeProfile) -> str:
         """Start an edge for one run; return its address."""
+        device = as_device(self.device)
         address, parent = new_address(profile.name), Path(tempfile.gettempdir())
         delete_abandoned(parent)
         folder = parent / f"{PREFIX}{address}"
@@ -56,7 +57,7 @@ class LocalHost:
             incarnation=uuid.uuid4().hex,
             connect=lambda _, address: self.connect(address),
             profile=profile,
-            device=as_device(self.device),
+            device=device,
         )
         _edges[address] = (service, lock)
         return address

@@ -265,6 +265,7 @@ class _EdgeActor:
     def __init__(
         self, task: Task, address: str, profile: EdgeProfile, host: RayHost
     ) -> None:
+        device = as_device(host.device)
         self._folder = _folder(host.spill_dir, address)
         delete_abandoned(self._folder.parent)
         self._lock = claim(self._folder)
@@ -274,7 +275,7 @@ class _EdgeActor:
             incarnation=uuid.uuid4().hex,
             connect=lambda _, address: host.connect(address),
             profile=profile,
-            device=as_device(host.device),
+            device=device,
         )
 
     def ready(self) -> Path:
