@@ -309,7 +309,10 @@ class RouteRunner:
 
     def _built(self, leg: Leg, state: State) -> SegmentRunner:
         with self.cap.building():
-            segment = materialise(self._chain, leg.start, leg.stop, state)
+            beside = [runner.segment for runner in self._runners]
+            segment = materialise(
+                self._chain, leg.start, leg.stop, state, beside=beside
+            )
             if self._device != CPU:
                 segment.to(self._device)
             self.cap.track(segment)

@@ -1,5 +1,7 @@
 """What a step takes on CUDA beyond a dry run of the CPU's operators."""
 
+from functools import partial
+
 from torch import Tensor
 
 from flwr_smartsplit.memory.meter import CUDA_BLOCK_BYTES
@@ -25,21 +27,21 @@ def accelerator_overhead(chain: Chain, *, batch_size: int, task: Task) -> int:
     workspaces, which no meter of tensors sees.
     """
     dry = DryStep(chain, batch_size=batch_size, task=task)
-    sparse: set[int] = set()  # They are updated one by one there, too.
+    sparse: set[str] = set()  # They are updated one by one there, too.
 
-    def note(parameter: Tensor) -> None:
+    def note(name: str, parameter: Tensor) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
-            sparse.add(id(parameter))
+            sparse.add(name)
 
-    for parameter in dry.segment.parameters():
+    for name, parameter in dry.segment.named_parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(note)
+            parameter.register_post_accumulate_grad_hook(partial(note, name))
     for step in range(2):  # The first one makes the optimizer's state.
         dry.run(step)
     num_boundary = _COPIES_OF_A_BOUNDARY * task.max_boundary_tensors
     blocks = _most_storages(dry.meter) + num_boundary
     rounding_bytes = blocks * (CUDA_BLOCK_BYTES - 1)
-    return rounding_bytes + _at_once_bytes(dry, task, sparse)
+    return rounding_bytes + _at_once_bytes(chain, dry, task, sparse)
 
 
 def _most_storages(meter: LoggingMeter) -> int:
@@ -54,10 +56,11 @@ def _most_storages(meter: LoggingMeter) -> int:
     return most
 
 
-def _at_once_bytes(dry: DryStep, task: Task, sparse: set[int]) -> int:
+def _at_once_bytes(chain: Chain, dry: DryStep, task: Task, sparse: set[str]) -> int:
     """Size of the temporaries if all parameters that wait are updated at once."""
-    trained = [p for p in dry.segment.parameters() if p.requires_grad]
+    named = chain.segment(0, len(chain)).named_parameters()
+    trained = [p for name, p in named if p.requires_grad and name not in sparse]
     early = stepped_in_backward(trained) if dry.runner.steps_in_backward else []
-    ids = sparse | {id(parameter) for parameter in early}
+    ids = {id(parameter) for parameter in early}
     late = [parameter for parameter in trained if id(parameter) not in ids]
-    return OptimizerCosts(task, {}, is_at_once=True).temporary_bytes_at_once(late)
+    return OptimizerCosts(task, is_at_once=True).temporary_bytes_at_once(late)

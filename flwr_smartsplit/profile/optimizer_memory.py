@@ -26,11 +26,15 @@ class OptimizerCosts:
     """
 
     def __init__(
-        self, task: Task, sparse: Mapping[int, int], *, is_at_once: bool = False
+        self,
+        task: Task,
+        sparse: Mapping[int, int] | None = None,
+        *,
+        is_at_once: bool = False,
     ) -> None:
         self._task = task
         self._is_at_once = is_at_once
-        self._sparse = sparse  # Values of sparse gradients, by the parameter's id
+        self._sparse = sparse or {}  # Values of sparse gradients, by the parameter's id
         self._known: dict[_Signature, tuple[int, int, int]] = {}
 
     def state_bytes(self, parameters: Sequence[Tensor]) -> int:
