@@ -59,6 +59,7 @@ ORDER = (
     "errors",
     "types",
     "task",
+    "task_digest",
     "memory",
     "split",
     "train",

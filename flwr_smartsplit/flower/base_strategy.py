@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import SmartSplitError
@@ -49,7 +49,10 @@ class SplitStrategy(Generic[StrategyT]):
         journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
         between_rounds: BetweenRounds | None = None,
+        verify: Literal["once", "always", False] = "once",
     ) -> None:
+        if verify not in {"once", "always", False}:
+            raise ValueError(f'verify is {verify!r}: give "once", "always" or False.')
         self.strategy: StrategyT = self._api.base() if strategy is None else strategy
         check_strategy(self.strategy, self._api)
         check_proximal(self.strategy, task)
@@ -62,6 +65,7 @@ class SplitStrategy(Generic[StrategyT]):
             journal=journal,
             on_row=on_row,
             between_rounds=between_rounds,
+            verify=verify or "off",
         )
         take_step = partial(self._take_step, self.strategy) if has_step else None
         self._central = CentralManager(task, edges, settings, take_step=take_step)
@@ -95,7 +99,7 @@ class SplitStrategy(Generic[StrategyT]):
         rounds.write_failures(failures, phase.round_number, phase="profile")
         if failures and not clients:
             raise SmartSplitError(
-                f"none of {asked} says who it is; the first: {failures[0].cause}"
+                f"none of {asked} can take part; the first: {failures[0].cause}"
             )
         profiles = {key: client.profile for key, client in clients.items()}
         dispatch = self._central.begin(phase, state, profiles)

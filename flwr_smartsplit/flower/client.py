@@ -25,6 +25,7 @@ from flwr_smartsplit.flower.round_exchange import device_names, moved_plan, retu
 from flwr_smartsplit.flower.serde.records import (
     Arrays,
     Scalar,
+    facts_to_scalars,
     from_array_record,
     plan_from_config,
     profile_to_scalars,
@@ -33,8 +34,10 @@ from flwr_smartsplit.flower.serde.records import (
 from flwr_smartsplit.flower.serde.replies import evaluated, metrics_of, reply_to_scalars
 from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
 from flwr_smartsplit.memory.cap import CapMode
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.task_digest import code_copies, digest_of, task_facts
 from flwr_smartsplit.types import (
     NO_TRAITS,
     ClientPlan,
@@ -43,6 +46,7 @@ from flwr_smartsplit.types import (
     Route,
     StepReport,
 )
+from flwr_smartsplit.verify.guard import Guard
 
 _WEIGHT = "num-examples"
 _LOCAL = "smartsplit.local"
@@ -148,6 +152,7 @@ class SmartSplitNumPyClient(NumPyClient):
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
+        self._check_task(plan)
         state = {**state, **self._local(plan)}
         conditions = self._conditions
         if not _is_stock(plan) and (self._moves or plan.cohort is not None):
@@ -163,6 +168,7 @@ class SmartSplitNumPyClient(NumPyClient):
     def test(self, plan: ClientPlan, state: Arrays) -> StepReport:
         """Do this client's part of an evaluation round."""
         loader = self.train_loader if self.eval_loader is None else self.eval_loader
+        self._check_digest(plan)
         state = {**state, **self._local(plan)}
         return evaluate_locally(plan, state, loader, self._conditions)
 
@@ -193,7 +199,8 @@ class SmartSplitNumPyClient(NumPyClient):
     def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
         """Return this client's profile for the strategy's planning."""
         del config
-        return profile_to_scalars(self.profile)
+        facts = {**self._facts(), **code_copies(self.task)}
+        return {**profile_to_scalars(self.profile), **facts_to_scalars(facts)}
 
     def fit(
         self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
@@ -214,6 +221,37 @@ class SmartSplitNumPyClient(NumPyClient):
         names = self.device_names(plan)
         report = self.test(plan, dict(zip(names, parameters, strict=True)))
         return report.loss, report.num_examples, _scalars(plan, evaluated(report))
+
+    # --- the same task everywhere, and an exact one --------------------------------
+
+    def _facts(self) -> dict[str, str]:
+        return task_facts(self.task, build_chain(self.task).model)
+
+    def _check_digest(self, plan: ClientPlan) -> None:
+        """Refuse a plan for another task: this process may have started anew."""
+        if plan.task_digest and plan.task_digest != digest_of(self._facts()):
+            raise InvalidTask(
+                f"client {plan.client_key!r}: its task is no longer the one that it "
+                "compared with the strategy's. Start the run again with one code "
+                "everywhere."
+            )
+
+    def _check_task(self, plan: ClientPlan) -> None:
+        """Refuse another task, and one whose chain is not exact on this device."""
+        self._check_digest(plan)
+        guard = Guard(
+            mode=plan.verify,
+            place=f"client {plan.client_key!r}",
+            is_client=True,
+            may_recompute=plan.constraints.recompute,
+            budget_bytes=self.profile.budget_bytes,
+        )
+        size = self._profile.batch_size
+        guard.verify(
+            self.task,
+            lambda: profile_of(self.task, batch_size=size),
+            config=plan.config,
+        )
 
     # --- what stays on the device --------------------------------------------------
 

@@ -3,7 +3,7 @@
 Flower's ids are random in every run, so everything else goes by client_key.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,10 +13,11 @@ from flwr.common import GetPropertiesIns
 from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp import Grid
 
-from flwr_smartsplit.errors import RefusedReply
+from flwr_smartsplit.errors import RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.serde.records import (
     LEGACY,
     RecordLayout,
+    config_of,
     last_line,
     profile_from_content,
     profile_from_scalars,
@@ -25,6 +26,14 @@ from flwr_smartsplit.flower.serde.records import (
 from flwr_smartsplit.types import DeviceProfile, Failure
 
 _MOST_AT_ONCE = 32
+
+CompareTask = Callable[[Mapping[str, Any], str], None]
+"""Raises if a client, of this key, answers with another task than the strategy's."""
+
+
+def _any_task(scalars: Mapping[str, Any], client_key: str) -> None:
+    """Take whatever task a client has."""
+    del scalars, client_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,14 @@ class Fleet:
     Nodes that do not understand ``layout`` are asked as ``NumPyClient`` apps.
     """
 
-    def __init__(self, layout: RecordLayout, *, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        layout: RecordLayout,
+        *,
+        timeout_seconds: float,
+        compare: CompareTask = _any_task,
+    ) -> None:
+        self._compare = compare
         self._layouts = [layout, LEGACY]
         self._timeout_seconds = timeout_seconds
         self._by_node: dict[int, Member] = {}
@@ -105,7 +121,8 @@ class Fleet:
             if reply.has_error():
                 raise RefusedReply(last_line(reply.error.reason), kind="failed")
             profile = profile_from_content(reply.content)
-        except RefusedReply as error:
+            self._compare(config_of(reply.content), profile.client_key)
+        except SmartSplitError as error:
             causes[node].append(f"asked as {layout.name}: {error}")
             return
         self._by_node[node] = Member(node, layout, profile)
@@ -133,7 +150,10 @@ ClientT = TypeVar("ClientT", Member, LegacyClient)
 class LegacyFleet:
     """Ask each new client for its profile, and remember the answer."""
 
-    def __init__(self, *, timeout_seconds: float) -> None:
+    def __init__(
+        self, *, timeout_seconds: float, compare: CompareTask = _any_task
+    ) -> None:
+        self._compare = compare
         self._timeout_seconds = timeout_seconds
         self._profiles: dict[str, DeviceProfile] = {}
 
@@ -163,8 +183,10 @@ class LegacyFleet:
             answer = proxy.get_properties(
                 GetPropertiesIns({}), timeout=self._timeout_seconds, group_id=None
             )
-            self._profiles[proxy.cid] = profile_from_scalars(answer.properties)
-        except RefusedReply as error:
+            profile = profile_from_scalars(answer.properties)
+            self._compare(answer.properties, profile.client_key)
+            self._profiles[proxy.cid] = profile
+        except SmartSplitError as error:
             cause = str(error)
         except Exception as error:  # Anything a client's process can raise.
             cause = reason_of(error)

@@ -7,6 +7,7 @@ them, so the same replies give the same bits.
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from logging import INFO, getLogger
 from pathlib import Path
 from random import Random
@@ -28,7 +29,7 @@ from flwr_smartsplit.flower.round_exchange import (
     device_names,
     returned,
 )
-from flwr_smartsplit.flower.serde.records import plain_values
+from flwr_smartsplit.flower.serde.records import facts_from_scalars, plain_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
@@ -47,6 +48,12 @@ from flwr_smartsplit.server.aggregation import (
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.task_digest import (
+    code_copies,
+    digest_of,
+    require_same_task,
+    task_facts,
+)
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
@@ -60,7 +67,9 @@ from flwr_smartsplit.types import (
     Failure,
     RoundPlan,
     Variant,
+    Verify,
 )
+from flwr_smartsplit.verify.guard import Guard
 
 State = Mapping[str, npt.NDArray[Any]]
 BetweenRounds = Callable[[int, State, RoundSummary], State | None]
@@ -79,6 +88,7 @@ class Settings:
     journal: str | Path | None
     on_row: Sequence[OnRow]
     between_rounds: BetweenRounds | None
+    verify: Verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +139,7 @@ class CentralManager:
         self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self._newest = 0
+        self._is_verified = False
         self._state: State = {}
         self._digest = ""
 
@@ -137,6 +148,16 @@ class CentralManager:
         _log.log(INFO, "\t├──> Splitting:")
         _log.log(INFO, "\t│\t├──Units: %d", len(self.chain))
         _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self.edges.names) or "none")
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """What the strategy's task is made of, when it is first asked for."""
+        return {**task_facts(self.task, self.chain.model), **code_copies(self.task)}
+
+    def compare_task(self, scalars: Mapping[str, Any], client_key: str) -> None:
+        """Raise ``InvalidTask`` if a client answers with another task than this one."""
+        found = facts_from_scalars(scalars)
+        require_same_task(found, self.facts, whose=f"client {client_key!r}")
 
     def close(self) -> None:
         """End the edges; drop outstanding phases."""
@@ -160,6 +181,7 @@ class CentralManager:
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
+        self._verify(phase, plan, clients)
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
@@ -283,6 +305,21 @@ class CentralManager:
 
     # --- planning -----------------------------------------------------------------
 
+    def _verify(
+        self, phase: Phase, plan: RoundPlan, clients: Mapping[str, DeviceProfile]
+    ) -> None:
+        """Compare the chain with the stock module before anything is trained."""
+        if self._is_verified or not phase.is_train or not plan.assignments:
+            return
+        size = clients[plan.assignments[0].client_key].batch_size
+        guard = Guard(
+            mode=self.settings.verify, may_recompute=self._constraints.recompute
+        )
+        guard.verify(
+            self.task, lambda: self._profile(size), config=plain_values(phase.config)
+        )
+        self._is_verified = True
+
     def _plan(
         self, phase: Phase, clients: Mapping[str, DeviceProfile], edges: Sequence[str]
     ) -> RoundPlan:
@@ -390,6 +427,8 @@ class CentralManager:
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
             constraints=self._constraints,
+            task_digest=digest_of(self.facts),
+            verify=self.settings.verify,
         )
 
 

@@ -9,7 +9,9 @@ from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.task_digest import digest_of, require_same_task, task_facts
 from flwr_smartsplit.types import EdgeProfile, Failure
 
 
@@ -116,8 +118,17 @@ class EdgePool:
         self._send_state(self._links[name], digest, state)
 
     def _send_state(self, link: _Link, digest: str, state: State) -> None:
-        if not _asked(link, wire.IsHeld(digest)).is_held:
+        held = _asked(link, wire.IsHeld(digest))
+        self._compare_task(link, held.task_digest)
+        if not held.is_held:
             _asked(link, wire.HoldState(digest, state))
+
+    def _compare_task(self, link: _Link, digest: str) -> None:
+        """Raise ``InvalidTask`` if the edge builds another task than this process."""
+        facts = task_facts(self._task, build_chain(self._task).model)
+        if digest != digest_of(facts):
+            found = _asked(link, wire.DescribeTask()).facts
+            require_same_task(found, facts, whose=f"edge {link.address!r}")
 
     def _drop(self, name: str) -> None:
         """Stop an edge, if it was started, and keep its byte count."""

@@ -47,6 +47,7 @@ def train_stock(
     *,
     chain: Chain,
     streams: UnitStreams,
+    config: Mapping[str, Any] | None = None,
 ) -> Truth:
     """Evaluate the module, then train it in place, in a plain loop.
 
@@ -59,7 +60,7 @@ def train_stock(
     eval_loss = _evaluated(model, task, batches, autocast)
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
-    scheduler = scheduler_of(optimizer, task, {})
+    scheduler = scheduler_of(optimizer, task, config or {})
     firsts = _first_draws(chain, batches[0][0])
     losses: list[tuple[float, Tensor]] = []
     for step, batch in enumerate(map(_copied, batches)):
@@ -69,7 +70,7 @@ def train_stock(
             draws = _seeded_draws(firsts, streams, part.in_step(step))
             with autocast:
                 with draws if firsts else nullcontext():
-                    outputs = _call(model, inputs)
+                    outputs = call(model, inputs)
                 loss = task.loss_fn(outputs, targets)
             (loss / part.loss_divisor if part.count > 1 else loss).backward()
             parts.append((float(loss.detach()), len(targets)))
@@ -92,7 +93,7 @@ def _evaluated(
     model.eval()
     with torch.no_grad(), autocast:
         return _mean_loss(
-            (task.loss_fn(_call(model, inputs), targets), targets)
+            (task.loss_fn(call(model, inputs), targets), targets)
             for batch in map(_copied, (batches[0], batches[-1]))
             for _, (inputs, targets) in micro_batches(batch, task.accumulate)
         )
@@ -104,7 +105,8 @@ def _copied(batch: tuple[Batch, Tensor]) -> tuple[Batch, Tensor]:
     return copy
 
 
-def _call(model: nn.Module, inputs: Batch) -> Any:
+def call(model: nn.Module, inputs: Batch) -> Any:
+    """Call a module with a batch."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
