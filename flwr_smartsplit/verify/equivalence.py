@@ -40,6 +40,7 @@ from flwr_smartsplit.train.optimizer_in_backward import one_by_one
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import KEEP_ALL, ClientPlan, RecomputePlan, Route, Status
+from flwr_smartsplit.verify.merging import merge_differences
 from flwr_smartsplit.verify.reference import Batches, call, train_stock
 
 State = Mapping[str, npt.NDArray[Any]]
@@ -158,6 +159,10 @@ class RouteChecker:
         self._outputs.take()
         self._send(wire.Release(_ROUND, self._digest))
         return CutCheck(route, tuple(differences), measured_peak_bytes=peak_bytes)
+
+    def merge_differences(self) -> list[str]:
+        """Merge a trained client and an untrained one, and load the result."""
+        return merge_differences(self._task.model_fn(), self._state, self._final)
 
     def first_difference(self) -> tuple[str, str]:
         """Name the unit and the value that first differ in one forward of all units.

@@ -62,13 +62,17 @@ class Trial:
     is_evaluated: bool = False
 
     def __str__(self) -> str:
-        text = f"route {self.route}"
+        return ", ".join(filter(None, (f"route {self.route}", self.change())))
+
+    def change(self) -> str:
+        """Say what it does beside going along its route."""
+        words = []
         if any(not plan.is_empty for plan in self.recompute):
             first, second = self.recompute
-            text += f", recomputing {first} in the first step and {second} after it"
+            words.append(f"recomputing {first} in the first step and {second} after it")
         if self.move_to is not None:
-            text += f", the first cut moved to {self.move_to} after one step"
-        return text
+            words.append(f"the first cut moved to {self.move_to} after one step")
+        return ", ".join(words)
 
     def run(self, checker: RouteChecker) -> CutCheck:
         """Train and compare."""
@@ -99,7 +103,7 @@ def guard_trials(profile: ChainProfile, *, may_recompute: bool = True) -> list[T
     all units and moves before them; over several edges, one moves the other way.
     """
     size = len(profile.units)
-    plans = _plans(profile) if may_recompute else (KEEP_ALL, KEEP_ALL)
+    plans = _plans(profile, Route.whole()) if may_recompute else (KEEP_ALL, KEEP_ALL)
     trials = [Trial(route=Route.whole(), recompute=plans)]
     if size > 1:
         last = size - 1
@@ -114,9 +118,20 @@ def guard_trials(profile: ChainProfile, *, may_recompute: bool = True) -> list[T
     return trials
 
 
-def _plans(profile: ChainProfile) -> tuple[RecomputePlan, RecomputePlan]:
+def route_trials(profile: ChainProfile, route: Route) -> list[Trial]:
+    """List what ``smartsplit check`` adds on a route: recompute, and move the cut."""
+    size = len(profile.units)
+    trials = [Trial(route=route, recompute=_plans(profile, route))]
+    if len(route.cuts) == 1 and size > 2:  # noqa: PLR2004 - there is another cut
+        cut = route.cuts[0]
+        trials.append(Trial(route=route, move_to=cut - 1 if cut > 1 else cut + 1))
+    return [trial for trial in trials if trial != Trial(route=route)]
+
+
+def _plans(profile: ChainProfile, route: Route) -> tuple[RecomputePlan, RecomputePlan]:
     """Plan to rerun all that may be, and to be selective wherever that saves memory."""
-    stages = stages_of(profile, *Route.whole().device_legs(len(profile.units)))
+    leg, *_ = route.device_legs(len(profile.units))
+    stages = stages_of(profile, leg)
     reruns = []
     for may, group in groupby(stages, key=lambda stage: stage.can_rerun):
         found = list(group)
