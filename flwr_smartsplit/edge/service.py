@@ -26,7 +26,7 @@ from flwr_smartsplit.split.build import build_chain, materialise
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest import digest_of, task_facts
+from flwr_smartsplit.task_digest.facts import digest_of, task_facts
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.types import EdgeProfile, Receipt

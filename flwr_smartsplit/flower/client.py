@@ -37,7 +37,7 @@ from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest import code_copies, digest_of, task_facts
+from flwr_smartsplit.task_digest.facts import code_copies, digest_of, task_facts
 from flwr_smartsplit.types import (
     NO_TRAITS,
     ClientPlan,

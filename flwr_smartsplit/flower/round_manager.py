@@ -48,7 +48,7 @@ from flwr_smartsplit.server.aggregation import (
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest import (
+from flwr_smartsplit.task_digest.facts import (
     code_copies,
     digest_of,
     require_same_task,
@@ -88,7 +88,7 @@ class Settings:
     journal: str | Path | None
     on_row: Sequence[OnRow]
     between_rounds: BetweenRounds | None
-    verify: Verify
+    verify: Verify = "once"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

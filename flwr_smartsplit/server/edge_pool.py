@@ -11,7 +11,7 @@ from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest import digest_of, require_same_task, task_facts
+from flwr_smartsplit.task_digest.facts import digest_of, require_same_task, task_facts
 from flwr_smartsplit.types import EdgeProfile, Failure
 
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import platform
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,7 +29,7 @@ from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.trace.guards import chance_restored
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest import digest_of, task_facts
+from flwr_smartsplit.task_digest.facts import digest_of, task_facts
 from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,
@@ -83,6 +84,32 @@ class Trial:
             is_evaluated=self.is_evaluated,
         )
 
+    def growing(self, size: int) -> list[tuple[int, "Trial"]]:
+        """List trials that change one unit more each, with that unit; the last is this.
+
+        Units are recomputed from the first on, and moved from the cut on.
+        """
+        if self.move_to is not None:
+            cut = self.route.cuts[0]
+            if self.move_to < cut:
+                moves = range(cut - 1, self.move_to - 1, -1)
+                return [(to, replace(self, move_to=to)) for to in moves]
+            moves = range(cut + 1, self.move_to + 1)
+            return [(to - 1, replace(self, move_to=to)) for to in moves]
+        plan = self.recompute[0]
+        found = []
+        for stop in range(1, size + 1):
+            part = RecomputePlan(
+                tuple(
+                    Rerun(rerun.start, min(rerun.stop, stop))
+                    for rerun in plan.reruns
+                    if rerun.start < stop
+                ),
+                tuple(unit for unit in plan.selective if unit < stop),
+            )
+            found.append((stop - 1, replace(self, recompute=(part, part))))
+        return found
+
     def parts(self) -> Iterator["Trial"]:
         """Yield simpler trials, to find out which part of this one goes wrong."""
         yield Trial(route=Route.whole())
@@ -107,13 +134,13 @@ def guard_trials(profile: ChainProfile, *, may_recompute: bool = True) -> list[T
     trials = [Trial(route=Route.whole(), recompute=plans)]
     if size > 1:
         last = size - 1
-        move = {"move_to": 1} if last > 1 else {}
-        trials.append(Trial(route=Route.split(last), **move))
+        move_to = 1 if last > 1 else None
+        trials.append(Trial(route=Route.split(last), move_to=move_to))
     cuts = tuple(sorted({1, size // 2, 3 * size // 4} - {0, size}))
     if len(cuts) > 1:
         route = Route.hops(cuts, edges=tuple(f"edge {cut}" for cut in cuts))
-        move = {"move_to": cuts[1] - 1} if cuts[1] > 2 else {}  # noqa: PLR2004
-        trials.append(Trial(route=route, **move))
+        move_to = cuts[1] - 1 if cuts[1] - 1 > cuts[0] else None
+        trials.append(Trial(route=route, move_to=move_to))
     trials[-1] = replace(trials[-1], is_evaluated=True)
     return trials
 
@@ -272,28 +299,42 @@ def _copied(loss_fn: Any) -> Any:
 
 
 def _not_exact(checker: RouteChecker, trial: Trial, place: str) -> NotExact:
-    found: Sequence[str] = ()
-    for part in trial.parts():
-        found = part.run(checker).differences
-        if found:
-            break
-    unit, tensor = culprit(checker.chain, found)
-    where = f"Unit {unit!r} differs"
-    if not unit:
-        unit, tensor = checker.first_difference()
-        where = (
-            f"The first value that differs is {tensor}, of unit {unit!r}; differences"
-        )
+    """Find the simplest part of a trial that differs, and its first unit that does."""
+    part, found = next(
+        (part, found)
+        for part in trial.parts()
+        if (found := part.run(checker).differences)
+    )
+    unit, tensor = _blamed(checker, part, found)
     named = ", ".join(found[:_MOST_NAMED])
     more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
     return NotExact(
         f"{type(checker.chain.model).__name__} does not train as its stock PyTorch "
-        f"module does. {where}, at {part}: {named}{more}. Nothing was trained. "
-        f"{_ADVICE} (Compared on {place}, in two steps from the same values.)",
+        f"module does. Unit {unit!r} differs first ({tensor}), at {part}: "
+        f"{named}{more}. Nothing was trained. {_ADVICE} (Compared on {place}, in two "
+        "steps from the same values.)",
         unit=unit,
         tensor=tensor,
         trial=str(part),
     )
+
+
+def _blamed(
+    checker: RouteChecker, part: Trial, found: Sequence[str]
+) -> tuple[str, str]:
+    """Name the unit that goes wrong, and the tensor that shows it."""
+    names, tensor = checker.chain.unit_names, culprit(checker.chain, found)[1]
+    tensor = tensor or found[0]
+    if part.change():
+        trials = part.growing(len(names))
+        first = bisect_left(
+            trials, True, key=lambda each: bool(each[1].run(checker).differences)
+        )
+        return names[trials[min(first, len(trials) - 1)][0]], tensor
+    if part.route.cuts:
+        return names[part.route.cuts[0] - 1], tensor
+    unit, name = culprit(checker.chain, found)
+    return (unit, name) if unit else checker.first_difference()
 
 
 _ADVICE = (

@@ -24,7 +24,10 @@ from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest import apply_torch_settings, torch_settings
+from flwr_smartsplit.task_digest.torch_settings import (
+    apply_torch_settings,
+    torch_settings,
+)
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
 _NAMESPACE = "flwr_smartsplit"

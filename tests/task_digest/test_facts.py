@@ -1,5 +1,6 @@
 """Equal tasks have equal digests in every process; each difference names its field."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -18,18 +19,21 @@ from torch.nn import functional
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest import (
-    apply_torch_settings,
+from flwr_smartsplit.task_digest.facts import (
     code_copies,
     digest_of,
     require_same_task,
     task_facts,
+)
+from flwr_smartsplit.task_digest.torch_settings import (
+    apply_torch_settings,
     torch_settings,
 )
 from tests.models import small_cnn, task_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCALE = 2.0
+DEVICE = torch.device("cpu")
 WORDS = {"one", "two", "three", "four", "five"}
 
 
@@ -68,8 +72,9 @@ def scaled(outputs: Tensor, targets: Tensor, *, by: float = 1.0) -> Tensor:
 
 def closed(power: float, table: Any) -> Callable[[Tensor, Tensor], Tensor]:
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        assert "one" in {"one", "two", "three"}
-        return functional.cross_entropy(outputs, targets) ** power * float(table[0])
+        known = float(str(power) in {"one", "two", "three"})
+        loss = functional.cross_entropy(outputs, targets) ** power
+        return loss * float(table[0]) + known
 
     return loss
 
@@ -143,15 +148,15 @@ def test_the_same_code_gives_the_same_digest_twice_and_as_a_copy(name):
 
 def test_another_process_and_folder_give_the_same_digests(tmp_path):
     """Another hash seed, another folder with the same code, other line numbers."""
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "task_digest").mkdir(parents=True)
     for name in ("__init__", "models", "oracle"):
         path = ROOT / "tests" / f"{name}.py"
         text = path.read_text() if path.exists() else ""
         (tmp_path / "tests" / path.name).write_text(text)
     own = Path(__file__).read_text().replace("ROOT =", "\n\n\nROOT =", 1)
-    (tmp_path / "tests" / "test_task_digest.py").write_text(own)
+    (tmp_path / "tests" / "task_digest" / "test_facts.py").write_text(own)
     code = (
-        "from tests.test_task_digest import *\n"
+        "from tests.task_digest.test_facts import *\n"
         "for name, make in TASKS.items(): print(name, digest_of(facts_of(make())))"
     )
     found = subprocess.run(
@@ -247,6 +252,22 @@ def test_code_counts_wherever_it_is(monkeypatch):
     assert any(
         "forward" in name for name in changed if changed[name] != built.get(name)
     )
+
+
+def test_what_belongs_to_a_place_does_not_count(monkeypatch):
+    """Its device, its log, its environment."""
+    log = logging.getLogger("a place")
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        log.debug("in %s", os.environ.get("HOME"))
+        return functional.cross_entropy(outputs, targets).to(DEVICE)
+
+    task = make(loss_fn=loss)
+    before = facts_of(task)
+    monkeypatch.setitem(globals(), "DEVICE", torch.device("meta"))
+    monkeypatch.setenv("HOME", "elsewhere")
+    log.setLevel(logging.ERROR)
+    assert facts_of(task) == before
 
 
 def test_what_was_built_counts_whatever_built_it(monkeypatch):
