@@ -50,7 +50,7 @@ _log = getLogger("flwr")
 _MOST_EXAMPLES = 2
 _MOST_NAMED = 3
 _COPIES = 3  # Of the state: initial, final, and that of the edges
-_done: set[str] = set()
+_done: set[tuple[str, bool]] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,15 +112,15 @@ class Trial:
 
     def parts(self) -> Iterator["Trial"]:
         """Yield simpler trials, to find out which part of this one goes wrong."""
-        yield Trial(route=Route.whole())
+        plain = Trial(route=Route.whole(), is_evaluated=self.is_evaluated)
+        yield plain
         for cut in self.route.cuts:
-            yield Trial(route=Route.split(cut))
+            yield replace(plain, route=Route.split(cut))
         for plan in dict.fromkeys(self.recompute):
             if not plan.is_empty:
-                yield Trial(route=self.route, recompute=(plan, plan))
+                yield replace(plain, route=self.route, recompute=(plan, plan))
         if self.move_to is not None:
-            yield Trial(route=self.route, move_to=self.move_to)
-        yield self
+            yield replace(plain, route=self.route, move_to=self.move_to)
 
 
 def guard_trials(profile: ChainProfile, *, may_recompute: bool = True) -> list[Trial]:
@@ -193,7 +193,7 @@ class Guard:
     ) -> None:
         """Compare a task's chain with its stock module, unless that was done before.
 
-        ``profile`` finds the chain's costs at any batch size; ``config`` is the round's
+        ``profile`` finds the chain's costs at any batch size; ``config`` is the round's.
         Raises ``NotExact`` with the unit and tensor that differ.
         """
         once = self.mode == "once"
@@ -201,7 +201,8 @@ class Guard:
             return
         key = self._key(task)
         record = cache_folder() / "verified" / key
-        is_known = key in _done and (once or self.is_client)
+        looked = key, self.is_client
+        is_known = looked in _done and (once or self.is_client)
         if is_known or (once and record.exists()):
             return
         known = profile()
@@ -209,8 +210,8 @@ class Guard:
             return
         trials = guard_trials(known, may_recompute=self.may_recompute)
         if compare(task, trials, config=config, place=self.place):
-            _done.add(key)
             _remember(record)
+        _done.add(looked)
 
     def _has_room(self, profile: ChainProfile) -> bool:
         """Say whether a whole step and copies of the state fit the budget."""
@@ -248,8 +249,9 @@ def compare(
             return False
         with checker:
             for trial in trials:
-                if trial.run(checker).differences:
-                    raise _not_exact(checker, trial, place)
+                found = trial.run(checker).differences
+                if found:
+                    raise _not_exact(checker, trial, found, place)
     return True
 
 
@@ -298,13 +300,12 @@ def _copied(loss_fn: Any) -> Any:
 # --- what to say ----------------------------------------------------------------------
 
 
-def _not_exact(checker: RouteChecker, trial: Trial, place: str) -> NotExact:
+def _not_exact(
+    checker: RouteChecker, trial: Trial, differences: Sequence[str], place: str
+) -> NotExact:
     """Find the simplest part of a trial that differs, and its first unit that does."""
-    part, found = next(
-        (part, found)
-        for part in trial.parts()
-        if (found := part.run(checker).differences)
-    )
+    tried = ((part, part.run(checker).differences) for part in trial.parts())
+    part, found = next((x for x in tried if x[1]), (trial, differences))
     unit, tensor = _blamed(checker, part, found)
     named = ", ".join(found[:_MOST_NAMED])
     more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""

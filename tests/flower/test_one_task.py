@@ -81,7 +81,7 @@ def test_an_edge_with_another_task_ends_the_run(monkeypatch):
         lambda self: {**facts(self), "loss_fn": "old_loss #1234"},
     )
     with pytest.raises(InvalidTask, match=r"edge .*loss_fn is old_loss #1234 there"):
-        run(apps([None]))
+        run(apps([None, None]))
 
 
 def test_a_client_whose_code_changed_since_it_was_asked_is_a_failure(monkeypatch):
@@ -91,11 +91,11 @@ def test_a_client_whose_code_changed_since_it_was_asked_is_a_failure(monkeypatch
 
     def changing(self: SmartSplitNumPyClient) -> dict[str, str]:
         asked.append(1)
-        return {**facts(self), "loss_fn": "new"} if len(asked) > 1 else facts(self)
+        return {**facts(self), "loss_fn": "new"} if len(asked) > 2 else facts(self)
 
     monkeypatch.setattr(SmartSplitNumPyClient, "_facts", changing)
-    done = run([message_app(0)], num_rounds=1)
-    assert done.kinds() == [("c0", "failed")]
+    done = run(apps([None, None]), num_rounds=1)
+    assert done.kinds() == [("c0", "failed"), ("c1", "failed")]
     assert "its task is no longer the one" in done.strategy.failures[0].cause
 
 
@@ -120,4 +120,4 @@ def test_settings_that_the_strategy_alone_has_are_named(monkeypatch):
         SmartSplitError,
         match=r"torch.default_dtype is torch.float64 there and torch.float32 in",
     ):
-        run(apps([None]))
+        run(apps([None, None]))
