@@ -8,7 +8,7 @@ the bytes of the wire, and everything is compared to the last bit.
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -34,14 +34,20 @@ from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.memory.meter import unmetered
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
-from flwr_smartsplit.split.segment import Batch, Segment
+from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.optimizer_in_backward import one_by_one
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import KEEP_ALL, ClientPlan, RecomputePlan, Route, Status
 from flwr_smartsplit.verify.merging import merge_differences
-from flwr_smartsplit.verify.reference import Batches, call, train_stock
+from flwr_smartsplit.verify.reference import (
+    Batches,
+    call,
+    first_draws,
+    seeded_draws,
+    train_stock,
+)
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -74,9 +80,12 @@ class RouteChecker:
         *,
         cap_mode: CapMode = CapMode.STRICT,
         config: Mapping[str, Any] | None = None,
+        ends: Batches | None = None,
     ) -> None:
         self.chain = build_chain(task)
         self._batches = batches
+        # To evaluate; the last batch may be smaller.
+        self._ends = (batches[0], batches[-1]) if ends is None else ends
         self._cap_mode = cap_mode
         self._config = dict(config or {})
         self._gradients = _GradientLog(task.optimizer_fn)
@@ -95,6 +104,7 @@ class RouteChecker:
                 chain=self.chain,
                 streams=UnitStreams(_SEED, _ROUND, _CLIENT),
                 config=self._config,
+                ends=self._ends,
             )
         self._true_gradients = self._gradients.take(_names([model], model))
         self._true_outputs = self._outputs.take()
@@ -169,22 +179,24 @@ class RouteChecker:
 
         Looks at what enters and leaves each module that has no others inside.
         """
-        size = len(self.chain)
+        inputs, streams = self._batches[0][0], UnitStreams(_SEED, _ROUND, _CLIENT)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            stock = self._task.model_fn()
-            runs = []
-            for model in (stock, materialise(self.chain, 0, size, self._state)):
-                torch.manual_seed(_SEED)
-                runs.append(
-                    _values(
-                        model.train(), stock, tree_map(torch.clone, self._batches[0][0])
-                    )
-                )
-        for (name, *stock_values), (_, *values) in zip(*runs, strict=False):
-            if values != stock_values:
-                which = "input" if values[0] != stock_values[0] else "output"
-                return self._unit_of(name), f"the {which} of {name}"
+            stock = self._task.model_fn().train()
+            segment = materialise(self.chain, 0, len(self.chain), self._state).train()
+            firsts = first_draws(self.chain, inputs)
+            draws = seeded_draws(firsts, streams, 0) if firsts else nullcontext()
+            with _Listener(stock, stock) as wanted, draws:
+                call(stock, tree_map(torch.clone, inputs))
+            with _Listener(segment, stock) as found:
+                segment(tree_map(torch.clone, inputs), streams=streams)
+        for one, other in zip(wanted, found, strict=False):
+            if one != other:
+                unit = self._unit_of(one[0]) or self._unit_of(other[0])
+                if one[0] != other[0]:
+                    return unit, f"{one[0]}, where {other[0]} runs"
+                which = "input" if one[1] != other[1] else "output"
+                return unit, f"the {which} of {one[0]}"
         return self.chain.unit_names[-1], "what follows the last module"
 
     def _unit_of(self, module: str) -> str:
@@ -219,8 +231,7 @@ class RouteChecker:
         differences += self._state_differences(outcome)
         if not self._is_evaluated:
             return outcome
-        # The last batch may be smaller.
-        ends = self._fresh((self._batches[0], self._batches[-1]))
+        ends = self._fresh(self._ends)
         loss = evaluate_locally(plan, state, ends, conditions).loss
         differences += _loss_differences("evaluation loss", loss, self._truth.eval_loss)
         if self._outputs.take() != self._true_outputs:
@@ -415,27 +426,24 @@ def _bits(values: npt.NDArray[Any]) -> tuple[str, tuple[int, ...], bytes]:
     return values.dtype.str, values.shape, values.tobytes()
 
 
-def _values(
-    model: nn.Module, named: nn.Module, inputs: Batch
-) -> list[tuple[str, list[str], list[str]]]:
-    """Run a model forward; list each inner module with digests of what it did."""
-    found: list[tuple[str, list[str], list[str]]] = []
+class _Listener(ExitStack):
+    """List digests of what enters and leaves each inner module of ``named``."""
 
-    def look(name: str, module: nn.Module, given: Any, value: Any) -> None:
-        del module
-        found.append((name, _digests(given), _digests(value)))
-
-    inner = [name for name, m in named.named_modules() if not any(m.children())]
-    with ExitStack() as hooks:
+    def __init__(self, model: nn.Module, named: nn.Module) -> None:
+        super().__init__()
+        self._found: list[tuple[str, list[str], list[str]]] = []
+        inner = {name for name, m in named.named_modules() if not any(m.children())}
         for name, module in model.named_modules():
             if name in inner:
-                hook = module.register_forward_hook(partial(look, name))
-                hooks.callback(hook.remove)
-        if isinstance(model, Segment):
-            model(inputs)
-        else:
-            call(model, inputs)
-    return found
+                hook = module.register_forward_hook(partial(self._look, name))
+                self.callback(hook.remove)
+
+    def __iter__(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        return iter(self._found)
+
+    def _look(self, name: str, module: nn.Module, given: Any, value: Any) -> None:
+        del module
+        self._found.append((name, _digests(given), _digests(value)))
 
 
 def _digests(values: Any) -> list[str]:

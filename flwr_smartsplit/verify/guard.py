@@ -193,7 +193,7 @@ class Guard:
     ) -> None:
         """Compare a task's chain with its stock module, unless that was done before.
 
-        ``profile`` finds the chain's costs at any batch size; ``config`` is the round's.
+        ``profile`` finds the chain's costs at any batch size; ``config`` is a round's.
         Raises ``NotExact`` with the unit and tensor that differ.
         """
         once = self.mode == "once"
@@ -262,7 +262,9 @@ def _checker(task: Task, config: Mapping[str, Any], place: str) -> RouteChecker 
     reason = ""
     for batches in _batches(own, size=_MOST_EXAMPLES * micro):
         try:
-            made = RouteChecker(own, batches, cap_mode=CapMode.OFF, config=config)
+            made = RouteChecker(
+                own, batches, cap_mode=CapMode.OFF, config=config, ends=batches[:1]
+            )
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             continue
@@ -324,18 +326,19 @@ def _blamed(
     checker: RouteChecker, part: Trial, found: Sequence[str]
 ) -> tuple[str, str]:
     """Name the unit that goes wrong, and the tensor that shows it."""
-    names, tensor = checker.chain.unit_names, culprit(checker.chain, found)[1]
-    tensor = tensor or found[0]
+    names = checker.chain.unit_names
+    unit, tensor = culprit(checker.chain, found)
     if part.change():
         trials = part.growing(len(names))
         first = bisect_left(
             trials, True, key=lambda each: bool(each[1].run(checker).differences)
         )
-        return names[trials[min(first, len(trials) - 1)][0]], tensor
+        index, fewest = trials[min(first, len(trials) - 1)]
+        found = fewest.run(checker).differences or found
+        return names[index], culprit(checker.chain, found)[1] or found[0]
     if part.route.cuts:
-        return names[part.route.cuts[0] - 1], tensor
-    unit, name = culprit(checker.chain, found)
-    return (unit, name) if unit else checker.first_difference()
+        return names[part.route.cuts[0] - 1], tensor or found[0]
+    return (unit, tensor) if unit else checker.first_difference()
 
 
 _ADVICE = (
