@@ -47,18 +47,7 @@ def _settings() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object
     for kind in ("flash", "mem_efficient", "math"):
         read = getattr(of.cuda, f"{kind}_sdp_enabled")
         yield f"{kind}_attention", read, getattr(of.cuda, f"enable_{kind}_sdp")
-    parts = ["mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"]
-    names = [(f"{part}.fp32_precision", "none") for part in parts]
-    names.append(("mkldnn.deterministic", "False"))
-    if torch.cuda.is_available():
-        names += [
-            *((f"cudnn.{n}", "") for n in ("enabled", "benchmark", "deterministic")),
-            *((f"cudnn.{n}.fp32_precision", "none") for n in ("conv", "rnn")),
-            ("cuda.matmul.fp32_precision", "none"),
-            ("cuda.matmul.allow_fp16_reduced_precision_reduction", ""),
-            ("cuda.matmul.allow_bf16_reduced_precision_reduction", ""),
-        ]
-    for name, default in names:
+    for name, default in _attributes():
         *path, last = name.split(".")
         owner: Any = of
         for part in path:
@@ -68,6 +57,21 @@ def _settings() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object
             partial(getattr, owner, last, default),
             partial(setattr, owner, last),
         )
+
+
+def _attributes() -> list[tuple[str, str]]:
+    """List the settings that are attributes of ``torch.backends``, with defaults."""
+    names = [f"mkldnn.{part}.fp32_precision" for part in ("matmul", "conv", "rnn")]
+    found = [*((name, "none") for name in names), ("mkldnn.deterministic", "False")]
+    if torch.cuda.is_available():
+        found += [
+            *((f"cudnn.{n}", "") for n in ("enabled", "benchmark", "deterministic")),
+            *((f"cudnn.{n}.fp32_precision", "none") for n in ("conv", "rnn")),
+            ("cuda.matmul.fp32_precision", "none"),
+            ("cuda.matmul.allow_fp16_reduced_precision_reduction", ""),
+            ("cuda.matmul.allow_bf16_reduced_precision_reduction", ""),
+        ]
+    return found
 
 
 def _matmul_precision() -> str:
