@@ -28,6 +28,7 @@ Facts = Mapping[str, str]
 """Texts by the name of a field, such as ``optimizer_fn.lr``."""
 
 _COPY = "copy of "
+_OF_A_PLACE = (_COPY, "torch.cud")  # Of a machine, or its accelerator
 _EXAMPLES = ("example_inputs", "example_targets")
 _MOST_SHOWN = 3
 
@@ -54,9 +55,9 @@ def task_facts(task: Task, model: nn.Module) -> dict[str, str]:
 
 
 def digest_of(facts: Facts) -> str:
-    """Identify a task by SHA-256 over what it is made of."""
-    own = ((n, text) for n, text in facts.items() if not n.startswith(_COPY))
-    return sha(json.dumps(sorted(own)))
+    """Identify a task by SHA-256 over what it is made of, wherever it is."""
+    known = [item for item in facts.items() if not item[0].startswith(_OF_A_PLACE)]
+    return sha(json.dumps(sorted(known)))
 
 
 def code_copies(task: Task) -> dict[str, str]:
@@ -114,7 +115,7 @@ def _is_elsewhere(name: str, one: Facts, other: Facts) -> bool:
     if name.startswith(_COPY) and is_in_both:
         sides = zip(*(x[name].rpartition(" ")[::2] for x in (one, other)), strict=True)
         return any(mine == theirs for mine, theirs in sides)
-    return name.startswith(("torch.cud", _COPY)) and not is_in_both
+    return name.startswith(_OF_A_PLACE) and not is_in_both
 
 
 # --- versions and packages ------------------------------------------------------------

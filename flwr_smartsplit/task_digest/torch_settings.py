@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+_MIXED = "set in parts"
+
 
 def torch_settings() -> dict[str, Any]:
     """Read the process-wide settings of torch that change numbers."""
@@ -15,8 +17,9 @@ def torch_settings() -> dict[str, Any]:
 def apply_torch_settings(settings: Mapping[str, Any]) -> None:
     """Set this process as another one is set, as far as torch can be set from here."""
     for name, get, put in _settings():
-        if name in settings and get() != settings[name]:
-            put(settings[name])
+        value = settings.get(name, _MIXED)
+        if value != _MIXED and get() != value:
+            put(value)
 
 
 def _settings() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]:
@@ -78,7 +81,7 @@ def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # Set in part by torch's newer names, which are read below.
-        return "mixed"
+        return _MIXED
 
 
 def _flushes_denormal() -> bool:

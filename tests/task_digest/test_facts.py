@@ -333,6 +333,7 @@ def test_settings_of_an_accelerator_that_one_side_lacks_do_not_count():
     facts = facts_of(make())
     other = {**facts, "torch.cudnn.benchmark": "False"}
     require_same_task(facts, other, whose="a device")
+    assert digest_of(facts) == digest_of(other)
     with pytest.raises(InvalidTask, match=r"torch\.cudnn\.benchmark"):
         require_same_task({**facts, "torch.cudnn.benchmark": "True"}, other, whose="x")
 
