@@ -225,8 +225,8 @@ def lost_update(monkeypatch: Any) -> Task:
 
 
 PLANTS = {
-    repeated_counter: ("", "calls"),
-    repeated_statistics: ("", "num_batches_tracked"),
+    repeated_counter: ("truediv", "first.weight"),
+    repeated_statistics: ("relu1", "norm1.running_mean"),
     lost_alias: ("", "b.weight"),
     wrong_mask: ("drop", ""),
     dropped_buffer: ("norm2", "norm2.running_var"),

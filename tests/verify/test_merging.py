@@ -53,7 +53,7 @@ def test_a_mean_without_the_imaginary_part_is_found(monkeypatch):
     mean = merging._mean(before["weight"], after["weight"])
     assert mean.tolist() == [3.5 - 0.5j, 1.75j]
     real = {"weight": mean.real.astype(np.complex64)}
-    monkeypatch.setattr(merging, "add_states", dict)
+    monkeypatch.setattr(merging, "add_states", list)
     monkeypatch.setattr(merging, "merge", lambda *_: real)
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
