@@ -102,7 +102,9 @@ class Describer:
         """Describe a value and what it holds."""
         if isinstance(value, np.generic):
             value = value.item()
-        if isinstance(value, _PLAIN):
+        if isinstance(value, str | PurePath) and PurePath(value).is_absolute():
+            self.facts[path] = f"a path to {PurePath(value).name}"
+        elif isinstance(value, _PLAIN):
             self.facts[path] = _short(repr(value))
         elif isinstance(value, _BY_VALUE):
             self.facts[path] = _tensor_text(value)
@@ -200,9 +202,7 @@ class Describer:
                 self._known.add(id(value))
                 self._class(path, value)
         else:
-            self.facts[path] = (
-                f"{_name(value)} #{sha(repr(_parts(value.__code__)))[:12]}"
-            )
+            self.facts[path] = f"{_name(value)} #{_code_digest(value.__code__)}"
             if id(value) not in self._known:
                 self._known.add(id(value))
                 self._function(path, value)
@@ -243,26 +243,17 @@ class Describer:
         Values in a library's module, such as ``os.environ``, are not the task's.
         """
         found: dict[str, Any] = {}
-        path, value = "", None
-        for step in dis.get_instructions(code):
-            if step.opname in {"LOAD_GLOBAL", "LOAD_NAME"} and step.argval in known:
-                path, value, is_own = str(step.argval), known[step.argval], True
-            elif step.opname in {"LOAD_ATTR", "LOAD_METHOD"} and isinstance(
-                value, ModuleType
-            ):
+        for name, *attributes in _loaded(code):
+            path, value, is_own = name, known.get(name), name in known
+            for attribute in attributes:
+                if not isinstance(value, ModuleType):
+                    break
                 is_own = self._is_own_package(value.__name__)
-                path = f"{path}.{step.argval}"
-                value = getattr(value, str(step.argval), None)
-            else:
-                value = None
-                continue
-            if not isinstance(value, ModuleType):
-                if is_own or isinstance(value, FunctionType | type):
-                    found[path] = value
-                value = None
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                found |= self._globals_of(constant, known)
+                path, value = f"{path}.{attribute}", getattr(value, attribute, None)
+            if not isinstance(value, ModuleType) and (
+                is_own or isinstance(value, FunctionType | type)
+            ):
+                found[path] = value
         return dict(sorted(found.items()))
 
     def _is_own(self, thing: Any) -> bool:
@@ -286,6 +277,28 @@ def _plain_text(value: Any) -> str:
         return _short(re.sub(r" at 0x[0-9a-f]+", "", repr(value)))
     except Exception:
         return type(value).__name__
+
+
+@cache
+def _code_digest(code: CodeType) -> str:
+    return sha(repr(_parts(code)))[:12]
+
+
+@cache
+def _loaded(code: CodeType) -> tuple[tuple[str, ...], ...]:
+    """List the names that code reads from its globals, with attributes behind them."""
+    found: list[tuple[str, ...]] = []
+    is_open = False
+    for step in dis.get_instructions(code):
+        if step.opname in {"LOAD_GLOBAL", "LOAD_NAME"}:
+            found.append((str(step.argval),))
+            is_open = True
+        elif step.opname in {"LOAD_ATTR", "LOAD_METHOD"} and is_open:
+            found[-1] += (str(step.argval),)
+        else:
+            is_open = False
+    nested = (each for each in code.co_consts if isinstance(each, CodeType))
+    return (*found, *(name for each in nested for name in _loaded(each)))
 
 
 def _parts(code: CodeType) -> Any:

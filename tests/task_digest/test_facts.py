@@ -255,7 +255,7 @@ def test_code_counts_wherever_it_is(monkeypatch):
 
 
 def test_what_belongs_to_a_place_does_not_count(monkeypatch):
-    """Its device, its log, its environment."""
+    """Its device, its log, its environment, and where a file lies."""
     log = logging.getLogger("a place")
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -268,6 +268,10 @@ def test_what_belongs_to_a_place_does_not_count(monkeypatch):
     monkeypatch.setenv("HOME", "elsewhere")
     log.setLevel(logging.ERROR)
     assert facts_of(task) == before
+    paths = (Path("/home/one/table.npy"), "/opt/table.npy", "/opt/another.npy")
+    here, there, other = (make(is_local=partial(str.endswith, path)) for path in paths)
+    assert differing(here, there) == []
+    assert differing(here, other) == ["is_local[0]"]
 
 
 def test_what_was_built_counts_whatever_built_it(monkeypatch):
