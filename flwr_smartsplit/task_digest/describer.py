@@ -295,7 +295,7 @@ def _loaded(code: CodeType) -> tuple[tuple[str, ...], ...]:
             is_open = True
         elif step.opname in {"LOAD_ATTR", "LOAD_METHOD"} and is_open:
             found[-1] += (str(step.argval),)
-        else:
+        elif step.opname != "EXTENDED_ARG":  # It belongs to the next.
             is_open = False
     nested = (each for each in code.co_consts if isinstance(each, CodeType))
     return (*found, *(name for each in nested for name in _loaded(each)))
