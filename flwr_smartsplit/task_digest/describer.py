@@ -8,7 +8,6 @@ import enum
 import hashlib
 import re
 import sys
-import sysconfig
 from collections import deque
 from collections.abc import Mapping
 from functools import cache, partial
@@ -46,9 +45,7 @@ def _is_installed(package: str) -> bool:
     path = getattr(sys.modules.get(package), "__file__", None)
     if path is None:
         return False
-    folders = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    parents = Path(path).resolve().parents
-    return any(Path(folder).resolve() in parents for folder in folders)
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
 
 
 def sha(text: str | bytes) -> str:
