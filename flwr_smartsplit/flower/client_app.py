@@ -69,7 +69,7 @@ def build_client_app(
 
     @app.query(PROFILE_ACTION)
     def profile(message: Message, context: Context) -> Message:
-        scalars: dict[str, Any] = {**make_client(context).get_properties({})}
+        scalars = make_client(context).profile_scalars()
         return Message(RecordDict({OURS: ConfigRecord(scalars)}), reply_to=message)
 
     return app
