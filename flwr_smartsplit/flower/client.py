@@ -1,6 +1,6 @@
 """SmartSplitNumPyClient: the on-device manager as a Flower ``NumPyClient``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.client import NumPyClient
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from flwr_smartsplit.device.budget_adapter import Adapter
@@ -45,7 +46,7 @@ from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest.facts import code_copies, digest_of, task_facts
+from flwr_smartsplit.task_digest.facts import all_facts, digest_of, task_facts
 from flwr_smartsplit.types import (
     NO_TRAITS,
     ClientPlan,
@@ -172,8 +173,8 @@ class SmartSplitNumPyClient(NumPyClient):
         """Write profile and task, with the partition that Flower's simulation gives."""
         config = {} if self.context is None else self.context.node_config
         partition = {name: n for name, n in config.items() if name == PARTITION}
-        facts = facts_to_scalars({**self._facts(), **code_copies(self.task)})
-        return {**profile_to_scalars(self.profile), **partition, **facts}
+        told = facts_to_scalars(self._facts(all_facts))
+        return {**profile_to_scalars(self.profile), **partition, **told}
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
@@ -251,8 +252,10 @@ class SmartSplitNumPyClient(NumPyClient):
 
     # --- the same task everywhere, and an exact one --------------------------------
 
-    def _facts(self) -> dict[str, str]:
-        return task_facts(self.task, build_chain(self.task).model)
+    def _facts(
+        self, describe: Callable[[Task, nn.Module], dict[str, str]] = task_facts
+    ) -> dict[str, str]:
+        return describe(self.task, build_chain(self.task).model)
 
     def _check_digest(self, plan: ClientPlan) -> None:
         """Refuse a plan for another task: this process may have started anew."""

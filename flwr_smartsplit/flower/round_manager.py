@@ -49,12 +49,7 @@ from flwr_smartsplit.server.aggregation import (
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest.facts import (
-    code_copies,
-    digest_of,
-    require_same_task,
-    task_facts,
-)
+from flwr_smartsplit.task_digest.facts import all_facts, digest_of, require_same_task
 from flwr_smartsplit.train.metric_names import check_metrics
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
@@ -157,7 +152,7 @@ class CentralManager:
     @cached_property
     def facts(self) -> dict[str, str]:
         """What the strategy's task is made of, when it is first asked for."""
-        return {**task_facts(self.task, self.chain.model), **code_copies(self.task)}
+        return all_facts(self.task, self.chain.model)
 
     def compare_task(self, scalars: Mapping[str, Any], client_key: str) -> None:
         """Raise ``InvalidTask`` if a client answers with another task than this one."""
@@ -332,12 +327,10 @@ class CentralManager:
         if self._is_verified or not phase.is_train or not plan.assignments:
             return
         size = clients[plan.assignments[0].client_key].batch_size
-        guard = Guard(
-            mode=self.settings.verify, may_recompute=self._constraints.recompute
-        )
-        guard.verify(
-            self.task, lambda: self._profile(size), config=config_values(phase.config)
-        )
+        recompute = self._constraints.recompute
+        guard = Guard(mode=self.settings.verify, may_recompute=recompute)
+        config = config_values(phase.config)
+        guard.verify(self.task, lambda: self._profile(size), config=config)
         self._is_verified = True
 
     def _plan(

@@ -54,6 +54,11 @@ def task_facts(task: Task, model: nn.Module) -> dict[str, str]:
     }
 
 
+def all_facts(task: Task, model: nn.Module) -> dict[str, str]:
+    """Describe a task and the copies of its packages, to be compared at the start."""
+    return {**task_facts(task, model), **code_copies(task)}
+
+
 def digest_of(facts: Facts) -> str:
     """Identify a task by SHA-256 over what it is made of, wherever it is."""
     known = [item for item in facts.items() if not item[0].startswith(_OF_A_PLACE)]

@@ -89,9 +89,10 @@ def test_a_client_whose_code_changed_since_it_was_asked_is_a_failure(monkeypatch
     asked: list[int] = []
     facts = SmartSplitNumPyClient._facts
 
-    def changing(self: SmartSplitNumPyClient) -> dict[str, str]:
+    def changing(self: SmartSplitNumPyClient, *args: Any) -> dict[str, str]:
         asked.append(1)
-        return {**facts(self), "loss_fn": "new"} if len(asked) > 2 else facts(self)
+        found = facts(self, *args)
+        return {**found, "loss_fn": "new"} if len(asked) > 2 else found
 
     monkeypatch.setattr(SmartSplitNumPyClient, "_facts", changing)
     done = run(apps([None, None]), num_rounds=1)
@@ -114,7 +115,10 @@ def test_settings_that_the_strategy_alone_has_are_named(monkeypatch):
     monkeypatch.setattr(
         SmartSplitNumPyClient,
         "_facts",
-        lambda self: {**facts(self), "torch.default_dtype": "torch.float64"},
+        lambda self, *args: {
+            **facts(self, *args),
+            "torch.default_dtype": "torch.float64",
+        },
     )
     with pytest.raises(
         SmartSplitError,
