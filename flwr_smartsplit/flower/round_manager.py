@@ -158,8 +158,8 @@ class CentralManager:
 
     def compare_task(self, scalars: Mapping[str, Any], client_key: str) -> None:
         """Raise ``InvalidTask`` if a client answers with another task than this one."""
-        found = facts_from_scalars(scalars)
-        require_same_task(found, self.facts, whose=f"client {client_key!r}")
+        found, whose = facts_from_scalars(scalars), f"client {client_key!r}"
+        require_same_task(found, self.facts, whose=whose)
 
     def close(self) -> None:
         """End the edges; drop outstanding phases."""
@@ -183,7 +183,8 @@ class CentralManager:
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
-        self._verify(phase, plan, clients)
+        sizes = [clients[each.client_key].batch_size for each in plan.assignments]
+        self._verify(phase, sizes)
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
@@ -324,17 +325,13 @@ class CentralManager:
 
     # --- planning -----------------------------------------------------------------
 
-    def _verify(
-        self, phase: Phase, plan: RoundPlan, clients: Mapping[str, DeviceProfile]
-    ) -> None:
+    def _verify(self, phase: Phase, sizes: Sequence[int]) -> None:
         """Compare the chain with the stock module before anything is trained."""
-        if self._is_verified or not phase.is_train or not plan.assignments:
+        if self._is_verified or not phase.is_train or not sizes:
             return
-        size = clients[plan.assignments[0].client_key].batch_size
-        recompute = self._constraints.recompute
-        guard = Guard(mode=self.settings.verify, may_recompute=recompute)
-        config = config_values(phase.config)
-        guard.verify(self.task, lambda: self._profile(size), config=config)
+        rule, config = self._constraints.recompute, config_values(phase.config)
+        guard = Guard(mode=self.settings.verify, may_recompute=rule)
+        guard.verify(self.task, lambda: self._profile(sizes[0]), config=config)
         self._is_verified = True
 
     def _plan(
