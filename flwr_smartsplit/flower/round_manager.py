@@ -183,8 +183,9 @@ class CentralManager:
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
-        sizes = [clients[each.client_key].batch_size for each in plan.assignments]
-        self._verify(phase, sizes)
+        self._verify(
+            phase, [clients[a.client_key].batch_size for a in plan.assignments]
+        )
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)

@@ -260,19 +260,16 @@ class RouteChecker:
 
     def _state_differences(self, outcome: Outcome) -> list[str]:
         """Compare the final state; fetch an edge's tail if its digest differs."""
-        found = dict(outcome.state)
-        elsewhere: set[str] = set()
+        # State that no unit uses is at no place; training must not change it.
+        found = {**self._state, **outcome.state}
         for receipt in outcome.receipts:
             tail = {name: self._final[name] for name in receipt.names}
-            elsewhere |= tail.keys()
             if state_digest(tail) != receipt.digest:
                 entry = wire.Entry(receipt.session, receipt.digest, 1)
                 sums = self._send(wire.Commit(_ROUND, (entry,))).sums
-                found |= {n: sums[n].mean(self._final[n].dtype) for n in tail}
-        # State that no unit uses is at no place; training must not change it.
-        unused = self._final.keys() - found.keys() - elsewhere
-        first = self.chain.first_names
-        found |= {n: self._state[n] for n in unused if first[n] == n}
+                tail = {n: sums[n].mean(self._final[n].dtype) for n in tail}
+            found |= tail
+        found = self.chain.with_aliases(found)
         return [
             f"state {name}"
             for name, values in found.items()
