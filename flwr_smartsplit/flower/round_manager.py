@@ -69,6 +69,7 @@ from flwr_smartsplit.types import (
 from flwr_smartsplit.verify.guard import Guard
 
 State = Mapping[str, npt.NDArray[Any]]
+_Clients = Mapping[str, DeviceProfile]
 BetweenRounds = Callable[[int, State, RoundSummary], State | None]
 """Called with each settled round's number, state and summary; may replace the state."""
 _log = getLogger("flwr")
@@ -183,9 +184,7 @@ class CentralManager:
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
-        self._verify(
-            phase, [clients[a.client_key].batch_size for a in plan.assignments]
-        )
+        self._verify(phase, plan, clients)
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
@@ -326,13 +325,14 @@ class CentralManager:
 
     # --- planning -----------------------------------------------------------------
 
-    def _verify(self, phase: Phase, sizes: Sequence[int]) -> None:
+    def _verify(self, phase: Phase, plan: RoundPlan, clients: _Clients) -> None:
         """Compare the chain with the stock module before anything is trained."""
-        if self._is_verified or not phase.is_train or not sizes:
+        if self._is_verified or not phase.is_train or not plan.assignments:
             return
+        size = clients[plan.assignments[0].client_key].batch_size
         rule, config = self._constraints.recompute, config_values(phase.config)
         guard = Guard(mode=self.settings.verify, may_recompute=rule)
-        guard.verify(self.task, lambda: self._profile(sizes[0]), config=config)
+        guard.verify(self.task, lambda: self._profile(size), config=config)
         self._is_verified = True
 
     def _plan(

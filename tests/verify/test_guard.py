@@ -121,20 +121,21 @@ def repeated_statistics(monkeypatch: Any) -> Task:
 
 
 class Tied(nn.Module):
-    """One weight under two names."""
+    """One weight under two names, and one layer with a shortcut."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
         self.b.weight = self.a.weight
         self.c = nn.Linear(6, 3)
+        self.shortcut = self.c
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
 
 
 def lost_alias(monkeypatch: Any) -> Task:
-    """The second name of a shared weight keeps its old value."""
+    """The second name of a shared layer keeps its old value."""
     monkeypatch.setattr(Chain, "with_aliases", lambda self, state: dict(state))
     return mlp_task(Tied)
 
