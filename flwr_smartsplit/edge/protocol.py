@@ -52,10 +52,14 @@ class IsHeld(Request[Held]):
 
 @dataclass(frozen=True, slots=True)
 class HoldState(Request[Held]):
-    """Send the edge a round's global state, with its digest."""
+    """Send the edge a round's global state, with its digest.
+
+    With a ``rest``, the digest is ``joined_digest`` of the rest's and of these arrays'.
+    """
 
     digest: str
     state: State
+    rest: str = ""  # The digest of a held state that has all other names
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +142,17 @@ class Forward(Request[Stepped]):
     incarnation: str = ""
     step: int  # From 0
     boundary: tuple[WireTensor, ...] = ()
-    targets: WireTensor | None = None
+    targets: WireTensor | tuple[WireTensor, ...] | None = None  # Several if nested
     num_examples: int  # In the micro-batch
     part: MicroBatch = WHOLE_BATCH
     norm: float | None = None  # Of all gradients of the last step; its update waited
     step_seconds: float | None = None  # On the device, with its present route
 
     def __post_init__(self) -> None:
-        given = None if self.targets is None else self.targets.shape[:1]
-        if self.targets is not None and given != (self.num_examples,):
+        given = self.targets
+        if isinstance(given, WireTensor) and given.shape[:1] != (self.num_examples,):
             raise ValueError(
-                f"step {self.step} has targets of shape {self.targets.shape} for "
+                f"step {self.step} has targets of shape {given.shape} for "
                 f"{self.num_examples} examples: send as many of both."
             )
 
@@ -208,10 +212,11 @@ class Commit(Request[Committed]):
 
 @dataclass(frozen=True, slots=True)
 class Release(Request[None]):
-    """Delete all of this round and earlier ones, except one state."""
+    """Delete all of this round and earlier ones, except one state and its rest."""
 
     round_number: int
     keep_digest: str
+    keep_rest: str = ""
 
 
 class Transport(Protocol):

@@ -18,7 +18,7 @@ from flwr_smartsplit.edge.cut_moves import MoveCut, Moved
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.session_table import SessionTable
 from flwr_smartsplit.edge.state_store import StateStore
-from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.edge.tensors import joined_digest, state_digest
 from flwr_smartsplit.edge.weighted_mean import add_states
 from flwr_smartsplit.errors import EdgeError, StaleSession
 from flwr_smartsplit.memory.meter import unmetered
@@ -26,7 +26,7 @@ from flwr_smartsplit.split.build import build_chain, materialise
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest.facts import digest_of, task_facts
+from flwr_smartsplit.task_digest.facts import facts_digest, task_facts
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.types import EdgeProfile, Receipt
@@ -151,7 +151,7 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.IsHeld) -> wire.Held:
-        digest = digest_of(self._facts())
+        digest = facts_digest(self._facts())
         return wire.Held(self._incarnation, self._store.holds(request.digest), digest)
 
     @_answer.register
@@ -164,12 +164,12 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.HoldState) -> wire.Held:
-        if state_digest(request.state) != request.digest:
+        if joined_digest(request.rest, state_digest(request.state)) != request.digest:
             raise EdgeError(
                 f"the state sent as {request.digest[:12]} has another digest: "
                 "it changed on the way; send it again."
             )
-        self._store.hold(request.digest, request.state)
+        self._store.hold(request.digest, request.state, rest=request.rest)
         return wire.Held(self._incarnation, True)
 
     @_answer.register
@@ -181,5 +181,7 @@ class EdgeService:
     @_answer.register
     def _(self, request: wire.Release) -> None:
         self._sessions.release(request.round_number)
-        self._store.release(request.round_number, request.keep_digest)
+        self._store.release(
+            request.round_number, request.keep_digest, request.keep_rest
+        )
         self._admission.recount(self._store.tail_bytes())

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from flwr_smartsplit.split.layout import is_dense, num_spanned
 
@@ -103,11 +104,52 @@ def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:
     return result
 
 
-def state_digest(state: Mapping[str, npt.NDArray[Any]]) -> str:
-    """Identify a state by SHA-256 over names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
+def pack_targets(targets: Any) -> WireTensor | tuple[WireTensor, ...]:
+    """Describe a tensor, or the tensors of nested targets in their order."""
+    if isinstance(targets, Tensor):
+        return WireTensor.pack(targets)
+    leaves = tree_leaves(targets)
+    return tuple(WireTensor.pack(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def unpack_targets(packed: WireTensor | tuple[WireTensor, ...], *, like: Any) -> Any:
+    """Copy targets, nested as a task's example targets are."""
+    if isinstance(packed, WireTensor):
+        return packed.unpack()
+    leaves, spec = tree_flatten(like)
+    count = sum(isinstance(leaf, Tensor) for leaf in leaves)
+    if count != len(packed):
+        raise ValueError(
+            f"{len(packed)} tensors came as targets, and the task's example targets "
+            f"have {count}: use one task everywhere."
+        )
+    came = iter(packed)
+    whole = [next(came).unpack() if isinstance(x, Tensor) else x for x in leaves]
+    return tree_unflatten(whole, spec)
+
+
+def array_digests(state: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """Identify each array by SHA-256 over its name, dtype, shape and values."""
+    digests = {}
     for name in sorted(state):
         array = np.require(state[name], requirements=["C"])
-        digest.update(repr((name, array.dtype.str, array.shape)).encode())
+        digest = hashlib.sha256(repr((name, array.dtype.str, array.shape)).encode())
         digest.update(array.data)
-    return digest.hexdigest()
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """Identify a state by the digests of its arrays."""
+    text = " ".join(digests[name] for name in sorted(digests))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def state_digest(state: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Identify a state by names, dtypes, shapes and values."""
+    return digest_of(array_digests(state))
+
+
+def joined_digest(rest: str, own: str) -> str:
+    """Identify a state by the digests of its frozen rest, if any, and of the others."""
+    return hashlib.sha256(f"{rest} {own}".encode()).hexdigest() if rest else own

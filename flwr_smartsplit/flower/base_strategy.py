@@ -27,6 +27,8 @@ from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Failure, RoundPlan
 from flwr_smartsplit.types.sizes import whole
+from flwr_smartsplit.verify.guard import Guard
+from flwr_smartsplit.verify.start import StartChecks
 
 StrategyT = TypeVar("StrategyT")
 
@@ -57,6 +59,9 @@ class SplitStrategy(Generic[StrategyT]):
         self.strategy: StrategyT = self._api.base() if strategy is None else strategy
         check_strategy(self.strategy, self._api)
         check_proximal(self.strategy, task)
+        recompute = planning.constraints.recompute
+        guard = Guard(mode=verify or "off", may_recompute=recompute)
+        self._start = StartChecks(task, guard)
         settings = Settings(
             planning=planning,
             mixing=mixing,
@@ -65,7 +70,7 @@ class SplitStrategy(Generic[StrategyT]):
             journal=journal,
             on_row=on_row,
             between_rounds=between_rounds,
-            verify=verify or "off",
+            start=self._start,
         )
         self._given = task, edges, settings
         self._begin_anew()
@@ -121,4 +126,7 @@ class SplitStrategy(Generic[StrategyT]):
         profiles = {key: client.profile for key, client in clients.items()}
         dispatch = self._central.begin(phase, state, profiles)
         dispatch.contacts = clients
+        if phase.is_train and dispatch.sent:
+            first = next(iter(dispatch.sent.values()))
+            self._start.verify(lambda: first.profile, first.plan.config)
         return dispatch

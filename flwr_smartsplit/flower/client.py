@@ -22,8 +22,14 @@ from flwr_smartsplit.device.local_training import (
 from flwr_smartsplit.device.step_timer import StepSeconds
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.protocol import Transport
+from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
-from flwr_smartsplit.flower.round_exchange import device_names, moved_plan, returned
+from flwr_smartsplit.flower.round_exchange import (
+    device_names,
+    frozen_names,
+    moved_plan,
+    returned,
+)
 from flwr_smartsplit.flower.serde.records import (
     PARTITION,
     Arrays,
@@ -46,13 +52,14 @@ from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest.facts import all_facts, digest_of, task_facts
+from flwr_smartsplit.task_digest.facts import all_facts, facts_digest, task_facts
 from flwr_smartsplit.types import (
     NO_TRAITS,
     ClientPlan,
     DeviceProfile,
     DeviceTraits,
     Route,
+    Status,
     StepReport,
 )
 from flwr_smartsplit.types.sizes import plain, whole
@@ -60,6 +67,7 @@ from flwr_smartsplit.verify.guard import Guard
 
 _WEIGHT = "num-examples"
 _LOCAL = "smartsplit.local"
+_FROZEN = "smartsplit.frozen"
 
 
 class SmartSplitNumPyClient(NumPyClient):
@@ -94,7 +102,7 @@ class SmartSplitNumPyClient(NumPyClient):
     cap_mode : CapMode or str
         Meters some steps (``"sampled"``), all (``"strict"``) or none (``"off"``).
     meter_every : int
-        A sampled cap meters the first two steps of each shape, then every nth step.
+        A sampled cap meters the first two steps of each kind of batch, then every nth.
     owns_process : bool
         Whether this client has its process for itself: it then measures the resident
         set too, and the system refuses memory beyond the plan's budget plus 32 MiB.
@@ -103,7 +111,8 @@ class SmartSplitNumPyClient(NumPyClient):
     seed : int
         Seed under a stock strategy; ``SmartSplit`` sends its own.
     context : Context, optional
-        Keeps ``Task.is_local`` state between rounds; ``build_client_app`` sets it.
+        Keeps ``Task.is_local`` state between rounds, and frozen weights, which are then
+        sent once; ``build_client_app`` sets it.
     """
 
     # longer than 40 lines because each thing a client owns is an argument
@@ -179,27 +188,33 @@ class SmartSplitNumPyClient(NumPyClient):
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
         self._check_task(plan)
-        state = {**state, **self._local(plan)}
+        known = self._known(plan, state)
+        if known is None:
+            return Outcome(state={}, receipts=(), report=_not_held(plan))
         conditions = self._conditions
         if not _is_stock(plan) and (self._moves or plan.cohort is not None):
             size = self._profile.batch_size
             adapter = Adapter(self._budget, self.task, batch_size=size)
             conditions = replace(conditions, between_steps=adapter)
-        outcome = train_locally(plan, state, self.train_loader, conditions)
+        outcome = train_locally(plan, known, self.train_loader, conditions)
         if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
-            whole = build_chain(self.task).with_aliases({**state, **outcome.state})
+            whole = build_chain(self.task).with_aliases({**known, **outcome.state})
             return replace(outcome, state=whole)
-        return self._without_local(outcome)
+        report = self._noted(plan, outcome.report)
+        return self._without_local(replace(outcome, report=report))
 
     def test(self, plan: ClientPlan, state: Arrays) -> StepReport:
         """Do this client's part of an evaluation round."""
         loader = self.train_loader if self.eval_loader is None else self.eval_loader
         self._check_digest(plan)
-        state = {**state, **self._local(plan)}
+        known = self._known(plan, state)
+        if known is None:
+            return _not_held(plan)
         size = self._profile.eval_batch_size or self._profile.batch_size
         conditions = replace(self._conditions, batch_size=size)
-        return evaluate_locally(plan, state, loader, conditions)
+        report = evaluate_locally(plan, known, loader, conditions)
+        return self._noted(plan, report)
 
     def plan_for(self, config: Any) -> ClientPlan:
         """Read a config's plan, or make the one that a stock strategy implies."""
@@ -236,7 +251,7 @@ class SmartSplitNumPyClient(NumPyClient):
     ) -> tuple[list[npt.NDArray[Any]], int, dict[str, Scalar]]:
         """Train in Flower's legacy API."""
         plan = self.plan_for(config)
-        names = self.device_names(plan)
+        names = self._sent_names(plan)
         outcome = self.train(plan, dict(zip(names, parameters, strict=True)))
         names = self.device_names(moved_plan(plan, outcome.report.moves))
         arrays = [outcome.state[name] for name in names if name in outcome.state]
@@ -247,9 +262,17 @@ class SmartSplitNumPyClient(NumPyClient):
     ) -> tuple[float, int, dict[str, Scalar]]:
         """Evaluate along the route in Flower's legacy API."""
         plan = self.plan_for(config)
-        names = self.device_names(plan)
+        names = self._sent_names(plan)
         report = self.test(plan, dict(zip(names, parameters, strict=True)))
         return report.loss, report.num_examples, _scalars(plan, evaluated(report))
+
+    def _sent_names(self, plan: ClientPlan) -> tuple[str, ...]:
+        """Name the arrays that come with a plan, in their order."""
+        names = self.device_names(plan)
+        if plan.sends_frozen:
+            return names
+        kept = set(frozen_names(plan, build_chain(self.task)))
+        return tuple(name for name in names if name not in kept)
 
     # --- the same task everywhere, and an exact one --------------------------------
 
@@ -260,7 +283,7 @@ class SmartSplitNumPyClient(NumPyClient):
 
     def _check_digest(self, plan: ClientPlan) -> None:
         """Refuse a plan for another task: this process may have started anew."""
-        if plan.task_digest and plan.task_digest != digest_of(self._facts()):
+        if plan.task_digest and plan.task_digest != facts_digest(self._facts()):
             raise InvalidTask(
                 f"client {plan.client_key!r}: its task is no longer the one that it "
                 "compared with the strategy's. Start the run again with one code "
@@ -285,6 +308,32 @@ class SmartSplitNumPyClient(NumPyClient):
         )
 
     # --- what stays on the device --------------------------------------------------
+
+    def _known(self, plan: ClientPlan, state: Arrays) -> Arrays | None:
+        """Add what this node keeps to what came; None if it does not keep the frozen.
+
+        Frozen state that comes is kept in Flower's context, if the client has one.
+        """
+        if plan.frozen_digest:
+            names = frozen_names(plan, build_chain(self.task))
+            kept: Any = {}
+            if self.context is not None:
+                kept = self._records().get(_FROZEN, kept)
+            if not plan.sends_frozen:
+                mine = {name: kept[name] for name in names if name in kept}
+                state = {**from_array_record(ArrayRecord(mine)), **state}
+            frozen = {name: state[name] for name in names if name in state}
+            if state_digest(frozen) != plan.frozen_digest:
+                return None
+            if plan.sends_frozen and self.context is not None:
+                both = {**kept, **to_array_record(frozen)}
+                self._records()[_FROZEN] = ArrayRecord(both)
+        return {**state, **self._local(plan)}
+
+    def _noted(self, plan: ClientPlan, report: StepReport) -> StepReport:
+        """Tell the strategy whether this node keeps the frozen state of a plan."""
+        digest = "" if self.context is None else plan.frozen_digest
+        return replace(report, frozen_digest=digest)
 
     def _local(self, plan: ClientPlan) -> Arrays:
         """Read this client's local state from Flower's context, if there is any yet."""
@@ -327,6 +376,17 @@ def _scalars(plan: ClientPlan, outcome: Outcome) -> dict[str, Scalar]:
         **client_metrics(outcome.report, _WEIGHT),
         **reply_to_scalars(plan, outcome),
     }
+
+
+def _not_held(plan: ClientPlan) -> StepReport:
+    cause = "were changed on the way" if plan.sends_frozen else "are not kept here"
+    return StepReport(
+        status=Status.NOT_HELD,
+        message=f"client {plan.client_key!r}: the frozen weights of this round "
+        f"({plan.frozen_digest[:12]}) {cause}, as after a restart. It sits the round "
+        "out, and is sent them in the next.",
+        metrics={},
+    )
 
 
 def _is_stock(plan: ClientPlan) -> bool:

@@ -29,11 +29,12 @@ from flwr_smartsplit.flower.inner_strategy import (
     LEGACY_API,
     legacy_config,
     legacy_sample_size,
+    refuse_wrappers,
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
-from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
+from flwr_smartsplit.flower.round_manager import Phase
 from flwr_smartsplit.flower.serde.records import (
     legacy_scalars,
     plan_to_scalars,
@@ -73,7 +74,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         self._names = tuple(self._central.chain.model.state_dict())
         self._fleet = LegacyFleet(
             timeout_seconds=profile_timeout_seconds,
-            compare=self._central.compare_task,
+            compare=self._start.require_same,
         )
         self.close = weakref.finalize(self, self._central.close)
 
@@ -201,7 +202,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         tensors = dict(zip(self._names, parameters.tensors, strict=True))
         written = []
         for key, sent in dispatch.sent.items():
-            own = [tensors[name] for name in sent.names]
+            own = [tensors[name] for name in sent.sent_names]
             share = Parameters(own, parameters.tensor_type)
             scalars = {**legacy_scalars(phase.config), **plan_to_scalars(sent.plan)}
             dispatch.sent_bytes[key] = _size(share, scalars)

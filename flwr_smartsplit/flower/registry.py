@@ -20,6 +20,7 @@ from flwr_smartsplit.flower.serde.records import (
     PARTITION,
     RecordLayout,
     config_of,
+    facts_from_scalars,
     last_line,
     profile_from_content,
     profile_from_scalars,
@@ -29,13 +30,8 @@ from flwr_smartsplit.types import DeviceProfile, Failure
 
 _MOST_AT_ONCE = 32
 
-CompareTask = Callable[[Mapping[str, Any], str], None]
-"""Raises if a client, of this key, answers with another task than the strategy's."""
-
-
-def _any_task(scalars: Mapping[str, Any], client_key: str) -> None:
-    """Take whatever task a client has."""
-    del scalars, client_key
+CompareTask = Callable[[Mapping[str, str], str], None]
+"""Raises if a client, of this key, has another task than the strategy's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +76,7 @@ class Fleet(_Doubts):
         layout: RecordLayout,
         *,
         timeout_seconds: float,
-        compare: CompareTask = _any_task,
+        compare: CompareTask | None = None,
     ) -> None:
         super().__init__()
         self._compare = compare
@@ -151,7 +147,9 @@ class Fleet(_Doubts):
             if reply.has_error():
                 raise RefusedReply(last_line(reply.error.reason), kind="failed")
             profile = profile_from_content(reply.content)
-            self._compare(config_of(reply.content), profile.client_key)
+            if self._compare is not None:
+                facts = facts_from_scalars(config_of(reply.content))
+                self._compare(facts, profile.client_key)
         except SmartSplitError as error:
             causes[node].append(f"asked as {layout.name}: {error}")
             return
@@ -190,7 +188,7 @@ class LegacyFleet(_Doubts):
     """Ask each new client for its profile, and remember the answer."""
 
     def __init__(
-        self, *, timeout_seconds: float, compare: CompareTask = _any_task
+        self, *, timeout_seconds: float, compare: CompareTask | None = None
     ) -> None:
         super().__init__()
         self._compare = compare
@@ -233,7 +231,9 @@ class LegacyFleet(_Doubts):
                 GetPropertiesIns({}), timeout=self._timeout_seconds, group_id=None
             )
             profile = profile_from_scalars(answer.properties)
-            self._compare(answer.properties, profile.client_key)
+            if self._compare is not None:
+                facts = facts_from_scalars(answer.properties)
+                self._compare(facts, profile.client_key)
             self._profiles[proxy.cid] = profile
             self._answered[proxy.cid] = self._num_requests
         except SmartSplitError as error:

@@ -4,10 +4,8 @@ It knows clients by client_key and states by name, whichever of Flower's APIs ca
 them, so the same replies give the same bits.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from logging import INFO, getLogger
 from pathlib import Path
 from random import Random
@@ -16,8 +14,8 @@ from typing import Any
 import numpy.typing as npt
 
 from flwr_smartsplit.edge.hosts.edge import Edge
-from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
+from flwr_smartsplit.edge.tensors import digest_of
+from flwr_smartsplit.errors import InvalidTask, RefusedReply
 from flwr_smartsplit.flower.journal.journal import Journal, OnRow
 from flwr_smartsplit.flower.journal.round_log import RoundLog, most_common
 from flwr_smartsplit.flower.observations import cohort_in, observed
@@ -27,14 +25,20 @@ from flwr_smartsplit.flower.round_exchange import (
     Sent,
     changed_names,
     device_names,
+    frozen_names,
     returned,
 )
-from flwr_smartsplit.flower.serde.records import config_values, facts_from_scalars
+from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
-from flwr_smartsplit.plan.evaluation import forward_only
+from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.selection.selection import select_at_random
+from flwr_smartsplit.profile.example_shapes import (
+    longer_than_example,
+    longest,
+    with_example_shapes,
+)
 from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
@@ -47,15 +51,16 @@ from flwr_smartsplit.server.aggregation import (
     state_like,
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
+from flwr_smartsplit.server.global_state import GlobalState, KeptByNodes
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest.facts import all_facts, digest_of, require_same_task
 from flwr_smartsplit.train.metric_names import check_metrics
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
     WHOLE,
     Assignment,
+    BatchKind,
     ChainProfile,
     ClientPlan,
     ClientReply,
@@ -63,13 +68,12 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     Failure,
     RoundPlan,
+    Shapes,
     Variant,
-    Verify,
 )
-from flwr_smartsplit.verify.guard import Guard
+from flwr_smartsplit.verify.start import StartChecks
 
 State = Mapping[str, npt.NDArray[Any]]
-_Clients = Mapping[str, DeviceProfile]
 BetweenRounds = Callable[[int, State, RoundSummary], State | None]
 """Called with each settled round's number, state and summary; may replace the state."""
 _log = getLogger("flwr")
@@ -86,7 +90,7 @@ class Settings:
     journal: str | Path | None
     on_row: Sequence[OnRow]
     between_rounds: BetweenRounds | None
-    verify: Verify = "once"
+    start: StartChecks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,30 +141,22 @@ class CentralManager:
             trained = frozenset(first[name] for name, _ in named)
             step = ServerOptimizer(take_step, trained)
             self._server_steps = (step, *settings.server_steps)
-        self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
+        self._profiles: dict[tuple[BatchKind, int, Variant], ChainProfile] = {}
+        self._shapes: dict[str, Shapes] = {}  # Of the longest examples, by client
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self.has_merged = False
         self._forward_only: frozenset[int] = frozenset()
         self._newest = 0
-        self._is_verified = False
         self._state: State = {}
-        self._digest = ""
+        self._changing = frozenset(self.chain.changed_names(0, len(self.chain)))
+        self._sent = GlobalState()
+        self._kept = KeptByNodes()
 
     def summary(self) -> None:
         """Log the settings in Flower's format."""
         _log.log(INFO, "\t├──> Splitting:")
         _log.log(INFO, "\t│\t├──Units: %d", len(self.chain))
         _log.log(INFO, "\t│\t└──Edges: %s", ", ".join(self.edges.names) or "none")
-
-    @cached_property
-    def facts(self) -> dict[str, str]:
-        """What the strategy's task is made of, when it is first asked for."""
-        return all_facts(self.task, self.chain.model)
-
-    def compare_task(self, scalars: Mapping[str, Any], client_key: str) -> None:
-        """Raise ``InvalidTask`` if a client answers with another task than this one."""
-        found, whose = facts_from_scalars(scalars), f"client {client_key!r}"
-        require_same_task(found, self.facts, whose=whose)
 
     def close(self) -> None:
         """End the edges; drop outstanding phases."""
@@ -171,20 +167,18 @@ class CentralManager:
         self, phase: Phase, state: State, clients: Mapping[str, DeviceProfile]
     ) -> Dispatch:
         """Plan a phase: what each chosen client is sent."""
+        self.chain.check_aliases(state)
+        self._state, self._sent = state, GlobalState.of(state, self._changing)
         dispatch = Dispatch(
             phase.round_number,
             phase.is_train,
             self.settings.planning.clock(),
             version=phase.round_number,
-            digest=state_digest(state),
+            digest=self._sent.digest,
         )
-        self.chain.check_aliases(state)
-        self._state, self._digest = state, dispatch.digest
-        clients = self._begun(phase, clients)
-        addresses, unready = self.edges.prepare(dispatch.digest, state)
-        self.rounds.write_failures(unready, phase.round_number, phase="edge")
+        clients = self._with_shapes(self._begun(phase, clients))
+        addresses = self._prepare_edges(phase.round_number)
         plan = self._plan(phase, clients, tuple(addresses))
-        self._verify(phase, plan, clients)
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
@@ -199,12 +193,13 @@ class CentralManager:
                 addresses=addresses,
                 cohort=cohort,
             )
-            size, option = clients[key].batch_size, assignment.option
-            profile = self._costs(size, option.accumulate, option.variant)
+            kind, option = clients[key].batch_kind, assignment.option
+            profile = self._costs(kind, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = changed_names(client_plan, self.chain)
             back = returned(back, self.task.is_local)
-            dispatch.sent[key] = Sent(client_plan, names, back, assignment, profile)
+            sent = Sent(client_plan, names, back, assignment, profile)
+            dispatch.sent[key] = self._without_kept(sent)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
         self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}
@@ -232,7 +227,8 @@ class CentralManager:
     ) -> Settled:
         """End a training phase: refuse, commit, drop, merge, mix, step."""
         received = self.settings.planning.clock()
-        replies = list(replies)
+        replies = list(self._noted(replies))
+        self._note_kept(dispatch, replies)
         settled = settle_round(
             replies,
             round_number=dispatch.round_number,
@@ -281,8 +277,35 @@ class CentralManager:
         if state is not None:
             state = self.chain.with_aliases(state)
             self._state = state
-            self._digest = state_digest(state) if self.edges.names else ""
+            if self.edges.names:
+                self._sent = GlobalState.of(state, self._changing)
         return state
+
+    def _prepare_edges(self, round_number: int) -> Mapping[str, str]:
+        """Have the edges hold the global state; return the addresses of those ready."""
+        state = self._sent
+        rest = {state.rest: state.frozen} if state.rest else {}
+        addresses, unready = self.edges.prepare(state.digest, state.changing, rest=rest)
+        self.rounds.write_failures(unready, round_number, phase="edge")
+        return addresses
+
+    def _without_kept(self, sent: Sent) -> Sent:
+        """Leave out the frozen arrays that a client's node has kept."""
+        names = frozen_names(sent.plan, self.chain)
+        frozen = {name: self._sent.frozen_digests[name] for name in names}
+        if not frozen:
+            return sent
+        is_sent = not self._kept.has(sent.plan.client_key, frozen)
+        plan = replace(sent.plan, frozen_digest=digest_of(frozen), sends_frozen=is_sent)
+        return replace(sent, plan=plan, frozen=frozen)
+
+    def _note_kept(self, dispatch: Dispatch, replies: Iterable[ClientReply]) -> None:
+        """Remember which nodes say that they have kept what they were sent."""
+        for reply in replies:
+            sent = dispatch.sent.get(reply.client_key)
+            if sent is not None and reply.round_number == dispatch.round_number:
+                digest = reply.report.frozen_digest
+                self._kept.learn(reply.client_key, sent.frozen, digest)
 
     def assess(
         self,
@@ -294,7 +317,9 @@ class CentralManager:
         received = self.settings.planning.clock()
         accepted: dict[str, ClientReply] = {}
         failures = list(failures)
-        for reply in sorted(replies, key=lambda r: r.client_key):
+        replies = sorted(self._noted(replies), key=lambda r: r.client_key)
+        self._note_kept(dispatch, replies)
+        for reply in replies:
             try:
                 check_evaluation(reply, round_number=dispatch.round_number)
             except RefusedReply as error:
@@ -303,6 +328,25 @@ class CentralManager:
                 accepted[reply.client_key] = reply
         self._end(dispatch, accepted, failures, received)
         return accepted
+
+    def _noted(self, replies: Iterable[ClientReply]) -> list[ClientReply]:
+        """Note who met longer examples than the task's: they are priced at those."""
+        replies = list(replies)
+        for reply in replies:
+            before = self._shapes.get(reply.client_key, ())
+            seen = longest(reply.report.example_shapes, before)
+            shapes = longer_than_example(seen, self.task)
+            if shapes:
+                self._shapes[reply.client_key] = shapes
+        return replies
+
+    def _with_shapes(
+        self, clients: Mapping[str, DeviceProfile]
+    ) -> dict[str, DeviceProfile]:
+        return {
+            key: replace(client, example_shapes=self._shapes.get(key, ()))
+            for key, client in clients.items()
+        }
 
     def _end(
         self,
@@ -314,7 +358,7 @@ class CentralManager:
         """Let edges drop old states unless a phase is outstanding; log the phase."""
         if not any(each.sent for each in self._outstanding.values()):
             newest = max(self._newest, dispatch.round_number)
-            self.edges.release(newest, self._digest)
+            self.edges.release(newest, self._sent.digest, self._sent.rest)
         self.rounds.write_phase(
             dispatch,
             accepted,
@@ -325,16 +369,6 @@ class CentralManager:
 
     # --- planning -----------------------------------------------------------------
 
-    def _verify(self, phase: Phase, plan: RoundPlan, clients: _Clients) -> None:
-        """Compare the chain with the stock module before anything is trained."""
-        if self._is_verified or not phase.is_train or not plan.assignments:
-            return
-        size = clients[plan.assignments[0].client_key].batch_size
-        rule, config = self._constraints.recompute, config_values(phase.config)
-        guard = Guard(mode=self.settings.verify, may_recompute=rule)
-        guard.verify(self.task, lambda: self._profile(size), config=config)
-        self._is_verified = True
-
     def _plan(
         self, phase: Phase, clients: Mapping[str, DeviceProfile], edges: Sequence[str]
     ) -> RoundPlan:
@@ -343,7 +377,7 @@ class CentralManager:
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
         plan = plan_round(
             fleet,
-            {each.batch_size: self._costs(each.batch_size) for each in fleet},
+            {each.batch_kind: self._costs(each.batch_kind) for each in fleet},
             round_number=phase.round_number,
             num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
@@ -369,7 +403,7 @@ class CentralManager:
         problems: list[InvalidTask] = []
         for key, client in clients.items():
             try:
-                self._profile(client.batch_size)
+                self._profile(client.batch_kind)
             except InvalidTask as error:
                 problems.append(error)
                 failure = Failure(client_key=key, kind="failed", cause=str(error))
@@ -381,14 +415,16 @@ class CentralManager:
         return priced
 
     def _profile(
-        self, batch_size: int, accumulate: int = 1, variant: Variant = WHOLE
+        self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
     ) -> ChainProfile:
-        """Profile the chain, once for each batch size, micro-batches and variant."""
-        kind = batch_size, max(accumulate, self.task.accumulate), variant
+        """Profile the chain, once for each kind of batch, micro-batches and variant."""
+        kind = batch, max(accumulate, self.task.accumulate), variant
         if kind not in self._profiles:
+            batch_size, shapes = (batch, ()) if isinstance(batch, int) else batch
+            chain, task = with_example_shapes(self.chain, self.task, shapes)
             self._profiles[kind] = profile_once(
-                self.chain,
-                replace(self.task, accumulate=kind[1]),
+                chain,
+                replace(task, accumulate=kind[1]),
                 batch_size=batch_size,
                 variant=variant,
             )
@@ -401,15 +437,16 @@ class CentralManager:
         if phase.is_train:
             self._newest, self._forward_only = phase.round_number, frozenset()
             return clients
-        self._forward_only, clients = _evaluating(clients)
+        self._forward_only, clients = evaluating(clients)
         return clients
 
     def _costs(
-        self, batch_size: int, accumulate: int = 1, variant: Variant = WHOLE
+        self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
     ) -> ChainProfile:
         """Profile a step of this phase: of training, or forward only."""
-        profile = self._profile(batch_size, accumulate, variant)
-        return forward_only(profile) if batch_size in self._forward_only else profile
+        profile = self._profile(batch, accumulate, variant)
+        is_forward = profile.batch_size in self._forward_only
+        return forward_only(profile) if is_forward else profile
 
     def _cohort(
         self,
@@ -460,41 +497,6 @@ class CentralManager:
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
             constraints=self._constraints,
-            task_digest=digest_of(self.facts),
-            verify=self.settings.verify,
-        )
-
-
-def _evaluating(
-    clients: Mapping[str, DeviceProfile],
-) -> tuple[frozenset[int], dict[str, DeviceProfile]]:
-    """Give clients the batch sizes that they evaluate; list those nobody trains.
-
-    Where clients evaluate batches as large as they train, the price of a training step
-    covers both.
-    """
-    sizes = {
-        c.eval_batch_size for c in clients.values() if c.eval_batch_size is not None
-    }
-    trained = {c.batch_size for c in clients.values() if c.eval_batch_size is None}
-    found = {
-        key: replace(each, batch_size=each.eval_batch_size or each.batch_size)
-        for key, each in clients.items()
-    }
-    return frozenset(sizes - trained), found
-
-
-def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:
-    """Refuse to be called by another strategy, such as differential privacy's.
-
-    Such wrappers clip and noise single clients' whole models. The server has none of
-    a split client, so their guarantee would silently not hold.
-    """
-    owner = sys._getframe(2).f_locals.get("self")
-    if isinstance(owner, kinds) and owner is not strategy:
-        raise SmartSplitError(
-            f"{type(owner).__name__} drives {type(strategy).__name__}: strategies that "
-            "wrap others, as for differential privacy, change the whole models of "
-            "single clients, and those are nowhere whole when they are split. Run it "
-            "unwrapped."
+            task_digest=self.settings.start.digest,
+            verify=self.settings.start.mode,
         )

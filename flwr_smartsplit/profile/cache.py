@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torch.utils._pytree import tree_map
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.description import PACKAGES, Describer, layout_of
@@ -58,7 +59,8 @@ def _facts(chain: Chain, batch_size: int, task: Task) -> Iterator[Any]:
         yield source.name, source.read_bytes()
     yield batch_size
     examples = chain.example_inputs, task.example_targets
-    yield tree_map(layout_of, examples)
+    yield tree_map_only(Tensor, layout_of, examples)
+    yield _values(task.example_targets)  # A loss may look at them.
     describe = Describer()
     for unit in chain.units:
         yield unit.name, unit.reads, unit.is_random, describe(unit.forward)
@@ -69,6 +71,11 @@ def _facts(chain: Chain, batch_size: int, task: Task) -> Iterator[Any]:
             yield name, layout_of(tensor), tensor.requires_grad
     yield describe(task.loss_fn), describe(task.optimizer_fn)
     yield str(task.autocast_dtype), task.max_gradient_norm is not None, task.accumulate
+
+
+def _values(targets: Any) -> list[str]:
+    leaves = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)]
+    return [hashlib.sha256(repr(leaf.tolist()).encode()).hexdigest() for leaf in leaves]
 
 
 def _version(package: str) -> str:

@@ -59,7 +59,7 @@ def all_facts(task: Task, model: nn.Module) -> dict[str, str]:
     return {**task_facts(task, model), **code_copies(task)}
 
 
-def digest_of(facts: Facts) -> str:
+def facts_digest(facts: Facts) -> str:
     """Identify a task by SHA-256 over what it is made of, wherever it is."""
     known = [item for item in facts.items() if not item[0].startswith(_OF_A_PLACE)]
     return sha(json.dumps(sorted(known)))

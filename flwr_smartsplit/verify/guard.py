@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from flwr_smartsplit.errors import NotExact, bytes_text
 from flwr_smartsplit.memory.cap import CapMode
@@ -29,7 +29,7 @@ from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.trace.guards import chance_restored
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.task_digest.facts import digest_of, task_facts
+from flwr_smartsplit.task_digest.facts import facts_digest, task_facts
 from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,
@@ -228,7 +228,7 @@ class Guard:
 
     def _key(self, task: Task) -> str:
         """Identify what a comparison depends on: the task, our code, the machine."""
-        facts = digest_of(task_facts(task, build_chain(task).model))
+        facts = facts_digest(task_facts(task, build_chain(task).model))
         machine = platform.machine(), torch.backends.cpu.get_cpu_capability()
         text = repr(
             (facts, _our_code(), torch.__version__, machine, self.may_recompute)
@@ -286,9 +286,11 @@ def _batches(task: Task, *, size: int) -> Iterator[Batches]:
     examples = task.example_inputs, task.example_targets
 
     def repeated(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dim():
+            return tensor
         return torch.cat([tensor] * math.ceil(size / len(tensor)))[:size]
 
-    yield [tree_map(repeated, examples)] * 2
+    yield [tree_map_only(torch.Tensor, repeated, examples)] * 2
 
 
 def _copied(loss_fn: Any) -> Any:

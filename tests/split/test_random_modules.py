@@ -129,7 +129,7 @@ def called(model: nn.Module, inputs: Batch) -> Any:
 
 EXPLANATIONS = (
     "cannot be cut anywhere: ",
-    "Its forward must not branch on the values of tensors",
+    "forward must not branch on the values of tensors",
     "Give example inputs that the model accepts",
 )
 

@@ -21,7 +21,7 @@ from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import (
     code_copies,
-    digest_of,
+    facts_digest,
     require_same_task,
     task_facts,
 )
@@ -131,7 +131,7 @@ def facts_of(task: Task) -> dict[str, str]:
 
 def differing(one: Task, other: Task) -> list[str]:
     mine, theirs = facts_of(one), facts_of(other)
-    assert (digest_of(mine) == digest_of(theirs)) == (mine == theirs)
+    assert (facts_digest(mine) == facts_digest(theirs)) == (mine == theirs)
     return sorted(n for n in mine.keys() | theirs if mine.get(n) != theirs.get(n))
 
 
@@ -157,7 +157,7 @@ def test_another_process_and_folder_give_the_same_digests(tmp_path):
     (tmp_path / "tests" / "task_digest" / "test_facts.py").write_text(own)
     code = (
         "from tests.task_digest.test_facts import *\n"
-        "for name, make in TASKS.items(): print(name, digest_of(facts_of(make())))"
+        "for name, make in TASKS.items(): print(name, facts_digest(facts_of(make())))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],
@@ -167,7 +167,9 @@ def test_another_process_and_folder_give_the_same_digests(tmp_path):
         text=True,
         check=False,
     )
-    digests = [f"{name} {digest_of(facts_of(make()))}" for name, make in TASKS.items()]
+    digests = [
+        f"{name} {facts_digest(facts_of(make()))}" for name, make in TASKS.items()
+    ]
     assert found.stdout.splitlines() == digests, found.stderr
 
 
@@ -337,7 +339,7 @@ def test_settings_of_an_accelerator_that_one_side_lacks_do_not_count():
     facts = facts_of(make())
     other = {**facts, "torch.cudnn.benchmark": "False"}
     require_same_task(facts, other, whose="a device")
-    assert digest_of(facts) == digest_of(other)
+    assert facts_digest(facts) == facts_digest(other)
     with pytest.raises(InvalidTask, match=r"torch\.cudnn\.benchmark"):
         require_same_task({**facts, "torch.cudnn.benchmark": "True"}, other, whose="x")
 
@@ -379,4 +381,4 @@ def test_an_edited_or_equal_copy_or_another_machine_is_not(copies):
     require_same_task(copies("b", "1024"), first, whose="x")
     elsewhere = {"copy of shopfloor on another": "/app/shopfloor #123"}
     require_same_task(first, elsewhere, whose="x")
-    assert digest_of(first) == digest_of(elsewhere) == digest_of({})
+    assert facts_digest(first) == facts_digest(elsewhere) == facts_digest({})

@@ -19,6 +19,11 @@ from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
+from flwr_smartsplit.split.trace.conditions import (
+    Conditions,
+    check_condition,
+    condition_text,
+)
 from flwr_smartsplit.split.trace.cut_points import (
     admissible_cuts,
     find_facts,
@@ -80,6 +85,16 @@ class _Tracer(fx.Tracer):
     def __init__(self, inputs: Batch) -> None:
         super().__init__()
         self.inputs = inputs
+        self._conditions: Conditions | None = None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Follow a condition on shapes, and let the model check it at each step."""
+        if self._conditions is None:
+            self._conditions = Conditions(self.root, self.inputs, self.graph)
+        is_true = self._conditions.decide(obj.node)
+        args = obj.node, is_true, condition_text(obj.node)
+        self.create_node("call_function", check_condition, args, {})
+        return is_true
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
         """Make a node, unless fx would lose a switched-on context around it."""
@@ -94,7 +109,7 @@ class _Tracer(fx.Tracer):
         """Say whether ``m`` is one node of the graph."""
         is_leaf = super().is_leaf_module(m, module_qualified_name) or not m._modules
         # A parametrization may write its buffers, without gradients.
-        return is_leaf or is_parametrized(m)
+        return is_leaf or is_parametrized(m) or _is_adapter(m)
 
     def create_args_for_root(
         self,
@@ -113,6 +128,15 @@ class _Tracer(fx.Tracer):
             return root_fn(root, *values)
 
         return call, [self.root, *proxies]
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Say whether this is a layer of peft, around one that it adapts or replaces.
+
+    Their forward branches on settings and dtypes.
+    """
+    is_peft = type(module).__module__.partition(".")[0] == "peft"
+    return is_peft and not {"base_layer", "original_module"}.isdisjoint(module._modules)
 
 
 def input_names(model: nn.Module, inputs: Batch) -> list[str]:
@@ -173,8 +197,7 @@ def trace_units(
         )
     order = [node.name for node in train_graph.nodes]
     refused = {order.index(name): (name, why) for name, why in refusals.items()}
-    if not cuts and not refused:
-        refused = _needed_everywhere(train_graph)
+    refused = {**_needed_everywhere(train_graph, len(cuts)), **refused}
     places = [order.index(train.node.name) for train, _ in cuts]
     return units, with_nearest(refused, dict(zip(places, names, strict=False)))
 
@@ -199,13 +222,22 @@ def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> Non
             )
 
 
-def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
-    """Name the value that most often prevents a cut in a graph without any."""
+def _needed_everywhere(graph: fx.Graph, num_cuts: int) -> dict[int, tuple[str, str]]:
+    """Name the value that prevents more cuts than there are, and what to do."""
     found = longest_needed(graph)
-    if found is None:
+    if found is None or found[1] <= num_cuts:
         return {}
     name, count = found
-    return {0: (name, f"it is still needed next to {count} later values")}
+    nodes = list(graph.nodes)
+    (index,) = (i for i, node in enumerate(nodes) if node.name == name)
+    advice = "let it cross the cuts there: Task(max_boundary_tensors=...)"
+    if nodes[index].op == "placeholder":
+        advice = (
+            "an input does not leave the device by itself. Where this one may, such as "
+            "a padding mask, list the units by hand with Task(units_fn=...), and let "
+            "each return what the next one needs: return hidden, mask"
+        )
+    return {index: (name, f"it is still needed next to {count} later values; {advice}")}
 
 
 @warnings_ignored()
@@ -227,9 +259,8 @@ def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
         raise
     except Exception as error:
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Its forward must "
-            "not branch on the values of tensors; or list its units by hand, with "
-            "Chain.from_units and Task(units_fn=...)."
+            f"torch.fx cannot trace {type(model).__name__}: {error}. Change that, or "
+            "list its units by hand, with Chain.from_units and Task(units_fn=...)."
         ) from error
 
 
