@@ -1,6 +1,7 @@
 """SplitStrategy: what ``SmartSplit`` and ``LegacySmartSplit`` share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -70,7 +71,6 @@ class SplitStrategy(Generic[StrategyT]):
             journal=journal,
             on_row=on_row,
             between_rounds=between_rounds,
-            start=self._start,
         )
         self._given = task, edges, settings
         self._begin_anew()
@@ -126,7 +126,19 @@ class SplitStrategy(Generic[StrategyT]):
         profiles = {key: client.profile for key, client in clients.items()}
         dispatch = self._central.begin(phase, state, profiles)
         dispatch.contacts = clients
-        if phase.is_train and dispatch.sent:
-            first = next(iter(dispatch.sent.values()))
-            self._start.verify(lambda: first.profile, first.plan.config)
+        if phase.is_train:
+            self._verify(dispatch)
+        told: dict[str, Any] = {
+            "task_digest": self._start.digest,
+            "verify": self._start.mode,
+        }
+        for key, sent in dispatch.sent.items():
+            dispatch.sent[key] = replace(sent, plan=replace(sent.plan, **told))
         return dispatch
+
+    def _verify(self, dispatch: Dispatch) -> None:
+        """Compare the chain with the stock module before anything is trained."""
+        for sent in dispatch.sent.values():
+            if sent.profile is not None:
+                self._start.verify(sent.profile, sent.plan.config)
+                return

@@ -71,7 +71,6 @@ from flwr_smartsplit.types import (
     Shapes,
     Variant,
 )
-from flwr_smartsplit.verify.start import StartChecks
 
 State = Mapping[str, npt.NDArray[Any]]
 BetweenRounds = Callable[[int, State, RoundSummary], State | None]
@@ -90,7 +89,6 @@ class Settings:
     journal: str | Path | None
     on_row: Sequence[OnRow]
     between_rounds: BetweenRounds | None
-    start: StartChecks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -497,6 +495,4 @@ class CentralManager:
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
             constraints=self._constraints,
-            task_digest=self.settings.start.digest,
-            verify=self.settings.start.mode,
         )

@@ -1,6 +1,6 @@
 """What a strategy compares at the start of a run: every task, then the chain."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -43,10 +43,8 @@ class StartChecks:
         """Raise ``InvalidTask`` if a client answers with another task than this one."""
         require_same_task(found, self.facts, whose=f"client {client_key!r}")
 
-    def verify(
-        self, profile: Callable[[], ChainProfile], config: Mapping[str, Any]
-    ) -> None:
+    def verify(self, profile: ChainProfile, config: Mapping[str, Any]) -> None:
         """Raise ``NotExact`` if the chain does not train as the stock module; once."""
         if not self._is_verified:
-            self._guard.verify(self._task, profile, config=config)
+            self._guard.verify(self._task, lambda: profile, config=config)
             self._is_verified = True
