@@ -249,8 +249,8 @@ def test_a_seed_draws_other_batches_and_cuts(monkeypatch):
 def test_a_changed_number_is_found_and_ends_with_1(monkeypatch):
     unpack = WireTensor.unpack
 
-    def bent(self):
-        tensor = unpack(self)
+    def bent(self, *device):
+        tensor = unpack(self, *device)
         if tensor.is_floating_point():
             tensor.view(-1)[0] *= 1 + 1e-6
         return tensor
