@@ -5,7 +5,7 @@ and frees its memory; ``Commit`` merges exactly the sealed tails that the strate
 names. Until then, no client can affect another one, or the global model.
 """
 
-from functools import partial, singledispatchmethod
+from functools import cached_property, partial, singledispatchmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -154,14 +154,15 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.IsHeld) -> wire.Held:
-        digest = facts_digest(self._facts())
+        digest = facts_digest(self._facts)
         return wire.Held(self._incarnation, self._store.holds(request.digest), digest)
 
     @_answer.register
     def _(self, request: wire.DescribeTask) -> wire.Described:
         del request
-        return wire.Described(self._facts())
+        return wire.Described(self._facts)
 
+    @cached_property
     def _facts(self) -> dict[str, str]:
         return task_facts(self._task, self._chain.model)
 

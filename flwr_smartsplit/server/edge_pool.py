@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 from flwr_smartsplit.edge import protocol as wire
@@ -139,10 +140,13 @@ class EdgePool:
 
     def _compare_task(self, link: _Link, digest: str) -> None:
         """Raise ``InvalidTask`` if the edge builds another task than this process."""
-        facts = task_facts(self._task, build_chain(self._task).model)
-        if digest != facts_digest(facts):
+        if digest != facts_digest(self._facts):
             found = _asked(link, wire.DescribeTask()).facts
-            require_same_task(found, facts, whose=f"edge {link.address!r}")
+            require_same_task(found, self._facts, whose=f"edge {link.address!r}")
+
+    @cached_property
+    def _facts(self) -> dict[str, str]:
+        return task_facts(self._task, build_chain(self._task).model)
 
     def _drop(self, name: str) -> None:
         """Stop an edge, if it was started, and keep its byte count."""

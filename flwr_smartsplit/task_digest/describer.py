@@ -35,6 +35,9 @@ _WRITTEN = (
 )
 """Python's own objects whose ``repr`` says what they are."""
 _BY_VALUE = (nn.Parameter, Tensor, np.ndarray)
+_HERE = "<here>"
+_first_seen: dict[tuple[int, str], tuple[Any, dict[str, str], set[str]]] = {}
+"""By a module's globals or a closure's cell, which it keeps, and the name in them."""
 
 
 @cache
@@ -88,8 +91,9 @@ class Describer:
     What cannot be looked into counts by its type.
     """
 
-    def __init__(self, own: frozenset[str]) -> None:
+    def __init__(self, own: frozenset[str], *, is_anew: bool = False) -> None:
         self.facts: dict[str, str] = {}
+        self._is_anew = is_anew
         self.libraries: set[str] = set()
         self._own = own
         self._known: set[int] = set()  # Code is described once, where it comes first.
@@ -210,17 +214,35 @@ class Describer:
         )
         for name, cell in cells:
             try:
-                self(f"{path}.{name}", cell.cell_contents)
+                self._bound(cell, f"{path}.{name}", cell.cell_contents)
             except ValueError:  # It has no value yet.
                 self.facts[f"{path}.{name}"] = "empty"
         for index, each in enumerate(function.__defaults__ or ()):
             self(f"{path}.default[{index}]", each)
         for name, each in sorted((function.__kwdefaults__ or {}).items()):
             self(f"{path}.{name}", each)
-        for name, each in self._globals_of(
-            function.__code__, function.__globals__
-        ).items():
-            self(f"{path}.{name}", each)
+        known = function.__globals__
+        for name, each in self._globals_of(function.__code__, known).items():
+            self._bound(known, f"{path}.{name}", each, name=name)
+
+    def _bound(self, owner: Any, path: str, value: Any, *, name: str = "") -> None:
+        """Describe what a function's name stands for, as it was first seen here.
+
+        Functions count their calls and note what they see in such places. That makes
+        no other task of the one that began.
+        """
+        if isinstance(value, FunctionType | type | ModuleType):
+            self(path, value)
+            return
+        key = id(owner), name
+        if self._is_anew or key not in _first_seen:
+            within = Describer(self._own, is_anew=self._is_anew)
+            within._open = self._open
+            within(_HERE, value)
+            _first_seen[key] = owner, within.facts, within.libraries
+        _, facts, libraries = _first_seen[key]
+        self.facts.update({at.replace(_HERE, path, 1): x for at, x in facts.items()})
+        self.libraries |= libraries
 
     def _class(self, path: str, kind: type) -> None:
         for base in kind.__bases__:

@@ -33,14 +33,17 @@ _EXAMPLES = ("example_inputs", "example_targets")
 _MOST_SHOWN = 3
 
 
-def task_facts(task: Task, model: nn.Module) -> dict[str, str]:
+def task_facts(
+    task: Task, model: nn.Module, *, is_anew: bool = False
+) -> dict[str, str]:
     """Describe a task; ``model`` is one that its ``model_fn`` built.
 
     Code counts by what it does: a user's own functions and classes with their bytecode,
     closures, defaults and the globals they use; a library's by its version. Values of
-    parameters and of saved buffers do not count, since the strategy sends them.
+    parameters and of saved buffers do not count, since the strategy sends them. What
+    functions refer to counts as this process first saw it, or ``is_anew`` as it is.
     """
-    describe = Describer(_own_packages(task))
+    describe = Describer(_own_packages(task), is_anew=is_anew)
     for field in fields(task):
         value = getattr(task, field.name)
         if field.name in _EXAMPLES:
@@ -54,9 +57,9 @@ def task_facts(task: Task, model: nn.Module) -> dict[str, str]:
     }
 
 
-def all_facts(task: Task, model: nn.Module) -> dict[str, str]:
+def all_facts(task: Task, model: nn.Module, *, is_anew: bool = False) -> dict[str, str]:
     """Describe a task and the copies of its packages, to be compared at the start."""
-    return {**task_facts(task, model), **code_copies(task)}
+    return {**task_facts(task, model, is_anew=is_anew), **code_copies(task)}
 
 
 def facts_digest(facts: Facts) -> str:

@@ -27,7 +27,7 @@ class StartChecks:
     @cached_property
     def facts(self) -> Facts:
         """What the task is made of, when it is first asked for."""
-        return all_facts(self._task, build_chain(self._task).model)
+        return all_facts(self._task, build_chain(self._task).model, is_anew=True)
 
     @property
     def mode(self) -> Verify:

@@ -126,7 +126,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 
 def facts_of(task: Task) -> dict[str, str]:
-    return task_facts(task, build_chain(task).model)
+    return task_facts(task, build_chain(task).model, is_anew=True)
 
 
 def differing(one: Task, other: Task) -> list[str]:
@@ -382,3 +382,26 @@ def test_an_edited_or_equal_copy_or_another_machine_is_not(copies):
     elsewhere = {"copy of shopfloor on another": "/app/shopfloor #123"}
     require_same_task(first, elsewhere, whose="x")
     assert facts_digest(first) == facts_digest(elsewhere) == facts_digest({})
+
+
+# --- what functions note while they train ---------------------------------------------
+
+_CALLS: list[int] = []
+_NUM_CALLS = 0
+
+
+def counting(optimizer, config):
+    """Count the calls, in a list and in a number."""
+    global _NUM_CALLS  # noqa: PLW0603
+    _NUM_CALLS += 1
+    _CALLS.append(_NUM_CALLS)
+
+
+def test_what_functions_note_makes_no_other_task():
+    """The next client of a process has the same task; a new strategy looks anew."""
+    task = make(schedule_fn=counting)
+    model = build_chain(task).model
+    first = task_facts(task, model, is_anew=True)
+    counting(None, {})
+    assert task_facts(task, model) == first
+    assert task_facts(task, model, is_anew=True) != first
