@@ -84,11 +84,12 @@ def batches_of(model: RandomModel) -> Sequence[tuple[Batch, Tensor]]:
 
 
 TORCH_REFUSES = (
+    "does not require grad",  # All that its losses depend on is frozen.
     "modified by an inplace operation",
     "a function that returns multiple views",
     "more than one element of the written-to tensor",
 )
-"""What torch says of stock models that write in place where that is not possible."""
+"""What torch says of stock models that cannot be trained."""
 
 
 def trains(model: RandomModel) -> bool:
@@ -166,10 +167,10 @@ def test_every_offered_cut_of_a_random_module_is_exact(model):
 
 
 @pytest.mark.slow
-@settings(REPRODUCIBLE, max_examples=500)
+@settings(REPRODUCIBLE, max_examples=1000)
 @given(random_models())
-def test_every_offered_cut_of_500_random_modules_is_exact(model):
-    """The same of 500."""
+def test_every_offered_cut_of_1000_random_modules_is_exact(model):
+    """The same of 1,000."""
     every_cut_is_exact_or_the_model_is_refused(model)
 
 
