@@ -96,6 +96,8 @@ def trains(model: RandomModel) -> bool:
     """Say whether the stock model trains in a plain loop, to finite values."""
     if "branch on values" in model.features:
         return True  # Values exist in a plain loop; a dry run must refuse.
+    if not any(p.requires_grad for p in model.task.model_fn().parameters()):
+        return False  # Torch's optimizers refuse to train nothing.
     try:
         return bool(torch.stack(plain_losses(model)).isfinite().all())
     except RuntimeError as error:

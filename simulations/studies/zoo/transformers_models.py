@@ -122,6 +122,7 @@ MODELS: dict[str, Tiny] = {
     "BeitForImageClassification": _image(),
     "Dinov2ForImageClassification": _image(),
     "SwinForImageClassification": _image(
+        options={"image_size": _SIDE, "num_labels": _CLASSES},
         changes={
             **{"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]},
             **{"patch_size": 2, "window_size": 4},
