@@ -32,8 +32,9 @@ class Task:
     example_inputs : Tensor, tuple[Tensor, ...] or dict[str, Tensor]
         A batch of your loader, ``(batch, *input shape)`` each, as the model takes it (a
         dict by keyword); only shapes, dtypes and the strides of one example matter.
-    example_targets : Tensor
-        Their targets, ``(batch, *target shape)``.
+    example_targets : Tensor, tuple or dict of Tensors, or None
+        Their targets, ``(batch, *target shape)`` each, nested as your loader yields
+        them. A loss that looks at values is priced for the values given here.
     metrics_fn : Callable[[outputs, targets], Mapping[str, float]], optional
         Batch means to report in evaluation, such as an accuracy.
     units_fn : Callable[[nn.Module], Sequence[Unit]], optional
@@ -74,7 +75,7 @@ class Task:
     loss_fn: "Callable[[Any, Any], Tensor]"
     optimizer_fn: "Callable[[Iterable[nn.Parameter]], Optimizer]"
     example_inputs: "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
-    example_targets: "Tensor"
+    example_targets: Any
     metrics_fn: Callable[[Any, Any], Mapping[str, float]] | None = None
     units_fn: "Callable[[nn.Module], Sequence[Any]] | None" = None
     schedule_fn: "Callable[[Optimizer, Mapping[str, Any]], Any] | None" = None
@@ -90,6 +91,7 @@ class Task:
             object.__setattr__(self, "example_inputs", dict(inputs))
         elif isinstance(inputs, tuple | list):
             object.__setattr__(self, "example_inputs", tuple(inputs))
+        object.__setattr__(self, "example_targets", _no_lists(self.example_targets))
         for name in ("accumulate", "max_boundary_tensors"):
             object.__setattr__(self, name, whole(getattr(self, name), name))
         object.__setattr__(self, "max_gradient_norm", plain(self.max_gradient_norm))
@@ -137,3 +139,12 @@ class Task:
                 f"loss_fn is a {type(loss).__name__} with parameters of its own, which "
                 "no place would train: make them part of the model."
             )
+
+
+def _no_lists(targets: Any) -> Any:
+    """Write nested targets with tuples and dicts, as every place gets them."""
+    if isinstance(targets, Mapping):
+        return {key: _no_lists(value) for key, value in targets.items()}
+    if isinstance(targets, list) or type(targets) is tuple:
+        return tuple(map(_no_lists, targets))
+    return targets

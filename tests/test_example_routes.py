@@ -29,6 +29,12 @@ ROUTES = {
         "1": "device[:4] > edge[4:]",
         "2": "device[:2] > edge[2:]",
     },
+    "segmentation": {
+        "0": "whole",
+        "1": "device[:12] > edge[12:]",
+        "2": "device[:7] > edge[7:]",
+        "3": "device[:1] > edge[1:]",
+    },
     "multi_hop": {
         "0": "whole",
         "1": "device[:6] > near[6:]",
@@ -57,7 +63,12 @@ def routes_by_round(journal: Path) -> list[dict[str, str | None]]:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
-    "example", ["multi_hop", pytest.param("own_model", marks=pytest.mark.slow)]
+    "example",
+    [
+        "multi_hop",
+        pytest.param("own_model", marks=pytest.mark.slow),
+        pytest.param("segmentation", marks=pytest.mark.slow),
+    ],
 )
 def test_an_example_gives_the_routes_that_it_promises(example, tmp_path, monkeypatch):
     folder = EXAMPLES / example

@@ -2,22 +2,20 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from flwr_smartsplit.device.batches import own_batch
 from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.device.step_timer import StepSeconds, StepTimer
 from flwr_smartsplit.edge.client import Connect
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.errors import (
     EdgeError,
-    InvalidTask,
     MemoryCapExceeded,
     NoFeasiblePlan,
     SmartSplitError,
@@ -29,14 +27,13 @@ from flwr_smartsplit.memory.process import (
     data_fence,
     resident_growth,
 )
-from flwr_smartsplit.split.segment import Batch
+from flwr_smartsplit.profile.example_shapes import example_shapes
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import CPU
 from flwr_smartsplit.train.threads import torch_threads
-from flwr_smartsplit.types import ClientPlan, Receipt, Status, StepReport
+from flwr_smartsplit.types import ClientPlan, Receipt, Shapes, Status, StepReport
 
-Loader = Iterable[tuple[Batch, Tensor]]
-_PAIR = 2
+Loader = Iterable[tuple[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +91,9 @@ def train_locally(
                 outcome = _trained(runner, state, loader, conditions)
         except (MemoryCapExceeded, NoFeasiblePlan, EdgeError) as error:
             runner.abandon()
-            outcome = Outcome(state={}, receipts=(), report=_failure(runner, error))
+            outcome = Outcome(
+                state={}, receipts=(), report=_failure(runner, error, conditions.task)
+            )
         except BaseException:
             runner.abandon()
             raise
@@ -113,14 +112,15 @@ def evaluate_locally(
     start = conditions.clock()
     runner = _route_runner(plan, conditions, is_trained=False)
     token, size = uuid.uuid4().hex, _batch_size(loader, conditions)
+    examples = conditions.task.example_targets
     with torch_threads(plan.num_threads):
         try:
             runner.open(state, conditions.connect, token=token, batch_size=size)
             for batch in runner.streams.batches(loader, 0):
-                runner.evaluate_step(*_own_batch(batch))
+                runner.evaluate_step(*own_batch(batch, examples))
             report = runner.report(num_epochs=1)
         except (MemoryCapExceeded, EdgeError) as error:
-            report = _failure(runner, error)
+            report = _failure(runner, error, conditions.task)
         finally:
             runner.abandon()
     return replace(report, seconds=conditions.clock() - start)
@@ -139,7 +139,7 @@ def _trained(
                 break
             if conditions.between_steps is not None:
                 conditions.between_steps(runner)
-            runner.train_step(*_own_batch(batch))
+            runner.train_step(*own_batch(batch, conditions.task.example_targets))
     return Outcome(
         receipts=runner.seal(),
         state=runner.state(),
@@ -174,51 +174,27 @@ def _route_runner(
     )
 
 
-def _failure(runner: RouteRunner, error: SmartSplitError) -> StepReport:
+def _failure(runner: RouteRunner, error: SmartSplitError, task: Task) -> StepReport:
     over = isinstance(error, MemoryCapExceeded | NoFeasiblePlan)
+    report, message = runner.report(num_epochs=1), str(error)
+    if over and report.example_shapes:
+        message += (
+            f" The examples have shapes up to {_text(report.example_shapes)}, and the "
+            f"prediction is for {_text(example_shapes(task))}, those of the "
+            "task: the next round is planned for the larger ones."
+        )
     return replace(
-        runner.report(num_epochs=1),
+        report,
         status=Status.OUT_OF_MEMORY if over else Status.EDGE_FAILED,
-        message=str(error),
+        message=message,
     )
+
+
+def _text(shapes: Shapes) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _batch_size(loader: Loader, conditions: Conditions) -> int | None:
     """Return the examples per batch, if the loader or the client knows."""
     size = getattr(loader, "batch_size", None)
     return size if isinstance(size, int) else conditions.batch_size
-
-
-def _own_batch(batch: Any) -> tuple[Batch, Tensor]:
-    """Own a loader's batch, whose inputs are a tensor, a sequence or a mapping."""
-    is_pair = isinstance(batch, tuple | list) and len(batch) == _PAIR
-    if not is_pair or not isinstance(batch[1], Tensor):
-        kind = type(batch[1] if is_pair else batch).__name__
-        keys = (
-            f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-        )
-        raise InvalidTask(
-            f"the loader yields {'targets in ' if is_pair else ''}a {kind}{keys}; let "
-            "it yield (inputs, targets), with the targets as one tensor, for instance "
-            "by a collate_fn."
-        )
-    inputs, targets = batch
-    if isinstance(inputs, tuple | list):
-        inputs = tuple(inputs)
-    elif isinstance(inputs, Mapping):
-        inputs = dict(inputs)
-    owned: tuple[Batch, Tensor] = tree_map(_own, (inputs, targets))
-    return owned
-
-
-def _own(tensor: Any) -> Tensor:
-    """Copy a view of a larger tensor: a batch must not keep the data set alive."""
-    if not isinstance(tensor, Tensor):
-        raise InvalidTask(
-            f"the loader's inputs hold a {type(tensor).__name__} ({tensor!r:.40}); "
-            "let it yield tensors only, for instance by a collate_fn."
-        )
-    if tensor.layout is not torch.strided:
-        return tensor
-    is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
-    return tensor.clone() if is_view else tensor

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from flwr_smartsplit.types import Action, Advice, Move, Replan, StepReport
+from flwr_smartsplit.profile.example_shapes import longest
+from flwr_smartsplit.types import Action, Advice, Move, Replan, Shapes, StepReport
 
 
 class Metrics:
@@ -13,6 +14,7 @@ class Metrics:
         self.num_steps = 0
         self.num_examples = 0
         self.released = ""
+        self.example_shapes: Shapes = ()  # The largest so far
         self._moves: list[Move] = []
         self._replans: list[Replan] = []
         self._by_epoch: list[int] = []
@@ -34,6 +36,10 @@ class Metrics:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * num_examples
             self._counts[name] = self._counts.get(name, 0) + num_examples
+
+    def saw(self, shapes: Shapes) -> None:
+        """Note the shapes of a batch's examples."""
+        self.example_shapes = longest(shapes, self.example_shapes)
 
     def move(self, before: int, after: int, reason: str) -> None:
         """Record a move of the cut."""

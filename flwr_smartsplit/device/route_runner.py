@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from flwr_smartsplit.device.cut_mover import CutMover
 from flwr_smartsplit.device.metrics import Metrics
@@ -20,15 +20,25 @@ from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of
 from flwr_smartsplit.edge.protocol import State
-from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.edge.tensors import pack_targets
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.build import build_chain, materialise, state_views
+from flwr_smartsplit.profile.example_shapes import longer_than_example, shapes_of
+from flwr_smartsplit.split.build import (
+    build_chain,
+    check_unsent,
+    materialise,
+    state_views,
+)
 from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
-from flwr_smartsplit.train.micro_batches import mean_loss, micro_batches
+from flwr_smartsplit.train.micro_batches import (
+    mean_loss,
+    micro_batches,
+    num_examples,
+)
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
 from flwr_smartsplit.types import (
@@ -100,20 +110,22 @@ class RouteRunner:
             transport = connect(legs[0].place, address)
             self._edge = EdgeClient(transport, opening, device=self._device)
 
-    def train_step(self, inputs: Batch, targets: Tensor) -> None:
+    def train_step(self, inputs: Batch, targets: Any) -> None:
         """Do one training step, metered if the cap's schedule says so."""
+        self.metrics.saw(shapes_of((inputs, targets)))
         inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             with self.timer.step(self.route, self.recompute):
                 loss = self._step(inputs, targets)
-        self.metrics.count(int(targets.shape[0]), {"loss": loss})
+        self.metrics.count(num_examples(inputs, targets), {"loss": loss})
 
-    def evaluate_step(self, inputs: Batch, targets: Tensor) -> None:
+    def evaluate_step(self, inputs: Batch, targets: Any) -> None:
         """Evaluate one batch, metered if the cap's schedule says so."""
+        self.metrics.saw(shapes_of((inputs, targets)))
         inputs, targets = self._placed(inputs, targets)
         with self.cap.step((inputs, targets), *self._owners()):
             for _, (x, y) in micro_batches((inputs, targets), self.accumulate):
-                self.metrics.count(int(y.shape[0]), self._evaluated(x, y))
+                self.metrics.count(num_examples(x, y), self._evaluated(x, y))
 
     @property
     def num_steps(self) -> int:
@@ -191,6 +203,7 @@ class RouteRunner:
         for runner, leg in zip(self._runners, legs, strict=True):
             views = state_views(runner.segment)
             changed = self._chain.changed_names(leg.start, leg.stop)
+            check_unsent(runner.segment, changed)
             state |= {name: np.array(views[name]) for name in changed}
         return state
 
@@ -200,24 +213,25 @@ class RouteRunner:
         return replace(
             self.metrics.report(num_epochs=num_epochs),
             peak_bytes=self.cap.peak_bytes,
+            example_shapes=longer_than_example(self.metrics.example_shapes, self._task),
             sent_bytes=sent,
             received_bytes=received,
             num_threads=torch.get_num_threads(),
             step_seconds=self.timer.mean(self.route, self.recompute) or 0.0,
         )
 
-    def _step(self, inputs: Batch, targets: Tensor) -> float:
+    def _step(self, inputs: Batch, targets: Any) -> float:
         """Train on one batch, micro-batch by micro-batch; return its mean loss."""
         losses: list[tuple[float, int]] = []
         norms: Mapping[str, float] = {}
         for part, (x, y) in micro_batches((inputs, targets), self.accumulate):
             loss, norms = self._forward_backward(x, y, part)
-            losses.append((loss, int(y.shape[0])))
+            losses.append((loss, num_examples(x, y)))
         self._update(norms)
         return mean_loss(losses)
 
     def _forward_backward(
-        self, inputs: Batch, targets: Tensor, part: MicroBatch
+        self, inputs: Batch, targets: Any, part: MicroBatch
     ) -> tuple[float, Mapping[str, float]]:
         """Return loss and gradient norms; free each tensor after its last use."""
         head, edge = self._runners[0], self._edge
@@ -227,7 +241,7 @@ class RouteRunner:
             return float(loss), {}
         stepped = edge.forward(
             head.forward(inputs, inputs_are_boundary=False, **at),
-            self._request(targets, part),
+            self._request(targets, part, num_examples(inputs, targets)),
         )
         self.advice, value = stepped.advice, stepped.values.get("loss", 0.0)
         if self.route.returns:
@@ -236,7 +250,7 @@ class RouteRunner:
         return value, stepped.norms
 
     def _finish(
-        self, stepped: wire.Stepped, targets: Tensor, edge: EdgeClient, part: MicroBatch
+        self, stepped: wire.Stepped, targets: Any, edge: EdgeClient, part: MicroBatch
     ) -> tuple[float, wire.Stepped]:
         """Finish a step on the device, which the labels never leave."""
         tail, step = self._runners[-1], self.num_steps
@@ -256,15 +270,15 @@ class RouteRunner:
         back = wire.Backward(step=step, part=part, gradients=sent)
         return value, edge.pass_on(back)
 
-    def _request(self, targets: Tensor, part: MicroBatch) -> wire.Forward:
+    def _request(self, targets: Any, part: MicroBatch, size: int) -> wire.Forward:
         """Make the request of a step, without its boundary."""
         seconds = None
         if self._is_trained:
             seconds = self.timer.latest(self.route, self.recompute)
         return wire.Forward(
             step=self.num_steps,
-            targets=None if self.route.returns else WireTensor.pack(targets),
-            num_examples=int(targets.shape[0]),
+            targets=None if self.route.returns else pack_targets(targets),
+            num_examples=size,
             part=part,
             norm=self._norm,
             step_seconds=seconds,
@@ -280,13 +294,12 @@ class RouteRunner:
         for runner in self._runners:
             runner.update(self._norm)
 
-    def _evaluated(self, inputs: Batch, targets: Tensor) -> Mapping[str, float]:
+    def _evaluated(self, inputs: Batch, targets: Any) -> Mapping[str, float]:
         head, tail, edge = self._runners[0], self._runners[-1], self._edge
         if edge is None:
             return head.assess(head.evaluate(inputs), targets)
-        stepped = edge.forward(
-            as_boundary(head.evaluate(inputs)), self._request(targets, WHOLE_BATCH)
-        )
+        request = self._request(targets, WHOLE_BATCH, num_examples(inputs, targets))
+        stepped = edge.forward(as_boundary(head.evaluate(inputs)), request)
         if not self.route.returns:
             return stepped.values
         returned = edge.returning.decode(stepped.boundary)
@@ -311,10 +324,10 @@ class RouteRunner:
         runner.recompute = self.recompute
         return runner
 
-    def _placed(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
-        placed: tuple[Batch, Tensor] = inputs, targets
+    def _placed(self, inputs: Batch, targets: Any) -> tuple[Batch, Any]:
+        placed: tuple[Batch, Any] = inputs, targets
         if self._device != CPU:
-            placed = tree_map(lambda x: x.to(self._device), placed)
+            placed = tree_map_only(Tensor, lambda x: x.to(self._device), placed)
         return placed
 
     def _owners(self) -> list[Any]:

@@ -125,17 +125,17 @@ class Forward(Request[Stepped]):
     incarnation: str = ""
     step: int  # From 0
     boundary: tuple[WireTensor, ...] = ()
-    targets: WireTensor | None = None
+    targets: WireTensor | tuple[WireTensor, ...] | None = None  # Several if nested
     num_examples: int  # In the micro-batch
     part: MicroBatch = WHOLE_BATCH
     norm: float | None = None  # Of all gradients of the last step; its update waited
     step_seconds: float | None = None  # On the device, with its present route
 
     def __post_init__(self) -> None:
-        given = None if self.targets is None else self.targets.shape[:1]
-        if self.targets is not None and given != (self.num_examples,):
+        given = self.targets
+        if isinstance(given, WireTensor) and given.shape[:1] != (self.num_examples,):
             raise ValueError(
-                f"step {self.step} has targets of shape {self.targets.shape} for "
+                f"step {self.step} has targets of shape {given.shape} for "
                 f"{self.num_examples} examples: send as many of both."
             )
 

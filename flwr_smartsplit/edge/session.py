@@ -6,15 +6,18 @@ edge to edge and never through the device, which may be too small to hold it.
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import EdgeClient
 from flwr_smartsplit.edge.codec import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, moved_session
 from flwr_smartsplit.edge.message_bytes import checksum
+from flwr_smartsplit.edge.tensors import WireTensor, unpack_targets
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
@@ -77,7 +80,7 @@ class Session:
         if self.onward is None and request.targets is not None:
             loss, gradients = self.runner.finish(
                 self._inward.decode(request.boundary),
-                request.targets.unpack().to(self._inward.device),
+                self._targets(request.targets),
                 step=request.step,
                 part=request.part,
                 inputs_are_boundary=True,
@@ -131,8 +134,13 @@ class Session:
             return self.onward.forward(as_boundary(outputs), request)
         if request.targets is None:
             return wire.Stepped(boundary=self._returning.encode(as_boundary(outputs)))
-        targets = request.targets.unpack().to(self._inward.device)
+        targets = self._targets(request.targets)
         return wire.Stepped(values=self.runner.assess(outputs, targets))
+
+    def _targets(self, packed: WireTensor | tuple[WireTensor, ...]) -> Any:
+        targets = unpack_targets(packed, like=self.runner.task.example_targets)
+        device = self._inward.device
+        return tree_map_only(Tensor, lambda x: x.to(device), targets)
 
     def update(self, norm: float | None) -> None:
         """Do the last step's update, if it waited for the norm of all gradients."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from flwr_smartsplit.split.layout import is_dense, num_spanned
 
@@ -101,6 +102,30 @@ def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:
             target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     target.copy_(values)
     return result
+
+
+def pack_targets(targets: Any) -> WireTensor | tuple[WireTensor, ...]:
+    """Describe a tensor, or the tensors of nested targets in their order."""
+    if isinstance(targets, Tensor):
+        return WireTensor.pack(targets)
+    leaves = tree_leaves(targets)
+    return tuple(WireTensor.pack(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def unpack_targets(packed: WireTensor | tuple[WireTensor, ...], *, like: Any) -> Any:
+    """Copy targets, nested as a task's example targets are."""
+    if isinstance(packed, WireTensor):
+        return packed.unpack()
+    leaves, spec = tree_flatten(like)
+    count = sum(isinstance(leaf, Tensor) for leaf in leaves)
+    if count != len(packed):
+        raise ValueError(
+            f"{len(packed)} tensors came as targets, and the task's example targets "
+            f"have {count}: use one task everywhere."
+        )
+    came = iter(packed)
+    whole = [next(came).unpack() if isinstance(x, Tensor) else x for x in leaves]
+    return tree_unflatten(whole, spec)
 
 
 def state_digest(state: Mapping[str, npt.NDArray[Any]]) -> str:

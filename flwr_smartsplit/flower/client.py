@@ -89,7 +89,7 @@ class SmartSplitNumPyClient(NumPyClient):
     cap_mode : CapMode or str
         Meters some steps (``"sampled"``), all (``"strict"``) or none (``"off"``).
     meter_every : int
-        A sampled cap meters the first two steps of each shape, then every nth step.
+        A sampled cap meters the first two steps of each kind of batch, then every nth.
     owns_process : bool
         Whether this client has its process for itself: it then measures the resident
         set too, and the system refuses memory beyond the plan's budget plus 32 MiB.
@@ -181,7 +181,8 @@ class SmartSplitNumPyClient(NumPyClient):
         outcome = train_locally(plan, state, self.train_loader, conditions)
         if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
-            return replace(outcome, state={**state, **outcome.state})
+            whole = build_chain(self.task).with_aliases({**state, **outcome.state})
+            return replace(outcome, state=whole)
         return self._without_local(outcome)
 
     def test(self, plan: ClientPlan, state: Arrays) -> StepReport:

@@ -34,6 +34,11 @@ from flwr_smartsplit.plan.evaluation import forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.selection.selection import select_at_random
+from flwr_smartsplit.profile.example_shapes import (
+    longer_than_example,
+    longest,
+    with_example_shapes,
+)
 from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
@@ -54,6 +59,7 @@ from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
     WHOLE,
     Assignment,
+    BatchKind,
     ChainProfile,
     ClientPlan,
     ClientReply,
@@ -61,6 +67,7 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     Failure,
     RoundPlan,
+    Shapes,
     Variant,
 )
 
@@ -112,7 +119,7 @@ class CentralManager:
     ) -> None:
         self.task = task
         self.settings = settings
-        self.chain = build_chain(task)
+        self.chain = build_chain(task, anew=True)
         self.edges = EdgePool(edges, task)
         journal = Journal(settings.journal, settings.on_row)
         self.rounds = RoundLog(journal, settings.planning.clock)
@@ -126,10 +133,13 @@ class CentralManager:
         self._constraints = replace(constraints, kept_units=kept)
         self._server_steps = settings.server_steps
         if take_step is not None:
-            trained = frozenset(n for n, _ in self.chain.model.named_parameters())
+            first = self.chain.first_names
+            named = self.chain.model.named_parameters()
+            trained = frozenset(first[name] for name, _ in named)
             step = ServerOptimizer(take_step, trained)
             self._server_steps = (step, *settings.server_steps)
-        self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
+        self._profiles: dict[tuple[BatchKind, int, Variant], ChainProfile] = {}
+        self._shapes: dict[str, Shapes] = {}  # Of the longest examples, by client
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self.has_merged = False
         self._forward_only: frozenset[int] = frozenset()
@@ -159,8 +169,9 @@ class CentralManager:
             version=phase.round_number,
             digest=state_digest(state),
         )
+        self.chain.check_aliases(state)
         self._state, self._digest = state, dispatch.digest
-        clients = self._begun(phase, clients)
+        clients = self._with_shapes(self._begun(phase, clients))
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
@@ -178,8 +189,8 @@ class CentralManager:
                 addresses=addresses,
                 cohort=cohort,
             )
-            size, option = clients[key].batch_size, assignment.option
-            profile = self._costs(size, option.accumulate, option.variant)
+            kind, option = clients[key].batch_kind, assignment.option
+            profile = self._costs(kind, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = changed_names(client_plan, self.chain)
             back = returned(back, self.task.is_local)
@@ -211,7 +222,7 @@ class CentralManager:
     ) -> Settled:
         """End a training phase: refuse, commit, drop, merge, mix, step."""
         received = self.settings.planning.clock()
-        replies = list(replies)
+        replies = self._noted(replies)
         settled = settle_round(
             replies,
             round_number=dispatch.round_number,
@@ -258,6 +269,7 @@ class CentralManager:
             if changed is not None:
                 state = state_like(seen, changed, maker=settings.between_rounds)
         if state is not None:
+            state = self.chain.with_aliases(state)
             self._state = state
             self._digest = state_digest(state) if self.edges.names else ""
         return state
@@ -272,7 +284,7 @@ class CentralManager:
         received = self.settings.planning.clock()
         accepted: dict[str, ClientReply] = {}
         failures = list(failures)
-        for reply in sorted(replies, key=lambda r: r.client_key):
+        for reply in sorted(self._noted(replies), key=lambda r: r.client_key):
             try:
                 check_evaluation(reply, round_number=dispatch.round_number)
             except RefusedReply as error:
@@ -281,6 +293,25 @@ class CentralManager:
                 accepted[reply.client_key] = reply
         self._end(dispatch, accepted, failures, received)
         return accepted
+
+    def _noted(self, replies: Iterable[ClientReply]) -> list[ClientReply]:
+        """Note who met longer examples than the task's: they are priced at those."""
+        replies = list(replies)
+        for reply in replies:
+            before = self._shapes.get(reply.client_key, ())
+            seen = longest(reply.report.example_shapes, before)
+            shapes = longer_than_example(seen, self.task)
+            if shapes:
+                self._shapes[reply.client_key] = shapes
+        return replies
+
+    def _with_shapes(
+        self, clients: Mapping[str, DeviceProfile]
+    ) -> dict[str, DeviceProfile]:
+        return {
+            key: replace(client, example_shapes=self._shapes.get(key, ()))
+            for key, client in clients.items()
+        }
 
     def _end(
         self,
@@ -311,7 +342,7 @@ class CentralManager:
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
         plan = plan_round(
             fleet,
-            {each.batch_size: self._costs(each.batch_size) for each in fleet},
+            {each.batch_kind: self._costs(each.batch_kind) for each in fleet},
             round_number=phase.round_number,
             num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
@@ -337,7 +368,7 @@ class CentralManager:
         problems: list[InvalidTask] = []
         for key, client in clients.items():
             try:
-                self._profile(client.batch_size)
+                self._profile(client.batch_kind)
             except InvalidTask as error:
                 problems.append(error)
                 failure = Failure(client_key=key, kind="failed", cause=str(error))
@@ -349,14 +380,16 @@ class CentralManager:
         return priced
 
     def _profile(
-        self, batch_size: int, accumulate: int = 1, variant: Variant = WHOLE
+        self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
     ) -> ChainProfile:
-        """Profile the chain, once for each batch size, micro-batches and variant."""
-        kind = batch_size, max(accumulate, self.task.accumulate), variant
+        """Profile the chain, once for each kind of batch, micro-batches and variant."""
+        kind = batch, max(accumulate, self.task.accumulate), variant
         if kind not in self._profiles:
+            batch_size, shapes = (batch, ()) if isinstance(batch, int) else batch
+            chain, task = with_example_shapes(self.chain, self.task, shapes)
             self._profiles[kind] = profile_once(
-                self.chain,
-                replace(self.task, accumulate=kind[1]),
+                chain,
+                replace(task, accumulate=kind[1]),
                 batch_size=batch_size,
                 variant=variant,
             )
@@ -373,11 +406,12 @@ class CentralManager:
         return clients
 
     def _costs(
-        self, batch_size: int, accumulate: int = 1, variant: Variant = WHOLE
+        self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
     ) -> ChainProfile:
         """Profile a step of this phase: of training, or forward only."""
-        profile = self._profile(batch_size, accumulate, variant)
-        return forward_only(profile) if batch_size in self._forward_only else profile
+        profile = self._profile(batch, accumulate, variant)
+        is_forward = profile.batch_size in self._forward_only
+        return forward_only(profile) if is_forward else profile
 
     def _cohort(
         self,

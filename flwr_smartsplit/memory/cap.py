@@ -1,8 +1,9 @@
 """memory_cap: a hard limit on the memory of a step, in three modes.
 
-Metering slows down each operator, and what a step holds depends on its shapes, not on
-its values. So a sampled cap meters the first two steps of each shape, in which the
-optimizer allocates its state, and then one step in ``every``.
+Metering slows down each operator, and what a step holds depends on the kind of its
+batch (shapes, dtypes, layouts), not on its values. So a sampled cap meters the first
+two steps of each kind, in which the optimizer allocates its state, and then one step in
+``every``.
 """
 
 import threading
@@ -11,10 +12,11 @@ from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
-from flwr_smartsplit.memory.meter import MemoryMeter
+from flwr_smartsplit.memory.meter import MemoryMeter, parts_of
 from flwr_smartsplit.types.sizes import whole_bytes
 
 _FIRST_STEPS = 2
@@ -45,7 +47,8 @@ class MemoryCap:
     mode : CapMode or str
         ``"strict"``, ``"sampled"`` or ``"off"``.
     every : int
-        A sampled cap meters the first two steps of each shape, then one in so many.
+        A sampled cap meters the first two steps of each kind of batch (shapes, dtypes,
+        layouts), then one in so many.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class MemoryCap:
         self.mode = CapMode(mode)
         self.every = every
         self.meter = MemoryMeter(budget_bytes, name=name)
-        self._steps_by_shape: dict[tuple[Any, ...], int] = {}
+        self._steps_by_kind: dict[tuple[Any, ...], int] = {}
         self._metered_threads: set[int] = set()
 
     @property
@@ -87,7 +90,7 @@ class MemoryCap:
 
     def start_over(self) -> None:
         """Meter the next steps like the first ones: what is trained has changed."""
-        self._steps_by_shape.clear()
+        self._steps_by_kind.clear()
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -138,12 +141,23 @@ class MemoryCap:
     def _is_due(self, batch: Any) -> bool:
         if self.mode is not CapMode.SAMPLED:
             return self.mode is CapMode.STRICT
-        shape = tuple(
-            tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)
-        )
-        seen = self._steps_by_shape.get(shape, 0)
-        self._steps_by_shape[shape] = seen + 1
+        leaves, nesting = tree_flatten(batch)
+        kind = str(nesting), *map(_kind_of, leaves)
+        seen = self._steps_by_kind.get(kind, 0)
+        self._steps_by_kind[kind] = seen + 1
         return seen < _FIRST_STEPS or seen % self.every == 0
+
+
+def _kind_of(leaf: Any) -> tuple[Any, ...]:
+    """Say all of a tensor that memory may depend on; of another value, its type."""
+    if not isinstance(leaf, Tensor):
+        return (type(leaf),)
+    kind = type(leaf), tuple(leaf.shape), leaf.dtype, leaf.layout, leaf.requires_grad
+    if leaf.layout is not torch.strided:
+        return *kind, tuple(map(_kind_of, parts_of(leaf)))
+    # A kernel may copy what overlaps, has gaps or lies in another order.
+    is_odd = leaf.is_conj(), leaf.is_neg()
+    return *kind, leaf.stride(), leaf.untyped_storage().nbytes(), is_odd
 
 
 @contextmanager
@@ -169,7 +183,8 @@ def memory_cap(
         ``"strict"`` meters everything inside, ``"sampled"`` only steps marked with
         ``cap.step(batch, model, optimizer)`` whose turn it is, ``"off"`` nothing.
     every : int
-        A sampled cap meters the first two steps of each shape, then one in so many.
+        A sampled cap meters the first two steps of each kind of batch (shapes, dtypes,
+        layouts), then one in so many.
 
     Yields
     ------

@@ -24,6 +24,8 @@ ACTIVATIONS = "activations and temporaries"
 BATCH = "batch"
 BEING_BUILT = "parameters and buffers being built"
 BUILDING = "building"
+PARTS = "parts_in_a_dry_run"
+"""The attribute in which a fake sparse tensor keeps its parts."""
 
 # Takes a constant, which a dry run replaces: two tensors where a real step has one.
 _LIFT = torch.ops.aten.lift_fresh.default
@@ -164,7 +166,7 @@ class MemoryMeter(TorchDispatchMode):
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:
-            for part in _parts(tensor):
+            for part in parts_of(tensor):
                 self._see(part)
             return
         key, num_bytes = storage._cdata, storage.nbytes()
@@ -249,8 +251,11 @@ def _tensors_in(thing: Any) -> Iterator[tuple[str, Tensor]]:
                 yield BATCH, leaf
 
 
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors that a sparse one is made of; other layouts hide theirs."""
+    kept: tuple[Tensor, ...] | None = getattr(tensor, PARTS, None)
+    if kept is not None:
+        return kept
     if tensor.layout is torch.sparse_coo:
         return tensor._indices(), tensor._values()
     if tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
@@ -264,4 +269,4 @@ def _keys_of(tensor: Tensor) -> set[int]:
     try:
         return {tensor.untyped_storage()._cdata}
     except NotImplementedError:
-        return {key for part in _parts(tensor) for key in _keys_of(part)}
+        return {key for part in parts_of(tensor) for key in _keys_of(part)}

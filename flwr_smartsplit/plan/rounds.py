@@ -20,6 +20,7 @@ from flwr_smartsplit.plan.timing import round_seconds
 from flwr_smartsplit.types import (
     NO_CONSTRAINTS,
     WHOLE,
+    BatchKind,
     ChainProfile,
     Constraints,
     DeviceProfile,
@@ -29,8 +30,8 @@ from flwr_smartsplit.types import (
     Variant,
 )
 
-Profiles = Mapping[int, ChainProfile]
-"""The chain's costs by batch size."""
+Profiles = Mapping[BatchKind, ChainProfile]
+"""The chain's costs by batch size, or kind of batch."""
 
 Found = tuple[list[Candidate], dict[str, str]]
 """Who has a route, and for all others, by client_key, why not."""
@@ -51,7 +52,7 @@ class Routing:
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
     variants: tuple[Variant, ...] = ()
-    costs: Callable[[int, int, Variant], ChainProfile] | None = None
+    costs: Callable[[BatchKind, int, Variant], ChainProfile] | None = None
 
 
 def plan_round(  # noqa: PLR0913 - all that a plan hangs on
@@ -102,12 +103,12 @@ def _free(
     """List everybody with all options within its budget."""
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
-    groups: dict[int, list[DeviceProfile]] = {}
+    groups: dict[BatchKind, list[DeviceProfile]] = {}
     for device in devices:
-        groups.setdefault(device.batch_size, []).append(device)
-    for batch_size, group in groups.items():
+        groups.setdefault(device.batch_kind, []).append(device)
+    for kind, group in groups.items():
         waiting, left_out = group, dict[str, str]()
-        for variant, accumulate, profile in _profiles(batch_size, profiles, routing):
+        for variant, accumulate, profile in _profiles(kind, profiles, routing):
             space = _space(profile, (variant, accumulate), waiting, routing)
             found, left_out = candidates_of(waiting, space, routing.edges)
             candidates += found
@@ -119,17 +120,17 @@ def _free(
 
 
 def _profiles(
-    batch_size: int, profiles: Profiles, routing: Routing
+    kind: BatchKind, profiles: Profiles, routing: Routing
 ) -> Iterator[tuple[Variant, int, ChainProfile]]:
     """Yield the costs in 1, 2, 4, 8... micro-batches, then those under variants."""
-    yield WHOLE, 1, profiles[batch_size]
+    yield WHOLE, 1, profiles[kind]
     if routing.costs is None:
         return
-    most = min(routing.constraints.max_accumulate, batch_size)
+    most = min(routing.constraints.max_accumulate, profiles[kind].batch_size)
     for variant in (WHOLE, *routing.variants):
         accumulate = 2 if variant == WHOLE else 1
         while accumulate <= most:
-            yield variant, accumulate, routing.costs(batch_size, accumulate, variant)
+            yield variant, accumulate, routing.costs(kind, accumulate, variant)
             accumulate *= 2
 
 
@@ -167,12 +168,12 @@ def _routed(
     for index, device in enumerate(devices):
         request = RouteRequest(
             device=device,
-            profile=profiles[device.batch_size],
+            profile=profiles[device.batch_kind],
             edges=tuple(edges),
             index=index,
             constraints=routing.constraints,
         )
-        costs = _profiles(device.batch_size, profiles, routing)
+        costs = _profiles(device.batch_kind, profiles, routing)
         try:
             option = _chosen(request, costs, choose_route)
         except NoFeasibleRoute as error:

@@ -1,10 +1,14 @@
 """A training step of a whole chain under fake tensors, logged."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from flwr_smartsplit.memory.meter import parts_of
+from flwr_smartsplit.profile.dry_loss import DryLoss
 from flwr_smartsplit.profile.memory_trace import (
     UNKNOWN,
     LoggingMeter,
@@ -15,9 +19,11 @@ from flwr_smartsplit.profile.memory_trace import (
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
+    StandIns,
     constants_of,
     fake_batch,
     fake_copy,
+    fake_targets,
 )
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size, micro_batches
@@ -35,12 +41,16 @@ class DryStep:
         self._mode, self.meter = DryRun(), LoggingMeter()
         self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
         self.observed = Observed(self.segment, self.meter, num_units=len(chain))
-        self._batch = fake_batch(
-            (chain.example_inputs, task.example_targets),
-            self._mode,
-            batch_size=batch_size,
+        inputs, mode = chain.example_inputs, self._mode
+        targets = fake_targets(
+            task.example_targets, inputs, mode, batch_size=batch_size
         )
-        with self._mode:
+        self._batch = fake_batch(inputs, mode, batch_size=batch_size), targets
+        size = micro_batch_size(batch_size, task.accumulate)
+        self.loss = DryLoss(task, mode, self.meter, batch_size=size)
+        task = replace(task, loss_fn=self.loss)
+        self._stand_ins = StandIns(mode)
+        with mode, self._stand_ins:
             self._parts = _parts(self._batch, batch_size, task)
             self.runner = SegmentRunner(
                 self.observed, task, steps_in_backward=steps_in_backward
@@ -53,7 +63,7 @@ class DryStep:
 
     def run(self, step: int) -> int:
         """Run one step; return the position where its last micro-batch began."""
-        with self._mode, self.meter:
+        with self._mode, self.meter, self._stand_ins:
             for part, batch in self._parts:
                 start = self.meter.position
                 self.runner.finish(
@@ -83,17 +93,24 @@ def log_step(
     dry = DryStep(chain, batch_size=batch_size, task=task)
     ends: list[int] = []
     trained: set[str] = set()
+    sparse: dict[str, int] = {}
+
+    def note(parameter: Tensor, *, name: str) -> None:
+        trained.add(name)
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout is torch.sparse_coo:
+            sparse[name] = parts_of(gradient)[1].shape[0]
+
     for name, parameter in dry.segment.named_parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(
-                lambda _, name=name: trained.add(name)
-            )
+            parameter.register_post_accumulate_grad_hook(partial(note, name=name))
     if dry.runner.optimizer is not None:
         dry.runner.optimizer.register_step_pre_hook(
             lambda *_: ends.append(dry.meter.position)
         )
     dry.runner.recompute = recompute
     dry.run(0)
+    loss_bytes = _kept_bytes(dry)
     start = dry.run(1)
     return StepLog(
         dry.meter,
@@ -105,8 +122,17 @@ def log_step(
             frozenset(trained),
             _seen(dry.segment, dry.meter),
             dry.runner.steps_in_backward,
+            loss_bytes,
+            sparse,
         ),
     )
+
+
+def _kept_bytes(dry: DryStep) -> int:
+    """Size of what the loss used or made in its forward, and has not freed by now."""
+    pairs = zip(dry.meter.births, dry.meter.changes, strict=True)
+    spans = dry.loss.spans
+    return sum(size for birth, size in pairs if any(birth in span for span in spans))
 
 
 def _seen(segment: nn.Module, meter: LoggingMeter) -> frozenset[str]:

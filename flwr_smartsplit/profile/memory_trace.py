@@ -38,6 +38,22 @@ class LoggingMeter(MemoryMeter):
         self.forward_flops = 0
         self.changes: list[int] = []
         self.births: list[int] = []  # The change that first saw the storage.
+        self._ignored: dict[int, Any] = {}  # Storages, which stay alive
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Never count a tensor's storage."""
+        storage = tensor.untyped_storage()
+        self._ignored[storage._cdata] = storage
+
+    def see(self, *tensors: Tensor | None) -> None:
+        """Count tensors that no operator was given yet."""
+        self._see_all(tensors)
+
+    def _see(self, tensor: Tensor) -> None:
+        if self._ignored and tensor.layout is torch.strided:
+            if tensor.untyped_storage()._cdata in self._ignored:
+                return
+        super()._see(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -217,11 +233,17 @@ def _versions(places: list[_Place]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Used:
-    """Names of the trained parameters and used constants, and when updates ran."""
+    """What the step used, and when updates ran.
+
+    ``trained`` and ``constants`` are names of parameters and of other tensors;
+    ``loss_bytes`` is what the loss keeps between steps, such as class weights.
+    """
 
     trained: frozenset[str]
     constants: frozenset[str]
     steps_in_backward: bool
+    loss_bytes: int = 0
+    sparse: Mapping[str, int] = field(default_factory=dict)  # Values of such gradients
 
 
 class StepLog:
@@ -244,6 +266,7 @@ class StepLog:
         self.batch_bytes = batch_bytes  # With the targets.
         self.trained, self.constants = used.trained, used.constants
         self.steps_in_backward = used.steps_in_backward
+        self.loss_bytes, self.sparse = used.loss_bytes, used.sparse
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
         self.boundaries = boundaries

@@ -5,11 +5,12 @@ the same meter as in a real step, so nothing is modelled (``docs/memory-model.md
 One step of the whole chain gives the costs of every cut (``memory_trace.py``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.profile.cache import (
@@ -27,12 +28,18 @@ from flwr_smartsplit.profile.unit_memory import (
     with_selective_step,
 )
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
+from flwr_smartsplit.split.fake_tensors import (
+    constants_of,
+    rows_of_targets,
+    warnings_ignored,
+)
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import stepped_in_backward
 from flwr_smartsplit.types import ChainProfile, StepBytes, UnitCost
 from flwr_smartsplit.types.sizes import whole
+
+_INDEX_BYTES = 8
 
 
 def profile_chain(
@@ -93,10 +100,18 @@ def profile_chain(
 def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     try:
         log = log_step(chain, batch_size=batch_size, task=task)
+        if log.sparse and min(task.accumulate, batch_size) > 1:
+            raise InvalidTask(
+                f"the gradients of {', '.join(log.sparse)} are sparse, and torch "
+                "appends to them from micro-batch to micro-batch: use sparse=False, "
+                "or do not accumulate."
+            )
         units = _unit_costs(chain, log, batch_size, task)
         steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
         selective = selective_steps(chain, log, batch_size=batch_size, task=task)
         flops = unit_flops(chain, batch_size=batch_size)
+    except InvalidTask:
+        raise
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0].rstrip(".")
         raise InvalidTask(
@@ -105,15 +120,25 @@ def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
             "and optimizer must fit the examples and not look at values.",
             batch_size=batch_size,
         ) from error
-    targets_bytes = task.example_targets[:1].nbytes
     return ChainProfile(
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
         units=tuple(map(_with_steps, units, steps, selective, flops)),
         loss=loss,
         updates_last=task.max_gradient_norm is not None,
-        targets_bytes=micro_batch_size(batch_size, task.accumulate) * targets_bytes,
+        targets_bytes=_targets_bytes(task, batch_size),
         num_micro_batches=min(task.accumulate, batch_size),
+    )
+
+
+def _targets_bytes(task: Task, batch_size: int) -> int:
+    """Size of one micro-batch's targets."""
+    size = micro_batch_size(batch_size, task.accumulate)
+    rows = rows_of_targets(task.example_targets, task.example_inputs, batch_size=size)
+    leaves = [x for x in tree_leaves(task.example_targets) if isinstance(x, Tensor)]
+    return sum(
+        x[:1].nbytes * count if x.dim() else x.nbytes
+        for x, count in zip(leaves, rows, strict=True)
     )
 
 
@@ -140,6 +165,7 @@ def _unit_costs(
         segment = chain.segment(index, index + 1)
         parameter_bytes = _total_bytes(segment.parameters())
         buffer_bytes = _total_bytes(segment.buffers()) + _constant_bytes(segment, log)
+        buffer_bytes += log.loss_bytes * (index == len(chain) - 1)
         static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
         static_bytes += optimizer.gradient_bytes * accumulates
         unit = UnitCost(
@@ -191,7 +217,9 @@ class _OptimizerCost:
 
 
 def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerCost]:
-    costs = OptimizerCosts(task)
+    named = dict(chain.segment(0, len(chain)).named_parameters())
+    sparse = {id(named[name]): count for name, count in log.sparse.items()}
+    costs = OptimizerCosts(task, sparse)
     size = len(chain)
     heads = [_late(chain.segment(0, stop + 1), log) for stop in range(size)]
     tails = [_late(chain.segment(start, size), log) for start in range(size)]
@@ -201,14 +229,17 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
         temporary_bytes = costs.temporary_bytes_at_once
     waits = task.max_gradient_norm is not None
     found = []
+    units = [chain.segment(index, index + 1) for index in range(size)]
+    takers = [index for index, unit in enumerate(units) if _trained(unit, log)]
     for index, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-        unit = chain.segment(index, index + 1)
-        trained, idle = _trained(unit, log), _idle(unit, log)
+        trained, idle = _trained(units[index], log), _idle(units[index], log)
         state_bytes = costs.state_bytes(trained) + costs.initial_state_bytes(idle)
+        if index in (*takers[:1], *takers[-1:]):  # Both ends of a u-shape hold it.
+            state_bytes += costs.constant_bytes(trained)
         tail_bytes = temporary_bytes(tail)
         found.append(
             _OptimizerCost(
-                gradient_bytes=_total_bytes(trained),
+                gradient_bytes=sum(_gradient_bytes(p, sparse) for p in trained),
                 state_bytes=state_bytes,
                 head_temporary_bytes=temporary_bytes(head),
                 tail_temporary_bytes=tail_bytes,
@@ -216,6 +247,14 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
             )
         )
     return found
+
+
+def _gradient_bytes(parameter: Tensor, sparse: Mapping[int, int]) -> int:
+    """Size of a gradient; a sparse one has an index beside each of its rows."""
+    count = sparse.get(id(parameter))
+    if count is None:
+        return parameter.numel() * parameter.element_size()
+    return count * (parameter[:1].numel() * parameter.element_size() + _INDEX_BYTES)
 
 
 def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:

@@ -95,6 +95,7 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         left_bytes=_left(log, index),
         output_bytes=output_bytes,
         crossing_bytes=crossing_bytes,
+        context_bytes=sum(list(new.values())[1:]) * boundary.crosses_alone,
         gradient_bytes=sum(boundary.gradient_storages.values()),
         is_output_saved=is_saved,
         can_rerun=not boundary.changes_tensors,

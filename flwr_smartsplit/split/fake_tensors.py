@@ -6,15 +6,18 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.split.layout import is_dense
+from flwr_smartsplit.split.sparse_fakes import is_sparse_fake, keep_parts, part_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -30,6 +33,26 @@ _SUGGESTED = {
 }
 
 
+# Operators whose CPU kernels make the result in a storage that may be larger: as large
+# as the first input, or for losses that take a mean, as large as all terms.
+_LIKE_INPUT = {_aten.im2col.default, _aten.col2im.default}
+_LIKE_TERMS = {
+    _aten.binary_cross_entropy.default,
+    _aten.mse_loss.default,
+    _aten.smooth_l1_loss.default,
+}
+
+
+def _storage_numel(func: Any, args: Any, result: Tensor) -> int:
+    """Count the values for which an operator's result has room."""
+    if func in _LIKE_INPUT:
+        return int(max(result.numel(), args[0].numel()))
+    if func in _LIKE_TERMS:
+        shapes = (tensor.shape for tensor in args[:2])
+        return int(max(result.numel(), math.prod(torch.broadcast_shapes(*shapes))))
+    return result.numel()
+
+
 class DryRun(FakeTensorMode):
     """Fake tensors with the layout that the CPU's kernels give them.
 
@@ -40,7 +63,18 @@ class DryRun(FakeTensorMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operator, and correct its first result's layout where torch errs."""
+        part = part_of(func, args)
+        if part is not None:
+            return part
         result: Any = super().__torch_dispatch__(func, types, args, kwargs)
+        if is_sparse_fake(result):
+            with self:
+                keep_parts(func, args, result)
+            return result
+        if func in _LIKE_INPUT or func in _LIKE_TERMS:
+            with self:
+                room = result.new_empty(_storage_numel(func, args, result))
+                return room.as_strided(result.shape, result.stride())
         if func in _SUGGESTED:
             layout = suggest_memory_format(args[0])
         elif func in _PACKED:
@@ -54,6 +88,50 @@ class DryRun(FakeTensorMode):
             if first is not None:  # None if backward computes other gradients only.
                 first = first.contiguous(memory_format=layout)
             return (first, *others)
+
+
+class StandIns(TorchDispatchMode):
+    """Show a dry run fakes of the real tensors that user code holds.
+
+    A loss may hold class weights, an optimizer its learning rate: as an argument, an
+    attribute, a global or in a closure. The fakes take the place of their storages, so
+    that a meter below counts each once. Single numbers keep their value.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode = mode
+        self._bases: dict[int, tuple[Tensor, Tensor]] = {}  # Real and fake, by storage.
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator on fakes only."""
+        if func is not _aten.lift_fresh.default:  # It makes a constant a fake itself.
+            args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._bases:
+            is_number = storage.nbytes() == tensor.element_size()
+            with _disable_current_modes():
+                values = tensor.tolist() if is_number else None
+            with self._mode:
+                fake = (
+                    torch.tensor(values, dtype=tensor.dtype)
+                    if is_number
+                    else torch.empty(storage.nbytes(), dtype=torch.uint8)
+                )
+            self._bases[storage._cdata] = tensor, fake
+        _, base = self._bases[storage._cdata]
+        if base.dtype == tensor.dtype and base.shape == tensor.shape:
+            return base
+        place = tensor.shape, tensor.stride(), tensor.storage_offset()
+        with self._mode:
+            return base.view(tensor.dtype).as_strided(*place)
 
 
 class _Filters:
@@ -108,6 +186,7 @@ def fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         )
     if isinstance(tensor, nn.Parameter):
         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        vars(fake).update(vars(tensor))  # An optimizer_fn may look at its attributes.
     return fake
 
 
@@ -138,13 +217,44 @@ def fake_batch(batch: Any, mode: FakeTensorMode, *, batch_size: int) -> Any:
 
     Dense examples keep their layout: a convolution takes more memory for some layouts.
     """
-
-    def fake(tensor: Tensor) -> Tensor:
-        shape, strides = tensor.shape[1:], tensor.stride()[1:]
-        if not is_dense(shape, strides):
-            return torch.empty((batch_size, *shape), dtype=tensor.dtype)
-        sizes, steps = (batch_size, *shape), (math.prod(shape), *strides)
-        return torch.empty_strided(sizes, steps, dtype=tensor.dtype)
-
     with mode:
-        return tree_map(fake, batch)
+        return tree_map_only(Tensor, partial(_fake_rows, batch_size), batch)
+
+
+def fake_targets(
+    targets: Any, inputs: Any, mode: FakeTensorMode, *, batch_size: int
+) -> Any:
+    """Make fake targets of ``batch_size`` examples, nested like ``targets``."""
+    rows = rows_of_targets(targets, inputs, batch_size=batch_size)
+    counts = iter(rows)
+    with mode:
+        return tree_map_only(Tensor, lambda x: _fake_rows(next(counts), x), targets)
+
+
+def rows_of_targets(targets: Any, inputs: Any, *, batch_size: int) -> list[int]:
+    """Count the rows of each tensor of the targets in a batch of other size.
+
+    Where the tensors of an example differ in length, as the joined labels of CTC, they
+    grow with the batch: by the number of examples in the inputs.
+    """
+    lengths = [
+        len(x) for x in tree_leaves(targets) if isinstance(x, Tensor) and x.dim()
+    ]
+    inputs = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    examples = len(inputs[0]) if inputs else 0
+    is_uneven = len(set(lengths)) > 1 and examples in lengths
+    return [
+        -(-len(x) * batch_size // examples) if is_uneven and x.dim() else batch_size
+        for x in tree_leaves(targets)
+        if isinstance(x, Tensor)
+    ]
+
+
+def _fake_rows(num_rows: int, tensor: Tensor) -> Tensor:
+    if not tensor.dim():
+        return torch.empty((), dtype=tensor.dtype)
+    shape, strides = tensor.shape[1:], tensor.stride()[1:]
+    if not is_dense(shape, strides):
+        return torch.empty((num_rows, *shape), dtype=tensor.dtype)
+    sizes, steps = (num_rows, *shape), (math.prod(shape), *strides)
+    return torch.empty_strided(sizes, steps, dtype=tensor.dtype)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flwr_smartsplit.errors import NotSplittable
+from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
-    constants_of,
     fake_batch,
     fake_copy,
     warnings_ignored,
@@ -25,12 +24,13 @@ from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.cut_points import (
     cannot_run,
+    no_new_state,
     overwritten,
     tied,
     torch_log_silenced,
     with_nearest,
 )
-from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder, storages_of
+from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder, StateChanges
 
 
 @warnings_ignored()
@@ -58,7 +58,7 @@ def declared_units(
             unit,
             is_random=facts.is_random,
             gradients=tuple(t.requires_grad for t in _tensors(facts.value)),
-            changes_buffers=facts.changes_model,
+            writes=tuple(sorted(facts.changed_state)),
         )
         for unit, facts in zip(units, train, strict=True)
     ]
@@ -116,23 +116,24 @@ def _dry_run(
     """Run the units one by one under fake tensors; each sees only what it reads."""
     mode, recorder = DryRun(), Recorder()
     whole = fake_copy(Segment(units, 0, model), mode)
-    odd = odd_modes(model)
+    odd, changes = odd_modes(model), StateChanges(whole)
     value: Any = fake_batch(inputs, mode, batch_size=2)
     found = []
     for index, unit in enumerate(units):
         root = Segment([unit], index, whole, odd).train(training)
         run = unit.forward_in(training)
         recorder.facts = facts = NodeFacts()
-        own = storages_of([*root.buffers(), *constants_of(root).values()])
         try:
             with mode, recorder, torch.set_grad_enabled(training), torch_log_silenced():
-                value = run_unit(run, root, value)
+                with changes.noted(facts, root), no_new_state(root, model):
+                    value = run_unit(run, root, value)
+        except InvalidTask:
+            raise
         except Exception as error:
             raise cannot_run(
                 model, inputs, error, part=f"unit {unit.name!r}"
             ) from error
         facts.value = value
-        facts.changes_model = not own.isdisjoint(facts.written)
         found.append(facts)
     return found
 
@@ -204,5 +205,5 @@ def _as_one(units: Sequence[Unit]) -> Unit:
         reads=tuple(sorted({name for unit in units for name in unit.reads})),
         is_random=any(unit.is_random for unit in units),
         gradients=units[-1].gradients,
-        changes_buffers=any(unit.changes_buffers for unit in units),
+        writes=tuple(sorted({name for unit in units for name in unit.writes})),
     )

@@ -1,10 +1,11 @@
 """Divide a batch into micro-batches, to accumulate gradients."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.types import MicroBatch
@@ -20,7 +21,8 @@ def micro_batches(
     There are fewer than ``accumulate`` parts if there are fewer examples; they share
     the batch's memory. Tensors of different lengths raise ``InvalidTask``.
     """
-    sizes = {_num_examples(tensor) for tensor in tree_leaves(batch)}
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    sizes = {_num_rows(tensor) for tensor in tensors}
     if accumulate > 1 and len(sizes) != 1:
         raise InvalidTask(
             f"accumulate={accumulate} divides a batch by its examples, but its tensors "
@@ -36,7 +38,7 @@ def micro_batches(
     start = 0
     for index in range(count):  # As in Tensor.tensor_split, the first are larger.
         stop = start + size + (index < num_larger)
-        part: Any = tree_map(lambda x, a=start, b=stop: x[a:b], batch)
+        part: Any = tree_map_only(Tensor, partial(_rows, start, stop), batch)
         yield MicroBatch(index, count, total / (stop - start)), part
         start = stop
 
@@ -53,5 +55,20 @@ def micro_batch_size(batch_size: int, accumulate: int) -> int:
     return -(-batch_size // min(accumulate, batch_size))
 
 
-def _num_examples(tensor: Tensor) -> int:
+def num_examples(inputs: Any, targets: Any) -> int:
+    """Count the examples of a batch: the rows of its targets if they are one tensor.
+
+    Else those of the first input: nested targets may have several lengths.
+    """
+    if isinstance(targets, Tensor) and targets.dim():
+        return int(targets.shape[0])
+    leaves = tree_leaves(inputs)
+    return next(int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim())
+
+
+def _rows(start: int, stop: int, tensor: Tensor) -> Tensor:
+    return tensor[start:stop]
+
+
+def _num_rows(tensor: Tensor) -> int:
     return int(tensor.shape[0]) if tensor.dim() else -1

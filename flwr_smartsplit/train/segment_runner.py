@@ -121,7 +121,7 @@ class SegmentRunner:
     def finish(
         self,
         inputs: Batch,
-        targets: Tensor,
+        targets: Any,
         *,
         step: int,
         inputs_are_boundary: bool,
@@ -178,7 +178,7 @@ class SegmentRunner:
             return self.segment(inputs)
 
     @torch.no_grad()
-    def assess(self, outputs: Any, targets: Tensor) -> dict[str, float]:
+    def assess(self, outputs: Any, targets: Any) -> dict[str, float]:
         """Compute loss and metrics of the outputs."""
         with autocast_of(self.task, self.device):
             values = {"loss": float(self.task.loss_fn(outputs, targets))}

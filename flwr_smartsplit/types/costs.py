@@ -4,6 +4,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+Shapes = tuple[tuple[int, ...], ...]
+"""The shapes of one example's tensors: inputs, then targets."""
+
+BatchKind = int | tuple[int, Shapes]
+"""A batch size; and the shapes of its examples where they are not the task's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBytes:
@@ -24,6 +30,8 @@ class StepBytes:
     # Where several tensors after it need gradients: all that cross and were made since
     # a single one did. ``output_bytes`` is then what of them no unit saves.
     crossing_bytes: int = 0
+    # What later units use besides its output: it stays even if this one runs again
+    context_bytes: int = 0
     is_output_saved: bool = True  # Whether ``saved_bytes`` includes the output
     # Of forward up to the last result saved; in a selective step, of what backward
     # recomputes. A ``Rerun`` of a selective unit costs both.

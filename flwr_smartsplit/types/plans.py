@@ -8,6 +8,7 @@ from typing import Any
 from flwr_smartsplit.types.advice import Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
 from flwr_smartsplit.types.constraints import NO_CONSTRAINTS, Constraints
+from flwr_smartsplit.types.costs import BatchKind, Shapes
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits
 from flwr_smartsplit.types.options import RouteOption
 from flwr_smartsplit.types.routes import Route
@@ -25,6 +26,13 @@ class DeviceProfile:
     num_epochs: int = 1
     eval_batch_size: int | None = None  # as in training if None
     traits: DeviceTraits = NO_TRAITS
+    example_shapes: Shapes = ()  # Of the longest it met, if longer than the task's
+
+    @property
+    def batch_kind(self) -> BatchKind:
+        """What a step's costs depend on: the batch size, and shapes if not usual."""
+        shapes = self.example_shapes
+        return (self.batch_size, shapes) if shapes else self.batch_size
 
     @property
     def num_steps(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from flwr_smartsplit.types.costs import Shapes
 from flwr_smartsplit.types.variants import WHOLE, Variant
 
 ROW_FACTS = frozenset(
@@ -80,6 +81,7 @@ class StepReport:
     moves: tuple[Move, ...] = ()  # Of the first cut, in order
     replans: tuple[Replan, ...] = ()  # Changes of the recompute plan, in order
     step_seconds: float = 0.0  # Mean on the final route; 0 if unknown
+    example_shapes: Shapes = ()  # The largest it met, if larger than the task's
     # Why the edge let it stop early. Then ``num_examples`` are those it trained on, and
     # ``num_epochs`` includes the last, unfinished pass.
     released: str = ""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from flwr_smartsplit.device.local_training import (
     Conditions,
@@ -30,6 +30,7 @@ from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.memory.meter import unmetered
 from flwr_smartsplit.split.build import build_chain, state_of
+from flwr_smartsplit.split.fake_tensors import rows_of_targets
 from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.optimizer_in_backward import one_by_one
@@ -165,17 +166,18 @@ class RouteChecker:
                 found |= {n: sums[n].mean(self._final[n].dtype) for n in tail}
         # State that no unit uses is at no place; training must not change it.
         unused = self._final.keys() - found.keys() - elsewhere
-        found |= {name: self._state[name] for name in unused}
+        first = self.chain.first_names
+        found |= {n: self._state[n] for n in unused if first[n] == n}
         return [
             f"state {name}"
             for name, values in found.items()
             if _bits(values) != _bits(self._final[name])
         ]
 
-    def _fresh(self, batches: Batches) -> Iterator[tuple[Batch, Tensor]]:
+    def _fresh(self, batches: Batches) -> Iterator[tuple[Batch, Any]]:
         """Yield copies of batches, as a loader does."""
         for batch in batches:
-            yield tree_map(torch.clone, batch)
+            yield tree_map_only(Tensor, torch.clone, batch)
 
     def _connect(self, place: str, address: str) -> wire.Transport:
         del place
@@ -201,12 +203,16 @@ def example_batches(task: Task, *, batch_size: int, seed: int = 0) -> Batches:
         choices = example.flatten()
         return choices[torch.randint(choices.numel(), shape, generator=rng)]
 
+    def draw_targets(size: int) -> Any:
+        targets, inputs = task.example_targets, task.example_inputs
+        rows = iter(rows_of_targets(targets, inputs, batch_size=size))
+        return tree_map_only(
+            Tensor, lambda x: draw(next(rows), x, is_input=False), targets
+        )
+
     sizes = [batch_size, batch_size, *([batch_size - 1] if batch_size > 2 else [])]  # noqa: PLR2004
     return [
-        (
-            tree_map(partial(draw, size), task.example_inputs),
-            draw(size, task.example_targets, is_input=False),
-        )
+        (tree_map(partial(draw, size), task.example_inputs), draw_targets(size))
         for size in sizes
     ]
 

@@ -4,6 +4,7 @@ It shares only random numbers with split training: torch's generator is seeded r
 before the operator that draws a unit's first random number.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import (
@@ -26,10 +27,14 @@ from flwr_smartsplit.split.fake_tensors import (
 from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.lr_schedule import scheduler_of
-from flwr_smartsplit.train.micro_batches import mean_loss, micro_batches
+from flwr_smartsplit.train.micro_batches import (
+    mean_loss,
+    micro_batches,
+    num_examples,
+)
 from flwr_smartsplit.train.rng import UnitStreams, derived_seed
 
-Batches = Sequence[tuple[Batch, Tensor]]
+Batches = Sequence[tuple[Batch, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +61,13 @@ def train_stock(
     autocast: AbstractContextManager[Any] = nullcontext()
     if task.autocast_dtype is not None:
         autocast = torch.autocast("cpu", task.autocast_dtype)
-    eval_loss = _evaluated(model, task, batches, autocast)
+    # A copy: a forward may count its calls in a buffer.
+    eval_loss = _evaluated(copy.deepcopy(model), task, batches, autocast)
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
     scheduler = scheduler_of(optimizer, task, {})
     firsts = _first_draws(chain, batches[0][0])
-    losses: list[tuple[float, Tensor]] = []
+    losses: list[tuple[float, int]] = []
     for step, batch in enumerate(map(_copied, batches)):
         optimizer.zero_grad()
         parts = []
@@ -72,13 +78,13 @@ def train_stock(
                     outputs = _call(model, inputs)
                 loss = task.loss_fn(outputs, targets)
             (loss / part.loss_divisor if part.count > 1 else loss).backward()
-            parts.append((float(loss.detach()), len(targets)))
+            parts.append((float(loss.detach()), num_examples(inputs, targets)))
         if task.max_gradient_norm is not None:
             clip_grad_norm_(model.parameters(), task.max_gradient_norm)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        losses.append((mean_loss(parts), batch[1]))
+        losses.append((mean_loss(parts), num_examples(*batch)))
     return Truth(eval_loss, _mean_loss(losses))
 
 
@@ -92,15 +98,15 @@ def _evaluated(
     model.eval()
     with torch.no_grad(), autocast:
         return _mean_loss(
-            (task.loss_fn(_call(model, inputs), targets), targets)
+            (task.loss_fn(_call(model, inputs), targets), num_examples(inputs, targets))
             for batch in map(_copied, (batches[0], batches[-1]))
             for _, (inputs, targets) in micro_batches(batch, task.accumulate)
         )
 
 
-def _copied(batch: tuple[Batch, Tensor]) -> tuple[Batch, Tensor]:
+def _copied(batch: tuple[Batch, Any]) -> tuple[Batch, Any]:
     """Copy a batch: a model may write into it."""
-    copy: tuple[Batch, Tensor] = tree_map(torch.clone, batch)
+    copy: tuple[Batch, Any] = tree_map_only(Tensor, torch.clone, batch)
     return copy
 
 
@@ -110,11 +116,11 @@ def _call(model: nn.Module, inputs: Batch) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def _mean_loss(losses: Iterable[tuple[Tensor | float, Tensor]]) -> float:
+def _mean_loss(losses: Iterable[tuple[Tensor | float, int]]) -> float:
     total, examples = 0.0, 0
-    for loss, targets in losses:
-        total += float(loss) * int(targets.shape[0])
-        examples += int(targets.shape[0])
+    for loss, size in losses:
+        total += float(loss) * size
+        examples += size
     return total / examples
 
 

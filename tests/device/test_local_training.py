@@ -462,8 +462,8 @@ def test_an_error_of_the_loader_closes_the_session(client: Client) -> None:
     [
         ({"x": torch.zeros(2), "labels": torch.zeros(2)}, "a dict with x, labels"),
         (torch.zeros(2, 3), "a Tensor;"),
-        ((torch.zeros(2), torch.zeros(2), torch.zeros(2)), "a tuple;"),
-        ((torch.zeros(2), {"a": torch.zeros(2)}), "targets in a dict;"),
+        ((torch.zeros(2), torch.zeros(2), torch.zeros(2)), "a tuple of 3;"),
+        ((torch.zeros(2), {"a": torch.zeros(2)}), "targets in a dict with a, and the"),
     ],
 )
 def test_a_loader_that_yields_something_else_is_told_what_to_yield(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from flwr_smartsplit import Route
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
 from flwr_smartsplit.errors import MemoryCapExceeded
+from flwr_smartsplit.memory import cap as cap_module
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap, memory_cap
 from flwr_smartsplit.memory.meter import ACTIVATIONS, MemoryMeter, phase
 from flwr_smartsplit.split.build import state_of
@@ -320,7 +321,7 @@ def test_a_batch_is_forgotten_also_after_an_error():
     [
         (
             {"budget_bytes": -1},
-            r"budget_bytes is -1: give bytes of at least 0, or None",
+            r"budget_bytes is -1: give a whole number of bytes .*or None",
         ),
         ({"every": 0}, "every is 0: give at least 1"),
         ({"every": -5}, "every is -5: give at least 1"),
@@ -333,3 +334,65 @@ def test_misuse_is_refused_with_what_is_allowed(wrong, words):
     budget_bytes = wrong.pop("budget_bytes", None)
     with pytest.raises(ValueError, match=words), memory_cap(budget_bytes, **wrong):
         pytest.fail("the block was entered")
+
+
+def grey(*, is_channels_last: bool) -> torch.Tensor:
+    """Make one grey image: two orders of memory have one shape."""
+    if is_channels_last:
+        return torch.ones(2, 5, 5, 1).permute(0, 3, 1, 2)
+    return torch.ones(2, 1, 5, 5)
+
+
+def sparse(num_values: int) -> torch.Tensor:
+    """Make a sparse vector."""
+    index = torch.arange(num_values)[None]
+    ones = torch.ones(num_values)
+    return torch.sparse_coo_tensor(index, ones, (9,), check_invariants=True)
+
+
+KINDS = {
+    "shape": (torch.ones(4, 3), torch.ones(3, 4)),
+    "dtype": (torch.ones(4, dtype=torch.uint8), torch.ones(4, dtype=torch.int64)),
+    "layout": (grey(is_channels_last=False), grey(is_channels_last=True)),
+    "gaps": (torch.ones(4), torch.ones(8)[::2]),
+    "storage": (torch.ones(4), torch.ones(8)[:4]),
+    "repetition": (torch.ones(4, 4), torch.ones(4, 1).expand(4, 4)),
+    "a gradient": (torch.ones(4), torch.ones(4, requires_grad=True)),
+    "sparse": (torch.ones(9), sparse(3)),
+    "sparse values": (sparse(2), sparse(3)),
+    "nesting": (
+        (torch.ones(4), torch.ones(4)),
+        {"a": torch.ones(4), "b": torch.ones(4)},
+    ),
+    "keys": ({"a": torch.ones(4)}, {"b": torch.ones(4)}),
+    "no targets": ((torch.ones(4), torch.ones(4)), (torch.ones(4), None)),
+}
+
+
+def num_metered(cap: MemoryCap, batch: Any) -> int:
+    """Take two steps; count those that the cap looks at."""
+    count = 0
+    for _ in range(2):
+        with cap.step(batch):
+            modes = _get_current_dispatch_mode_stack()
+            count += any(isinstance(mode, MemoryMeter) for mode in modes)
+    return count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_new_kind_of_step_is_metered(kind):
+    cap = MemoryCap(None, mode="sampled")
+    usual, new = KINDS[kind]
+    assert [num_metered(cap, usual) for _ in range(2)] == [2, 0]
+    assert [num_metered(cap, new) for _ in range(2)] == [2, 0]
+
+
+def test_a_cap_that_knows_steps_by_their_shapes_would_be_seen(monkeypatch):
+    """Planted: of the kinds above, only the one of another shape is then new."""
+    monkeypatch.setattr(cap_module, "_kind_of", lambda leaf: tuple(leaf.shape))
+    seen = {}
+    for kind in ("shape", "dtype", "layout", "gaps"):
+        cap = MemoryCap(None, mode="sampled")
+        seen[kind] = [num_metered(cap, batch) for batch in KINDS[kind]]
+    old = [2, 0]
+    assert seen == {"shape": [2, 2], "dtype": old, "layout": old, "gaps": old}

@@ -127,6 +127,11 @@ class _Segments:
     entered_bytes: int
     legs: tuple[Leg, ...]
 
+    @property
+    def head_can_rerun(self) -> bool:
+        """Whether no unit of the first segment changes tensors when it runs."""
+        return all(stage.can_rerun for stage in self.head)
+
 
 @lru_cache(maxsize=1024)
 def _segments(profile: ChainProfile, route: Route) -> _Segments:
@@ -146,7 +151,8 @@ def _candidates(segments: _Segments, budget_bytes: int) -> list[RecomputePlan]:
     if not segments.tail:
         return [plan for plan in plans if plan is not None]
     plans.append(KEEP_ALL)
-    plans.append(_best(segments.head, free, is_rerun=True))
+    if segments.head_can_rerun:
+        plans.append(_best(segments.head, free, is_rerun=True))
     joined = []
     for head in filter(None, dict.fromkeys(plans)):
         waiting = held_by(segments.head, head).waiting_bytes
@@ -192,7 +198,7 @@ def _plan_of_least_memory(profile: ChainProfile, route: Route) -> RecomputePlan:
 def _plans_of_least_memory(segments: _Segments, free_bytes: int) -> list[RecomputePlan]:
     if free_bytes <= 0:
         return []
-    kinds = (False, True) if segments.tail else (False,)
+    kinds = (False, True) if segments.tail and segments.head_can_rerun else (False,)
     rotors = [Rotor(segments.head, free_bytes, is_rerun=kind) for kind in kinds]
     found = [
         head for rotor in rotors if (head := rotor.plan_of_least_memory()) is not None

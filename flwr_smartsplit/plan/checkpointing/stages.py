@@ -36,6 +36,7 @@ class Stage:
     runs: tuple[StageRun, ...]  # Ways to run it, keeping all first
     passing_peak_bytes: int = 0  # Most that its forward makes if nothing is kept
     output_bytes: int = 0
+    context_bytes: int = 0  # What later stages use of it besides its output
     arriving_bytes: int = 0  # Gradients that are there when a rerun of it begins
     left_bytes: int = 0  # Gradients that its backward leaves until the end
     cost: float = 0.0  # Of its forward, in FLOPs or milliseconds
@@ -88,6 +89,7 @@ def _merged(profile: ChainProfile, indices: Sequence[int]) -> Stage:
         runs=tuple(runs),
         passing_peak_bytes=passing,
         output_bytes=alive,
+        context_bytes=sum(step.context_bytes for step in plain),
         arriving_bytes=next(filter(None, arriving), plain[-1].gradient_bytes),
         left_bytes=sum(step.left_bytes for step in plain),
         cost=sum(unit.forward_flops for unit in units),

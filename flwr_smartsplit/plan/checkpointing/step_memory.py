@@ -103,9 +103,10 @@ class _Ledger:
                 self._see(live + peak)
                 live += run.saved_bytes
             elif not ends:
-                passing = passing_peaks(self._stages[first : last + 1])
-                self._see(live + passing[-1])
-                live += self._stages[last].output_bytes
+                stages = self._stages[first : last + 1]
+                context = sum(stage.context_bytes for stage in stages)
+                self._see(live + context + passing_peaks(stages)[-1])
+                live += context + stages[-1].output_bytes
         return held
 
     def backward(self, items: Sequence[Item], held: Sequence[int]) -> None:

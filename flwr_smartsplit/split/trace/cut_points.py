@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
-    constants_of,
     fake_batch,
     fake_copy,
     warnings_ignored,
@@ -31,7 +30,7 @@ from flwr_smartsplit.split.trace.liveness import Place, live_places
 from flwr_smartsplit.split.trace.op_recorder import (
     NodeFacts,
     Recorder,
-    attributes_of,
+    StateChanges,
     storages_of,
 )
 
@@ -45,9 +44,8 @@ class _FactFinder(fx.Interpreter):
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.recorder = recorder
         self.facts: dict[fx.Node, NodeFacts] = {}
-        self.own = recorder.own = storages_of(
-            [*root.parameters(), *root.buffers(), *constants_of(root).values()]
-        )
+        self.changes = StateChanges(root)
+        recorder.own = self.changes.storages
 
     def fetch_args_kwargs_from_env(
         self, n: fx.Node
@@ -59,15 +57,11 @@ class _FactFinder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep what the recorder saw."""
         self.recorder.facts = facts = self.facts[n] = NodeFacts()
-        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        before = attributes_of(module)
-        facts.value = value = super().run_node(n)
+        path = str(n.target)
+        module = self.fetch_attr(path) if n.op == "call_module" else None
+        with self.changes.noted(facts, module, path):
+            facts.value = value = super().run_node(n)
         facts.shape = _shape(value)
-        after = attributes_of(module)
-        is_rebound = before.keys() != after.keys() or any(
-            after[key] is not old for key, old in before.items()
-        )
-        facts.changes_model = is_rebound or not self.own.isdisjoint(facts.written)
         return value
 
 
@@ -111,10 +105,27 @@ def find_facts(
     try:
         with mode, recorder, torch.enable_grad(), torch_log_silenced():
             with saved_tensors_hooks(recorder.note_saved, _itself):
-                finder.run(*tree_leaves(inputs))
+                with no_new_state(root, model):
+                    finder.run(*tree_leaves(inputs))
+    except InvalidTask:
+        raise
     except Exception as error:
         raise cannot_run(model, example_inputs, error) from error
     return finder.facts
+
+
+@contextmanager
+def no_new_state(root: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Raise ``InvalidTask`` if a run of ``root`` adds state to it, or removes some."""
+    before = root.state_dict().keys()
+    yield
+    names = sorted(before ^ root.state_dict().keys())
+    if names:
+        raise InvalidTask(
+            f"forward of {type(model).__name__} adds or removes {', '.join(names)}: "
+            "make layers and buffers in __init__, so that they are in the state that "
+            "is sent, and that the optimizer has them."
+        )
 
 
 def cannot_run(

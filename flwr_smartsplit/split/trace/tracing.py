@@ -12,16 +12,24 @@ from functools import partial
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
+from flwr_smartsplit.split.trace.conditions import (
+    Conditions,
+    check_condition,
+    condition_text,
+)
 from flwr_smartsplit.split.trace.cut_points import (
     admissible_cuts,
     find_facts,
     gradient_flags,
     is_reshaped,
+    no_new_state,
     used_by,
     with_nearest,
 )
@@ -31,7 +39,11 @@ from flwr_smartsplit.split.trace.liveness import (
     longest_needed,
     read_sizes_early,
 )
-from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
+from flwr_smartsplit.split.trace.op_recorder import (
+    NodeFacts,
+    attributes_of,
+    storages_of,
+)
 from flwr_smartsplit.split.trace.selective_checkpointing import selective_function
 from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
 
@@ -73,6 +85,16 @@ class _Tracer(fx.Tracer):
     def __init__(self, inputs: Batch) -> None:
         super().__init__()
         self.inputs = inputs
+        self._conditions: Conditions | None = None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Follow a condition on shapes, and let the model check it at each step."""
+        if self._conditions is None:
+            self._conditions = Conditions(self.root, self.inputs, self.graph)
+        is_true = self._conditions.decide(obj.node)
+        args = obj.node, is_true, condition_text(obj.node)
+        self.create_node("call_function", check_condition, args, {})
+        return is_true
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
         """Make a node, unless fx would lose a switched-on context around it."""
@@ -85,7 +107,9 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` is one node of the graph."""
-        return super().is_leaf_module(m, module_qualified_name) or not m._modules
+        is_leaf = super().is_leaf_module(m, module_qualified_name) or not m._modules
+        # A parametrization may write its buffers, without gradients.
+        return is_leaf or is_parametrized(m)
 
     def create_args_for_root(
         self,
@@ -140,7 +164,7 @@ def trace_units(
     returns, for each place with few enough tensors that must not be cut, the reason and
     the nearest cut. Raises ``NotSplittable`` if torch.fx cannot trace the model.
     """
-    with modes_restored(model):
+    with modes_restored(model), no_new_state(model, model):
         train_graph = _trace(model.train(), example_inputs)
         eval_graph = _trace(model.eval(), example_inputs)
         facts = find_facts(model.train(), train_graph, example_inputs)
@@ -164,8 +188,7 @@ def trace_units(
         )
     order = [node.name for node in train_graph.nodes]
     refused = {order.index(name): (name, why) for name, why in refusals.items()}
-    if not cuts and not refused:
-        refused = _needed_everywhere(train_graph)
+    refused = {**_needed_everywhere(train_graph, len(cuts)), **refused}
     places = [order.index(train.node.name) for train, _ in cuts]
     return units, with_nearest(refused, dict(zip(places, names, strict=False)))
 
@@ -190,27 +213,50 @@ def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> Non
             )
 
 
-def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
-    """Name the value that most often prevents a cut in a graph without any."""
+def _needed_everywhere(graph: fx.Graph, num_cuts: int) -> dict[int, tuple[str, str]]:
+    """Name the value that prevents more cuts than there are, and what to do."""
     found = longest_needed(graph)
-    if found is None:
+    if found is None or found[1] <= num_cuts:
         return {}
     name, count = found
-    return {0: (name, f"it is still needed next to {count} later values")}
+    nodes = list(graph.nodes)
+    (index,) = (i for i, node in enumerate(nodes) if node.name == name)
+    advice = "let it cross the cuts there: Task(max_boundary_tensors=...)"
+    if nodes[index].op == "placeholder":
+        advice = (
+            "an input does not leave the device by itself. Where this one may, such as "
+            "a padding mask, list the units by hand with Task(units_fn=...), and let "
+            "each return what the next one needs: return hidden, mask"
+        )
+    return {index: (name, f"it is still needed next to {count} later values; {advice}")}
 
 
 @warnings_ignored()
 def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
+    before = attributes_of(model)
     try:
-        return trace_strictly(model, partial(_Tracer(inputs).trace, model))
+        graph = trace_strictly(model, partial(_Tracer(inputs).trace, model))
+        after = attributes_of(model)
+        lost = [k for k, v in after.items() if _is_proxy(v) and before.get(k) is not v]
+        if lost:
+            name = ".".join(filter(None, lost[0]))
+            raise NotSplittable(
+                f"forward assigns {name}, which torch.fx would lose. Write a buffer in "
+                f"place, as in self.{lost[0][1]}.add_(1); or list its units by hand "
+                "with Task(units_fn=...)."
+            )
+        return graph
     except NotSplittable:
         raise
     except Exception as error:
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Its forward must "
-            "not branch on the values of tensors; or list its units by hand, with "
-            "Chain.from_units and Task(units_fn=...)."
+            f"torch.fx cannot trace {type(model).__name__}: {error}. Change that, or "
+            "list its units by hand, with Chain.from_units and Task(units_fn=...)."
         ) from error
+
+
+def _is_proxy(value: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value))
 
 
 def _pieces(graph: fx.Graph, cuts: list[Place]) -> list[Piece]:
@@ -246,13 +292,14 @@ def _make_unit(
     train, evaluate = parts
     nodes = (*train.nodes, *evaluate.nodes)
     reads = {str(used.target) for node in nodes for used in used_by(node)}
+    seen = [facts[node] for node in train.nodes if node in facts]
     return Unit(
         name=name,
         forward=compiled(model, train),
         eval_forward=compiled(model, evaluate),
         reads=tuple(sorted(reads)),
-        is_random=any(facts[n].is_random for n in train.nodes if n in facts),
+        is_random=any(fact.is_random for fact in seen),
         selective_forward=selective_function(model, train, facts),
         gradients=gradient_flags(train.leaving, facts),
-        changes_buffers=any(facts[n].changes_model for n in train.nodes if n in facts),
+        writes=tuple(sorted({name for f in seen for name in f.changed_state})),
     )

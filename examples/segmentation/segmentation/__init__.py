@@ -1,0 +1,1 @@
+"""segmentation: a U-Net that is cut across its skip connections."""
