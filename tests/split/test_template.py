@@ -572,3 +572,9 @@ def test_a_chain_of_another_setting_is_not_used(
     with RouteChecker(other, example_batches(other, batch_size=3)) as checker:
         for route in (Route.whole(), Route.split(1)):
             assert checker.check(route).differences == ()
+
+
+def test_torchs_numbers_of_hooks_are_no_difference() -> None:
+    """Weight norm has a hook on loading; torch counts hooks in all models together."""
+    task = changed(normed(parametrizations.weight_norm))
+    assert template.template_of(task)[1] == template.template_of(task)[1]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -60,7 +60,8 @@ class Case:
     def task(self) -> Task:
         """Make the task of training the model on the smallest inputs."""
         if self.library in SAMPLED:
-            return SAMPLED[self.library].task_of_model(self.model, self.optimizer)
+            make: Callable[[str, str], Task] = SAMPLED[self.library].task_of_model
+            return make(self.model, self.optimizer)
         shape = image_shape(self.model)
         name = f"{TORCHVISION}{self.model}"
         return task_of(name, input_shape=shape, optimizer=self.optimizer)

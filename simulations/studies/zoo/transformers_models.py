@@ -126,7 +126,7 @@ MODELS: dict[str, Tiny] = {
         changes={
             **{"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]},
             **{"patch_size": 2, "window_size": 4},
-        }
+        },
     ),
     "ConvNextForImageClassification": _staged(),
     "ResNetForImageClassification": _staged(),
