@@ -35,6 +35,11 @@ ROUTES = {
         "2": "device[:7] > edge[7:]",
         "3": "device[:1] > edge[1:]",
     },
+    "lora_language_model": {
+        "0": "whole",
+        "1": "device[:2] > edge[2:5] > device[5:]",
+        "2": "device[:1] > edge[1:5] > device[5:]",
+    },
     "multi_hop": {
         "0": "whole",
         "1": "device[:6] > near[6:]",
@@ -66,6 +71,7 @@ def routes_by_round(journal: Path) -> list[dict[str, str | None]]:
     "example",
     [
         "multi_hop",
+        "lora_language_model",
         pytest.param("own_model", marks=pytest.mark.slow),
         pytest.param("segmentation", marks=pytest.mark.slow),
     ],

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,9 +14,13 @@ from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
 
 from flwr_smartsplit import Route
-from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.errors import NotSplittable, SmartSplitError
+from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.routes import RouteRequest
-from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.split.build import build_chain, state_of
+from flwr_smartsplit.split.huggingface import decoder_units
+from tests.adapters import PEFT, with_lora
+from tests.architectures import hugging_face_model
 from tests.flower.apps import initial_arrays, message_app, run, smart_split
 from tests.support import EDGES, ROUTES, check_every_kind, train_mixed, train_whole
 from tests.tasks import NUM_CLASSES, TASK, differences, tiny_cnn
@@ -192,3 +198,37 @@ class Grows(nn.Module):
 def test_layers_made_in_forward() -> None:
     """They would be in no state that is sent."""
     refuse_model(lambda model: model.__setitem__(8, Grows()), "in __init__")
+
+
+def test_adapters() -> None:
+    """Those of peft, in a model that torch.fx traces; tests/adapters.py has more."""
+    model_fn = partial(with_lora, tiny_cnn, target_modules=["4", "8"])
+    check_every_kind(model_fn=model_fn)
+    task = replace(TASK, model_fn=model_fn)
+    arrays = to_array_record(state_of(model_fn()))
+    mixed = train_mixed(task, arrays=arrays)
+    assert differences(mixed.state, train_whole(task, arrays=arrays).state) == []
+    moved = differences(mixed.state, from_array_record(arrays))
+    assert moved
+    assert all(
+        "lora_" in name or "running" in name or "num_b" in name for name in moved
+    )
+
+
+def test_adapters_that_add_tokens() -> None:
+    """They would be lost where a model is cut."""
+    peft = import_module("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    base = hugging_face_model("GPT2LMHeadModel").model_fn()
+    with pytest.raises(NotSplittable, match="PromptTuningConfig adds to its forward"):
+        decoder_units(peft.get_peft_model(base, config))
+
+
+def test_tied_embeddings() -> None:
+    """A decoder is cut where they are frozen, and one unit where they are trained."""
+    sgd = partial(torch.optim.SGD, lr=0.05)
+    assert len(build_chain(PEFT["tied gpt"].task(sgd))) == 4
+    trained = hugging_face_model("GPT2LMHeadModel", tie_word_embeddings=True)
+    chain = build_chain(trained.task(sgd))
+    with pytest.raises(NotSplittable, match=r"both sides of it use .*wte\.weight"):
+        chain.require_cuts()

@@ -307,7 +307,10 @@ class RouteRunner:
 
     def _built(self, leg: Leg, state: State) -> SegmentRunner:
         with self.cap.building():
-            segment = materialise(self._chain, leg.start, leg.stop, state)
+            beside = [runner.segment for runner in self._runners]
+            segment = materialise(
+                self._chain, leg.start, leg.stop, state, beside=beside
+            )
             self.cap.track(segment)
         return self._runner(segment)
 

@@ -51,10 +51,14 @@ class IsHeld(Request[Held]):
 
 @dataclass(frozen=True, slots=True)
 class HoldState(Request[Held]):
-    """Send the edge a round's global state, with its digest."""
+    """Send the edge a round's global state, with its digest.
+
+    With a ``rest``, the digest is ``joined_digest`` of the rest's and of these arrays'.
+    """
 
     digest: str
     state: State
+    rest: str = ""  # The digest of a held state that has all other names
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +199,11 @@ class Commit(Request[Committed]):
 
 @dataclass(frozen=True, slots=True)
 class Release(Request[None]):
-    """Delete all of this round and earlier ones, except one state."""
+    """Delete all of this round and earlier ones, except one state and its rest."""
 
     round_number: int
     keep_digest: str
+    keep_rest: str = ""
 
 
 class Transport(Protocol):

@@ -18,7 +18,7 @@ from flwr_smartsplit.edge.cut_moves import MoveCut, Moved
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.session_table import SessionTable
 from flwr_smartsplit.edge.state_store import StateStore
-from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.edge.tensors import joined_digest, state_digest
 from flwr_smartsplit.edge.weighted_mean import add_states
 from flwr_smartsplit.errors import EdgeError, StaleSession
 from flwr_smartsplit.memory.meter import unmetered
@@ -154,12 +154,12 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.HoldState) -> wire.Held:
-        if state_digest(request.state) != request.digest:
+        if joined_digest(request.rest, state_digest(request.state)) != request.digest:
             raise EdgeError(
                 f"the state sent as {request.digest[:12]} has another digest: "
                 "it changed on the way; send it again."
             )
-        self._store.hold(request.digest, request.state)
+        self._store.hold(request.digest, request.state, rest=request.rest)
         return wire.Held(self._incarnation, True)
 
     @_answer.register
@@ -171,5 +171,7 @@ class EdgeService:
     @_answer.register
     def _(self, request: wire.Release) -> None:
         self._sessions.release(request.round_number)
-        self._store.release(request.round_number, request.keep_digest)
+        self._store.release(
+            request.round_number, request.keep_digest, request.keep_rest
+        )
         self._admission.recount(self._store.tail_bytes())

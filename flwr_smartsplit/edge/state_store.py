@@ -20,6 +20,7 @@ _STATE = ".state.safetensors"
 _TAIL = ".tail.safetensors"
 _UNFINISHED = ".unfinished"
 _ROUND = "round"
+_REST = "rest"
 _SESSION = "session"
 
 
@@ -30,13 +31,15 @@ class StateStore:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def hold(self, digest: str, state: State) -> None:
-        """Write a global state under its digest."""
-        _write(self._state_path(digest), state)
+    def hold(self, digest: str, state: State, *, rest: str = "") -> None:
+        """Write a global state under its digest; a held ``rest`` has other names."""
+        _write(self._state_path(digest), state, {_REST: rest} if rest else None)
 
     def holds(self, digest: str) -> bool:
-        """Return whether a global state is held."""
-        return self._state_path(digest).exists()
+        """Return whether a global state is held, with its rest."""
+        path = self._state_path(digest)
+        rest = _names_and_rest(path)[1] if path.exists() else ""
+        return path.exists() and (not rest or self.holds(rest))
 
     def read_state(self, digest: str, names: tuple[str, ...]) -> State:
         """Read some names of a held state.
@@ -44,6 +47,16 @@ class StateStore:
         Raises ``StateNotHeld`` if the state is missing or damaged, ``EdgeError`` if it
         lacks names, and ``OSError`` if it cannot be read just now.
         """
+        path = self._state_path(digest)
+        found, rest = _names_and_rest(path)
+        if rest:
+            own = self._read_part(digest, tuple(n for n in names if n in found))
+            others = tuple(n for n in names if n not in found)
+            state = {**own, **self._read_part(rest, others)}
+            return {name: state[name] for name in names}
+        return self._read_part(digest, names)
+
+    def _read_part(self, digest: str, names: tuple[str, ...]) -> State:
         path = self._state_path(digest)
         try:
             return _read(path, names)
@@ -103,11 +116,11 @@ class StateStore:
             for path in self._folder.glob(f"*{_TAIL}")
         }
 
-    def release(self, round_number: int, keep_digest: str) -> None:
-        """Delete the tails of this and earlier rounds, and all states but one."""
-        find, kept = self._folder.glob, self._state_path(keep_digest)
+    def release(self, round_number: int, *keep_digests: str) -> None:
+        """Delete the tails of this and earlier rounds, and all states but these."""
+        find, kept = self._folder.glob, set(map(self._state_path, keep_digests))
         tails = [path for path in find(f"*{_TAIL}") if _round_of(path) <= round_number]
-        states = [path for path in find(f"*{_STATE}") if path != kept]
+        states = [path for path in find(f"*{_STATE}") if path not in kept]
         for path in (*tails, *find(f"*{_UNFINISHED}"), *states):
             path.unlink(missing_ok=True)
 
@@ -133,6 +146,16 @@ def _read(path: Path, names: tuple[str, ...] | None = None) -> State:
     with safe_open(path, framework="numpy") as archive:
         names = tuple(archive.keys()) if names is None else names
         return {name: archive.get_tensor(name) for name in names}
+
+
+def _names_and_rest(path: Path) -> tuple[frozenset[str], str]:
+    """Read which names a state has, and the digest of its rest; nothing if damaged."""
+    try:
+        with safe_open(path, framework="numpy") as archive:
+            about = archive.metadata() or {}
+            return frozenset(archive.keys()), about.get(_REST, "")
+    except (FileNotFoundError, SafetensorError):
+        return frozenset(), ""
 
 
 def _missing(path: Path, names: tuple[str, ...]) -> list[str]:

@@ -128,11 +128,28 @@ def unpack_targets(packed: WireTensor | tuple[WireTensor, ...], *, like: Any) ->
     return tree_unflatten(whole, spec)
 
 
-def state_digest(state: Mapping[str, npt.NDArray[Any]]) -> str:
-    """Identify a state by SHA-256 over names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
+def array_digests(state: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """Identify each array by SHA-256 over its name, dtype, shape and values."""
+    digests = {}
     for name in sorted(state):
         array = np.require(state[name], requirements=["C"])
-        digest.update(repr((name, array.dtype.str, array.shape)).encode())
+        digest = hashlib.sha256(repr((name, array.dtype.str, array.shape)).encode())
         digest.update(array.data)
-    return digest.hexdigest()
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """Identify a state by the digests of its arrays."""
+    text = " ".join(digests[name] for name in sorted(digests))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def state_digest(state: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Identify a state by names, dtypes, shapes and values."""
+    return digest_of(array_digests(state))
+
+
+def joined_digest(rest: str, own: str) -> str:
+    """Identify a state by the digests of its frozen rest, if any, and of the others."""
+    return hashlib.sha256(f"{rest} {own}".encode()).hexdigest() if rest else own

@@ -21,8 +21,14 @@ from flwr_smartsplit.device.local_training import (
 from flwr_smartsplit.device.step_timer import StepSeconds
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.protocol import Transport
+from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
-from flwr_smartsplit.flower.round_exchange import device_names, moved_plan, returned
+from flwr_smartsplit.flower.round_exchange import (
+    device_names,
+    frozen_names,
+    moved_plan,
+    returned,
+)
 from flwr_smartsplit.flower.serde.records import (
     PARTITION,
     Arrays,
@@ -49,12 +55,14 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     DeviceTraits,
     Route,
+    Status,
     StepReport,
 )
 from flwr_smartsplit.types.sizes import plain, whole
 
 _WEIGHT = "num-examples"
 _LOCAL = "smartsplit.local"
+_FROZEN = "smartsplit.frozen"
 
 
 class SmartSplitNumPyClient(NumPyClient):
@@ -98,7 +106,8 @@ class SmartSplitNumPyClient(NumPyClient):
     seed : int
         Seed under a stock strategy; ``SmartSplit`` sends its own.
     context : Context, optional
-        Keeps ``Task.is_local`` state between rounds; ``build_client_app`` sets it.
+        Keeps ``Task.is_local`` state between rounds, and frozen weights, which are then
+        sent once; ``build_client_app`` sets it.
     """
 
     # longer than 40 lines because each thing a client owns is an argument
@@ -172,26 +181,32 @@ class SmartSplitNumPyClient(NumPyClient):
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
-        state = {**state, **self._local(plan)}
+        known = self._known(plan, state)
+        if known is None:
+            return Outcome(state={}, receipts=(), report=_not_held(plan))
         conditions = self._conditions
         if not _is_stock(plan) and (self._moves or plan.cohort is not None):
             size = self._profile.batch_size
             adapter = Adapter(self._budget, self.task, batch_size=size)
             conditions = replace(conditions, between_steps=adapter)
-        outcome = train_locally(plan, state, self.train_loader, conditions)
+        outcome = train_locally(plan, known, self.train_loader, conditions)
         if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
-            whole = build_chain(self.task).with_aliases({**state, **outcome.state})
+            whole = build_chain(self.task).with_aliases({**known, **outcome.state})
             return replace(outcome, state=whole)
-        return self._without_local(outcome)
+        report = self._noted(plan, outcome.report)
+        return self._without_local(replace(outcome, report=report))
 
     def test(self, plan: ClientPlan, state: Arrays) -> StepReport:
         """Do this client's part of an evaluation round."""
         loader = self.train_loader if self.eval_loader is None else self.eval_loader
-        state = {**state, **self._local(plan)}
+        known = self._known(plan, state)
+        if known is None:
+            return _not_held(plan)
         size = self._profile.eval_batch_size or self._profile.batch_size
         conditions = replace(self._conditions, batch_size=size)
-        return evaluate_locally(plan, state, loader, conditions)
+        report = evaluate_locally(plan, known, loader, conditions)
+        return self._noted(plan, report)
 
     def plan_for(self, config: Any) -> ClientPlan:
         """Read a config's plan, or make the one that a stock strategy implies."""
@@ -228,7 +243,7 @@ class SmartSplitNumPyClient(NumPyClient):
     ) -> tuple[list[npt.NDArray[Any]], int, dict[str, Scalar]]:
         """Train in Flower's legacy API."""
         plan = self.plan_for(config)
-        names = self.device_names(plan)
+        names = self._sent_names(plan)
         outcome = self.train(plan, dict(zip(names, parameters, strict=True)))
         names = self.device_names(moved_plan(plan, outcome.report.moves))
         arrays = [outcome.state[name] for name in names if name in outcome.state]
@@ -239,11 +254,45 @@ class SmartSplitNumPyClient(NumPyClient):
     ) -> tuple[float, int, dict[str, Scalar]]:
         """Evaluate along the route in Flower's legacy API."""
         plan = self.plan_for(config)
-        names = self.device_names(plan)
+        names = self._sent_names(plan)
         report = self.test(plan, dict(zip(names, parameters, strict=True)))
         return report.loss, report.num_examples, _scalars(plan, evaluated(report))
 
+    def _sent_names(self, plan: ClientPlan) -> tuple[str, ...]:
+        """Name the arrays that come with a plan, in their order."""
+        names = self.device_names(plan)
+        if plan.sends_frozen:
+            return names
+        kept = set(frozen_names(plan, build_chain(self.task)))
+        return tuple(name for name in names if name not in kept)
+
     # --- what stays on the device --------------------------------------------------
+
+    def _known(self, plan: ClientPlan, state: Arrays) -> Arrays | None:
+        """Add what this node keeps to what came; None if it does not keep the frozen.
+
+        Frozen state that comes is kept in Flower's context, if the client has one.
+        """
+        if plan.frozen_digest:
+            names = frozen_names(plan, build_chain(self.task))
+            kept: Any = {}
+            if self.context is not None:
+                kept = self._records().get(_FROZEN, kept)
+            if not plan.sends_frozen:
+                mine = {name: kept[name] for name in names if name in kept}
+                state = {**from_array_record(ArrayRecord(mine)), **state}
+            frozen = {name: state[name] for name in names if name in state}
+            if state_digest(frozen) != plan.frozen_digest:
+                return None
+            if plan.sends_frozen and self.context is not None:
+                both = {**kept, **to_array_record(frozen)}
+                self._records()[_FROZEN] = ArrayRecord(both)
+        return {**state, **self._local(plan)}
+
+    def _noted(self, plan: ClientPlan, report: StepReport) -> StepReport:
+        """Tell the strategy whether this node keeps the frozen state of a plan."""
+        digest = "" if self.context is None else plan.frozen_digest
+        return replace(report, frozen_digest=digest)
 
     def _local(self, plan: ClientPlan) -> Arrays:
         """Read this client's local state from Flower's context, if there is any yet."""
@@ -286,6 +335,17 @@ def _scalars(plan: ClientPlan, outcome: Outcome) -> dict[str, Scalar]:
         **client_metrics(outcome.report, _WEIGHT),
         **reply_to_scalars(plan, outcome),
     }
+
+
+def _not_held(plan: ClientPlan) -> StepReport:
+    cause = "were changed on the way" if plan.sends_frozen else "are not kept here"
+    return StepReport(
+        status=Status.NOT_HELD,
+        message=f"client {plan.client_key!r}: the frozen weights of this round "
+        f"({plan.frozen_digest[:12]}) {cause}, as after a restart. It sits the round "
+        "out, and is sent them in the next.",
+        metrics={},
+    )
 
 
 def _is_stock(plan: ClientPlan) -> bool:

@@ -198,7 +198,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         tensors = dict(zip(self._names, parameters.tensors, strict=True))
         written = []
         for key, sent in dispatch.sent.items():
-            own = [tensors[name] for name in sent.names]
+            own = [tensors[name] for name in sent.sent_names]
             share = Parameters(own, parameters.tensor_type)
             scalars = {**legacy_scalars(phase.config), **plan_to_scalars(sent.plan)}
             dispatch.sent_bytes[key] = _size(share, scalars)

@@ -37,7 +37,7 @@ def written(
         member = dispatch.contacts[key]
         content = instruction(
             member.layout,
-            ArrayRecord({name: arrays[name] for name in sent.names}),
+            ArrayRecord({name: arrays[name] for name in sent.sent_names}),
             {**config, **plan_to_scalars(sent.plan)},
             is_train=dispatch.is_train,
         )

@@ -1,5 +1,6 @@
 """Dispatch: one phase of a round, in either of Flower's APIs."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,13 @@ class Sent:
     returned_names: tuple[str, ...]
     assignment: Assignment
     profile: ChainProfile | None = None  # at its batch size
+    frozen: Mapping[str, str] = field(default_factory=dict)  # their digests, by name
+
+    @property
+    def sent_names(self) -> tuple[str, ...]:
+        """Those whose arrays are in its message."""
+        is_sent = self.plan.sends_frozen
+        return tuple(n for n in self.names if is_sent or n not in self.frozen)
 
     def after(self, moves: Sequence[Move], chain: Chain) -> "Sent":
         """Follow a client's moved cut to what it sends back.
@@ -139,11 +147,13 @@ class Dispatch:
 
 def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
     """Name the state of a plan's device segments, in the chain's order."""
-    return tuple(
-        name
+    names = (
+        chain.state_names(leg.start, leg.stop)
         for leg in plan.route.device_legs(len(chain))
-        for name in chain.state_names(leg.start, leg.stop)
     )
+    return tuple(
+        dict.fromkeys(itertools.chain.from_iterable(names))
+    )  # Once, if both use it.
 
 
 def changed_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
@@ -154,6 +164,13 @@ def changed_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
         for leg in plan.route.device_legs(len(chain))
         for name in chain.changed_names(leg.start, leg.stop)
     )
+
+
+def frozen_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
+    """Name the device segments' state that training changes at no place."""
+    chain = chain.under(plan.variant)
+    changed = set(chain.changed_names(0, len(chain)))
+    return tuple(name for name in device_names(plan, chain) if name not in changed)
 
 
 def moved_plan(plan: ClientPlan, moves: Sequence[Move]) -> ClientPlan:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy.typing as npt
 
 from flwr_smartsplit.edge.hosts.edge import Edge
-from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.edge.tensors import digest_of
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.journal.journal import Journal, OnRow
 from flwr_smartsplit.flower.journal.round_log import RoundLog, most_common
@@ -26,6 +26,7 @@ from flwr_smartsplit.flower.round_exchange import (
     Sent,
     changed_names,
     device_names,
+    frozen_names,
     returned,
 )
 from flwr_smartsplit.flower.serde.records import config_values
@@ -51,6 +52,7 @@ from flwr_smartsplit.server.aggregation import (
     state_like,
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
+from flwr_smartsplit.server.global_state import GlobalState, KeptByNodes
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.metric_names import check_metrics
@@ -145,7 +147,9 @@ class CentralManager:
         self._forward_only: frozenset[int] = frozenset()
         self._newest = 0
         self._state: State = {}
-        self._digest = ""
+        self._changing = frozenset(self.chain.changed_names(0, len(self.chain)))
+        self._sent = GlobalState()
+        self._kept = KeptByNodes()
 
     def summary(self) -> None:
         """Log the settings in Flower's format."""
@@ -162,18 +166,17 @@ class CentralManager:
         self, phase: Phase, state: State, clients: Mapping[str, DeviceProfile]
     ) -> Dispatch:
         """Plan a phase: what each chosen client is sent."""
+        self.chain.check_aliases(state)
+        self._state, self._sent = state, GlobalState.of(state, self._changing)
         dispatch = Dispatch(
             phase.round_number,
             phase.is_train,
             self.settings.planning.clock(),
             version=phase.round_number,
-            digest=state_digest(state),
+            digest=self._sent.digest,
         )
-        self.chain.check_aliases(state)
-        self._state, self._digest = state, dispatch.digest
         clients = self._with_shapes(self._begun(phase, clients))
-        addresses, unready = self.edges.prepare(dispatch.digest, state)
-        self.rounds.write_failures(unready, phase.round_number, phase="edge")
+        addresses = self._prepare_edges(phase.round_number)
         plan = self._plan(phase, clients, tuple(addresses))
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
@@ -194,7 +197,8 @@ class CentralManager:
             names = device_names(client_plan, self.chain)
             back = changed_names(client_plan, self.chain)
             back = returned(back, self.task.is_local)
-            dispatch.sent[key] = Sent(client_plan, names, back, assignment, profile)
+            sent = Sent(client_plan, names, back, assignment, profile)
+            dispatch.sent[key] = self._without_kept(sent)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
         self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}
@@ -222,7 +226,8 @@ class CentralManager:
     ) -> Settled:
         """End a training phase: refuse, commit, drop, merge, mix, step."""
         received = self.settings.planning.clock()
-        replies = self._noted(replies)
+        replies = list(self._noted(replies))
+        self._note_kept(dispatch, replies)
         settled = settle_round(
             replies,
             round_number=dispatch.round_number,
@@ -271,8 +276,35 @@ class CentralManager:
         if state is not None:
             state = self.chain.with_aliases(state)
             self._state = state
-            self._digest = state_digest(state) if self.edges.names else ""
+            if self.edges.names:
+                self._sent = GlobalState.of(state, self._changing)
         return state
+
+    def _prepare_edges(self, round_number: int) -> Mapping[str, str]:
+        """Have the edges hold the global state; return the addresses of those ready."""
+        state = self._sent
+        rest = {state.rest: state.frozen} if state.rest else {}
+        addresses, unready = self.edges.prepare(state.digest, state.changing, rest=rest)
+        self.rounds.write_failures(unready, round_number, phase="edge")
+        return addresses
+
+    def _without_kept(self, sent: Sent) -> Sent:
+        """Leave out the frozen arrays that a client's node has kept."""
+        names = frozen_names(sent.plan, self.chain)
+        frozen = {name: self._sent.frozen_digests[name] for name in names}
+        if not frozen:
+            return sent
+        is_sent = not self._kept.has(sent.plan.client_key, frozen)
+        plan = replace(sent.plan, frozen_digest=digest_of(frozen), sends_frozen=is_sent)
+        return replace(sent, plan=plan, frozen=frozen)
+
+    def _note_kept(self, dispatch: Dispatch, replies: Iterable[ClientReply]) -> None:
+        """Remember which nodes say that they have kept what they were sent."""
+        for reply in replies:
+            sent = dispatch.sent.get(reply.client_key)
+            if sent is not None and reply.round_number == dispatch.round_number:
+                digest = reply.report.frozen_digest
+                self._kept.learn(reply.client_key, sent.frozen, digest)
 
     def assess(
         self,
@@ -284,7 +316,9 @@ class CentralManager:
         received = self.settings.planning.clock()
         accepted: dict[str, ClientReply] = {}
         failures = list(failures)
-        for reply in sorted(self._noted(replies), key=lambda r: r.client_key):
+        replies = sorted(self._noted(replies), key=lambda r: r.client_key)
+        self._note_kept(dispatch, replies)
+        for reply in replies:
             try:
                 check_evaluation(reply, round_number=dispatch.round_number)
             except RefusedReply as error:
@@ -323,7 +357,7 @@ class CentralManager:
         """Let edges drop old states unless a phase is outstanding; log the phase."""
         if not any(each.sent for each in self._outstanding.values()):
             newest = max(self._newest, dispatch.round_number)
-            self.edges.release(newest, self._digest)
+            self.edges.release(newest, self._sent.digest, self._sent.rest)
         self.rounds.write_phase(
             dispatch,
             accepted,

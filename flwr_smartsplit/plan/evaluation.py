@@ -28,7 +28,8 @@ def forward_only(profile: ChainProfile) -> ChainProfile:
     last = len(profile.units) - 1
     units = []
     for index, (unit, below) in enumerate(zip(profile.units, static, strict=True)):
-        peak = below + max(held if index == last else held[: index + 1])
+        once = below - profile.repeated_bytes(range(index + 1))
+        peak = once + max(held if index == last else held[: index + 1])
         # What came back stays until the loss is there.
         returned = max(held[index], entering[index] + max(held[index + 1 :]))
         units.append(_forward_only(unit, peak, returned))
@@ -40,6 +41,7 @@ def _forward_only(unit: UnitCost, peak_bytes: int, return_bytes: int) -> UnitCos
         name=unit.name,
         parameter_bytes=unit.parameter_bytes,
         buffer_bytes=unit.buffer_bytes,
+        frozen_bytes=unit.frozen_bytes,
         gradient_bytes=0,
         optimizer_state_bytes=0,
         saved_bytes=0,

@@ -20,8 +20,8 @@ def tail_bytes(profile: ChainProfile, start: int, stop: int) -> TailBytes:
     Such an edge updates large parameters inside backward, as devices do. The memory is
     the peak of the session's tensors, from its opening, when its state is there twice
     (read and built), to its seal; messages in transit are not part of it. It is exact
-    where the route ends at this edge, and an upper bound where it goes on. The disk is
-    without headers.
+    where the route ends at this edge, and an upper bound where it goes on. The disk has
+    no frozen parameters, and is without headers.
     """
     if not 0 < start < stop <= len(profile.units):
         raise ValueError(
@@ -29,15 +29,18 @@ def tail_bytes(profile: ChainProfile, start: int, stop: int) -> TailBytes:
             f"{len(profile.units)} units is cut at 1 to {len(profile.units) - 1}."
         )
     units = profile.units[start:stop]
-    resident = sum(unit.resident_bytes for unit in units)
+    repeated = profile.repeated_bytes(range(start, stop))
+    resident = sum(unit.resident_bytes for unit in units) - repeated
     state = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
+    frozen = sum(unit.frozen_bytes for unit in units)
     gradients = sum(unit.new_gradient_bytes for unit in units)
     if stop == len(profile.units):
         step = units[0].return_bytes + profile.targets_bytes
     else:
         step = _passing_bytes(profile, start, stop)
     update = gradients + units[0].tail_update_bytes if profile.updates_last else 0
-    return TailBytes(max(resident + max(step, update), 2 * state), state)
+    opening = 2 * state - repeated
+    return TailBytes(max(resident + max(step, update), opening), state - frozen)
 
 
 def _passing_bytes(profile: ChainProfile, start: int, stop: int) -> int:

@@ -50,7 +50,10 @@ def work_of(
         unsent_bytes=sum(idle[1:]),
         num_exchanges=profile.num_micro_batches * len(crossed),
         state_bytes=sum(
-            units[index].parameter_bytes + units[index].buffer_bytes for index in own
+            units[index].parameter_bytes
+            - units[index].frozen_bytes
+            + units[index].buffer_bytes
+            for index in own
         ),
         extra_flops=extra,
     )

@@ -36,7 +36,7 @@ from flwr_smartsplit.split.fake_tensors import (
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import stepped_in_backward
-from flwr_smartsplit.types import ChainProfile, StepBytes, UnitCost
+from flwr_smartsplit.types import ChainProfile, SharedTensor, StepBytes, UnitCost
 from flwr_smartsplit.types.sizes import whole
 
 _INDEX_BYTES = 8
@@ -128,6 +128,7 @@ def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         updates_last=task.max_gradient_norm is not None,
         targets_bytes=_targets_bytes(task, batch_size),
         num_micro_batches=min(task.accumulate, batch_size),
+        shared=_shared_tensors(chain),
     )
 
 
@@ -161,12 +162,16 @@ def _unit_costs(
     accumulates = min(task.accumulate, batch_size) > 1
     static_bytes = log.batch_bytes
     costs = []
+    held: set[int] = set()
     for index, optimizer in enumerate(_optimizer_costs(chain, task, log)):
         segment = chain.segment(index, index + 1)
-        parameter_bytes = _total_bytes(segment.parameters())
+        parameters = list(segment.parameters())
+        parameter_bytes = _total_bytes(parameters)
         buffer_bytes = _total_bytes(segment.buffers()) + _constant_bytes(segment, log)
         buffer_bytes += log.loss_bytes * (index == len(chain) - 1)
-        static_bytes += parameter_bytes + buffer_bytes + optimizer.state_bytes
+        static_bytes += _total_bytes(p for p in parameters if id(p) not in held)
+        held.update(map(id, parameters))
+        static_bytes += buffer_bytes + optimizer.state_bytes
         static_bytes += optimizer.gradient_bytes * accumulates
         unit = UnitCost(
             name=chain.unit_names[index],
@@ -174,6 +179,7 @@ def _unit_costs(
             buffer_bytes=buffer_bytes,
             gradient_bytes=optimizer.gradient_bytes,
             optimizer_state_bytes=optimizer.state_bytes,
+            frozen_bytes=_total_bytes(p for p in parameters if not p.requires_grad),
             keeps_gradient=accumulates,
             saved_bytes=log.saved_bytes(index),
             boundary_bytes=log.boundary_bytes(index),
@@ -189,6 +195,16 @@ def _unit_costs(
     # Nothing crosses after the last unit, and the meter saw the whole chain's peak.
     whole = replace(costs[-1], device_peak_bytes=log.peak_bytes)
     return [*costs[:-1], replace(whole, boundary_bytes=0, waiting_bytes=0)]
+
+
+def _shared_tensors(chain: Chain) -> tuple[SharedTensor, ...]:
+    """Find the parameters that several units use; chains are not cut between others."""
+    users: dict[nn.Parameter, list[int]] = {}
+    for index in range(len(chain)):
+        for parameter in chain.segment(index, index + 1).parameters():
+            users.setdefault(parameter, []).append(index)
+    shared = ((units, p.nbytes) for p, units in users.items() if len(units) > 1)
+    return tuple(SharedTensor(tuple(units), size) for units, size in shared)
 
 
 def _constant_bytes(segment: nn.Module, log: StepLog) -> int:

@@ -1,8 +1,9 @@
 """EdgePool: the strategy's connections to all edges of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.edge import Edge
@@ -44,10 +45,15 @@ class EdgePool:
         return tuple(self._edges[name].profile for name in names)
 
     def prepare(
-        self, digest: str, state: State
+        self,
+        digest: str,
+        state: State,
+        *,
+        rest: Mapping[str, State] = MappingProxyType({}),
     ) -> tuple[dict[str, str], list[Failure]]:
         """Start edges that do not run, and have all hold a state.
 
+        ``rest`` is its frozen part by digest, if there is one. It is sent once.
         Returns the addresses of the edges that are ready, by name and in order, and the
         failures of the others, which get no client this round. Raises
         ``EdgeUnreachable`` if no edge was ever ready: the set-up is wrong.
@@ -55,7 +61,7 @@ class EdgePool:
         failures = []
         for name in self._edges:
             try:
-                self._hold(name, digest, state)
+                self._hold(name, {**rest, digest: state})
             except EdgeError as error:
                 self._drop(name)
                 failures.append(
@@ -82,11 +88,11 @@ class EdgePool:
             raise EdgeUnreachable(f"edge {place!r} is not running.")
         return _asked(self._links[place], wire.Commit(round_number, entries)).sums
 
-    def release(self, round_number: int, keep_digest: str) -> None:
+    def release(self, round_number: int, keep_digest: str, keep_rest: str = "") -> None:
         """Have the edges delete a round's files; ignore dead edges."""
         for link in self._links.values():
             with suppress(EdgeError):
-                _asked(link, wire.Release(round_number, keep_digest))
+                _asked(link, wire.Release(round_number, keep_digest, keep_rest))
 
     def stop(self) -> None:
         """Stop every edge, even if stopping another one fails."""
@@ -98,11 +104,11 @@ class EdgePool:
         """Return the bytes sent between the strategy and its edges so far."""
         return self._past_bytes + sum(map(_traffic_bytes, self._links.values()))
 
-    def _hold(self, name: str, digest: str, state: State) -> None:
+    def _hold(self, name: str, parts: Mapping[str, State]) -> None:
         link = self._links.get(name)
         if link is not None:
             try:
-                self._send_state(link, digest, state)
+                self._send_state(link, parts)
                 return
             except EdgeError:
                 self._drop(name)
@@ -113,11 +119,15 @@ class EdgePool:
             self._edges[name].stop(address)
             raise
         self._links[name] = _Link(address, transport)
-        self._send_state(self._links[name], digest, state)
+        self._send_state(self._links[name], parts)
 
-    def _send_state(self, link: _Link, digest: str, state: State) -> None:
+    def _send_state(self, link: _Link, parts: Mapping[str, State]) -> None:
+        """Send what the edge does not hold: the rest, if any, and then the state."""
+        *rest, digest = parts
         if not _asked(link, wire.IsHeld(digest)).is_held:
-            _asked(link, wire.HoldState(digest, state))
+            for each in rest:
+                self._send_state(link, {each: parts[each]})
+            _asked(link, wire.HoldState(digest, parts[digest], *rest))
 
     def _drop(self, name: str) -> None:
         """Stop an edge, if it was started, and keep its byte count."""

@@ -8,7 +8,7 @@ for none.
 
 import copy
 import pickle
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -95,11 +95,19 @@ def _unwrapped(function: Any) -> Any:
     return function
 
 
-def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
+def materialise(
+    chain: Chain,
+    start: int,
+    stop: int,
+    state: State,
+    *,
+    beside: Iterable[nn.Module] = (),
+) -> Segment:
     """Give units ``[start, stop)`` real tensors, filled from ``state`` by name.
 
-    The tensors get the model's strides. Raises ``InvalidTask`` if a value is missing or
-    has another shape.
+    The tensors get the model's strides. Frozen ones are those of segments ``beside``
+    it at its place, if they have them. Raises ``InvalidTask`` if a value is
+    missing or has another shape.
     """
     with unmetered():  # Only a template.
         template = chain.segment(start, stop)
@@ -117,6 +125,8 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
         )
     made: dict[int, Any] = {}  # One tensor under two names stays one.
     with phase(BUILDING):
+        for segment in beside:
+            made |= _frozen_in(chain, segment)
         for name, tensor in wanted.items():
             if id(tensor) not in made:
                 made[id(tensor)] = _filled_like(tensor, state[name])
@@ -124,6 +134,14 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
         for tensor in wanted.values():
             vars(made[id(tensor)]).update(copy.deepcopy(vars(tensor), made))
         return copy.deepcopy(template, made)
+
+
+def _frozen_in(chain: Chain, segment: nn.Module) -> dict[int, Tensor]:
+    """Find the frozen parameters of a segment, by the ids of the template's."""
+    known = chain.model.named_parameters(remove_duplicate=False)
+    names = {name: id(parameter) for name, parameter in known}
+    found = segment.named_parameters(remove_duplicate=False)
+    return {names[n]: p for n, p in found if not p.requires_grad and n in names}
 
 
 def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:

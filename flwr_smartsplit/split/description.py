@@ -8,6 +8,7 @@ import dis
 import hashlib
 import sys
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -72,6 +73,8 @@ class Describer:
             return self._function(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
+        if isinstance(value, weakref.ref):  # A recurrent layer's to its parameters.
+            return "reference", self(value())
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             return value.dtype.str, value.shape, value.tobytes()
         if isinstance(value, type):

@@ -2,7 +2,8 @@
 
 A unit calls the library's own modules and mask functions, so its numbers are the stock
 model's. The padding mask crosses each cut with the hidden state, as it is in the batch:
-the library drops it where nothing is padded, which only its values can say.
+the library drops it where nothing is padded, which only its values can say. A model of
+peft is listed like the model in it, under its own names.
 """
 
 import inspect
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,9 @@ def encoder_units(model: nn.Module) -> list[Unit]:
     ----------
     model : nn.Module
         A ``Bert...``, ``DistilBert...`` or ``Roberta...`` for masked tokens, or for the
-        classification of sequences or tokens; its parameters may be on meta. A batch is
-        ``input_ids`` alone, or a dict with ``attention_mask`` and ``token_type_ids``.
+        classification of sequences or tokens, or ``peft.get_peft_model(...)`` of one;
+        its parameters may be on meta. A batch is ``input_ids`` alone, or a dict with
+        ``attention_mask`` and ``token_type_ids``.
 
     Returns
     -------
@@ -43,27 +45,25 @@ def encoder_units(model: nn.Module) -> list[Unit]:
         If the model or its configuration is not supported; if transformers is not
         installed, or too old.
     """
-    parts = _parts_of(model, _ENCODERS, "encoder_units")
-    if getattr(model.config, "is_decoder", False):
-        raise _refused(model, "config.is_decoder is True")
-    return _units(model, parts)
+    return _listed(model, _ENCODERS, "encoder_units")
 
 
 def decoder_units(model: nn.Module) -> list[Unit]:
     """List the units of a GPT-like model: embeddings, each layer, the head.
 
-    Tied embeddings are on both sides of every cut: build the model with
-    ``tie_word_embeddings=False``. Also set ``use_cache=False``, or each layer copies
-    its keys and values, as the stock model does. Otherwise as ``encoder_units``.
+    Tied embeddings that are trained are on both sides of every cut: build the model
+    with ``tie_word_embeddings=False``. Where they are frozen, as under LoRA, each place
+    has its own. Set ``use_cache=False``, or each layer copies its keys and values, as
+    the stock model does. Otherwise as ``encoder_units``.
 
     Parameters
     ----------
     model : nn.Module
-        A ``GPT2LMHeadModel``, ``GPT2ForTokenClassification`` or ``LlamaForCausalLM``;
-        its parameters may be on meta. A batch is ``input_ids`` alone, or a dict with
-        ``attention_mask``.
+        A ``GPT2LMHeadModel``, ``GPT2ForTokenClassification`` or ``LlamaForCausalLM``,
+        or ``peft.get_peft_model(...)`` of one; its parameters may be on meta. A batch
+        is ``input_ids`` alone, or a dict with ``attention_mask``.
     """
-    return _units(model, _parts_of(model, _DECODERS, "decoder_units"))
+    return _listed(model, _DECODERS, "decoder_units")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +84,29 @@ class _Parts:
     output: str
 
 
-def _units(model: nn.Module, parts: _Parts) -> list[Unit]:
-    config: Any = model.config
+def _listed(model: nn.Module, table: Mapping[str, _Parts], caller: str) -> list[Unit]:
+    prefix, inner = _without_peft(model)
+    parts, config = _parts_of(inner, table, caller), cast(Any, inner.config)
     names = [f"{parts.layers}.{i}" for i in range(config.num_hidden_layers)]
     head = tuple(step for step in parts.head if isinstance(step, str))
-    return [
+    units = [
         Unit(parts.front[-1], parts.embed, parts.front),
         *(Unit(n, partial(_layer, parts.run_layer, config, n), (n,)) for n in names),
         Unit(head[-1], partial(_finish, parts.head, parts.output), head),
     ]
+    return [_below(prefix, unit) for unit in units] if prefix else units
+
+
+def _below(prefix: str, unit: Unit) -> Unit:
+    """Have a unit find its model below a module of another one."""
+    reads = tuple(f"{prefix}.{name}" for name in unit.reads)
+    return Unit(f"{prefix}.{unit.name}", partial(_run_below, prefix, unit), reads)
+
+
+def _run_below(
+    prefix: str, unit: Unit, root: nn.Module, /, *args: Any, **kwargs: Any
+) -> Any:
+    return unit.forward(root.get_submodule(prefix), *args, **kwargs)
 
 
 def _layer(
@@ -278,6 +292,8 @@ def _parts_of(model: nn.Module, table: Mapping[str, _Parts], caller: str) -> _Pa
             f"{caller} has no units for {name}: give it one of {', '.join(table)}, or "
             "list the units by hand, with Task(units_fn=...)."
         )
+    if caller == "encoder_units" and getattr(model.config, "is_decoder", False):
+        raise _refused(model, "config.is_decoder is True")
     if getattr(model.config, "is_causal", None) is not None:
         raise _refused(model, "config.is_causal is set")
     if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
@@ -292,6 +308,27 @@ def units_advice(model: nn.Module) -> str:
     if found:
         return f"give Task(units_fn={found[0]}_units) of {__name__}"
     return "list its units by hand, with Chain.from_units and Task(units_fn=...)"
+
+
+def _without_peft(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the name and the model that a model of peft has its adapters in.
+
+    ``NotSplittable`` is raised if its adapters are more than modules of that model.
+    """
+    if type(model).__module__.partition(".")[0] != "peft":
+        return "", model
+    tuner: Any = import_module("peft.tuners.tuners_utils").BaseTuner
+    peft: Any = model
+    configs = peft.peft_config.values()
+    is_plain = isinstance(peft.base_model, tuner) and (
+        type(peft.base_model).forward is tuner.forward
+        and not any(getattr(each, "alora_invocation_tokens", None) for each in configs)
+    )
+    if not is_plain:
+        kinds = ", ".join(sorted({type(each).__name__ for each in configs}))
+        raise _refused(model, f"{kinds} adds to its forward (LoraConfig does not)")
+    inner = peft.get_base_model()
+    return next(n for n, module in model.named_modules() if module is inner), inner
 
 
 def _refused(model: nn.Module, option: str) -> NotSplittable:

@@ -164,7 +164,8 @@ def _refusal(
         return "no layer with parameters is before it"
     if len({(tensor.grad_fn, tensor.output_nr) for tensor in trained}) < len(trained):
         return "two of the tensors of its value are one"
-    return tied(model, before, behind)
+    written = {name for found in facts[0] for name in found.changed_state}
+    return tied(model, before, behind, written=written)
 
 
 def _value_problem(value: Any) -> str | None:

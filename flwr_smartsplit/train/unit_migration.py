@@ -88,7 +88,7 @@ def rebuilt(
     runner.release_gradients()
     sources = {name: runner.segment for i in units for name in chain.units[i].reads}
     if arriving is not None:
-        part = _built(chain, arriving)
+        part = _built(chain, arriving, runner.segment)
         for index in range(arriving.start, arriving.stop):
             sources |= dict.fromkeys(chain.units[index].reads, part)
     root = nn.Module()
@@ -128,8 +128,10 @@ def check_kept(chain: Chain, task: Task, leaving: range) -> None:
 # --- values ---------------------------------------------------------------------------
 
 
-def _built(chain: Chain, arriving: MigratedUnits) -> Segment:
-    part = materialise(chain, arriving.start, arriving.stop, arriving.state)
+def _built(chain: Chain, arriving: MigratedUnits, present: nn.Module) -> Segment:
+    part = materialise(
+        chain, arriving.start, arriving.stop, arriving.state, beside=[present]
+    )
     for name, value in arriving.buffers.items():
         parent, _, last = name.rpartition(".")
         setattr(part.get_submodule(parent), last, value)

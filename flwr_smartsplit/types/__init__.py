@@ -17,6 +17,7 @@ from flwr_smartsplit.types.constraints import Constraints as Constraints
 from flwr_smartsplit.types.costs import BatchKind as BatchKind
 from flwr_smartsplit.types.costs import ChainProfile as ChainProfile
 from flwr_smartsplit.types.costs import Shapes as Shapes
+from flwr_smartsplit.types.costs import SharedTensor as SharedTensor
 from flwr_smartsplit.types.costs import StepBytes as StepBytes
 from flwr_smartsplit.types.costs import UnitCost as UnitCost
 from flwr_smartsplit.types.devices import NO_TRAITS as NO_TRAITS

@@ -1,6 +1,7 @@
 """What the units of a chain cost, as plain numbers."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -57,6 +58,7 @@ class UnitCost:
     # The most that a step takes from here on where it returns to the device, without
     # the parameters, buffers and optimizer state of these units
     return_bytes: int
+    frozen_bytes: int = 0  # Of its parameters that are not trained
     keeps_gradient: bool = False  # From micro-batch to micro-batch
     head_update_bytes: int = 0  # What the optimizer needs if this is the last unit here
     tail_update_bytes: int = 0  # And if it is the first
@@ -73,6 +75,14 @@ class UnitCost:
     def new_gradient_bytes(self) -> int:
         """Size of the gradients that backward allocates; 0 where they stay."""
         return 0 if self.keeps_gradient else self.gradient_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """A frozen parameter of several units, which a place holds once."""
+
+    units: tuple[int, ...]
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +105,8 @@ class ChainProfile:
         Size of one micro-batch's targets.
     num_micro_batches : int
         Micro-batches of a step; 1 without accumulation.
+    shared : tuple[SharedTensor, ...]
+        What the costs of several units count, such as a frozen tied embedding.
     """
 
     batch_size: int
@@ -104,6 +116,19 @@ class ChainProfile:
     loss: StepBytes = StepBytes()
     targets_bytes: int = 0
     num_micro_batches: int = 1
+    shared: tuple[SharedTensor, ...] = ()
+
+    def repeated_bytes(self, units: Iterable[int]) -> int:
+        """Add up what the costs of units at one place count more than once.
+
+        Parameters
+        ----------
+        units : Iterable[int]
+            All units of the place.
+        """
+        held = set(units)
+        counts = ((len(held.intersection(t.units)), t.num_bytes) for t in self.shared)
+        return sum(size * (count - 1) for count, size in counts if count > 1)
 
     def to_json(self) -> str:
         """Write the profile as JSON, with the fields' names as keys."""
@@ -121,7 +146,12 @@ class ChainProfile:
         try:
             read = json.loads(text)
             units = tuple(_unit(**unit) for unit in read.pop("units"))
-            return cls(units=units, loss=StepBytes(**read.pop("loss")), **read)
+            shared = tuple(
+                SharedTensor(tuple(each["units"]), each["num_bytes"])
+                for each in read.pop("shared")
+            )
+            loss = StepBytes(**read.pop("loss"))
+            return cls(units=units, loss=loss, shared=shared, **read)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"this is not a chain's profile as JSON: {error}. Make a new one with "

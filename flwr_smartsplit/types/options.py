@@ -24,7 +24,7 @@ class Work:
     unsent_bytes: int = 0
     unreturned_bytes: int = 0
     num_exchanges: int = 0  # round trips over the device's link
-    state_bytes: int = 0  # the device's parameters and buffers, moved once a round
+    state_bytes: int = 0  # the device's state, moved once a round; not the frozen
     extra_flops: int = 0  # the part of device_flops that recomputation adds
 
     @property

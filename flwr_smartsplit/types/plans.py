@@ -96,6 +96,8 @@ class ClientPlan:
     budget_bytes: int | None = None  # the cap of the device; None for no cap
     state_digest: str = ""  # under which the edges hold this round's global state
     edge_addresses: Mapping[str, str]  # by place
+    frozen_digest: str = ""  # of the device's state that training cannot change
+    sends_frozen: bool = True  # with the plan; else the node has kept it
     recompute: RecomputePlan = KEEP_ALL
     predicted_peak_bytes: int | None = None
     # What the user's train_config returns in this round, for Task.schedule_fn.

@@ -35,6 +35,7 @@ class Status(StrEnum):
     OK = "ok"
     OUT_OF_MEMORY = "out_of_memory"
     EDGE_FAILED = "edge_failed"
+    NOT_HELD = "not_held"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ class StepReport:
     # Why the edge let it stop early. Then ``num_examples`` are those it trained on, and
     # ``num_epochs`` includes the last, unfinished pass.
     released: str = ""
+    frozen_digest: str = ""  # Of the frozen state that the node keeps for later rounds
 
     def examples_of(self, metric: str) -> int:
         """Count the examples over which a metric is the mean."""
@@ -143,7 +145,7 @@ class Failure:
     client_key : str
         The client, or the node where no key is known.
     kind : str
-        refused, late, duplicate, lost, failed, out_of_memory or edge_failed.
+        refused, late, duplicate, lost, failed, out_of_memory, edge_failed or not_held.
     cause : str
         The reason in a sentence, with its numbers.
     report : StepReport, optional

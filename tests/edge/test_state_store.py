@@ -9,6 +9,7 @@ import pytest
 from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
+from flwr_smartsplit.server.global_state import GlobalState
 from tests.faults import tail_files
 from tests.tasks import differences
 
@@ -89,6 +90,58 @@ def test_a_spoilt_state_is_sent_again(tmp_path: Path) -> None:
     with pytest.raises(StateNotHeld):
         spill.read_state(digest, ("b.w",))
     assert not spill.holds(digest)
+
+
+def divided(spill: StateStore, frozen: tuple[str, ...]) -> GlobalState:
+    """Hold a state in two parts."""
+    parts = GlobalState.of(STATE, STATE.keys() - set(frozen))
+    spill.hold(parts.rest, parts.frozen)
+    spill.hold(parts.digest, parts.changing, rest=parts.rest)
+    return parts
+
+
+def test_a_state_in_two_parts_is_read_as_one(tmp_path: Path) -> None:
+    """In the order that was asked for, whichever part has a name."""
+    spill = StateStore(tmp_path)
+    parts = divided(spill, ("a.w", "empty"))
+    names = ("empty", "b.w", "a.w", "a.n")
+    found = spill.read_state(parts.digest, names)
+    assert tuple(found) == names
+    assert differences(found, {name: STATE[name] for name in names}) == []
+    with pytest.raises(EdgeError, match="lacks c: give strategy and edges the same"):
+        spill.read_state(parts.digest, ("a.w", "c"))
+    assert spill.holds(parts.digest)
+
+
+@pytest.mark.parametrize("is_cut_short", [True, False])
+def test_a_state_whose_rest_is_lost_is_not_held(
+    tmp_path: Path, is_cut_short: bool
+) -> None:
+    """Then both are sent again; what is damaged is noticed when it is read."""
+    spill = StateStore(tmp_path)
+    parts = divided(spill, ("a.w",))
+    path = tmp_path / f"{parts.rest}.state.safetensors"
+    if is_cut_short:
+        path.write_bytes(path.read_bytes()[:20])
+        with pytest.raises(StateNotHeld):
+            spill.read_state(parts.digest, ("b.w", "a.w"))
+    path.unlink(missing_ok=True)
+    assert not spill.holds(parts.digest)
+    spill.hold(parts.rest, parts.frozen)
+    assert spill.holds(parts.digest)
+
+
+def test_a_released_state_keeps_its_rest(tmp_path: Path) -> None:
+    """Also for the next state, which nobody has sent yet."""
+    spill = StateStore(tmp_path)
+    parts = divided(spill, ("a.w",))
+    spill.release(1, parts.digest, parts.rest)
+    assert spill.holds(parts.digest)
+    spill.release(1, "the next", parts.rest)
+    assert spill.holds(parts.rest)
+    assert not spill.holds(parts.digest)
+    spill.release(1, "the next")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_arrays_of_any_layout_keep_their_values(tmp_path: Path) -> None:

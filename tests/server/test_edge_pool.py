@@ -10,6 +10,7 @@ from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.server.edge_pool import EdgePool
+from flwr_smartsplit.server.global_state import GlobalState
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EdgeProfile
 from tests.faults import Deliver, MortalEdge
@@ -69,6 +70,57 @@ def test_a_state_is_sent_to_each_edge_once(
     newer = other_state()
     pool.prepare(state_digest(newer), newer)
     assert held(edges[0]) == [DIGEST, state_digest(newer)]
+
+
+def two_parts(state: State) -> GlobalState:
+    """Divide a state after its first name, which is frozen."""
+    frozen, *changing = state
+    del frozen
+    return GlobalState.of(state, changing)
+
+
+def prepared(pool: EdgePool, parts: GlobalState) -> None:
+    """Have all edges hold both parts."""
+    _, failures = pool.prepare(
+        parts.digest, parts.changing, rest={parts.rest: parts.frozen}
+    )
+    assert failures == []
+
+
+def test_the_frozen_part_of_a_state_is_sent_to_each_edge_once(
+    edges: tuple[MortalEdge, MortalEdge],
+) -> None:
+    """Also over rounds, until an edge has lost it; another one is sent."""
+    pool = EdgePool(edges, TASK)
+    first = two_parts(STATE)
+    prepared(pool, first)
+    name = next(iter(STATE))
+    second = two_parts({**other_state(), name: STATE[name]})
+    assert first.rest == second.rest
+    pool.release(1, second.digest, second.rest)
+    prepared(pool, second)
+    assert [held(edge) for edge in edges] == [
+        [first.rest, first.digest, second.digest]
+    ] * 2
+    edges[0].kill()
+    prepared(pool, second)
+    assert held(edges[0])[3:] == [second.rest, second.digest]
+    third = two_parts(other_state())
+    assert third.rest != second.rest
+    prepared(pool, third)
+    assert held(edges[1])[3:] == [third.rest, third.digest]
+
+
+def test_a_frozen_part_under_a_wrong_digest_is_refused(
+    edges: tuple[MortalEdge, MortalEdge],
+) -> None:
+    """The planted error: a state that claims another rest."""
+    pool = EdgePool(edges, TASK)
+    parts = two_parts(STATE)
+    other = two_parts(other_state())
+    rest = {other.rest: other.frozen}
+    with pytest.raises(EdgeUnreachable, match="has another digest: it changed on the"):
+        pool.prepare(parts.digest, parts.changing, rest=rest)
 
 
 def test_a_dead_edge_is_restarted_and_given_the_state_again(

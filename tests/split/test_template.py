@@ -574,7 +574,8 @@ def test_a_chain_of_another_setting_is_not_used(
             assert checker.check(route).differences == ()
 
 
-def test_torchs_numbers_of_hooks_are_no_difference() -> None:
-    """Weight norm has a hook on loading; torch counts hooks in all models together."""
-    task = changed(normed(parametrizations.weight_norm))
+@pytest.mark.parametrize("change", [normed(parametrizations.weight_norm), recurrent])
+def test_what_torch_numbers_or_refers_to_is_no_difference(change: Any) -> None:
+    """Weight norm has a numbered hook, a recurrent layer weak references."""
+    task = task_of(changed(change))
     assert template.template_of(task)[1] == template.template_of(task)[1]

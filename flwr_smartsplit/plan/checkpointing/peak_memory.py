@@ -47,10 +47,8 @@ def predicted_peak_bytes(
     if not rest:
         return head.device_peak_bytes
     tail = profile.units[rest[0].start :]
-    resident_bytes = sum(unit.resident_bytes for unit in tail)
-    before = profile.batch_bytes + sum(
-        unit.resident_bytes for unit in profile.units[: first.stop]
-    )
+    before = always_held_bytes(profile, (first,))
+    resident_bytes = always_held_bytes(profile, (first, *rest)) - before
     kept_bytes = updated = 0
     if profile.updates_last:
         kept_bytes = sum(unit.new_gradient_bytes for unit in tail)

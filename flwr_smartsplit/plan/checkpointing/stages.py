@@ -146,11 +146,9 @@ def _with_loss(stage: Stage, loss: StepBytes, alive_bytes: int) -> Stage:
 
 def always_held_bytes(profile: ChainProfile, legs: Sequence[Leg]) -> int:
     """Add up what a device with these segments holds at any moment of a step."""
-    return profile.batch_bytes + sum(
-        unit.resident_bytes
-        for leg in legs
-        for unit in profile.units[leg.start : leg.stop]
-    )
+    units = [index for leg in legs for index in range(leg.start, leg.stop)]
+    held_bytes = sum(profile.units[index].resident_bytes for index in units)
+    return profile.batch_bytes + held_bytes - profile.repeated_bytes(units)
 
 
 def left_from(stages: Sequence[Stage]) -> list[int]:

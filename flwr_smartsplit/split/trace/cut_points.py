@@ -9,7 +9,7 @@ functional and user-written operations.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -202,7 +202,7 @@ def admissible_cuts(
             elif [n.name for n in other.tensors] != [n.name for n in place.tensors]:
                 reason = "evaluation mode needs other tensors after it"
             else:
-                reason = _tied(model, node, other.node)
+                reason = _tied(model, facts, node, other.node)
         if reason is None and other is not None:
             kept.append((place, other))
         else:
@@ -332,20 +332,37 @@ def _sides(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     return nodes[:after], nodes[after:]
 
 
-def _tied(model: nn.Module, *places: fx.Node) -> str | None:
+def _tied(
+    model: nn.Module, facts: Mapping[fx.Node, NodeFacts], *places: fx.Node
+) -> str | None:
     """Say whether a tensor is used on both sides of a place, in either mode."""
     sides = zip(*map(_sides, places), strict=True)
     before, after = (
         {str(used.target) for nodes in side for node in nodes for used in used_by(node)}
         for side in sides
     )
-    return tied(model, before, after)
+    written = {name for fact in facts.values() for name in fact.changed_state}
+    return tied(model, before, after, written=written)
 
 
-def tied(model: nn.Module, before: Iterable[str], after: Iterable[str]) -> str | None:
-    """Say which tensor is used on both sides, by what each uses of the model."""
+def tied(
+    model: nn.Module,
+    before: Iterable[str],
+    after: Iterable[str],
+    *,
+    written: Collection[str],
+) -> str | None:
+    """Say which tensor is used on both sides, by what each uses of the model.
+
+    Frozen parameters that forward does not write may be: each side has them, and they
+    stay the same.
+    """
     first, second = _tensors_of(model, before), _tensors_of(model, after)
-    names = sorted({first[key] for key in first.keys() & second.keys()})
+    named = list(model.named_parameters(remove_duplicate=False))
+    changing = {id(p) for n, p in named if p.requires_grad or n in written}
+    frozen = {id(parameter) for _, parameter in named} - changing
+    both = first.keys() & second.keys() - frozen
+    names = sorted({first[key] for key in both})
     if not names:
         return None
     return f"both sides of it use {', '.join(names)}"

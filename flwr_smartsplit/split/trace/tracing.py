@@ -113,7 +113,7 @@ class _Tracer(fx.Tracer):
         """Say whether ``m`` is one node of the graph."""
         is_leaf = super().is_leaf_module(m, module_qualified_name) or not m._modules
         # A parametrization may write its buffers, without gradients.
-        return is_leaf or is_parametrized(m)
+        return is_leaf or is_parametrized(m) or _is_adapter(m)
 
     def create_args_for_root(
         self,
@@ -132,6 +132,15 @@ class _Tracer(fx.Tracer):
             return root_fn(root, *values)
 
         return call, [self.root, *proxies]
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Say whether this is a layer of peft, around one that it adapts or replaces.
+
+    Their forward branches on settings and dtypes.
+    """
+    is_peft = type(module).__module__.partition(".")[0] == "peft"
+    return is_peft and not {"base_layer", "original_module"}.isdisjoint(module._modules)
 
 
 def input_names(model: nn.Module, inputs: Batch) -> list[str]:

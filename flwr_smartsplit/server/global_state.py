@@ -1,0 +1,62 @@
+"""The global state in two parts: what training cannot change is sent once, by digest.
+
+An edge, and a node that can, keep the frozen part. Whoever has lost it, or has another,
+is sent it again; a digest says so before anything is trained.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from flwr_smartsplit.edge.protocol import State
+from flwr_smartsplit.edge.tensors import (
+    array_digests,
+    digest_of,
+    joined_digest,
+    state_digest,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalState:
+    """A global state, divided by what training can change."""
+
+    changing: State = field(default_factory=dict)
+    frozen: State = field(default_factory=dict)
+    digest: str = ""  # Of all
+    rest: str = ""  # Of the frozen part; "" if there is none
+    frozen_digests: Mapping[str, str] = field(default_factory=dict)  # By name
+
+    @classmethod
+    def of(cls, state: State, changing: Collection[str]) -> Self:
+        """Divide a state by the names that training can change."""
+        mine = {name: array for name, array in state.items() if name in changing}
+        frozen = {name: array for name, array in state.items() if name not in changing}
+        digests = array_digests(frozen)
+        rest = digest_of(digests) if frozen else ""
+        digest = joined_digest(rest, state_digest(mine))
+        return cls(mine, frozen, digest, rest, digests)
+
+
+class KeptByNodes:
+    """What each client's node keeps of the frozen state, as far as its replies say.
+
+    A node that has lost it says so in its reply, and is sent it in the next round.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[str, str]] = {}
+
+    def has(self, client_key: str, wanted: Mapping[str, str]) -> bool:
+        """Say whether a node keeps arrays with these digests, by name."""
+        kept = self._kept.get(client_key, {})
+        return bool(wanted) and wanted.items() <= kept.items()
+
+    def learn(
+        self, client_key: str, sent: Mapping[str, str], reported_digest: str
+    ) -> None:
+        """Note what a reply says of the frozen arrays of its plan."""
+        if sent and reported_digest == digest_of(sent):
+            self._kept[client_key] = {**self._kept.get(client_key, {}), **sent}
+        elif sent:
+            self._kept.pop(client_key, None)
