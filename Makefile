@@ -36,7 +36,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export NO_MKDOCS_2_WARNING = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate test test-all test-matrix lint docs format clean
+.PHONY: help install simulate test test-all test-gpu test-matrix lint docs format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,10 +57,12 @@ test: $(INSTALLED) ## Check everything and run the tests (ARGS="-k edge" goes to
 test-all: $(INSTALLED) ## Check everything and run all tests, the slow ones too
 	@$(call tests,-m "not gpu and not network" $(ARGS))
 
-test-matrix: ## Run the tests on the newest versions there are, in .venv-matrix
-	rm -rf .venv-matrix
-	$(MAKE) install VENV=.venv-matrix PINS=
-	@.venv-matrix/bin/python -m pytest $(PARALLEL) $(ARGS)
+test-matrix: ## Run a short suite on oldest and newest versions (KEEP=1, CORNERS="newest oldest")
+	@$(PYTHON) tests/matrix.py $(ARGS)
+
+test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device, then its figures
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -q -m gpu $(ARGS)
+	$(BIN)/python -m simulations.benchmarks.gpu_steps
 
 lint: $(INSTALLED) ## Check format, style and types
 	$(LINT)
@@ -73,5 +75,5 @@ format: $(INSTALLED) ## Format the code and repair what can be repaired
 	$(BIN)/ruff check --fix
 
 clean: ## Remove .venv, caches and everything that was built or run
-	rm -rf .venv .venv-matrix .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
+	rm -rf .venv .venv-matrix* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

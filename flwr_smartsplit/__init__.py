@@ -5,9 +5,11 @@ that importing the package loads neither Ray nor Flower.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from flwr_smartsplit.edge.hosts.ray import RayEdge as RayEdge
     from flwr_smartsplit.flower.client import (
         SmartSplitNumPyClient as SmartSplitNumPyClient,
@@ -82,6 +84,8 @@ __all__ = sorted(_MODULES)  # noqa: PLE0605 - mypy reads the imports above
 
 def __getattr__(name: str) -> Any:
     """Load a public name when it is first used."""
+    if name == "__version__":
+        return version("flwr-smartsplit")  # What is installed; it stands in one place.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -60,8 +60,8 @@ def test_constraints_are_plain_sorted_and_name_all_that_is_asked_for():
         (lambda text: text + text.splitlines()[-1], "not sorted, or twice"),
         (lambda text: re.sub("torch==.*\n", "", text, count=1), "missing: torch"),
         (
-            lambda text: re.sub("flwr==.*\n", "flwr==1.40.0\n", text),
-            "flwr 1.40.0 is not <1.43,>=1.41",
+            lambda text: re.sub("flwr==.*\n", "flwr==1.39.0\n", text),
+            "flwr 1.39.0 is not <1.43,>=1.40",
         ),
     ],
 )

@@ -43,6 +43,8 @@ class Adapter:
         budget_bytes = self._budget.read(
             step=runner.num_steps, live_bytes=runner.live_bytes
         )
+        if budget_bytes is not None:
+            budget_bytes = max(0, budget_bytes - runner.cap.spare_bytes)
         runner.cap.limit(budget_bytes)
         self._follow(runner, budget_bytes)
         if self._is_at_ease(runner, budget_bytes):

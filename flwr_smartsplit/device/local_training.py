@@ -22,15 +22,14 @@ from flwr_smartsplit.errors import (
 )
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.process import (
-    KERNEL_SLACK_BYTES,
     MemoryGrowth,
-    data_fence,
-    resident_growth,
+    process_fence,
+    process_growth,
 )
 from flwr_smartsplit.profile.example_shapes import example_shapes
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.segment_runner import CPU
 from flwr_smartsplit.train.threads import torch_threads
+from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.types import ClientPlan, Receipt, Shapes, Status, StepReport
 
 Loader = Iterable[tuple[Any, Any]]
@@ -54,7 +53,9 @@ class Conditions:
     # Called before each training step; may move the first cut or recompute more
     between_steps: Callable[[RouteRunner], None] | None = None
     step_seconds: StepSeconds | None = None  # Predicts steps' times; measured if None
-    device: torch.device = CPU
+    device: torch.device = CPU  # Where this client computes
+    # What its cap allows beyond a plan's budget: see ``accelerator_overhead``
+    spare_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("meter_every", "local_epochs"):
@@ -83,7 +84,7 @@ def train_locally(
     start = conditions.clock()
     growth: AbstractContextManager[MemoryGrowth] = nullcontext(MemoryGrowth())
     if conditions.owns_process:
-        growth = resident_growth()
+        growth = process_growth(conditions.device)
     with torch_threads(plan.num_threads), growth as resident:
         runner = _route_runner(plan, conditions, is_trained=True)
         try:
@@ -151,8 +152,9 @@ def _fence(plan: ClientPlan, conditions: Conditions) -> AbstractContextManager[N
     """Limit the process's memory, if it is this client's and there is a budget."""
     extra_bytes = None
     if conditions.owns_process and plan.budget_bytes is not None:
-        extra_bytes = plan.budget_bytes + KERNEL_SLACK_BYTES
-    return data_fence(extra_bytes, client=f"client {plan.client_key}")
+        extra_bytes = plan.budget_bytes + conditions.spare_bytes
+    client = f"client {plan.client_key}"
+    return process_fence(extra_bytes, device=conditions.device, client=client)
 
 
 def _route_runner(
@@ -163,6 +165,8 @@ def _route_runner(
         name=f"client {plan.client_key}",
         mode=conditions.cap_mode,
         every=conditions.meter_every,
+        device=conditions.device,
+        spare_bytes=conditions.spare_bytes,
     )
     return RouteRunner(
         plan,

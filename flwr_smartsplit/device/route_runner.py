@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from flwr_smartsplit.device.cut_mover import CutMover
 from flwr_smartsplit.device.metrics import Metrics
@@ -40,7 +38,8 @@ from flwr_smartsplit.train.micro_batches import (
     num_examples,
 )
 from flwr_smartsplit.train.rng import UnitStreams
-from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
+from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.torch_device import CPU, placed, synchronise
 from flwr_smartsplit.types import (
     KEEP_ALL,
     WHOLE_BATCH,
@@ -74,7 +73,9 @@ class RouteRunner:
         self.timer = timer
         self.metrics = Metrics()
         self.advice: Advice | None = None
-        self.streams = UnitStreams(plan.seed, plan.round_number, plan.client_key)
+        self.streams = UnitStreams(
+            plan.seed, plan.round_number, plan.client_key, device
+        )
         self._is_trained = is_trained
         self._device = device
         self._task = task
@@ -117,6 +118,7 @@ class RouteRunner:
         with self.cap.step((inputs, targets), *self._owners()):
             with self.timer.step(self.route, self.recompute):
                 loss = self._step(inputs, targets)
+                synchronise(self._device)
         self.metrics.count(num_examples(inputs, targets), {"loss": loss})
 
     def evaluate_step(self, inputs: Batch, targets: Any) -> None:
@@ -137,7 +139,7 @@ class RouteRunner:
         """Bytes of this client's tensors now, even if its cap is off."""
         if self.cap.mode is not CapMode.OFF:
             return self.cap.live_bytes
-        meter = MemoryMeter(None)
+        meter = MemoryMeter(device=self._device)
         meter.track(*self._owners())
         return meter.live_bytes
 
@@ -290,7 +292,7 @@ class RouteRunner:
             return
         for runner in self._runners:
             norms = {**norms, **runner.gradient_norms()}
-        self._norm = total_norm(norms, self._chain.model)
+        self._norm = total_norm(norms, self._chain.model, self._device)
         for runner in self._runners:
             runner.update(self._norm)
 
@@ -311,6 +313,8 @@ class RouteRunner:
             segment = materialise(
                 self._chain, leg.start, leg.stop, state, beside=beside
             )
+            if self._device != CPU:
+                segment.to(self._device)
             self.cap.track(segment)
         return self._runner(segment)
 
@@ -328,10 +332,10 @@ class RouteRunner:
         return runner
 
     def _placed(self, inputs: Batch, targets: Any) -> tuple[Batch, Any]:
-        placed: tuple[Batch, Any] = inputs, targets
-        if self._device != CPU:
-            placed = tree_map_only(Tensor, lambda x: x.to(self._device), placed)
-        return placed
+        """Place a batch; labels that an edge needs, and not the device, stay."""
+        is_sent = self._edge is not None and not self.route.returns
+        own_targets = targets if is_sent else placed(targets, self._device)
+        return placed(inputs, self._device), own_targets
 
     def _owners(self) -> list[Any]:
         return [x for each in self._runners for x in (each.segment, each.optimizer)]

@@ -14,7 +14,7 @@ from flwr_smartsplit.edge.codec import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, pack_units
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.split.segment import Boundary
-from flwr_smartsplit.train.segment_runner import CPU
+from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.train.unit_migration import MigratedUnits
 from flwr_smartsplit.types import ClientPlan, Leg, Receipt
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError
-from flwr_smartsplit.train.segment_runner import CPU
+from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.types import RAW, codec_at
 
 
@@ -41,7 +41,7 @@ class Raw:
 
     def decode(self, tensor: WireTensor, device: torch.device) -> Tensor:
         """Copy the bytes."""
-        return tensor.unpack().to(device)
+        return tensor.unpack(device)
 
 
 CODECS: dict[str, Codec] = {RAW: Raw()}

@@ -27,7 +27,8 @@ from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.rng import UnitStreams
-from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
+from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.types import EdgeProfile, Receipt
 
 _UNLIMITED = EdgeProfile(name="")
@@ -141,7 +142,9 @@ class EdgeService:
         return SegmentRunner(
             segment,
             self._task,
-            streams=UnitStreams(opened.seed, opened.round_number, opened.client_key),
+            streams=UnitStreams(
+                opened.seed, opened.round_number, opened.client_key, self._device
+            ),
             config=opened.config,
             is_trained=opened.is_trained,
             steps_in_backward=self._steps_in_backward,

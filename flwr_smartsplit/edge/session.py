@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import EdgeClient
@@ -23,7 +22,8 @@ from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Boundary, as_boundary
 from flwr_smartsplit.train.micro_batches import mean_loss
-from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
+from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.torch_device import CPU, placed
 from flwr_smartsplit.train.unit_migration import Make
 from flwr_smartsplit.types import Advice
 
@@ -138,9 +138,8 @@ class Session:
         return wire.Stepped(values=self.runner.assess(outputs, targets))
 
     def _targets(self, packed: WireTensor | tuple[WireTensor, ...]) -> Any:
-        targets = unpack_targets(packed, like=self.runner.task.example_targets)
-        device = self._inward.device
-        return tree_map_only(Tensor, lambda x: x.to(device), targets)
+        like = self.runner.task.example_targets
+        return placed(unpack_targets(packed, like=like), self._inward.device)
 
     def update(self, norm: float | None) -> None:
         """Do the last step's update, if it waited for the norm of all gradients."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from flwr_smartsplit.split.layout import is_dense, num_spanned
+from flwr_smartsplit.train.torch_device import CPU
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -70,24 +71,30 @@ class WireTensor:
 
     @classmethod
     def pack(cls, tensor: Tensor) -> Self:
-        """Describe a tensor; it is copied only if its memory has gaps."""
-        tensor = tensor.detach().cpu()
+        """Describe a tensor; on the CPU it is copied only if its memory has gaps.
+
+        From an accelerator, the copy goes through pinned memory where there is any.
+        """
+        tensor = tensor.detach()
         has_no_gaps = is_dense(tuple(tensor.shape), tensor.stride())
         values = tensor if has_no_gaps else tensor.contiguous()
         flat = values.as_strided((values.numel(),), (1,))
         return cls(
-            data=flat.view(torch.uint8).numpy(),
+            data=_on_cpu(flat).view(torch.uint8).numpy(),
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
             strides=tuple(tensor.stride()),
         )
 
-    def unpack(self) -> Tensor:
-        """Copy the bytes into a new tensor."""
+    def unpack(self, device: torch.device = CPU) -> Tensor:
+        """Copy the bytes into a new tensor on a device."""
         num_elements = prod(self.shape)
-        flat = torch.empty(num_elements, dtype=DTYPES[self.dtype])
+        dtype, is_pinned = DTYPES[self.dtype], device.type == "cuda"
+        flat = torch.empty(num_elements, dtype=dtype, pin_memory=is_pinned)
         if num_elements:
             flat.view(torch.uint8).numpy()[:] = self.data
+        # Torch reuses pinned memory only after the copy; strides are laid out there.
+        flat = flat.to(device, non_blocking=is_pinned)
         if is_dense(self.shape, self.strides):
             return flat.as_strided(self.shape, self.strides)
         return _spread(flat.view(self.shape), self.strides)
@@ -95,13 +102,25 @@ class WireTensor:
 
 def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Give values the sender's strides, with gaps or repetitions."""
-    result = torch.empty_strided(values.shape, strides, dtype=values.dtype)
+    result = torch.empty_strided(
+        values.shape, strides, dtype=values.dtype, device=values.device
+    )
     target = result
     for dim, stride in enumerate(strides):
         if stride == 0:  # All elements along it share memory; write one.
             target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     target.copy_(values)
     return result
+
+
+def _on_cpu(flat: Tensor) -> Tensor:
+    """Copy values to the CPU; they are there when this returns."""
+    if flat.device.type != "cuda":
+        return flat.cpu()
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    torch.cuda.current_stream(flat.device).synchronize()
+    return host
 
 
 def pack_targets(targets: Any) -> WireTensor | tuple[WireTensor, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy.typing as npt
@@ -45,10 +46,16 @@ from flwr_smartsplit.flower.serde.replies import (
     evaluated,
     reply_to_scalars,
 )
-from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
+from flwr_smartsplit.memory.budget import (
+    MemoryBudget,
+    as_budget,
+    reads_the_machine,
+)
 from flwr_smartsplit.memory.cap import CapMode
+from flwr_smartsplit.profile.accelerator_memory import accelerator_overhead
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.torch_device import CPU, as_device
 from flwr_smartsplit.types import (
     NO_TRAITS,
     ClientPlan,
@@ -101,6 +108,10 @@ class SmartSplitNumPyClient(NumPyClient):
     owns_process : bool
         Whether this client has its process for itself: it then measures the resident
         set too, and the system refuses memory beyond the plan's budget plus 32 MiB.
+    device : str or torch.device
+        Where this client computes: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``,
+        which takes the first GPU that this process sees, and the CPU where it sees
+        none. On CUDA, ``budget_bytes`` is memory of the GPU.
     step_seconds : Callable[[ClientPlan, Route, RecomputePlan], float], optional
         A training step's time on a simulated device; without it, steps are timed.
     seed : int
@@ -127,6 +138,7 @@ class SmartSplitNumPyClient(NumPyClient):
         cap_mode: CapMode | str = CapMode.SAMPLED,
         meter_every: int = 50,
         owns_process: bool = False,
+        device: str | torch.device = CPU,
         step_seconds: StepSeconds | None = None,
         seed: int = 0,
         context: Context | None = None,
@@ -164,6 +176,7 @@ class SmartSplitNumPyClient(NumPyClient):
             local_epochs=self._profile.num_epochs,
             batch_size=self._profile.batch_size,
             owns_process=owns_process,
+            device=_device_of(client_key, device, budget_bytes),
             step_seconds=step_seconds,
         )
 
@@ -171,7 +184,19 @@ class SmartSplitNumPyClient(NumPyClient):
     def profile(self) -> DeviceProfile:
         """The client's profile, with its present budget."""
         budget_bytes = self._budget.read(step=0, live_bytes=0)
+        if budget_bytes is not None:
+            budget_bytes = max(0, budget_bytes - self._spare_bytes)
         return replace(self._profile, budget_bytes=budget_bytes)
+
+    @cached_property
+    def _spare_bytes(self) -> int:
+        """What the strategy may not plan with: an accelerator takes it beyond plans."""
+        if self._conditions.device.type == "cpu":
+            return 0
+        size = self._profile.batch_size
+        return accelerator_overhead(
+            build_chain(self.task), batch_size=size, task=self.task
+        )
 
     def profile_scalars(self) -> Scalars:
         """Write the profile, with the partition that Flower's simulation gives."""
@@ -185,6 +210,8 @@ class SmartSplitNumPyClient(NumPyClient):
         if known is None:
             return Outcome(state={}, receipts=(), report=_not_held(plan))
         conditions = self._conditions
+        if plan.budget_bytes is not None:
+            conditions = replace(conditions, spare_bytes=self._spare_bytes)
         if not _is_stock(plan) and (self._moves or plan.cohort is not None):
             size = self._profile.batch_size
             adapter = Adapter(self._budget, self.task, batch_size=size)
@@ -205,6 +232,8 @@ class SmartSplitNumPyClient(NumPyClient):
             return _not_held(plan)
         size = self._profile.eval_batch_size or self._profile.batch_size
         conditions = replace(self._conditions, batch_size=size)
+        if plan.budget_bytes is not None:
+            conditions = replace(conditions, spare_bytes=self._spare_bytes)
         report = evaluate_locally(plan, known, loader, conditions)
         return self._noted(plan, report)
 
@@ -364,6 +393,17 @@ def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:
         return as_budget(budget_bytes)
     except ValueError as error:
         raise ValueError(f"client {client_key!r}: {error}") from error
+
+
+def _device_of(client_key: str, device: Any, budget: Any) -> torch.device:
+    found = as_device(device)
+    if found.type != "cpu" and reads_the_machine(budget):
+        raise InvalidTask(
+            f"client {client_key!r} computes on {found}, and MemoryBudget.free_memory "
+            "reads the machine's memory: give it "
+            "available_bytes=lambda: torch.cuda.mem_get_info()[0]."
+        )
+    return found
 
 
 def _key_of(client_key: Any) -> str:

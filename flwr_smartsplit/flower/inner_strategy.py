@@ -4,6 +4,7 @@ It keeps its metric functions, sampling numbers, keys and server step. It does n
 merge: the server never has a split client's whole model.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -291,3 +292,19 @@ def _not_kept(strategy: object, what: str) -> SmartSplitError:
         "SmartSplit cannot keep: it chooses clients by Planning(select=...) and gives "
         "each its part of the model, with one config for all."
     )
+
+
+def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:
+    """Refuse to be called by another strategy, such as differential privacy's.
+
+    Such wrappers clip and noise single clients' whole models. The server has none of
+    a split client, so their guarantee would silently not hold.
+    """
+    owner = sys._getframe(2).f_locals.get("self")
+    if isinstance(owner, kinds) and owner is not strategy:
+        raise SmartSplitError(
+            f"{type(owner).__name__} drives {type(strategy).__name__}: strategies that "
+            "wrap others, as for differential privacy, change the whole models of "
+            "single clients, and those are nowhere whole when they are split. Run it "
+            "unwrapped."
+        )

@@ -29,11 +29,12 @@ from flwr_smartsplit.flower.inner_strategy import (
     LEGACY_API,
     legacy_config,
     legacy_sample_size,
+    refuse_wrappers,
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
-from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
+from flwr_smartsplit.flower.round_manager import Phase
 from flwr_smartsplit.flower.serde.records import (
     legacy_scalars,
     plan_to_scalars,

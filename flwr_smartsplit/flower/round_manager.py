@@ -4,7 +4,6 @@ It knows clients by client_key and states by name, whichever of Flower's APIs ca
 them, so the same replies give the same bits.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import INFO, getLogger
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import digest_of
-from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
+from flwr_smartsplit.errors import InvalidTask, RefusedReply
 from flwr_smartsplit.flower.journal.journal import Journal, OnRow
 from flwr_smartsplit.flower.journal.round_log import RoundLog, most_common
 from flwr_smartsplit.flower.observations import cohort_in, observed
@@ -31,7 +30,7 @@ from flwr_smartsplit.flower.round_exchange import (
 )
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
-from flwr_smartsplit.plan.evaluation import forward_only
+from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.selection.selection import select_at_random
@@ -436,7 +435,7 @@ class CentralManager:
         if phase.is_train:
             self._newest, self._forward_only = phase.round_number, frozenset()
             return clients
-        self._forward_only, clients = _evaluating(clients)
+        self._forward_only, clients = evaluating(clients)
         return clients
 
     def _costs(
@@ -496,39 +495,4 @@ class CentralManager:
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
             constraints=self._constraints,
-        )
-
-
-def _evaluating(
-    clients: Mapping[str, DeviceProfile],
-) -> tuple[frozenset[int], dict[str, DeviceProfile]]:
-    """Give clients the batch sizes that they evaluate; list those nobody trains.
-
-    Where clients evaluate batches as large as they train, the price of a training step
-    covers both.
-    """
-    sizes = {
-        c.eval_batch_size for c in clients.values() if c.eval_batch_size is not None
-    }
-    trained = {c.batch_size for c in clients.values() if c.eval_batch_size is None}
-    found = {
-        key: replace(each, batch_size=each.eval_batch_size or each.batch_size)
-        for key, each in clients.items()
-    }
-    return frozenset(sizes - trained), found
-
-
-def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:
-    """Refuse to be called by another strategy, such as differential privacy's.
-
-    Such wrappers clip and noise single clients' whole models. The server has none of
-    a split client, so their guarantee would silently not hold.
-    """
-    owner = sys._getframe(2).f_locals.get("self")
-    if isinstance(owner, kinds) and owner is not strategy:
-        raise SmartSplitError(
-            f"{type(owner).__name__} drives {type(strategy).__name__}: strategies that "
-            "wrap others, as for differential privacy, change the whole models of "
-            "single clients, and those are nowhere whole when they are split. Run it "
-            "unwrapped."
         )

@@ -22,12 +22,13 @@ from flwr_smartsplit.flower.inner_strategy import (
     MESSAGE_API,
     message_config,
     overrides,
+    refuse_wrappers,
     sample_size,
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.round_exchange import Dispatch
-from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
+from flwr_smartsplit.flower.round_manager import Phase
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     message_layout,

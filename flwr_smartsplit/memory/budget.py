@@ -103,6 +103,13 @@ class MemoryBudget(ABC):
         return _FreeMemory(reserved, available_bytes or _machine_available_bytes)
 
 
+def reads_the_machine(budget: Any) -> bool:
+    """Say whether a budget is what the machine has free, whatever the device."""
+    return isinstance(budget, _FreeMemory) and (
+        budget.available_bytes is _machine_available_bytes
+    )
+
+
 def as_budget(value: int | MemoryBudget | None) -> MemoryBudget:
     """Turn bytes, a budget or None into a budget whose ``read`` checks its numbers."""
     if isinstance(value, _Checked):

@@ -49,6 +49,10 @@ class MemoryCap:
     every : int
         A sampled cap meters the first two steps of each kind of batch (shapes, dtypes,
         layouts), then one in so many.
+    device : torch.device, optional
+        Counts the memory of this device only; of all devices by default.
+    spare_bytes : int
+        What the cap allows beyond every budget: see ``accelerator_overhead``.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class MemoryCap:
         name: str = "",
         mode: CapMode | str = CapMode.STRICT,
         every: int = 50,
+        device: torch.device | None = None,
+        spare_bytes: int = 0,
     ) -> None:
         if budget_bytes is not None:
             budget_bytes = whole_bytes(budget_bytes, "budget_bytes")
@@ -65,7 +71,9 @@ class MemoryCap:
             raise ValueError(f"every is {every}: give at least 1.")
         self.mode = CapMode(mode)
         self.every = every
-        self.meter = MemoryMeter(budget_bytes, name=name)
+        self.spare_bytes = spare_bytes
+        self.meter = MemoryMeter(name=name, device=device)
+        self.limit(budget_bytes)
         self._steps_by_kind: dict[tuple[Any, ...], int] = {}
         self._metered_threads: set[int] = set()
 
@@ -86,7 +94,8 @@ class MemoryCap:
 
     def limit(self, budget_bytes: int | None) -> None:
         """Set another cap from now on; None only measures."""
-        self.meter.budget_bytes = budget_bytes
+        spare = self.spare_bytes
+        self.meter.budget_bytes = None if budget_bytes is None else budget_bytes + spare
 
     def start_over(self) -> None:
         """Meter the next steps like the first ones: what is trained has changed."""

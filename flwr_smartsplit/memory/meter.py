@@ -2,7 +2,8 @@
 
 The meter counts each storage once, from the operator that made or first used it until
 its last user is gone. On CPU it agrees with torch's own MemTracker to the byte; under
-fake tensors it predicts a real step. It does not see scratch memory inside an operator.
+fake tensors it predicts a real step. On CUDA it counts whole blocks of 512 bytes, as
+torch's allocator gives them out. It does not see scratch memory inside an operator.
 With a budget it raises right after the operator that exceeded it.
 """
 
@@ -24,6 +25,7 @@ ACTIVATIONS = "activations and temporaries"
 BATCH = "batch"
 BEING_BUILT = "parameters and buffers being built"
 BUILDING = "building"
+CUDA_BLOCK_BYTES = 512
 PARTS = "parts_in_a_dry_run"
 """The attribute in which a fake sparse tensor keeps its parts."""
 
@@ -58,9 +60,10 @@ def unmetered() -> Iterator[None]:
 class _Storage(weakref.ref[Any]):
     """A weak reference to a storage that remembers its size."""
 
-    __slots__ = ("born", "key", "num_bytes")
+    __slots__ = ("born", "key", "num_bytes", "taken_bytes")
     key: int
     num_bytes: int
+    taken_bytes: int
     born: int
 
 
@@ -69,11 +72,19 @@ class MemoryMeter(TorchDispatchMode):
 
     It counts in the threads that enter it. What another thread, a loader or numpy made
     counts from its first use inside. ``budget_bytes`` is the cap; None only measures.
+    With a ``device``, the memory of other devices does not count.
     """
 
-    def __init__(self, budget_bytes: int | None = None, *, name: str = "") -> None:
+    def __init__(
+        self,
+        budget_bytes: int | None = None,
+        *,
+        name: str = "",
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.budget_bytes = budget_bytes
+        self.device = device
         self.name = name
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -126,7 +137,7 @@ class MemoryMeter(TorchDispatchMode):
         totals: dict[str, int] = {}
         for key, storage in list(self._storages.items()):
             kind = kinds.get(key, unnamed)
-            totals[kind] = totals.get(kind, 0) + storage.num_bytes
+            totals[kind] = totals.get(kind, 0) + storage.taken_bytes
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
     def __torch_dispatch__(
@@ -175,21 +186,24 @@ class MemoryMeter(TorchDispatchMode):
             return
         if tensor.is_meta or tensor.layout is not torch.strided:
             return  # It has a size, but no memory of its own.
+        if self.device is not None and tensor.device != self.device:
+            return
         with self._lock:
             known = self._storages.get(key)
             if known is None:
                 known = self._storages[key] = _Storage(storage, self._on_death)
-                known.key, known.num_bytes = key, 0
+                known.key, known.num_bytes, known.taken_bytes = key, 0, 0
                 self._made(known)
-            self._change(known, num_bytes - known.num_bytes)
-            known.num_bytes = num_bytes
+            # The size is kept unrounded: it is compared at each use.
+            self._change(known, _taken(tensor, num_bytes) - known.taken_bytes)
+            known.num_bytes, known.taken_bytes = num_bytes, _taken(tensor, num_bytes)
 
     def _lose(self, storage: _Storage) -> None:
         with self._lock:
             if self._storages.get(storage.key) is storage:
                 del self._storages[storage.key]
                 self._batch.discard(storage.key)
-                self._change(storage, -storage.num_bytes)
+                self._change(storage, -storage.taken_bytes)
 
     def _made(self, storage: _Storage) -> None:
         """Note a new storage; a log numbers it."""
@@ -249,6 +263,13 @@ def _tensors_in(thing: Any) -> Iterator[tuple[str, Tensor]]:
         for leaf in tree_leaves(thing):
             if isinstance(leaf, Tensor):
                 yield BATCH, leaf
+
+
+def _taken(tensor: Tensor, num_bytes: int) -> int:
+    """Size of what the allocator takes for a storage."""
+    if not tensor.is_cuda:
+        return num_bytes
+    return -(-num_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
 
 
 def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -8,8 +8,9 @@ is measured and nothing is refused.
 import errno
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,11 @@ from flwr_smartsplit.types.sizes import parse_size
 # interpreter, what malloc keeps. With malloc told to return free memory, the resident
 # set of whole steps was 10 to 30 MiB above the meter.
 KERNEL_SLACK_BYTES = 32 * 2**20
+
+# The same on CUDA, where the allocator's cache counts: workspaces of cuBLAS and cuDNN,
+# and what remains of the segments of 2 and 20 MiB that blocks are cut from. A guess:
+# no GPU was at hand to measure it.
+CUDA_SLACK_BYTES = 512 * 2**20
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -68,6 +74,67 @@ def resident_growth() -> Iterator[MemoryGrowth]:
             pass  # Not Linux.
         elif peak_bytes > mark_bytes:
             growth.growth_bytes = max(0, peak_bytes - before_bytes)
+
+
+@contextmanager
+def cuda_growth(device: torch.device) -> Iterator[MemoryGrowth]:
+    """Measure the most that this process's tensors on a device grew by inside.
+
+    It is what torch's allocator gave out, with the workspaces of kernels.
+    """
+    growth = MemoryGrowth()
+    torch.cuda.reset_peak_memory_stats(device)
+    before_bytes = torch.cuda.memory_stats(device)["allocated_bytes.all.current"]
+    try:
+        yield growth
+    finally:
+        peak_bytes = torch.cuda.memory_stats(device)["allocated_bytes.all.peak"]
+        growth.growth_bytes = peak_bytes - before_bytes
+
+
+def process_growth(device: torch.device) -> AbstractContextManager[MemoryGrowth]:
+    """Measure what a process takes more where it computes."""
+    return cuda_growth(device) if device.type == "cuda" else resident_growth()
+
+
+def process_fence(
+    budget_bytes: int | None, *, device: torch.device, client: str = ""
+) -> AbstractContextManager[None]:
+    """Let the allocator of a device refuse what is above a budget and a slack."""
+    fence, slack_bytes = data_fence, KERNEL_SLACK_BYTES
+    if device.type == "cuda":
+        fence, slack_bytes = partial(cuda_fence, device), CUDA_SLACK_BYTES
+    extra_bytes = None if budget_bytes is None else budget_bytes + slack_bytes
+    return fence(extra_bytes, client=client)
+
+
+@contextmanager
+def cuda_fence(
+    device: torch.device, extra_bytes: int | None, *, client: str = ""
+) -> Iterator[None]:
+    """Let torch's allocator refuse what it reserves above ``extra_bytes`` more.
+
+    It limits this process's share of the device, and lifts the limit at the end: an
+    earlier limit of the user's is not restored, since torch does not tell it. None sets
+    no fence. Raises MemoryCapExceeded when memory is refused inside.
+    """
+    if extra_bytes is None:
+        yield
+        return
+    torch.cuda.empty_cache()  # What others left in the cache is no one's.
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    start_bytes = torch.cuda.memory_reserved(device)
+    share = min(1.0, (start_bytes + extra_bytes) / total_bytes)
+
+    def grown_bytes() -> int:
+        return torch.cuda.memory_reserved(device) - start_bytes
+
+    with _naming_refusals(client, extra_bytes, grown_bytes):
+        torch.cuda.set_per_process_memory_fraction(share, device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """What a device needs to evaluate a batch: forward only, in the units of a profile."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 
-from flwr_smartsplit.types import ChainProfile, StepBytes, UnitCost
+from flwr_smartsplit.types import ChainProfile, DeviceProfile, StepBytes, UnitCost
 
 
 def forward_only(profile: ChainProfile) -> ChainProfile:
@@ -54,3 +55,22 @@ def _forward_only(unit: UnitCost, peak_bytes: int, return_bytes: int) -> UnitCos
             backward_peak_bytes=peak_bytes, can_rerun=False, is_output_saved=False
         ),
     )
+
+
+def evaluating(
+    clients: Mapping[str, DeviceProfile],
+) -> tuple[frozenset[int], dict[str, DeviceProfile]]:
+    """Give clients the batch sizes that they evaluate; list those nobody trains.
+
+    Where clients evaluate batches as large as they train, the price of a training step
+    covers both.
+    """
+    sizes = {
+        c.eval_batch_size for c in clients.values() if c.eval_batch_size is not None
+    }
+    trained = {c.batch_size for c in clients.values() if c.eval_batch_size is None}
+    found = {
+        key: replace(each, batch_size=each.eval_batch_size or each.batch_size)
+        for key, each in clients.items()
+    }
+    return frozenset(sizes - trained), found

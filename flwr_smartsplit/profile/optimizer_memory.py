@@ -19,11 +19,22 @@ _Signature = tuple[
 
 
 class OptimizerCosts:
-    """Dry runs of a task's optimizer, one per signature of parameters."""
+    """Dry runs of a task's optimizer, one per signature of parameters.
 
-    def __init__(self, task: Task, sparse: Mapping[int, int]) -> None:
+    ``is_at_once`` lets it update all of them at once (``foreach``) wherever torch would
+    on CUDA.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        sparse: Mapping[int, int] | None = None,
+        *,
+        is_at_once: bool = False,
+    ) -> None:
         self._task = task
-        self._sparse = sparse  # Values of sparse gradients, by the parameter's id
+        self._is_at_once = is_at_once
+        self._sparse = sparse or {}  # Values of sparse gradients, by the parameter's id
         self._known: dict[_Signature, tuple[int, int, int]] = {}
 
     def state_bytes(self, parameters: Sequence[Tensor]) -> int:
@@ -106,7 +117,13 @@ class OptimizerCosts:
         return state_bytes, meter.peak_bytes - before - constant_bytes, constant_bytes
 
     def _built(self, parameters: Sequence[Tensor]) -> Optimizer | None:
-        return optimizer_of(self._task, list(nn.ParameterList(parameters)))
+        optimizer = optimizer_of(self._task, list(nn.ParameterList(parameters)))
+        if self._is_at_once and optimizer is not None:
+            for group in optimizer.param_groups:
+                is_open = "foreach" in group and group["foreach"] is None
+                if is_open and not isinstance(group.get("lr"), Tensor):
+                    group["foreach"] = True
+        return optimizer
 
 
 def _gradient(parameter: Tensor, *, num_values: int | None) -> Tensor:

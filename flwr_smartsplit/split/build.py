@@ -49,7 +49,7 @@ def build_chain(task: Task, *, anew: bool = False) -> Chain:
     torch.fx cannot trace the model, and ``InvalidTask`` if it cannot be built in parts
     or refuses the example inputs.
     """
-    with building:
+    with building, unmetered():  # The process keeps it, not the step.
         known = _chains_by_task.get(task)
         if known is None or anew:
             recipe = _recipe(task)

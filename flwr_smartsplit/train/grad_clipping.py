@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.memory.meter import unmetered
+from flwr_smartsplit.train.torch_device import CPU
 
 Norms = Mapping[str, float]
 """The norm of each gradient, by its parameter's name."""
@@ -21,15 +22,20 @@ Norms = Mapping[str, float]
 @unmetered()  # A few scalars.
 def gradient_norms(segment: nn.Module) -> dict[str, float]:
     """Compute the norm of each gradient of a segment."""
-    return {
-        name: float(torch.linalg.vector_norm(parameter.grad))
+    gradients = {
+        name: parameter.grad
         for name, parameter in segment.named_parameters()
         if parameter.grad is not None
     }
+    if all(gradient.is_cpu for gradient in gradients.values()):
+        norms = [torch.linalg.vector_norm(each) for each in gradients.values()]
+    else:  # As torch's own clipping does on accelerators, in other kernels.
+        norms = list(torch._foreach_norm(list(gradients.values())))
+    return {name: float(norm) for name, norm in zip(gradients, norms, strict=True)}
 
 
 @unmetered()
-def total_norm(norms: Norms, model: nn.Module) -> float:
+def total_norm(norms: Norms, model: nn.Module, device: torch.device = CPU) -> float:
     """Compute the norm of all gradients from the norm of each, by parameter name.
 
     Raises ``InvalidTask`` if the parameters have several dtypes, whose norms torch does
@@ -43,7 +49,8 @@ def total_norm(norms: Norms, model: nn.Module) -> float:
             "give them one type, or clip each by its value in a hook of the optimizer."
         )
     ordered = [norms[name] for name, _ in model.named_parameters() if name in norms]
-    return float(torch.linalg.vector_norm(torch.tensor(ordered, dtype=dtypes.pop())))
+    values = torch.tensor(ordered, dtype=dtypes.pop(), device=device)
+    return float(torch.linalg.vector_norm(values))
 
 
 @unmetered()
@@ -51,5 +58,7 @@ def clip_gradients(segment: nn.Module, *, max_norm: float, norm: float) -> None:
     """Scale a segment's gradients in place by the norm of the whole model's."""
     parameters = [p for p in segment.parameters() if p.grad is not None]
     if parameters:
-        dtype = parameters[0].dtype
-        clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm, dtype=dtype))
+        total = torch.tensor(
+            norm, dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        clip_grads_with_norm_(parameters, max_norm, total)

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from flwr_smartsplit.train.torch_device import CPU, generators_of
+
 _generator_lock = threading.RLock()
 _DATA = "data"
 ItemT = TypeVar("ItemT")
@@ -26,16 +28,18 @@ def derived_seed(*parts: int | str) -> int:
 
 
 @contextmanager
-def stream(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, and restore it afterwards."""
-    generator = torch.default_generator
+def stream(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Seed torch's generators for a device, and restore them afterwards."""
+    generators = generators_of(device)
     with _generator_lock:
-        before = generator.get_state()
-        generator.manual_seed(seed)
+        before = [generator.get_state() for generator in generators]
+        for generator in generators:
+            generator.manual_seed(seed)
         try:
             yield
         finally:
-            generator.set_state(before)
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +49,33 @@ class UnitStreams:
     seed: int
     round_number: int
     client_key: str
+    device: torch.device = CPU
 
     def __call__(self, step: int | str, unit: int) -> AbstractContextManager[None]:
         """Open the stream of one unit in one step or micro-batch."""
         return stream(
-            derived_seed(self.seed, self.round_number, self.client_key, step, unit)
+            derived_seed(self.seed, self.round_number, self.client_key, step, unit),
+            self.device,
         )
 
     def batches(self, loader: Iterable[ItemT], epoch: int) -> Iterator[ItemT]:
         """Iterate over a loader with derived shuffling and augmentation.
 
-        The generator runs from the client's own stream while the loader works, and is
-        restored while the batch is used.
+        The generators run from the client's own stream while the loader works, and
+        are restored while the batch is used.
         """
-        generator = torch.default_generator
+        generators = generators_of(self.device)
         seed = derived_seed(self.seed, self.round_number, self.client_key, _DATA, epoch)
-        with stream(seed):
+        with stream(seed, self.device):
             iterator = iter(loader)
-            position = generator.get_state()
+            positions = [generator.get_state() for generator in generators]
         while True:
-            with stream(0):
-                generator.set_state(position)
+            with stream(0, self.device):
+                for generator, position in zip(generators, positions, strict=True):
+                    generator.set_state(position)
                 try:
                     batch = next(iterator)
                 except StopIteration:
                     return
-                position = generator.get_state()
+                positions = [generator.get_state() for generator in generators]
             yield batch

@@ -31,9 +31,9 @@ from flwr_smartsplit.train.optimizer_in_backward import (
     stepping_in_backward,
     steps_one_by_one,
 )
+from flwr_smartsplit.train.torch_device import CPU, function_on, in_this_thread
 from flwr_smartsplit.types import KEEP_ALL, RESERVED_METRICS, WHOLE_BATCH, MicroBatch
 
-CPU = torch.device("cpu")
 Gradients = tuple[Tensor, ...]
 
 
@@ -62,6 +62,8 @@ class SegmentRunner:
         device: torch.device = CPU,
     ) -> None:
         self.segment = segment if device == CPU else segment.to(device)
+        self._loss_fn = function_on(task.loss_fn, device)
+        self._metrics_fn = function_on(task.metrics_fn, device)
         self.device = device
         self.task = task
         self.recompute = KEEP_ALL
@@ -113,7 +115,7 @@ class SegmentRunner:
             raise RuntimeError("backward without forward: the step has no graph.")
         if entry.requires_grad:
             self._receive[:] = [receive]
-            with phase("backward"), self._stepping_in_backward():
+            with phase("backward"), in_this_thread(), self._stepping_in_backward():
                 entry.backward(torch.empty_like(entry))
         del entry
         return self._end()
@@ -133,13 +135,13 @@ class SegmentRunner:
         """
         outputs = self._run(inputs, step, inputs_are_boundary, part)
         with phase("loss"), autocast_of(self.task, self.device):
-            loss = self.task.loss_fn(outputs, targets)
+            loss = self._loss_fn(outputs, targets)
             if loss.untyped_storage().nbytes() > loss.nbytes:
                 # Some losses return a view of the storage of all their terms.
                 loss = loss.clone()
             scaled = loss if part.count == 1 else loss / part.loss_divisor
         del outputs  # The graph holds what backward needs.
-        with phase("backward"), self._stepping_in_backward():
+        with phase("backward"), in_this_thread(), self._stepping_in_backward():
             scaled.backward()
         del scaled
         loss = loss.detach()  # This frees the graph.
@@ -181,9 +183,9 @@ class SegmentRunner:
     def assess(self, outputs: Any, targets: Any) -> dict[str, float]:
         """Compute loss and metrics of the outputs."""
         with autocast_of(self.task, self.device):
-            values = {"loss": float(self.task.loss_fn(outputs, targets))}
-            if self.task.metrics_fn is not None:
-                metrics = self.task.metrics_fn(outputs, targets)
+            values = {"loss": float(self._loss_fn(outputs, targets))}
+            if self._metrics_fn is not None:
+                metrics = self._metrics_fn(outputs, targets)
                 check_metric_names(metrics, RESERVED_METRICS)
                 values |= {name: float(value) for name, value in metrics.items()}
         return values

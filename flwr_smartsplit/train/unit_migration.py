@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
-from flwr_smartsplit.split.build import materialise
+from flwr_smartsplit.split.build import materialise, state_views
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.split.submodules import share
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.segment_runner import CPU, SegmentRunner
+from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.torch_device import placed
 
 State = Mapping[str, npt.NDArray[Any]]
 Make = Callable[[Segment], SegmentRunner]
@@ -60,7 +61,7 @@ def migrated_units(
     return MigratedUnits(
         start=start,
         stop=stop,
-        state={n: t.detach().numpy() for n, t in part.state_dict().items()},
+        state=state_views(part),
         buffers=_changed_buffers(part, chain.model),
         optimizer=states,
         settings={n: s for n, s in _settings(runner).items() if n in names},
@@ -81,10 +82,8 @@ def rebuilt(
     ``make`` builds a runner with this place's task, streams and config, and
     ``num_steps`` are done so far. Of the old runner, between two steps, only the
     gradients are freed. Raises ``RefusedMove`` if the optimizer or schedule cannot be
-    restored exactly, or the units are on an accelerator.
+    restored exactly.
     """
-    if runner.device != CPU:
-        raise RefusedMove(f"units move from CPU to CPU; these are on {runner.device}.")
     runner.release_gradients()
     sources = {name: runner.segment for i in units for name in chain.units[i].reads}
     if arriving is not None:
@@ -145,7 +144,7 @@ def _changed_buffers(part: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     return {
         name: buffer.detach()
         for name, buffer in part.named_buffers(remove_duplicate=False)
-        if name not in saved and not torch.equal(buffer, fresh[name])
+        if name not in saved and not torch.equal(buffer.cpu(), fresh[name])
     }
 
 
@@ -285,4 +284,11 @@ def _give_states(runner: SegmentRunner, states: Mapping[str, Any]) -> None:
             runner.optimizer.state.pop(parameter, None)
             state = states.get(names[id(parameter)])
             if state is not None:
-                runner.optimizer.state[parameter] = state
+                own = {k: _beside(parameter, group, k, v) for k, v in state.items()}
+                runner.optimizer.state[parameter] = own
+
+
+def _beside(parameter: Tensor, group: Mapping[str, Any], key: str, value: Any) -> Any:
+    """Place a value where ``Optimizer.load_state_dict`` would: counters may stay."""
+    is_counter = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return value if is_counter else placed(value, parameter.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flwr_smartsplit.errors import MemoryCapExceeded
 from flwr_smartsplit.memory import meter as meter_module
 from flwr_smartsplit.memory.cap import memory_cap
-from flwr_smartsplit.memory.meter import MemoryMeter, unmetered
+from flwr_smartsplit.memory.meter import ACTIVATIONS, MemoryMeter, unmetered
 from flwr_smartsplit.split.fake_tensors import DryRun
 
 FLOAT = 4
@@ -328,3 +328,27 @@ def test_the_generator_and_the_numbers_do_not_notice_the_meter():
             layer(torch.randn(8, 20)).sum().backward()
             results.append([p.grad for p in layer.parameters()])
     assert all(map(torch.equal, *results))
+
+
+# --- devices --------------------------------------------------------------------------
+
+
+def test_on_cuda_a_storage_counts_in_blocks() -> None:
+    """Fake tensors of CUDA need none: 512 bytes for 4, 1,024 for 516, none for none."""
+    cuda = torch.device("cuda", 0)
+    with DryRun(), MemoryMeter() as meter:
+        kept = [torch.empty(n, dtype=torch.uint8, device=cuda) for n in (4, 516, 0)]
+        assert meter.live_bytes == 512 + 1024
+        kept.pop(0)
+        assert meter.live_bytes == 1024
+        assert meter.bytes_by_kind() == {ACTIVATIONS: 1024}
+
+
+def test_a_meter_of_one_device_counts_no_other() -> None:
+    cuda = torch.device("cuda", 0)
+    with DryRun(), MemoryMeter(device=cuda) as meter:
+        kept = torch.empty(512, dtype=torch.uint8, device=cuda), torch.empty(9)
+    assert (meter.peak_bytes, len(kept)) == (512, 2)
+    with DryRun(), MemoryMeter(device=torch.device("cpu")) as meter:
+        kept = torch.empty(512, dtype=torch.uint8, device=cuda), torch.empty(9)
+    assert (meter.peak_bytes, len(kept)) == (36, 2)

@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,16 @@ from flwr_smartsplit.errors import MemoryCapExceeded
 from flwr_smartsplit.memory import process as process_memory
 from flwr_smartsplit.memory.process import (
     MemoryGrowth,
+    cuda_fence,
+    cuda_growth,
     data_fence,
     process_bytes,
+    process_fence,
     resident_growth,
 )
 
 MIB = 2**20
+CPU = torch.device("cpu")
 SIZE = 64 * MIB
 MARGIN = 24 * MIB  # What else this process may do meanwhile.
 FENCE = 256 * MIB
@@ -249,3 +254,66 @@ def test_a_fence_does_not_loosen_another() -> None:
         error = refused(lambda: bytes_of(2 * FENCE), extra_bytes=2**50)
         assert limits() == outer
     assert error.budget_bytes <= FENCE + MARGIN
+
+
+# --- CUDA -----------------------------------------------------------------------------
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Give this process a device of 1,000 MiB; return the shares it is limited to."""
+    found: list[float] = []
+    facts: dict[str, Any] = {
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda device: SimpleNamespace(
+            total_memory=1000 * MIB
+        ),
+        "memory_reserved": lambda device: 100 * MIB,
+        "set_per_process_memory_fraction": lambda share, device: found.append(share),
+        "reset_peak_memory_stats": lambda device: None,
+    }
+    for name, fact in facts.items():
+        monkeypatch.setattr(torch.cuda, name, fact)
+    return found
+
+
+def test_a_fence_on_cuda_is_a_share_of_the_device_and_is_lifted(
+    shares: list[float],
+) -> None:
+    """It leaves what the process has already, and says what was refused."""
+    refusal = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    with pytest.raises(MemoryCapExceeded, match="client c7") as caught:
+        with cuda_fence(CUDA, 300 * MIB, client="client c7"):
+            assert shares == [0.4]
+            raise refusal
+    assert shares == [0.4, 1.0]
+    assert caught.value.bytes_by_kind["asked for"] == 20 * MIB
+    assert caught.value.budget_bytes == 300 * MIB
+
+
+def test_a_fence_on_cuda_is_never_above_the_device(shares: list[float]) -> None:
+    with cuda_fence(CUDA, 2000 * MIB):
+        assert shares == [1.0]
+    with cuda_fence(CUDA, None):
+        assert shares == [1.0, 1.0]  # None is no fence.
+
+
+def test_a_places_fence_has_the_slack_of_its_device(shares: list[float]) -> None:
+    slack = process_memory.CUDA_SLACK_BYTES
+    with process_fence(188 * MIB, device=CUDA):
+        assert shares == [(100 * MIB + 188 * MIB + slack) / (1000 * MIB)]
+    with process_fence(None, device=CUDA), process_fence(None, device=CPU):
+        assert shares[1:] == [1.0]
+
+
+def test_growth_on_cuda_is_what_its_allocator_gave_out(
+    shares: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del shares
+    stats = {"allocated_bytes.all.current": 5, "allocated_bytes.all.peak": 12}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    with cuda_growth(CUDA) as growth:
+        pass
+    assert growth.growth_bytes == 7

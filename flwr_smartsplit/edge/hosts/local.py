@@ -13,6 +13,7 @@ from flwr_smartsplit.edge.protocol import LocalTransport
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.torch_device import as_device
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
 _edges: dict[str, tuple[EdgeService, BinaryIO]] = {}
@@ -25,23 +26,27 @@ def LocalEdge(
     disk_bytes: int | None = None,
     flops_per_second: float | None = None,
     room_patience_seconds: float = 60.0,
+    device: str = "cpu",
 ) -> Edge:
-    """Describe an edge in this process; see ``EdgeProfile`` and ``Edge``."""
+    """Describe an edge in this process; see ``RayEdge`` for what it takes."""
     profile = EdgeProfile(
         name=name,
         memory_bytes=memory_bytes,
         disk_bytes=disk_bytes,
         flops_per_second=flops_per_second,
     )
-    return Edge(profile, LocalHost(), room_patience_seconds)
+    return Edge(profile, LocalHost(device), room_patience_seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalHost:
     """Run edges in this process; requests are passed as objects."""
 
+    device: str = "cpu"
+
     def start(self, task: Task, profile: EdgeProfile) -> str:
         """Start an edge for one run; return its address."""
+        device = as_device(self.device)
         address, parent = new_address(profile.name), Path(tempfile.gettempdir())
         delete_abandoned(parent)
         folder = parent / f"{PREFIX}{address}"
@@ -52,6 +57,7 @@ class LocalHost:
             incarnation=uuid.uuid4().hex,
             connect=lambda _, address: self.connect(address),
             profile=profile,
+            device=device,
         )
         _edges[address] = (service, lock)
         return address

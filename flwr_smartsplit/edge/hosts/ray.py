@@ -30,6 +30,7 @@ from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.torch_device import as_device
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
 _NAMESPACE = "flwr_smartsplit"
@@ -50,6 +51,8 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
     disk_bytes: int | None = None,
     flops_per_second: float | None = None,
     resources: Mapping[str, float] | None = None,
+    device: str = "cpu",
+    num_gpus: float = 0,
     room_patience_seconds: float = 600.0,
     patience_seconds: float = 60.0,
     timeout_seconds: float = 600.0,
@@ -74,6 +77,12 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
     resources : Mapping[str, float], optional
         Custom Ray resources that the actor needs, such as ``{"berlin": 0.001}``; it
         runs on a machine that has them.
+    device : str
+        Where its segments train: ``"cpu"`` or ``"cuda"``.
+    num_gpus : float
+        The share of one GPU that the actor takes from Ray, at most 1. Ray shows an
+        actor without a share no GPU. A share is not a limit of memory:
+        ``memory_bytes`` is.
     room_patience_seconds : float
         How long a client waits while the edge is full.
     patience_seconds : float
@@ -96,6 +105,8 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
         max_concurrency=max_concurrency,
         spill_dir=spill_dir,
         resources=resources,
+        device=device,
+        num_gpus=num_gpus,
         patience_seconds=patience_seconds,
         timeout_seconds=timeout_seconds,
     )
@@ -109,8 +120,23 @@ class RayHost:
     max_concurrency: int = 8
     spill_dir: str | None = None
     resources: Mapping[str, float] | None = None
+    device: str = "cpu"
+    num_gpus: float = 0
     patience_seconds: float = 60.0
     timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_gpus <= 1:
+            raise ValueError(
+                f"num_gpus is {self.num_gpus}: an edge computes on one device; give 0 "
+                "to 1, and one edge for each GPU."
+            )
+        if (self.num_gpus > 0) != (self.device != "cpu"):
+            raise ValueError(
+                f"device={self.device!r} with num_gpus={self.num_gpus}: Ray shows an "
+                "edge only the GPU that it has a share of; give both, such as "
+                "device='cuda', num_gpus=0.5, or neither."
+            )
 
     def start(self, task: Task, profile: EdgeProfile) -> str:
         """Start the actor for one run; return its name.
@@ -134,6 +160,7 @@ class RayHost:
             name=address,
             namespace=_NAMESPACE,
             num_cpus=0,
+            num_gpus=self.num_gpus,
             resources=resources,
             max_restarts=-1,
             max_concurrency=self.max_concurrency,
@@ -145,7 +172,8 @@ class RayHost:
             folder = ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
         except RayError as error:
             self.stop(address)
-            asked = f" It asks for {resources} of one machine." if resources else ""
+            needs = resources | ({"GPU": self.num_gpus} if self.num_gpus else {})
+            asked = f" It asks for {needs} of one machine." if needs else ""
             raise EdgeUnreachable(
                 f"edge {profile.name!r} cannot start: {error}{asked}"
             ) from error
@@ -237,6 +265,7 @@ class _EdgeActor:
     def __init__(
         self, task: Task, address: str, profile: EdgeProfile, host: RayHost
     ) -> None:
+        device = as_device(host.device)
         self._folder = _folder(host.spill_dir, address)
         delete_abandoned(self._folder.parent)
         self._lock = claim(self._folder)
@@ -246,6 +275,7 @@ class _EdgeActor:
             incarnation=uuid.uuid4().hex,
             connect=lambda _, address: host.connect(address),
             profile=profile,
+            device=device,
         )
 
     def ready(self) -> Path:

@@ -1,0 +1,138 @@
+"""Run a short suite on the corners of the versions that are supported.
+
+``make test-matrix`` runs it; only the standard library is needed. Each corner gets an
+environment of its own, of about 6.5 GB, one after the other; it is deleted afterwards
+unless ``KEEP=1``. ``CORNERS="newest oldest"`` runs some of them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SUITE = (
+    "tests/test_simulation.py",
+    "tests/test_equivalence.py",
+    "tests/flower/test_client_app.py",
+    "tests/flower/test_strategy.py",
+    "tests/flower/test_legacy_strategy.py",
+    "tests/split/test_chain.py",
+    "tests/split/test_build.py",
+    "tests/profile/test_profile.py",
+    "tests/memory/test_meter.py",
+    "tests/train",
+    "tests/edge/test_tensors.py",
+    "tests/edge/hosts/test_ray.py",
+    "tests/contracts/test_hosts.py",
+    "tests/test_packaging.py",
+)
+TOOLS = ("pytest>=9", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-learn>=1.5")
+_NEEDED_BYTES = 9 * 10**9
+
+
+@dataclass(frozen=True)
+class Corner:
+    """An interpreter, and the versions to take; the newest of what is not named."""
+
+    name: str
+    python: str
+    pins: tuple[str, ...] = ()
+
+
+OLD_FLWR = ("flwr==1.40.0",)
+OLD_TORCH = ("torch==2.9.0", "torchvision==0.24.0")
+CORNERS = (
+    Corner("oldest", "3.11", (*OLD_FLWR, *OLD_TORCH)),
+    Corner("newest", "3.13"),
+    Corner("old-flwr", "3.12", OLD_FLWR),
+    Corner("old-torch", "3.13", OLD_TORCH),
+)
+
+
+def interpreter(version: str) -> str | None:
+    """Find a Python of a version, on the path or among pyenv's."""
+    roots = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = sorted(roots.glob(f"{version}.*/bin/python{version}"))
+    if found:
+        return str(found[-1])
+    return shutil.which(f"python{version}")
+
+
+def run(*command: str | Path, log: Path) -> bool:
+    """Run a command into a log; return whether it succeeded."""
+    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    return done.returncode == 0
+
+
+def outcome(corner: Corner) -> str:
+    """Build a corner's environment and run the suite in it; say how it went."""
+    python = interpreter(corner.python)
+    if python is None:
+        return f"skipped: no Python {corner.python} here"
+    if shutil.disk_usage(ROOT).free < _NEEDED_BYTES:
+        return "skipped: less than 9 GB of free disk"
+    folder = ROOT / f".venv-matrix-{corner.name}"
+    log = ROOT / "out" / f"matrix-{corner.name}.log"
+    log.parent.mkdir(exist_ok=True)
+    log.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        if not run(python, "-m", "venv", folder, log=log):
+            return f"no environment, see {log}"
+        own = folder / "bin" / "python"
+        install = (own, "-m", "pip", "install", "--quiet", "--editable", ".")
+        if not run(*install, *TOOLS, *corner.pins, log=log):
+            return f"not installed, see {log}"
+        found = versions(own)
+        if not run(own, "-m", "pytest", "-q", *SUITE, *sys.argv[1:], log=log):
+            return f"FAILED with {found}, see {log}"
+        (*_, last) = log.read_text().splitlines()
+        return f"passed with {found}: {last}"
+    finally:
+        if os.environ.get("KEEP") != "1":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def versions(python: Path) -> str:
+    """Say which versions an environment has."""
+    names = ("flwr", "torch", "torchvision", "ray", "numpy")
+    code = (
+        "import sys, importlib.metadata as m; "
+        "print('Python', sys.version.split()[0], *"
+        f"[n + ' ' + m.version(n) for n in {names!r}], sep=', ')"
+    )
+    done = subprocess.run(
+        [python, "-c", code], check=False, capture_output=True, text=True
+    )
+    return done.stdout.strip() or done.stderr.strip()
+
+
+def main() -> int:
+    """Run the corners; return 1 if one failed or none could run."""
+    names = os.environ.get("CORNERS", "").split() or [each.name for each in CORNERS]
+    outcomes = {}
+    for corner in CORNERS:
+        if corner.name in names:
+            outcomes[corner.name] = outcome(corner)
+            line = f"{corner.name}: {outcomes[corner.name]}\n"
+            sys.stdout.write(line)
+            sys.stdout.flush()
+    bad = [each for each in outcomes.values() if not each.startswith("passed")]
+    failed = [each for each in bad if not each.startswith("skipped")]
+    return int(bool(failed) or len(bad) == len(outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
