@@ -210,7 +210,7 @@ def test_a_model_of_timm_gets_the_smallest_images_that_it_takes(small_timm, name
     """Some are built for a size, others take any from some size on."""
     found = run_case(replace(CASE, model=name, library="timm"))
     assert timm_models.task_of_model(name, "sgd").example_inputs.shape[-1] == 64
-    assert (found.kind, found.num_cuts, found.shortfalls) == ("exact", 2, [])
+    assert (found.kind, found.num_cuts, found.shortfalls) == ("exact", 3, [])
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
