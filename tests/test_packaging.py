@@ -29,6 +29,7 @@ PROMISED = {
     "tensorboard": ("flwr_smartsplit.flower.journal.row_callbacks", "tensorboard"),
     "wandb": ("flwr_smartsplit.flower.journal.row_callbacks", "wandb"),
     "huggingface": ("flwr_smartsplit.split.huggingface", "transformers"),
+    "peft": ("flwr_smartsplit.split.huggingface", "peft"),
 }
 FOR_THE_CHECKOUT = {"simulations", "docs", "dev"}  # What they are for is in no wheel.
 DRIVER = '''

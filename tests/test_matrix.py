@@ -1,0 +1,35 @@
+"""The matrix of versions names each corner that fails, and fails with it."""
+
+import pytest
+
+from tests import matrix
+
+
+@pytest.mark.parametrize(
+    ("results", "expected", "status"),
+    [
+        (["passed: 7", "passed: 7"], "one: passed: 7", 0),
+        (["passed: 7", "FAILED with 3.13"], "failed: two", 1),
+        (["not installed", "passed: 7"], "failed: one", 1),
+        (["skipped: no Python", "passed: 7"], "one: skipped: no Python", 0),
+        (["skipped: no Python", "skipped: no disk"], "two: skipped: no disk", 1),
+    ],
+)
+def test_a_corner_that_fails_is_named(monkeypatch, capsys, results, expected, status):
+    monkeypatch.delenv("CORNERS", raising=False)
+    corners = [matrix.Corner(name, "3.11") for name in ("one", "two")]
+    left = iter(results)
+    monkeypatch.setattr(matrix, "CORNERS", corners)
+    monkeypatch.setattr(matrix, "outcome", lambda corner: next(left))
+    assert matrix.main() == status
+    assert expected in capsys.readouterr().out
+
+
+def test_an_unknown_corner_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("CORNERS", "newest oldets")
+    assert matrix.main() == 1
+    assert capsys.readouterr().out.startswith("no corner oldets; there is oldest,")
+
+
+def test_the_suite_exists():
+    assert [file for file in matrix.SUITE if not (matrix.ROOT / file).exists()] == []
