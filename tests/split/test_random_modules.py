@@ -23,6 +23,7 @@ from flwr_smartsplit.split.trace import cut_points as cuttable
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.types import Route
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
+from flwr_smartsplit.verify.guard import route_trials
 from tests import random_containers as made
 from tests import random_operations as ops
 from tests.random_containers import Part, Steps
@@ -56,7 +57,10 @@ class Verdict:
 
 
 def judged(model: RandomModel) -> Verdict:
-    """Check every cut of a model, and its memory where that is predicted."""
+    """Check every cut of a model, and its memory where that is predicted.
+
+    Each cut is also trained with recomputation, and moved after a step.
+    """
     task = model.task
     problems: list[str] = []
     try:
@@ -67,6 +71,9 @@ def judged(model: RandomModel) -> Verdict:
                 route = Route.split(cut) if cut else Route.whole()
                 found = checker.check(route)
                 problems += [f"{route}: {text}" for text in found.differences]
+                for trial in route_trials(profile, route):
+                    differences = trial.run(checker).differences
+                    problems += [f"{trial}: {text}" for text in differences]
                 predicted = predicted_peak_bytes(profile, route)
                 measured = found.measured_peak_bytes
                 if measured != predicted and not model.features & UNPREDICTED:
