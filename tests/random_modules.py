@@ -106,6 +106,7 @@ ANYWHERE: dict[str, list[Part]] = {
         Op(ops.noisy, knows_mode=True),
         Op(ops.masked, knows_mode=True),
     ],
+    "noisy activation": [nn.RReLU, partial(nn.RReLU, inplace=True)],
     "other operations by mode": [Op(ops.other_by_mode, knows_mode=True)],
     "memory order": [Op(ops.moved_round), Op(ops.reversed_order)],
     "other dtype": [
