@@ -43,6 +43,14 @@ class InvalidTask(SmartSplitError):
     """The task's functions or examples do not fit together."""
 
 
+class NotExact(SmartSplitError):
+    """The chain does not train as the stock module does, so nothing is trained."""
+
+    unit: str  # That differs first; empty if none stands out
+    tensor: str
+    trial: str  # Route, recomputation and move that show it
+
+
 class NoFeasibleRoute(SmartSplitError):
     """No route fits the budget: more memory or a smaller batch would help.
 

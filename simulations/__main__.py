@@ -31,6 +31,7 @@ from simulations.studies.study import StudyOptions, chosen_cases
 from simulations.studies.suites import MEASUREMENTS, SINGLE_CLAIMS, STUDIES, SUITES
 
 DIFFERS, MISUSE, INTERRUPTED = 1, 2, 130
+_NO_STUDY = {"data", "model", "models", "seed", "library", "sample"}
 
 Run = Callable[[Path, bool], bool]
 """``run(folder, verbose)`` runs a suite and returns False if it was interrupted."""
@@ -75,6 +76,10 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
     models: Annotated[
         str | None, _option("Suites without rounds: some models, with commas.")
     ] = None,
+    library: Annotated[
+        str | None, _option("zoo: torchvision (if not given), timm or transformers.")
+    ] = None,
+    sample: Annotated[int | None, _option("zoo: how many models of it.")] = None,
     cases: Annotated[
         str | None, _option("Suites of cases: some of them, with commas.")
     ] = None,
@@ -159,7 +164,7 @@ def _prepared(suite: str, given: dict[str, Any]) -> Run:
 
 def _study(suite: str, given: dict[str, Any]) -> Run:
     """Make a study of several cases and seeds ready to run."""
-    _refuse(suite, given, {"data", "model", "models", "seed"} & set(given))
+    _refuse(suite, given, _NO_STUDY & set(given))
     options = StudyOptions(
         is_small="small" in given,
         cases=_names(given["cases"]) if "cases" in given else None,
@@ -180,11 +185,13 @@ def _study(suite: str, given: dict[str, Any]) -> Run:
 
 def _measurement(suite: str, given: dict[str, Any]) -> Run:
     """Make a measurement ready to run; it measures models, and has no rounds."""
-    _refuse(suite, given, set(given) - {"models", "small", "seed", "workers"})
+    _refuse(suite, given, set(given) - MEASUREMENTS[suite].options)
     models = given.get("models")
     options = MeasurementOptions(
         models=None if models is None else _names(models),
         is_small="small" in given,
+        library=given.get("library"),
+        num_models=given.get("sample"),
         seed=given.get("seed", 0),
         num_workers=given.get("workers", 1),
         provenance=_provenance(),
@@ -202,7 +209,9 @@ def _experiment(suite: str, given: dict[str, Any]) -> Run:
     data = given.get("data", "digits")
     data = str(Path(data).resolve()) if data.endswith(".npz") else data
     experiment = SUITES[suite](data)
-    _refuse(suite, given, {"models", "cases", "seeds"} & set(given))
+    _refuse(
+        suite, given, {"models", "cases", "seeds", "library", "sample"} & set(given)
+    )
     changes = _changes(given)
     if "methods" in given:
         changes["methods"] = _method_names(given["methods"])

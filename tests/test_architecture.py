@@ -60,6 +60,7 @@ ORDER = (
     "errors",
     "types",
     "task",
+    "task_digest",
     "memory",
     "split",
     "train",

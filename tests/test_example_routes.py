@@ -71,7 +71,7 @@ def routes_by_round(journal: Path) -> list[dict[str, str | None]]:
     "example",
     [
         "multi_hop",
-        "lora_language_model",
+        pytest.param("lora_language_model", marks=pytest.mark.slow),
         pytest.param("own_model", marks=pytest.mark.slow),
         pytest.param("segmentation", marks=pytest.mark.slow),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flwr_smartsplit import proximal
-from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from tests.flower.apps import (
     message_app,
     run,
@@ -100,8 +100,10 @@ def test_learning_rate_that_nobody_sends() -> None:
     """The error names what is missing and what there is."""
     task = replace(TASK, schedule_fn=lower_rate)
     clients = [message_app(index, task=task) for index in range(2)]
-    made = run(clients, smart_split(EDGES, task=task, seed=0), num_rounds=1)
-    cause = made.strategy.failures[0].cause
+    strategy = smart_split(EDGES, task=task, seed=0)
+    with pytest.raises(SmartSplitError, match="nobody's training was merged"):
+        run(clients, strategy, num_rounds=1)
+    cause = strategy.failures[0].cause
     assert "schedule_fn reads 'lr' from the round's config" in cause
     assert "which has ['server-round']" in cause
 
@@ -127,9 +129,8 @@ def test_learning_rate_by_metric() -> None:
     """No place knows the metric."""
     task = replace(TASK, schedule_fn=plateau)
     clients = [message_app(index, task=task) for index in range(2)]
-    made = run(clients, smart_split(EDGES, task=task, seed=0), num_rounds=1)
-    assert made.kinds() == [("c0", "failed"), ("c1", "failed")]
-    assert "needs no metric" in made.strategy.failures[0].cause
+    with pytest.raises(SmartSplitError, match=r"2 x .* needs no metric"):
+        run(clients, smart_split(EDGES, task=task, seed=0), num_rounds=1)
 
 
 def test_class_weights() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from flwr_smartsplit.errors import SmartSplitError
 from tests.flower.apps import message_app, run, smart_split
 from tests.support import EDGES, check_every_kind, check_runs
 from tests.tasks import NUM_CLASSES, TASK, tiny_cnn
@@ -267,9 +268,9 @@ def test_targets_other_than_the_examples() -> None:
     """The error says what the loader yields and what the task has."""
     task = replace(TASK, loss_fn=energy, example_targets=None, metrics_fn=None)
     clients = [message_app(index, task=task) for index in range(2)]
-    made = run(clients, smart_split(EDGES, task=task), num_rounds=1)
-    assert made.kinds() == [("c0", "failed"), ("c1", "failed")]
-    cause = made.strategy.failures[0].cause
+    with pytest.raises(SmartSplitError, match="2 x ") as raised:
+        run(clients, smart_split(EDGES, task=task), num_rounds=1)
+    cause = str(raised.value)
     assert "yields targets in a Tensor" in cause
     assert "example_targets are None" in cause
 

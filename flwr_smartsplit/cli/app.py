@@ -29,7 +29,7 @@ from flwr_smartsplit.errors import NoFeasiblePlan, SmartSplitError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from flwr_smartsplit.cli.check_report import RouteResult
+    from flwr_smartsplit.cli.check_report import CheckReport
     from flwr_smartsplit.cli.subject import Subject
 
 DIFFERENT = INFEASIBLE = 1
@@ -193,10 +193,7 @@ def check(
         subject = _subject(model, input_shape, batch_size, optimizer)
         num_units = len(subject.profile.units)
         chosen = choose_cuts(cuts, num_units=num_units, rng=Random(seed))
-        results = _check(subject, chosen, seed=seed, tolerance=tolerance)
-        from flwr_smartsplit.cli.check_report import CheckReport
-
-        report = CheckReport(subject=subject, seed=seed, results=results)
+        report = _check(subject, chosen, seed=seed, tolerance=tolerance)
         _print(report.as_json() if as_json else report.for_people())
     if not report.is_good:
         raise typer.Exit(DIFFERENT)
@@ -234,9 +231,13 @@ def _subject(
 
 def _check(
     subject: "Subject", cuts: tuple[int, ...], *, seed: int, tolerance: float
-) -> "list[RouteResult]":
-    """Check the routes, with a progress bar on stderr."""
-    from flwr_smartsplit.cli.check_report import check_routes, trained_checker
+) -> "CheckReport":
+    """Check the routes, with a progress bar on stderr; then a merge."""
+    from flwr_smartsplit.cli.check_report import (
+        CheckReport,
+        check_routes,
+        trained_checker,
+    )
 
     bar = _bar()
     with redirect_stdout(sys.stderr), _waiting("training the stock model"):
@@ -245,7 +246,13 @@ def _check(
     total = len(cuts) + 1
     # Closed, or an interruption would leave the edge's folder behind.
     with closing(found), redirect_stdout(sys.stderr), bar:
-        return list(bar.track(found, total=total, description="routes"))
+        results = list(bar.track(found, total=total, description="routes"))
+    return CheckReport(
+        subject=subject,
+        seed=seed,
+        results=results,
+        merge_differences=checker.merge_differences(),
+    )
 
 
 def _bar() -> Progress:

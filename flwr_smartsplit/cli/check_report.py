@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import RenderableType
@@ -13,6 +13,7 @@ from flwr_smartsplit.errors import InvalidTask, SmartSplitError, bytes_text
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.types import Route
 from flwr_smartsplit.verify.equivalence import CutCheck, RouteChecker, example_batches
+from flwr_smartsplit.verify.guard import route_trials
 
 _LEFT = ("route", "after", "numbers")
 
@@ -68,17 +69,21 @@ class CheckReport:
     subject: Subject
     seed: int
     results: Sequence[RouteResult]
+    merge_differences: Sequence[str]
 
     @property
     def is_good(self) -> bool:
         """Whether nothing differs anywhere."""
-        return all(result.is_exact and result.is_predicted for result in self.results)
+        return not self.merge_differences and all(
+            result.is_exact and result.is_predicted for result in self.results
+        )
 
     def as_json(self) -> str:
         """Write everything as one JSON object."""
         facts = self.subject.facts() | {
             "seed": self.seed,
             "is_good": self.is_good,
+            "merge_differences": list(self.merge_differences),
             "routes": [result.facts() for result in self.results],
         }
         return json.dumps(facts)
@@ -91,7 +96,7 @@ class CheckReport:
             table.add_row(
                 str(check.route),
                 self.subject.last_unit(check.route) if check.route.cuts else "",
-                _differences_text(check.differences),
+                _text(check.differences),
                 bytes_text(result.predicted_peak_bytes),
                 bytes_text(check.measured_peak_bytes),
                 "unknown" if error is None else f"{error:.2g}",
@@ -103,7 +108,8 @@ class CheckReport:
             f"{exact} of {num} {'route' if num == 1 else 'routes'} gave the stock "
             f"model's numbers to the last bit; {predicted} of {num} predictions hold."
         )
-        return self.subject.page(table, summary, self.subject.no_cut_reason)
+        merged = f"Two clients merged, loaded into it: {_text(self.merge_differences)}."
+        return self.subject.page(table, summary, merged, self.subject.no_cut_reason)
 
 
 def trained_checker(subject: Subject, *, seed: int) -> RouteChecker:
@@ -127,13 +133,23 @@ def check_routes(
     with checker:
         for route in (Route.whole(), *map(Route.split, cuts)):
             yield RouteResult(
-                check=checker.check(route),
+                check=_checked(subject, route, checker),
                 predicted_peak_bytes=predicted_peak_bytes(subject.profile, route),
                 tolerance=tolerance,
             )
 
 
-def _differences_text(differences: Sequence[str]) -> str:
+def _checked(subject: Subject, route: Route, checker: RouteChecker) -> CutCheck:
+    """Check a route as it is; then with recomputation, and with a cut that moves."""
+    check = checker.check(route)
+    differences = [*check.differences]
+    for trial in route_trials(subject.profile, route):
+        found = trial.run(checker).differences
+        differences += [f"{trial.change()}: {each}" for each in found]
+    return replace(check, differences=tuple(differences))
+
+
+def _text(differences: Sequence[str]) -> str:
     if not differences:
         return "exact"
     first = " ".join(differences[0].split())

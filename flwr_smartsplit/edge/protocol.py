@@ -40,6 +40,7 @@ class Held:
 
     incarnation: str
     is_held: bool
+    task_digest: str = ""  # Of the task that the edge trains
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,18 @@ class HoldState(Request[Held]):
     digest: str
     state: State
     rest: str = ""  # The digest of a held state that has all other names
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What an edge's task is made of, by field; see ``task_facts``."""
+
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DescribeTask(Request[Described]):
+    """Ask for the parts of a task whose digest differs."""
 
 
 @dataclass(frozen=True, slots=True)

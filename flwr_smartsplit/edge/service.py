@@ -5,7 +5,7 @@ and frees its memory; ``Commit`` merges exactly the sealed tails that the strate
 names. Until then, no client can affect another one, or the global model.
 """
 
-from functools import partial, singledispatchmethod
+from functools import cached_property, partial, singledispatchmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from flwr_smartsplit.split.build import build_chain, materialise
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Segment
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.task_digest.facts import facts_digest, task_facts
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.train.torch_device import CPU
@@ -153,7 +154,17 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.IsHeld) -> wire.Held:
-        return wire.Held(self._incarnation, self._store.holds(request.digest))
+        digest = facts_digest(self._facts)
+        return wire.Held(self._incarnation, self._store.holds(request.digest), digest)
+
+    @_answer.register
+    def _(self, request: wire.DescribeTask) -> wire.Described:
+        del request
+        return wire.Described(self._facts)
+
+    @cached_property
+    def _facts(self) -> dict[str, str]:
+        return task_facts(self._task, self._chain.model)
 
     @_answer.register
     def _(self, request: wire.HoldState) -> wire.Held:

@@ -1,9 +1,10 @@
 """SplitStrategy: what ``SmartSplit`` and ``LegacySmartSplit`` share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import SmartSplitError
@@ -27,6 +28,8 @@ from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Failure, RoundPlan
 from flwr_smartsplit.types.sizes import whole
+from flwr_smartsplit.verify.guard import Guard
+from flwr_smartsplit.verify.start import StartChecks
 
 StrategyT = TypeVar("StrategyT")
 
@@ -50,10 +53,16 @@ class SplitStrategy(Generic[StrategyT]):
         journal: str | Path | None = DEFAULT_JOURNAL,
         on_row: Sequence[OnRow] = (),
         between_rounds: BetweenRounds | None = None,
+        verify: Literal["once", "always", False] = "once",
     ) -> None:
+        if verify not in {"once", "always", False}:
+            raise ValueError(f'verify is {verify!r}: give "once", "always" or False.')
         self.strategy: StrategyT = self._api.base() if strategy is None else strategy
         check_strategy(self.strategy, self._api)
         check_proximal(self.strategy, task)
+        recompute = planning.constraints.recompute
+        guard = Guard(mode=verify or "off", may_recompute=recompute)
+        self._start = StartChecks(task, guard)
         settings = Settings(
             planning=planning,
             mixing=mixing,
@@ -112,9 +121,24 @@ class SplitStrategy(Generic[StrategyT]):
         rounds.write_failures(failures, phase.round_number, phase="profile")
         if failures and not clients:
             raise SmartSplitError(
-                f"none of {asked} says who it is; the first: {failures[0].cause}"
+                f"none of {asked} can take part; the first: {failures[0].cause}"
             )
         profiles = {key: client.profile for key, client in clients.items()}
         dispatch = self._central.begin(phase, state, profiles)
         dispatch.contacts = clients
+        if phase.is_train:
+            self._verify(dispatch)
+        told: dict[str, Any] = {
+            "task_digest": self._start.digest,
+            "verify": self._start.mode,
+        }
+        for key, sent in dispatch.sent.items():
+            dispatch.sent[key] = replace(sent, plan=replace(sent.plan, **told))
         return dispatch
+
+    def _verify(self, dispatch: Dispatch) -> None:
+        """Compare the chain with the stock module before anything is trained."""
+        for sent in dispatch.sent.values():
+            if sent.profile is not None:
+                self._start.verify(sent.profile, sent.plan.config)
+                return

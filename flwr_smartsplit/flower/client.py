@@ -1,6 +1,6 @@
 """SmartSplitNumPyClient: the on-device manager as a Flower ``NumPyClient``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.client import NumPyClient
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from flwr_smartsplit.device.budget_adapter import Adapter
@@ -36,6 +37,7 @@ from flwr_smartsplit.flower.serde.records import (
     Scalar,
     Scalars,
     config_values,
+    facts_to_scalars,
     from_array_record,
     plan_from_config,
     profile_to_scalars,
@@ -53,8 +55,10 @@ from flwr_smartsplit.memory.budget import (
 )
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.profile.accelerator_memory import accelerator_overhead
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.task_digest.facts import all_facts, facts_digest, task_facts
 from flwr_smartsplit.train.torch_device import CPU, as_device
 from flwr_smartsplit.types import (
     NO_TRAITS,
@@ -66,6 +70,7 @@ from flwr_smartsplit.types import (
     StepReport,
 )
 from flwr_smartsplit.types.sizes import plain, whole
+from flwr_smartsplit.verify.guard import Guard
 
 _WEIGHT = "num-examples"
 _LOCAL = "smartsplit.local"
@@ -199,13 +204,15 @@ class SmartSplitNumPyClient(NumPyClient):
         )
 
     def profile_scalars(self) -> Scalars:
-        """Write the profile, with the partition that Flower's simulation gives."""
+        """Write profile and task, with the partition that Flower's simulation gives."""
         config = {} if self.context is None else self.context.node_config
         partition = {name: n for name, n in config.items() if name == PARTITION}
-        return {**profile_to_scalars(self.profile), **partition}
+        told = facts_to_scalars(self._facts(all_facts))
+        return {**profile_to_scalars(self.profile), **partition, **told}
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
+        self._check_task(plan)
         known = self._known(plan, state)
         if known is None:
             return Outcome(state={}, receipts=(), report=_not_held(plan))
@@ -227,6 +234,7 @@ class SmartSplitNumPyClient(NumPyClient):
     def test(self, plan: ClientPlan, state: Arrays) -> StepReport:
         """Do this client's part of an evaluation round."""
         loader = self.train_loader if self.eval_loader is None else self.eval_loader
+        self._check_digest(plan)
         known = self._known(plan, state)
         if known is None:
             return _not_held(plan)
@@ -294,6 +302,39 @@ class SmartSplitNumPyClient(NumPyClient):
             return names
         kept = set(frozen_names(plan, build_chain(self.task)))
         return tuple(name for name in names if name not in kept)
+
+    # --- the same task everywhere, and an exact one --------------------------------
+
+    def _facts(
+        self, describe: Callable[[Task, nn.Module], dict[str, str]] = task_facts
+    ) -> dict[str, str]:
+        return describe(self.task, build_chain(self.task).model)
+
+    def _check_digest(self, plan: ClientPlan) -> None:
+        """Refuse a plan for another task: this process may have started anew."""
+        if plan.task_digest and plan.task_digest != facts_digest(self._facts()):
+            raise InvalidTask(
+                f"client {plan.client_key!r}: its task is no longer the one that it "
+                "compared with the strategy's. Start the run again with one code "
+                "everywhere."
+            )
+
+    def _check_task(self, plan: ClientPlan) -> None:
+        """Refuse another task, and one whose chain is not exact on this device."""
+        self._check_digest(plan)
+        guard = Guard(
+            mode=plan.verify,
+            place=f"client {plan.client_key!r}",
+            is_client=True,
+            may_recompute=plan.constraints.recompute,
+            budget_bytes=self.profile.budget_bytes,
+        )
+        size = self._profile.batch_size
+        guard.verify(
+            self.task,
+            lambda: profile_of(self.task, batch_size=size),
+            config=plan.config,
+        )
 
     # --- what stays on the device --------------------------------------------------
 

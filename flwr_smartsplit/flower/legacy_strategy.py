@@ -72,7 +72,10 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
 
     def _set_up(self, profile_timeout_seconds: float) -> None:
         self._names = tuple(self._central.chain.model.state_dict())
-        self._fleet = LegacyFleet(timeout_seconds=profile_timeout_seconds)
+        self._fleet = LegacyFleet(
+            timeout_seconds=profile_timeout_seconds,
+            compare=self._start.require_same,
+        )
         self.close = weakref.finalize(self, self._central.close)
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 Flower's ids are random in every run, so everything else goes by client_key.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,13 +13,14 @@ from flwr.common import GetPropertiesIns
 from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp import Grid
 
-from flwr_smartsplit.errors import RefusedReply
+from flwr_smartsplit.errors import RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.round_exchange import Dispatch
 from flwr_smartsplit.flower.serde.records import (
     LEGACY,
     PARTITION,
     RecordLayout,
     config_of,
+    facts_from_scalars,
     last_line,
     profile_from_content,
     profile_from_scalars,
@@ -28,6 +29,9 @@ from flwr_smartsplit.flower.serde.records import (
 from flwr_smartsplit.types import DeviceProfile, Failure
 
 _MOST_AT_ONCE = 32
+
+CompareTask = Callable[[Mapping[str, str], str], None]
+"""Raises if a client, of this key, has another task than the strategy's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,15 @@ class Fleet(_Doubts):
     Nodes that do not understand ``layout`` are asked as ``NumPyClient`` apps.
     """
 
-    def __init__(self, layout: RecordLayout, *, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        layout: RecordLayout,
+        *,
+        timeout_seconds: float,
+        compare: CompareTask | None = None,
+    ) -> None:
         super().__init__()
+        self._compare = compare
         self._layouts = [layout, LEGACY]
         self._num_requests = 0
         self._timeout_seconds = timeout_seconds
@@ -136,7 +147,10 @@ class Fleet(_Doubts):
             if reply.has_error():
                 raise RefusedReply(last_line(reply.error.reason), kind="failed")
             profile = profile_from_content(reply.content)
-        except RefusedReply as error:
+            if self._compare is not None:
+                facts = facts_from_scalars(config_of(reply.content))
+                self._compare(facts, profile.client_key)
+        except SmartSplitError as error:
             causes[node].append(f"asked as {layout.name}: {error}")
             return
         partition = config_of(reply.content).get(PARTITION)
@@ -173,8 +187,11 @@ ClientT = TypeVar("ClientT", Member, LegacyClient)
 class LegacyFleet(_Doubts):
     """Ask each new client for its profile, and remember the answer."""
 
-    def __init__(self, *, timeout_seconds: float) -> None:
+    def __init__(
+        self, *, timeout_seconds: float, compare: CompareTask | None = None
+    ) -> None:
         super().__init__()
+        self._compare = compare
         self._timeout_seconds = timeout_seconds
         self._profiles: dict[str, DeviceProfile] = {}
         self._answered: dict[str, int] = {}
@@ -213,9 +230,13 @@ class LegacyFleet(_Doubts):
             answer = proxy.get_properties(
                 GetPropertiesIns({}), timeout=self._timeout_seconds, group_id=None
             )
-            self._profiles[proxy.cid] = profile_from_scalars(answer.properties)
+            profile = profile_from_scalars(answer.properties)
+            if self._compare is not None:
+                facts = facts_from_scalars(answer.properties)
+                self._compare(facts, profile.client_key)
+            self._profiles[proxy.cid] = profile
             self._answered[proxy.cid] = self._num_requests
-        except RefusedReply as error:
+        except SmartSplitError as error:
             cause = str(error)
         except Exception as error:  # Anything a client's process can raise.
             cause = reason_of(error)

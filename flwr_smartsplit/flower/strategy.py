@@ -74,6 +74,10 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         Called with each of these lines, such as ``TensorBoardRows(folder)``.
     between_rounds : Callable[[int, state, RoundSummary], state or None], optional
         Called after each training round; a state that it returns replaces the round's.
+    verify : "once", "always" or False
+        Before a task is first trained, train two steps beside the stock module, and
+        raise ``NotExact`` at any difference: once per task, version and machine; in
+        every run; or never. Clients that can hold the whole model do so, too.
 
     References
     ----------
@@ -87,7 +91,11 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
     def _set_up(self, profile_timeout_seconds: float) -> None:
         keys = self.strategy.arrayrecord_key, self.strategy.configrecord_key
         layout = message_layout(*keys)
-        self._fleet = Fleet(layout, timeout_seconds=profile_timeout_seconds)
+        self._fleet = Fleet(
+            layout,
+            timeout_seconds=profile_timeout_seconds,
+            compare=self._start.require_same,
+        )
 
     def summary(self) -> None:
         """Log the strategy's settings in Flower's format."""

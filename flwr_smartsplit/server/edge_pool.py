@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 from flwr_smartsplit.edge import protocol as wire
@@ -10,7 +11,13 @@ from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.task_digest.facts import (
+    facts_digest,
+    require_same_task,
+    task_facts,
+)
 from flwr_smartsplit.types import EdgeProfile, Failure
 
 
@@ -124,10 +131,22 @@ class EdgePool:
     def _send_state(self, link: _Link, parts: Mapping[str, State]) -> None:
         """Send what the edge does not hold: the rest, if any, and then the state."""
         *rest, digest = parts
-        if not _asked(link, wire.IsHeld(digest)).is_held:
+        held = _asked(link, wire.IsHeld(digest))
+        self._compare_task(link, held.task_digest)
+        if not held.is_held:
             for each in rest:
                 self._send_state(link, {each: parts[each]})
             _asked(link, wire.HoldState(digest, parts[digest], *rest))
+
+    def _compare_task(self, link: _Link, digest: str) -> None:
+        """Raise ``InvalidTask`` if the edge builds another task than this process."""
+        if digest != facts_digest(self._facts):
+            found = _asked(link, wire.DescribeTask()).facts
+            require_same_task(found, self._facts, whose=f"edge {link.address!r}")
+
+    @cached_property
+    def _facts(self) -> dict[str, str]:
+        return task_facts(self._task, build_chain(self._task).model)
 
     def _drop(self, name: str) -> None:
         """Stop an edge, if it was started, and keep its byte count."""

@@ -8,6 +8,7 @@ import dis
 import hashlib
 import sys
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -64,10 +65,9 @@ class Describer:
         if isinstance(value, list | tuple | set | frozenset):
             items = [self(item) for item in value]
             return sorted(map(repr, items)) if isinstance(value, set) else items
-        if isinstance(value, partial):
-            return "partial", *map(self, (value.func, value.args, value.keywords))
-        if isinstance(value, MethodType):
-            return "method", self(value.__func__), self(value.__self__)
+        wrapped = _wrapped(value)
+        if wrapped:
+            return type(value).__name__, *map(self, wrapped)
         if isinstance(value, FunctionType):
             return self._function(value)
         if isinstance(value, Tensor):
@@ -118,6 +118,20 @@ class Describer:
             or isinstance(value, _PLAIN)
         ]
         return kind.__module__, kind.__qualname__, methods
+
+
+def _wrapped(value: Any) -> tuple[Any, ...]:
+    """Return what a value is a thin wrapper of, if it is one."""
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, staticmethod | classmethod):
+        return (value.__func__,)
+    if isinstance(value, property):
+        return value.fget, value.fset, value.fdel
+    # A recurrent layer has some to its parameters.
+    return (value(),) if isinstance(value, weakref.ref) else ()
 
 
 def _content(cell: Any) -> Any:

@@ -301,6 +301,15 @@ def _parts_of(model: nn.Module, table: Mapping[str, _Parts], caller: str) -> _Pa
     return table[name]
 
 
+def units_advice(model: nn.Module) -> str:
+    """Say how to list the units of a model that cannot be traced."""
+    name, tables = type(model).__name__, {"encoder": _ENCODERS, "decoder": _DECODERS}
+    found = [kind for kind, table in tables.items() if name in table]
+    if found:
+        return f"give Task(units_fn={found[0]}_units) of {__name__}"
+    return "list its units by hand, with Chain.from_units and Task(units_fn=...)"
+
+
 def _without_peft(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the name and the model that a model of peft has its adapters in.
 

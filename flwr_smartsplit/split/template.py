@@ -9,6 +9,7 @@ import hashlib
 import random
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -302,7 +303,7 @@ class _Findings:
             for name, value in {**vars(module), **unsaved}.items():
                 if name not in ("training", "_parameters", "_buffers", "_modules"):
                     self._where = f"{prefix}.{name}".lstrip(".")
-                    facts.append((self._where, self._describe(value)))
+                    facts.append((self._where, self._describe(_unnumbered(value))))
         facts += [
             (name, (*layout_of(tensor), tensor.requires_grad))
             for name, tensor in _named(model)
@@ -386,6 +387,14 @@ class _Findings:
                 f"{type(self.model).__name__} cannot be built in parts: "
                 f"{problems[0]}.{more}"
             )
+
+
+def _unnumbered(value: Any) -> Any:
+    """Drop the numbers of a module's hooks: torch counts all that it ever had."""
+    is_numbered = isinstance(value, OrderedDict) and all(
+        isinstance(key, int) for key in value
+    )
+    return [*value.values()] if is_numbered else value
 
 
 def _digest(fact: Any) -> str:

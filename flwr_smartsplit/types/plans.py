@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 from flwr_smartsplit.types.advice import Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
@@ -13,6 +13,9 @@ from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits
 from flwr_smartsplit.types.options import RouteOption
 from flwr_smartsplit.types.routes import Route
 from flwr_smartsplit.types.variants import WHOLE, Variant
+
+Verify = Literal["once", "always", "off"]
+"""How often a task's chain is compared with its stock module before it is trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,8 @@ class ClientPlan:
     importance: float = 0.0  # after its last round; 0 if unknown
     num_examples: int = 0  # as far as the strategy knows
     attempt: int = 0  # how often it was asked before; each opens its own sessions
+    task_digest: str = ""  # of the strategy's task, which is the client's, too
+    verify: Verify = "once"  # compare chain and stock module before training
 
     def __post_init__(self) -> None:
         is_known = self.num_examples >= 1 and 0 <= self.importance < inf

@@ -8,10 +8,12 @@ the bytes of the wire, and everything is compared to the last bit.
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -24,20 +26,29 @@ from flwr_smartsplit.device.local_training import (
     evaluate_locally,
     train_locally,
 )
+from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.memory.meter import unmetered
-from flwr_smartsplit.split.build import build_chain, state_of
+from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.split.fake_tensors import rows_of_targets
 from flwr_smartsplit.split.segment import Batch
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.optimizer_in_backward import one_by_one
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.threads import torch_threads
-from flwr_smartsplit.types import ClientPlan, Route, Status
-from flwr_smartsplit.verify.reference import Batches, train_stock
+from flwr_smartsplit.types import KEEP_ALL, ClientPlan, RecomputePlan, Route, Status
+from flwr_smartsplit.verify.merging import merge_differences
+from flwr_smartsplit.verify.reference import (
+    Batches,
+    call,
+    first_draws,
+    seeded_draws,
+    train_stock,
+)
 
 State = Mapping[str, npt.NDArray[Any]]
 
@@ -63,9 +74,21 @@ class RouteChecker:
     batches of one size, so that the optimizer's state counts.
     """
 
-    def __init__(self, task: Task, batches: Batches) -> None:
+    def __init__(
+        self,
+        task: Task,
+        batches: Batches,
+        *,
+        cap_mode: CapMode = CapMode.STRICT,
+        config: Mapping[str, Any] | None = None,
+        ends: Batches | None = None,
+    ) -> None:
         self.chain = build_chain(task)
         self._batches = batches
+        # To evaluate; the last batch may be smaller.
+        self._ends = (batches[0], batches[-1]) if ends is None else ends
+        self._cap_mode = cap_mode
+        self._config = dict(config or {})
         self._gradients = _GradientLog(task.optimizer_fn)
         self._outputs = _OutputLog(task.loss_fn)
         self._task = replace(task, optimizer_fn=self._gradients, loss_fn=self._outputs)
@@ -81,12 +104,23 @@ class RouteChecker:
                 batches,
                 chain=self.chain,
                 streams=UnitStreams(_SEED, _ROUND, _CLIENT),
+                config=self._config,
+                ends=self._ends,
             )
         self._true_gradients = self._gradients.take(_names([model], model))
         self._true_outputs = self._outputs.take()
         self._final = state_of(model)
         self._edge = LocalEdge()
         self._address = ""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether training the stock model left its loss and state finite."""
+        became_infinite = (
+            np.isfinite(self._state[name]).all() and not np.isfinite(array).all()
+            for name, array in self._final.items()
+        )
+        return math.isfinite(self._truth.train_loss) and not any(became_infinite)
 
     def __enter__(self) -> Self:
         self._address = self._edge.start(self._task)
@@ -100,8 +134,21 @@ class RouteChecker:
     def __exit__(self, *_: object) -> None:
         self._edge.stop(self._address)
 
-    def check(self, route: Route) -> CutCheck:
-        """Train and evaluate along one route, and compare with the stock model."""
+    def check(
+        self,
+        route: Route,
+        *,
+        recompute: tuple[RecomputePlan, RecomputePlan] = (KEEP_ALL, KEEP_ALL),
+        move_to: int | None = None,
+        is_evaluated: bool = True,
+    ) -> CutCheck:
+        """Train and evaluate along one route, and compare with the stock model.
+
+        ``recompute`` has the plan of the first step and that of all others. Between the
+        two, the first cut moves to ``move_to``, unless an exact move is refused.
+        """
+        self._changes = _Changes(recompute[1], move_to)
+        self._is_evaluated = is_evaluated
         plan = ClientPlan(
             client_key=_CLIENT,
             round_number=_ROUND,
@@ -109,6 +156,8 @@ class RouteChecker:
             seed=_SEED,
             state_digest=self._digest,
             edge_addresses=dict.fromkeys(route.edges(), self._address),
+            recompute=recompute[0],
+            config=self._config,
         )
         differences: list[str] = []
         peak_bytes = 0
@@ -122,52 +171,106 @@ class RouteChecker:
         self._send(wire.Release(_ROUND, self._digest))
         return CutCheck(route, tuple(differences), measured_peak_bytes=peak_bytes)
 
+    def merge_differences(self) -> list[str]:
+        """Merge a trained client and an untrained one, and load the result."""
+        return merge_differences(self._task.model_fn(), self._state, self._final)
+
+    def first_difference(self) -> tuple[str, str]:
+        """Name the unit and the value that first differ in one forward of all units.
+
+        Looks at what enters and leaves each module that has no others inside.
+        """
+        inputs, streams = self._batches[0][0], UnitStreams(_SEED, _ROUND, _CLIENT)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            stock = self._task.model_fn().train()
+            segment = materialise(self.chain, 0, len(self.chain), self._state).train()
+            firsts = first_draws(self.chain, inputs)
+            draws = seeded_draws(firsts, streams, 0) if firsts else nullcontext()
+            with _Listener(stock, stock) as wanted, draws:
+                call(stock, tree_map(torch.clone, inputs))
+            with _Listener(segment, stock) as found:
+                segment(tree_map(torch.clone, inputs), streams=streams)
+        for one, other in zip(wanted, found, strict=False):
+            if one != other:
+                unit = self._unit_of(one[0]) or self._unit_of(other[0])
+                if one[0] != other[0]:
+                    return unit, f"{one[0]}, where {other[0]} runs"
+                which = "input" if one[1] != other[1] else "output"
+                return unit, f"the {which} of {one[0]}"
+        return self.chain.unit_names[-1], "what follows the last module"
+
+    def _unit_of(self, module: str) -> str:
+        """Name the unit that reads a module."""
+        for unit in self.chain.units:
+            if any(f"{module}.".startswith(f"{name}.") for name in unit.reads):
+                return unit.name
+        return ""
+
     def _run(self, plan: ClientPlan, differences: list[str]) -> Outcome:
         """Train and evaluate; add what differs to the list."""
         size = len(self.chain)
-        # The order in which their optimizers are made.
-        legs = (*plan.route.device_legs(size), *plan.route.edge_legs(size))
         state = {
             name: self._state[name]
             for leg in plan.route.device_legs(size)
             for name in self.chain.state_names(leg.start, leg.stop)
         }
         conditions = Conditions(
-            task=self._task, connect=self._connect, cap_mode=CapMode.STRICT
+            task=self._task,
+            connect=self._connect,
+            cap_mode=self._cap_mode,
+            between_steps=self._changes,
         )
         outcome = train_locally(plan, state, self._fresh(self._batches), conditions)
         report = outcome.report
         if report.status is not Status.OK:
             differences.append(f"training ends with: {report.message}")
             return outcome
-        segments = [self.chain.segment(leg.start, leg.stop) for leg in legs]
-        gradients = self._gradients.take(_names(segments, self.chain.model))
+        gradients = self._gradients.take(*self._owners(plan.route))
         differences += _differing(self._true_gradients, gradients)
         differences += _loss_differences("loss", report.loss, self._truth.train_loss)
         differences += self._state_differences(outcome)
-        # The last batch may be smaller.
-        ends = self._fresh((self._batches[0], self._batches[-1]))
+        if not self._is_evaluated:
+            return outcome
+        ends = self._fresh(self._ends)
         loss = evaluate_locally(plan, state, ends, conditions).loss
         differences += _loss_differences("evaluation loss", loss, self._truth.eval_loss)
         if self._outputs.take() != self._true_outputs:
             differences.append("evaluation outputs")
         return outcome
 
+    def _owners(self, route: Route) -> tuple[list[list[str]], list[int]]:
+        """Name the parameters of each optimizer in the order in which they were made.
+
+        Returns also the number of the first step that each one takes.
+        """
+        size, moved_to = len(self.chain), self._changes.moved_to
+        legs = [*route.device_legs(size), *route.edge_legs(size)]
+        first_steps = [0] * len(legs)
+        if moved_to is not None:
+            moved = route.with_first_cut(moved_to)
+            new = [moved.device_legs(size)[0], moved.edge_legs(size)[0]]
+            # The side that gives units up asks for the other's last.
+            legs += new if moved_to < route.cuts[0] else reversed(new)
+            first_steps += [1, 1]
+        segments = [self.chain.segment(leg.start, leg.stop) for leg in legs]
+        owners = _names(segments, self.chain.model)
+        return owners, [
+            n for n, s in zip(first_steps, segments, strict=True) if _trained(s)
+        ]
+
     def _state_differences(self, outcome: Outcome) -> list[str]:
         """Compare the final state; fetch an edge's tail if its digest differs."""
-        found = dict(outcome.state)
-        elsewhere: set[str] = set()
+        # State that no unit uses is at no place; training must not change it.
+        found = {**self._state, **outcome.state}
         for receipt in outcome.receipts:
             tail = {name: self._final[name] for name in receipt.names}
-            elsewhere |= tail.keys()
             if state_digest(tail) != receipt.digest:
                 entry = wire.Entry(receipt.session, receipt.digest, 1)
                 sums = self._send(wire.Commit(_ROUND, (entry,))).sums
-                found |= {n: sums[n].mean(self._final[n].dtype) for n in tail}
-        # State that no unit uses is at no place; training must not change it.
-        unused = self._final.keys() - found.keys() - elsewhere
-        first = self.chain.first_names
-        found |= {n: self._state[n] for n in unused if first[n] == n}
+                tail = {n: sums[n].mean(self._final[n].dtype) for n in tail}
+            found |= tail
+        found = self.chain.with_aliases(found)
         return [
             f"state {name}"
             for name, values in found.items()
@@ -240,13 +343,19 @@ class _GradientLog:
         optimizer.register_step_pre_hook(one_by_one(write))
         return optimizer
 
-    def take(self, owners: Sequence[Sequence[str]]) -> dict[str, str]:
-        """Name the digests by each optimizer's parameters; return them, start over."""
+    def take(
+        self, owners: Sequence[Sequence[str]], first_steps: Sequence[int] = (0,)
+    ) -> dict[str, str]:
+        """Name the digests by each optimizer's parameters; return them, start over.
+
+        Optimizers beyond ``owners`` are those of a move that was refused.
+        """
+        taken_here = self._taken[: len(owners)]
         named = {
             f"gradient {name} of step {step}": digest
-            for names, taken in zip(owners, self._taken, strict=True)
+            for names, taken, first in zip(owners, taken_here, first_steps, strict=True)
             for name, digests in zip(names, taken, strict=True)
-            for step, digest in enumerate(digests)
+            for step, digest in enumerate(digests, start=first)
         }
         self.clear()
         return named
@@ -262,11 +371,29 @@ def _names(segments: Sequence[nn.Module], model: nn.Module) -> list[list[str]]:
     A tied parameter has several names; the model's first one counts.
     """
     known = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners = (
-        [known[id(p)] for p in segment.parameters() if p.requires_grad]
-        for segment in segments
-    )
+    owners = ([known[id(p)] for p in _trained(segment)] for segment in segments)
     return [names for names in owners if names]
+
+
+def _trained(segment: nn.Module) -> list[nn.Parameter]:
+    return [p for p in segment.parameters() if p.requires_grad]
+
+
+class _Changes:
+    """Change the plan and move the first cut between the first two steps."""
+
+    def __init__(self, recompute: RecomputePlan, move_to: int | None) -> None:
+        self.moved_to: int | None = None
+        self._recompute, self._move_to = recompute, move_to
+
+    def __call__(self, runner: RouteRunner) -> None:
+        if runner.num_steps != 1:
+            return
+        runner.replan(self._recompute)
+        if self._move_to is not None:
+            with suppress(RefusedMove):  # Nothing was changed, and nothing is wrong.
+                runner.move(self._move_to)
+                self.moved_to = self._move_to
 
 
 class _OutputLog:
@@ -300,6 +427,30 @@ def _digest(tensor: Tensor) -> str:
 
 def _bits(values: npt.NDArray[Any]) -> tuple[str, tuple[int, ...], bytes]:
     return values.dtype.str, values.shape, values.tobytes()
+
+
+class _Listener(ExitStack):
+    """List digests of what enters and leaves each inner module of ``named``."""
+
+    def __init__(self, model: nn.Module, named: nn.Module) -> None:
+        super().__init__()
+        self._found: list[tuple[str, list[str], list[str]]] = []
+        inner = {name for name, m in named.named_modules() if not any(m.children())}
+        for name, module in model.named_modules():
+            if name in inner:
+                hook = module.register_forward_hook(partial(self._look, name))
+                self.callback(hook.remove)
+
+    def __iter__(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        return iter(self._found)
+
+    def _look(self, name: str, module: nn.Module, given: Any, value: Any) -> None:
+        del module
+        self._found.append((name, _digests(given), _digests(value)))
+
+
+def _digests(values: Any) -> list[str]:
+    return [_digest(x) for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def _loss_differences(name: str, found: float, expected: float) -> list[str]:

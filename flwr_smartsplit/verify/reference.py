@@ -45,15 +45,17 @@ class Truth:
     train_loss: float
 
 
-def train_stock(
+def train_stock(  # noqa: PLR0913 - what is trained, and how
     model: nn.Module,
     task: Task,
     batches: Batches,
     *,
     chain: Chain,
     streams: UnitStreams,
+    config: Mapping[str, Any] | None = None,
+    ends: Batches,
 ) -> Truth:
-    """Evaluate the module, then train it in place, in a plain loop.
+    """Evaluate the module on ``ends``, then train it in place, in a plain loop.
 
     ``chain`` says which unit draws how many random numbers, ``streams`` from which
     stream.
@@ -61,21 +63,21 @@ def train_stock(
     autocast: AbstractContextManager[Any] = nullcontext()
     if task.autocast_dtype is not None:
         autocast = torch.autocast("cpu", task.autocast_dtype)
-    # A copy: a forward may count its calls in a buffer.
-    eval_loss = _evaluated(copy.deepcopy(model), task, batches, autocast)
+    # A copy: it may change its state in evaluation, too.
+    eval_loss = _evaluated(copy.deepcopy(model), task, ends, autocast)
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
-    scheduler = scheduler_of(optimizer, task, {})
-    firsts = _first_draws(chain, batches[0][0])
+    scheduler = scheduler_of(optimizer, task, config or {})
+    firsts = first_draws(chain, batches[0][0])
     losses: list[tuple[float, int]] = []
     for step, batch in enumerate(map(_copied, batches)):
         optimizer.zero_grad()
         parts = []
         for part, (inputs, targets) in micro_batches(batch, task.accumulate):
-            draws = _seeded_draws(firsts, streams, part.in_step(step))
+            draws = seeded_draws(firsts, streams, part.in_step(step))
             with autocast:
                 with draws if firsts else nullcontext():
-                    outputs = _call(model, inputs)
+                    outputs = call(model, inputs)
                 loss = task.loss_fn(outputs, targets)
             (loss / part.loss_divisor if part.count > 1 else loss).backward()
             parts.append((float(loss.detach()), num_examples(inputs, targets)))
@@ -94,23 +96,24 @@ def _evaluated(
     batches: Batches,
     autocast: AbstractContextManager[Any],
 ) -> float:
-    """Evaluate the first and the last batch, before anything is trained."""
+    """Evaluate some batches, before anything is trained."""
     model.eval()
     with torch.no_grad(), autocast:
         return _mean_loss(
-            (task.loss_fn(_call(model, inputs), targets), num_examples(inputs, targets))
-            for batch in map(_copied, (batches[0], batches[-1]))
+            (task.loss_fn(call(model, inputs), targets), num_examples(inputs, targets))
+            for batch in map(_copied, batches)
             for _, (inputs, targets) in micro_batches(batch, task.accumulate)
         )
 
 
 def _copied(batch: tuple[Batch, Any]) -> tuple[Batch, Any]:
     """Copy a batch: a model may write into it."""
-    copy: tuple[Batch, Any] = tree_map_only(Tensor, torch.clone, batch)
-    return copy
+    copied: tuple[Batch, Any] = tree_map_only(Tensor, torch.clone, batch)
+    return copied
 
 
-def _call(model: nn.Module, inputs: Batch) -> Any:
+def call(model: nn.Module, inputs: Batch) -> Any:
+    """Call a module with a batch."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -145,7 +148,7 @@ class _OnDraw(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _seeded_draws(
+def seeded_draws(
     firsts: Mapping[int, int], streams: UnitStreams, step: int | str
 ) -> _OnDraw:
     """Let the stock model draw the numbers of its units: seed where each one begins."""
@@ -160,7 +163,7 @@ def _seeded_draws(
 
 
 @warnings_ignored()
-def _first_draws(chain: Chain, inputs: Batch) -> dict[int, int]:
+def first_draws(chain: Chain, inputs: Batch) -> dict[int, int]:
     """Find the number of each unit's first draw among all draws of a forward."""
     mode, draws = DryRun(), _OnDraw(lambda _: None)
     segment = fake_copy(chain.segment(0, len(chain)), mode).train()

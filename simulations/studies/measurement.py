@@ -41,6 +41,8 @@ class MeasurementOptions:
     models: tuple[str, ...] | None = None  # Some of its models; all if None
     is_small: bool = False  # Whether a quick look is enough
     seed: int = 0  # Root of all chance
+    library: str | None = None  # Where the models come from, if one can choose
+    num_models: int | None = None  # How many of them; the suite's own number if None
     num_workers: int = 1  # Processes, where the items are measured in their own
     provenance: Provenance  # Which program on which machine; stored with the results
 
@@ -74,6 +76,7 @@ class Measurement:
     items_fn: Callable[[MeasurementOptions], list[Item]]  # The quickest first
     report_fn: Callable[[list[Row]], Report]  # Makes the report of the rows
     figures_fn: Callable[[list[Row]], dict[str, Row]]  # For ``--json``, by name
+    options: frozenset[str] = frozenset({"models", "small", "seed", "workers"})
     in_processes: bool = False  # Each item in its own: what it leaves harms no other
 
     def run(self, folder: Path, options: MeasurementOptions) -> bool:

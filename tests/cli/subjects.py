@@ -94,7 +94,7 @@ class Branching(nn.Module):
 
     def forward(self, x):
         x = self.first(x)
-        return self.last(x.relu() if x.shape[0] < 100 else x)
+        return self.last(x.relu() if range(x.shape[0]) else x)
 
 
 class LooksAtValues(Branching):

@@ -15,6 +15,7 @@ from flwr_smartsplit.cli import app as module
 from flwr_smartsplit.cli import subject
 from flwr_smartsplit.cli.app import app
 from flwr_smartsplit.cli.specs import task_of
+from flwr_smartsplit.edge.hosts import local
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.profile.task_profiles import profile_of
@@ -249,8 +250,8 @@ def test_a_seed_draws_other_batches_and_cuts(monkeypatch):
 def test_a_changed_number_is_found_and_ends_with_1(monkeypatch):
     unpack = WireTensor.unpack
 
-    def bent(self):
-        tensor = unpack(self)
+    def bent(self, *device):
+        tensor = unpack(self, *device)
         if tensor.is_floating_point():
             tensor.view(-1)[0] *= 1 + 1e-6
         return tensor
@@ -299,10 +300,8 @@ def test_a_model_without_cuts_is_checked_whole(name):
 def test_an_interruption_leaves_no_folder_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     seen = []
-    make = tempfile.mkdtemp
-    monkeypatch.setattr(
-        tempfile, "mkdtemp", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1]
-    )
+    claim = local.claim
+    monkeypatch.setattr(local, "claim", lambda path: seen.append(path) or claim(path))
 
     result = call("check", "tests.cli.subjects:interrupted", "--input", 4)
 

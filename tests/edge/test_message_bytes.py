@@ -67,7 +67,7 @@ PLAIN = st.recursive(
 
 def forward(**parts: Any) -> wire.Forward:
     """Make a request whose targets are as many as it says."""
-    if parts["targets"] is not None:
+    if isinstance(parts["targets"], WireTensor):
         parts["num_examples"] = parts["targets"].shape[0]
     return wire.Forward(**parts)
 

@@ -120,7 +120,7 @@ def test_a_state_whose_rest_is_lost_is_not_held(
     """Then both are sent again; what is damaged is noticed when it is read."""
     spill = StateStore(tmp_path)
     parts = divided(spill, ("a.w",))
-    path = tmp_path / f"{parts.rest}.state.safetensors"
+    path = spill._state_path(parts.rest)
     if is_cut_short:
         path.write_bytes(path.read_bytes()[:20])
         with pytest.raises(StateNotHeld):

@@ -66,7 +66,7 @@ def test_a_negative_budget_is_refused() -> None:
 def test_properties_are_scalars() -> None:
     """Legacy clients can send nothing else."""
     properties = make_client(0).get_properties({})
-    assert set(map(type, properties.values())) <= {int, str}
+    assert set(map(type, properties.values())) <= {bytes, int, str}
     assert properties["budget-bytes"] == -1
 
 

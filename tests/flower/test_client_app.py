@@ -7,7 +7,11 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from flwr_smartsplit import build_client_app
-from flwr_smartsplit.flower.serde.records import PROFILE_ACTION, to_array_record
+from flwr_smartsplit.flower.serde.records import (
+    PROFILE_ACTION,
+    facts_from_scalars,
+    to_array_record,
+)
 from flwr_smartsplit.types import NO_TRAITS
 from tests.flower.apps import arrays_of, initial_arrays, make_client, message_app
 from tests.in_process_grid import InProcessGrid
@@ -57,6 +61,7 @@ def test_a_profile_is_given_on_request() -> None:
     reply = ask(grid, f"query.{PROFILE_ACTION}", RecordDict())
     told = dict(reply.content["smartsplit"])
     assert json.loads(told.pop("traits")) == asdict(NO_TRAITS)
+    assert "optimizer_fn.lr" in facts_from_scalars({"task": told.pop("task")})
     assert told == {
         "client-key": "c0",
         "budget-bytes": 77,

@@ -141,7 +141,7 @@ def test_clients_that_do_not_say_who_they_are_are_left_out() -> None:
     kinds = made.kinds()
     assert ("c1", "duplicate") in kinds
     assert any(kind == "failed" for _, kind in kinds)
-    with pytest.raises(SmartSplitError, match="none of 2 clients says who it is"):
+    with pytest.raises(SmartSplitError, match="none of 2 clients can take part"):
         run_legacy([broken_app(), broken_app()])
 
 

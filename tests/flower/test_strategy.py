@@ -466,7 +466,7 @@ def test_arrays_of_another_model_are_refused_at_the_start(
 
 def test_a_run_in_which_nobody_says_who_it_is_ends_at_once() -> None:
     """Else it would seem to succeed, with arrays that were never trained."""
-    with pytest.raises(SmartSplitError, match="none of 2 nodes says who it is"):
+    with pytest.raises(SmartSplitError, match="none of 2 nodes can take part"):
         run([broken_app(), broken_app()])
 
 

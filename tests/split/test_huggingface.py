@@ -260,6 +260,24 @@ def test_what_the_embeddings_do_not_take_is_named():
         build_chain(bert.task(OPTIMIZERS["sgd"]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (
+            "DistilBertForMaskedLM",
+            "give Task(units_fn=encoder_units) of flwr_smartsplit",
+        ),
+        ("LlamaForCausalLM", "give Task(units_fn=decoder_units) of flwr_smartsplit"),
+    ],
+)
+def test_who_does_not_list_the_units_is_told_who_does(kind, advice):
+    """These cannot be traced; the error names the function here that lists them."""
+    task = hugging_face_model(kind).task(OPTIMIZERS["sgd"])
+    with pytest.raises(NotSplittable) as caught:
+        build_chain(replace(task, units_fn=None))
+    assert advice in str(caught.value)
+
+
 # --- transformers is optional ---------------------------------------------------------
 
 

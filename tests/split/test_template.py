@@ -572,3 +572,44 @@ def test_a_chain_of_another_setting_is_not_used(
     with RouteChecker(other, example_batches(other, batch_size=3)) as checker:
         for route in (Route.whole(), Route.split(1)):
             assert checker.check(route).differences == ()
+
+
+class WithProperty(nn.Linear):
+    """Has methods of every kind."""
+
+    @property
+    def size(self) -> int:
+        return self.in_features
+
+    @staticmethod
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.doubled(super().forward(x)) / self.size
+
+
+def with_property(model: Any) -> None:
+    """Use a class of the user's, and a constant that its seed draws."""
+    model[2] = WithProperty(8, 8)
+    torch.manual_seed(1)
+    model[2].constant = torch.randn(1)
+
+
+@pytest.mark.parametrize(
+    "change", [normed(parametrizations.weight_norm), recurrent, with_property]
+)
+def test_what_has_no_name_of_its_own_is_no_difference(change: Any) -> None:
+    """Weight norm has a numbered hook, a recurrent layer weak references."""
+    task = task_of(changed(change))
+    assert template.template_of(task)[1] == template.template_of(task)[1]
+
+
+def test_the_code_of_every_kind_of_method_counts(monkeypatch: Any) -> None:
+    """A property, and a static method, are described by what they do."""
+    task = task_of(changed(with_property))
+    marks = {template.template_of(task)[1]}
+    for name, kind in {"doubled": staticmethod, "size": property}.items():
+        monkeypatch.setattr(WithProperty, name, kind(lambda x: 3))
+        marks.add(template.template_of(task)[1])
+    assert len(marks) == 3

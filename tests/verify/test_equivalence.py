@@ -66,8 +66,8 @@ def spoil(monkeypatch: Any, change: Callable[[Tensor], Tensor]) -> None:
     """Change everything that comes off the wire."""
     unpack = WireTensor.unpack
 
-    def unpack_and_change(self: WireTensor) -> Tensor:
-        return change(unpack(self))
+    def unpack_and_change(self: WireTensor, *device: Any) -> Tensor:
+        return change(unpack(self, *device))
 
     monkeypatch.setattr(WireTensor, "unpack", unpack_and_change)
 

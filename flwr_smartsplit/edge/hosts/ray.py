@@ -30,6 +30,10 @@ from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.task_digest.torch_settings import (
+    apply_torch_settings,
+    torch_settings,
+)
 from flwr_smartsplit.train.torch_device import as_device
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
@@ -165,7 +169,7 @@ class RayHost:
             max_restarts=-1,
             max_concurrency=self.max_concurrency,
         )
-        handle = actor.remote(task, address, profile, self)
+        handle = actor.remote(task, address, profile, self, torch_settings())
         folder = _folder(self.spill_dir, address)
         _actors[address] = (handle, folder)
         try:
@@ -262,9 +266,15 @@ class _Carrier:
 class _EdgeActor:
     """An ``EdgeService`` in its own process; each start is a new incarnation."""
 
-    def __init__(
-        self, task: Task, address: str, profile: EdgeProfile, host: RayHost
+    def __init__(  # noqa: PLR0917 - Ray passes them on
+        self,
+        task: Task,
+        address: str,
+        profile: EdgeProfile,
+        host: RayHost,
+        settings: Mapping[str, Any],  # Of torch, in the strategy's process
     ) -> None:
+        apply_torch_settings(settings)
         device = as_device(host.device)
         self._folder = _folder(host.spill_dir, address)
         delete_abandoned(self._folder.parent)

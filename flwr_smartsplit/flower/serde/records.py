@@ -6,6 +6,7 @@ record, because legacy clients accept nothing else.
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -41,6 +42,8 @@ PROFILE_ACTION = "smartsplit_profile"
 _PREFIX = "smartsplit."
 _PLAN = f"{_PREFIX}plan"
 _BYTES = f"{_PREFIX}bytes"
+_TASK = "task"
+_MOST_FACTS_BYTES = 2**22
 _NO_BUDGET = -1
 _MOST_CLASSES = 10_000
 """A client that claims more would widen the tables of all others."""
@@ -142,6 +145,24 @@ def profile_to_scalars(profile: DeviceProfile) -> Scalars:
         "num-epochs": profile.num_epochs,
         "traits": json.dumps(asdict(profile.traits)),
     }
+
+
+def facts_to_scalars(facts: Mapping[str, str]) -> Scalars:
+    """Write what a task is made of: much of it repeats, so compressed."""
+    return {_TASK: zlib.compress(json.dumps(facts).encode())}
+
+
+def facts_from_scalars(scalars: Mapping[str, Any]) -> dict[str, str]:
+    """Read what a client's task is made of; RefusedReply if that makes no sense."""
+    try:
+        data = zlib.decompressobj().decompress(scalars[_TASK], _MOST_FACTS_BYTES)
+        return {str(key): str(text) for key, text in json.loads(data).items()}
+    except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
+        raise RefusedReply(
+            f"the client's answer does not say what its task is ({error!r:.80}): use "
+            "one version of flwr-smartsplit everywhere.",
+            kind="refused",
+        ) from error
 
 
 def profile_from_content(content: RecordDict) -> DeviceProfile:

@@ -6,7 +6,8 @@ runs only then: drawing numbers, counting, entering contexts.
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -112,3 +113,16 @@ def _chance() -> tuple[Any, ...]:
 def _numpys_chance() -> tuple[Any, ...]:
     numbers: Any = np.random.get_state()  # noqa: NPY002 - a forward may use it
     return numbers[1].tobytes(), numbers[2]
+
+
+@contextmanager
+def chance_restored() -> Iterator[None]:
+    """Restore torch's, Python's and NumPy's generators afterwards."""
+    numbers = np.random.get_state()  # noqa: NPY002 - a model may use it
+    before = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numbers)  # noqa: NPY002

@@ -9,6 +9,7 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 from torch import fx, nn
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
+from flwr_smartsplit.split.huggingface import units_advice
 from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
 from flwr_smartsplit.split.trace.conditions import (
@@ -49,6 +51,8 @@ from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
 
 AUGMENTED = "augmented assignment to"
 """The key of a node's ``meta`` for the value that Python would have changed."""
+
+_NOT_A_MODELS = ("torch", "flwr_smartsplit", "contextlib", "functools")
 
 
 def _noting(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,10 +262,21 @@ def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
     except NotSplittable:
         raise
     except Exception as error:
+        said = str(error).partition(". ")[0].rstrip(".")
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Change that, or "
-            "list its units by hand, with Chain.from_units and Task(units_fn=...)."
+            f"torch.fx cannot trace {type(model).__name__}: {said}{_where(error)}. "
+            f"Change that, or {units_advice(model)}."
         ) from error
+
+
+def _where(error: Exception) -> str:
+    """Name the last line that ran of code that is neither torch's nor ours."""
+    lines = [
+        f" (line {line} of {frame.f_code.co_filename}, in {frame.f_code.co_qualname})"
+        for frame, line in walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_A_MODELS
+    ]
+    return lines[-1] if lines else ""
 
 
 def _is_proxy(value: Any) -> bool:

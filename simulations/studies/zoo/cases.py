@@ -2,17 +2,20 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Self
 
 from torchvision import models
 
-from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
+from flwr_smartsplit import Route, Task, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.cli.specs import TORCHVISION, task_of
+from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
+from flwr_smartsplit.verify.reference import Batches
+from simulations.studies.zoo import timm_models, transformers_models
 
 EVERY_CUT = (
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet"),
@@ -33,6 +36,12 @@ NUM_RANDOM_CUTS = 5
 BATCH_SIZE = 3
 
 
+SAMPLED = {"timm": timm_models, "transformers": transformers_models}
+"""Other libraries, of which a sample of models is compared."""
+
+SAMPLE_SIZE = 25
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One model under one optimizer, and the cuts to compare."""
@@ -41,11 +50,21 @@ class Case:
     optimizer: str
     is_every_cut: bool
     seed: int
+    library: str = "torchvision"
 
     @property
     def key(self) -> str:
         """What it is called in a results folder."""
         return f"{self.model}, {self.optimizer}, seed {self.seed}"
+
+    def task(self) -> Task:
+        """Make the task of training the model on the smallest inputs."""
+        if self.library in SAMPLED:
+            make: Callable[[str, str], Task] = SAMPLED[self.library].task_of_model
+            return make(self.model, self.optimizer)
+        shape = image_shape(self.model)
+        name = f"{TORCHVISION}{self.model}"
+        return task_of(name, input_shape=shape, optimizer=self.optimizer)
 
     def cuts(self, num_units: int) -> list[int]:
         """Choose cuts; 0 is the whole model on the device."""
@@ -53,6 +72,8 @@ class Case:
         if self.is_every_cut or len(inner) <= NUM_RANDOM_CUTS:
             return [0, *inner]
         chosen = {1, num_units // 2, num_units - 1}
+        if self.library in SAMPLED:
+            return sorted({0} | chosen)
         others = [cut for cut in inner if cut not in chosen]
         rng = Random(f"{self.seed}/{self.model}")
         return sorted(chosen | set(rng.sample(others, min(5, len(others)))))
@@ -71,6 +92,16 @@ class Outcome:
     worst_error: float  # The largest relative one of a predicted peak
     seconds: float  # How long it took
     least_peak_bytes: int | None = None  # Measured, over all cuts
+    shortfalls: list[str] = field(default_factory=list)  # Predictions that are too low
+    refusal: str = ""  # Why it is not cut
+    failure: str = ""  # What went wrong before anything was compared
+
+    @property
+    def kind(self) -> str:
+        """Sum it up in a word."""
+        if self.failure or self.differences:
+            return "failed"
+        return "refused" if self.refusal else "exact"
 
     @classmethod
     def from_values(cls, row: Mapping[str, Any]) -> Self:
@@ -87,14 +118,31 @@ def image_shape(model: str) -> tuple[int, int, int]:
 def run_case(case: Case) -> Outcome:
     """Compare the chosen cuts of one model with the stock model."""
     started = time.perf_counter()
-    shape = image_shape(case.model)
-    task = task_of(
-        f"{TORCHVISION}{case.model}", input_shape=shape, optimizer=case.optimizer
+    outcome = Outcome(
+        model=case.model,
+        optimizer=case.optimizer,
+        num_units=0,
+        num_parameters=0,
+        num_cuts=0,
+        differences=[],
+        worst_error=0.0,
+        seconds=0.0,
     )
-    batches = example_batches(task, batch_size=BATCH_SIZE, seed=case.seed)
+    try:
+        outcome = _compared(case, outcome)
+    except SmartSplitError as error:
+        outcome = replace(outcome, refusal=str(error))
+    except Exception as error:
+        outcome = replace(outcome, failure=f"{type(error).__name__}: {error}")
+    return replace(outcome, seconds=time.perf_counter() - started)
+
+
+def _compared(case: Case, outcome: Outcome) -> Outcome:
+    task = case.task()
     differences: list[str] = []
+    shortfalls: list[str] = []
     errors, peaks = [], []
-    with RouteChecker(task, batches) as checker:
+    with RouteChecker(task, _batches(task, case.seed)) as checker:
         chain = checker.chain
         profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
         cuts = case.cuts(len(chain))
@@ -106,17 +154,33 @@ def run_case(case: Case) -> Outcome:
             peaks.append(measured)
             predicted = predicted_peak_bytes(profile, route)
             errors.append(abs(predicted - measured) / max(measured, 1))
-    return Outcome(
-        model=case.model,
-        optimizer=case.optimizer,
+            if predicted < measured:
+                shortfalls.append(f"{route}: {predicted} bytes, but {measured} needed")
+    try:
+        refusal = ""
+        chain.require_cuts()
+    except SmartSplitError as error:
+        refusal = str(error)
+    return replace(
+        outcome,
         num_units=len(chain),
         num_parameters=sum(p.numel() for p in chain.model.parameters()),
         num_cuts=len(cuts),
         differences=differences,
         worst_error=max(errors),
-        seconds=time.perf_counter() - started,
         least_peak_bytes=min(peaks),
+        shortfalls=shortfalls,
+        refusal=refusal,
     )
+
+
+def _batches(task: Task, seed: int) -> Batches:
+    """Draw batches; where there is a mask, half of the examples are padded."""
+    batches = example_batches(task, batch_size=BATCH_SIZE, seed=seed)
+    for inputs, _ in batches:
+        if isinstance(inputs, dict) and "attention_mask" in inputs:
+            inputs["attention_mask"][::2, -2:] = 0
+    return batches
 
 
 def measured_case(case: Case, folder: Path) -> dict[str, Any]:
@@ -145,6 +209,23 @@ def all_cases(names: Iterable[str], *, seed: int) -> Iterator[Case]:
             yield Case(
                 model=name, optimizer=optimizer, is_every_cut=is_every_cut, seed=seed
             )
+
+
+def sampled_cases(
+    library: str, names: Iterable[str] | None, *, num_models: int, seed: int
+) -> list[Case]:
+    """List the cases of some models of another library, or of a sample of it."""
+    names = names or SAMPLED[library].names(num_models, seed=seed)
+    return [
+        Case(
+            model=name,
+            optimizer="momentum",
+            is_every_cut=False,
+            seed=seed,
+            library=library,
+        )
+        for name in names
+    ]
 
 
 def read_outcomes(path: Path | None) -> list[Outcome]:

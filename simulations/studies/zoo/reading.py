@@ -81,7 +81,7 @@ def read(
         chain = Chain.from_module(model, inputs)
         num_units, reason = len(chain), refusal_text(chain)
     except SmartSplitError as error:
-        reason = str(error).splitlines()[0].partition(". Its forward")[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
     except RuntimeError as error:
         if num_parameters:
             raise

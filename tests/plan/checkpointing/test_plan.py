@@ -290,7 +290,7 @@ def test_routes_that_come_back_are_planned_around_units_that_run_once(name):
 def test_a_plan_that_reruns_such_a_unit_would_be_seen(monkeypatch):
     """Planted: the whole front runs again, whatever is in it."""
     monkeypatch.setattr(plan_module._Segments, "head_can_rerun", True)
-    plan_module._leanest.cache_clear()
+    plan_module._plan_of_least_memory.cache_clear()
     with pytest.raises(InvalidPlan, match="must not run twice"):
         planned_everywhere("a mean at 0")
-    plan_module._leanest.cache_clear()
+    plan_module._plan_of_least_memory.cache_clear()

@@ -36,7 +36,7 @@ def unit(name, *, flops, parameters, boundary):
         name=name,
         parameter_bytes=parameters,
         buffer_bytes=0,
-        gradient_bytes=0,
+        gradient_bytes=parameters,
         optimizer_state_bytes=0,
         saved_bytes=0,
         boundary_bytes=boundary,

@@ -1,9 +1,11 @@
 """The zoo: every classifier is listed and can be read, and a difference is reported."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from simulations.__main__ import app
 from simulations.experiments.provenance import Provenance
 from simulations.studies.folder import MEASUREMENT, begin_folder
 from simulations.studies.measurement import ROWS, MeasurementOptions
+from simulations.studies.zoo import timm_models, transformers_models
 from simulations.studies.zoo.cases import (
     EVERY_CUT,
     SUBSET,
@@ -146,6 +149,105 @@ def test_the_suite_compares_all_models_or_some_or_a_quick_few():
     assert models_of(is_small=True) == set(SUBSET)
     assert models_of(models=("resnet18",)) == {"resnet18"}
     assert ZOO.in_processes
+
+
+# --- samples of other libraries -------------------------------------------------------
+
+TIMM = {  # Families, and the width of each of their models
+    "plain": {"plain_large": 9, "plain_small": 2, "plain_base": 4, "plain_huge": 99},
+    "sized": {"sized_tiny": 3},
+    "empty": {},
+}
+
+
+class FromImages(nn.Module):
+    """Takes images of 64 pixels; one family must be told, the other must not."""
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.body = nn.Conv2d(3, width, 8, stride=8)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-1] == self.side == 64
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def create_model(name: str, num_classes: int, **options: int) -> nn.Module:
+    assert num_classes == 10
+    family = name.partition("_")[0]
+    side = options.pop("img_size", 224) if family == "sized" else 64
+    if options:
+        raise TypeError("img_size is unknown")
+    return FromImages(TIMM[family][name], side)
+
+
+@pytest.fixture
+def small_timm(monkeypatch):
+    """Put a library of two families in place of timm."""
+    library = SimpleNamespace(
+        list_modules=lambda: list(TIMM),
+        list_models=lambda module: list(TIMM[module]),
+        create_model=create_model,
+    )
+    monkeypatch.setitem(sys.modules, "timm", library)
+    for function in (timm_models._library, timm_models.num_parameters):
+        function.cache_clear()
+    yield
+    timm_models._library.cache_clear()
+    timm_models.num_parameters.cache_clear()
+
+
+def test_the_smallest_model_of_each_family_is_taken_first(small_timm):
+    """Then families take turns with others of their smaller half."""
+    assert timm_models.names(2, seed=0) == ["plain_small", "sized_tiny"]
+    assert timm_models.names(9, seed=0) == ["plain_small", "sized_tiny", "plain_base"]
+
+
+@pytest.mark.parametrize("name", ["plain_small", "sized_tiny"])
+def test_a_model_of_timm_gets_the_smallest_images_that_it_takes(small_timm, name):
+    """Some are built for a size, others take any from some size on."""
+    found = run_case(replace(CASE, model=name, library="timm"))
+    assert timm_models.task_of_model(name, "sgd").example_inputs.shape[-1] == 64
+    assert (found.kind, found.num_cuts, found.shortfalls) == ("exact", 3, [])
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    """The command says what to install; an unknown library is refused."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    timm_models._library.cache_clear()
+    for library, text in {"timm": "pip install timm", "keras": "choose one"}.items():
+        asked = ["run", "zoo", "--library", library, "--out", "unused"]
+        result = CliRunner().invoke(app, asked)
+        assert (result.exit_code, text in result.stderr) == (2, True)
+
+
+def test_models_of_transformers_are_exact_or_refused_with_the_reason():
+    """One of each; the rest is a command of its own."""
+    model = "DistilBertForTokenClassification"
+    case = replace(CASE, library="transformers", model=model)
+    found = run_case(case)
+    assert (found.kind, found.num_cuts) == ("exact", 5)
+    assert found.differences == found.shortfalls == []
+    refused = run_case(replace(case, model="AlbertForMaskedLM"))
+    assert refused.kind == "refused"
+    assert "torch.fx cannot trace" in refused.refusal
+
+
+def test_a_model_that_fails_is_a_failure_not_a_refusal(monkeypatch, tmp_path):
+    """It ends in exit 1, as a prediction below what is measured does."""
+    monkeypatch.setitem(transformers_models.MODELS, "NoSuchModel", None)
+    case = replace(CASE, library="transformers", model="NoSuchModel")
+    found = run_case(case)
+    assert found.kind == "failed"
+    short = replace(found, failure="", shortfalls=["whole: 1 bytes, but 2 needed"])
+    report = ZOO.report_fn([asdict(found), asdict(short)])
+    assert "1 exact, 0 refused, 1 failed" in report.headline
+    assert [text.partition(": ")[2] for text in report.problems] == [
+        found.failure,
+        *short.shortfalls,
+    ]
 
 
 # --- the page -------------------------------------------------------------------------

@@ -348,3 +348,18 @@ def test_the_functions_of_a_chain_do_not_hold_the_model():
     for unit in chain.units:
         values = unit.eval_forward(other, values)
     assert torch.equal(values, expected)
+
+
+class LoopsOverInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(row for row in x)
+
+
+def test_the_line_that_cannot_be_traced_is_named():
+    """Only the first sentence of torch's is quoted; the place is the model's own."""
+    with pytest.raises(NotSplittable) as caught:
+        Chain.from_module(LoopsOverInput(), torch.zeros(1, 3))
+    said = str(caught.value)
+    line = LoopsOverInput.forward.__code__.co_firstlineno + 1
+    assert f"cannot be iterated (line {line} of {__file__}, in LoopsOverInput" in said
+    assert "See the torch.fx docs" not in said
