@@ -19,6 +19,7 @@ SUITE = (
     "tests/test_packaging.py",
     "tests/split/test_chain.py",
     "tests/memory/test_meter.py",
+    "tests/edge/test_message_bytes.py",
     "tests/edge/test_tensors.py",
     "tests/device/test_local_training.py",
     "tests/flower/test_client_app.py",
@@ -110,7 +111,7 @@ def versions(python: Path) -> str:
     names = ("flwr", "torch", "torchvision", "ray", "numpy")
     code = (
         "import sys, importlib.metadata as m; "
-        "print('Python', sys.version.split()[0], *"
+        "print('Python ' + sys.version.split()[0], *"
         f"[n + ' ' + m.version(n) for n in {names!r}], sep=', ')"
     )
     done = subprocess.run(

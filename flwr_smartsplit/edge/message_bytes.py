@@ -325,15 +325,23 @@ def fitted(value: Any, hint: Any, where: str) -> Any:  # noqa: PLR0911 - a list 
         return {fitted(k, key, where): fitted(v, item, where) for k, v in value.items()}
     elif kind is np.ndarray and hint in (bool, int, float) and value.ndim == 0:
         return fitted(value.item(), hint, where)
-    elif kind is np.ndarray and origin is np.ndarray:
-        if get_args(args[1])[0] in (Any, value.dtype.type):
-            return value
+    elif kind is np.ndarray and scalar_type(hint) in (Any, value.dtype.type):
+        return value
     elif kind is int and hint is float:
         return value
     elif kind is str and isinstance(hint, type) and issubclass(hint, Enum):
         with suppress(ValueError):
             return hint(value)
     raise RefusedMessage(f"{where} is a {kind.__name__}, and not {hint}.")
+
+
+def scalar_type(hint: Any) -> Any:
+    """Return what an annotated array holds; None where no array is annotated."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is np.ndarray:
+        return get_args(args[1])[0]
+    # Since NumPy 2.5, NDArray is an alias of its own, with the scalar as its argument.
+    return args[0] if args and origin is get_origin(npt.NDArray[Any]) else None
 
 
 @cache

@@ -9,7 +9,7 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from zlib import crc32
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from typing_extensions import TypeAliasType
 
 import flwr_smartsplit.edge
 from flwr_smartsplit.edge import message_bytes
@@ -96,8 +97,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - a list of ca
         return st.lists(values(args[0]), max_size=3).map(tuple)
     if origin in (Mapping, dict):
         return st.dictionaries(*map(values, args), max_size=3)
-    if origin is np.ndarray:
-        (scalar,) = get_args(args[1])
+    if scalar := message_bytes.scalar_type(hint):
         return ARRAYS if scalar is Any else ARRAYS.map(lambda a: a.astype(scalar))
     if is_dataclass(hint):
         hints = get_type_hints(hint)
@@ -412,6 +412,26 @@ def test_what_is_refused_is_said(kind: str) -> None:
     data, text = FORGED[kind]
     with pytest.raises(RefusedMessage, match=text):
         decode(data)
+
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+OLD_ALIAS = np.ndarray[Any, np.dtype[Scalar]]
+NEW_ALIAS = TypeAliasType("NDArray", OLD_ALIAS, type_params=(Scalar,))
+
+
+@pytest.mark.parametrize("alias", [OLD_ALIAS, NEW_ALIAS])
+def test_arrays_are_those_of_any_numpy(
+    monkeypatch: pytest.MonkeyPatch, alias: Any
+) -> None:
+    """NumPy 2.5 made NDArray an alias that is not np.ndarray to typing."""
+    monkeypatch.setattr(message_bytes.npt, "NDArray", alias)
+    array = np.zeros(2)
+    assert message_bytes.fitted(array, alias[Any], "x") is array
+    assert message_bytes.fitted(array, alias[np.float64], "x") is array
+    with pytest.raises(RefusedMessage, match="x is a ndarray, and not"):
+        message_bytes.fitted(array, alias[np.uint8], "x")
+    with pytest.raises(RefusedMessage, match="x is a ndarray, and not"):
+        message_bytes.fitted(array, list[float], "x")
 
 
 def test_the_number_of_values_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
