@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from flwr_smartsplit.edge.service import EdgeService
+from flwr_smartsplit.edge import service
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.client import SmartSplitNumPyClient
 from flwr_smartsplit.flower.serde.records import facts_from_scalars, facts_to_scalars
@@ -74,11 +74,11 @@ def test_an_equal_task_made_anew_is_the_same_task():
 
 def test_an_edge_with_another_task_ends_the_run(monkeypatch):
     """Planted: its code is another one's."""
-    facts = EdgeService._facts
+    facts = service.task_facts
     monkeypatch.setattr(
-        EdgeService,
-        "_facts",
-        lambda self: {**facts(self), "loss_fn": "old_loss #1234"},
+        service,
+        "task_facts",
+        lambda *args: {**facts(*args), "loss_fn": "old_loss #1234"},
     )
     with pytest.raises(InvalidTask, match=r"edge .*loss_fn is old_loss #1234 there"):
         run(apps([None, None]))

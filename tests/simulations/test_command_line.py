@@ -23,6 +23,8 @@ OPTIONS = [
     "workers",
     "methods",
     "models",
+    "library",
+    "sample",
     "cases",
     "seeds",
     "small",
