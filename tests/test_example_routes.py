@@ -70,7 +70,7 @@ def routes_by_round(journal: Path) -> list[dict[str, str | None]]:
 @pytest.mark.parametrize(
     "example",
     [
-        "multi_hop",
+        pytest.param("multi_hop", marks=pytest.mark.slow),
         pytest.param("lora_language_model", marks=pytest.mark.slow),
         pytest.param("own_model", marks=pytest.mark.slow),
         pytest.param("segmentation", marks=pytest.mark.slow),

@@ -260,7 +260,7 @@ def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, lo
 @pytest.mark.parametrize(
     "app",
     [
-        pytest.param(app, marks=pytest.mark.slow if app.endswith("before") else ())
+        pytest.param(app, marks=pytest.mark.slow)
         for app in STOCK_AND_OURS
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from simulations.benchmarks.lora_memory import Size, measured, show
@@ -9,6 +10,7 @@ from simulations.benchmarks.lora_memory import Size, measured, show
 SMALL = Size(layers=2, width=64, batch_size=4, length=6, vocabulary=40)
 
 
+@pytest.mark.slow
 def test_every_row_is_exact_and_as_predicted() -> None:
     """Of a small decoder; a device that holds less of it takes less."""
     rows = {row.name: row for row in measured(SMALL)}
