@@ -259,10 +259,7 @@ def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, lo
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "app",
-    [
-        pytest.param(app, marks=pytest.mark.slow)
-        for app in STOCK_AND_OURS
-    ],
+    [pytest.param(app, marks=pytest.mark.slow) for app in STOCK_AND_OURS],
 )
 def test_the_stock_app_learns_before_and_after(app, logs):
     log = logs[app].result()
