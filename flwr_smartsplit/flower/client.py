@@ -334,6 +334,7 @@ class SmartSplitNumPyClient(NumPyClient):
             self.task,
             lambda: profile_of(self.task, batch_size=size),
             config=plan.config,
+            task_digest=plan.task_digest,
         )
 
     # --- what stays on the device --------------------------------------------------

@@ -190,16 +190,19 @@ class Guard:
         profile: Callable[[], ChainProfile],
         *,
         config: Mapping[str, Any],
+        task_digest: str = "",
     ) -> None:
         """Compare a task's chain with its stock module, unless that was done before.
 
-        ``profile`` finds the chain's costs at any batch size; ``config`` is a round's.
-        Raises ``NotExact`` with the unit and tensor that differ.
+        ``profile`` finds the chain's costs at any batch size; ``config`` is a round's;
+        ``task_digest`` is the task's, if the caller knows it. Raises ``NotExact`` with
+        the unit and tensor that differ.
         """
         once = self.mode == "once"
         if self.mode == "off" or (once and os.environ.get(VERIFY_VARIABLE) == "off"):
             return
-        key = self._key(task)
+        digest = task_digest or facts_digest(task_facts(task, build_chain(task).model))
+        key = self._key(digest)
         record = cache_folder() / "verified" / key
         looked = key, self.is_client
         is_known = looked in _done and (once or self.is_client)
@@ -226,12 +229,11 @@ class Guard:
         )
         return False
 
-    def _key(self, task: Task) -> str:
+    def _key(self, task_digest: str) -> str:
         """Identify what a comparison depends on: the task, our code, the machine."""
-        facts = facts_digest(task_facts(task, build_chain(task).model))
         machine = platform.machine(), torch.backends.cpu.get_cpu_capability()
         text = repr(
-            (facts, _our_code(), torch.__version__, machine, self.may_recompute)
+            (task_digest, _our_code(), torch.__version__, machine, self.may_recompute)
         )
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -46,5 +46,7 @@ class StartChecks:
     def verify(self, profile: ChainProfile, config: Mapping[str, Any]) -> None:
         """Raise ``NotExact`` if the chain does not train as the stock module; once."""
         if not self._is_verified:
-            self._guard.verify(self._task, lambda: profile, config=config)
+            self._guard.verify(
+                self._task, lambda: profile, config=config, task_digest=self.digest
+            )
             self._is_verified = True
