@@ -10,7 +10,7 @@ CHECKED := flwr_smartsplit simulations
 # A file's tests stay together, since they share what they have set up; the files come
 # in the order of tests/conftest.py, the long ones first. Some wait for Ray to start, so
 # there is a worker more than cores.
-PARALLEL := --numprocesses $(shell $(PYTHON) -c "import os; print(min(4, 1 + os.cpu_count()))") --dist loadfile --no-loadscope-reorder
+PARALLEL = --numprocesses $(shell $(PYTHON) -c "import os; print(min(4, 1 + os.cpu_count()))") --dist loadfile --no-loadscope-reorder
 LINT = $(BIN)/ruff format --check && $(BIN)/ruff check && \
 	$(BIN)/mypy --strict $(CHECKED)
 DOCS = $(BIN)/mkdocs build --strict

@@ -32,10 +32,9 @@ from tests.architectures import (
     tokens_loss,
 )
 from tests.models import OPTIMIZERS
-from tests.slow_cases import daily
 
 # Adam holds most; tests/profile has every optimizer.
-WITH_ADAM = daily(lambda name: name == "adam", [("momentum",), ("adam",)])
+WITH_ADAM = [pytest.param("momentum", marks=pytest.mark.slow), "adam"]
 
 
 def assert_every_route_is_exact(architecture: Architecture, optimizer: str) -> None:

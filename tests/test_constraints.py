@@ -53,7 +53,7 @@ def test_constraints_are_plain_sorted_and_name_all_that_is_asked_for():
     ("change", "problem"),
     [
         (lambda text: "a @ file:///a.whl\n" + text, "not plain: a @ file:///a.whl"),
-        (lambda text: "--index-url x\n" + text, "not plain: --index-url x"),
+        (lambda text: "--find-links x\n" + text, "not plain: --find-links x"),
         (lambda text: "a==1+cpu\n" + text, "not plain: a==1+cpu"),
         (lambda text: text + "\n", "not plain: "),
         (lambda text: text + "aaa==1\n", "not sorted, or twice"),

@@ -31,6 +31,7 @@ from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EDGE, ClientPlan, Route, Status
 from tests.models import (
+    DAILY_RESNET18_CUTS,
     OPTIMIZERS,
     RESNET18_NUM_UNITS,
     SMALL_CNN_RANDOM,
@@ -92,7 +93,6 @@ SUBJECTS = {
     "resnet18": Subject(resnet18, RESNET18_NUM_UNITS, (3, 32, 32), 4),
 }
 SLOW_AT_RAY = (pytest.mark.ray, pytest.mark.slow)  # Each is an actor to start.
-DAILY_RESNET18_CUTS = (0, 1, 7, RESNET18_NUM_UNITS - 1)
 
 
 def marks_of(name: str, cut: int, marks: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,14 +104,14 @@ def marks_of(name: str, cut: int, marks: tuple[Any, ...]) -> tuple[Any, ...]:
 EVERY_CASE = [
     pytest.param(
         *(edge, name, cut),
-        marks=marks_of(name, cut, marks if isinstance(marks, tuple) else (marks,)),
+        marks=marks_of(name, cut, marks),
         id=f"{edge.name}-{name}-cut={cut}",
     )
     for edge, name, first_cut, marks in (
         (LocalEdge(name="local"), "small", 0, ()),
         (LocalEdge(name="local"), "strided", 0, ()),
         (LocalEdge(name="local"), "resnet18", 0, ()),
-        (RayEdge(name="ray"), "small", 1, pytest.mark.ray),
+        (RayEdge(name="ray"), "small", 1, (pytest.mark.ray,)),
         (RayEdge(name="ray"), "resnet18", 1, SLOW_AT_RAY),
     )
     for cut in range(first_cut, SUBJECTS[name].num_units)

@@ -66,15 +66,10 @@ def routes_by_round(journal: Path) -> list[dict[str, str | None]]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
-    "example",
-    [
-        pytest.param("multi_hop", marks=pytest.mark.slow),
-        pytest.param("lora_language_model", marks=pytest.mark.slow),
-        pytest.param("own_model", marks=pytest.mark.slow),
-        pytest.param("segmentation", marks=pytest.mark.slow),
-    ],
+    "example", ["multi_hop", "lora_language_model", "own_model", "segmentation"]
 )
 def test_an_example_gives_the_routes_that_it_promises(example, tmp_path, monkeypatch):
     folder = EXAMPLES / example

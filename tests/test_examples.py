@@ -237,14 +237,8 @@ def accuracies(log: str) -> list[float]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "app",
-    [
-        # Each takes a minute and more; tests/test_example_routes.py runs others here.
-        pytest.param(app, marks=pytest.mark.slow)
-        for app in ROUTES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("app", ROUTES)
 def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, logs):
     log = logs[app].result()
     assert all(line in log for line in promised(EXAMPLES / app / "README.md"))
@@ -257,10 +251,8 @@ def test_an_example_gives_the_routes_that_it_promises_and_learns(app, flower, lo
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "app",
-    [pytest.param(app, marks=pytest.mark.slow) for app in STOCK_AND_OURS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("app", STOCK_AND_OURS)
 def test_the_stock_app_learns_before_and_after(app, logs):
     log = logs[app].result()
     routes = re.findall(r"> Route (.*): 1 clients", log)

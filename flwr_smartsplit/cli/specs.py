@@ -57,7 +57,7 @@ def task_of(
         name = model.removeprefix(TORCHVISION)
         build = torchvision_fn(name, input_shape)
         shape = input_shape or (3, 224, 224)
-        return _classification(build, shape, optimizer, num_classes=NUM_CLASSES)
+        return classification(build, shape, optimizer, num_classes=NUM_CLASSES)
     function = _imported(model)
     # Look at what the user's function builds without taking memory for it.
     with parameters_on_meta():
@@ -76,7 +76,7 @@ def task_of(
             "--input 3x32x32, or let it return a flwr_smartsplit.Task."
         )
     num_classes = _num_classes(made, input_shape)
-    return _classification(function, input_shape, optimizer, num_classes=num_classes)
+    return classification(function, input_shape, optimizer, num_classes=num_classes)
 
 
 def optimizer_name(task: Task) -> str | None:
@@ -109,13 +109,14 @@ def torchvision_fn(
     return partial(models.get_model, name, weights=None, **arguments)
 
 
-def _classification(
+def classification(
     model_fn: Callable[[], nn.Module],
     input_shape: tuple[int, ...],
     optimizer: str,
     *,
     num_classes: int,
 ) -> Task:
+    """Make the task of a model whose outputs are ``(batch, classes)``."""
     return Task(
         model_fn=model_fn,
         loss_fn=mean_cross_entropy,

@@ -39,6 +39,7 @@ from flwr_smartsplit.types import (
     StepReport,
 )
 from tests.models import (
+    DAILY_RESNET18_CUTS,
     OPTIMIZERS,
     RESNET18_NUM_UNITS,
     SMALL_CNN_UNITS,
@@ -121,8 +122,6 @@ MAX_TENSORS = {"unet": 9, "frozen unet": 9, "densenet": 9}
 """How many tensors may cross a cut, where it is more than one."""
 
 LARGE = ("resnet18", "unet", "frozen unet", "densenet")
-
-DAILY_RESNET18_CUTS = (0, 1, 7, RESNET18_NUM_UNITS - 1)
 
 EVERY_CUT = [
     pytest.param(name, cut, id=f"{name}-cut={cut}")

@@ -160,15 +160,20 @@ def _changing_units(change: Callable[[Unit], Unit]) -> Any:
     return changed
 
 
-def dropped_buffer(monkeypatch: Any) -> Task:
-    """A buffer that training changes stays behind."""
+def drop_buffer(monkeypatch: Any, dropped: str) -> None:
+    """Leave a buffer behind that training changes."""
     changed_names = Chain.changed_names
 
     def fewer(self: Chain, start: int, stop: int) -> tuple[str, ...]:
         names = changed_names(self, start, stop)
-        return tuple(name for name in names if name != "norm2.running_var")
+        return tuple(name for name in names if name != dropped)
 
     monkeypatch.setattr(Chain, "changed_names", fewer)
+
+
+def dropped_buffer(monkeypatch: Any) -> Task:
+    """A buffer that training changes stays behind."""
+    drop_buffer(monkeypatch, "norm2.running_var")
     return cnn_task()
 
 
@@ -371,7 +376,7 @@ def test_a_run_compares_before_it_trains(mode, monkeypatch, tmp_path):
     """Nothing is trained if the chain differs; False trains it all the same."""
     monkeypatch.setenv(guard.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.delenv(guard.VERIFY_VARIABLE)
-    dropped_buffer_of_tiny(monkeypatch)
+    drop_buffer(monkeypatch, "1.running_var")
     strategy = smart_split(verify=mode)
     if not mode:
         run(apps([None, None]), strategy)
@@ -381,18 +386,8 @@ def test_a_run_compares_before_it_trains(mode, monkeypatch, tmp_path):
     assert not strategy.round_plans or not list(tmp_path.rglob("verified/*"))
 
 
-def dropped_buffer_of_tiny(monkeypatch: Any) -> None:
-    changed_names = Chain.changed_names
-
-    def fewer(self: Chain, start: int, stop: int) -> tuple[str, ...]:
-        names = changed_names(self, start, stop)
-        return tuple(name for name in names if name != "1.running_var")
-
-    monkeypatch.setattr(Chain, "changed_names", fewer)
-
-
 def test_the_legacy_strategy_compares_too(monkeypatch):
-    dropped_buffer_of_tiny(monkeypatch)
+    drop_buffer(monkeypatch, "1.running_var")
     with pytest.raises(NotExact, match=r"1\.running_var"):
         run_legacy(apps([None, None]), legacy_smart_split(verify="always"))
 

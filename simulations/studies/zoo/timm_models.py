@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flwr_smartsplit import Task
-from flwr_smartsplit.cli.specs import NUM_CLASSES, OPTIMIZERS, mean_cross_entropy
+from flwr_smartsplit.cli.specs import NUM_CLASSES, classification
 from simulations.experiments.errors import ExperimentError
 
 SIDES = (32, 64, 96, 128, 160, 192, 224, 256, 384)
@@ -47,13 +47,7 @@ def num_parameters(name: str) -> int:
 def task_of_model(name: str, optimizer: str) -> Task:
     """Train a model on the smallest images that it takes."""
     build, shape = _smallest(name)
-    return Task(
-        model_fn=build,
-        loss_fn=mean_cross_entropy,
-        optimizer_fn=OPTIMIZERS[optimizer],
-        example_inputs=torch.zeros(1, *shape),
-        example_targets=torch.arange(NUM_CLASSES),
-    )
+    return classification(build, shape, optimizer, num_classes=NUM_CLASSES)
 
 
 def _built(name: str, **options: Any) -> nn.Module:
