@@ -143,6 +143,10 @@ class RefusedMessage(EdgeError):
     """Bytes that are not a request or reply, or a value that neither can carry."""
 
 
+class RefusedRequest(EdgeError):
+    """Not for whoever asks, or more than the strategy has planned for this session."""
+
+
 class RefusedTail(EdgeError):
     """A tail is not finite, or had a wrong number of steps: its client drops out."""
 

@@ -16,7 +16,7 @@ from flwr_smartsplit.device.cut_mover import CutMover
 from flwr_smartsplit.device.metrics import Metrics
 from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of
+from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of, signed_opening
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.tensors import pack_targets
 from flwr_smartsplit.errors import RefusedMove
@@ -99,7 +99,7 @@ class RouteRunner:
             self._runners.append(self._built(leg, state))
         legs = self.route.edge_legs(num_units)
         if legs:
-            opening = opening_of(
+            opening = signed_opening(self.plan) or opening_of(
                 self.plan,
                 legs,
                 is_trained=self._is_trained,

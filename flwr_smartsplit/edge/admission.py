@@ -7,7 +7,7 @@ may be needed by the sessions it would wait for; a refusal says when to retry.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 from flwr_smartsplit.edge import protocol as wire
@@ -23,10 +23,22 @@ LEAST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.05, 5.0
 _NOTHING = TailBytes(0, 0)
 _Needed = tuple[int, int]  # Batch size and first unit
 _UNKNOWN = (1, 0)
+_Key = tuple[str, str]  # Run and session
+
+
+@dataclass
+class Ledger:
+    """What the sessions of all runs at one edge have reserved."""
+
+    open: dict[_Key, TailBytes] = field(default_factory=dict)
+    since: dict[_Key, float] = field(default_factory=dict)
+    sealed: dict[_Key, int] = field(default_factory=dict)  # Bytes of tails on disk
+    usual_seconds: float = 0.0
+    lock: Lock = field(default_factory=Lock)
 
 
 class Admission:
-    """Let sessions open, grow and move within an edge's budgets, if it has any."""
+    """Let a run's sessions open, grow and move within an edge's budgets, if any."""
 
     def __init__(
         self,
@@ -35,17 +47,17 @@ class Admission:
         *,
         sealed: Mapping[str, int],  # Bytes of the tails already on disk, by session
         clock: Callable[[], float] = time.monotonic,
+        run: str = "",
+        ledger: Ledger | None = None,  # That other runs share
     ) -> None:
         self._task = task
         self._name = profile.name
         self._budgets = (profile.memory_bytes, profile.disk_bytes)
         self.is_limited = self._budgets != (None, None)
         self._clock = clock
-        self._open: dict[str, TailBytes] = {}
-        self._since: dict[str, float] = {}
-        self._sealed = dict(sealed)
-        self._usual_seconds = 0.0
-        self._lock = Lock()
+        self._run = run
+        self._ledger = ledger or Ledger()
+        self.recount(sealed)
         self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
         self._needed: dict[str, _Needed] = {}
 
@@ -103,38 +115,44 @@ class Admission:
 
     def reserve(self, session: str, need: TailBytes, *, keeps: bool = False) -> None:
         """Replace a session's reservation, or keep it and raise ``EdgeFull``."""
-        with self._lock:
+        ledger, key = self._ledger, (self._run, session)
+        with ledger.lock:
             if keeps:  # The larger of both is reserved.
-                need = TailBytes(*map(max, self._open.get(session, _NOTHING), need))
-            self._check(session, need)
-            self._open[session] = need
-            self._since.setdefault(session, self._clock())
-            self._sealed.pop(session, None)
+                need = TailBytes(*map(max, ledger.open.get(key, _NOTHING), need))
+            self._check(key, need)
+            ledger.open[key] = need
+            ledger.since.setdefault(key, self._clock())
+            ledger.sealed.pop(key, None)
 
     def seal(self, session: str) -> None:
         """Free a session's memory; its tail stays on disk."""
-        with self._lock:
-            need = self._open.pop(session, None)
+        ledger, key = self._ledger, (self._run, session)
+        with ledger.lock:
+            need = ledger.open.pop(key, None)
             if need is not None:
-                self._sealed[session] = need.disk_bytes
-                self._note_end(session)
+                ledger.sealed[key] = need.disk_bytes
+                self._note_end(key)
 
     def free(self, session: str) -> None:
         """Free all that a session reserved."""
+        ledger, key = self._ledger, (self._run, session)
         self._needed.pop(session, None)
-        with self._lock:
-            self._sealed.pop(session, None)
-            if self._open.pop(session, None) is not None:
-                self._note_end(session)
+        with ledger.lock:
+            ledger.sealed.pop(key, None)
+            if ledger.open.pop(key, None) is not None:
+                self._note_end(key)
 
     def recount(self, sealed: Mapping[str, int]) -> None:
         """Update what is on disk, after a round's tails were deleted."""
-        with self._lock:
-            self._sealed = dict(sealed)
+        mine = {(self._run, session): size for session, size in sealed.items()}
+        with self._ledger.lock:
+            kept = {k: v for k, v in self._ledger.sealed.items() if k[0] != self._run}
+            self._ledger.sealed = kept | mine
 
-    def _check(self, session: str, need: TailBytes) -> None:
-        others = [held for name, held in self._open.items() if name != session]
-        sealed = sum(size for name, size in self._sealed.items() if name != session)
+    def _check(self, key: _Key, need: TailBytes) -> None:
+        ledger = self._ledger
+        others = [held for name, held in ledger.open.items() if name != key]
+        sealed = sum(size for name, size in ledger.sealed.items() if name != key)
         used = (
             sum(held.memory_bytes for held in others),
             sum(held.disk_bytes for held in others) + sealed,
@@ -153,8 +171,8 @@ class Admission:
             )
             raise EdgeFull(
                 f"edge {self._name!r} has {bytes_text(max(budget - so_far, 0))} of its "
-                f"{bytes_text(budget)} of {kind} left beside {len(self._open)} open "
-                f"and {len(self._sealed)} sealed sessions; one more needs "
+                f"{bytes_text(budget)} of {kind} left beside {len(ledger.open)} open "
+                f"and {len(ledger.sealed)} sealed sessions; one more needs "
                 f"{bytes_text(needed)}. {advice}",
                 needed_bytes=needed,
                 free_bytes=budget - so_far,
@@ -164,9 +182,10 @@ class Admission:
 
     def _wait_seconds(self) -> float:
         """Predict when the next open session ends, from those that ended."""
-        seconds = self._usual_seconds / max(len(self._open), 1)
+        seconds = self._ledger.usual_seconds / max(len(self._ledger.open), 1)
         return min(max(seconds, LEAST_WAIT_SECONDS), MOST_WAIT_SECONDS)
 
-    def _note_end(self, session: str) -> None:
-        lasted = self._clock() - self._since.pop(session)
-        self._usual_seconds = (self._usual_seconds or lasted) / 2 + lasted / 2
+    def _note_end(self, key: _Key) -> None:
+        lasted = self._clock() - self._ledger.since.pop(key)
+        usual = self._ledger.usual_seconds or lasted
+        self._ledger.usual_seconds = usual / 2 + lasted / 2

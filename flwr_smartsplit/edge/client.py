@@ -12,7 +12,8 @@ import torch
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.codec import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, pack_units
-from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.edge.message_bytes import decode
+from flwr_smartsplit.errors import EdgeError, EdgeUnreachable, RefusedMessage
 from flwr_smartsplit.split.segment import Boundary
 from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.train.unit_migration import MigratedUnits
@@ -20,6 +21,13 @@ from flwr_smartsplit.types import ClientPlan, Leg, Receipt
 
 Connect = Callable[[str, str], wire.Transport]
 """``connect(place, address)`` returns a transport to an edge."""
+
+Opening = wire.OpenSession | wire.OpenSigned
+Sign = Callable[[wire.OpenSession], Opening]
+
+
+def _unsigned(opening: wire.OpenSession) -> Opening:
+    return opening
 
 
 def nowhere(place: str, address: str) -> wire.Transport:
@@ -30,8 +38,26 @@ def nowhere(place: str, address: str) -> wire.Transport:
     )
 
 
+def opening_in(request: Opening) -> wire.OpenSession:
+    """Read what a request opens, without checking who signed it."""
+    if isinstance(request, wire.OpenSession):
+        return request
+    opening = decode(request.opening)
+    if not isinstance(opening, wire.OpenSession):
+        raise RefusedMessage(f"a signed {type(opening).__name__} opens no session.")
+    return opening
+
+
+def signed_opening(plan: ClientPlan) -> wire.OpenSigned | None:
+    """Read the opening that a plan's strategy has signed, if it has."""
+    request = decode(plan.opening) if plan.opening else None
+    if request is None or isinstance(request, wire.OpenSigned):
+        return request
+    raise RefusedMessage(f"the plan's opening is a {type(request).__name__}.")
+
+
 # longer than 40 lines because it fills in every field of an opening
-def opening_of(
+def opening_of(  # noqa: PLR0913 - what a plan does not say
     plan: ClientPlan,
     legs: tuple[Leg, ...],  # The segments at edges, in order
     *,
@@ -39,7 +65,8 @@ def opening_of(
     token: str,
     batch_size: int | None = None,  # The largest, if known
     accumulate: int = 1,
-) -> wire.OpenSession:
+    sign: Sign = _unsigned,
+) -> Opening:
     """Make the request for the first edge; it holds those for the edges after it."""
     onward = None
     for leg in reversed(legs):
@@ -66,8 +93,9 @@ def opening_of(
             accumulate=accumulate,
             codecs=plan.codecs[cut_index:],
         )
-        onward = wire.Onward(plan.edge_addresses[leg.place], opening)
-    return opening
+        request = sign(opening)
+        onward = wire.Onward(plan.edge_addresses[leg.place], request)
+    return request
 
 
 class EdgeClient:
@@ -76,16 +104,17 @@ class EdgeClient:
     def __init__(
         self,
         transport: wire.Transport,
-        opening: wire.OpenSession,
+        request: Opening,
         *,
         device: torch.device = CPU,
     ) -> None:
+        opening = opening_in(request)
         self.outward = Crossing.at(opening.codecs, 0, device)  # The cut to the edge
         self.returning = Crossing.at(opening.codecs, -1, device)  # The route's last cut
         self._transport = wire.CountingTransport(transport)
         self._session = opening.session
         self._num_moves = 0
-        self._incarnation = self._transport.send(opening).incarnation
+        self._incarnation = self._transport.send(request).incarnation
 
     def forward(self, boundary: Boundary, request: wire.Forward) -> wire.Stepped:
         """Send a step's request on, with this place's boundary."""

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from flwr_smartsplit import errors
 from flwr_smartsplit.edge import cut_moves, protocol
-from flwr_smartsplit.edge.protocol import Request
+from flwr_smartsplit.edge.protocol import Request, StrategyRequest
 from flwr_smartsplit.errors import EdgeError, RefusedMessage
 
 Piece = bytes | memoryview  # A message is one or several in a row
@@ -167,7 +167,7 @@ def decode(*pieces: Piece) -> Any:
     The pieces are as ``encode`` returned them, or joined. If they are not a message of
     this version, or a field is invalid, ``RefusedMessage`` is raised, and nothing else.
     """
-    reader = _Reader([memoryview(piece) for piece in pieces if len(piece)])
+    reader = _Reader([view for view in map(_view, pieces) if len(view)])
     magic, version, size, code = _PREFIX.unpack(reader.take(_PREFIX.size))
     _refuse_if(magic != _MAGIC, f"a message begins with {_MAGIC!r}, not {magic!r}.")
     _refuse_if(
@@ -190,6 +190,15 @@ def decode(*pieces: Piece) -> Any:
     left = sum(map(len, reader.pieces))
     _refuse_if(left > 0, f"{left} bytes follow the end of the message.")
     return message
+
+
+def _view(piece: Any) -> memoryview:
+    is_buffer = isinstance(piece, bytes | bytearray | memoryview | np.ndarray)
+    view = memoryview(piece) if is_buffer else memoryview(b"")
+    is_flat = view.format == "B" and view.ndim == 1 and view.contiguous
+    if not is_buffer or not is_flat:
+        raise RefusedMessage(f"a message is bytes, and not a {type(piece).__name__}.")
+    return view
 
 
 class _Reader:
@@ -352,8 +361,9 @@ def _hints(cls: Any) -> dict[str, Any]:
 @cache
 def reply_hint(request: Any) -> Any:
     """Return what a class of requests declares as its reply."""
+    kinds = (Request, StrategyRequest)
     bases = getattr(request, "__orig_bases__", ())
-    return next((get_args(b)[0] for b in bases if get_origin(b) is Request), Any)
+    return next((get_args(b)[0] for b in bases if get_origin(b) in kinds), Any)
 
 
 def _message_types() -> dict[str, Any]:
@@ -362,7 +372,9 @@ def _message_types() -> dict[str, Any]:
         thing
         for module in (protocol, cut_moves)
         for thing in vars(module).values()
-        if isinstance(thing, type) and issubclass(thing, Request)
+        if isinstance(thing, type)
+        and issubclass(thing, Request)
+        and thing is not StrategyRequest
     ]
     found: dict[str, Any] = {}
     while hints:

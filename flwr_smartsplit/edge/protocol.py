@@ -35,6 +35,13 @@ class Request(Generic[ReplyT]):
 
 
 @dataclass(frozen=True, slots=True)
+class StrategyRequest(Request[ReplyT]):
+    """A request that only a run's strategy may send; ``access`` proves that it did."""
+
+    access: str = field(default="", kw_only=True, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """Whether an edge holds a state, and the incarnation of the edge."""
 
@@ -44,14 +51,27 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class IsHeld(Request[Held]):
+class Hello(StrategyRequest[None]):
+    """Begin a run at the edge; its ``access`` is the edge's admin secret, if any.
+
+    From then on, requests of the run's strategy carry its secret, and its clients open
+    what its key has signed.
+    """
+
+    run: str
+    public_key: bytes  # Ed25519
+    secret_digest: bytes  # SHA-256 of the run's ``access``
+
+
+@dataclass(frozen=True, slots=True)
+class IsHeld(StrategyRequest[Held]):
     """Ask whether the edge already holds a global state."""
 
     digest: str
 
 
 @dataclass(frozen=True, slots=True)
-class HoldState(Request[Held]):
+class HoldState(StrategyRequest[Held]):
     """Send the edge a round's global state, with its digest.
 
     With a ``rest``, the digest is ``joined_digest`` of the rest's and of these arrays'.
@@ -70,7 +90,7 @@ class Described:
 
 
 @dataclass(frozen=True, slots=True)
-class DescribeTask(Request[Described]):
+class DescribeTask(StrategyRequest[Described]):
     """Ask for the parts of a task whose digest differs."""
 
 
@@ -79,6 +99,17 @@ class Opened:
     """A session is open; its later requests carry this incarnation."""
 
     incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The most that a session takes from its client."""
+
+    num_examples: int | None  # In all training steps; None in evaluation
+    step_examples: int
+    step_bytes: int  # Of one request's tensors, laid out with their gaps
+    least_start: int  # The first unit that the client may move to the edge
+    ends_at_edge: bool  # The labels come with each step, and nothing goes back to them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +139,16 @@ class OpenSession(Request[Opened]):
     variant: Variant = WHOLE
     accumulate: int = 1  # Micro-batches per batch
     codecs: tuple[str, ...] = ()  # Of the cuts from this one on; empty for ``RAW``
+    limits: Limits | None = None  # None where no strategy planned it
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSigned(Request[Opened]):
+    """Open what the strategy has signed; to repeat it repeats the answer."""
+
+    run: str
+    opening: bytes  # An ``OpenSession``
+    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +156,7 @@ class Onward:
     """The address of a route's next edge, and the session to open there."""
 
     address: str
-    opening: OpenSession
+    opening: OpenSession | OpenSigned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +244,7 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
-class Commit(Request[Committed]):
+class Commit(StrategyRequest[Committed]):
     """Merge exactly these sealed sessions, in this order; repeating it is safe."""
 
     round_number: int
@@ -211,7 +252,7 @@ class Commit(Request[Committed]):
 
 
 @dataclass(frozen=True, slots=True)
-class Release(Request[None]):
+class Release(StrategyRequest[None]):
     """Delete all of this round and earlier ones, except one state and its rest."""
 
     round_number: int

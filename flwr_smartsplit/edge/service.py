@@ -1,19 +1,24 @@
-"""EdgeService: runs the tails of clients' models; it knows no network.
+"""EdgeService: runs the tails of one run's clients; it knows no network.
+
+It trusts whoever asks: hosts put an ``EdgeGate`` before it.
 
 Every client trains its own replica of its tail. ``Seal`` checks it, writes it to disk
 and frees its memory; ``Commit`` merges exactly the sealed tails that the strategy
 names. Until then, no client can affect another one, or the global model.
 """
 
+from dataclasses import replace
 from functools import cached_property, partial, singledispatchmethod
+from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, cast
 
 import torch
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.admission import Admission
-from flwr_smartsplit.edge.client import Connect, EdgeClient, nowhere
+from flwr_smartsplit.edge.admission import Admission, Ledger
+from flwr_smartsplit.edge.client import Connect, EdgeClient, nowhere, opening_in
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.session_table import SessionTable
@@ -32,31 +37,36 @@ from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.types import EdgeProfile, Receipt
 
-_UNLIMITED = EdgeProfile(name="")
+UNLIMITED = EdgeProfile(name="")
 
 
 class EdgeService:
-    """Answer every request to an edge; it is thread-safe."""
+    """Answer every request of a run to an edge; it is thread-safe."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - where it runs, and within what
         self,
         task: Task,
         *,
         spill_dir: Path,  # For held states and sealed tails; survives a restart
         incarnation: str,  # This start's; requests to an earlier one are refused
         connect: Connect = nowhere,  # To the edges where routes continue
-        profile: EdgeProfile = _UNLIMITED,  # The budgets that all sessions share
+        profile: EdgeProfile = UNLIMITED,  # The budgets that all sessions share
         device: torch.device = CPU,
+        run: str = "",
+        ledger: Ledger | None = None,  # Of the budgets, if several runs share them
     ) -> None:
         self._task = task
+        self._run = run
         self._connect = connect
         self._device = device
         self._incarnation = incarnation
-        self._chain = build_chain(task)
-        self._store = StateStore(spill_dir)
-        self._admission = Admission(task, profile, sealed=self._store.tail_bytes())
-        self._sessions = SessionTable(
-            self._store, self._admission, incarnation=incarnation
+        self.chain = build_chain(task)
+        self.store = StateStore(spill_dir)
+        self._admission = Admission(
+            task, profile, sealed=self.store.tail_bytes(), run=run, ledger=ledger
+        )
+        self.sessions = SessionTable(
+            self.store, self._admission, incarnation=incarnation
         )
         # Where memory is short, large parameters are stepped inside backward.
         self._steps_in_backward = profile.memory_bytes is not None
@@ -77,66 +87,75 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.OpenSession) -> wire.Opened:
-        session = self._sessions.opened_by(request) or self._sessions.open(
+        session = self.sessions.opened_by(request) or self.sessions.open(
             request, partial(self._built, request)
         )
         return wire.Opened(session.incarnation)
 
     @_answer.register
+    def _(self, request: wire.OpenSigned) -> wire.Opened:
+        token = sha256(request.opening).hexdigest()
+        opened: wire.Opened = self._answer(replace(opening_in(request), token=token))
+        return opened
+
+    @_answer.register
     def _(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
-        with self._sessions.held(request) as session:
+        with self.sessions.held(request) as session:
             # This may take seconds; the session may end meanwhile.
             self._admission.fit(session, request)
-            self._sessions.require_open(session)
-            with self._sessions.void_on_error(session):
+            self.sessions.require_open(session)
+            with self.sessions.void_on_error(session):
                 return session.answer(request)
 
     @_answer.register
     def _(self, request: MoveCut) -> Moved:
-        with self._sessions.held(request) as session:
+        with self.sessions.held(request) as session:
             self._admission.widen(session, request)
-            self._sessions.require_open(session)
+            self.sessions.require_open(session)
             make = partial(self._runner, session.opened)
-            with self._sessions.void_on_error(session):
+            with self.sessions.void_on_error(session):
                 return session.move(request, self._chain_of(session), make)
 
     @_answer.register
     def _(self, request: wire.Seal) -> tuple[Receipt, ...]:
         try:
-            with self._sessions.held(request) as session:
-                with self._sessions.void_on_error(session):
-                    return self._sessions.seal(
-                        session, request, self._chain_of(session)
-                    )
+            with self.sessions.held(request) as session:
+                with self.sessions.void_on_error(session):
+                    return self.sessions.seal(session, request, self._chain_of(session))
         except StaleSession:
             # It may have been sealed before, or while this request waited.
-            receipts = self._sessions.sealed_by(request)
+            receipts = self.sessions.sealed_by(request)
             if receipts is None:
                 raise
             return receipts
 
     @_answer.register
     def _(self, request: wire.Abandon) -> None:
-        self._sessions.abandon(request)
+        self.sessions.abandon(request)
+
+    def close(self) -> None:
+        """Free what the sessions of this run hold and reserve."""
+        self.sessions.close()
 
     def _built(self, request: wire.OpenSession) -> Session:
         """Build a session here, and at the edges after this one."""
         with unmetered():  # The template's buffers belong to no session.
-            chain = self._chain.under(request.variant)
+            chain = self.chain.under(request.variant)
             names = chain.state_names(request.start, request.stop)
-        state = self._store.read_state(request.state_digest, names)
+        state = self.store.read_state(request.state_digest, names)
         segment = materialise(chain, request.start, request.stop, state)
         del state
         runner, onward = self._runner(request, segment), None
         if request.onward is not None:
-            opening = request.onward.opening
-            transport = self._connect(opening.place, request.onward.address)
-            onward = EdgeClient(transport, opening, device=self._device)
-        incarnation = f"{self._incarnation}{request.token}"
-        return Session(request, incarnation, runner, onward, device=self._device)
+            place = opening_in(request.onward.opening).place
+            transport = self._connect(place, request.onward.address)
+            onward = EdgeClient(transport, request.onward.opening, device=self._device)
+        # Only who opened the session knows this; the gate reads the run off it.
+        secret = f"{self._run}:{token_hex(16)}"
+        return Session(request, secret, runner, onward, device=self._device)
 
     def _chain_of(self, session: Session) -> Chain:
-        return self._chain.under(session.opened.variant)
+        return self.chain.under(session.opened.variant)
 
     def _runner(self, opened: wire.OpenSession, segment: Segment) -> SegmentRunner:
         """Make a session's runner, when it opens or its cut moves."""
@@ -155,7 +174,7 @@ class EdgeService:
     @_answer.register
     def _(self, request: wire.IsHeld) -> wire.Held:
         digest = facts_digest(self._facts)
-        return wire.Held(self._incarnation, self._store.holds(request.digest), digest)
+        return wire.Held(self._incarnation, self.store.holds(request.digest), digest)
 
     @_answer.register
     def _(self, request: wire.DescribeTask) -> wire.Described:
@@ -164,7 +183,7 @@ class EdgeService:
 
     @cached_property
     def _facts(self) -> dict[str, str]:
-        return task_facts(self._task, self._chain.model)
+        return task_facts(self._task, self.chain.model)
 
     @_answer.register
     def _(self, request: wire.HoldState) -> wire.Held:
@@ -173,19 +192,17 @@ class EdgeService:
                 f"the state sent as {request.digest[:12]} has another digest: "
                 "it changed on the way; send it again."
             )
-        self._store.hold(request.digest, request.state, rest=request.rest)
+        self.store.hold(request.digest, request.state, rest=request.rest)
         return wire.Held(self._incarnation, True)
 
     @_answer.register
     def _(self, request: wire.Commit) -> wire.Committed:
-        self._store.verify({e.session: e.digest for e in request.entries})
+        self.store.verify({e.session: e.digest for e in request.entries})
         weights = {entry.session: entry.weight for entry in request.entries}
-        return wire.Committed(add_states(self._store.read_tails(weights)))
+        return wire.Committed(add_states(self.store.read_tails(weights)))
 
     @_answer.register
     def _(self, request: wire.Release) -> None:
-        self._sessions.release(request.round_number)
-        self._store.release(
-            request.round_number, request.keep_digest, request.keep_rest
-        )
-        self._admission.recount(self._store.tail_bytes())
+        self.sessions.release(request.round_number)
+        self.store.release(request.round_number, request.keep_digest, request.keep_rest)
+        self._admission.recount(self.store.tail_bytes())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hmac import compare_digest
 
 import numpy as np
 
@@ -19,6 +20,12 @@ from flwr_smartsplit.split.build import check_unsent, state_views
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import Receipt
+
+
+def is_same(one: str, other: str) -> bool:
+    """Compare secrets in a time that tells nothing of them."""
+    pair = (text.encode(errors="surrogatepass") for text in (one, other))
+    return compare_digest(*pair)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,16 @@ class SessionTable:
             raise
         self._open[name] = session
         return session
+
+    def session_of(self, name: str, incarnation: str) -> Session | None:
+        """Return an open session, if this is its secret."""
+        known = self._open.get(name)
+        return known if known and is_same(known.incarnation, incarnation) else None
+
+    def knows(self, name: str, incarnation: str) -> bool:
+        """Say whether this is the secret of an open or sealed session."""
+        known = self._open.get(name) or self._sealed.get(name)
+        return known is not None and is_same(known.incarnation, incarnation)
 
     @contextmanager
     def held(self, request: StepRequest | MoveCut | wire.Seal) -> Iterator[Session]:
@@ -182,6 +199,12 @@ class SessionTable:
                 self.forget(name)
         self._sealed.clear()
 
+    def close(self) -> None:
+        """Delete all sessions."""
+        for name in (*self._open, *self._sealed):
+            self.forget(name)
+        self._admission.recount({})
+
     def forget(self, name: str) -> None:
         """Delete a session and its tail, and free what it reserved."""
         self._open.pop(name, None)
@@ -190,9 +213,10 @@ class SessionTable:
         self._admission.free(name)
 
     def _stale(self, name: str, opening: str) -> StaleSession:
+        shown = opening.partition(":")[0]  # What follows is a secret.
         return StaleSession(
-            f"session {name} of incarnation {opening!r} is not open at this edge "
-            f"(incarnation {self._incarnation!r}): the edge restarted or the session "
-            "ended. This client sits the round out.",
+            f"session {name:.400} of incarnation {shown!r:.40} is not open at this "
+            f"edge (incarnation {self._incarnation!r}): the edge restarted or the "
+            "session ended. This client sits the round out.",
             session=name,
         )

@@ -29,7 +29,12 @@ class StateStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def held_bytes(self, *, without: str = "") -> int:
+        """Add up the files of all held states but one."""
+        paths = set(self._folder.glob(f"*{_STATE}")) - {self._state_path(without)}
+        return sum(path.stat().st_size for path in paths)
 
     def hold(self, digest: str, state: State, *, rest: str = "") -> None:
         """Write a global state under its digest; a held ``rest`` has other names."""

@@ -194,10 +194,9 @@ class CentralManager:
             kind, option = clients[key].batch_kind, assignment.option
             profile = self._costs(kind, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
-            back = changed_names(client_plan, self.chain)
-            back = returned(back, self.task.is_local)
+            back = returned(changed_names(client_plan, self.chain), self.task.is_local)
             sent = Sent(client_plan, names, back, assignment, profile)
-            dispatch.sent[key] = self._without_kept(sent)
+            dispatch.add(self._without_kept(sent), clients[key], self.chain, self.edges)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
         self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.client import opening_of
+from flwr_smartsplit.edge.gate.run_keys import RunKeys
 from flwr_smartsplit.edge.hosts.edge import Edge
+from flwr_smartsplit.edge.message_bytes import encode
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
@@ -18,13 +21,14 @@ from flwr_smartsplit.task_digest.facts import (
     require_same_task,
     task_facts,
 )
-from flwr_smartsplit.types import EdgeProfile, Failure
+from flwr_smartsplit.types import ClientPlan, EdgeProfile, Failure, Leg
 
 
 @dataclass
 class _Link:
     address: str
     transport: wire.CountingTransport
+    access: str
 
 
 class EdgePool:
@@ -38,6 +42,7 @@ class EdgePool:
             raise ValueError(f"edges must have different names, not {names}.")
         self._edges = {edge.name: edge for edge in edges}
         self._task = task
+        self._keys = RunKeys()
         self._links: dict[str, _Link] = {}
         self._was_ready = False
         self._past_bytes = 0
@@ -83,6 +88,27 @@ class EdgePool:
         ready = [name for name in self._edges if name in self._links]
         return {name: self._links[name].address for name in ready}, failures
 
+    def sign(
+        self,
+        plan: ClientPlan,
+        legs: tuple[Leg, ...],
+        limits: wire.Limits,
+        *,
+        is_trained: bool,
+        batch_size: int,
+    ) -> bytes:
+        """Sign what a client opens at its edges; its plan carries it."""
+        request = opening_of(
+            plan,
+            legs,
+            is_trained=is_trained,
+            token="",
+            batch_size=batch_size,
+            accumulate=max(self._task.accumulate, plan.accumulate),
+            sign=lambda opening: self._keys.sign(opening, limits),
+        )
+        return b"".join(encode(request))
+
     def commit(
         self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
     ) -> Sums:
@@ -125,8 +151,10 @@ class EdgePool:
         except EdgeError:
             self._edges[name].stop(address)
             raise
-        self._links[name] = _Link(address, transport)
-        self._send_state(self._links[name], parts)
+        link = _Link(address, transport, self._keys.access(address))
+        self._links[name] = link
+        _asked(link, self._keys.hello(address))
+        self._send_state(link, parts)
 
     def _send_state(self, link: _Link, parts: Mapping[str, State]) -> None:
         """Send what the edge does not hold: the rest, if any, and then the state."""
@@ -156,8 +184,10 @@ class EdgePool:
             self._edges[name].stop(link.address)
 
 
-def _asked(link: _Link, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
+def _asked(link: _Link, request: wire.StrategyRequest[wire.ReplyT]) -> wire.ReplyT:
     """Send a request; turn other errors of the edge into an ``EdgeError``."""
+    if not isinstance(request, wire.Hello):
+        request = replace(request, access=link.access)
     try:
         return link.transport.send(request)
     except (MemoryError, OSError, RuntimeError) as error:

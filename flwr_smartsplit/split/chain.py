@@ -233,6 +233,11 @@ class Chain:
         first = self.first_names
         return {n: state.get(first.get(n, n), array) for n, array in state.items()}
 
+    @cached_property
+    def kinds(self) -> Mapping[str, _Kind]:
+        """The shape of each name of the state, and its dtype as NumPy calls it."""
+        return {n: _kind_of(t) for n, t in self.model.state_dict().items()}
+
     def check_state(self, kinds: Mapping[str, _Kind]) -> None:
         """Check that a state fits this model, by names, shapes and NumPy's dtypes.
 
@@ -241,7 +246,7 @@ class Chain:
         InvalidTask
             Naming every difference.
         """
-        wanted = {n: _kind_of(t) for n, t in self.model.state_dict().items()}
+        wanted = self.kinds
         problems = [
             f"{name}: {_difference(kinds.get(name), wanted.get(name))}"
             for name in sorted(wanted.keys() | kinds.keys())

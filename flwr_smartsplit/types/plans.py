@@ -115,6 +115,7 @@ class ClientPlan:
     attempt: int = 0  # how often it was asked before; each opens its own sessions
     task_digest: str = ""  # of the strategy's task, which is the client's, too
     verify: Verify = "once"  # compare chain and stock module before training
+    opening: bytes = b""  # of its sessions, signed by the strategy
 
     def __post_init__(self) -> None:
         is_known = self.num_examples >= 1 and 0 <= self.importance < inf

@@ -1,6 +1,7 @@
 """One round on four clients, and the truth about it in plain numpy."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -11,14 +12,25 @@ from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.edge.weighted_mean import Sums
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.server.aggregation import Settled, settle_round
 from flwr_smartsplit.server.edge_pool import EdgePool
-from flwr_smartsplit.types import DEVICE, ClientReply, Expectation, TailExpectation
+from flwr_smartsplit.server.limits import limits_of
+from flwr_smartsplit.types import (
+    DEVICE,
+    ClientPlan,
+    ClientReply,
+    DeviceProfile,
+    Expectation,
+    TailExpectation,
+)
 from tests.tasks import (
+    BATCH_SIZE,
     TASK,
     State,
     client_plan,
     device_part,
+    examples,
     initial_state,
     loader,
     tiny_chain,
@@ -44,14 +56,38 @@ def fedavg(replies: Mapping[str, ClientReply]) -> State:
     return merged
 
 
+def signed(
+    plan: ClientPlan, pool: EdgePool, *, num_examples: int, is_train: bool = True
+) -> ClientPlan:
+    """Sign what a plan's client opens at edges, as the strategy does."""
+    num_units = len(tiny_chain())
+    legs = plan.route.edge_legs(num_units)
+    if not legs:
+        return plan
+    device = DeviceProfile(
+        client_key=plan.client_key,
+        budget_bytes=None,
+        num_examples=num_examples,
+        batch_size=BATCH_SIZE,
+    )
+    profile = profile_of(TASK, batch_size=BATCH_SIZE)
+    limits = limits_of(plan, device, profile, num_units=num_units, is_train=is_train)
+    opening = pool.sign(plan, legs, limits, is_trained=is_train, batch_size=BATCH_SIZE)
+    return replace(plan, opening=opening)
+
+
 def train(
     routes: Iterable[Route],
     state: State,
     *,
     edges: Mapping[str, Edge] | None = None,
     addresses: Mapping[str, str] | None = None,
+    pool: EdgePool | None = None,
 ) -> list[ClientReply]:
-    """Let one client per route train, and collect their replies."""
+    """Let one client per route train, and collect their replies.
+
+    The pool signs what they open, if it has started the edges.
+    """
     known = dict(edges or {})
     conditions = Conditions(
         task=TASK, connect=lambda place, address: known[place].connect(address)
@@ -61,6 +97,8 @@ def train(
         plan = client_plan(
             client, route, state, round_number=ROUND, addresses=addresses
         )
+        if pool is not None:
+            plan = signed(plan, pool, num_examples=len(examples(client)))
         outcome = train_locally(
             plan, device_part(state, route), loader(client), conditions
         )
@@ -105,7 +143,7 @@ def start(
     pool = EdgePool(edges, TASK)
     addresses, _ = pool.prepare(state_digest(state), state)
     by_name = {edge.name: edge for edge in edges}
-    return pool, train(routes, state, edges=by_name, addresses=addresses)
+    return pool, train(routes, state, edges=by_name, addresses=addresses, pool=pool)
 
 
 class Committer(Protocol):

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from flwr_smartsplit.edge.gate.gate import EdgeGate
 from flwr_smartsplit.edge.hosts.edge import Edge, new_address
 from flwr_smartsplit.edge.hosts.spill_folders import PREFIX, claim, delete_abandoned
 from flwr_smartsplit.edge.protocol import LocalTransport
-from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.torch_device import as_device
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
-_edges: dict[str, tuple[EdgeService, BinaryIO]] = {}
+_edges: dict[str, tuple[EdgeGate, BinaryIO]] = {}
 
 
 def LocalEdge(
@@ -51,7 +51,7 @@ class LocalHost:
         delete_abandoned(parent)
         folder = parent / f"{PREFIX}{address}"
         lock = claim(folder)
-        service = EdgeService(
+        gate = EdgeGate(
             task,
             spill_dir=folder,
             incarnation=uuid.uuid4().hex,
@@ -59,7 +59,7 @@ class LocalHost:
             profile=profile,
             device=device,
         )
-        _edges[address] = (service, lock)
+        _edges[address] = (gate, lock)
         return address
 
     def connect(self, address: str) -> LocalTransport:

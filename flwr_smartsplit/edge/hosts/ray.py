@@ -19,6 +19,7 @@ import numpy as np
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
+from flwr_smartsplit.edge.gate.gate import EdgeGate
 from flwr_smartsplit.edge.hosts.edge import (
     BytesTransport,
     Edge,
@@ -27,7 +28,6 @@ from flwr_smartsplit.edge.hosts.edge import (
 )
 from flwr_smartsplit.edge.hosts.spill_folders import PREFIX, claim, delete_abandoned
 from flwr_smartsplit.edge.message_bytes import Piece
-from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.torch_settings import (
@@ -264,7 +264,7 @@ class _Carrier:
 
 
 class _EdgeActor:
-    """An ``EdgeService`` in its own process; each start is a new incarnation."""
+    """An ``EdgeGate`` in its own process; each start is a new incarnation."""
 
     def __init__(  # noqa: PLR0917 - Ray passes them on
         self,
@@ -279,7 +279,7 @@ class _EdgeActor:
         self._folder = _folder(host.spill_dir, address)
         delete_abandoned(self._folder.parent)
         self._lock = claim(self._folder)
-        self._service = EdgeService(
+        self._gate = EdgeGate(
             task,
             spill_dir=self._folder,
             incarnation=uuid.uuid4().hex,
@@ -293,11 +293,11 @@ class _EdgeActor:
 
     def handle(self, request: Any) -> Any:
         pieces = [request] if isinstance(request, bytes) else request
-        return _one_object(answered(self._service.handle, *pieces))
+        return _one_object(answered(self._gate.handle, *pieces))
 
     def handle_parts(self, *parts: bytes) -> tuple[bytes, ...]:
         """Answer a request in parts by as many parts."""
-        reply = answered(self._service.handle, b"".join(parts))
+        reply = answered(self._gate.handle, b"".join(parts))
         return _divide(b"".join(reply), len(parts))
 
     def clean_up(self) -> None:

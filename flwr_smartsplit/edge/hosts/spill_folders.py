@@ -21,9 +21,12 @@ _LOCK = "in-use.lock"
 
 
 def claim(folder: Path) -> BinaryIO:
-    """Make a folder, or share it, until the returned file is closed."""
+    """Make a folder, or share it, until the returned file is closed.
+
+    Nobody else may look into it: its files tell who takes part.
+    """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # It was deleted at this moment.
             file = (folder / _LOCK).open("ab")
             if fcntl is not None:

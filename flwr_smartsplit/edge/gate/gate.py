@@ -1,0 +1,273 @@
+"""EdgeGate: answers each request to an edge, if whoever asks may ask it.
+
+There are two roles. The strategy of a run has a secret, and may do anything within its
+run. A client has nothing but what its plan brings: it opens what the strategy signed,
+once, and goes on with the secret that the opening returned.
+
+Each run has its own service, folder and states, so no run sees another one. All share
+the edge's budgets.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from hmac import compare_digest
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.admission import Ledger
+from flwr_smartsplit.edge.client import Connect, nowhere
+from flwr_smartsplit.edge.cut_moves import MoveCut
+from flwr_smartsplit.edge.gate.rules import (
+    Arriving,
+    check_commit,
+    check_move,
+    check_opening,
+    check_state,
+    check_step,
+    is_over,
+)
+from flwr_smartsplit.edge.gate.run_keys import Run, not_for_clients, secret_digest
+from flwr_smartsplit.edge.service import UNLIMITED, EdgeService
+from flwr_smartsplit.errors import RefusedRequest, StaleSession
+from flwr_smartsplit.memory.meter import unmetered
+from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.torch_device import CPU
+from flwr_smartsplit.types import EdgeProfile
+
+_RUN = "run.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """Whose runs an edge takes, and for how long it waits for their strategies.
+
+    Without an admin secret, the first run that begins owns the edge, and nobody is
+    asked for anything before: whoever started it in this process or cluster is alone.
+    """
+
+    admin_digest: bytes | None = None  # SHA-256 of the secret that begins runs
+    max_runs: int = 8
+    lease_seconds: float | None = None  # A run whose strategy is silent so long ends
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass
+class _Held:
+    """One run at this edge."""
+
+    run: Run
+    service: EdgeService
+    heard: float  # When its strategy last asked something
+    released: int = 0  # The last round that is over
+    answers: dict[str, tuple[wire.OpenSession, wire.Opened]] = field(
+        default_factory=dict
+    )
+    locks: dict[str, Lock] = field(default_factory=dict)
+
+
+class EdgeGate:
+    """Answer every request to an edge; the arguments are those of its services."""
+
+    def __init__(  # noqa: PLR0913 - those of a service, and whose runs it takes
+        self,
+        task: Task,
+        *,
+        spill_dir: Path,
+        incarnation: str,
+        connect: Connect = nowhere,
+        profile: EdgeProfile = UNLIMITED,
+        device: torch.device = CPU,
+        terms: Terms = Terms(),
+    ) -> None:
+        self._service = partial(
+            EdgeService,
+            task,
+            incarnation=incarnation,
+            connect=connect,
+            profile=profile,
+            device=device,
+            ledger=Ledger(),
+        )
+        self._place = profile.name
+        self._folder = spill_dir
+        self._terms = terms
+        self._lock = Lock()
+        self._runs: dict[str, _Held] = {}
+        for path in spill_dir.glob(f"*/{_RUN}"):  # Those of an earlier life.
+            facts = json.loads(path.read_text("utf-8"))
+            known = {name: bytes.fromhex(text) for name, text in facts.items()}
+            self._take(Run(path.parent.name, **known))
+
+    def handle(self, request: Any) -> Any:
+        """Return the reply to a request, or raise an ``EdgeError``."""
+        self._end_silent_runs()
+        match request:
+            case wire.Hello():
+                return self._begin(request)
+            case wire.OpenSigned():
+                return self._open(request)
+            case _ if self._terms.admin_digest is None and not self._runs:
+                return self._private.handle(request)
+            case wire.StrategyRequest():
+                return self._ask(request)
+            case wire.Forward() | wire.Backward() | MoveCut() | wire.Seal():
+                return self._go_on(request)
+            case wire.Abandon():
+                return self._abandon(request)
+        raise not_for_clients(request)
+
+    @cached_property
+    def _private(self) -> EdgeService:
+        """The service of an edge in which no run has begun."""
+        return self._service(spill_dir=self._folder)
+
+    # --- the strategy ---------------------------------------------------------------
+
+    def _begin(self, request: wire.Hello) -> None:
+        run, admin = Run.of(request), self._terms.admin_digest
+        found = secret_digest(request.access)
+        if admin is not None and not compare_digest(found, admin):
+            raise RefusedRequest(
+                "a run begins here with the edge's admin secret, and not with this "
+                "one: give the strategy the secret of this edge."
+            )
+        with self._lock:
+            known = self._runs.get(run.name)
+            if known is not None and known.run == run:  # The request was repeated.
+                return
+            max_runs = 1 if admin is None else self._terms.max_runs
+            if known is not None or len(self._runs) >= max_runs:
+                raise RefusedRequest(
+                    f"{len(self._runs)} runs of {max_runs} have begun at this edge, "
+                    "maybe under this very name: use another edge, or wait."
+                )
+            held = self._take(run)
+            facts = {
+                "public_key": run.public_key.hex(),
+                "secret_digest": run.secret_digest.hex(),
+            }
+            path = self._folder / held.run.name / _RUN
+            path.write_text(json.dumps(facts), "utf-8")
+
+    def _take(self, run: Run) -> _Held:
+        service = self._service(spill_dir=self._folder / run.name, run=run.name)
+        held = _Held(run, service, heard=self._terms.clock())
+        self._runs[run.name] = held
+        return held
+
+    def _ask(self, request: wire.StrategyRequest[Any]) -> Any:
+        held = self._runs.get(request.access.partition(":")[0])
+        if held is None:
+            raise not_for_clients(request)
+        held.run.check_access(request)
+        held.heard = self._terms.clock()
+        store, chain = held.service.store, held.service.chain
+        match request:
+            case wire.Commit():
+                check_commit(request)
+            case wire.HoldState():
+                others = store.held_bytes(without=request.digest)
+                check_state(request, chain.kinds, held_bytes=others)
+            case wire.Release():
+                self._end_round(held, request.round_number)
+        return held.service.handle(request)
+
+    def _end_round(self, held: _Held, round_number: int) -> None:
+        """Forget who opened what in rounds that are over."""
+        held.released = max(held.released, round_number)
+        for digest, (opening, _) in list(held.answers.items()):
+            if is_over(opening, held.released):
+                held.answers.pop(digest, None)
+                held.locks.pop(digest, None)
+
+    # --- clients --------------------------------------------------------------------
+
+    def _open(self, request: wire.OpenSigned) -> wire.Opened:
+        """Open a session once; a used opening gets the same answer again."""
+        held = self._runs.get(request.run)
+        if held is None:
+            raise StaleSession(
+                f"run {request.run:.40} has not begun at this edge, or is over: the "
+                "edge restarted. This client sits the round out.",
+                session="",
+            )
+        opening = held.run.read(request)
+        check_opening(opening, place=self._place, released=held.released)
+        digest = secret_digest(request.opening.hex()).hex()
+        with held.locks.setdefault(digest, Lock()):
+            known = held.answers.get(digest)
+            if known is None:
+                known = opening, held.service.handle(request)
+                held.answers[digest] = known
+        return known[1]
+
+    def _go_on(
+        self, request: wire.Forward | wire.Backward | MoveCut | wire.Seal
+    ) -> Any:
+        """Answer a request of a session, if it is what the session is for."""
+        service = self._run_of(request.session, request.incarnation).service
+        session = service.sessions.session_of(request.session, request.incarnation)
+        if session is not None:
+            opening = session.opened
+            if isinstance(request, wire.Forward | wire.Backward):
+                check_step(request, opening, session.num_examples)
+            elif isinstance(request, MoveCut):
+                coming = arriving(service.chain, request.start, session.start)
+                check_move(request, opening, session.start, coming)
+        return service.handle(request)
+
+    def _abandon(self, request: wire.Abandon) -> None:
+        service = self._run_of(request.session, request.incarnation).service
+        if not service.sessions.knows(request.session, request.incarnation):
+            raise self._stale(request.session)
+        service.handle(request)
+
+    def _run_of(self, session: str, incarnation: str) -> _Held:
+        held = self._runs.get(incarnation.partition(":")[0])
+        if held is None:
+            raise self._stale(session)
+        return held
+
+    def _stale(self, session: str) -> StaleSession:
+        return StaleSession(
+            f"session {session:.400} is not open at this edge, or not to this "
+            "requester: the edge restarted, or the session or its run ended.",
+            session=session,
+        )
+
+    # --- leases ---------------------------------------------------------------------
+
+    def _end_silent_runs(self) -> None:
+        """End the runs whose strategies have not been heard of for a lease."""
+        lease, now = self._terms.lease_seconds, self._terms.clock()
+        if lease is None:
+            return
+        with self._lock:
+            silent = [h for h in self._runs.values() if now - h.heard > lease]
+            for held in silent:
+                del self._runs[held.run.name]
+        for held in silent:
+            held.service.close()
+            shutil.rmtree(self._folder / held.run.name, ignore_errors=True)
+
+
+def arriving(chain: Chain, start: int, stop: int) -> Arriving:
+    """Say what units ``[start, stop)`` that come to the edge must be like."""
+    if not 0 < start < stop:  # None, or a move that the session refuses.
+        return Arriving({}, frozenset(), 0)
+    with unmetered():
+        part = chain.segment(start, stop)
+        saved = part.state_dict(keep_vars=True)
+        buffers = {name for name, _ in part.named_buffers(remove_duplicate=False)}
+    size = sum(tensor.nbytes for tensor in saved.values())
+    kinds = {name: chain.kinds[name] for name in saved}
+    return Arriving(kinds, frozenset(buffers - saved.keys()), size)
