@@ -132,6 +132,7 @@ class EdgePool:
         with ExitStack() as stack:
             for name in tuple(self._links):
                 stack.callback(self._drop, name)
+        self._keys = RunKeys()  # What runs later is another run.
 
     def traffic_bytes(self) -> int:
         """Return the bytes sent between the strategy and its edges so far."""

@@ -267,16 +267,12 @@ def test_who_finds_no_room_waits_for_it(
 def test_whose_patience_ends_sits_the_round_out(tight: tuple[Edge, str]) -> None:
     """With the numbers in the report; the one inside goes on."""
     edge, address = tight
-    edge.connect(address).send(opening("b"))
+    opened = edge.connect(address).send(opening("b"))
     hasty = replace(edge, room_patience_seconds=0.0)
     report = train(0, hasty, address).report
     assert report.status is Status.EDGE_FAILED
     assert "has 0 B of its" in report.message
-    edge.connect(address).send(wire.Seal("b", _life(edge, address) + "t", 0))
-
-
-def _life(edge: Edge, address: str) -> str:
-    return edge.connect(address).send(wire.IsHeld(DIGEST)).incarnation
+    edge.connect(address).send(wire.Seal("b", opened.incarnation, 0))
 
 
 def test_a_cut_moves_as_far_as_there_is_room(

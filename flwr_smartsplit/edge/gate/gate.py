@@ -9,6 +9,7 @@ the edge's budgets.
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -36,7 +37,12 @@ from flwr_smartsplit.edge.gate.rules import (
 )
 from flwr_smartsplit.edge.gate.run_keys import Run, not_for_clients, secret_digest
 from flwr_smartsplit.edge.service import UNLIMITED, EdgeService
-from flwr_smartsplit.errors import RefusedRequest, StaleSession
+from flwr_smartsplit.errors import (
+    EdgeError,
+    RefusedRequest,
+    SmartSplitError,
+    StaleSession,
+)
 from flwr_smartsplit.memory.meter import unmetered
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
@@ -44,6 +50,7 @@ from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.types import EdgeProfile
 
 _RUN = "run.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,13 +117,29 @@ class EdgeGate:
     def handle(self, request: Any) -> Any:
         """Return the reply to a request, or raise an ``EdgeError``."""
         self._end_silent_runs()
+        if self._is_private and not isinstance(request, wire.Hello | wire.OpenSigned):
+            return self._private.handle(request)
+        try:
+            return self._answer(request)
+        except SmartSplitError:
+            raise
+        except Exception as error:
+            _log.exception("an edge failed at a %s", type(request).__name__)
+            raise EdgeError(
+                f"the edge failed at a {type(request).__name__} "
+                f"({type(error).__name__}: {error}): the session is void."
+            ) from error
+
+    @property
+    def _is_private(self) -> bool:
+        return self._terms.admin_digest is None and not self._runs
+
+    def _answer(self, request: Any) -> Any:
         match request:
             case wire.Hello():
                 return self._begin(request)
             case wire.OpenSigned():
                 return self._open(request)
-            case _ if self._terms.admin_digest is None and not self._runs:
-                return self._private.handle(request)
             case wire.StrategyRequest():
                 return self._ask(request)
             case wire.Forward() | wire.Backward() | MoveCut() | wire.Seal():

@@ -36,7 +36,7 @@ class RunKeys:
     def __init__(self) -> None:
         self.run = token_hex(16)
         self._root = token_hex(32)
-        self._key = Ed25519PrivateKey.generate()
+        self._key = Ed25519PrivateKey.generate().private_bytes_raw()
 
     def access(self, address: str) -> str:
         """Return the secret for one edge, which is of no use at another one."""
@@ -45,15 +45,19 @@ class RunKeys:
 
     def hello(self, address: str, *, admin: str = "") -> wire.Hello:
         """Make the request that begins this run at an edge."""
-        key = self._key.public_key().public_bytes_raw()
+        key = Ed25519PrivateKey.from_private_bytes(self._key).public_key()
         return wire.Hello(
-            self.run, key, secret_digest(self.access(address)), access=admin
+            self.run,
+            key.public_bytes_raw(),
+            secret_digest(self.access(address)),
+            access=admin,
         )
 
     def sign(self, opening: wire.OpenSession, limits: wire.Limits) -> wire.OpenSigned:
         """Sign an opening, with the most that its session may take."""
         signed = b"".join(encode(replace(opening, limits=limits)))
-        signature = self._key.sign(_PURPOSE + signed)
+        key = Ed25519PrivateKey.from_private_bytes(self._key)
+        signature = key.sign(_PURPOSE + signed)
         return wire.OpenSigned(self.run, signed, signature)
 
 

@@ -256,11 +256,11 @@ class _Carrier:
         if not _INLINE_BYTES < size <= _MOST_BYTES_IN_PARTS:
             asked = self.actor.handle.remote(_one_object(pieces))
             reply: Any = ray.get(asked, timeout=timeout)
-            return [reply] if isinstance(reply, bytes) else reply
+            return reply if isinstance(reply, list) else [reply]
         num_parts = size // _INLINE_BYTES + 2
         ask = self.actor.handle_parts.options(num_returns=num_parts)
         parts = ask.remote(*_divide(b"".join(pieces), num_parts))
-        return [b"".join(ray.get(parts, timeout=timeout))]
+        return [_joined(ray.get(parts, timeout=timeout))]
 
 
 class _EdgeActor:
@@ -292,12 +292,12 @@ class _EdgeActor:
         return self._folder
 
     def handle(self, request: Any) -> Any:
-        pieces = [request] if isinstance(request, bytes) else request
+        pieces = request if isinstance(request, list) else [request]
         return _one_object(answered(self._gate.handle, *pieces))
 
     def handle_parts(self, *parts: bytes) -> tuple[bytes, ...]:
         """Answer a request in parts by as many parts."""
-        reply = answered(self._gate.handle, b"".join(parts))
+        reply = answered(self._gate.handle, _joined(parts))
         return _divide(b"".join(reply), len(parts))
 
     def clean_up(self) -> None:
@@ -313,6 +313,12 @@ def _one_object(pieces: list[Piece]) -> Any:
     if sum(map(len, pieces)) <= _INLINE_BYTES:
         return b"".join(pieces)
     return [p if isinstance(p, bytes) else np.frombuffer(p, np.uint8) for p in pieces]
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Join bytes; whoever decodes them refuses anything else."""
+    are_bytes = all(isinstance(part, bytes) for part in parts)
+    return b"".join(parts) if are_bytes else list(parts)
 
 
 def _divide(data: bytes, num_parts: int) -> tuple[bytes, ...]:

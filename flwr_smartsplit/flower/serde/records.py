@@ -4,6 +4,7 @@ Flower's two APIs lay out the same contents differently. Ours travel as scalars 
 record, because legacy clients accept nothing else.
 """
 
+import base64
 import json
 import re
 import zlib
@@ -241,12 +242,14 @@ def plan_to_scalars(plan: ClientPlan) -> Scalars:
 
 def _as_json(value: Any) -> Any:
     """Write what JSON lacks: bytes, and numbers of other libraries."""
-    return {_BYTES: value.hex()} if isinstance(value, bytes) else plain(value)
+    if isinstance(value, bytes):
+        return {_BYTES: base64.b64encode(value).decode()}
+    return plain(value)
 
 
 def _from_json(values: dict[str, Any]) -> Any:
     """Read what ``_as_json`` wrote."""
-    return bytes.fromhex(values[_BYTES]) if values.keys() == {_BYTES} else values
+    return base64.b64decode(values[_BYTES]) if values.keys() == {_BYTES} else values
 
 
 def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:

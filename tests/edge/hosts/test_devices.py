@@ -34,7 +34,7 @@ def test_an_edge_starts_on_its_device_or_not_at_all() -> None:
     edge = LocalEdge(device="cpu:0")
     address = edge.start(TASK)
     try:
-        assert local._edges[address][0]._device == CPU
+        assert local._edges[address][0]._private._device == CPU
     finally:
         edge.stop(address)
     with pytest.raises(InvalidTask, match="'cuda:99'"):
