@@ -20,6 +20,7 @@ from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.admission import Admission, Ledger
 from flwr_smartsplit.edge.client import Connect, EdgeClient, nowhere, opening_in
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved
+from flwr_smartsplit.edge.gate.labels import LabelCheck
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.session_table import SessionTable
 from flwr_smartsplit.edge.state_store import StateStore
@@ -159,7 +160,7 @@ class EdgeService:
 
     def _runner(self, opened: wire.OpenSession, segment: Segment) -> SegmentRunner:
         """Make a session's runner, when it opens or its cut moves."""
-        return SegmentRunner(
+        runner = SegmentRunner(
             segment,
             self._task,
             streams=UnitStreams(
@@ -170,6 +171,9 @@ class EdgeService:
             steps_in_backward=self._steps_in_backward,
             device=self._device,
         )
+        if self._device != CPU:  # There, a label out of range ends the process.
+            runner.guard_loss(LabelCheck(self._task))
+        return runner
 
     @_answer.register
     def _(self, request: wire.IsHeld) -> wire.Held:

@@ -147,6 +147,17 @@ class SegmentRunner:
         loss = loss.detach()  # This frees the graph.
         return loss, self._end()
 
+    def guard_loss(self, check: Callable[[Any, Any], None]) -> None:
+        """Have ``check(outputs, targets)`` called before each loss."""
+        loss_fn = self._loss_fn
+
+        def guarded(outputs: Any, targets: Any) -> Tensor:
+            check(outputs, targets)
+            loss: Tensor = loss_fn(outputs, targets)
+            return loss
+
+        self._loss_fn = guarded
+
     def gradient_norms(self) -> dict[str, float]:
         """Compute the norm of each gradient where the update waits for them."""
         waits = self.task.max_gradient_norm is not None and self._part.is_last

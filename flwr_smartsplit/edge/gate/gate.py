@@ -238,6 +238,7 @@ class EdgeGate:
     ) -> Any:
         """Answer a request of a session, if it is what the session is for."""
         service = self._run_of(request.session, request.incarnation).service
+        ask: Callable[[Any], Any] = service.handle
         session = service.sessions.session_of(request.session, request.incarnation)
         if session is not None:
             opening = session.opened
@@ -246,7 +247,7 @@ class EdgeGate:
             elif isinstance(request, MoveCut):
                 coming = arriving(service.chain, request.start, session.start)
                 check_move(request, opening, session.start, coming)
-        return service.handle(request)
+        return ask(request)
 
     def _abandon(self, request: wire.Abandon) -> None:
         service = self._run_of(request.session, request.incarnation).service
