@@ -110,6 +110,7 @@ class Limits:
     step_bytes: int  # Of one request's tensors, laid out with their gaps
     least_start: int  # The first unit that the client may move to the edge
     ends_at_edge: bool  # The labels come with each step, and nothing goes back to them
+    phase: int = 0  # Of the run; once it is over, nothing is opened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +259,7 @@ class Release(StrategyRequest[None]):
     round_number: int
     keep_digest: str
     keep_rest: str = ""
+    phase: int = 0  # This one and all before are over; see ``Limits``
 
 
 class Transport(Protocol):

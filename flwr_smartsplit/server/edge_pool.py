@@ -43,6 +43,7 @@ class EdgePool:
         self._edges = {edge.name: edge for edge in edges}
         self._task = task
         self._keys = RunKeys()
+        self._phase = 0
         self._links: dict[str, _Link] = {}
         self._was_ready = False
         self._past_bytes = 0
@@ -70,6 +71,7 @@ class EdgePool:
         failures of the others, which get no client this round. Raises
         ``EdgeUnreachable`` if no edge was ever ready: the set-up is wrong.
         """
+        self._phase += 1
         failures = []
         for name in self._edges:
             try:
@@ -97,7 +99,8 @@ class EdgePool:
         is_trained: bool,
         batch_size: int,
     ) -> bytes:
-        """Sign what a client opens at its edges; its plan carries it."""
+        """Sign what a client opens at its edges in this phase; its plan carries it."""
+        limits = replace(limits, phase=self._phase)
         request = opening_of(
             plan,
             legs,
@@ -122,10 +125,14 @@ class EdgePool:
         return _asked(self._links[place], wire.Commit(round_number, entries)).sums
 
     def release(self, round_number: int, keep_digest: str, keep_rest: str = "") -> None:
-        """Have the edges delete a round's files; ignore dead edges."""
+        """Have the edges delete a round's files; ignore dead edges.
+
+        What was signed so far opens nothing any more.
+        """
+        release = wire.Release(round_number, keep_digest, keep_rest, phase=self._phase)
         for link in self._links.values():
             with suppress(EdgeError):
-                _asked(link, wire.Release(round_number, keep_digest, keep_rest))
+                _asked(link, release)
 
     def stop(self) -> None:
         """Stop every edge, even if stopping another one fails."""

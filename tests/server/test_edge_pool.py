@@ -5,16 +5,19 @@ from typing import Any
 
 import pytest
 
+from flwr_smartsplit import Route
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.edge.message_bytes import decode
 from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.errors import EdgeError, EdgeUnreachable, RefusedRequest
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.server.global_state import GlobalState
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import EdgeProfile
+from flwr_smartsplit.types import EDGE, EdgeProfile
 from tests.faults import Deliver, MortalEdge
-from tests.tasks import TASK, State, initial_state, state_bytes
+from tests.server.one_round import ROUND, signed, start, train
+from tests.tasks import TASK, State, client_plan, initial_state, state_bytes
 
 STATE = initial_state()
 DIGEST = state_digest(STATE)
@@ -311,3 +314,21 @@ def test_an_edge_that_runs_out_of_memory_is_that_edges_trouble(
     addresses, failures = pool.prepare(state_digest(newer), newer)
     assert list(addresses) == ["b"]
     assert [failure.client_key for failure in failures] == ["edge a"]
+
+
+def test_what_was_signed_opens_nothing_after_the_release() -> None:
+    """And a later phase may have the same round: a strategy may be used again."""
+    edge, routes = LocalEdge(), [Route.split(2)]
+    pool, first = start([edge], routes)
+    try:
+        addresses, _ = pool.prepare(DIGEST, STATE)
+        plan = client_plan(0, routes[0], STATE, addresses=addresses)
+        old = signed(plan, pool, num_examples=9)
+        pool.release(ROUND, DIGEST)
+        addresses, _ = pool.prepare(DIGEST, STATE)
+        again = train(routes, STATE, edges={EDGE: edge}, addresses=addresses, pool=pool)
+        assert again[0].receipts[0].digest == first[0].receipts[0].digest
+        with pytest.raises(RefusedRequest, match="round 1 is over"):
+            edge.connect(addresses[EDGE]).send(decode(old.opening))
+    finally:
+        pool.stop()

@@ -74,7 +74,7 @@ class _Held:
     run: Run
     service: EdgeService
     heard: float  # When its strategy last asked something
-    released: int = 0  # The last round that is over
+    released: int = 0  # The last phase that is over
     answers: dict[str, tuple[wire.OpenSession, wire.Opened]] = field(
         default_factory=dict
     )
@@ -109,6 +109,7 @@ class EdgeGate:
         self._terms = terms
         self._lock = Lock()
         self._runs: dict[str, _Held] = {}
+        self._is_private = terms.admin_digest is None
         for path in spill_dir.glob(f"*/{_RUN}"):  # Those of an earlier life.
             facts = json.loads(path.read_text("utf-8"))
             known = {name: bytes.fromhex(text) for name, text in facts.items()}
@@ -129,10 +130,6 @@ class EdgeGate:
                 f"the edge failed at a {type(request).__name__} "
                 f"({type(error).__name__}: {error}): the session is void."
             ) from error
-
-    @property
-    def _is_private(self) -> bool:
-        return self._terms.admin_digest is None and not self._runs
 
     def _answer(self, request: Any) -> Any:
         match request:
@@ -173,19 +170,13 @@ class EdgeGate:
                     f"{len(self._runs)} runs of {max_runs} have begun at this edge, "
                     "maybe under this very name: use another edge, or wait."
                 )
-            held = self._take(run)
-            facts = {
-                "public_key": run.public_key.hex(),
-                "secret_digest": run.secret_digest.hex(),
-            }
-            path = self._folder / held.run.name / _RUN
-            path.write_text(json.dumps(facts), "utf-8")
+            _remember(run, self._folder / run.name)
+            self._take(run)
 
-    def _take(self, run: Run) -> _Held:
+    def _take(self, run: Run) -> None:
+        self._is_private = False
         service = self._service(spill_dir=self._folder / run.name, run=run.name)
-        held = _Held(run, service, heard=self._terms.clock())
-        self._runs[run.name] = held
-        return held
+        self._runs[run.name] = _Held(run, service, heard=self._terms.clock())
 
     def _ask(self, request: wire.StrategyRequest[Any]) -> Any:
         held = self._runs.get(request.access.partition(":")[0])
@@ -201,12 +192,12 @@ class EdgeGate:
                 others = store.held_bytes(without=request.digest)
                 check_state(request, chain.kinds, held_bytes=others)
             case wire.Release():
-                self._end_round(held, request.round_number)
+                self._end_phase(held, request.phase)
         return held.service.handle(request)
 
-    def _end_round(self, held: _Held, round_number: int) -> None:
-        """Forget who opened what in rounds that are over."""
-        held.released = max(held.released, round_number)
+    def _end_phase(self, held: _Held, phase: int) -> None:
+        """Forget who opened what in phases that are over."""
+        held.released = max(held.released, phase)
         for digest, (opening, _) in list(held.answers.items()):
             if is_over(opening, held.released):
                 held.answers.pop(digest, None)
@@ -282,6 +273,18 @@ class EdgeGate:
         for held in silent:
             held.service.close()
             shutil.rmtree(self._folder / held.run.name, ignore_errors=True)
+
+
+def _remember(run: Run, folder: Path) -> None:
+    """Write down how to recognise a run's strategy: the edge may restart."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = {
+        "public_key": run.public_key.hex(),
+        "secret_digest": run.secret_digest.hex(),
+    }
+    unfinished = folder / f"{_RUN}.unfinished"
+    unfinished.write_text(json.dumps(facts), "utf-8")
+    unfinished.replace(folder / _RUN)
 
 
 def arriving(chain: Chain, start: int, stop: int) -> Arriving:

@@ -55,12 +55,11 @@ def check_opening(opening: wire.OpenSession, *, place: str, released: int) -> No
         f"session {opening.session}: round {opening.round_number} is over, and its "
         "openings with it. This client sits the round out.",
     )
-    _refuse_if(opening.limits is None, "a signed opening has limits.")
 
 
 def is_over(opening: wire.OpenSession, released: int) -> bool:
-    """Say whether a round has ended; evaluation follows the release of training."""
-    return opening.round_number + (not opening.is_trained) <= released
+    """Say whether the phase in which an opening was signed has ended."""
+    return opening.limits is None or opening.limits.phase <= released
 
 
 def check_step(

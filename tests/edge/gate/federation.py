@@ -50,13 +50,11 @@ def device(client_key: str) -> DeviceProfile:
 
 
 def planned(
-    client: int, route: Route, *, round_number: int = 1, is_train: bool = True
+    client: int, route: Route, *, is_train: bool = True
 ) -> tuple[ClientPlan, wire.Limits]:
     """Make a client's plan, and what it may do."""
     addresses = dict.fromkeys(route.edges(), ADDRESS)
-    plan = client_plan(
-        client, route, STATE, round_number=round_number, addresses=addresses
-    )
+    plan = client_plan(client, route, STATE, addresses=addresses)
     profile = profile_of(TASK, batch_size=BATCH_SIZE)
     size = len(tiny_chain())
     who = device(plan.client_key)
@@ -85,14 +83,13 @@ class Strategy:
         client: int = 0,
         route: Route = SPLIT,
         *,
-        round_number: int = 1,
+        phase: int = 1,
         is_train: bool = True,
         change: Callable[[wire.OpenSession], wire.OpenSession] = lambda o: o,
     ) -> wire.OpenSigned:
         """Sign a client's opening."""
-        plan, limits = planned(
-            client, route, round_number=round_number, is_train=is_train
-        )
+        plan, limits = planned(client, route, is_train=is_train)
+        limits = replace(limits, phase=phase)
         request = opening_of(
             plan,
             route.edge_legs(len(tiny_chain())),

@@ -166,7 +166,7 @@ def test_a_run_outlives_its_edge(tmp_path: Path) -> None:
 def test_what_lies_on_the_disk_opens_no_door(tmp_path: Path) -> None:
     """A public key and a digest, in a folder of the edge's owner."""
     federation = Federation.start(tmp_path)
-    (path,) = tmp_path.glob("*/run.json")
+    (path,) = tmp_path.glob("*/run.json*")
     text = path.read_text("utf-8")
     secret = federation.strategy.access.partition(":")[2]
     assert secret not in text
@@ -210,9 +210,7 @@ def test_a_repeated_opening_has_the_same_answer_until_the_round_ends(
     (held,) = federation.gate._runs.values()
     evaluating = federation.evaluating()
     assert len(held.answers) == 3
-    federation.strategy.ask(wire.Release(1, DIGEST))
-    assert [opening.is_trained for opening, _ in held.answers.values()] == [False]
-    federation.strategy.ask(wire.Release(2, DIGEST))
+    federation.strategy.ask(wire.Release(1, DIGEST, phase=1))
     assert held.answers == held.locks == {}
     with pytest.raises(RefusedRequest, match="round 1 is over"):
         evaluating.open()

@@ -97,15 +97,15 @@ def signed_for(**changes: Any) -> Ask:
     )
 
 
-def after_release(*, round_number: int, is_train: bool) -> Ask:
-    """Open after the strategy has ended round 3."""
+def after_release(*, phase: int, is_train: bool) -> Ask:
+    """Open after the strategy has ended its third phase."""
 
     def ask(f: Federation) -> Any:
         gate = make_gate(f.folder / "another")
         strategy = Strategy(gate)
         strategy.hold()
-        strategy.ask(wire.Release(3, DIGEST))
-        opening = strategy.signed(round_number=round_number, is_train=is_train)
+        strategy.ask(wire.Release(3, DIGEST, phase=3))
+        opening = strategy.signed(phase=phase, is_train=is_train)
         return answer_to(gate, b"".join(encode(opening)))
 
     return ask
@@ -232,13 +232,13 @@ MORE: dict[str, tuple[Ask, tuple[type[Exception], str]]] = {
         signed_for(place="elsewhere"),
         (RefusedRequest, "is for edge 'elsewhere', and this is 'edge'"),
     ),
-    "training in a round that is over": (
-        after_release(round_number=3, is_train=True),
-        (RefusedRequest, "round 3 is over, and its openings with it"),
+    "training in a phase that is over": (
+        after_release(phase=3, is_train=True),
+        (RefusedRequest, "round 1 is over, and its openings with it"),
     ),
-    "evaluation of a round before": (
-        after_release(round_number=2, is_train=False),
-        (RefusedRequest, "round 2 is over"),
+    "evaluation of a phase before": (
+        after_release(phase=2, is_train=False),
+        (RefusedRequest, "round 1 is over"),
     ),
     "a step after the seal": (after_end(Client.seal, Client.step), NOT_OPEN),
     "a step after the end": (after_end(abandoned, Client.step), NOT_OPEN),
@@ -364,7 +364,9 @@ def test_the_constraints_of_a_plan_hold_for_moves(federation: Federation) -> Non
     """A client may not move to the edge what must stay with it."""
     plan, limits = planned(3, SPLIT)
     opening = opening_in(federation.strategy.signed(3))
-    signed = federation.strategy.keys.sign(opening, replace(limits, least_start=2))
+    signed = federation.strategy.keys.sign(
+        opening, replace(limits, least_start=2, phase=1)
+    )
     client = Client(federation.stranger, signed, opening.session).open()
     with pytest.raises(RefusedRequest, match="keeps the units below 2 on the device"):
         client.move(1, honest_units(), step=0)

@@ -21,20 +21,21 @@ pytestmark = pytest.mark.ray
 ROUTES = (Route.split(2), Route.split(4), Route.whole(), Route.split(7))
 
 
-def incarnation_of(transport: wire.Transport) -> str | None:
+def incarnation_of(transport: wire.Transport, access: str) -> str | None:
     """Ask an edge who it is; None while it starts, which is long on a busy machine."""
     try:
-        return transport.send(wire.IsHeld("nothing")).incarnation
+        return transport.send(wire.IsHeld("nothing", access=access)).incarnation
     except EdgeUnreachable:
         return None
 
 
-def kill_and_wait(transport: wire.Transport, address: str) -> None:
-    """Kill the actor, and wait until it lives again."""
+def kill_and_wait(transport: wire.Transport, address: str, access: str) -> None:
+    """Kill the actor, and wait until it lives again and knows the run."""
     actor = ray.get_actor(address, namespace=ray_edge._NAMESPACE)
-    first = transport.send(wire.IsHeld("nothing")).incarnation
+    first = incarnation_of(transport, access)
+    assert first is not None
     ray.kill(actor, no_restart=False)
-    while incarnation_of(transport) in {None, first}:
+    while incarnation_of(transport, access) in {None, first}:
         time.sleep(0.05)  # The old process may answer for a moment, then none does.
 
 
@@ -49,14 +50,14 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
     try:
         address = folder.name.removeprefix("smartsplit-")
         transport = edge.connect(address)
-        kill_and_wait(transport, address)
+        kill_and_wait(transport, address, pool._keys.access(address))
         settled = settle(replies, pool, ROUTES)
         assert sorted(settled.accepted) == ["c0", "c1", "c2", "c3"]
         assert settled.failures == ()
         assert settled.state is not None
         assert differences(settled.state, fedavg(whole)) == []
 
-        (tail,) = tail_files(folder, f"{ROUND}.0/c1/{EDGE}")
+        (tail,) = tail_files(folder / pool._keys.run, f"{ROUND}.0/c1/{EDGE}")
         tail.unlink()
         settled = settle(replies, pool, ROUTES)
         assert [(f.client_key, f.kind) for f in settled.failures] == [
