@@ -8,7 +8,6 @@ from typing import Any
 from flwr_smartsplit.errors import InvalidRoute, RefusedReply
 from flwr_smartsplit.flower.serde.records import plan_from_config, plan_to_scalars
 from flwr_smartsplit.server.edge_pool import EdgePool
-from flwr_smartsplit.server.limits import limits_of
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.types import (
     Assignment,
@@ -91,12 +90,14 @@ class Dispatch:
     sent_bytes: dict[str, int] = field(default_factory=dict)
     received_bytes: dict[str, int] = field(default_factory=dict)
 
-    def add(
-        self, sent: Sent, device: DeviceProfile, chain: Chain, edges: EdgePool
-    ) -> None:
+    def add(self, sent: Sent, device: DeviceProfile, edges: EdgePool) -> None:
         """Send one client something; what it opens at edges is signed."""
-        key = sent.plan.client_key
-        self.sent[key] = _signed(sent, device, chain, edges, is_train=self.is_train)
+        # As the client reads it: its config then holds no other library's numbers.
+        plan = plan_from_config(plan_to_scalars(sent.plan))
+        if plan is not None and sent.profile is not None:
+            plan = edges.signed(plan, device, sent.profile, is_train=self.is_train)
+            sent = replace(sent, plan=replace(sent.plan, opening=plan.opening))
+        self.sent[sent.plan.client_key] = sent
 
     def expectations(
         self, chain: Chain, replies: Sequence[ClientReply] = ()
@@ -182,24 +183,6 @@ def frozen_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
     chain = chain.under(plan.variant)
     changed = set(chain.changed_names(0, len(chain)))
     return tuple(name for name in device_names(plan, chain) if name not in changed)
-
-
-def _signed(
-    sent: Sent, device: DeviceProfile, chain: Chain, edges: EdgePool, *, is_train: bool
-) -> Sent:
-    """Sign what a client opens at its edges, and the most that it may do there."""
-    # As the client will read it: its config holds no other library's numbers then.
-    plan = plan_from_config(plan_to_scalars(sent.plan))
-    legs = sent.plan.route.edge_legs(len(chain))
-    if plan is None or sent.profile is None or not legs:
-        return sent
-    limits = limits_of(
-        plan, device, sent.profile, num_units=len(chain), is_train=is_train
-    )
-    opening = edges.sign(
-        plan, legs, limits, is_trained=is_train, batch_size=device.batch_size
-    )
-    return replace(sent, plan=replace(sent.plan, opening=opening))
 
 
 def moved_plan(plan: ClientPlan, moves: Sequence[Move]) -> ClientPlan:

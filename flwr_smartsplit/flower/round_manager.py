@@ -196,7 +196,7 @@ class CentralManager:
             names = device_names(client_plan, self.chain)
             back = returned(changed_names(client_plan, self.chain), self.task.is_local)
             sent = Sent(client_plan, names, back, assignment, profile)
-            dispatch.add(self._without_kept(sent), clients[key], self.chain, self.edges)
+            dispatch.add(self._without_kept(sent), clients[key], self.edges)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
         self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}

@@ -14,6 +14,7 @@ from flwr_smartsplit.edge.message_bytes import encode
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.server.limits import limits_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import (
@@ -21,7 +22,13 @@ from flwr_smartsplit.task_digest.facts import (
     require_same_task,
     task_facts,
 )
-from flwr_smartsplit.types import ClientPlan, EdgeProfile, Failure, Leg
+from flwr_smartsplit.types import (
+    ChainProfile,
+    ClientPlan,
+    DeviceProfile,
+    EdgeProfile,
+    Failure,
+)
 
 
 @dataclass
@@ -90,27 +97,36 @@ class EdgePool:
         ready = [name for name in self._edges if name in self._links]
         return {name: self._links[name].address for name in ready}, failures
 
-    def sign(
+    def signed(
         self,
         plan: ClientPlan,
-        legs: tuple[Leg, ...],
-        limits: wire.Limits,
+        device: DeviceProfile,
+        profile: ChainProfile,
         *,
-        is_trained: bool,
-        batch_size: int,
-    ) -> bytes:
-        """Sign what a client opens at its edges in this phase; its plan carries it."""
+        is_train: bool,
+    ) -> ClientPlan:
+        """Sign what a client opens at its edges in this phase, and what it may do.
+
+        ``profile`` is that of its batches. A plan that goes to no edge stays as it is.
+        """
+        num_units = len(build_chain(self._task))
+        legs = plan.route.edge_legs(num_units)
+        if not legs:
+            return plan
+        limits = limits_of(
+            plan, device, profile, num_units=num_units, is_train=is_train
+        )
         limits = replace(limits, phase=self._phase)
         request = opening_of(
             plan,
             legs,
-            is_trained=is_trained,
+            is_trained=is_train,
             token="",
-            batch_size=batch_size,
+            batch_size=device.batch_size,
             accumulate=max(self._task.accumulate, plan.accumulate),
             sign=lambda opening: self._keys.sign(opening, limits),
         )
-        return b"".join(encode(request))
+        return replace(plan, opening=b"".join(encode(request)))
 
     def commit(
         self, place: str, round_number: int, entries: tuple[wire.Entry, ...]

@@ -27,9 +27,10 @@ from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.protocol import ReplyT, Request, Transport
 from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain, state_of
-from flwr_smartsplit.types import ClientPlan
+from flwr_smartsplit.types import ClientPlan, DeviceProfile
 from simulations.experiments.clients import build_task
 from simulations.experiments.data import input_shape
 from simulations.studies.quickstart import quickstart
@@ -100,6 +101,15 @@ class Setting:
             state_digest=digest,
             edge_addresses=addresses,
         )
+        batch_size = len(self.batches[0][1])
+        device = DeviceProfile(
+            client_key="0",
+            budget_bytes=None,
+            num_examples=batch_size * len(self.batches),
+            batch_size=batch_size,
+        )
+        profile = profile_once(chain, self.task, batch_size=batch_size)
+        plan = pool.signed(plan, device, profile, is_train=True)
         names = chain.state_names(0, route.legs(len(chain))[0].stop)
         state = {name: self.state[name] for name in names}
         conditions = Conditions(task=self.task, connect=connect)

@@ -1,7 +1,6 @@
 """One round on four clients, and the truth about it in plain numpy."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +14,6 @@ from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.server.aggregation import Settled, settle_round
 from flwr_smartsplit.server.edge_pool import EdgePool
-from flwr_smartsplit.server.limits import limits_of
 from flwr_smartsplit.types import (
     DEVICE,
     ClientPlan,
@@ -60,10 +58,6 @@ def signed(
     plan: ClientPlan, pool: EdgePool, *, num_examples: int, is_train: bool = True
 ) -> ClientPlan:
     """Sign what a plan's client opens at edges, as the strategy does."""
-    num_units = len(tiny_chain())
-    legs = plan.route.edge_legs(num_units)
-    if not legs:
-        return plan
     device = DeviceProfile(
         client_key=plan.client_key,
         budget_bytes=None,
@@ -71,9 +65,7 @@ def signed(
         batch_size=BATCH_SIZE,
     )
     profile = profile_of(TASK, batch_size=BATCH_SIZE)
-    limits = limits_of(plan, device, profile, num_units=num_units, is_train=is_train)
-    opening = pool.sign(plan, legs, limits, is_trained=is_train, batch_size=BATCH_SIZE)
-    return replace(plan, opening=opening)
+    return pool.signed(plan, device, profile, is_train=is_train)
 
 
 def train(
