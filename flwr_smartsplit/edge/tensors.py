@@ -29,6 +29,8 @@ DTYPES = {
 """The dtypes of tensors that may be sent, by name."""
 
 MAX_DIMS = 32
+ALIGNMENT = 64
+"""Bytes. Kernels choose by it how they begin, and so their order of summation."""
 # The most memory of a tensor with gaps, as a multiple of its values: the last token of
 # a sequence has gaps as long as the sequence.
 MAX_SPREAD = 2**14
@@ -42,6 +44,7 @@ class WireTensor:
     dtype: str  # Torch's name, such as ``float32``
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # In elements
+    offset: int = 0  # In bytes, of its first value from an aligned address
 
     def __post_init__(self) -> None:
         shape, strides, data = self.shape, self.strides, self.data
@@ -61,6 +64,8 @@ class WireTensor:
                 f"a tensor of shape {shape} and {self.dtype} has {num_bytes} bytes, "
                 f"not {data.dtype} of shape {data.shape}."
             )
+        if not 0 <= self.offset < ALIGNMENT:
+            raise ValueError(f"offset {self.offset} is not in 0..{ALIGNMENT - 1}.")
         if num_spanned(shape, strides) > MAX_SPREAD * size:
             raise ValueError(
                 f"strides {strides} lay {size} values over more than {MAX_SPREAD} "
@@ -79,24 +84,39 @@ class WireTensor:
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
             strides=tuple(tensor.stride()),
+            offset=tensor.data_ptr() % ALIGNMENT,
         )
 
     def unpack(self) -> Tensor:
-        """Copy the bytes into a new tensor."""
+        """Copy the bytes into a new tensor of the same layout and alignment."""
+        dtype = DTYPES[self.dtype]
         num_elements = prod(self.shape)
-        flat = torch.empty(num_elements, dtype=DTYPES[self.dtype])
-        if num_elements:
-            flat.view(torch.uint8).numpy()[:] = self.data
         if is_dense(self.shape, self.strides):
+            flat = _aligned(num_elements, dtype, self.offset)
+            if num_elements:
+                flat.view(torch.uint8).numpy()[:] = self.data
             return flat.as_strided(self.shape, self.strides)
-        return _spread(flat.view(self.shape), self.strides)
+        flat = torch.empty(num_elements, dtype=dtype)
+        flat.view(torch.uint8).numpy()[:] = self.data
+        spanned = num_spanned(self.shape, self.strides)
+        target = _aligned(spanned, dtype, self.offset)
+        return _spread(
+            flat.view(self.shape), target.as_strided(self.shape, self.strides)
+        )
 
 
-def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Give values the sender's strides, with gaps or repetitions."""
-    result = torch.empty_strided(values.shape, strides, dtype=values.dtype)
+def _aligned(num_elements: int, dtype: torch.dtype, offset: int) -> Tensor:
+    """Make an empty tensor whose address lies ``offset`` bytes after an aligned one."""
+    lead = offset // dtype.itemsize
+    return torch.empty(lead + num_elements, dtype=dtype).as_strided(
+        (num_elements,), (1,), lead
+    )
+
+
+def _spread(values: Tensor, result: Tensor) -> Tensor:
+    """Copy values into the sender's layout, with gaps or repetitions."""
     target = result
-    for dim, stride in enumerate(strides):
+    for dim, stride in enumerate(result.stride()):
         if stride == 0:  # All elements along it share memory; write one.
             target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     target.copy_(values)

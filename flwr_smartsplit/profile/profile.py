@@ -31,6 +31,7 @@ from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import early_ones
+from flwr_smartsplit.train.segment_runner import reread_ones
 from flwr_smartsplit.types import ChainProfile, StepBytes, UnitCost
 
 
@@ -156,6 +157,7 @@ def _unit_costs(
             return_bytes=log.return_bytes(index, optimizer.return_temporary_bytes),
             head_update_bytes=optimizer.head_temporary_bytes,
             tail_update_bytes=optimizer.tail_temporary_bytes,
+            can_move=not chain.units[index].changed,
         )
         costs.append(unit)
     # Nothing crosses after the last unit, and the meter saw the whole chain's peak.
@@ -225,6 +227,7 @@ def _late(segment: nn.Module, log: StepLog) -> list[Tensor]:
     """List the parameters that are updated after backward, not inside it."""
     trained = _trained(segment, log)
     early = {id(p) for p in early_ones(trained)} if log.steps_in_backward else set()
+    early -= {id(parameter) for parameter in reread_ones(segment)}
     return [parameter for parameter in trained if id(parameter) not in early]
 
 

@@ -9,17 +9,16 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from flwr_smartsplit.errors import NotSplittable
+from flwr_smartsplit.split.python_state import PythonState, chance_state
 from flwr_smartsplit.split.trace.op_recorder import Recorder
 
 ResultT = TypeVar("ResultT")
 _ADVICE = "Change that, or list its units by hand with Task(units_fn=...)."
 _TRIES = 5
-_PLAIN = (bool, int, float, str, bytes, tuple, type(None))
 
 
 def trace_strictly(model: nn.Module, trace: Callable[[], ResultT]) -> ResultT:
@@ -27,18 +26,18 @@ def trace_strictly(model: nn.Module, trace: Callable[[], ResultT]) -> ResultT:
     hooks = (model._forward_hooks, model._forward_pre_hooks)
     if "forward" in vars(model) or any(hooks):
         raise _refused(model, "its forward is changed by a hook or on the instance")
-    before, chance = _settings(model), _chance()
+    before, chance = PythonState.of(model), chance_state()
     recorder = Recorder()
     with recorder, torch.enable_grad():
         traced = trace()
     # All threads share the generators: check that this one drew.
-    is_random = chance != _chance() and _draws(trace)
+    is_random = chance != chance_state() and _draws(trace)
     if recorder.facts.is_random or is_random:
         raise _refused(model, "its forward draws random numbers outside of operators")
-    after = _settings(model)
-    changed = sorted(name for name in before if before[name] != after.get(name))
+    changed = sorted(before.changes(PythonState.of(model)))
     if changed:
-        raise _refused(model, f"its forward changes {', '.join(changed)}")
+        names = ", ".join(name.lstrip(".") for name in changed[:3])
+        raise _refused(model, f"its forward changes {names}")
     return traced
 
 
@@ -67,16 +66,6 @@ def _refused(model: nn.Module, reason: str) -> NotSplittable:
     )
 
 
-def _settings(model: nn.Module) -> dict[str, Any]:
-    """Copy the plain attributes of every module."""
-    return {
-        f"{prefix}.{name}".lstrip("."): value
-        for prefix, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, _PLAIN)
-    }
-
-
 def _draws(run: Callable[[], object]) -> bool:
     """Say whether a function draws from Python's or NumPy's generators in this thread.
 
@@ -96,19 +85,9 @@ def _draws(run: Callable[[], object]) -> bool:
     sys.setprofile(look)
     try:
         for _ in range(_TRIES):
-            numbers = _numpys_chance()
+            numbers = chance_state()[1:]
             run()
-            changes.append(numbers != _numpys_chance())
+            changes.append(numbers != chance_state()[1:])
     finally:
         sys.setprofile(before)
     return bool(drawn) or all(changes)
-
-
-def _chance() -> tuple[Any, ...]:
-    """Read the state of Python's and of NumPy's generator."""
-    return random.getstate(), *_numpys_chance()
-
-
-def _numpys_chance() -> tuple[Any, ...]:
-    numbers: Any = np.random.get_state()  # noqa: NPY002 - a forward may use it
-    return numbers[1].tobytes(), numbers[2]

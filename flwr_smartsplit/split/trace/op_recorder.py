@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-_UNDECLARED = ("running_mean", "running_var")
-"""Arguments that a BatchNorm writes, though its schema does not say so."""
+from flwr_smartsplit.split.trace.expressions import STATISTICS
 
 
 @dataclass
@@ -21,7 +20,11 @@ class NodeFacts:
     ``shape`` is the value's when it was made; ``written`` the storages that the node
     wrote; ``changes_model`` whether it changed a tensor or attribute of the model;
     ``saved`` the bytes of each storage saved for backward, without the model's own;
-    ``num_before_saved`` how many of its ``operators`` had run when it saved last.
+    ``num_before_saved`` how many of its ``operators`` had run when it saved last;
+    ``repeats`` whether a second run computes the same and changes nothing; ``changed``
+    names what it changes that is no tensor of the model, with the object it is in, of
+    all that it ``reached``; ``rereads`` the trained parameters that it reads without a
+    gradient.
     """
 
     value: Any = None
@@ -33,18 +36,25 @@ class NodeFacts:
     flops: int = 0
     saved: dict[int, int] = field(default_factory=dict)
     num_before_saved: int = 0
+    repeats: bool = True
+    writes_inputs: bool = False
+    changed: dict[str, int] = field(default_factory=dict)
+    reached: frozenset[int] = frozenset()
+    rereads: set[str] = field(default_factory=set)
 
 
 class Recorder(TorchDispatchMode):
     """Record what operators do to storages, what they cost, and the random ones.
 
-    It writes to ``facts``; ``own`` are the model's storages.
+    It writes to ``facts``; ``own`` are the model's storages, ``trained`` the names of
+    those that are trained.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.facts = NodeFacts()
         self.own: set[int] = set()
+        self.trained: dict[int, str] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -59,12 +69,22 @@ class Recorder(TorchDispatchMode):
             self.facts.written |= storages_of(named)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.facts.is_random = True
+        self._note_rereads(tree_leaves((args, kwargs)))
         result = func(*args, **kwargs)
         self.facts.operators.append(func)
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.facts.flops += int(count(*args, **kwargs, out_val=result))
         return result
+
+    def _note_rereads(self, values: list[Any]) -> None:
+        """Note trained parameters of which a value is read without a gradient."""
+        for value in values:
+            if isinstance(value, Tensor) and not (
+                value.requires_grad and torch.is_grad_enabled()
+            ):
+                keys = storages_of(value) & self.trained.keys()
+                self.facts.rereads |= {self.trained[key] for key in keys}
 
     def note_saved(self, tensor: Tensor) -> Tensor:
         """Record that a tensor is saved for backward; return it."""
@@ -76,7 +96,7 @@ class Recorder(TorchDispatchMode):
 
 def _is_written(argument: Any) -> bool:
     alias = argument.alias_info
-    return argument.name in _UNDECLARED or (alias is not None and alias.is_write)
+    return argument.name in STATISTICS or (alias is not None and alias.is_write)
 
 
 def storages_of(value: Any) -> set[int]:
@@ -85,16 +105,4 @@ def storages_of(value: Any) -> set[int]:
         leaf.untyped_storage()._cdata
         for leaf in tree_leaves(value)
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided
-    }
-
-
-def attributes_of(module: nn.Module | None) -> dict[tuple[str, str], Any]:
-    """List the attributes, parameters and buffers of a module and its parts."""
-    if module is None:
-        return {}
-    return {
-        (prefix, name): value
-        for prefix, part in module.named_modules()
-        for values in (vars(part), part._parameters, part._buffers)
-        for name, value in values.items()
     }

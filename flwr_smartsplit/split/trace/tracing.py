@@ -19,12 +19,12 @@ from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
 from flwr_smartsplit.split.trace.cut_points import (
     admissible_cuts,
-    find_facts,
     gradient_flags,
     is_reshaped,
     used_by,
     with_nearest,
 )
+from flwr_smartsplit.split.trace.facts import find_facts
 from flwr_smartsplit.split.trace.guards import refuse_switches, trace_strictly
 from flwr_smartsplit.split.trace.liveness import (
     Place,
@@ -145,10 +145,8 @@ def trace_units(
         eval_graph = _trace(model.eval(), example_inputs)
         facts = find_facts(model.train(), train_graph, example_inputs)
         _refuse_lost_writes(train_graph, facts)
-        if any(AUGMENTED in node.meta for node in eval_graph.nodes):
-            # A dropout may be an alias in evaluation only.
-            eval_facts = find_facts(model.eval(), eval_graph, example_inputs)
-            _refuse_lost_writes(eval_graph, eval_facts)
+        eval_facts = find_facts(model.eval(), eval_graph, example_inputs)
+        _refuse_lost_writes(eval_graph, eval_facts)
         if not is_reshaped(facts):
             read_sizes_early(train_graph)
             read_sizes_early(eval_graph)
@@ -245,14 +243,19 @@ def _make_unit(
 ) -> Unit:
     train, evaluate = parts
     nodes = (*train.nodes, *evaluate.nodes)
+    own = [facts[node] for node in train.nodes if node in facts]
+    can_rerun = all(fact.repeats for fact in own)
     reads = {str(used.target) for node in nodes for used in used_by(node)}
     return Unit(
         name=name,
         forward=compiled(model, train),
         eval_forward=compiled(model, evaluate),
         reads=tuple(sorted(reads)),
-        is_random=any(facts[n].is_random for n in train.nodes if n in facts),
+        is_random=any(fact.is_random for fact in own),
         selective_forward=selective_function(model, train, facts),
         gradients=gradient_flags(train.leaving, facts),
-        changes_buffers=any(facts[n].changes_model for n in train.nodes if n in facts),
+        changes_buffers=any(fact.changes_model for fact in own),
+        can_rerun=can_rerun,
+        changed=tuple(sorted({what for fact in own for what in fact.changed})),
+        rereads=tuple(sorted({what for fact in own for what in fact.rereads})),
     )
