@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils._python_dispatch import _disable_current_modes
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, slice)
@@ -37,9 +38,10 @@ class PythonState:
     def of(cls, *things: Any) -> "PythonState":
         """Take a snapshot of everything that can be reached from some objects."""
         state = cls()
+        waiting: list[tuple[str, Any, int]] = [("", thing, 0) for thing in things]
         with _disable_current_modes():
-            for thing in things:
-                state._walk("", thing, 0)
+            while waiting:
+                waiting += state._parts_noted(*waiting.pop())
         return state
 
     def changes(self, later: "PythonState") -> dict[str, int]:
@@ -51,7 +53,10 @@ class PythonState:
             if path not in before or path not in after or before[path] != after[path]
         }
 
-    def _walk(self, path: str, value: Any, owner: int) -> None:
+    def _parts_noted(
+        self, path: str, value: Any, owner: int
+    ) -> list[tuple[str, Any, int]]:
+        """Note a value, and return its parts."""
         if isinstance(value, _PLAIN):
             self._note(path, (type(value), repr(value)), owner)
         elif isinstance(value, Tensor):
@@ -61,13 +66,13 @@ class PythonState:
             self.reached[id(value)] = value
             content = repr(value.tolist()) if value.dtype.hasobject else value.tobytes()
             self._note(path, (value.shape, str(value.dtype), content), id(value))
-        elif isinstance(value, ModuleType) or id(value) in self.reached:
+        elif isinstance(value, ModuleType | Proxy) or id(value) in self.reached:
             self._note(path, id(value), owner)
         else:
             self._note(path, type(value), owner)
             self.reached[id(value)] = value
-            for name, part in _parts(value):
-                self._walk(f"{path}{name}", part, id(value))
+            return [(path + name, part, id(value)) for name, part in _parts(value)]
+        return []
 
     def _note(self, path: str, value: Any, owner: int) -> None:
         self.values[path], self.owners[path] = value, owner

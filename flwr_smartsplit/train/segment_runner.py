@@ -242,7 +242,11 @@ def reread_ones(segment: nn.Module) -> list[nn.Parameter]:
     """List the parameters whose values a segment also reads without a gradient."""
     names = cast(frozenset[str], getattr(segment, "rereads", frozenset()))
     known = dict(segment.named_parameters(remove_duplicate=False))
-    return [p for name, p in known.items() if name.removeprefix("segment.") in names]
+    return [
+        parameter
+        for name, parameter in known.items()
+        if name in names or name.removeprefix("segment.") in names
+    ]
 
 
 def optimizer_of(task: Task, parameters: Sequence[nn.Parameter]) -> Optimizer | None:

@@ -129,6 +129,12 @@ class Expressions(TorchDispatchMode):
 
     def _expression(self, func: Any, given: dict[str, Any]) -> tuple[list[Tensor], Any]:
         """Describe a call, and list the tensors that it writes."""
+        updated: list[Tensor] = []
+        if given.get("training") and STATISTICS[0] in given:
+            # What it returns does not depend on the statistics that it only updates.
+            statistics = [given.pop(name) for name in STATISTICS]
+            if given.pop("momentum", None) != 0:
+                updated = [each for each in statistics if each is not None]
         written = [
             value
             for argument in func._schema.arguments
@@ -136,11 +142,7 @@ class Expressions(TorchDispatchMode):
             for value in tree_leaves(given.get(argument.name))
             if isinstance(value, Tensor)
         ]
-        if given.get("training") and STATISTICS[0] in given:
-            # What it returns does not depend on the statistics that it only updates.
-            statistics = [given.pop(name) for name in STATISTICS]
-            if given.pop("momentum", None) != 0:
-                written += [each for each in statistics if each is not None]
+        written += updated
         described = [
             (name, self._described_all(value))
             for name, value in given.items()

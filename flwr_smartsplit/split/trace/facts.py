@@ -59,9 +59,8 @@ class Prober:
     def __init__(self, root: nn.Module, model: nn.Module, table: Table) -> None:
         self.recorder = Recorder()
         self.expressions = Expressions(table)
-        self._own = named_tensors(root)
-        own = [*self._own.values(), *constants_of(root).values()]
-        self._storages = self.recorder.own = storages_of(own)
+        self._root = root
+        self._storages = self.recorder.own = storages_of(_all_tensors(root))
         self.recorder.trained = {
             key: name
             for name, parameter in root.named_parameters()
@@ -87,13 +86,18 @@ class Prober:
         """
         self.recorder.facts = facts
         start = self.expressions.start(inputs)
-        before = PythonState.of(thing)
+        root = thing if isinstance(thing, nn.Module) else nn.Module()
+        before, registered = PythonState.of(thing), named_tensors(root)
         facts.value = value = run()
         after = PythonState.of(thing)
         facts.changed = before.changes(after)
         facts.reached = frozenset(after.reached)
-        facts.changes_model = bool(facts.changed) or not self._storages.isdisjoint(
-            facts.written
+        facts.changes_model = (
+            bool(facts.changed)
+            or not self._storages.isdisjoint(facts.written)
+            or any(
+                now is not registered.get(n) for n, now in named_tensors(root).items()
+            )
         )
         facts.repeats = not facts.changes_model
         if again is not None:
@@ -109,12 +113,12 @@ class Prober:
     def meaning(self, outputs: Any) -> Any:
         """Describe what was computed: the outputs, and what the model holds now."""
         return self.expressions.of(outputs), {
-            name: self.expressions.of(tensor) for name, tensor in self._own.items()
+            name: self.expressions.of(tensor)
+            for name, tensor in named_tensors(self._root).items()
         }
 
     def _repeats(self, call: _Call) -> bool:
         root = call.thing if isinstance(call.thing, nn.Module) else nn.Module()
-        own = [*root.parameters(), *root.buffers(), *constants_of(root).values()]
         self.recorder.facts = NodeFacts()
 
         def fresh(given: Any) -> Any:
@@ -123,7 +127,7 @@ class Prober:
             return self.expressions.copy_of(given, call.start)
 
         with self.expressions.again(call.start):
-            before = self.expressions.of(own)
+            before = self.expressions.of(_all_tensors(root))
             with statistics_kept(root):
                 chance, state = chance_state(), PythonState.of(call.thing)
                 try:
@@ -133,7 +137,7 @@ class Prober:
                     return False
                 is_same &= not state.changes(PythonState.of(call.thing))
             is_same &= chance == chance_state()
-            return is_same and before == self.expressions.of(own)
+            return is_same and before == self.expressions.of(_all_tensors(root))
 
 
 class _FactFinder(fx.Interpreter):
@@ -267,6 +271,10 @@ def _compare(  # noqa: PLR0917
         "torch.is_tensor, and a traced value is a Proxy. Change that, or list its "
         "units by hand with Task(units_fn=...)."
     )
+
+
+def _all_tensors(root: nn.Module) -> list[Tensor]:
+    return [*named_tensors(root).values(), *constants_of(root).values()]
 
 
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:
