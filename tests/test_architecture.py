@@ -13,6 +13,7 @@ import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def import_problems(module: str, source: str) -> list[str]:
     if room not in ORDER:
         return [f"{module} has no place in the house plan"]
     problems = []
-    for name, typing in imports(ast.parse(source), module):
+    for name, typing in imports(parsed(source), module):
         top = name.split(".")[0]
         if top == PACKAGE:
             top = f"{PACKAGE}.{room_of(name)}".removesuffix(".__init__")
@@ -177,6 +178,12 @@ def import_problems(module: str, source: str) -> list[str]:
         if reason:
             problems.append(f"{module} imports {top}; {reason}")
     return list(dict.fromkeys(problems))
+
+
+@cache
+def parsed(source: str) -> ast.Module:
+    """Parse a module once for all rules; no rule changes the tree."""
+    return ast.parse(source)
 
 
 # --- how large a room is --------------------------------------------------------------
@@ -198,7 +205,7 @@ def code_lines(source: str) -> set[int]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT and token.string.strip():
             lines.update(range(token.start[0], token.end[0] + 1))
-    return lines - docstring_lines(ast.parse(source))
+    return lines - docstring_lines(parsed(source))
 
 
 def size_problems(module: str, source: str) -> list[str]:
@@ -206,7 +213,7 @@ def size_problems(module: str, source: str) -> list[str]:
     text, code, problems = source.splitlines(), code_lines(source), []
     if len(text) > MAX_FILE_LINES:
         problems.append(f"{module} has {len(text)} lines of {MAX_FILE_LINES} allowed")
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         size = len(code & set(range(node.lineno, (node.end_lineno or 0) + 1)))
@@ -262,7 +269,7 @@ def chance_and_time_problems(module: str, source: str) -> list[str]:
     """List what draws from a generator, or reads a clock, that nobody passed in."""
     if module in LOOKS_AT_CHANCE:
         return []
-    tree = ast.parse(source)
+    tree = parsed(source)
     names = local_names(tree)
     found = {"random"} & set(names.values())
     for node in ast.walk(tree):

@@ -92,8 +92,21 @@ SUBJECTS = {
     "resnet18": Subject(resnet18, RESNET18_NUM_UNITS, (3, 32, 32), 4),
 }
 SLOW_AT_RAY = (pytest.mark.ray, pytest.mark.slow)  # Each is an actor to start.
+DAILY_RESNET18_CUTS = (0, 1, 7, RESNET18_NUM_UNITS - 1)
+
+
+def marks_of(name: str, cut: int, marks: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Leave most cuts of the large model to make test-all."""
+    is_daily = name != "resnet18" or cut in DAILY_RESNET18_CUTS
+    return marks if is_daily else (*marks, pytest.mark.slow)
+
+
 EVERY_CASE = [
-    pytest.param(edge, name, cut, marks=marks, id=f"{edge.name}-{name}-cut={cut}")
+    pytest.param(
+        *(edge, name, cut),
+        marks=marks_of(name, cut, marks if isinstance(marks, tuple) else (marks,)),
+        id=f"{edge.name}-{name}-cut={cut}",
+    )
     for edge, name, first_cut, marks in (
         (LocalEdge(name="local"), "small", 0, ()),
         (LocalEdge(name="local"), "strided", 0, ()),

@@ -56,7 +56,9 @@ def routes_by_round(journal: Path) -> list[dict[str, str | None]]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("example", ["own_model", "multi_hop"])
+@pytest.mark.parametrize(
+    "example", ["multi_hop", pytest.param("own_model", marks=pytest.mark.slow)]
+)
 def test_an_example_gives_the_routes_that_it_promises(example, tmp_path, monkeypatch):
     folder = EXAMPLES / example
     monkeypatch.syspath_prepend(folder)

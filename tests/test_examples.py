@@ -237,7 +237,7 @@ def accuracies(log: str) -> list[float]:
     "app",
     [
         # Each takes a minute and more; tests/test_example_routes.py runs others here.
-        pytest.param(app, marks=pytest.mark.slow if app != "quickstart" else ())
+        pytest.param(app, marks=pytest.mark.slow)
         for app in ROUTES
     ],
 )

@@ -83,6 +83,7 @@ def whole_run() -> ArrayRecord:
     return run_here(strategy, num_clients=NUM_CLIENTS, num_rounds=NUM_ROUNDS).arrays
 
 
+@pytest.mark.slow
 def test_six_different_cuts_equal_the_whole_model_bit_for_bit(
     split_run: tuple[ArrayRecord, Path], whole_run: ArrayRecord
 ) -> None:

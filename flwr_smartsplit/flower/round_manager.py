@@ -33,7 +33,7 @@ from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.selection.selection import select_at_random
-from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
     Mixing,
@@ -334,10 +334,11 @@ class CentralManager:
         """Profile the chain, once for each batch size, micro-batches and variant."""
         kind = batch_size, max(accumulate, self.task.accumulate), variant
         if kind not in self._profiles:
-            self._profiles[kind] = profile_chain(
-                self.chain.under(variant),
+            self._profiles[kind] = profile_once(
+                self.chain,
+                replace(self.task, accumulate=kind[1]),
                 batch_size=batch_size,
-                task=replace(self.task, accumulate=kind[1]),
+                variant=variant,
             )
         return self._profiles[kind]
 

@@ -23,10 +23,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
-from flwr_smartsplit import Route, predicted_peak_bytes, profile_chain
+from flwr_smartsplit import Route, predicted_peak_bytes
 from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.serde.records import message_layout
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.train.threads import torch_threads
 from simulations.experiments.client_app import MethodApp
@@ -92,7 +93,7 @@ def prepared_fleet(experiment: Experiment) -> Prepared:
     """
     task = build_task(experiment)
     chain = build_chain(task)
-    profile = profile_chain(chain, batch_size=experiment.batch_size, task=task)
+    profile = profile_of(task, batch_size=experiment.batch_size)
     routes = [Route.whole(), *(Route.split(cut) for cut in range(1, len(chain)))]
     whole, *split = (predicted_peak_bytes(profile, route) for route in routes)
     needs = Needs(

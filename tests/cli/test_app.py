@@ -17,6 +17,7 @@ from flwr_smartsplit.cli.app import app
 from flwr_smartsplit.cli.specs import task_of
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def small_cnn():
     """Profile the network that the tests name, in the way the package does."""
     task = task_of(SMALL_CNN[0], input_shape=(3, 12, 12), optimizer="adam")
     chain = build_chain(task)
-    return chain, profile_chain(chain, batch_size=8, task=task)
+    return chain, profile_of(task, batch_size=8)
 
 
 # --- profile --------------------------------------------------------------------------

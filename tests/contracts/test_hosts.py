@@ -68,8 +68,13 @@ def test_an_edge_says_what_it_offers(edges: tuple[Edge, Edge]) -> None:
 def test_each_start_is_an_edge_of_its_own_until_it_is_stopped(
     edges: tuple[Edge, Edge],
 ) -> None:
-    """Two runs do not see each other; stopping twice, or nothing, is no error."""
+    """Two runs do not see each other; stopping twice, or nothing, is no error.
+
+    An edge is a value that pickles: clients' copies of it reach the same edges.
+    """
     edge, _ = edges
+    copy: Edge = pickle.loads(pickle.dumps(edge))
+    assert copy == edge
     one, two = edge.start(TASK), edge.start(TASK)
     try:
         edge.connect(one).send(wire.HoldState(DIGEST, STATE))
@@ -77,22 +82,10 @@ def test_each_start_is_an_edge_of_its_own_until_it_is_stopped(
         others = edge.connect(two).send(wire.IsHeld(DIGEST))
         assert (mine.is_held, others.is_held) == (True, False)
         assert mine.incarnation != others.incarnation
+        assert copy.connect(one).send(wire.IsHeld(DIGEST)) == mine
     finally:
         for address in (one, one, "nowhere", two):
-            edge.stop(address)
+            copy.stop(address)
     for gone in (one, "nowhere"):
         with pytest.raises(EdgeUnreachable, match=gone):
             edge.connect(gone).send(wire.IsHeld(DIGEST))
-
-
-def test_an_edge_is_a_value_that_pickles(edges: tuple[Edge, Edge]) -> None:
-    """Clients are given copies of it, and reach the same edge by its address."""
-    edge, _ = edges
-    copy: Edge = pickle.loads(pickle.dumps(edge))
-    assert copy == edge
-    address = edge.start(TASK)
-    try:
-        edge.connect(address).send(wire.HoldState(DIGEST, STATE))
-        assert copy.connect(address).send(wire.IsHeld(DIGEST)).is_held
-    finally:
-        copy.stop(address)

@@ -27,7 +27,7 @@ from flwr_smartsplit.errors import (
     bytes_text,
 )
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
-from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.types import EDGE, ClientPlan, Status, StepReport
 from tests.faults import Deliver, Hook, MortalEdge, lost_reply, tail_files
 from tests.tasks import (
@@ -121,7 +121,7 @@ def client(tmp_path: Path) -> Client:
 
 def peak_of(route: Route, task: Task = TASK) -> int:
     """Predict a device's peak."""
-    profile = profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=task)
+    profile = profile_of(task, batch_size=BATCH_SIZE)
     return predicted_peak_bytes(profile, route)
 
 

@@ -19,7 +19,6 @@ from flwr_smartsplit import (
     Task,
     Unit,
     predicted_peak_bytes,
-    profile_chain,
     proximal,
 )
 from flwr_smartsplit.device.local_training import Conditions, Outcome
@@ -37,6 +36,7 @@ from flwr_smartsplit.errors import (
     RefusedMove,
 )
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.train import unit_migration as carrying_module
@@ -223,7 +223,7 @@ def test_the_peak_after_a_move_is_that_of_the_new_route(
     """In the steps that follow, also where only some are looked at."""
     task = replace(TASK, **VARIANTS[name])
     pair = Moving(tmp_path, task)
-    profile = profile_chain(pair.chain, batch_size=BATCH_SIZE, task=task)
+    profile = profile_of(task, batch_size=BATCH_SIZE)
     peaks: list[tuple[int, int]] = []
 
     def between(runner: RouteRunner) -> None:

@@ -18,20 +18,20 @@ from flwr_smartsplit import (
     Task,
     build_client_app,
     predicted_peak_bytes,
-    profile_chain,
 )
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.types import ChainProfile
 from tests.in_process_grid import InProcessGrid
-from tests.tasks import BATCH_SIZE, SEED, TASK, State, initial_state, loader, tiny_chain
+from tests.tasks import BATCH_SIZE, SEED, TASK, State, initial_state, loader
 
 
 @cache
 def tiny_profile() -> ChainProfile:
     """Profile the tiny task once for all modules."""
-    return profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=TASK)
+    return profile_of(TASK, batch_size=BATCH_SIZE)
 
 
 def peak_of(route: Route) -> int:
@@ -105,7 +105,7 @@ def overweight_app(index: int, kind: Callable[..., ClientApp]) -> ClientApp:
 
     It is given a plan that fits what it said.
     """
-    profile = profile_chain(tiny_chain(), batch_size=BATCH_SIZE // 2, task=TASK)
+    profile = profile_of(TASK, batch_size=BATCH_SIZE // 2)
     budget = predicted_peak_bytes(profile, Route.split(4))
     return kind(index, budget, batch_size=BATCH_SIZE // 2)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
-from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.types import Route
 from tests.flower.apps import Run, message_app, run, smart_split
 from tests.tasks import BATCH_SIZE, TASK, differences, tiny_chain
@@ -16,7 +16,7 @@ NUM_CLIENTS = 3
 def least_bytes(accumulate: int) -> int:
     """Say what the smallest route needs in so many micro-batches."""
     task = replace(TASK, accumulate=accumulate)
-    profile = profile_chain(tiny_chain(), batch_size=BATCH_SIZE, task=task)
+    profile = profile_of(task, batch_size=BATCH_SIZE)
     return min(predicted_peak_bytes(profile, route) for route in CUTS)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from flwr_smartsplit.types import (
 )
 from tests.models import OPTIMIZERS, Residual, batches_of, seeded, task_of
 from tests.oracle import compare
+from tests.slow_cases import daily
 
 BATCH_SIZE = 4
 SIDE = 32
@@ -73,6 +75,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
         0.75,
     ),
 }
+
+
+SMALL = ("small", "densenet", "convnext", "vit")
 
 
 @cache
@@ -131,8 +136,13 @@ def plans_of(chain: Chain) -> dict[str, RecomputePlan]:
 # --- the same numbers -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["all", "some", "rerun"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    daily(
+        lambda name, kind: name in SMALL or (name == "resnet18" and kind == "rerun"),
+        product(MODELS, ["all", "some", "rerun"]),
+    ),
+)
 def test_selective_units_train_to_the_bit_as_others_do(name, kind):
     """Losses, gradients, parameters and buffers, BatchNorm's counters among them."""
     chain = chain_of(name)
