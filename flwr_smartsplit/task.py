@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flwr_smartsplit.types.sizes import plain, whole
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
     from torch.optim import Optimizer
@@ -88,6 +90,9 @@ class Task:
             object.__setattr__(self, "example_inputs", dict(inputs))
         elif isinstance(inputs, tuple | list):
             object.__setattr__(self, "example_inputs", tuple(inputs))
+        for name in ("accumulate", "max_boundary_tensors"):
+            object.__setattr__(self, name, whole(getattr(self, name), name))
+        object.__setattr__(self, "max_gradient_norm", plain(self.max_gradient_norm))
         self._check_options()
         made = {"model_fn": "parameters", "optimizer_fn": "param_groups"}
         problems = [

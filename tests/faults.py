@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.cut_moves import MoveCut
 from flwr_smartsplit.edge.service import EdgeService
+from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
 from flwr_smartsplit.task import Task
@@ -130,8 +130,10 @@ def _without_payload(request: Any) -> Any:
 
 def tail_files(folder: Path, session: str = "") -> list[Path]:
     """List the sealed tails of one session, or of all."""
-    stem = quote(session, safe="") if session else "*"
-    return sorted(folder.glob(f"{stem}.tail.*"))
+    if session:
+        path = StateStore(folder)._tail_path(session)
+        return [path] if path.exists() else []
+    return sorted(folder.glob("*.tail.*"))
 
 
 def lost_reply(kind: type, then: Callable[[], None]) -> Hook:

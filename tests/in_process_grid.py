@@ -7,34 +7,20 @@ it. Replies of a given node can be lost, come late, come twice, or be altered.
 
 import copy
 import secrets
-import traceback
-import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-CLIENT_APP_RAISED_EXCEPTION = 2
+from simulations.experiments.local_grid import LocalGrid
+
 Fate = Callable[[Message], list[Message]]
 """What is delivered now, given the reply of one client."""
 
 
-@dataclass
-class Node:
-    """One client: its app, and what Flower keeps for it."""
-
-    app: ClientApp
-    context: Context
-    num_asked: dict[str, int] = field(default_factory=dict)
-    fates: dict[tuple[str, int], Fate] = field(default_factory=dict)
-
-
-class InProcessGrid(Grid):
-    """Deliver messages to client apps in this process.
+class InProcessGrid(LocalGrid):
+    """Deliver messages to client apps in this process, or lose them.
 
     Parameters
     ----------
@@ -50,22 +36,14 @@ class InProcessGrid(Grid):
     """
 
     def __init__(self, apps: Sequence[ClientApp]) -> None:
-        self._run = Run.create_empty(secrets.randbits(32))
-        # Flower's ``Message`` reads whose process it is made in.
-        TaskIdentity.run_id, TaskIdentity.node_id = self._run.run_id, 1
-        TaskIdentity.task_id = 1
-        self._nodes: dict[int, Node] = {}
-        for partition, app in enumerate(apps):
-            node_id = secrets.randbits(62) + 2
-            config = {"partition-id": partition, "num-partitions": len(apps)}
-            context = Context(self._run.run_id, node_id, config, RecordDict(), {})
-            self._nodes[node_id] = Node(app, context)
-        self.node_ids = list(self._nodes)
+        self.node_ids = [secrets.randbits(62) + 2 for _ in apps]
+        super().__init__(apps, run_id=secrets.randbits(32), node_ids=self.node_ids)
         self.hidden: set[int] = set()
         self.sent: list[Message] = []
         self.replied: list[Message] = []
-        self._ready: dict[str, list[Message]] = {}
         self._late: list[Message] = []
+        self._fates: dict[tuple[int, str, int], Fate] = {}
+        self._num_asked: Counter[tuple[int, str]] = Counter()
 
     # --- faults -------------------------------------------------------------------
 
@@ -79,7 +57,7 @@ class InProcessGrid(Grid):
 
     def duplicate(self, partition: int, *, nth: int, kind: str = "train") -> None:
         """Deliver a reply twice."""
-        self._destine(partition, kind, nth, lambda reply: [reply, _copied(reply)])
+        self._destine(partition, kind, nth, lambda reply: [reply, copy.deepcopy(reply)])
 
     def alter(
         self,
@@ -98,7 +76,7 @@ class InProcessGrid(Grid):
         self._destine(partition, kind, nth, fate)
 
     def _destine(self, partition: int, kind: str, nth: int, fate: Fate) -> None:
-        self._nodes[self.node_ids[partition]].fates[kind, nth] = fate
+        self._fates[self.node_ids[partition], kind, nth] = fate
 
     def _postpone(self, reply: Message) -> list[Message]:
         self._late.append(reply)
@@ -106,43 +84,9 @@ class InProcessGrid(Grid):
 
     # --- Flower's interface -------------------------------------------------------
 
-    def set_run(self, run: Run) -> None:
-        """Take part in another run."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run this grid belongs to."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Make a message, as Flower's deprecated method does."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         """List the nodes that are there, in an order that means nothing."""
         return sorted(set(self.node_ids) - self.hidden)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Let every client answer, and keep the replies until they are pulled."""
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-            self.sent.append(message)
-            self._ready[message.metadata.message_id] = self._answers(message)
-            ids.append(message.metadata.message_id)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand out replies, each once."""
-        return [reply for key in message_ids for reply in self._ready.pop(key, [])]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -158,28 +102,10 @@ class InProcessGrid(Grid):
         return [*due, *replies]
 
     def _answers(self, message: Message) -> list[Message]:
-        node = self._nodes[message.metadata.dst_node_id]
-        kind = message.metadata.message_type
-        node.num_asked[kind] = node.num_asked.get(kind, 0) + 1
-        reply = _copied(_handle(node, _copied(message)))
-        reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-        self.replied.append(_copied(reply))
-        fate = node.fates.get((kind, node.num_asked[kind]))
+        self.sent.append(message)
+        asked = message.metadata.dst_node_id, message.metadata.message_type
+        self._num_asked[asked] += 1
+        (reply,) = super()._answers(message)
+        self.replied.append(copy.deepcopy(reply))
+        fate = self._fates.get((*asked, self._num_asked[asked]))
         return [reply] if fate is None else fate(reply)
-
-
-def _handle(node: Node, message: Message) -> Message:
-    """Run a client; its exception is a reply, and its state rolls back."""
-    context = copy.deepcopy(node.context)
-    try:
-        reply = node.app(message, context)
-    except Exception:
-        reason = traceback.format_exc()
-        return Message(Error(CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-    node.context = context
-    return reply
-
-
-def _copied(message: Message) -> Message:
-    """Share nothing between sender and receiver, as no network would."""
-    return copy.deepcopy(message)

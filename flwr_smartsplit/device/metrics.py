@@ -17,6 +17,7 @@ class Metrics:
         self._replans: list[Replan] = []
         self._by_epoch: list[int] = []
         self._sums: dict[str, float] = {"loss": 0.0}
+        self._counts: dict[str, int] = {}  # Of the examples behind each sum
         self._losses: list[tuple[float, int]] = []
 
     def begin_epoch(self) -> None:
@@ -32,6 +33,7 @@ class Metrics:
         self._losses.append((float(values["loss"]), num_examples))
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * num_examples
+            self._counts[name] = self._counts.get(name, 0) + num_examples
 
     def move(self, before: int, after: int, reason: str) -> None:
         """Record a move of the cut."""
@@ -60,8 +62,10 @@ class Metrics:
         if self.released:
             begun = [each for each in self._by_epoch if each]
             num_examples, num_epochs = begun[0], len(begun)
-        total = max(self.num_examples, 1)
-        means = {name: summed / total for name, summed in self._sums.items()}
+        means = {
+            name: summed / max(self._counts.get(name, 0), 1)
+            for name, summed in self._sums.items()
+        }
         return StepReport(
             num_examples=num_examples,
             num_epochs=num_epochs,
@@ -69,6 +73,11 @@ class Metrics:
             loss=means.pop("loss"),
             loss_rms=rms(self._losses),
             metrics=means,
+            metric_examples={
+                name: self._counts[name]
+                for name in means
+                if self._counts[name] < self.num_examples
+            },
             moves=tuple(self._moves),
             replans=tuple(self._replans),
             released=self.released,

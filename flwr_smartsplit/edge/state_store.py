@@ -4,9 +4,9 @@ Files are in the safetensors format (no pickle), written whole or not at all. A 
 merged only if its digest is still the same.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ _STATE = ".state.safetensors"
 _TAIL = ".tail.safetensors"
 _UNFINISHED = ".unfinished"
 _ROUND = "round"
+_SESSION = "session"
 
 
 class StateStore:
@@ -62,7 +63,8 @@ class StateStore:
     def put_tail(self, session: str, round_number: int, state: State) -> str:
         """Write a sealed tail; return its digest."""
         digest = state_digest(state)
-        _write(self._tail_path(session), state, {_ROUND: str(round_number)})
+        about = {_ROUND: str(round_number), _SESSION: session}
+        _write(self._tail_path(session), state, about)
         return digest
 
     def verify(self, digests: Mapping[str, str]) -> None:
@@ -97,7 +99,7 @@ class StateStore:
     def tail_bytes(self) -> dict[str, int]:
         """Return the size of each sealed tail's file, by session."""
         return {
-            unquote(path.name.removesuffix(_TAIL)): path.stat().st_size
+            _about(path).get(_SESSION, path.name): path.stat().st_size
             for path in self._folder.glob(f"*{_TAIL}")
         }
 
@@ -116,10 +118,15 @@ class StateStore:
             return False
 
     def _state_path(self, digest: str) -> Path:
-        return self._folder / f"{quote(digest, safe='')}{_STATE}"
+        return self._folder / f"{_file_name(digest)}{_STATE}"
 
     def _tail_path(self, session: str) -> Path:
-        return self._folder / f"{quote(session, safe='')}{_TAIL}"
+        return self._folder / f"{_file_name(session)}{_TAIL}"
+
+
+def _file_name(text: str) -> str:
+    """Name a file after any text, such as a user's client_key in a session's name."""
+    return hashlib.sha256(repr(text).encode()).hexdigest()
 
 
 def _read(path: Path, names: tuple[str, ...] | None = None) -> State:
@@ -140,11 +147,16 @@ def _missing(path: Path, names: tuple[str, ...]) -> list[str]:
 
 def _round_of(path: Path) -> int:
     """Return a tail's round; 0 if the file is damaged."""
+    return int(_about(path).get(_ROUND, 0))
+
+
+def _about(path: Path) -> Mapping[str, str]:
+    """Return what was written about a file's state; nothing if it is damaged."""
     try:
         with safe_open(path, framework="numpy") as archive:
-            return int(archive.metadata()[_ROUND])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return 0
+            return archive.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> None:

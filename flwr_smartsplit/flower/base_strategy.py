@@ -26,6 +26,7 @@ from flwr_smartsplit.flower.round_manager import (
 from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Failure, RoundPlan
+from flwr_smartsplit.types.sizes import whole
 
 StrategyT = TypeVar("StrategyT")
 
@@ -53,19 +54,35 @@ class SplitStrategy(Generic[StrategyT]):
         self.strategy: StrategyT = self._api.base() if strategy is None else strategy
         check_strategy(self.strategy, self._api)
         check_proximal(self.strategy, task)
-        has_step = has_server_step(self.strategy, self._api)
         settings = Settings(
             planning=planning,
             mixing=mixing,
             server_steps=tuple(server_steps),
-            seed=seed,
+            seed=whole(seed, "seed"),
             journal=journal,
             on_row=on_row,
             between_rounds=between_rounds,
         )
+        self._given = task, edges, settings
+        self._begin_anew()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy what was given; a copy begins its own run, without edges or failures."""
+        return {k: v for k, v in vars(self).items() if k not in self._of_the_run}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take what was given, and begin anew."""
+        vars(self).update(state)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        before = set(vars(self))
+        has_step = has_server_step(self.strategy, self._api)
         take_step = partial(self._take_step, self.strategy) if has_step else None
+        task, edges, settings = self._given
         self._central = CentralManager(task, edges, settings, take_step=take_step)
-        self._set_up(planning.profile_timeout_seconds)
+        self._set_up(settings.planning.profile_timeout_seconds)
+        self._of_the_run = {*vars(self)} - before | {"_of_the_run"}
 
     def _set_up(self, profile_timeout_seconds: float) -> None:
         """Make what only this API needs."""

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.client import NumPyClient
+from torch.utils.data import DataLoader, IterableDataset
 
 from flwr_smartsplit.device.budget_adapter import Adapter
 from flwr_smartsplit.device.local_training import (
@@ -23,14 +24,21 @@ from flwr_smartsplit.edge.protocol import Transport
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
 from flwr_smartsplit.flower.round_exchange import device_names, moved_plan, returned
 from flwr_smartsplit.flower.serde.records import (
+    PARTITION,
     Arrays,
     Scalar,
+    Scalars,
+    config_values,
     from_array_record,
     plan_from_config,
     profile_to_scalars,
     to_array_record,
 )
-from flwr_smartsplit.flower.serde.replies import evaluated, metrics_of, reply_to_scalars
+from flwr_smartsplit.flower.serde.replies import (
+    client_metrics,
+    evaluated,
+    reply_to_scalars,
+)
 from flwr_smartsplit.memory.budget import MemoryBudget, as_budget
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.split.build import build_chain
@@ -43,6 +51,7 @@ from flwr_smartsplit.types import (
     Route,
     StepReport,
 )
+from flwr_smartsplit.types.sizes import plain, whole
 
 _WEIGHT = "num-examples"
 _LOCAL = "smartsplit.local"
@@ -63,7 +72,7 @@ class SmartSplitNumPyClient(NumPyClient):
         Batches ``(inputs, targets)``; they are iterated anew each round.
     eval_loader : Iterable, optional
         Batches for evaluation; by default, those of ``train_loader``.
-    client_key : str
+    client_key : str or int
         A name that stays the same in all rounds and runs, such as the partition id.
     budget_bytes : int or MemoryBudget, optional
         What this device's tensors may take; None is no limit. A ``MemoryBudget`` is
@@ -73,7 +82,8 @@ class SmartSplitNumPyClient(NumPyClient):
     traits : DeviceTraits
         What else the strategy may know of this device: speed, links, label counts.
     num_examples, batch_size : int, optional
-        Read off ``train_loader`` (a ``DataLoader``) if not given.
+        Of one pass and of a batch; read off ``train_loader`` and its sampler if not
+        given.
     local_epochs : int
         Passes over the training loader in each round.
     cap_mode : CapMode or str
@@ -98,7 +108,7 @@ class SmartSplitNumPyClient(NumPyClient):
         train_loader: Loader,
         eval_loader: Loader | None = None,
         *,
-        client_key: str,
+        client_key: str | int,
         budget_bytes: int | MemoryBudget | None = None,
         edges: Sequence[Edge] = (),
         traits: DeviceTraits = NO_TRAITS,
@@ -113,28 +123,36 @@ class SmartSplitNumPyClient(NumPyClient):
         context: Context | None = None,
     ) -> None:
         self.task = task
+        client_key = _key_of(client_key)
         self._budget = _budget_of(client_key, budget_bytes)
         self._moves = isinstance(budget_bytes, MemoryBudget)
         self.train_loader = train_loader
         self.eval_loader = eval_loader
-        self._seed = seed
+        self._seed = whole(seed, "seed")
         self.context = context
         self._edges = _by_name(edges)
-        sizes = _sizes(train_loader, num_examples, batch_size)
+        num_examples, batch_size = _sizes(train_loader, num_examples, batch_size)
+        if num_examples is None or batch_size is None:
+            raise InvalidTask(
+                "the training loader does not say how many examples it draws and in "
+                "which batches: give num_examples and batch_size."
+            )
+        eval_size = _sizes(eval_loader)[1]
         self._profile = DeviceProfile(
             client_key=client_key,
             budget_bytes=None,  # It may move.
-            num_examples=sizes[0],
-            batch_size=sizes[1],
-            num_epochs=local_epochs,
+            num_examples=num_examples,
+            batch_size=batch_size,
+            eval_batch_size=None if eval_size == batch_size else eval_size,
+            num_epochs=whole(local_epochs, "local_epochs"),
             traits=traits,
         )
         self._conditions = Conditions(
             task=task,
             connect=self._connect,
             cap_mode=cap_mode,
-            meter_every=meter_every,
-            local_epochs=local_epochs,
+            meter_every=whole(meter_every, "meter_every"),
+            local_epochs=self._profile.num_epochs,
             batch_size=self._profile.batch_size,
             owns_process=owns_process,
             step_seconds=step_seconds,
@@ -145,6 +163,12 @@ class SmartSplitNumPyClient(NumPyClient):
         """The client's profile, with its present budget."""
         budget_bytes = self._budget.read(step=0, live_bytes=0)
         return replace(self._profile, budget_bytes=budget_bytes)
+
+    def profile_scalars(self) -> Scalars:
+        """Write the profile, with the partition that Flower's simulation gives."""
+        config = {} if self.context is None else self.context.node_config
+        partition = {name: n for name, n in config.items() if name == PARTITION}
+        return {**profile_to_scalars(self.profile), **partition}
 
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
@@ -164,7 +188,9 @@ class SmartSplitNumPyClient(NumPyClient):
         """Do this client's part of an evaluation round."""
         loader = self.train_loader if self.eval_loader is None else self.eval_loader
         state = {**state, **self._local(plan)}
-        return evaluate_locally(plan, state, loader, self._conditions)
+        size = self._profile.eval_batch_size or self._profile.batch_size
+        conditions = replace(self._conditions, batch_size=size)
+        return evaluate_locally(plan, state, loader, conditions)
 
     def plan_for(self, config: Any) -> ClientPlan:
         """Read a config's plan, or make the one that a stock strategy implies."""
@@ -178,6 +204,7 @@ class SmartSplitNumPyClient(NumPyClient):
                 # Without a number, all rounds would shuffle alike.
                 seed=self._seed if round_number else int(torch.randint(2**62, ())),
                 edge_addresses={},
+                config=config_values(config),
             )
         return plan
 
@@ -193,7 +220,7 @@ class SmartSplitNumPyClient(NumPyClient):
     def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
         """Return this client's profile for the strategy's planning."""
         del config
-        return profile_to_scalars(self.profile)
+        return self.profile_scalars()
 
     def fit(
         self, parameters: list[npt.NDArray[Any]], config: dict[str, Scalar]
@@ -254,7 +281,10 @@ class SmartSplitNumPyClient(NumPyClient):
 
 
 def _scalars(plan: ClientPlan, outcome: Outcome) -> dict[str, Scalar]:
-    return {**metrics_of(outcome.report, _WEIGHT), **reply_to_scalars(plan, outcome)}
+    return {
+        **client_metrics(outcome.report, _WEIGHT),
+        **reply_to_scalars(plan, outcome),
+    }
 
 
 def _is_stock(plan: ClientPlan) -> bool:
@@ -275,18 +305,47 @@ def _budget_of(client_key: str, budget_bytes: Any) -> MemoryBudget:
         raise ValueError(f"client {client_key!r}: {error}") from error
 
 
+def _key_of(client_key: Any) -> str:
+    """Read a key, which may be a number such as a partition's."""
+    key = plain(client_key)
+    if isinstance(key, int) and not isinstance(key, bool):
+        key = str(key)
+    if not isinstance(key, str):
+        raise TypeError(f"client_key is {client_key!r}: give a text or whole number.")
+    if not key.isprintable() and key != key.encode(errors="replace").decode():
+        raise ValueError(f"client_key is {client_key!r}, which is no Unicode text.")
+    return key
+
+
 def _sizes(
-    loader: Any, num_examples: int | None, batch_size: int | None
-) -> tuple[int, int]:
-    """Read the number of examples and the batch size off a loader, if not given."""
-    dataset: Any = getattr(loader, "dataset", None)
-    if num_examples is None and hasattr(dataset, "__len__"):
-        num_examples = len(dataset)
+    loader: Any, num_examples: Any = None, batch_size: Any = None
+) -> tuple[int | None, int | None]:
+    """Read the examples of a pass and of a batch off a loader, where not given.
+
+    What its sampler draws counts, not the data set, of which that may be a part.
+    """
+    batches = getattr(loader, "batch_sampler", None)
     if batch_size is None:
         batch_size = getattr(loader, "batch_size", None)
-    if num_examples is None or batch_size is None:
-        raise InvalidTask(
-            "the training loader does not say how many examples it has and in which "
-            "batches: give num_examples and batch_size."
-        )
-    return num_examples, int(batch_size)
+    if batch_size is None:
+        batch_size = getattr(batches, "batch_size", None)
+    if batch_size is not None:
+        batch_size = whole(batch_size, "batch_size")
+    if num_examples is not None:
+        num_examples = whole(num_examples, "num_examples")
+    elif batch_size is not None:
+        num_examples = _num_drawn(loader, batches, batch_size)
+    return num_examples, batch_size
+
+
+def _num_drawn(loader: Any, batches: Any, batch_size: int) -> int | None:
+    """Count the examples that a loader draws in one pass; None if it does not say."""
+    source: Any = getattr(loader, "dataset", None)
+    if isinstance(loader, DataLoader) and not isinstance(source, IterableDataset):
+        # Without automatic batches, the sampler draws whole batches.
+        source = getattr(batches, "sampler", None)
+    try:
+        # The last batch may be small, or left out.
+        return min(len(source), len(loader) * batch_size)
+    except (TypeError, NotImplementedError):
+        return len(source) if hasattr(source, "__len__") else None

@@ -13,7 +13,6 @@ from flwr_smartsplit.flower.serde.records import (
     PROFILE_ACTION,
     arrays_of,
     config_of,
-    profile_to_scalars,
 )
 from flwr_smartsplit.flower.serde.replies import evaluate_reply, train_reply
 
@@ -70,7 +69,7 @@ def build_client_app(
 
     @app.query(PROFILE_ACTION)
     def profile(message: Message, context: Context) -> Message:
-        scalars = profile_to_scalars(make_client(context).profile)
+        scalars = make_client(context).profile_scalars()
         return Message(RecordDict({OURS: ConfigRecord(scalars)}), reply_to=message)
 
     return app

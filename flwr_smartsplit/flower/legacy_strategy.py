@@ -1,5 +1,6 @@
 """LegacySmartSplit: the central manager as a strategy of Flower's legacy API."""
 
+import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
-from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from flwr_smartsplit.flower.base_strategy import SplitStrategy
 from flwr_smartsplit.flower.inner_strategy import (
     LEGACY_API,
@@ -33,7 +34,11 @@ from flwr_smartsplit.flower.inner_strategy import (
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
-from flwr_smartsplit.flower.serde.records import plan_to_scalars, text_bytes
+from flwr_smartsplit.flower.serde.records import (
+    legacy_scalars,
+    plan_to_scalars,
+    text_bytes,
+)
 from flwr_smartsplit.flower.serde.replies import reply_from_scalars
 from flwr_smartsplit.flower.server_optimizer import legacy_step
 from flwr_smartsplit.types import ClientReply, Failure
@@ -90,6 +95,8 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         """Plan the round and give each chosen client its segments and its plan."""
         refuse_wrappers(self, (Strategy,))
         sent = self._configure(server_round, parameters, client_manager, is_train=True)
+        if not sent:
+            self._end_if_last(server_round)
         return [(proxy, FitIns(*share)) for proxy, share in sent]
 
     def configure_evaluate(
@@ -112,6 +119,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         replies, failed = self._collect(dispatch, results, failures)
         settled = self._central.settle(dispatch, replies, failed)
         if settled.state is None:
+            self._end_if_last(server_round)
             return None, {}
         arrays = [settled.state[name] for name in self._names]
         metrics = self._metrics(settled.accepted, results)
@@ -143,6 +151,19 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         ]
         with without_fedavgs_log():
             return self.strategy.aggregate_evaluate(server_round, evaluated, [])
+
+    def _end_if_last(self, server_round: int) -> None:
+        """Raise if this is the last round and none has merged anything.
+
+        Flower's legacy server tells a strategy neither how many rounds there are, nor
+        when the last one is over.
+        """
+        frame = sys._getframe(1)
+        while frame is not None and "num_rounds" not in frame.f_locals:
+            frame = frame.f_back  # type: ignore[assignment]
+        is_last = frame is not None and frame.f_locals["num_rounds"] == server_round
+        if is_last and self.round_plans and not self._central.has_merged:
+            raise SmartSplitError(self._central.why_nothing_merged())
 
     # --- one phase ----------------------------------------------------------------
 
@@ -179,7 +200,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         for key, sent in dispatch.sent.items():
             own = [tensors[name] for name in sent.names]
             share = Parameters(own, parameters.tensor_type)
-            scalars = {**phase.config, **plan_to_scalars(sent.plan)}
+            scalars = {**legacy_scalars(phase.config), **plan_to_scalars(sent.plan)}
             dispatch.sent_bytes[key] = _size(share, scalars)
             written.append((dispatch.contacts[key].proxy, (share, scalars)))
         return written
@@ -206,6 +227,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         answers = [self._answer(dispatch, proxy, result) for proxy, result in results]
         unnamed = [reason_of(f) for f in failures if isinstance(f, BaseException)]
         replies, failed = dispatch.collect(answers, unnamed=unnamed)
+        self._fleet.heard(dispatch, failed)
         if failed and not self.strategy.accept_failures:
             return [], [*failed, *map(_given_up, replies)]
         return replies, failed

@@ -1,10 +1,12 @@
 """A phase's messages in Flower's Message API."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from logging import INFO, getLogger
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MessageType
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.serde.records import (
@@ -14,9 +16,15 @@ from flwr_smartsplit.flower.serde.records import (
     plan_to_scalars,
     record_bytes,
 )
-from flwr_smartsplit.flower.serde.replies import reply_from_content
+from flwr_smartsplit.flower.serde.replies import (
+    OF_EXAMPLES,
+    metrics_of,
+    reply_from_content,
+)
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.types import ClientReply, Failure
+from flwr_smartsplit.types import RESERVED_METRICS, ClientReply, Failure
+
+_log = getLogger("flwr")
 
 
 def written(
@@ -64,3 +72,59 @@ def _answer(
         read=partial(reply_from_content, message.content, names),
         num_bytes=record_bytes(message.content),
     )
+
+
+Average = Callable[[list[RecordDict], str], MetricRecord]
+
+
+def averaged(
+    average: Average, accepted: Mapping[str, ClientReply], weighted_by_key: str
+) -> MetricRecord:
+    """Average the accepted clients' metrics, in client_key order.
+
+    Flower's own average takes a metric that a client lacks for 0; here it is the mean
+    over those that report it, with the number of their examples beside it. A function
+    of the user's is given what each client reports.
+    """
+    reports = [reply.report for reply in accepted.values()]
+    names = dict.fromkeys(name for report in reports for name in report.metrics)
+    partial_names = [
+        name
+        for name in names
+        if name not in (*RESERVED_METRICS, weighted_by_key)
+        and any(name not in r.metrics or name in r.metric_examples for r in reports)
+    ]
+    numbers = [metrics_of(report, weighted_by_key) for report in reports]
+    if average is not aggregate_metricrecords or not partial_names:
+        return average(list(map(_content, numbers)), weighted_by_key)
+    left_out = {each for n in partial_names for each in (n, n + OF_EXAMPLES)}
+    shared = [{k: v for k, v in each.items() if k not in left_out} for each in numbers]
+    found = average(list(map(_content, shared)), weighted_by_key)
+    for name in partial_names:
+        having = [
+            {name: report.metrics[name], weighted_by_key: report.examples_of(name)}
+            for report in reports
+            if name in report.metrics and report.examples_of(name)
+        ]
+        if having:
+            found[name] = average(list(map(_content, having)), weighted_by_key)[name]
+            found[name + OF_EXAMPLES] = sum(each[weighted_by_key] for each in having)
+        _log.log(
+            INFO,
+            "\t> Metric %s is reported by %s of %s clients: the mean is theirs",
+            name,
+            len(having),
+            len(reports),
+        )
+    return found
+
+
+def contents_of(
+    accepted: Mapping[str, ClientReply], weighted_by_key: str
+) -> list[RecordDict]:
+    """List the accepted clients' metrics as records, in client_key order."""
+    return [_content(metrics_of(r.report, weighted_by_key)) for r in accepted.values()]
+
+
+def _content(numbers: Mapping[str, Any]) -> RecordDict:
+    return RecordDict({"metrics": MetricRecord(dict(numbers))})

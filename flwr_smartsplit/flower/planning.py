@@ -10,6 +10,7 @@ from flwr_smartsplit.plan.routes import ChooseRoute
 from flwr_smartsplit.plan.selection.selection import Select
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from flwr_smartsplit.types import NO_CONSTRAINTS, Constraints, Variant
+from flwr_smartsplit.types.sizes import whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,7 @@ class Planning:
     profile_timeout_seconds: float = 120.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "num_threads", whole(self.num_threads, "num_threads"))
         if self.choose_route is not None and not callable(self.choose_route):
             raise TypeError(
                 f"choose_route is {self.choose_route!r}; give a function of a "

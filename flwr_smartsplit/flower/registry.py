@@ -3,9 +3,9 @@
 Flower's ids are random in every run, so everything else goes by client_key.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flwr.app import Message
@@ -14,9 +14,12 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp import Grid
 
 from flwr_smartsplit.errors import RefusedReply
+from flwr_smartsplit.flower.round_exchange import Dispatch
 from flwr_smartsplit.flower.serde.records import (
     LEGACY,
+    PARTITION,
     RecordLayout,
+    config_of,
     last_line,
     profile_from_content,
     profile_from_scalars,
@@ -29,21 +32,45 @@ _MOST_AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A known client: its node, record layout and profile."""
+    """A known client: its node, record layout and profile; when it answered."""
 
     node_id: int
     layout: RecordLayout
     profile: DeviceProfile
+    # The request for profiles that it answered, counted
+    answered: int = field(default=0, compare=False)
+    partition: int = field(default=-1, compare=False)  # In a simulation
 
 
-class Fleet:
+class _Doubts:
+    """The nodes or proxies whose last message stayed without a reply."""
+
+    def __init__(self) -> None:
+        self._doubted: set[Any] = set()
+
+    def heard(self, dispatch: Dispatch, failures: Iterable[Failure]) -> None:
+        """Doubt the clients of a phase that gave no reply, and nobody else of it."""
+        silent = {f.client_key for f in failures if f.kind in self._no_reply}
+        for key in dispatch.sent:
+            this = self._id_of(dispatch.contacts[key])
+            (self._doubted.add if key in silent else self._doubted.discard)(this)
+
+    _no_reply = frozenset({"lost"})
+
+    def _id_of(self, client: Any) -> Any:
+        return client.node_id
+
+
+class Fleet(_Doubts):
     """Ask each new node for its profile, and remember the answer.
 
     Nodes that do not understand ``layout`` are asked as ``NumPyClient`` apps.
     """
 
     def __init__(self, layout: RecordLayout, *, timeout_seconds: float) -> None:
+        super().__init__()
         self._layouts = [layout, LEGACY]
+        self._num_requests = 0
         self._timeout_seconds = timeout_seconds
         self._by_node: dict[int, Member] = {}
         self._silent: set[int] = set()
@@ -53,8 +80,11 @@ class Fleet:
     ) -> tuple[dict[str, Member], list[Failure]]:
         """List these nodes' clients by client_key, and those without a usable answer.
 
-        With ``ask_again``, two nodes with one key are reported, and nodes that gave no
-        usable answer before are asked again, which may take as long as the timeout.
+        Of two nodes with one key, the one counts that replies, or else the one that
+        answered last: a client that restarts comes under a new id while its old one is
+        still listed. With ``ask_again``, two nodes with one key are reported, and nodes
+        that gave no usable answer before are asked again, which may take as long as the
+        timeout.
         """
         present = list(node_ids)
         if ask_again:
@@ -64,11 +94,12 @@ class Fleet:
         failures: list[Failure] = []
         # One node first: most fleets use one layout, and a wrong one is an error in
         # the client's log.
+        self._num_requests += 1
         groups = [unknown] if self._by_node else [unknown[:1], unknown[1:]]
         for group in groups:
             failures += self._ask(grid, group)
         known_now = {n: self._by_node[n] for n in present if n in self._by_node}
-        members, duplicates = _by_key(known_now, "node")
+        members, duplicates = _by_key(known_now, "node", self._doubted)
         return members, failures + (duplicates if ask_again else [])
 
     def _ask(self, grid: Grid, node_ids: list[int]) -> list[Failure]:
@@ -108,7 +139,14 @@ class Fleet:
         except RefusedReply as error:
             causes[node].append(f"asked as {layout.name}: {error}")
             return
-        self._by_node[node] = Member(node, layout, profile)
+        partition = config_of(reply.content).get(PARTITION)
+        self._by_node[node] = Member(
+            node,
+            layout,
+            profile,
+            answered=self._num_requests,
+            partition=partition if isinstance(partition, int) else -1,
+        )
         causes.pop(node, None)
         self._layouts.sort(key=lambda known: known is not layout)
 
@@ -121,21 +159,26 @@ def _joined(reasons: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LegacyClient:
-    """A known client: its proxy and profile."""
+    """A known client: its proxy and profile; when it answered."""
 
     proxy: ClientProxy
     profile: DeviceProfile
+    answered: int = field(default=0, compare=False)
+    partition: int = field(default=-1, compare=False)
 
 
 ClientT = TypeVar("ClientT", Member, LegacyClient)
 
 
-class LegacyFleet:
+class LegacyFleet(_Doubts):
     """Ask each new client for its profile, and remember the answer."""
 
     def __init__(self, *, timeout_seconds: float) -> None:
+        super().__init__()
         self._timeout_seconds = timeout_seconds
         self._profiles: dict[str, DeviceProfile] = {}
+        self._answered: dict[str, int] = {}
+        self._num_requests = 0
 
     def key_of(self, proxy: ClientProxy) -> str:
         """Name a client by its key, or by Flower's id if it is not known."""
@@ -148,15 +191,22 @@ class LegacyFleet:
         """List these clients by client_key, and those without a usable answer."""
         proxies = list(proxies)
         unknown = [p for p in proxies if p.cid not in self._profiles]
+        self._num_requests += 1
         with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
             failures = [problem for problem in pool.map(self._ask, unknown) if problem]
         known = {
-            p.cid: LegacyClient(p, self._profiles[p.cid])
+            p.cid: LegacyClient(p, self._profiles[p.cid], self._answered[p.cid])
             for p in proxies
             if p.cid in self._profiles
         }
-        clients, duplicates = _by_key(known, "client")
+        clients, duplicates = _by_key(known, "client", self._doubted)
         return clients, failures + duplicates
+
+    # Flower does not say whose errors came.
+    _no_reply = frozenset({"lost", "failed"})
+
+    def _id_of(self, client: Any) -> Any:
+        return client.proxy.cid
 
     def _ask(self, proxy: ClientProxy) -> Failure | None:
         try:
@@ -164,6 +214,7 @@ class LegacyFleet:
                 GetPropertiesIns({}), timeout=self._timeout_seconds, group_id=None
             )
             self._profiles[proxy.cid] = profile_from_scalars(answer.properties)
+            self._answered[proxy.cid] = self._num_requests
         except RefusedReply as error:
             cause = str(error)
         except Exception as error:  # Anything a client's process can raise.
@@ -181,18 +232,25 @@ def reason_of(error: BaseException) -> str:
 
 
 def _by_key(
-    clients: Mapping[Any, ClientT], kind: str
+    clients: Mapping[Any, ClientT], kind: str, doubted: Set[Any]
 ) -> tuple[dict[str, ClientT], list[Failure]]:
-    """Sort clients by client_key; of two with one key, the later is a failure."""
+    """Sort clients by client_key; of two with one key, one is a failure."""
+
+    def rank(this: Any) -> Any:
+        each = clients[this]
+        is_doubted, who = this in doubted, repr(each.profile)
+        return is_doubted, -each.answered, each.partition, who, this
+
     owners: dict[str, Any] = {}
     failures = []
-    for this, client in clients.items():
-        key = client.profile.client_key
+    for this in sorted(clients, key=rank):
+        key = clients[this].profile.client_key
         other = owners.setdefault(key, this)
         if other != this:
             cause = (
                 f"{kind}s {other} and {this} both call themselves client {key!r}; "
-                f"{kind} {this} is left out. Give every client a client_key of its own."
+                f"{kind} {this} is left out. Give every client a client_key of its "
+                "own; if one of them is the other restarted, this ends by itself."
             )
             failures.append(Failure(client_key=key, kind="duplicate", cause=cause))
     return {key: clients[owners[key]] for key in sorted(owners)}, failures

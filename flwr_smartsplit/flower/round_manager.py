@@ -18,7 +18,7 @@ from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import InvalidTask, RefusedReply, SmartSplitError
 from flwr_smartsplit.flower.journal.journal import Journal, OnRow
-from flwr_smartsplit.flower.journal.round_log import RoundLog
+from flwr_smartsplit.flower.journal.round_log import RoundLog, most_common
 from flwr_smartsplit.flower.observations import cohort_in, observed
 from flwr_smartsplit.flower.planning import Planning
 from flwr_smartsplit.flower.round_exchange import (
@@ -28,8 +28,9 @@ from flwr_smartsplit.flower.round_exchange import (
     device_names,
     returned,
 )
-from flwr_smartsplit.flower.serde.records import plain_values
+from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
+from flwr_smartsplit.plan.evaluation import forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.selection.selection import select_at_random
@@ -47,6 +48,7 @@ from flwr_smartsplit.server.aggregation import (
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train.metric_names import check_metrics
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
@@ -118,6 +120,7 @@ class CentralManager:
         self.history = NO_HISTORY
         if edges:
             self.chain.require_cuts()
+        check_metrics(self.chain, task)
         constraints = settings.planning.constraints
         kept = constraints.kept_units | kept_units(self.chain, task)
         self._constraints = replace(constraints, kept_units=kept)
@@ -128,6 +131,8 @@ class CentralManager:
             self._server_steps = (step, *settings.server_steps)
         self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
+        self.has_merged = False
+        self._forward_only: frozenset[int] = frozenset()
         self._newest = 0
         self._state: State = {}
         self._digest = ""
@@ -155,8 +160,7 @@ class CentralManager:
             digest=state_digest(state),
         )
         self._state, self._digest = state, dispatch.digest
-        if phase.is_train:
-            self._newest = dispatch.version
+        clients = self._begun(phase, clients)
         addresses, unready = self.edges.prepare(dispatch.digest, state)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         plan = self._plan(phase, clients, tuple(addresses))
@@ -175,7 +179,7 @@ class CentralManager:
                 cohort=cohort,
             )
             size, option = clients[key].batch_size, assignment.option
-            profile = self._profile(size, option.accumulate, option.variant)
+            profile = self._costs(size, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = changed_names(client_plan, self.chain)
             back = returned(back, self.task.is_local)
@@ -184,6 +188,16 @@ class CentralManager:
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
         self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}
         return dispatch
+
+    def why_nothing_merged(self) -> str:
+        """Say why all rounds so far left the model as it was."""
+        plan = self.round_plans[-1]
+        causes = [failure.cause for failure in self.rounds.failures]
+        causes += [plan.skipped[key] for key in sorted(plan.unfit)]
+        return (
+            f"nobody's training was merged in {len(self.round_plans)} rounds, so the "
+            f"model is still the initial one: {most_common(causes)}"
+        )
 
     def take(self, version: int, *, is_train: bool) -> Dispatch | None:
         """Return an outstanding phase and forget it; None if there is none."""
@@ -211,6 +225,12 @@ class CentralManager:
         )
         settled = replace(settled, state=self._after(dispatch, settled, failures))
         self._end(dispatch, settled.accepted, failures, received)
+        self.has_merged = self.has_merged or settled.state is not None
+        if not settled.accepted:
+            plan = self.round_plans[-1]
+            skipped = [plan.skipped[key] for key in sorted(plan.unfit)]
+            causes = [*(failure.cause for failure in failures), *skipped]
+            self.rounds.write_unmerged(dispatch.round_number, causes)
         return settled
 
     def _after(
@@ -291,7 +311,7 @@ class CentralManager:
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
         plan = plan_round(
             fleet,
-            {each.batch_size: self._profile(each.batch_size) for each in fleet},
+            {each.batch_size: self._costs(each.batch_size) for each in fleet},
             round_number=phase.round_number,
             num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
@@ -300,7 +320,7 @@ class CentralManager:
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
                 variants=planning.variants,
-                costs=self._profile,
+                costs=self._costs,
             ),
             rng=Random(seed),
             history=self.history,
@@ -341,6 +361,23 @@ class CentralManager:
                 variant=variant,
             )
         return self._profiles[kind]
+
+    def _begun(
+        self, phase: Phase, clients: Mapping[str, DeviceProfile]
+    ) -> Mapping[str, DeviceProfile]:
+        """Note what a phase is priced at; return the clients at its batch sizes."""
+        if phase.is_train:
+            self._newest, self._forward_only = phase.round_number, frozenset()
+            return clients
+        self._forward_only, clients = _evaluating(clients)
+        return clients
+
+    def _costs(
+        self, batch_size: int, accumulate: int = 1, variant: Variant = WHOLE
+    ) -> ChainProfile:
+        """Profile a step of this phase: of training, or forward only."""
+        profile = self._profile(batch_size, accumulate, variant)
+        return forward_only(profile) if batch_size in self._forward_only else profile
 
     def _cohort(
         self,
@@ -386,12 +423,31 @@ class CentralManager:
             accumulate=option.accumulate,
             state_digest=digest,
             edge_addresses={e: addresses[e] for e in option.route.edges()},
-            config=plain_values(phase.config),
+            config=config_values(phase.config),
             cohort=None if cohort is None else cohort.for_steps(device.num_steps),
             importance=self.history.importance.get(device.client_key, 0.0),
             num_examples=device.num_examples,
             constraints=self._constraints,
         )
+
+
+def _evaluating(
+    clients: Mapping[str, DeviceProfile],
+) -> tuple[frozenset[int], dict[str, DeviceProfile]]:
+    """Give clients the batch sizes that they evaluate; list those nobody trains.
+
+    Where clients evaluate batches as large as they train, the price of a training step
+    covers both.
+    """
+    sizes = {
+        c.eval_batch_size for c in clients.values() if c.eval_batch_size is not None
+    }
+    trained = {c.batch_size for c in clients.values() if c.eval_batch_size is None}
+    found = {
+        key: replace(each, batch_size=each.eval_batch_size or each.batch_size)
+        for key, each in clients.items()
+    }
+    return frozenset(sizes - trained), found
 
 
 def refuse_wrappers(strategy: object, kinds: tuple[type, ...]) -> None:

@@ -1,9 +1,9 @@
 """SmartSplit: the central manager as a Flower Message-API strategy."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from logging import INFO, WARNING, getLogger
+from logging import INFO, getLogger
 
 from flwr.app import (
     ArrayRecord,
@@ -11,11 +11,11 @@ from flwr.app import (
     Message,
     MessageType,
     MetricRecord,
-    RecordDict,
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
+from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower import messages
 from flwr_smartsplit.flower.base_strategy import SplitStrategy
 from flwr_smartsplit.flower.inner_strategy import (
@@ -26,15 +26,15 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import Fleet
+from flwr_smartsplit.flower.round_exchange import Dispatch
 from flwr_smartsplit.flower.round_manager import Phase, refuse_wrappers
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     message_layout,
     to_array_record,
 )
-from flwr_smartsplit.flower.serde.replies import metrics_of
 from flwr_smartsplit.flower.server_optimizer import message_step
-from flwr_smartsplit.types import ClientReply
+from flwr_smartsplit.types import ClientReply, Failure
 
 _log = getLogger("flwr")
 
@@ -109,10 +109,13 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         ------
         InvalidTask
             If the initial arrays are not the state of the task's model.
+        SmartSplitError
+            At the end, if no round merged anything; its ``result`` has what there is.
         """
         self._central.chain.check_state(
             {name: tuple(array.shape) for name, array in initial_arrays.items()}
         )
+        num_planned = len(self.round_plans)
         try:
             result = super().start(
                 grid,
@@ -125,9 +128,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             )
         finally:
             self.close()
-        if not result.arrays and self.strategy.fraction_train > 0:
-            _log.log(WARNING, "Nobody trained: the result is the initial model.")
-            result.arrays = initial_arrays
+        if not result.arrays and len(self.round_plans) > num_planned:
+            raise SmartSplitError(self._central.why_nothing_merged(), result=result)
         return result
 
     def close(self) -> None:
@@ -154,14 +156,15 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         dispatch = self._central.take(server_round, is_train=True)
         if dispatch is None:
             return None, None
-        read = messages.read(dispatch, replies, self._central.chain)
-        settled = self._central.settle(dispatch, *read)
+        settled = self._central.settle(dispatch, *self._read(dispatch, replies))
         arrays = None if settled.state is None else to_array_record(settled.state)
         if not settled.accepted:
             return arrays, None
-        contents = self._contents(settled.accepted)
-        key = self.strategy.weighted_by_key
-        return arrays, self.strategy.train_metrics_aggr_fn(contents, key)
+        average, key = (
+            self.strategy.train_metrics_aggr_fn,
+            self.strategy.weighted_by_key,
+        )
+        return arrays, messages.averaged(average, settled.accepted, key)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -170,14 +173,12 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         dispatch = self._central.take(server_round, is_train=False)
         if dispatch is None:
             return None
-        read = messages.read(dispatch, replies, self._central.chain)
-        accepted = self._central.assess(dispatch, *read)
-        contents = self._contents(accepted)
+        accepted = self._central.assess(dispatch, *self._read(dispatch, replies))
+        key = self.strategy.weighted_by_key
         if not overrides(self.strategy, "aggregate_evaluate", MESSAGE_API):
             average = self.strategy.evaluate_metrics_aggr_fn
-            key = self.strategy.weighted_by_key
-            return average(contents, key) if accepted else None
-        kind = MessageType.EVALUATE
+            return messages.averaged(average, accepted, key) if accepted else None
+        contents, kind = messages.contents_of(accepted, key), MessageType.EVALUATE
         merged = [Message(c, message_type=kind, dst_node_id=0) for c in contents]
         with without_fedavgs_log():
             return self.strategy.aggregate_evaluate(server_round, merged)
@@ -210,6 +211,13 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         dispatch = self._begin(phase, state, *found, asked=f"{len(nodes)} nodes")
         return messages.written(dispatch, arrays, phase.config)
 
+    def _read(
+        self, dispatch: Dispatch, replies: Iterable[Message]
+    ) -> tuple[list[ClientReply], list[Failure]]:
+        read, failures = messages.read(dispatch, replies, self._central.chain)
+        self._fleet.heard(dispatch, failures)
+        return read, failures
+
     def _nodes(self, grid: Grid) -> list[int]:
         """Wait for enough nodes, as FedAvg does."""
         least = self.strategy.min_available_nodes
@@ -222,11 +230,3 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             )
             time.sleep(1)
         return nodes
-
-    def _contents(self, accepted: Mapping[str, ClientReply]) -> list[RecordDict]:
-        """List the accepted clients' metrics as records, in client_key order."""
-        key = self.strategy.weighted_by_key
-        return [
-            RecordDict({"metrics": MetricRecord(metrics_of(reply.report, key))})
-            for reply in accepted.values()
-        ]

@@ -4,13 +4,12 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from flwr_smartsplit.types.sizes import parse_size
+from flwr_smartsplit.types.sizes import parse_size, whole_bytes
 
 MAX_BUDGET_BYTES = 2**60  # more is a typing error: no machine has it
 
@@ -162,18 +161,13 @@ def _checked(value: Any, name: str) -> int | None:
     """Return a number of bytes as an int, or raise with what is wrong."""
     if value is None:
         return None
-    is_count = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_count or value < 0:
-        raise ValueError(
-            f"{name} is {value!r:.40}; give a whole number of bytes of at least 0, "
-            "such as 64 * 2**20, or None for no limit."
-        )
-    if value > MAX_BUDGET_BYTES:
+    num_bytes = whole_bytes(value, name)
+    if num_bytes > MAX_BUDGET_BYTES:
         raise ValueError(
             f"{name} is {value!r:.40}, more than 2**60 bytes, which no machine has: "
             "give bytes, or None for no limit."
         )
-    return int(value)
+    return num_bytes
 
 
 def _trace(path: Path) -> _Trace:

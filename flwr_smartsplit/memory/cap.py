@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.memory.meter import MemoryMeter
+from flwr_smartsplit.types.sizes import whole_bytes
 
 _FIRST_STEPS = 2
 
@@ -55,10 +56,8 @@ class MemoryCap:
         mode: CapMode | str = CapMode.STRICT,
         every: int = 50,
     ) -> None:
-        if budget_bytes is not None and budget_bytes < 0:
-            raise ValueError(
-                f"budget_bytes is {budget_bytes}: give bytes of at least 0, or None."
-            )
+        if budget_bytes is not None:
+            budget_bytes = whole_bytes(budget_bytes, "budget_bytes")
         if every < 1:
             raise ValueError(f"every is {every}: give at least 1.")
         self.mode = CapMode(mode)

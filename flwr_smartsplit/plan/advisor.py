@@ -15,6 +15,7 @@ import numpy as np
 
 from flwr_smartsplit.plan.selection.history import averaged
 from flwr_smartsplit.types import Action, Advice, Cohort
+from flwr_smartsplit.types.sizes import own_numbers
 
 _LOW_QUANTILE = 0.25
 
@@ -146,6 +147,9 @@ class StragglerAdvisor:
     fast_factor: float = 0.7
     patience_steps: int = 2
     spacing_steps: int = 4
+
+    def __post_init__(self) -> None:
+        own_numbers(self)
 
     def cohort(
         self, pairs: Iterable[tuple[float | None, float | None]]

@@ -13,11 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
-from flwr_smartsplit.plan.checkpointing.plan import (
-    cheapest_plan,
-    check_budget,
-    least_bytes,
-)
+from flwr_smartsplit.plan.checkpointing.plan import cheapest_plan, least_bytes
 from flwr_smartsplit.plan.tail_memory import tail_bytes
 from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
@@ -32,6 +28,7 @@ from flwr_smartsplit.types import (
     RouteOption,
     Variant,
 )
+from flwr_smartsplit.types.sizes import whole_bytes
 
 NUM_BETWEEN = 3
 
@@ -229,7 +226,7 @@ def undominated(
     ``ValueError``.
     """
     if budget_bytes is not None:
-        check_budget(budget_bytes)
+        budget_bytes = whole_bytes(budget_bytes, "budget_bytes")
     kept: list[RouteOption] = []
     # Whoever beats an option comes before it in this order.
     for option in sorted(options, key=lambda each: (_costs(each), _by_depth(each))):

@@ -4,6 +4,7 @@ The planner compares routes by these sums, and the simulations' clock says by th
 long a round would have taken on a fleet.
 """
 
+from collections.abc import Sequence
 from math import inf
 
 from flwr_smartsplit.plan.checkpointing.plan import extra_flops
@@ -15,6 +16,7 @@ from flwr_smartsplit.types import (
     Link,
     RecomputePlan,
     Route,
+    UnitCost,
     Work,
 )
 from flwr_smartsplit.types.options import STEP_OVER_FORWARD
@@ -26,25 +28,53 @@ def work_of(
     profile: ChainProfile, route: Route, recompute: RecomputePlan = KEEP_ALL
 ) -> Work:
     """Add up what a route asks for; each rerun of a plan counts as forward."""
-    units = profile.units
+    units, flops = profile.units, _step_flops(profile.units)
     own = [
-        unit
+        index
         for leg in route.device_legs(len(units))
-        for unit in units[leg.start : leg.stop]
+        for index in range(leg.start, leg.stop)
     ]
-    forward = sum(unit.forward_flops for unit in own)
-    rest = sum(unit.forward_flops for unit in units) - forward
-    crossed = [route.cuts[0], route.cuts[-1]] if route.returns else route.cuts[:1]
+    device_flops = sum(flops[index] for index in own)
     extra = 0 if recompute.is_empty else extra_flops(profile, route, recompute)
+    crossed = [route.cuts[0], route.cuts[-1]] if route.returns else route.cuts[:1]
+    sizes = [profile.num_micro_batches * units[c - 1].boundary_bytes for c in crossed]
+    # Whether nothing before a cut is trained, so that no gradient crosses it.
+    idle = [
+        size * _is_frozen(units[:c]) for c, size in zip(crossed, sizes, strict=True)
+    ]
     return Work(
-        device_flops=STEP_OVER_FORWARD * forward + extra,
-        edge_flops=STEP_OVER_FORWARD * rest,
-        boundary_bytes=profile.num_micro_batches
-        * sum(units[cut - 1].boundary_bytes for cut in crossed),
+        device_flops=device_flops + extra,
+        edge_flops=sum(flops) - device_flops,
+        boundary_bytes=sum(sizes),
+        unreturned_bytes=sum(idle[:1]),
+        unsent_bytes=sum(idle[1:]),
         num_exchanges=profile.num_micro_batches * len(crossed),
-        state_bytes=sum(unit.parameter_bytes + unit.buffer_bytes for unit in own),
+        state_bytes=sum(
+            units[index].parameter_bytes + units[index].buffer_bytes for index in own
+        ),
         extra_flops=extra,
     )
+
+
+def _step_flops(units: Sequence[UnitCost]) -> list[int]:
+    """Count each unit's FLOPs in a step.
+
+    Once forward; once more for the gradient that passes through, if something before is
+    trained; and once more for the gradients of what backward multiplies with, which a
+    frozen unit's parameters have not.
+    """
+    found, is_reached = [], False
+    for unit in units:
+        is_trained = unit.gradient_bytes > 0
+        is_reached = is_reached or is_trained
+        is_frozen = unit.parameter_bytes > 0 and not is_trained
+        passes = STEP_OVER_FORWARD - is_frozen if is_reached else 1
+        found.append(passes * unit.forward_flops)
+    return found
+
+
+def _is_frozen(units: Sequence[UnitCost]) -> bool:
+    return not any(unit.gradient_bytes for unit in units)
 
 
 def step_seconds(
@@ -54,8 +84,8 @@ def step_seconds(
     return (
         work.device_flops / flops_per_second
         + work.edge_flops / edge_flops_per_second
-        + work.boundary_bytes / link.up_bytes_per_second
-        + work.boundary_bytes / link.down_bytes_per_second
+        + (work.boundary_bytes - work.unsent_bytes) / link.up_bytes_per_second
+        + (work.boundary_bytes - work.unreturned_bytes) / link.down_bytes_per_second
         + 2 * link.latency_seconds * work.num_exchanges
     )
 

@@ -26,7 +26,7 @@ class OptimizerCosts:
         """Size of what the optimizer keeps from step to step."""
         return sum(self._step([parameter])[0] for parameter in parameters)
 
-    def early_state_bytes(self, parameters: Sequence[Tensor]) -> int:
+    def initial_state_bytes(self, parameters: Sequence[Tensor]) -> int:
         """Size of the state that the optimizer makes before any gradient."""
         if not parameters:
             return 0

@@ -30,9 +30,10 @@ from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import constants_of, warnings_ignored
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
-from flwr_smartsplit.train.optimizer_in_backward import early_ones
+from flwr_smartsplit.train.optimizer_in_backward import stepped_in_backward
 from flwr_smartsplit.train.segment_runner import reread_ones
 from flwr_smartsplit.types import ChainProfile, StepBytes, UnitCost
+from flwr_smartsplit.types.sizes import whole
 
 
 def profile_chain(
@@ -76,6 +77,7 @@ def profile_chain(
     >>> profile_chain(chain, batch_size=8, task=task).units[0].parameter_bytes
     40
     """
+    batch_size = whole(batch_size, "batch_size")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: a step needs at least one.")
     if cache_dir is None:
@@ -204,7 +206,7 @@ def _optimizer_costs(chain: Chain, task: Task, log: StepLog) -> list[_OptimizerC
     for index, (head, tail) in enumerate(zip(heads, tails, strict=True)):
         unit = chain.segment(index, index + 1)
         trained, idle = _trained(unit, log), _idle(unit, log)
-        state_bytes = costs.state_bytes(trained) + costs.early_state_bytes(idle)
+        state_bytes = costs.state_bytes(trained) + costs.initial_state_bytes(idle)
         tail_bytes = temporary_bytes(tail)
         found.append(
             _OptimizerCost(
@@ -226,7 +228,11 @@ def _trained(segment: nn.Module, log: StepLog) -> list[Tensor]:
 def _late(segment: nn.Module, log: StepLog) -> list[Tensor]:
     """List the parameters that are updated after backward, not inside it."""
     trained = _trained(segment, log)
-    early = {id(p) for p in early_ones(trained)} if log.steps_in_backward else set()
+    early = (
+        {id(p) for p in stepped_in_backward(trained)}
+        if log.steps_in_backward
+        else set()
+    )
     early -= {id(parameter) for parameter in reread_ones(segment)}
     return [parameter for parameter in trained if id(parameter) not in early]
 

@@ -49,6 +49,11 @@ def check_evaluation(reply: ClientReply, *, round_number: int) -> None:
         raise _refused(report.message, kind=report.status.value)
     if report.num_examples < 1:
         raise _refused(f"evaluated {report.num_examples} examples.")
+    if not all(0 <= n <= report.num_examples for n in report.metric_examples.values()):
+        raise _refused(
+            f"has metrics over {dict(report.metric_examples)} of its "
+            f"{report.num_examples} examples."
+        )
 
 
 def refusal(reply: ClientReply, error: RefusedReply) -> Failure:
@@ -123,10 +128,13 @@ def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:
 
 
 def _are_steps_of(report: StepReport, num_stepped: int) -> bool:
-    """Check the examples of all passes; a released client's last may be incomplete."""
+    """Check the examples of all passes; a released client's last may be incomplete.
+
+    Passes may differ by what the sampler draws; the report has their mean, rounded off.
+    """
     all_passes = report.num_examples * report.num_epochs
     if not report.released or report.num_epochs == 1:
-        return num_stepped == all_passes
+        return 0 <= num_stepped - all_passes < report.num_epochs
     return all_passes - report.num_examples < num_stepped <= all_passes
 
 

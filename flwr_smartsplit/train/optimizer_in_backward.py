@@ -101,7 +101,9 @@ def steps_one_by_one(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def early_updates(optimizer: Optimizer, late: Iterable[Tensor] = ()) -> Iterator[None]:
+def stepping_in_backward(
+    optimizer: Optimizer, late: Iterable[Tensor] = ()
+) -> Iterator[None]:
     """Update each large parameter inside backward, and free its gradient at once.
 
     The optimizer must be one that ``steps_one_by_one``. Those of ``late`` wait for the
@@ -111,7 +113,7 @@ def early_updates(optimizer: Optimizer, late: Iterable[Tensor] = ()) -> Iterator
     hooks = [
         parameter.register_post_accumulate_grad_hook(partial(_update, optimizer, group))
         for group in optimizer.param_groups
-        for parameter in early_ones(group["params"])
+        for parameter in stepped_in_backward(group["params"])
         if id(parameter) not in waiting
     ]
     try:
@@ -136,6 +138,6 @@ def _update(optimizer: Optimizer, own: dict[str, Any], parameter: Tensor) -> Non
     parameter.grad = None
 
 
-def early_ones(parameters: Iterable[Tensor]) -> list[Tensor]:
+def stepped_in_backward(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Choose the parameters that are updated inside backward."""
     return [p for p in parameters if p.numel() * p.element_size() >= LEAST_EARLY_BYTES]

@@ -24,13 +24,14 @@ from flwr_smartsplit.split.segment import (
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import clip_gradients, gradient_norms
 from flwr_smartsplit.train.lr_schedule import scheduler_of
+from flwr_smartsplit.train.metric_names import check_metric_names
 from flwr_smartsplit.train.optimizer_in_backward import (
     GradientEntry,
     GradientExit,
-    early_updates,
+    stepping_in_backward,
     steps_one_by_one,
 )
-from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch
+from flwr_smartsplit.types import KEEP_ALL, RESERVED_METRICS, WHOLE_BATCH, MicroBatch
 
 CPU = torch.device("cpu")
 Gradients = tuple[Tensor, ...]
@@ -113,7 +114,7 @@ class SegmentRunner:
             raise RuntimeError("backward without forward: the step has no graph.")
         if entry.requires_grad:
             self._receive[:] = [receive]
-            with phase("backward"), self._early_updates():
+            with phase("backward"), self._stepping_in_backward():
                 entry.backward(torch.empty_like(entry))
         del entry
         return self._end()
@@ -139,7 +140,7 @@ class SegmentRunner:
                 loss = loss.clone()
             scaled = loss if part.count == 1 else loss / part.loss_divisor
         del outputs  # The graph holds what backward needs.
-        with phase("backward"), self._early_updates():
+        with phase("backward"), self._stepping_in_backward():
             scaled.backward()
         del scaled
         loss = loss.detach()  # This frees the graph.
@@ -183,8 +184,9 @@ class SegmentRunner:
         with autocast_of(self.task, self.device):
             values = {"loss": float(self.task.loss_fn(outputs, targets))}
             if self.task.metrics_fn is not None:
-                # The loss comes last, so that no metric replaces it.
-                values = {**self.task.metrics_fn(outputs, targets), **values}
+                metrics = self.task.metrics_fn(outputs, targets)
+                check_metric_names(metrics, RESERVED_METRICS)
+                values |= {name: float(value) for name, value in metrics.items()}
         return values
 
     def _run(
@@ -205,13 +207,13 @@ class SegmentRunner:
                 recompute=self.recompute,
             )
 
-    def _early_updates(self) -> AbstractContextManager[None]:
+    def _stepping_in_backward(self) -> AbstractContextManager[None]:
         # Accumulated gradients live until the last micro-batch anyway.
         is_part = self._part.count > 1
         if self.optimizer is None or not self.steps_in_backward or is_part:
             return nullcontext()
         # Backward may still read these after their gradient has arrived.
-        return early_updates(self.optimizer, self._reread)
+        return stepping_in_backward(self.optimizer, self._reread)
 
     def _leaf(self, inputs: Batch) -> Batch:
         """Start the graph at a boundary, and collect its gradients."""

@@ -30,6 +30,8 @@ from flwr_smartsplit.types.plans import Assignment as Assignment
 from flwr_smartsplit.types.plans import ClientPlan as ClientPlan
 from flwr_smartsplit.types.plans import DeviceProfile as DeviceProfile
 from flwr_smartsplit.types.plans import RoundPlan as RoundPlan
+from flwr_smartsplit.types.reports import RESERVED_METRICS as RESERVED_METRICS
+from flwr_smartsplit.types.reports import ROW_FACTS as ROW_FACTS
 from flwr_smartsplit.types.reports import ClientReply as ClientReply
 from flwr_smartsplit.types.reports import Expectation as Expectation
 from flwr_smartsplit.types.reports import Failure as Failure

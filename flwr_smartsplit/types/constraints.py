@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flwr_smartsplit.types.routes import Route
+from flwr_smartsplit.types.sizes import whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class Constraints:
     kept_units: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
+        for name in ("min_device_units", "max_accumulate"):
+            object.__setattr__(self, name, whole(getattr(self, name), name))
         if self.min_device_units < 1:
             raise ValueError(
                 f"min_device_units is {self.min_device_units}; a cut leaves at least "

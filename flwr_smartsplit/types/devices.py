@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
+from flwr_smartsplit.types.routes import DEVICE
+from flwr_smartsplit.types.sizes import own_numbers, whole_bytes
+
 LEAST_RATE = 1e-3  # bytes or FLOPs per second; with less, times become infinite
 MOST_FLOPS_PER_SECOND = 1e24
 MOST_LATENCY_SECONDS = 1e6
@@ -32,6 +35,7 @@ class Link:
     latency_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         rates = self.up_bytes_per_second, self.down_bytes_per_second
         latency = self.latency_seconds
         if not (min(rates) >= LEAST_RATE and 0 <= latency <= MOST_LATENCY_SECONDS):
@@ -70,6 +74,7 @@ class DeviceTraits:
     label_counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         flops = self.flops_per_second
         if flops is not None and not LEAST_RATE <= flops <= MOST_FLOPS_PER_SECOND:
             raise ValueError(
@@ -102,3 +107,15 @@ class EdgeProfile:
     memory_bytes: int | None = None  # for its replicas; None is no limit
     disk_bytes: int | None = None  # for sealed tails; None is no limit
     flops_per_second: float | None = None  # for one client; None if unknown
+
+    def __post_init__(self) -> None:
+        own_numbers(self)
+        if not isinstance(self.name, str) or self.name == DEVICE:
+            raise ValueError(
+                f"an edge's name is {self.name!r}: give a text other than {DEVICE!r}, "
+                "which names the device in routes."
+            )
+        for name in ("memory_bytes", "disk_bytes"):
+            limit = getattr(self, name)
+            if limit is not None:
+                object.__setattr__(self, name, whole_bytes(limit, name))

@@ -19,6 +19,10 @@ class Work:
     device_flops: float = 0
     edge_flops: float = 0
     boundary_bytes: int = 0  # sent from the device over its cuts; as much comes back
+    # The part of boundary_bytes that is not sent, or does not come back: gradients that
+    # nothing before a cut needs
+    unsent_bytes: int = 0
+    unreturned_bytes: int = 0
     num_exchanges: int = 0  # round trips over the device's link
     state_bytes: int = 0  # the device's parameters and buffers, moved once a round
     extra_flops: int = 0  # the part of device_flops that recomputation adds

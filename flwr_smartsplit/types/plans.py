@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 from flwr_smartsplit.types.advice import Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
@@ -22,6 +23,7 @@ class DeviceProfile:
     num_examples: int
     batch_size: int
     num_epochs: int = 1
+    eval_batch_size: int | None = None  # as in training if None
     traits: DeviceTraits = NO_TRAITS
 
     @property
@@ -89,7 +91,7 @@ class ClientPlan:
     recompute: RecomputePlan = KEEP_ALL
     predicted_peak_bytes: int | None = None
     # What the user's train_config returns in this round, for Task.schedule_fn.
-    config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     constraints: Constraints = NO_CONSTRAINTS
     variant: Variant = WHOLE
     codecs: tuple[str, ...] = ()  # one per cut; empty for RAW at all of them

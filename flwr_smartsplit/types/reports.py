@@ -1,13 +1,31 @@
 """Reports: what clients and edges say of a round after it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import numpy.typing as npt
 
 from flwr_smartsplit.types.variants import WHOLE, Variant
+
+ROW_FACTS = frozenset(
+    """kind phase round client_key status cause route budget_bytes num_examples
+    predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
+    num_steps num_threads loss loss_rms seconds bytes_down bytes_up
+    edge_bytes_up edge_bytes_down moves replans released recompute variant codecs
+    accumulate metric_examples""".split()
+)
+"""The keys of a client's row in the journal; all others are the task's metrics."""
+
+RESERVED_METRICS = ROW_FACTS | {
+    "device-peak-bytes",
+    "num-examples",
+    "num-steps",
+    "received-bytes",
+    "sent-bytes",
+}
+"""Names of what is reported besides the task's metrics; none of these may have one."""
 
 
 class Status(StrEnum):
@@ -57,12 +75,18 @@ class StepReport:
     seconds: float = 0.0  # Wall-clock time of the client's part
     num_threads: int = 1  # Torch threads in use
     metrics: Mapping[str, float]  # Of ``Task.metrics_fn``, averaged over the examples
+    # Of each metric that some batches lack, the examples over which it is the mean
+    metric_examples: Mapping[str, int] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()  # Of the first cut, in order
     replans: tuple[Replan, ...] = ()  # Changes of the recompute plan, in order
     step_seconds: float = 0.0  # Mean on the final route; 0 if unknown
     # Why the edge let it stop early. Then ``num_examples`` are those it trained on, and
     # ``num_epochs`` includes the last, unfinished pass.
     released: str = ""
+
+    def examples_of(self, metric: str) -> int:
+        """Count the examples over which a metric is the mean."""
+        return self.metric_examples.get(metric, self.num_examples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

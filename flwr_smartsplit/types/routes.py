@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Self
 
 from flwr_smartsplit.errors import InvalidRoute
+from flwr_smartsplit.types.sizes import whole
 
 DEVICE = "device"
 EDGE = "edge"
@@ -49,6 +50,9 @@ class Route:
     places: tuple[str, ...] = (DEVICE,)
 
     def __post_init__(self) -> None:
+        if any(type(cut) is not int for cut in self.cuts):
+            cuts = tuple(whole(cut, "a cut") for cut in self.cuts)
+            object.__setattr__(self, "cuts", cuts)
         if len(self.places) != len(self.cuts) + 1:
             raise InvalidRoute(
                 f"{len(self.cuts)} cuts make {len(self.cuts) + 1} segments, "

@@ -8,8 +8,8 @@ engine, and so are the bits that come out; a test compares them.
 import copy
 import traceback
 import uuid
-from collections.abc import Iterable
-from typing import final
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -26,27 +26,51 @@ FIRST_NODE_ID = 2
 in every run; 1 is the server."""
 
 
-@final
-class LocalGrid(Grid):
-    """Deliver messages to a client app in this process."""
+@dataclass
+class Node:
+    """One client: its app, and what Flower keeps for it."""
 
-    def __init__(self, app: ClientApp, num_clients: int) -> None:
-        self._app = app
-        self._run = Run.create_empty(RUN_ID)
+    app: ClientApp
+    context: Context
+
+
+class LocalGrid(Grid):
+    """Deliver messages to client apps in this process.
+
+    Parameters
+    ----------
+    apps : Sequence[ClientApp]
+        One per client, in the order of their partition ids.
+    run_id : int
+        The run's number.
+    node_ids : Sequence[int], optional
+        The clients' nodes, in the same order.
+    """
+
+    def __init__(
+        self,
+        apps: Sequence[ClientApp],
+        *,
+        run_id: int = RUN_ID,
+        node_ids: Sequence[int] | None = None,
+    ) -> None:
+        self._run = Run.create_empty(run_id)
         # Flower's ``Message`` reads whose process it is made in.
-        TaskIdentity.run_id, TaskIdentity.node_id = RUN_ID, 1
+        TaskIdentity.run_id, TaskIdentity.node_id = run_id, 1
         TaskIdentity.task_id = 1
-        self._contexts = {
-            FIRST_NODE_ID + client: Context(
-                RUN_ID,
-                FIRST_NODE_ID + client,
-                {"partition-id": client, "num-partitions": num_clients},
+        if node_ids is None:
+            node_ids = range(FIRST_NODE_ID, FIRST_NODE_ID + len(apps))
+        self._nodes: dict[int, Node] = {}
+        for partition, (app, node_id) in enumerate(zip(apps, node_ids, strict=True)):
+            context = Context(
+                run_id,
+                node_id,
+                {"partition-id": partition, "num-partitions": len(apps)},
                 RecordDict(),
                 {},
             )
-            for client in range(num_clients)
-        }
-        self._replies: dict[str, Message] = {}
+            self._nodes[node_id] = Node(app, context)
+        self._replies: dict[str, list[Message]] = {}
 
     def set_run(self, run: Run) -> None:
         """Take part in another run."""
@@ -70,20 +94,20 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """List the nodes in the order of the clients."""
-        return list(self._contexts)
+        return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let every client answer, and keep the replies until they are pulled."""
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-            self._replies[message.metadata.message_id] = self._answer(message)
+            self._replies[message.metadata.message_id] = self._answers(message)
             ids.append(message.metadata.message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Hand out replies, each once."""
-        return [self._replies.pop(key) for key in message_ids if key in self._replies]
+        return [reply for key in message_ids for reply in self._replies.pop(key, [])]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -92,17 +116,16 @@ class LocalGrid(Grid):
         del timeout
         return self.pull_messages(self.push_messages(messages))
 
-    def _answer(self, message: Message) -> Message:
+    def _answers(self, message: Message) -> list[Message]:
         """Run a client; its exception is a reply, and its state rolls back."""
-        node = message.metadata.dst_node_id
-        context = copy.deepcopy(self._contexts[node])
-        received = copy.deepcopy(message)
+        node = self._nodes[message.metadata.dst_node_id]
+        context = copy.deepcopy(node.context)
         try:
-            reply = self._app(received, context)
+            reply = node.app(copy.deepcopy(message), context)
         except Exception:
             error = Error(CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc())
             reply = Message(error, reply_to=message)
         else:
-            self._contexts[node] = context
+            node.context = context
         reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-        return copy.deepcopy(reply)
+        return [copy.deepcopy(reply)]

@@ -67,10 +67,10 @@ def narrow_model_fn(experiment: Experiment, width: float) -> Callable[[], nn.Mod
 
 
 def refuse_large_models(experiment: Experiment) -> None:
-    """Refuse a model of which there are no smaller variants: any but ``small``."""
+    """Refuse a model of which there are no smaller submodels: any but ``small``."""
     if experiment.model != "small":
         raise ExperimentError(
-            f"model {experiment.model!r} has no narrower or shallower variants, which "
+            f"model {experiment.model!r} has no narrower or shallower submodels, which "
             f"heterofl and depthfl train on weak devices: take --model small, or leave "
             f"these methods out."
         )

@@ -161,7 +161,7 @@ def run_methods(
             # Flower's strategies draw from Python's own generator: what one draws must
             # not depend on which methods ran before.
             random.seed(experiment.seed)
-            run(name, LocalGrid(app, experiment.num_clients))
+            run(name, LocalGrid([app] * experiment.num_clients))
         return
 
     def main(grid: Grid) -> None:

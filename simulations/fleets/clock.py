@@ -143,10 +143,10 @@ class Clock:
         if row.num_steps == 0:
             return NOTHING
         # A row with FLOPs of its own is of a smaller model, all of it at the device.
-        is_variant = row.step_flops is not None
+        is_submodel = row.step_flops is not None
         planned = Stretch(
             num_steps=row.num_steps,
-            route=Route.whole() if is_variant else route_of(row.route),
+            route=Route.whole() if is_submodel else route_of(row.route),
             recompute=recompute_of(row.recompute),
         )
         traffic = Traffic(

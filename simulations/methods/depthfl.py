@@ -37,8 +37,8 @@ from simulations.methods.method import Method, Setting
 from simulations.methods.nested import (
     Ladder,
     NestedRounds,
-    Variant,
-    variant_of,
+    Submodel,
+    submodel_of,
 )
 from simulations.methods.sampled import SampledRounds
 
@@ -48,10 +48,10 @@ RAMP_FRACTION = 0.3
 """Share of the rounds in which the weight of distillation rises to 1."""
 
 
-def depth_variants(experiment: Experiment) -> tuple[Variant, ...]:
+def depth_submodels(experiment: Experiment) -> tuple[Submodel, ...]:
     """Work out the depths of the experiment's model and what they need."""
     return tuple(
-        variant_of(
+        submodel_of(
             depth_task(experiment, depth, distillation=1.0),
             name=f"depth {depth}",
             config={DEPTH: depth},
@@ -116,7 +116,7 @@ def build_strategy(setting: Setting) -> Strategy:
     num_rounds = setting.experiment.num_rounds
     ladder = Ladder(
         method=NAME,
-        variants=depth_variants(setting.experiment),
+        submodels=depth_submodels(setting.experiment),
         config_fn=lambda server_round: {
             DISTILLATION: distillation_weight(server_round, num_rounds=num_rounds)
         },

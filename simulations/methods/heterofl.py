@@ -42,8 +42,8 @@ from simulations.methods.method import Method, Setting
 from simulations.methods.nested import (
     Ladder,
     NestedRounds,
-    Variant,
-    variant_of,
+    Submodel,
+    submodel_of,
 )
 from simulations.methods.sampled import SampledRounds
 
@@ -57,11 +57,11 @@ CLASSIFIER = ("classify.weight", "classify.bias")
 Labels = tuple[int, ...]
 
 
-def width_variants(experiment: Experiment) -> tuple[Variant, ...]:
+def width_submodels(experiment: Experiment) -> tuple[Submodel, ...]:
     """Work out the widths of the experiment's model and what they need."""
     every_label = tuple(range(load_images(experiment).num_classes))
     return tuple(
-        variant_of(
+        submodel_of(
             width_task(experiment, width, every_label),
             name=f"width {width:g}",
             config={WIDTH: width},
@@ -112,7 +112,7 @@ def build_strategy(setting: Setting) -> Strategy:
     labels = local_labels(setting.experiment)
     ladder = Ladder(
         method=NAME,
-        variants=width_variants(setting.experiment),
+        submodels=width_submodels(setting.experiment),
         rows_fn=lambda key: dict.fromkeys(CLASSIFIER, labels[int(key)]),
     )
     rounds = NestedRounds(ladder, seed=setting.experiment.seed)

@@ -1,4 +1,4 @@
-"""NestedRounds: each client trains the largest variant of the model that fits it.
+"""NestedRounds: each client trains the largest submodel of the model that fits it.
 
 What HeteroFL and DepthFL have in common: a ladder of smaller models whose states are
 parts of the whole one's, chosen by memory and averaged value by value.
@@ -99,7 +99,7 @@ Config = Mapping[str, float | int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
+class Submodel:
     """One of the models that a client may train."""
 
     name: str  # What the journal calls it, such as ``"width 0.25"``
@@ -109,10 +109,10 @@ class Variant:
     step_flops: float  # Floating-point operations of such a step
 
 
-def variant_of(task: Task, *, name: str, config: Config, batch_size: int) -> Variant:
-    """Work out what a variant holds and needs, by a dry run."""
+def submodel_of(task: Task, *, name: str, config: Config, batch_size: int) -> Submodel:
+    """Work out what a submodel holds and needs, by a dry run."""
     needs = _needs(pickle.dumps(task), batch_size)
-    return Variant(name=name, config=config, **needs)
+    return Submodel(name=name, config=config, **needs)
 
 
 @lru_cache(maxsize=32)
@@ -130,12 +130,12 @@ def _needs(pickled_task: bytes, batch_size: int) -> dict[str, Any]:
 
 
 def largest_that_fits(
-    variants: Sequence[Variant], budget_bytes: int | None
-) -> Variant | None:
-    """Choose the first of the variants, largest first, that a device can hold."""
+    submodels: Sequence[Submodel], budget_bytes: int | None
+) -> Submodel | None:
+    """Choose the first of the submodels, largest first, that a device can hold."""
     if budget_bytes is None:
-        return variants[0]
-    fitting = (each for each in variants if each.peak_bytes <= budget_bytes)
+        return submodels[0]
+    fitting = (each for each in submodels if each.peak_bytes <= budget_bytes)
     return next(fitting, None)
 
 
@@ -144,7 +144,9 @@ class Ladder:
     """What a method adds to the rounds."""
 
     method: str  # Its name: clients ask it for their task
-    variants: tuple[Variant, ...]  # From the largest, the global model, to the smallest
+    submodels: tuple[
+        Submodel, ...
+    ]  # From the largest, the global model, to the smallest
     config_fn: Callable[[int], Config] = lambda _: {}  # Told to all, by round
     # The rows that a client trains, by client_key, where it trains not all
     rows_fn: Callable[[str], Mapping[str, tuple[int, ...]]] = lambda _: {}
@@ -152,17 +154,17 @@ class Ladder:
 
 @final
 class NestedRounds:
-    """Send every sampled client the variant it can hold; average what comes back.
+    """Send every sampled client the submodel it can hold; average what comes back.
 
     Clients are drawn as FedAvg draws them, without a look at their budgets. Who then
-    can hold no variant sits out. Each client trains under its budget as a cap.
+    can hold no submodel sits out. Each client trains under its budget as a cap.
     """
 
     def __init__(self, ladder: Ladder, *, seed: int) -> None:
         self._ladder = ladder
         self._seed = seed
         self._state: State = {}
-        self._asked: dict[str, tuple[DeviceProfile, Variant]] = {}
+        self._asked: dict[str, tuple[DeviceProfile, Submodel]] = {}
 
     def ask(
         self,
@@ -171,18 +173,18 @@ class NestedRounds:
         config: ConfigRecord,
         sample: Sample,
     ) -> tuple[list[Message], list[Row]]:
-        """Send each sampled client the largest variant that fits it."""
+        """Send each sampled client the largest submodel that fits it."""
         self._state, self._asked = from_array_record(arrays), {}
         messages, rows = [], []
         for key, member in sample.chosen.items():
             profile = member.profile
-            variant = largest_that_fits(self._ladder.variants, profile.budget_bytes)
-            if variant is None:
+            submodel = largest_that_fits(self._ladder.submodels, profile.budget_bytes)
+            if submodel is None:
                 cause = self._cause(profile.budget_bytes or 0)
                 rows.append(skipped_row(profile, cause, server_round, is_unfit=True))
                 continue
-            self._asked[key] = profile, variant
-            messages.append(self._message(server_round, variant, member, config))
+            self._asked[key] = profile, submodel
+            messages.append(self._message(server_round, submodel, member, config))
         return messages, rows
 
     def merge(self, server_round: int, answers: Sequence[Answer]) -> Merged:
@@ -205,9 +207,13 @@ class NestedRounds:
         )
 
     def _message(
-        self, server_round: int, variant: Variant, member: Member, config: ConfigRecord
+        self,
+        server_round: int,
+        submodel: Submodel,
+        member: Member,
+        config: ConfigRecord,
     ) -> Message:
-        """Write to one client: its part of the state, its variant and its cap."""
+        """Write to one client: its part of the state, its submodel and its cap."""
         profile = member.profile
         plan = ClientPlan(
             client_key=profile.client_key,
@@ -215,17 +221,17 @@ class NestedRounds:
             route=Route.whole(),
             seed=self._seed,
             budget_bytes=profile.budget_bytes,
-            predicted_peak_bytes=variant.peak_bytes,
+            predicted_peak_bytes=submodel.peak_bytes,
             edge_addresses={},
         )
         told: dict[str, Any] = {
             **config,
             METHOD: self._ladder.method,
             **self._ladder.config_fn(server_round),
-            **variant.config,
+            **submodel.config,
             **plan_to_scalars(plan),
         }
-        record = to_array_record(cut_state(self._state, variant.shapes))
+        record = to_array_record(cut_state(self._state, submodel.shapes))
         return Message(
             instruction(message_layout(), record, told, is_train=True),
             message_type=MessageType.TRAIN,
@@ -234,11 +240,11 @@ class NestedRounds:
 
     def _read(self, key: str, message: Message) -> tuple[ClientReply | None, Row]:
         """Read a reply, and say what it adds to the client's row."""
-        profile, variant = self._asked[key]
+        profile, submodel = self._asked[key]
         row: Row = {
-            "route": variant.name,
+            "route": submodel.name,
             "budget_bytes": profile.budget_bytes,
-            "predicted_peak_bytes": variant.peak_bytes,
+            "predicted_peak_bytes": submodel.peak_bytes,
         }
         if message.has_error():
             return None, row
@@ -253,20 +259,20 @@ class NestedRounds:
             "loss": report.loss,
             "seconds": report.seconds,
             "num_steps": report.num_steps,
-            "step_flops": variant.step_flops,
+            "step_flops": submodel.step_flops,
         }
         if report.status is not Status.OK:
             return None, row | {"status": report.status, "cause": report.message}
-        wrong = unusable(reply.state, variant.shapes)
+        wrong = unusable(reply.state, submodel.shapes)
         if wrong:
             cause = f"not what was asked for, or not finite: {', '.join(wrong)}"
             return None, row | {"status": "refused", "cause": cause}
         return reply, row
 
     def _cause(self, budget_bytes: int) -> str:
-        smallest = self._ladder.variants[-1]
+        smallest = self._ladder.submodels[-1]
         return (
-            f"no variant fits: the smallest ({smallest.name}) needs "
+            f"no submodel fits: the smallest ({smallest.name}) needs "
             f"{bytes_text(smallest.peak_bytes)}, the budget is "
             f"{bytes_text(budget_bytes)}"
         )

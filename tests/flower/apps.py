@@ -51,13 +51,14 @@ def make_client(
     edges: Sequence[Edge] = (LocalEdge(),),
     task: Task = TASK,
     train_loader: Any = None,
+    client_key: Any = None,
     **changes: Any,
 ) -> SmartSplitNumPyClient:
     """Make one client; its key is c0, c1, ..."""
     return SmartSplitNumPyClient(
         task,
         loader(index) if train_loader is None else train_loader,
-        client_key=f"c{index}",
+        client_key=f"c{index}" if client_key is None else client_key,
         budget_bytes=budget_bytes,
         edges=edges,
         **changes,

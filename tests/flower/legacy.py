@@ -10,7 +10,7 @@ from flwr.server import History, Server, SimpleClientManager
 from flwr.server.compat.grid_client_proxy import GridClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
-from flwr_smartsplit import LegacySmartSplit
+from flwr_smartsplit import LegacySmartSplit, Task
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from tests.flower.apps import composed
 from tests.in_process_grid import InProcessGrid
@@ -34,14 +34,16 @@ class LegacyRun:
         return [(f.client_key, f.kind) for f in self.strategy.failures]
 
 
-def legacy_smart_split(edges: Sequence[Any] = (LocalEdge(),), **changes: Any) -> Any:
+def legacy_smart_split(
+    edges: Sequence[Any] = (LocalEdge(),), *, task: Task = TASK, **changes: Any
+) -> Any:
     """Make the strategy under test."""
     facts: dict[str, Any] = {
         "seed": SEED,
         "fraction_evaluate": 0.0,
         "initial_parameters": ndarrays_to_parameters(list(initial_state().values())),
     }
-    return composed(LegacySmartSplit, FedAvg, TASK, edges, **{**facts, **changes})
+    return composed(LegacySmartSplit, FedAvg, task, edges, **{**facts, **changes})
 
 
 def run_legacy(

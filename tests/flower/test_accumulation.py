@@ -3,6 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.types import Route
@@ -20,24 +23,29 @@ def least_bytes(accumulate: int) -> int:
     return min(predicted_peak_bytes(profile, route) for route in CUTS)
 
 
-def tight_run(**constraints: Any) -> Run:
+def tight_run(**changes: Any) -> Run:
     """Run clients whose budgets are too small for a step of the whole batch."""
     assert least_bytes(2) < least_bytes(1)
     apps = [message_app(index, least_bytes(2)) for index in range(NUM_CLIENTS)]
-    return run(apps, smart_split(recompute=False, **constraints))
+    return run(apps, smart_split(recompute=False, **changes))
 
 
 def test_without_permission_they_sit_out() -> None:
     """The batch, and what BatchNorm sees of it, is the user's."""
-    made = tight_run()
-    assert made.strategy.round_plans[0].assignments == ()
-    assert len(made.strategy.round_plans[0].skipped) == NUM_CLIENTS
+    rows: list[Any] = []
+    with pytest.raises(SmartSplitError, match=f"{NUM_CLIENTS} x no route fits"):
+        tight_run(on_row=[rows.append])
+    skipped = [row["status"] for row in rows if row["kind"] == "client"]
+    assert skipped == ["sat_out"] * 2 * NUM_CLIENTS
 
 
 def test_with_permission_they_equal_a_task_that_accumulates() -> None:
     """The same bits as whole models trained in two micro-batches, within the budget."""
-    made = tight_run(max_accumulate=4)
+    rows: list[Any] = []
+    made = tight_run(max_accumulate=4, on_row=[rows.append])
     assert made.kinds() == []
+    written = [row["accumulate"] for row in rows if row["kind"] == "client"]
+    assert written == [2] * 2 * NUM_CLIENTS
     chosen = made.strategy.round_plans[0].assignments
     assert [each.option.accumulate for each in chosen] == [2] * NUM_CLIENTS
     assert all(each.option.route.cuts for each in chosen)

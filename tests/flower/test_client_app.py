@@ -63,6 +63,7 @@ def test_a_profile_is_given_on_request() -> None:
         "num-examples": 9,
         "batch-size": 4,
         "num-epochs": 1,
+        "partition-id": 0,
     }
 
 

@@ -113,8 +113,11 @@ def test_an_evaluation_that_fails_is_left_out() -> None:
 
 @pytest.mark.parametrize("make", [message_app, legacy_app])
 def test_an_evaluation_over_the_cap_is_left_out_with_its_numbers(make: Any) -> None:
-    """One batch that is too large for the device costs that client's part only."""
-    large = DataLoader(examples(20), batch_size=64)
+    """One batch that is too large for the device costs that client's part only.
+
+    A list does not say how large its batches are, so they are priced as in training.
+    """
+    large = list(DataLoader(examples(20), batch_size=64))
     fleet = [make(0, MIXED[0], eval_loader=large), make(1, None)]
     made = run(fleet, smart_split(fraction_evaluate=1.0), num_rounds=1)
     assert made.kinds() == [("c0", "out_of_memory")]

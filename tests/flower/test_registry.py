@@ -1,12 +1,14 @@
 """Fleet: every node is asked once for its profile, in its own layout."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit.flower.registry import Fleet, Member
+from flwr_smartsplit.flower.round_exchange import Dispatch
 from flwr_smartsplit.flower.serde.records import LEGACY, message_layout
 from flwr_smartsplit.types import DeviceProfile, Failure
 from tests.flower.apps import broken_app, legacy_app, message_app
@@ -169,3 +171,55 @@ def test_no_nodes_are_no_members() -> None:
     grid = InProcessGrid([])
     assert ask(fleet(), grid) == ({}, [])
     assert grid.sent == []
+
+
+def swapped(grid: InProcessGrid, one: int, other: int) -> None:
+    """Let the grid list a node of a partition before that of another one."""
+    first, second = sorted((grid.node_ids[one], grid.node_ids[other]))
+    nodes = grid._nodes
+    apps = nodes[grid.node_ids[one]], nodes[grid.node_ids[other]]
+    nodes[first], nodes[second] = apps
+    grid.node_ids[one], grid.node_ids[other] = first, second
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_a_client_that_comes_back_under_a_new_id_is_asked_there(
+    order: tuple[int, int],
+) -> None:
+    """While its old node is still listed, whichever of the two comes first."""
+    grid = InProcessGrid([message_app(0), message_app(1), message_app(1)])
+    swapped(grid, *order)
+    old, new = grid.node_ids[1], grid.node_ids[2]
+    grid.hidden = {new}
+    known = fleet()
+    assert ask(known, grid)[0]["c1"].node_id == old
+    grid.hidden = set()
+    members, failures = ask(known, grid)
+    assert members["c1"].node_id == new
+    (failure,) = failures
+    assert f"node {old} is left out" in failure.cause
+    grid.hidden = {old}
+    members, failures = ask(known, grid)
+    assert (members["c1"].node_id, failures) == (new, [])
+
+
+def test_a_node_that_gave_no_reply_stands_back() -> None:
+    """The one that replies is asked, until the other does again."""
+    grid = InProcessGrid([message_app(0), message_app(0)])
+    known = fleet()
+    first = ask(known, grid)[0]["c0"]
+    dispatch = Dispatch(1, True, 0.0, contacts={"c0": first}, sent={"c0": Any})
+    lost = Failure(client_key="c0", kind="lost", cause="no reply")
+    known.heard(dispatch, [lost])
+    second = ask(known, grid)[0]["c0"]
+    assert second.node_id != first.node_id
+    known.heard(dispatch, [])
+    assert ask(known, grid)[0]["c0"] == first
+
+
+def test_of_two_nodes_with_one_key_it_is_always_the_same() -> None:
+    """Whatever ids Flower draws: that of the first partition."""
+    for _ in range(6):
+        grid = InProcessGrid([message_app(0), message_app(1), message_app(1)])
+        members, _ = ask(fleet(), grid)
+        assert members["c1"].node_id == grid.node_ids[1]

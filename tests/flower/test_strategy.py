@@ -486,13 +486,14 @@ def test_a_config_that_nobody_reads_is_warned_of_once(
     assert "lr" in warned[0].getMessage()
 
 
-def test_a_run_in_which_nobody_trains_ends_with_the_initial_model(
+def test_a_run_in_which_nobody_trains_ends_in_an_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """And says so: an empty result would look like a success."""
-    made = run(apps([1, 1]), num_rounds=1)
-    assert differences(made.state, initial_state()) == []
-    assert any("Nobody trained" in r.getMessage() for r in caplog.records)
+    """The initial model would look like a success."""
+    with pytest.raises(SmartSplitError, match="still the initial one: 2 x no route"):
+        run(apps([1, 1]), num_rounds=1)
+    logged = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert ["Round 1 merged nothing" in each for each in logged] == [True]
 
 
 def test_a_choice_of_routes_that_is_no_function_is_refused_at_once() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from flwr_smartsplit.memory.budget import MAX_BUDGET_BYTES, MemoryBudget, as_budget
 
@@ -55,7 +56,17 @@ def test_a_number_is_a_budget_that_stays(value: Any) -> None:
         assert type(budget.read(step=0, live_bytes=1)) in {int, type(None)}
 
 
-BAD = [-1, True, 1.0, float("nan"), float("inf"), "64MiB", Fraction(1), np.nan, [1]]
+BAD = [-1, True, float("nan"), float("inf"), "64MiB", Fraction(1), np.nan, [1]]
+
+
+@pytest.mark.parametrize(
+    "value", [7.0, 7.9, np.float32(7.5), np.int16(7), np.array(7), torch.tensor(7)]
+)
+def test_a_number_of_another_library_is_a_budget(value: Any) -> None:
+    """Also a computed one, as half of what is free: its fraction is left out."""
+    for budget in (as_budget(value), as_budget(Given(value))):
+        read = budget.read(step=0, live_bytes=0)
+        assert (read, type(read)) == (7, int)
 
 
 @pytest.mark.parametrize("value", BAD)

@@ -293,7 +293,7 @@ def test_a_recommended_plan_is_made_for_exactly_the_budget(small_cnn):
     assert better
 
 
-@pytest.mark.parametrize("budget_bytes", [-1, 1.5, "64MiB", float("nan"), True])
+@pytest.mark.parametrize("budget_bytes", [-1, -1.5, "64MiB", float("nan"), True])
 def test_what_is_no_budget_is_refused(small_cnn, budget_bytes):
     with pytest.raises(ValueError, match="whole number of bytes"):
         front_of(small_cnn, budget_bytes=budget_bytes)

@@ -1,7 +1,11 @@
 """Timing: seconds are work over speed, worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
+from flwr_smartsplit.plan.search_space import search_space
+from flwr_smartsplit.plan.selection.candidates import candidates_of
 from flwr_smartsplit.plan.timing import (
     Work,
     round_seconds,
@@ -10,6 +14,8 @@ from flwr_smartsplit.plan.timing import (
     work_of,
 )
 from flwr_smartsplit.types import (
+    NO_CONSTRAINTS,
+    ChainProfile,
     DeviceProfile,
     DeviceTraits,
     EdgeProfile,
@@ -18,7 +24,7 @@ from flwr_smartsplit.types import (
     Rerun,
     Route,
 )
-from tests.plan.profiles import chain_of
+from tests.plan.profiles import chain_of, device
 
 CHAIN = chain_of([10, 20, 30, 40])
 LINK = Link(up_bytes_per_second=8, down_bytes_per_second=16, latency_seconds=0.5)
@@ -133,3 +139,62 @@ def test_label_counts_that_mean_nothing_are_refused(counts: tuple[int, ...]) -> 
     """None is for those who do not tell."""
     with pytest.raises(ValueError, match="of each class, or None"):
         DeviceTraits(label_counts=counts)
+
+
+def frozen(chain: ChainProfile, *indices: int) -> ChainProfile:
+    """Freeze some units of a chain."""
+    units = [
+        replace(unit, gradient_bytes=0) if index in indices else unit
+        for index, unit in enumerate(chain.units)
+    ]
+    return replace(chain, units=tuple(units))
+
+
+@pytest.mark.parametrize(
+    ("indices", "device_passes", "edge_passes"),
+    [
+        ((0, 1), 2 * 1, 3 + 3),  # a frozen front: forward only
+        ((1,), 3 + 2, 3 + 3),  # a gradient passes through a frozen middle
+        ((0, 1, 2), 2 * 1, 1 + 3),  # only a head is trained
+        ((3,), 3 + 3, 3 + 2),
+        ((0, 1, 2, 3), 2 * 1, 1 + 1),
+        ((), 3 + 3, 3 + 3),
+    ],
+)
+def test_frozen_units_do_less(
+    indices: tuple[int, ...], device_passes: int, edge_passes: int
+) -> None:
+    """Each pass of a unit is 32 FLOPs; what comes back is a gradient that is needed."""
+    work = work_of(frozen(CHAIN, *indices), Route.split(2))
+    assert work.device_flops == 32 * device_passes
+    assert work.edge_flops == 32 * edge_passes
+    comes_back = not {0, 1} <= set(indices)
+    assert work.boundary_bytes == 16
+    assert work.unreturned_bytes == (0 if comes_back else 16)
+    taken = step_seconds(
+        work, flops_per_second=1e30, link=LINK, edge_flops_per_second=1e30
+    )
+    # The reply is waited for, whether or not it brings a gradient.
+    assert taken == pytest.approx(16 / 8 + comes_back * 16 / 16 + 2 * 0.5)
+
+
+def test_a_returning_route_sends_no_gradient_to_a_frozen_middle() -> None:
+    """Of both cuts, only the boundaries cross."""
+    work = work_of(frozen(CHAIN, 0, 1, 2), Route.u_shape(1, 3))
+    assert (work.unsent_bytes, work.unreturned_bytes) == (16, 16)
+    work = work_of(frozen(CHAIN, 0), Route.u_shape(1, 3))
+    assert (work.unsent_bytes, work.unreturned_bytes) == (0, 16)
+
+
+def test_all_options_at_once_take_as_long_as_each_alone() -> None:
+    """Also where nothing comes back."""
+    for chain in (CHAIN, frozen(CHAIN, 0, 1), frozen(CHAIN, 0, 1, 2)):
+        space = search_space(chain, NO_CONSTRAINTS, has_edges=True)
+        traits = DeviceTraits(flops_per_second=64.0, link=LINK)
+        client = replace(device("a"), traits=traits)
+        edge = EdgeProfile(name="edge", flops_per_second=640.0)
+        (candidate,), _ = candidates_of([client], space, [edge])
+        for index, seconds in zip(candidate.fits, candidate.seconds, strict=True):
+            each = space.options[index]
+            alone = round_seconds(each.work, client, edge if each.route.cuts else None)
+            assert seconds == pytest.approx(alone)

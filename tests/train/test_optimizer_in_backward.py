@@ -14,9 +14,9 @@ from flwr_smartsplit.train.fedprox import proximal
 from flwr_smartsplit.train.optimizer_in_backward import (
     GradientEntry,
     GradientExit,
-    early_ones,
-    early_updates,
     one_by_one,
+    stepped_in_backward,
+    stepping_in_backward,
     steps_one_by_one,
 )
 from flwr_smartsplit.train.segment_runner import SegmentRunner
@@ -163,9 +163,9 @@ def test_large_gradients_are_gone_after_backward():
     """Small ones wait for the end, since each update costs time."""
     model = seeded(Shared)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with early_updates(optimizer):
+    with stepping_in_backward(optimizer):
         model(torch.ones(2, *SHAPE)).sum().backward()
-    large = early_ones(model.parameters())
+    large = stepped_in_backward(model.parameters())
     assert [parameter.shape for parameter in large] == [(WIDE, *SHAPE), (WIDE, WIDE)]
     gone = [parameter for parameter in model.parameters() if parameter.grad is None]
     assert [id(parameter) for parameter in gone] == [id(p) for p in large]
@@ -181,7 +181,7 @@ def test_a_lean_step_holds_one_large_gradient_at_a_time(monkeypatch):
         model, meter = seeded(deep), MemoryMeter()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         meter.track(model)
-        with meter, early_updates(optimizer):
+        with meter, stepping_in_backward(optimizer):
             model(torch.ones(1, WIDE)).sum().backward()
         return meter.peak_bytes
 

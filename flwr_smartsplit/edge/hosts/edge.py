@@ -1,7 +1,9 @@
 """Edge: what an edge offers, and where it runs."""
 
 import logging
+import re
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -77,6 +79,11 @@ class Edge:
     def stop(self, address: str) -> None:
         """Stop the edge at an address."""
         self.host.stop(address)
+
+
+def new_address(name: str) -> str:
+    """Make an address for an edge, which also names its folder, whatever its name."""
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)[:40]}-{uuid.uuid4().hex[:12]}"
 
 
 @dataclass(frozen=True, slots=True)

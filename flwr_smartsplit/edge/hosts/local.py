@@ -5,15 +5,17 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from flwr_smartsplit.edge.hosts.edge import Edge
+from flwr_smartsplit.edge.hosts.edge import Edge, new_address
+from flwr_smartsplit.edge.hosts.spill_folders import PREFIX, claim, delete_abandoned
 from flwr_smartsplit.edge.protocol import LocalTransport
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
-_edges: dict[str, tuple[EdgeService, Path]] = {}
+_edges: dict[str, tuple[EdgeService, BinaryIO]] = {}
 
 
 def LocalEdge(
@@ -40,8 +42,10 @@ class LocalHost:
 
     def start(self, task: Task, profile: EdgeProfile) -> str:
         """Start an edge for one run; return its address."""
-        address = f"{profile.name}-{uuid.uuid4().hex[:12]}"
-        folder = Path(tempfile.mkdtemp(prefix="smartsplit-"))
+        address, parent = new_address(profile.name), Path(tempfile.gettempdir())
+        delete_abandoned(parent)
+        folder = parent / f"{PREFIX}{address}"
+        lock = claim(folder)
         service = EdgeService(
             task,
             spill_dir=folder,
@@ -49,7 +53,7 @@ class LocalHost:
             connect=lambda _, address: self.connect(address),
             profile=profile,
         )
-        _edges[address] = (service, folder)
+        _edges[address] = (service, lock)
         return address
 
     def connect(self, address: str) -> LocalTransport:
@@ -61,4 +65,5 @@ class LocalHost:
     def stop(self, address: str) -> None:
         """Stop the edge and delete its files."""
         if address in _edges:
-            shutil.rmtree(_edges.pop(address)[1], ignore_errors=True)
+            with _edges.pop(address)[1] as lock:
+                shutil.rmtree(Path(lock.name).parent, ignore_errors=True)

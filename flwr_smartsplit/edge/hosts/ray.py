@@ -13,13 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from flwr_smartsplit.edge.hosts.edge import BytesTransport, Edge, answered
+from flwr_smartsplit.edge.hosts.edge import (
+    BytesTransport,
+    Edge,
+    answered,
+    new_address,
+)
+from flwr_smartsplit.edge.hosts.spill_folders import PREFIX, claim, delete_abandoned
 from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.errors import EdgeUnreachable
@@ -122,7 +128,7 @@ class RayHost:
                     "engine, or call ray.init() first."
                 )
             time.sleep(_PAUSE_SECONDS)
-        address = f"{profile.name}-{uuid.uuid4().hex[:12]}"
+        address = new_address(profile.name)
         resources = dict(self.resources or {})
         actor: Any = ray.remote(_EdgeActor).options(
             name=address,
@@ -133,7 +139,8 @@ class RayHost:
             max_concurrency=self.max_concurrency,
         )
         handle = actor.remote(task, address, profile, self)
-        _actors[address] = (handle, _folder(self.spill_dir, address))
+        folder = _folder(self.spill_dir, address)
+        _actors[address] = (handle, folder)
         try:
             folder = ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
         except RayError as error:
@@ -143,6 +150,8 @@ class RayHost:
                 f"edge {profile.name!r} cannot start: {error}{asked}"
             ) from error
         _actors[address] = (handle, folder)
+        if folder.is_dir():  # On this machine; the actor may restart in it.
+            _locks[address] = claim(folder)
         return address
 
     def connect(self, address: str) -> BytesTransport:
@@ -165,6 +174,8 @@ class RayHost:
         if address not in _actors:
             return
         handle, folder = _actors.pop(address)
+        if address in _locks:
+            _locks.pop(address).close()
         if not ray.is_initialized():  # The actor ended with the cluster.
             shutil.rmtree(folder, ignore_errors=True)
             return
@@ -178,6 +189,7 @@ class RayHost:
 
 _actors: dict[str, tuple[Any, Path]] = {}
 """The actors that this process started; Ray ends one with its last handle."""
+_locks: dict[str, BinaryIO] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +238,8 @@ class _EdgeActor:
         self, task: Task, address: str, profile: EdgeProfile, host: RayHost
     ) -> None:
         self._folder = _folder(host.spill_dir, address)
+        delete_abandoned(self._folder.parent)
+        self._lock = claim(self._folder)
         self._service = EdgeService(
             task,
             spill_dir=self._folder,
@@ -251,7 +265,7 @@ class _EdgeActor:
 
 
 def _folder(parent: str | None, address: str) -> Path:
-    return Path(parent or tempfile.gettempdir()) / f"smartsplit-{address}"
+    return Path(parent or tempfile.gettempdir()) / f"{PREFIX}{address}"
 
 
 def _one_object(pieces: list[Piece]) -> Any:

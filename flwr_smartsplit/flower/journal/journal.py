@@ -3,9 +3,15 @@
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import count
 from logging import INFO, WARNING, getLogger
+from math import isfinite
 from pathlib import Path
+from typing import Any
+
+from flwr_smartsplit.types.sizes import plain
 
 NUMBER = "{number}"
 """In a journal's name, becomes the first number that is free."""
@@ -22,14 +28,15 @@ class Journal:
     """Append rows to a file of JSON lines, and call each ``on_row`` with them.
 
     With ``{number}`` in the path's name, the first row makes a new file; without a
-    path, there is none. If an ``on_row`` raises, a warning is logged once, and the run
-    goes on.
+    path, there is none. Numbers that are not finite are null in the file, since JSON
+    has none. If the file cannot be written any more or an ``on_row`` raises, a warning
+    is logged once, and the run goes on.
     """
 
     def __init__(self, path: str | Path | None, on_row: Sequence[OnRow] = ()) -> None:
         self._path = None if path is None else Path(path)
         self._on_row = tuple(on_row)
-        self._failed: set[int] = set()
+        self._failed: set[str] = set()
         self._lock = threading.Lock()
         if self._path is not None and NUMBER not in self._path.name:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,23 +48,49 @@ class Journal:
             if self._path is not None and NUMBER in self._path.name:
                 self._path = _numbered(self._path)
             if self._path is not None:
-                with self._path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                self._watch(
+                    f"the journal {self._path}", partial(_append, self._path), row
+                )
             for index, on_row in enumerate(self._on_row):
-                self._call(index, on_row, row)
+                name = getattr(on_row, "__qualname__", type(on_row).__name__)
+                self._watch(f"on_row {index}: {name}", on_row, row)
 
-    def _call(self, index: int, on_row: OnRow, row: Mapping[str, object]) -> None:
+    def _watch(self, name: str, on_row: OnRow, row: Mapping[str, object]) -> None:
         try:
             on_row(row)
         except Exception:  # It only watches, so its errors must not end the run.
-            if index not in self._failed:
-                self._failed.add(index)
+            if name not in self._failed:
+                self._failed.add(name)
                 _log.warning(
-                    "on_row: %s fails; the run goes on, and further failures of it "
-                    "are not logged.",
-                    getattr(on_row, "__qualname__", type(on_row).__name__),
+                    "%s fails; the run goes on, and further failures of it are not "
+                    "logged.",
+                    name,
                     exc_info=True,
                 )
+
+
+def _append(path: Path, row: Mapping[str, object]) -> None:
+    """Append a row whole, or nothing."""
+    line = json.dumps(_as_json(row), allow_nan=False).encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(f"{path}: only a part of a row could be written.")
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def _as_json(value: Any) -> Any:
+    """Turn a row into what JSON has: numbers of Python's own, the finite ones."""
+    value = plain(value)
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return list(map(_as_json, value)) if isinstance(value, tuple) else value
 
 
 def _numbered(pattern: Path) -> Path | None:

@@ -1,8 +1,8 @@
 """RoundLog: the log and journal of every round."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from logging import INFO, WARNING, getLogger
+from collections.abc import Callable, Mapping, Sequence
+from logging import ERROR, INFO, WARNING, getLogger
 
 from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.journal.rows import (
@@ -16,6 +16,8 @@ from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, RoundPlan
 
 _log = getLogger("flwr")
 _READ = {"server-round", "proximal-mu", "proximal_mu"}
+
+_MOST_CAUSES = 3
 
 
 class RoundLog:
@@ -78,6 +80,15 @@ class RoundLog:
             _log.log(WARNING, "\t> %s: %s", failure.client_key, failure.cause)
             self._journal.write(failure_row(failure, round_number, phase))
 
+    def write_unmerged(self, round_number: int, causes: Sequence[str]) -> None:
+        """Log that a round of training changed nothing, and why."""
+        _log.log(
+            ERROR,
+            "Round %s merged nothing, and leaves the model as it was: %s",
+            round_number,
+            most_common(causes),
+        )
+
     def write_phase(
         self,
         dispatch: Dispatch,
@@ -113,3 +124,13 @@ class RoundLog:
             )
         )
         self._edge_bytes = edge_bytes_so_far
+
+
+def most_common(causes: Sequence[str]) -> str:
+    """List the most common causes with their counts."""
+    if not causes:
+        return "no client was chosen."
+    counts = Counter(causes)
+    listed = [f"{count} x {cause}" for cause, count in counts.most_common(_MOST_CAUSES)]
+    left_out = len(counts) - len(listed)
+    return " | ".join([*listed, *([f"and {left_out} more."] if left_out > 0 else [])])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr_smartsplit.flower.journal.rows import FACTS
+from flwr_smartsplit.types import ROW_FACTS
 
 Row = Mapping[str, Any]
 Scalars = dict[str, float]
@@ -108,16 +108,21 @@ def _means(rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
     rows = [row for row in rows if row["status"] == "accepted"]
     names = (name for row in rows for name in ("loss", *_metric_names(row)))
     for name in dict.fromkeys(names):
-        having = [row for row in rows if name in row and row["num_examples"] > 0]
-        examples = sum(row["num_examples"] for row in having)
+        having = [(row[name], _num_examples(row, name)) for row in rows if name in row]
+        examples = sum(count for _, count in having)
         if examples:
-            total = sum(row[name] * row["num_examples"] for row in having)
-            yield name, total / examples
+            yield name, sum(mean * count for mean, count in having if count) / examples
+
+
+def _num_examples(row: Row, name: str) -> int:
+    """Count the examples over which a row's metric is the mean."""
+    count: int = row.get("metric_examples", {}).get(name, row["num_examples"])
+    return count
 
 
 def _metric_names(row: Row) -> list[str]:
     """Name a row's metrics from ``Task.metrics_fn``."""
-    return [name for name in row if name not in FACTS]
+    return [name for name in row if name not in ROW_FACTS]
 
 
 class TensorBoardRows(RoundScalars):

@@ -4,17 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from flwr_smartsplit.flower.round_exchange import Dispatch
-from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, StepReport
+from flwr_smartsplit.types import (
+    RAW,
+    WHOLE,
+    ClientPlan,
+    ClientReply,
+    DeviceProfile,
+    Failure,
+    StepReport,
+)
 
 Row = dict[str, object]
-
-FACTS = frozenset(
-    """kind phase round client_key status cause route budget_bytes num_examples
-    predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
-    num_steps num_threads loss loss_rms seconds bytes_down bytes_up
-    edge_bytes_up edge_bytes_down moves replans released recompute""".split()
-)
-"""The keys of a client's row; all others are the task's metrics."""
 
 _MEASURED = """peak_bytes resident_growth_bytes num_examples num_steps num_threads loss
     loss_rms seconds""".split()
@@ -101,12 +101,23 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
             "budget_bytes": sent.plan.budget_bytes,
             "bytes_down": dispatch.sent_bytes.get(key, 0),
             "bytes_up": dispatch.received_bytes.get(key, 0),
+            **_unusual(sent.plan),
         }
         if dispatch.is_train:
             row["predicted_peak_bytes"] = sent.assignment.option.peak_bytes
             row["predicted_seconds"] = sent.assignment.option.seconds
             row["why"] = sent.assignment.why
     return row
+
+
+def _unusual(plan: ClientPlan) -> Row:
+    """List what few plans have."""
+    found: Row = {
+        "variant": "" if plan.variant == WHOLE else asdict(plan.variant),
+        "codecs": list(plan.codecs) if set(plan.codecs) - {RAW} else [],
+        "accumulate": 0 if plan.accumulate == 1 else plan.accumulate,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _client(phase: str, round_number: int, client_key: str) -> Row:
@@ -123,6 +134,7 @@ def _measured(report: StepReport) -> Row:
         "released": report.released,
         "moves": [asdict(move) for move in report.moves],
         "replans": [asdict(replan) for replan in report.replans],
+        "metric_examples": dict(report.metric_examples),
     }
     return {
         **{name: rows for name, rows in changes.items() if rows},

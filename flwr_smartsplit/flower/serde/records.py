@@ -25,6 +25,7 @@ from flwr_smartsplit.types import (
     Route,
     Variant,
 )
+from flwr_smartsplit.types.sizes import plain
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Scalar = bool | bytes | float | int | str
@@ -34,9 +35,12 @@ RecordT = TypeVar("RecordT", ArrayRecord, ConfigRecord)
 ARRAYS = "arrays"
 CONFIG = "config"
 OURS = "smartsplit"
+PARTITION = "partition-id"
 PROFILE_ACTION = "smartsplit_profile"
 
-_PLAN = "smartsplit.plan"
+_PREFIX = "smartsplit."
+_PLAN = f"{_PREFIX}plan"
+_BYTES = f"{_PREFIX}bytes"
 _NO_BUDGET = -1
 _MOST_CLASSES = 10_000
 """A client that claims more would widen the tables of all others."""
@@ -128,8 +132,9 @@ def text_bytes(scalars: Mapping[str, Any]) -> int:
 
 def profile_to_scalars(profile: DeviceProfile) -> Scalars:
     """Write a profile as scalars."""
-    budget = profile.budget_bytes
+    budget, eval_size = profile.budget_bytes, profile.eval_batch_size
     return {
+        **({} if eval_size is None else {"eval-batch-size": eval_size}),
         "client-key": profile.client_key,
         "budget-bytes": _NO_BUDGET if budget is None else budget,
         "num-examples": profile.num_examples,
@@ -150,12 +155,14 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
         budget = int(scalars["budget-bytes"])
         if budget < _NO_BUDGET:
             raise ValueError("a budget below 0")
+        size = scalars.get("eval-batch-size")
         return DeviceProfile(
             client_key=str(scalars["client-key"]),
             budget_bytes=None if budget == _NO_BUDGET else budget,
             num_examples=_count("num-examples", scalars["num-examples"]),
             batch_size=_count("batch-size", scalars["batch-size"]),
             num_epochs=_count("num-epochs", scalars.get("num-epochs", 1)),
+            eval_batch_size=None if size is None else _count("eval-batch-size", size),
             traits=_traits(json.loads(str(scalars.get("traits", "{}")))),
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
@@ -191,9 +198,13 @@ def _traits(values: dict[str, Any]) -> DeviceTraits:
 # --- plans ------------------------------------------------------------------------
 
 
-def plain_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Keep a config's numbers and texts, which a plan can carry to an edge."""
-    return {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
+def config_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """List what a user's config says, for ``Task.schedule_fn``; none of it is ours."""
+    return {
+        name: list(value) if isinstance(value, list | tuple) else value
+        for name, value in config.items()
+        if not name.startswith(_PREFIX)
+    }
 
 
 def plan_to_scalars(plan: ClientPlan) -> Scalars:
@@ -204,14 +215,24 @@ def plan_to_scalars(plan: ClientPlan) -> Scalars:
         for field, value in given
         if value != field.default
     }
-    return {_PLAN: json.dumps(values)}
+    return {_PLAN: json.dumps(values, default=_as_json)}
+
+
+def _as_json(value: Any) -> Any:
+    """Write what JSON lacks: bytes, and numbers of other libraries."""
+    return {_BYTES: value.hex()} if isinstance(value, bytes) else plain(value)
+
+
+def _from_json(values: dict[str, Any]) -> Any:
+    """Read what ``_as_json`` wrote."""
+    return bytes.fromhex(values[_BYTES]) if values.keys() == {_BYTES} else values
 
 
 def plan_from_config(config: Mapping[str, Any]) -> ClientPlan | None:
     """Read a message's plan; None if a stock strategy sent the message."""
     if _PLAN not in config:
         return None
-    values = json.loads(str(config[_PLAN]))
+    values = json.loads(str(config[_PLAN]), object_hook=_from_json)
     read = {name: _READ.get(name, _as_it_is)(value) for name, value in values.items()}
     return ClientPlan(**read)
 
@@ -248,9 +269,15 @@ def instruction(
 ) -> RecordDict:
     """Make one client's message, with records that no other message shares."""
     if layout is LEGACY:
+        config = legacy_scalars(config)
         record = ArrayRecord({str(i): a for i, a in enumerate(record.values())})
     arrays_key, config_key = layout.train_keys if is_train else layout.evaluate_keys
     return RecordDict({arrays_key: record, config_key: ConfigRecord(dict(config))})
+
+
+def legacy_scalars(config: Mapping[str, Any]) -> Scalars:
+    """Leave out the lists, which Flower's legacy API cannot send; the plan has them."""
+    return {k: v for k, v in config.items() if not isinstance(v, list | tuple)}
 
 
 def profile_request(layout: RecordLayout) -> RecordDict:

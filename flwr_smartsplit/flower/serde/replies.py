@@ -22,6 +22,7 @@ from flwr_smartsplit.flower.serde.records import (
     config_of,
     to_array_record,
 )
+from flwr_smartsplit.train.metric_names import check_metric_names
 from flwr_smartsplit.types import (
     ClientPlan,
     ClientReply,
@@ -30,19 +31,28 @@ from flwr_smartsplit.types import (
     Status,
     StepReport,
 )
+from flwr_smartsplit.types.sizes import plain
 
 METRICS = "metrics"
 NamesOf = Callable[[tuple[Move, ...]], Sequence[str]]
 """Names the arrays of a legacy reply, given how its client moved its cut."""
+
+OF_EXAMPLES = ".num-examples"
+"""Ends the name under which a partial metric's number of examples is reported."""
 
 _REPLY = "smartsplit.reply"
 _TOO_LARGE = 2**63
 
 
 def metrics_of(report: StepReport, weighted_by_key: str) -> Scalars:
-    """List a report's numbers as the metrics that strategies average."""
+    """List a report's numbers as the metrics that strategies average.
+
+    With a metric that some batches lack comes the number of its examples.
+    """
+    counts = report.metric_examples
     return {
         **report.metrics,  # First, so that none of them replaces ours.
+        **{name + OF_EXAMPLES: count for name, count in counts.items()},
         weighted_by_key: report.num_examples,
         "loss": report.loss,
         "device-peak-bytes": report.peak_bytes,
@@ -60,10 +70,17 @@ def reply_to_scalars(plan: ClientPlan, outcome: Outcome) -> Scalars:
         "client_key": plan.client_key,
         "round_number": plan.round_number,
         "digest": state_digest(outcome.state),
-        "report": {**asdict(report), "metrics": dict(report.metrics)},
+        "report": asdict(report),
         "receipts": [asdict(receipt) for receipt in receipts],
     }
-    return {_REPLY: json.dumps(reply), "client-key": plan.client_key}
+    text = json.dumps(reply, default=plain)
+    return {_REPLY: text, "client-key": plan.client_key}
+
+
+def client_metrics(report: StepReport, weighted_by_key: str) -> Scalars:
+    """List a report's numbers where it is made; a metric may not be named as ours."""
+    check_metric_names(report.metrics, {weighted_by_key})
+    return metrics_of(report, weighted_by_key)
 
 
 def evaluated(report: StepReport) -> Outcome:
@@ -78,7 +95,7 @@ def train_reply(
     return RecordDict(
         {
             ARRAYS: to_array_record(outcome.state),
-            METRICS: MetricRecord(metrics_of(outcome.report, weighted_by_key)),
+            METRICS: MetricRecord(client_metrics(outcome.report, weighted_by_key)),
             OURS: ConfigRecord(reply_to_scalars(plan, outcome)),
         }
     )
@@ -90,7 +107,7 @@ def evaluate_reply(
     """Make a Message-API reply to an evaluation request."""
     return RecordDict(
         {
-            METRICS: MetricRecord(metrics_of(report, weighted_by_key)),
+            METRICS: MetricRecord(client_metrics(report, weighted_by_key)),
             OURS: ConfigRecord(reply_to_scalars(plan, evaluated(report))),
         }
     )

@@ -63,7 +63,7 @@ class Rotor:
         self._costs_before = [0.0, *accumulate(_weighed(stages))]
         self._fill()
 
-    def leanest(self) -> RecomputePlan | None:
+    def plan_of_least_memory(self) -> RecomputePlan | None:
         """Return the best plan in the fewest slots; None if no plan fits."""
         feasible = np.flatnonzero(np.isfinite(self._best[0, self._column]))
         return self.plan(int(feasible[0])) if feasible.size else None

@@ -21,6 +21,7 @@ from flwr_smartsplit.types import (
     Rerun,
     Route,
 )
+from flwr_smartsplit.types.sizes import whole_bytes
 
 
 def plan_recompute(
@@ -53,7 +54,7 @@ def plan_recompute(
     Optimal for one device segment. A U-shaped route has two, planned one after the
     other: first what waits, then what the rest leaves room for.
     """
-    check_budget(budget_bytes)
+    budget_bytes = whole_bytes(budget_bytes, "budget_bytes")
     found = cheapest_plan(profile, route, budget_bytes)
     if found is not None:
         return found
@@ -74,16 +75,6 @@ def plan_recompute(
     )
 
 
-def check_budget(budget_bytes: object) -> None:
-    """Raise ValueError unless this is a number of bytes."""
-    is_count = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
-    if not is_count or budget_bytes < 0:  # type: ignore[operator]
-        raise ValueError(
-            f"budget_bytes is {budget_bytes!r}: give a whole number of bytes of at "
-            "least 0, such as 64 * 2**20."
-        )
-
-
 @lru_cache(maxsize=4096)
 def cheapest_plan(
     profile: ChainProfile, route: Route, budget_bytes: int
@@ -100,12 +91,12 @@ def cheapest_plan(
     if fitting:
         return min(fitting)[2]
     fits = least_bytes(profile, route) <= budget_bytes
-    return _leanest(profile, route) if fits else None
+    return _plan_of_least_memory(profile, route) if fits else None
 
 
 def least_bytes(profile: ChainProfile, route: Route) -> int:
     """Find the least that a device needs for a route, whatever runs twice."""
-    return predicted_peak_bytes(profile, route, _leanest(profile, route))
+    return predicted_peak_bytes(profile, route, _plan_of_least_memory(profile, route))
 
 
 @lru_cache(maxsize=4096)
@@ -179,14 +170,16 @@ def _joined(head: RecomputePlan, tail: RecomputePlan) -> RecomputePlan:
 
 
 @lru_cache(maxsize=1024)
-def _leanest(profile: ChainProfile, route: Route) -> RecomputePlan:
+def _plan_of_least_memory(profile: ChainProfile, route: Route) -> RecomputePlan:
     """Find the plan of least memory, to a slot."""
     segments = _segments(profile, route)
     best, least = KEEP_ALL, (predicted_peak_bytes(profile, route), 0.0)
     for _ in range(3):  # Each time with finer slots.
         found = {
             plan: (predicted_peak_bytes(profile, route, plan), _extra(segments, plan))
-            for plan in _lean_ones(segments, least[0] - segments.static_bytes)
+            for plan in _plans_of_least_memory(
+                segments, least[0] - segments.static_bytes
+            )
         }
         better = {plan: each for plan, each in found.items() if each < least}
         if not better:
@@ -196,15 +189,17 @@ def _leanest(profile: ChainProfile, route: Route) -> RecomputePlan:
     return best
 
 
-def _lean_ones(segments: _Segments, free_bytes: int) -> list[RecomputePlan]:
+def _plans_of_least_memory(segments: _Segments, free_bytes: int) -> list[RecomputePlan]:
     if free_bytes <= 0:
         return []
     kinds = (False, True) if segments.tail else (False,)
     rotors = [Rotor(segments.head, free_bytes, is_rerun=kind) for kind in kinds]
-    found = [head for rotor in rotors if (head := rotor.leanest()) is not None]
+    found = [
+        head for rotor in rotors if (head := rotor.plan_of_least_memory()) is not None
+    ]
     if not segments.tail:
         return found
-    tail = Rotor(segments.tail, free_bytes).leanest()
+    tail = Rotor(segments.tail, free_bytes).plan_of_least_memory()
     return [] if tail is None else [_joined(head, tail) for head in found]
 
 

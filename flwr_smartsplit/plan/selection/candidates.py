@@ -126,6 +126,7 @@ def _seconds(
     device_flops = np.array([work.device_flops for work in works], np.float64)
     edge_flops = np.array([work.edge_flops for work in works], np.float64)
     boundary = np.array([work.boundary_bytes for work in works], np.float64)
+    idle = np.array([(w.unsent_bytes, w.unreturned_bytes) for w in works], np.float64)
     exchanges = np.array([work.num_exchanges for work in works], np.float64)
     state = np.array([work.state_bytes for work in works], np.float64)
     steps = np.array([device.num_steps for device in devices], np.float64)[:, None]
@@ -133,15 +134,23 @@ def _seconds(
     speed = np.array([nan if s is None else s for s in speeds])[:, None]
     away = np.full((len(devices), len(works)), inf if edges else 0.0)
     for edge in edges:
-        per_byte, per_message = _rates(
-            [device.traits.link_to(edge.name) for device in devices]
-        )
+        links = [device.traits.link_to(edge.name) for device in devices]
+        per_byte, per_message = _rates(links)
         at_edge = edge_flops / (edge.flops_per_second or inf)
         over = boundary * per_byte + exchanges * per_message + at_edge
+        if idle.any():
+            over = over - _each_way(links) @ idle.T
         away = np.minimum(away, over)
     per_byte, per_message = _rates([device.traits.link for device in devices])
     seconds: Floats = steps * (device_flops / speed + away) + state * per_byte
     return seconds + per_message
+
+
+def _each_way(links: Sequence[Link | None]) -> Floats:
+    """Return seconds per byte up and down."""
+    known = [NO_WAIT if link is None else link for link in links]
+    rates = [(x.up_bytes_per_second, x.down_bytes_per_second) for x in known]
+    return 1 / np.array(rates, np.float64)
 
 
 def _rates(links: Sequence[Link | None]) -> tuple[Floats, Floats]:

@@ -41,7 +41,9 @@ def learned(
     if work is None or step_seconds is None or not LEAST_SECONDS <= step_seconds < inf:
         return before
     new = Step(
-        flops=work.device_flops, num_bytes=2 * work.boundary_bytes, seconds=step_seconds
+        flops=work.device_flops,
+        num_bytes=2 * work.boundary_bytes - work.unsent_bytes - work.unreturned_bytes,
+        seconds=step_seconds,
     )
     if new.flops <= 0:
         return before

@@ -22,6 +22,7 @@ from flwr_smartsplit.plan.selection.selection import (
     SelectionRequest,
 )
 from flwr_smartsplit.types import RouteOption
+from flwr_smartsplit.types.sizes import own_numbers
 
 Floats = npt.NDArray[np.float64]
 
@@ -110,6 +111,9 @@ class SelectByUtility:
     coverage: float = 3.0
     waiting: float = 0.3
     considered: int = 10
+
+    def __post_init__(self) -> None:
+        own_numbers(self)
 
     def __call__(self, request: SelectionRequest) -> Selection:
         """Choose a round's clients."""

@@ -28,6 +28,7 @@ from simulations.report.summary import percent_text
 
 LABEL_GAP = 4.6
 PANELS_IN_A_ROW = 4
+MIN_DIFFERENCES = 2  # A single one is read more easily in its table.
 
 
 def accuracy_over_rounds(case: CaseResults) -> Figure | None:
@@ -75,7 +76,7 @@ def accuracy_over_time(case: CaseResults) -> Figure | None:
     axes.axhline(target, color="#9aa1ac", lw=1, ls="--")
     axes.set(xlabel="simulated seconds", ylabel="accuracy on the test set (%)")
     if max(latest) > 8 * min(latest) > 0:
-        axes.set_xscale("log")
+        axes.set_xscale("log", nonpositive="mask")  # The start, at 0 s, has no place.
         axes.set_xlabel("simulated seconds, each step ten times as long")
     axes.set_title(f"Accuracy by simulated time; dashed: the target of {target:.0f} %")
     return figure
@@ -107,9 +108,9 @@ def gains(case: CaseResults) -> Figure | None:
 
 
 def gains_of_all_cases(cases: Sequence[CaseLines]) -> Figure | None:
-    """Draw the differences to our method, a panel for each case."""
+    """Draw the differences to our method, a panel for each case; none for just one."""
     drawn = [case for case in cases if _gains_of(case, over_ours)]
-    if not drawn:
+    if sum(len(_gains_of(case, over_ours)) for case in drawn) < MIN_DIFFERENCES:
         return None
     columns = min(PANELS_IN_A_ROW, len(drawn))
     rows = math.ceil(len(drawn) / columns)

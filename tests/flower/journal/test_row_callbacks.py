@@ -16,7 +16,7 @@ from flwr_smartsplit.flower.journal.row_callbacks import (
     client_scalars,
     round_scalars,
 )
-from flwr_smartsplit.flower.journal.rows import FACTS
+from flwr_smartsplit.types import ROW_FACTS
 from tests.flower.apps import (
     apps,
     budgets_of,
@@ -189,7 +189,7 @@ def test_rows_hold_nothing_but_facts_and_the_tasks_metrics() -> None:
     rows: list[Any] = []
     strategy = smart_split(on_row=[rows.append], fraction_evaluate=1.0)
     run(fleet(), strategy, num_rounds=1)
-    unknown = {n for row in rows if row["kind"] == "client" for n in row} - FACTS
+    unknown = {n for row in rows if row["kind"] == "client" for n in row} - ROW_FACTS
     assert TASK.metrics_fn is not None
     assert unknown == {"accuracy"}
 
@@ -214,7 +214,7 @@ def test_the_page_on_metrics_explains_every_key_and_no_other() -> None:
             page.partition("## TensorBoard")[2],
         )
     )
-    assert clients == FACTS
+    assert clients == ROW_FACTS
     assert rounds == of_rounds
     own = [row for row in rows if row["kind"] == "client" and row["phase"] == "train"]
     (summary,) = (row for row in rows if row["kind"] == "round")

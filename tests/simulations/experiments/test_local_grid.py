@@ -22,7 +22,7 @@ def grid():
         answer = {"n": counter["n"], "client": context.node_config["partition-id"]}
         return Message(RecordDict({"c": ConfigRecord(answer)}), reply_to=message)
 
-    return LocalGrid(app, 3)
+    return LocalGrid([app] * 3)
 
 
 def ask(grid):
@@ -46,7 +46,7 @@ def test_an_exception_is_a_reply_and_rolls_the_state_back(grid):
     assert replies[2].has_error()
     assert "out of paper" in replies[2].error.reason
     node = grid.get_node_ids()[2]
-    assert not grid._contexts[node].state.config_records
+    assert not grid._nodes[node].context.state.config_records
 
 
 def test_sender_and_receiver_share_nothing(grid):

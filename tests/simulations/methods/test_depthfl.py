@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from simulations.methods.depthfl import DEPTHFL, depth_variants, ensemble
+from simulations.methods.depthfl import DEPTHFL, depth_submodels, ensemble
 from tests.simulations.in_process import EXPERIMENT, run_here
 
 
 def test_blocks_that_nobody_can_hold_stay_as_they_are(tmp_path):
     """One client holds a block, one holds two, one holds none."""
-    _, two, one = (variant.peak_bytes for variant in depth_variants(EXPERIMENT))
+    _, two, one = (submodel.peak_bytes for submodel in depth_submodels(EXPERIMENT))
 
     ended = run_here(DEPTHFL, tmp_path, budgets_bytes=(one - 1, one, two))
 
@@ -27,7 +27,7 @@ def test_blocks_that_nobody_can_hold_stay_as_they_are(tmp_path):
 
 def test_a_block_is_the_mean_of_those_who_own_it(tmp_path):
     """Alone, each client's update is known; together they count by their examples."""
-    _, two, one = (variant.peak_bytes for variant in depth_variants(EXPERIMENT))
+    _, two, one = (submodel.peak_bytes for submodel in depth_submodels(EXPERIMENT))
     pairs = ((one, 1), (1, two), (one, two))
 
     shallow, deep, both = (

@@ -10,7 +10,7 @@ from simulations.methods.heterofl import (
     CLASSIFIER,
     HETEROFL,
     local_labels,
-    width_variants,
+    width_submodels,
 )
 from tests.simulations.in_process import EXPERIMENT, run_here
 
@@ -27,7 +27,7 @@ def test_at_full_width_a_round_has_the_bits_of_federated_averaging(tmp_path):
 
 
 def test_narrow_clients_train_the_first_channels_only(tmp_path):
-    budget_bytes = width_variants(EXPERIMENT)[1].peak_bytes
+    budget_bytes = width_submodels(EXPERIMENT)[1].peak_bytes
 
     ended = run_here(HETEROFL, tmp_path, budgets_bytes=(budget_bytes,) * 2)
 
@@ -41,12 +41,12 @@ def test_rows_of_the_classifier_come_from_clients_with_the_class(tmp_path):
     """Own labels: classes that nobody has an example of here keep their rows."""
     experiment = replace(EXPERIMENT, partition=OwnLabels(num_own=5), num_clients=2)
     weak_labels, strong_labels = local_labels(experiment)
-    variants = width_variants(experiment)
+    submodels = width_submodels(experiment)
 
     ended = run_here(
         HETEROFL,
         tmp_path,
-        budgets_bytes=(variants[-1].peak_bytes - 1, None),
+        budgets_bytes=(submodels[-1].peak_bytes - 1, None),
         partition=experiment.partition,
     )
 

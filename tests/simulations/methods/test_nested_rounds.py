@@ -1,4 +1,4 @@
-"""NestedRounds: who trains which variant, under its cap, and who sits out."""
+"""NestedRounds: who trains which submodel, under its cap, and who sits out."""
 
 from dataclasses import replace
 
@@ -6,27 +6,27 @@ import numpy as np
 import pytest
 
 from simulations.methods import nested
-from simulations.methods.heterofl import HETEROFL, width_variants
+from simulations.methods.heterofl import HETEROFL, width_submodels
 from simulations.methods.method import Method
 from simulations.methods.nested import (
     Ladder,
     NestedRounds,
-    Variant,
+    Submodel,
     largest_that_fits,
 )
 from simulations.methods.sampled import SampledRounds
 from tests.simulations.in_process import EXPERIMENT, grid_of, run_here
 
-LARGE = Variant(name="large", config={}, shapes={}, peak_bytes=100, step_flops=8)
-SMALL = Variant(name="small", config={}, shapes={}, peak_bytes=10, step_flops=1)
+LARGE = Submodel(name="large", config={}, shapes={}, peak_bytes=100, step_flops=8)
+SMALL = Submodel(name="small", config={}, shapes={}, peak_bytes=10, step_flops=1)
 
 
 @pytest.mark.parametrize(
-    ("budget_bytes", "variant"),
+    ("budget_bytes", "submodel"),
     [(None, LARGE), (100, LARGE), (99, SMALL), (10, SMALL), (9, None), (0, None)],
 )
-def test_a_client_gets_the_largest_variant_that_fits(budget_bytes, variant):
-    assert largest_that_fits((LARGE, SMALL), budget_bytes) is variant
+def test_a_client_gets_the_largest_variant_that_fits(budget_bytes, submodel):
+    assert largest_that_fits((LARGE, SMALL), budget_bytes) is submodel
 
 
 @pytest.mark.parametrize("method", [HETEROFL])
@@ -52,15 +52,15 @@ def test_a_reply_that_is_not_finite_spoils_nothing(tmp_path, monkeypatch, method
 
 
 @pytest.fixture(scope="module")
-def variants():
+def submodels():
     """The four widths of the digits' network."""
-    return width_variants(EXPERIMENT)
+    return width_submodels(EXPERIMENT)
 
 
 def test_everybody_keeps_within_its_budget_and_holds_what_was_predicted(
-    tmp_path, variants
+    tmp_path, submodels
 ):
-    budgets = [variant.peak_bytes for variant in variants]
+    budgets = [submodel.peak_bytes for submodel in submodels]
 
     ended = run_here(
         HETEROFL,
@@ -80,7 +80,7 @@ def test_everybody_keeps_within_its_budget_and_holds_what_was_predicted(
     assert [row["predicted_peak_bytes"] for row in trained] == budgets
     assert {row["status"] for row in trained} == {"accepted"}
     assert out["status"] == "sat_out"
-    assert "no variant fits: the smallest (width 0.125) needs" in out["cause"]
+    assert "no submodel fits: the smallest (width 0.125) needs" in out["cause"]
     (total,) = ended.of_kind("round")
     assert (total["selected"], total["accepted"]) == (4, 4)
     assert total["comm_bytes_total"] == sum(
@@ -89,11 +89,11 @@ def test_everybody_keeps_within_its_budget_and_holds_what_was_predicted(
 
 
 def test_a_variant_that_needs_more_than_predicted_is_stopped_and_not_merged(
-    tmp_path, variants
+    tmp_path, submodels
 ):
     """A planted error: the ladder says that full width needs next to nothing."""
-    wrong = (replace(variants[0], peak_bytes=1),)
-    ladder = Ladder(method="heterofl", variants=wrong)
+    wrong = (replace(submodels[0], peak_bytes=1),)
+    ladder = Ladder(method="heterofl", submodels=wrong)
     method = Method(
         name="wrong",
         summary="",
@@ -101,7 +101,7 @@ def test_a_variant_that_needs_more_than_predicted_is_stopped_and_not_merged(
             NestedRounds(ladder, seed=setting.experiment.seed), setting
         ),
     )
-    budget_bytes = variants[0].peak_bytes - 1
+    budget_bytes = submodels[0].peak_bytes - 1
 
     ended = run_here(method, tmp_path, budgets_bytes=(budget_bytes, budget_bytes))
 

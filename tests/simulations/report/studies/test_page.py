@@ -77,10 +77,11 @@ def test_a_study_that_hardly_began_has_a_page(folder, tmp_path):
     assert CLAIMS["accuracy"].title not in page
 
 
-def test_the_overview_needs_a_method_to_compare_with(folder):
-    cases = read_study(folder).cases()
+def test_the_overview_needs_several_differences(folder):
+    cases = list(read_study(folder).cases())
 
-    assert "<svg" in svg_of(gains_of_all_cases, cases)
+    assert "<svg" in svg_of(gains_of_all_cases, cases * 2)
+    assert svg_of(gains_of_all_cases, cases) == ""
     assert svg_of(gains_of_all_cases, []) == ""
 
 
