@@ -99,8 +99,8 @@ STRAY_CHANCE = re.compile(
     r"(numpy\.)?random\."
     r"(?!(Random|Generator|BitGenerator|SeedSequence|PCG64|Philox|default_rng)$)\w+"
 )
-LOOKS_AT_CHANCE = {"split/trace/guards.py"}
-"""Compares the generators' states before and after a forward, and draws nothing."""
+LOOKS_AT_CHANCE = {"split/trace/guards.py", "split/template.py"}
+"""They compare the generators' states before and after user code, and restore them."""
 STRAY_TIME = re.compile(r"time\.time(_ns)?|datetime\.(datetime|date)\.(now|today)")
 
 

@@ -29,6 +29,7 @@ from flwr.common import ndarrays_to_parameters
 from flwr.server import strategy as legacy
 from flwr.serverapp import strategy as flower
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
@@ -37,6 +38,7 @@ from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.routes import RouteRequest, deepest_split
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 from tests.flower.apps import (
     Run,
@@ -100,7 +102,7 @@ def train_whole(
 
 
 def _trained(task: Task, make: Any, edges: Any, **changes: Any) -> Run:
-    start = {"train_config": changes.pop("train_config", None)}
+    start = {k: changes.pop(k, None) for k in ("train_config", "arrays")}
     clients = [make(index, task=task, edges=EDGES) for index in range(len(ROUTES))]
     made = run(clients, smart_split(edges, task=task, **changes), **start)
     assert made.kinds() == []
@@ -340,6 +342,183 @@ def test_fedprox_costs_what_is_predicted() -> None:
         for route in ROUTES:
             measured = checker.check(route).measured_peak_bytes
             assert measured == predicted_peak_bytes(profile, route)
+
+
+# --- the model ------------------------------------------------------------------------
+
+
+def altered(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    """Build the small network and change it."""
+
+    def model_fn() -> nn.Module:
+        model = tiny_cnn()
+        change(model)
+        return model
+
+    return model_fn
+
+
+def check_model(change: Callable[[Any], Any], **changes: Any) -> None:
+    """Compare the changed network on all four kinds of route with the stock model."""
+    check_every_kind(model_fn=altered(change), **changes)
+
+
+def refuse_model(change: Callable[[Any], Any], match: str) -> None:
+    """See that the strategy cannot be made, with no edge either."""
+    for edges in ((), EDGES):
+        with pytest.raises(SmartSplitError, match=match):
+            smart_split(edges, task=replace(TASK, model_fn=altered(change)))
+
+
+def test_everyday_model_functions() -> None:
+    """Values may be moved, assigned and looked at; layers may be parametrized."""
+
+    def assigned(model: Any) -> None:
+        model[0].weight.data = torch.ones(4, 1, 3, 3)
+        model.to("cpu")
+
+    check_model(assigned)
+    check_model(lambda model: parametrizations.spectral_norm(model[8]))
+    check_model(lambda model: parametrizations.weight_norm(model[4]))
+
+
+class Shifted(nn.ReLU):
+    """A layer with a constant that is drawn after all parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Add it."""
+        return super().forward(input) + self.shift
+
+
+def test_constants_of_a_model() -> None:
+    """``model_fn`` seeds, makes layers, and draws a constant."""
+
+    def model_fn() -> nn.Module:
+        torch.manual_seed(3)
+        model = tiny_cnn()
+        model[2] = Shifted()
+        model[2].shift = torch.rand(())
+        return model
+
+    check_every_kind(model_fn=model_fn)
+
+
+def repeated() -> nn.Module:
+    """Build a network with one layer twice."""
+    layer = nn.Conv2d(4, 4, 3, padding=1)
+    first = nn.Conv2d(1, 4, 3, padding=1)
+    norms = [nn.BatchNorm2d(4) for _ in range(3)]
+    end = nn.Sequential(nn.Flatten(), nn.Linear(144, NUM_CLASSES))
+    return nn.Sequential(
+        first, norms[0], layer, norms[1], layer, norms[2], end, nn.ELU()
+    )
+
+
+def test_several_names_of_one_tensor() -> None:
+    """On mixed routes, both names of the layer have its value."""
+    start = repeated().state_dict()
+    task = replace(TASK, model_fn=repeated)
+    made = run(
+        [message_app(index, task=task, edges=EDGES) for index in range(len(ROUTES))],
+        smart_split(EDGES, task=task, choose_route=in_turn_of(len(build_chain(task)))),
+        arrays=ArrayRecord(start),
+    )
+    assert made.kinds() == []
+    for name in ("weight", "bias"):
+        assert (made.state[f"2.{name}"] == made.state[f"4.{name}"]).all()
+        assert (made.state[f"4.{name}"] != start[f"4.{name}"].numpy()).any()
+
+
+def in_turn_of(size: int) -> Callable[[RouteRequest], Route]:
+    """Give the clients kinds of route in a chain of this size."""
+    kinds = (
+        Route.whole(),
+        Route.split(1, edge="near"),
+        Route.u_shape(1, size - 1, edge="far"),
+        Route.hops((1, size - 1), edges=("near", "far")),
+    )
+    return lambda request: kinds[request.index % len(kinds)]
+
+
+def decayed(parameters: Any) -> Optimizer:
+    """Let weights decay unless an attribute says that they must not."""
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if hasattr(p, "no_decay") else 0.5}
+        for p in parameters
+    ]
+    return torch.optim.SGD(groups, lr=0.05)
+
+
+def test_attributes_of_parameters() -> None:
+    """They are kept at every place, and in the dry run."""
+
+    def mark(model: Any) -> None:
+        for layer in (model[4], model[8]):
+            layer.weight.no_decay = True
+
+    check_model(mark, optimizer_fn=decayed)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor([1 + 2j]),
+        torch.tensor([2**53 + 1]),
+        torch.tensor([True, False]),
+        torch.tensor([1 / 3], dtype=torch.float64),
+        torch.tensor([1 / 3], dtype=torch.float16),
+    ],
+    ids=lambda value: str(value.dtype),
+)
+def test_dtypes_of_a_state(value: Tensor) -> None:
+    """A counter and what it stands beside come back exactly."""
+    task = replace(TASK, model_fn=altered(lambda m: m[1].register_buffer("own", value)))
+    arrays = ArrayRecord({**initial_arrays(), **ArrayRecord({"1.own": value})})
+    order = task.model_fn().state_dict()
+    arrays = ArrayRecord({name: arrays[name] for name in order})
+    mixed, whole = (make(task, arrays=arrays) for make in (train_mixed, train_whole))
+    assert differences(mixed.state, whole.state) == []
+    assert mixed.state["1.own"].tobytes() == value.numpy().tobytes()
+
+
+def test_a_mask_of_infinities() -> None:
+    """It is merged like any constant, also in a unit that has statistics."""
+
+    def mask(model: Any) -> None:
+        model[1].register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    check_model(mask)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float8_e5m2, torch.complex128], ids=str
+)
+def test_dtypes_that_cannot_be_sent(dtype: torch.dtype) -> None:
+    """The error names the tensor and what to use."""
+    value = torch.zeros(1).to(dtype)
+    refuse_model(lambda m: m[1].register_buffer("own", value), "1.own is .*: use|Use")
+
+
+def test_hooks() -> None:
+    """The error names the layer or the weight, and where to do it instead."""
+    refuse_model(lambda m: m[2].register_forward_hook(print), r"forward of 2 \(ReLU\)")
+    refuse_model(lambda m: m[4].weight.register_hook(print), "4.weight has a gradient")
+    refuse_model(lambda m: nn.utils.weight_norm(m[4]), "nn.utils.parametrizations")
+
+
+class Grows(nn.Module):
+    """Makes its layer in forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run it."""
+        if not hasattr(self, "layer"):
+            self.layer = nn.Linear(x.shape[1], NUM_CLASSES)
+        return self.layer(x)
+
+
+def test_layers_made_in_forward() -> None:
+    """They would be in no state that is sent."""
+    refuse_model(lambda model: model.__setitem__(8, Grows()), "in __init__")
 
 
 # --- the server -----------------------------------------------------------------------

@@ -15,14 +15,14 @@ from torch.optim import SGD, Adam
 from torchvision import models
 
 from flwr_smartsplit.errors import SmartSplitError
-from flwr_smartsplit.split.build import parameters_on_meta
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
     fake_batch,
     fake_copy,
     warnings_ignored,
 )
-from flwr_smartsplit.split.trace.cut_points import torch_log_silenced
+from flwr_smartsplit.split.template import parameters_on_meta
+from flwr_smartsplit.split.trace.facts import torch_log_silenced
 from flwr_smartsplit.task import Task
 
 TORCHVISION = "torchvision:"

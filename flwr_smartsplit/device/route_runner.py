@@ -24,7 +24,12 @@ from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.build import build_chain, materialise, state_views
+from flwr_smartsplit.split.build import (
+    build_chain,
+    check_unsent,
+    materialise,
+    state_views,
+)
 from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
@@ -191,6 +196,7 @@ class RouteRunner:
         for runner, leg in zip(self._runners, legs, strict=True):
             views = state_views(runner.segment)
             changed = self._chain.changed_names(leg.start, leg.stop)
+            check_unsent(runner.segment, changed)
             state |= {name: np.array(views[name]) for name in changed}
         return state
 

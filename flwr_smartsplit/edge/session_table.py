@@ -10,10 +10,12 @@ from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.admission import Admission
 from flwr_smartsplit.edge.client import EdgeClient
 from flwr_smartsplit.edge.cut_moves import MoveCut
+from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.session import Session, StepRequest
 from flwr_smartsplit.edge.state_store import StateStore
+from flwr_smartsplit.edge.weighted_mean import has_diverged
 from flwr_smartsplit.errors import EdgeFull, RefusedMove, RefusedTail, StaleSession
-from flwr_smartsplit.split.build import state_views
+from flwr_smartsplit.split.build import check_unsent, state_views
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import Receipt
@@ -119,16 +121,7 @@ class SessionTable:
         after: tuple[Receipt, ...] = ()
         if session.onward is not None:
             after = session.onward.seal(request.num_steps, request.norm)
-        # Views suffice: nothing changes the segment any more.
-        views = state_views(session.runner.segment)
-        changed = chain.changed_names(session.start, opened.stop)
-        state = {name: views[name] for name in changed}
-        broken = [name for name, a in state.items() if not np.isfinite(a).all()]
-        if broken:
-            raise RefusedTail(
-                f"session {name}: not finite after {session.num_steps} "
-                f"steps: {', '.join(broken)}. Lower the learning rate or clip the loss."
-            )
+        state = self._tail(session, chain)
         receipt = Receipt(
             place=opened.place,
             incarnation=self._incarnation,
@@ -147,6 +140,25 @@ class SessionTable:
         del self._open[name]
         self._admission.seal(name)
         return receipts
+
+    def _tail(self, session: Session, chain: Chain) -> State:
+        """Show what training can change of a session's units, if it is finite."""
+        # Views suffice: nothing changes the segment any more.
+        views = state_views(session.runner.segment)
+        changed = chain.changed_names(session.start, session.opened.stop)
+        check_unsent(session.runner.segment, changed)
+        state = {name: views[name] for name in changed}
+        broken = tuple(name for name, a in state.items() if not np.isfinite(a).all())
+        if broken:  # An infinite constant may have been so before.
+            before = self._store.read_state(session.opened.state_digest, broken)
+            broken = tuple(n for n in broken if has_diverged(state[n], before[n]))
+        if broken:
+            raise RefusedTail(
+                f"session {session.opened.session}: not finite after "
+                f"{session.num_steps} steps: {', '.join(broken)}. Lower the learning "
+                "rate or clip the loss."
+            )
+        return state
 
     def sealed_by(self, request: wire.Seal) -> tuple[Receipt, ...] | None:
         """Return the receipts of a session that was sealed before, if any."""

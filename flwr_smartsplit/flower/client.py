@@ -181,7 +181,8 @@ class SmartSplitNumPyClient(NumPyClient):
         outcome = train_locally(plan, state, self.train_loader, conditions)
         if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
-            return replace(outcome, state={**state, **outcome.state})
+            whole = build_chain(self.task).with_aliases({**state, **outcome.state})
+            return replace(outcome, state=whole)
         return self._without_local(outcome)
 
     def test(self, plan: ClientPlan, state: Arrays) -> StepReport:

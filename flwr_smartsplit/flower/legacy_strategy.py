@@ -207,14 +207,15 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
 
     def _state(self, parameters: Parameters) -> dict[str, npt.NDArray[Any]]:
         arrays = parameters_to_ndarrays(parameters)
-        shapes = {n: a.shape for n, a in zip(self._names, arrays, strict=False)}
+        named = zip(self._names, arrays, strict=False)
+        kinds = {n: (a.shape, str(a.dtype)) for n, a in named}
         if len(arrays) != len(self._names):
             raise InvalidTask(
                 f"{len(arrays)} arrays came as parameters, the model's state_dict has "
                 f"{len(self._names)}: give [v.numpy() for v in "
                 "model.state_dict().values()]."
             )
-        self._central.chain.check_state(shapes)
+        self._central.chain.check_state(kinds)
         return dict(zip(self._names, arrays, strict=True))
 
     def _collect(

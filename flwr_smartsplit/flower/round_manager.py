@@ -112,7 +112,7 @@ class CentralManager:
     ) -> None:
         self.task = task
         self.settings = settings
-        self.chain = build_chain(task)
+        self.chain = build_chain(task, anew=True)
         self.edges = EdgePool(edges, task)
         journal = Journal(settings.journal, settings.on_row)
         self.rounds = RoundLog(journal, settings.planning.clock)
@@ -126,7 +126,9 @@ class CentralManager:
         self._constraints = replace(constraints, kept_units=kept)
         self._server_steps = settings.server_steps
         if take_step is not None:
-            trained = frozenset(n for n, _ in self.chain.model.named_parameters())
+            first = self.chain.first_names
+            named = self.chain.model.named_parameters()
+            trained = frozenset(first[name] for name, _ in named)
             step = ServerOptimizer(take_step, trained)
             self._server_steps = (step, *settings.server_steps)
         self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
@@ -159,6 +161,7 @@ class CentralManager:
             version=phase.round_number,
             digest=state_digest(state),
         )
+        self.chain.check_aliases(state)
         self._state, self._digest = state, dispatch.digest
         clients = self._begun(phase, clients)
         addresses, unready = self.edges.prepare(dispatch.digest, state)
@@ -258,6 +261,7 @@ class CentralManager:
             if changed is not None:
                 state = state_like(seen, changed, maker=settings.between_rounds)
         if state is not None:
+            state = self.chain.with_aliases(state)
             self._state = state
             self._digest = state_digest(state) if self.edges.names else ""
         return state

@@ -113,7 +113,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             At the end, if no round merged anything; its ``result`` has what there is.
         """
         self._central.chain.check_state(
-            {name: tuple(array.shape) for name, array in initial_arrays.items()}
+            {n: (tuple(a.shape), a.dtype) for n, a in initial_arrays.items()}
         )
         num_planned = len(self.round_plans)
         try:

@@ -120,7 +120,7 @@ class Observed(nn.Module):
     ) -> None:
         super().__init__()
         self.segment = segment
-        self.rereads = getattr(segment, "rereads", frozenset())
+        self.rereads: frozenset[str] = getattr(segment, "rereads", frozenset())
         self.meter = meter
         self._last = num_units - 1
         self.boundaries: list[BoundaryLog] = []

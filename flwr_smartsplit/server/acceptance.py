@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from flwr_smartsplit.edge.protocol import State
+from flwr_smartsplit.edge.weighted_mean import has_diverged
 from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.types import ClientReply, Expectation, Failure, Status, StepReport
 
@@ -87,7 +86,7 @@ def _check_state(reply: ClientReply, expectation: Expectation, current: State) -
                 f"client {key!r} sends {name} as {array.dtype}{array.shape}, the "
                 f"model has {wanted.dtype}{wanted.shape}."
             )
-        if not np.isfinite(array).all():
+        if has_diverged(array, wanted):
             raise _refused(
                 f"client {key!r} sends values of {name} that are not finite."
             )

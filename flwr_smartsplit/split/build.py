@@ -1,15 +1,14 @@
 """Build only the part of a model that runs at one place.
 
-Parameters are created on the meta device, which has no memory; only this place's
-segments then get real tensors. Buffers stay real while building, because some models
-compute them from data: building wholly on meta fails for 15 of 80 torchvision
-classifiers, this way for none.
+A template without values of parameters is traced once; only this place's segments then
+get real tensors. Buffers stay real in the template, because some models compute them
+from data: building wholly on meta fails for 15 of 80 torchvision classifiers, this way
+for none.
 """
 
+import copy
 import pickle
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.memory.meter import BUILDING, phase, unmetered
@@ -27,101 +25,51 @@ from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.layout import is_dense
 from flwr_smartsplit.split.segment import Segment
+from flwr_smartsplit.split.template import building, template_of
 from flwr_smartsplit.task import Task
 
 State = Mapping[str, npt.NDArray[Any]]
 
-_building = threading.RLock()
-_chains_by_task: "WeakKeyDictionary[Task, Chain]" = WeakKeyDictionary()
+_WHEN_FILLED = 1
+"""Torch's count of changes of a tensor that was made and filled."""
+
+_Marked = tuple[str, Chain]
 _Recipe = tuple[Callable[..., nn.Module], Any, bytes]
-_chains_by_recipe: dict[_Recipe, Chain] = {}
-
-
-def _on_meta(param: nn.Parameter, made: Any) -> nn.Parameter:
-    if param.is_meta:
-        return param
-    if param not in made:
-        made[param] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-    on_meta: nn.Parameter = made[param]
-    return on_meta
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Move every parameter registered in this thread to the meta device."""
-    register = nn.Module.register_parameter
-    thread = threading.get_ident()
-    made = WeakIdKeyDictionary()  # One parameter under two names stays one.
-
-    def register_on_meta(
-        module: nn.Module, name: str, param: nn.Parameter | None
-    ) -> None:
-        if param is not None and threading.get_ident() == thread:
-            param = _on_meta(param, made)
-        register(module, name, param)
-
-    with _building:
-        nn.Module.register_parameter = register_on_meta  # type: ignore
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
+_chains_by_task: "WeakKeyDictionary[Task, _Marked]" = WeakKeyDictionary()
+_chains_by_recipe: dict[_Recipe | None, _Marked] = {}
 
 
 @warnings_ignored()
-def build_chain(task: Task) -> Chain:
+def build_chain(task: Task, *, anew: bool = False) -> Chain:
     """Read the task's model as a chain without allocating its parameters.
 
     Traced once per process: Flower and Ray give every message its own copy of a task,
-    so copies of one recipe share a chain. Raises ``NotSplittable`` if torch.fx cannot
-    trace the model, and ``InvalidTask`` if it cannot be built or refuses the example
-    inputs.
+    so copies of one recipe share a chain, if ``model_fn`` still builds the same. With
+    ``anew``, that is checked for this very task, too. Raises ``NotSplittable`` if
+    torch.fx cannot trace the model, and ``InvalidTask`` if it cannot be built in parts
+    or refuses the example inputs.
     """
-    with _building:
-        if task in _chains_by_task:
-            return _chains_by_task[task]
-        recipe = _recipe(task)
-        chain = _chains_by_recipe.get(recipe) if recipe else None
-        if chain is None:
-            model, inputs = _built(task), task.example_inputs
-            if task.units_fn is None:
-                chain = Chain.from_module(
-                    model, inputs, max_boundary_tensors=task.max_boundary_tensors
-                )
-            else:
-                chain = Chain.from_units(model, task.units_fn(model), inputs)
-        _chains_by_task[task] = chain
-        if recipe:
-            _chains_by_recipe[recipe] = chain
-        return chain
+    with building:
+        known = _chains_by_task.get(task)
+        if known is None or anew:
+            recipe = _recipe(task)
+            known = known or _chains_by_recipe.get(recipe)
+            model, mark = template_of(task, known[0] if known else "")
+            if known is None or known[0] != mark:
+                known = mark, _traced(task, model)
+            _chains_by_task[task] = known
+            if recipe is not None:
+                _chains_by_recipe[recipe] = known
+        return known[1]
 
 
-def _built(task: Task) -> nn.Module:
-    """Build a task's model with its parameters on meta, or raise ``InvalidTask``."""
-    try:
-        with parameters_on_meta():
-            model = task.model_fn()
-    except Exception as error:
-        raise InvalidTask(
-            f"model_fn fails: {type(error).__name__}: {str(error).rstrip('.')}. (If it "
-            "works elsewhere: here parameters have no values while a model is built; "
-            "let model_fn compute nothing from them.)"
-        ) from error
-    saved = model.state_dict().keys()
-    lost = [n for n, b in model.named_buffers() if b.is_meta and n not in saved]
-    if lost:
-        raise InvalidTask(
-            f"{', '.join(lost)}: these buffers are computed from parameters, which "
-            "have no values while a model is built here, and they are not part of its "
-            "state. Register them with persistent=True, or compute them in forward."
-        )
-    narrow = [n for n, t in model.state_dict().items() if t.dtype is torch.bfloat16]
-    if narrow:
-        raise InvalidTask(
-            f"{', '.join(narrow[:3])} ({len(narrow)} in all) are bfloat16, which NumPy "
-            "does not have; Flower sends NumPy arrays. Use float32 or float16."
-        )
-    return model
+def _traced(task: Task, model: nn.Module) -> Chain:
+    inputs = task.example_inputs
+    if task.units_fn is not None:
+        return Chain.from_units(model, task.units_fn(model), inputs)
+    return Chain.from_module(
+        model, inputs, max_boundary_tensors=task.max_boundary_tensors
+    )
 
 
 def _recipe(task: Task) -> _Recipe | None:
@@ -154,8 +102,8 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
     has another shape.
     """
     with unmetered():  # Only a template.
-        segment = chain.own_segment(start, stop)
-        wanted = segment.state_dict()
+        template = chain.segment(start, stop)
+        wanted = template.state_dict(keep_vars=True)
     problems = [
         f"{name}: {'missing' if name not in state else state[name].shape} "
         f"instead of {tuple(tensor.shape)}"
@@ -167,27 +115,15 @@ def materialise(chain: Chain, start: int, stop: int, state: State) -> Segment:
             f"the state does not fit units [{start}, {stop}): {'; '.join(problems)}. "
             "Use the state of a model built by the same task."
         )
+    made: dict[int, Any] = {}  # One tensor under two names stays one.
     with phase(BUILDING):
-        _fill(segment, state)
-    return segment
-
-
-def _fill(segment: Segment, state: State) -> None:
-    """Give a segment real tensors; one tensor under two names stays one."""
-    made: dict[int, Tensor] = {}
-    for prefix, module in segment.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        persistent = module._buffers.keys() - module._non_persistent_buffers_set
-        for tensors, names in (
-            (module._parameters, module._parameters.keys()),
-            (module._buffers, persistent),
-        ):
-            for name in names:
-                old = tensors[name]
-                if old is not None:
-                    if id(old) not in made:
-                        made[id(old)] = _filled_like(old, state[dot + name])
-                    tensors[name] = made[id(old)]
+        for name, tensor in wanted.items():
+            if id(tensor) not in made:
+                made[id(tensor)] = _filled_like(tensor, state[name])
+    with unmetered():
+        for tensor in wanted.values():
+            vars(made[id(tensor)]).update(copy.deepcopy(vars(tensor), made))
+        return copy.deepcopy(template, made)
 
 
 def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
@@ -204,6 +140,18 @@ def _filled_like(template: Tensor, values: npt.NDArray[Any]) -> Tensor:
     if isinstance(template, nn.Parameter):
         return nn.Parameter(filled, requires_grad=template.requires_grad)
     return filled
+
+
+def check_unsent(segment: nn.Module, sent: Collection[str]) -> None:
+    """Raise ``InvalidTask`` if training has changed state that is not sent back."""
+    state = segment.state_dict(keep_vars=True)
+    names = [n for n in state.keys() - set(sent) if state[n]._version > _WHEN_FILLED]
+    if names:
+        raise InvalidTask(
+            f"training changes {', '.join(sorted(names))}, and a dry run of one step "
+            "did not, so that it would not be sent back: let forward write it in every "
+            "step, or register it with persistent=False."
+        )
 
 
 def state_of(module: nn.Module) -> dict[str, npt.NDArray[Any]]:

@@ -2,9 +2,12 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Self
+from functools import cached_property
+from typing import Any, Self, TypeVar
 
-from torch import nn
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
 
 from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
 from flwr_smartsplit.split.manual_units import declared_units
@@ -12,6 +15,9 @@ from flwr_smartsplit.split.segment import Batch, Segment, Unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.tracing import trace_units
 from flwr_smartsplit.types import WHOLE, Variant
+
+ArrayT = TypeVar("ArrayT")
+_Kind = tuple[tuple[int, ...], str]
 
 
 class Chain:
@@ -191,7 +197,8 @@ class Chain:
     def changed_names(self, start: int, stop: int) -> tuple[str, ...]:
         """Name the state of units ``[start, stop)`` that training can change.
 
-        Without frozen parameters, and without buffers of units that change none.
+        Parameters that are not frozen, and what forward writes, such as BatchNorm's
+        statistics.
         """
         if (start, stop) in self._changed_names:  # Every client of a round asks.
             return self._changed_names[start, stop]
@@ -200,31 +207,70 @@ class Chain:
             unit = self.segment(index, index + 1)
             parameters = unit.named_parameters(remove_duplicate=False)
             changed |= {name for name, p in parameters if p.requires_grad}
-            if self.units[index].changes_buffers:
-                changed |= dict(unit.named_buffers(remove_duplicate=False)).keys()
+            changed |= set(self.units[index].writes)
         names = tuple(n for n in self.state_names(start, stop) if n in changed)
         self._changed_names[start, stop] = names
         return names
 
-    def check_state(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that a state fits this model, by names and shapes.
+    @cached_property
+    def first_names(self) -> Mapping[str, str]:
+        """For each name of the state, the one under which its tensor is trained.
+
+        They differ where a module or a parameter has several names.
+        """
+        read = set(self.state_names(0, len(self)))
+        groups: dict[int, list[str]] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            groups.setdefault(id(tensor), []).append(name)
+        return {
+            name: next((other for other in names if other in read), names[0])
+            for names in groups.values()
+            for name in names
+        }
+
+    def with_aliases(self, state: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
+        """Give all names of one tensor in a state the value that was trained."""
+        first = self.first_names
+        return {n: state.get(first.get(n, n), array) for n, array in state.items()}
+
+    def check_state(self, kinds: Mapping[str, _Kind]) -> None:
+        """Check that a state fits this model, by names, shapes and NumPy's dtypes.
 
         Raises
         ------
         InvalidTask
             Naming every difference.
         """
-        wanted = {n: tuple(t.shape) for n, t in self.model.state_dict().items()}
+        wanted = {n: _kind_of(t) for n, t in self.model.state_dict().items()}
         problems = [
-            f"{name}: {shapes.get(name, 'missing')} instead of "
-            f"{wanted.get(name, 'nothing')}"
-            for name in sorted(wanted.keys() | shapes.keys())
-            if shapes.get(name) != wanted.get(name)
+            f"{name}: {_difference(kinds.get(name), wanted.get(name))}"
+            for name in sorted(wanted.keys() | kinds.keys())
+            if kinds.get(name) != wanted.get(name)
         ]
         if problems:
             raise InvalidTask(
                 f"the state is not one of {type(self.model).__name__}: "
                 f"{'; '.join(problems)}. Use ArrayRecord(model_fn().state_dict())."
+            )
+
+    def check_aliases(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Check that all names of one tensor have one value in a state.
+
+        Raises
+        ------
+        InvalidTask
+            Naming every difference.
+        """
+        unequal = [
+            f"{name} and {first}"
+            for name, first in self.first_names.items()
+            if name != first and not _are_equal(state[name], state[first])
+        ]
+        if unequal:
+            raise InvalidTask(
+                f"{'; '.join(unequal)}: two names of one tensor of "
+                f"{type(self.model).__name__}, with different values. Use "
+                "ArrayRecord(model_fn().state_dict())."
             )
 
     def require_cuts(self) -> None:
@@ -243,3 +289,21 @@ class Chain:
             f"{reasons or 'it is a single operation'}. Where that helps, let several "
             "tensors cross a cut: Task(max_boundary_tensors=...)."
         )
+
+
+def _kind_of(tensor: Tensor) -> _Kind:
+    """Return a tensor's shape, and its dtype as NumPy calls it."""
+    shape = tuple(tensor.shape)
+    return shape, str(tensor.new_empty(0, device="cpu").numpy().dtype)
+
+
+def _difference(found: _Kind | None, wanted: _Kind | None) -> str:
+    """Say how a shape or, if that is right, a dtype differs."""
+    if found and wanted and found[0] == wanted[0]:
+        return f"{found[1]} instead of {wanted[1]}"
+    shape = found[0] if found else "missing"
+    return f"{shape} instead of {wanted[0] if wanted else 'nothing'}"
+
+
+def _are_equal(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")

@@ -108,6 +108,7 @@ def fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         )
     if isinstance(tensor, nn.Parameter):
         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        vars(fake).update(vars(tensor))  # An optimizer_fn may look at its attributes.
     return fake
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flwr_smartsplit.errors import NotSplittable
+from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
     fake_batch,
@@ -29,7 +29,12 @@ from flwr_smartsplit.split.trace.cut_points import (
     tied,
     with_nearest,
 )
-from flwr_smartsplit.split.trace.facts import Prober, cannot_run, torch_log_silenced
+from flwr_smartsplit.split.trace.facts import (
+    Prober,
+    cannot_run,
+    no_new_state,
+    torch_log_silenced,
+)
 from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
 
 
@@ -58,7 +63,7 @@ def declared_units(
             unit,
             is_random=facts.is_random,
             gradients=tuple(t.requires_grad for t in _tensors(facts.value)),
-            changes_buffers=facts.changes_model,
+            writes=tuple(sorted(facts.changed_state)),
             can_rerun=facts.repeats,
             changed=tuple(sorted(facts.changed)),
             rereads=tuple(sorted(facts.rereads)),
@@ -129,18 +134,24 @@ def _dry_run(
         facts = NodeFacts()
         call, given = partial(_called, run, root, value), value
         try:
-            with _probing(mode, prober, training=training):
+            with (
+                _probing(mode, prober, training=training),
+                no_new_state(root, model),
+            ):
                 value = prober.run(
                     facts, partial(call, _itself), given, root, again=call
                 )
             facts.writes_inputs = not storages_of(given).isdisjoint(facts.written)
+        except InvalidTask:
+            raise
         except Exception as error:
             raise cannot_run(
                 model, inputs, error, part=f"unit {unit.name!r}"
             ) from error
         found.append(facts)
-    with _probing(mode, prober, training=training):
-        prober.repeat_all()
+    if training:
+        with _probing(mode, prober, training=True):
+            prober.repeat_all()
     for facts in found:
         facts.repeats &= not facts.writes_inputs
     return found
@@ -232,7 +243,7 @@ def _as_one(units: Sequence[Unit]) -> Unit:
         reads=tuple(sorted({name for unit in units for name in unit.reads})),
         is_random=any(unit.is_random for unit in units),
         gradients=units[-1].gradients,
-        changes_buffers=any(unit.changes_buffers for unit in units),
+        writes=tuple(sorted({name for unit in units for name in unit.writes})),
         can_rerun=all(unit.can_rerun for unit in units),
         changed=tuple(name for unit in units for name in unit.changed),
         rereads=tuple(name for unit in units for name in unit.rereads),

@@ -7,7 +7,7 @@ parameter nor a buffer. Nothing here knows what a model is for; it walks objects
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
@@ -21,6 +21,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, slice)
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "torchvision"}
 _SKIPPED = {"training", "_parameters", "_buffers", "_modules"}
+_TRIES = 5
+
+CONSTANT = "_tensor_constant"
+"""How the attributes begin that torch.fx adds to a model."""
+
+Copies = list[tuple[Any, Any]]
+"""Objects, and shallow copies of them."""
 
 
 @dataclass
@@ -44,14 +51,36 @@ class PythonState:
                 waiting += state._parts_noted(*waiting.pop())
         return state
 
-    def changes(self, later: "PythonState") -> dict[str, int]:
-        """Find what differs in a later snapshot: paths, and the objects they are in."""
+    def changes(
+        self, later: "PythonState", *, with_tensors: bool = True
+    ) -> dict[str, int]:
+        """Find what differs in a later snapshot: paths, and the objects they are in.
+
+        Without tensors, one tensor is as good as another.
+        """
         before, after = self.values, later.values
+        skipped = set() if with_tensors else self._tensors() & later._tensors()
         return {
             path: (later if path in after else self).owners[path]
             for path in {**before, **after}
             if path not in before or path not in after or before[path] != after[path]
+            if path not in skipped
         }
+
+    def _tensors(self) -> set[str]:
+        return {
+            path
+            for path, value in self.values.items()
+            if isinstance(value, tuple) and value[0] is Tensor
+        }
+
+    def copied(self) -> Copies:
+        """Copy the modules' attributes, the lists and the dicts that were reached."""
+        return [
+            (thing, dict(vars(thing)) if isinstance(thing, nn.Module) else thing.copy())
+            for thing in self.reached.values()
+            if isinstance(thing, nn.Module | list) or type(thing) is dict
+        ]
 
     def _parts_noted(
         self, path: str, value: Any, owner: int
@@ -60,7 +89,7 @@ class PythonState:
         if isinstance(value, _PLAIN):
             self._note(path, (type(value), repr(value)), owner)
         elif isinstance(value, Tensor):
-            self._note(path, (id(value), value._version), owner)
+            self._note(path, (Tensor, id(value), value._version), owner)
             self.reached.setdefault(id(value), value)
         elif isinstance(value, np.ndarray):
             self.reached[id(value)] = value
@@ -78,10 +107,59 @@ class PythonState:
         self.values[path], self.owners[path] = value, owner
 
 
+def attribute_of(path: str) -> str:
+    """Name the attribute that a path of a state begins with, without parts of it."""
+    return path.partition("[")[0].lstrip(".")
+
+
+def restore(copies: Copies) -> None:
+    """Undo what was assigned since, except the constants that torch.fx adds."""
+    for thing, before in copies:
+        if isinstance(thing, list):
+            thing[:] = before
+            continue
+        values = vars(thing) if isinstance(thing, nn.Module) else thing
+        for name in [n for n in values if n not in before]:
+            if not str(name).startswith(CONSTANT):
+                del values[name]
+        values.update(before)
+
+
 def chance_state() -> tuple[Any, ...]:
     """Read the state of Python's and of NumPy's generator."""
+    return random.getstate(), *_numpys_chance()
+
+
+def _numpys_chance() -> tuple[Any, ...]:
     numbers: Any = np.random.get_state()  # noqa: NPY002 - a forward may use it
-    return random.getstate(), numbers[1].tobytes(), numbers[2]
+    return numbers[1].tobytes(), numbers[2]
+
+
+def draws(run: Callable[[], Any]) -> bool:
+    """Say whether a function draws from Python's or NumPy's generators in this thread.
+
+    A profiler sees this thread's calls of Python's. For NumPy's there is none, so a
+    function draws if their state changes at every try.
+    """
+    shared = random.random.__self__  # type: ignore[attr-defined]
+    drawn = []
+    changes = []
+
+    def look(frame: object, event: str, called: Any) -> None:
+        del frame
+        if event == "c_call" and getattr(called, "__self__", None) is shared:
+            drawn.append(called)
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        for _ in range(_TRIES):
+            numbers = _numpys_chance()
+            run()
+            changes.append(numbers != _numpys_chance())
+    finally:
+        sys.setprofile(before)
+    return bool(drawn) or all(changes)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:

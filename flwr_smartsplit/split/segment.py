@@ -55,8 +55,9 @@ class Unit:
     gradients : tuple[bool, ...]
         For each tensor that it returns, whether a gradient comes back for it. A chain
         finds out; nothing comes back for the last unit, nor for frozen ones.
-    changes_buffers : bool
-        Whether it changes a tensor of the model in training, as a BatchNorm does.
+    writes : tuple[str, ...]
+        Names of the model's state that it changes in training, as a BatchNorm does. A
+        chain finds out.
     can_rerun : bool
         Whether a second run computes the same and changes nothing; a chain finds out.
     changed : tuple[str, ...]
@@ -80,7 +81,7 @@ class Unit:
     is_random: bool = False
     selective_forward: Callable[..., Any] | None = None
     gradients: tuple[bool, ...] = (True,)
-    changes_buffers: bool = True
+    writes: tuple[str, ...] = ()
     can_rerun: bool = True
     changed: tuple[str, ...] = ()
     rereads: tuple[str, ...] = ()

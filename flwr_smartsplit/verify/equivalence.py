@@ -165,7 +165,8 @@ class RouteChecker:
                 found |= {n: sums[n].mean(self._final[n].dtype) for n in tail}
         # State that no unit uses is at no place; training must not change it.
         unused = self._final.keys() - found.keys() - elsewhere
-        found |= {name: self._state[name] for name in unused}
+        first = self.chain.first_names
+        found |= {n: self._state[n] for n in unused if first[n] == n}
         return [
             f"state {name}"
             for name, values in found.items()

@@ -4,6 +4,7 @@ It shares only random numbers with split training: torch's generator is seeded r
 before the operator that draws a unit's first random number.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def train_stock(
     autocast: AbstractContextManager[Any] = nullcontext()
     if task.autocast_dtype is not None:
         autocast = torch.autocast("cpu", task.autocast_dtype)
-    eval_loss = _evaluated(model, task, batches, autocast)
+    # A copy: a forward may count its calls in a buffer.
+    eval_loss = _evaluated(copy.deepcopy(model), task, batches, autocast)
     model.train()
     optimizer = task.optimizer_fn([p for p in model.parameters() if p.requires_grad])
     scheduler = scheduler_of(optimizer, task, {})

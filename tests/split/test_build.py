@@ -14,12 +14,8 @@ from torch import Tensor, nn
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.build import (
-    build_chain,
-    materialise,
-    parameters_on_meta,
-    state_of,
-)
+from flwr_smartsplit.split.build import build_chain, materialise, state_of
+from flwr_smartsplit.split.template import parameters_on_meta
 from tests.models import channels_last_cnn, resnet18, small_cnn, task_of
 from tests.oracle import compare
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
-from flwr_smartsplit.split.build import build_chain, parameters_on_meta
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.template import parameters_on_meta
 from flwr_smartsplit.types import WHOLE, Variant
 from tests.models import resnet18, small_cnn, task_of
 from tests.oracle import compare

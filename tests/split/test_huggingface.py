@@ -13,9 +13,10 @@ from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split import huggingface
-from flwr_smartsplit.split.build import build_chain, parameters_on_meta
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.huggingface import decoder_units, encoder_units
+from flwr_smartsplit.split.template import parameters_on_meta
 from flwr_smartsplit.types import Route
 from flwr_smartsplit.verify.equivalence import RouteChecker
 from tests.architectures import (

@@ -11,9 +11,10 @@ from torch.nn import functional
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.profile.profile import profile_chain
-from flwr_smartsplit.split.build import build_chain, parameters_on_meta
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Unit
+from flwr_smartsplit.split.template import parameters_on_meta
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Route
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches

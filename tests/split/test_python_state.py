@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -97,21 +98,50 @@ class CountingNorm(nn.BatchNorm1d):
         return super().forward(x)
 
 
-class RenormLike(nn.BatchNorm1d):
-    """Its output depends on the statistics that it has just updated."""
+class ReadsOldStatistics(nn.BatchNorm1d):
+    """A second run would read the statistics that the first run has updated."""
+
+    def forward(self, x):
+        return super().forward(x - self.running_mean)
+
+
+class ReadsNewStatistics(nn.BatchNorm1d):
+    """Both runs read what the first has updated."""
 
     def forward(self, x):
         return super().forward(x) + self.running_mean
 
 
-@pytest.mark.parametrize("kind", [OwnChance, CountingNorm, lambda: RenormLike(4)])
+class OwnStatistics(nn.BatchNorm1d):
+    """Nobody stops a second run from updating these."""
+
+    def __init__(self):
+        super().__init__(4, track_running_stats=False)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.var, training=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [OwnChance, CountingNorm, partial(ReadsOldStatistics, 4), OwnStatistics],
+)
 def test_a_unit_that_a_second_run_would_repeat_otherwise_does_not_rerun(kind):
     units = Chain.from_module(network(kind()), torch.zeros(1, 4)).units
     assert not units[1].can_rerun
 
 
 @pytest.mark.parametrize(
-    "kind", [lambda: nn.BatchNorm1d(4), lambda: nn.Dropout(0.5), nn.ReLU, Keeper]
+    "kind",
+    [
+        partial(nn.BatchNorm1d, 4),
+        partial(ReadsNewStatistics, 4),
+        partial(nn.Dropout, 0.5),
+        nn.ReLU,
+        Keeper,
+    ],
 )
 def test_norms_dropout_and_writes_to_own_values_rerun(kind):
     units = Chain.from_module(network(kind()), torch.zeros(1, 4)).units
@@ -164,6 +194,54 @@ class Remembers(Net):
 def test_a_forward_that_fx_reads_wrongly_is_refused(kind):
     with pytest.raises(NotSplittable, match=r"reads .* wrongly|its forward changes"):
         Chain.from_module(kind(), torch.zeros(1, 4))
+
+
+class Accumulates(Net):
+    """A constant that forward makes anew; torch.fx makes it once."""
+
+    def middle(self, x):
+        return x + torch.zeros(2, 4).add_(x.detach())
+
+
+class Switches(Net):
+    """It acts in a later step."""
+
+    def middle(self, x):
+        self.keeper.number += 1
+        return x if self.keeper.number < 9 else -x
+
+
+class Queues(Net):
+    def middle(self, x):
+        self.keeper.list.append(x.detach())
+        return x if len(self.keeper.list) < 9 else -x
+
+
+@pytest.mark.parametrize("kind", [Accumulates, Switches, Queues])
+def test_what_acts_in_a_later_step_is_refused(kind):
+    with pytest.raises(NotSplittable, match=r"reads .* wrongly|its forward changes"):
+        Chain.from_module(kind(), torch.zeros(1, 4))
+
+
+class Shows(Net):
+    """Keeps what it computed, for people to look at."""
+
+    def middle(self, x):
+        self.shown = x.softmax(1)
+        self.keeper.lazy = x.detach()
+        self.keeper.list[0] = x
+        self.keeper.deep["shape"] = x.shape
+        return x * 1.0
+
+
+def test_what_forward_only_shows_is_not_refused():
+    model = Shows()
+    chain = Chain.from_module(model, torch.zeros(1, 4))
+    assert chain.unit_names == ("a", "mul", "relu", "b")
+    assert not any(unit.changed for unit in chain.units)
+    assert not hasattr(model, "shown")
+    assert (model.keeper.lazy, model.keeper.list) == (None, [0])
+    assert model.keeper.deep == {"a": [1]}
 
 
 class Push(nn.Module):

@@ -32,8 +32,6 @@ class Start:
 STATISTICS = ("running_mean", "running_var")
 """Arguments that a BatchNorm writes, though its schema does not say so."""
 
-_MOST_CONSTANT_BYTES = 2**26
-
 
 class Expressions(TorchDispatchMode):
     """Number what operators compute; use it inside a mode for fake tensors."""
@@ -110,33 +108,35 @@ class Expressions(TorchDispatchMode):
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self._alive += [*tensors, *outputs]
         entered = {key for tensor in tensors for key in _keys(tensor)}
-        for index, tensor in enumerate(written):
-            self._write(tensor, (expression, index))
+        for index, (tensor, before) in enumerate(written):
+            self._write(tensor, (expression, index, *before))
         for index, output in enumerate(outputs):
             for key in _keys(output) - entered:
                 self.storages[key] = self._number((expression, index))
         if real is None:
-            for tensor in written:
+            for tensor, _ in written:
                 self._constants.pop(_key(tensor), None)
         elif func.overloadpacket not in _UNFILLED:
             values = [x for x in tree_leaves(real) if isinstance(x, Tensor)]
             for fake, value in (
-                *((tensor, self._constants[_key(tensor)]) for tensor in written),
+                *((tensor, self._constants[_key(tensor)]) for tensor, _ in written),
                 *zip(outputs, values, strict=False),
             ):
                 self._hold(fake, value)
         return result
 
-    def _expression(self, func: Any, given: dict[str, Any]) -> tuple[list[Tensor], Any]:
-        """Describe a call, and list the tensors that it writes."""
-        updated: list[Tensor] = []
+    def _expression(
+        self, func: Any, given: dict[str, Any]
+    ) -> tuple[list[tuple[Tensor, tuple[Any, ...]]], Any]:
+        """Describe a call; list what it writes, and what statistics were before."""
+        updated: list[tuple[Tensor, tuple[Any, ...]]] = []
         if given.get("training") and STATISTICS[0] in given:
             # What it returns does not depend on the statistics that it only updates.
             statistics = [given.pop(name) for name in STATISTICS]
             if given.pop("momentum", None) != 0:
-                updated = [each for each in statistics if each is not None]
+                updated = [(x, self._tensor(x)) for x in statistics if x is not None]
         written = [
-            value
+            (value, ())
             for argument in func._schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write
             for value in tree_leaves(given.get(argument.name))
@@ -168,10 +168,10 @@ class Expressions(TorchDispatchMode):
             return "generator", *drawn
         return type(value).__name__, repr(value)
 
-    def _tensor(self, tensor: Tensor) -> Any:
+    def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
         keys = sorted(_keys(tensor))
         numbers = tuple(self._known(key, tensor) for key in keys)
-        place = ()
+        place: tuple[Any, ...] = ()
         if tensor.layout is torch.strided:
             place = tensor.storage_offset(), tensor.stride()
         role = tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad

@@ -5,8 +5,9 @@ runs, and what can be repeated is repeated: a unit may rerun only if a second ru
 computes the same and changes nothing.
 """
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -26,7 +27,13 @@ from flwr_smartsplit.split.fake_tensors import (
     fake_copy,
     warnings_ignored,
 )
-from flwr_smartsplit.split.python_state import PythonState, chance_state
+from flwr_smartsplit.split.python_state import (
+    CONSTANT,
+    PythonState,
+    attribute_of,
+    chance_state,
+    draws,
+)
 from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.expressions import Expressions, Start, Table
@@ -60,7 +67,12 @@ class Prober:
         self.recorder = Recorder()
         self.expressions = Expressions(table)
         self._root = root
-        self._storages = self.recorder.own = storages_of(_all_tensors(root))
+        self._names: dict[int, set[str]] = {}
+        for name, tensor in named_tensors(root).items():
+            for key in storages_of(tensor):
+                self._names.setdefault(key, set()).add(name)
+        self._constants = constants_of(root)
+        self.recorder.own = storages_of(_all_tensors(root))
         self.recorder.trained = {
             key: name
             for name, parameter in root.named_parameters()
@@ -77,29 +89,33 @@ class Prober:
         inputs: Any,
         thing: Any,
         *,
+        path: str = "",
         again: Again | None,
     ) -> Any:
         """Run a part once, and note what it does.
 
-        ``thing`` is the code that it runs; ``again`` runs it a second time, on the same
-        inputs: on copies of those that it writes.
+        ``thing`` is the code that it runs, and ``path`` its name if it is a module;
+        ``again`` runs it a second time, on the same inputs: on copies of those that it
+        writes.
         """
         self.recorder.facts = facts
         start = self.expressions.start(inputs)
         root = thing if isinstance(thing, nn.Module) else nn.Module()
         before, registered = PythonState.of(thing), named_tensors(root)
         facts.value = value = run()
-        after = PythonState.of(thing)
-        facts.changed = before.changes(after)
+        after, now = PythonState.of(thing), named_tensors(root)
         facts.reached = frozenset(after.reached)
-        facts.changes_model = (
-            bool(facts.changed)
-            or not self._storages.isdisjoint(facts.written)
-            or any(
-                now is not registered.get(n) for n, now in named_tensors(root).items()
-            )
+        facts.changed = before.changes(after)
+        for name, constant in self._constants.items():
+            if not facts.written.isdisjoint(storages_of(constant)):
+                facts.changed[name] = id(constant)
+        changed = {name for name in now if registered.get(name) is not now[name]}
+        # A counter, say, may decide what is changed in another step.
+        names = now if facts.changed else changed
+        facts.changed_state = {f"{path}.{name}".lstrip(".") for name in names}.union(
+            *(self._names.get(key, ()) for key in facts.written)
         )
-        facts.repeats = not facts.changes_model
+        facts.repeats = not facts.changed and not facts.changed_state
         if again is not None:
             returned = self.expressions.of(value)
             self._calls.append(_Call(facts, again, thing, start, returned))
@@ -132,21 +148,24 @@ class Prober:
                 chance, state = chance_state(), PythonState.of(call.thing)
                 try:
                     value = call.again(fresh)
-                    is_same = self.expressions.of(value) == call.returned
+                    if self.expressions.of(value) != call.returned:
+                        return False
+                    # All threads share the generators: check that this one drew.
+                    if chance != chance_state() and draws(lambda: call.again(fresh)):
+                        return False
                 except Exception:
                     return False
-                is_same &= not state.changes(PythonState.of(call.thing))
-            is_same &= chance == chance_state()
-            return is_same and before == self.expressions.of(_all_tensors(root))
+                if state.changes(PythonState.of(call.thing)):
+                    return False
+            after = self.expressions.of(_all_tensors(root))
+            return bool(before == after)
 
 
-class _FactFinder(fx.Interpreter):
-    """Run a graph node by node and keep the facts of each."""
+class _Runner(fx.Interpreter):
+    """Run a graph node by node."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, prober: Prober) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
-        self.prober = prober
-        self.facts: dict[fx.Node, NodeFacts] = {}
 
     def fetch_args_kwargs_from_env(
         self, n: fx.Node
@@ -154,6 +173,15 @@ class _FactFinder(fx.Interpreter):
         """Copy the lists among the arguments: some operations write into them."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return _thawed(tuple(args)), _thawed(dict(kwargs))
+
+
+class _FactFinder(_Runner):
+    """Run a graph node by node and keep the facts of each."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, prober: Prober) -> None:
+        super().__init__(root, graph)
+        self.prober = prober
+        self.facts: dict[fx.Node, NodeFacts] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep what the prober saw."""
@@ -180,10 +208,16 @@ class _FactFinder(fx.Interpreter):
             lambda: run(n),
             inputs,
             thing,
+            path=str(n.target),
             again=run_again if can_repeat else None,
         )
         facts.shape = shape_of(value)
         return value
+
+    def writes_constants(self) -> bool:
+        """Say whether a node wrote a tensor that forward makes anew in each step."""
+        names = {name for facts in self.facts.values() for name in facts.changed}
+        return any(name.startswith(CONSTANT) for name in names)
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -204,13 +238,17 @@ def _thawed(value: Any) -> Any:
 
 @warnings_ignored()
 def find_facts(
-    model: nn.Module, graph: fx.Graph, example_inputs: Batch
+    model: nn.Module,
+    graph: fx.Graph,
+    example_inputs: Batch,
+    kept: Collection[str] = (),
 ) -> dict[fx.Node, NodeFacts]:
     """Run a graph under fake tensors and record what each of its nodes does.
 
-    The model must be in the mode that was traced; it is not changed. Raises
-    ``InvalidTask`` if it does not run on the example inputs, and ``NotSplittable`` if
-    the graph computes something else than the model's own ``forward``.
+    The model must be in the mode that was traced; it is not changed. ``kept`` names the
+    attributes that its forward assigns. Raises ``InvalidTask`` if it does not run on
+    the example inputs, and ``NotSplittable`` if the graph computes something else than
+    the model's own ``forward``.
     """
     reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
     everything = Segment([Unit("", _identity, reads)], 0, model, odd_modes(model))
@@ -225,52 +263,95 @@ def find_facts(
         with mode, prober.recorder, prober.expressions, torch.enable_grad():
             with (
                 saved_tensors_hooks(prober.recorder.note_saved, _itself),
+                no_new_state(root, model),
                 torch_log_silenced(),
             ):
-                outputs = finder.run(*batch)
-                meaning = prober.meaning(outputs)
-                prober.repeat_all()
+                meanings = [prober.meaning(finder.run(*batch))]
+                if kept or finder.writes_constants():
+                    prober.recorder.facts = NodeFacts()
+                    again = _Runner(root, graph).run(*batch)
+                    meanings.append(prober.meaning(again))
+                if model.training:
+                    prober.repeat_all()
+    except InvalidTask:
+        raise
     except Exception as error:
         raise cannot_run(model, example_inputs, error) from error
     given = storages_of(batch)
     for facts in finder.facts.values():
         facts.repeats &= given.isdisjoint(facts.written)
-    _compare(model, meaning, table, inputs, mode)
+    _Stock(model, table, inputs, mode).compare(meanings, kept)
     return finder.facts
 
 
-def _compare(  # noqa: PLR0917
-    model: nn.Module, found: Any, table: Table, inputs: Any, mode: DryRun
-) -> None:
-    """Raise ``NotSplittable`` unless the model itself computes what was found."""
-    stock = fake_copy(model, mode)
-    expressions = Expressions(table)
-    number_tensors(expressions, stock, model)
-    batch = tree_leaves(inputs)
-    expressions.name({f"input {i}": x for i, x in enumerate(batch)})
-    reason = "what forward returns"
-    try:
-        with mode, expressions, torch.enable_grad(), torch_log_silenced():
-            with saved_tensors_hooks(_nothing, _itself):
-                outputs = run_unit(lambda _, *a, **k: stock(*a, **k), stock, inputs)
-        wrong = [
-            name
-            for name, tensor in named_tensors(stock).items()
-            if name in found[1] and found[1][name] != expressions.of(tensor)
-        ]
-        if expressions.of(outputs) == found[0] and not wrong:
-            return
-        if wrong:
-            reason = f"what forward writes to {wrong[0]}"
-    except Exception as error:
-        reason = f"what forward does ({type(error).__name__}: {str(error)[:200]})"
-    raise NotSplittable(
-        f"torch.fx reads {type(model).__name__} wrongly: {reason} in "
-        f"{'training' if model.training else 'evaluation'} mode is not what the traced "
-        "operations compute. Often forward asks what a value is, with isinstance or "
-        "torch.is_tensor, and a traced value is a Proxy. Change that, or list its "
-        "units by hand with Task(units_fn=...)."
-    )
+class _Stock:
+    """Runs the model's own forward, to compare it with what was traced."""
+
+    def __init__(
+        self, model: nn.Module, table: Table, inputs: Any, mode: DryRun
+    ) -> None:
+        self._model, self._inputs, self._mode = model, inputs, mode
+        self._stock = fake_copy(model, mode)
+        mode.allow_non_fake_inputs = True  # As constants outside of the model are.
+        self._expressions = Expressions(table)
+        number_tensors(self._expressions, self._stock, model)
+        batch = enumerate(tree_leaves(inputs))
+        self._expressions.name({f"input {i}": x for i, x in batch})
+
+    def compare(self, meanings: Sequence[Any], kept: Collection[str]) -> None:
+        """Raise ``NotSplittable`` unless the model computes the same, run after run.
+
+        What it keeps in Python must be the same after each run: nothing but what it
+        computed last.
+        """
+        states = []
+        for index, meaning in enumerate(meanings):
+            difference = self._difference(meaning)
+            if difference and kept and index > 0:
+                self._refuse_change(kept)
+            if difference:
+                self._refuse(difference)
+            if kept:
+                states.append(PythonState.of(self._stock))
+        for before, after in itertools.pairwise(states):
+            changes = before.changes(after, with_tensors=False)
+            changed = {attribute_of(path) for path in changes}.intersection(kept)
+            if changed:
+                self._refuse_change(changed)
+
+    def _difference(self, meaning: Any) -> str | None:
+        """Run forward once; say what is not as it was traced."""
+        stock, number = self._stock, self._expressions.of
+        try:
+            with self._mode, self._expressions, torch.enable_grad():
+                with saved_tensors_hooks(_nothing, _itself), torch_log_silenced():
+                    outputs = run_unit(
+                        lambda _, *a, **k: stock(*a, **k), stock, self._inputs
+                    )
+        except Exception as error:
+            return f"what forward does ({type(error).__name__}: {str(error)[:200]})"
+        for name, tensor in named_tensors(stock).items():
+            if name in meaning[1] and meaning[1][name] != number(tensor):
+                return f"what forward writes to {name}"
+        return None if number(outputs) == meaning[0] else "what forward returns"
+
+    def _refuse_change(self, names: Collection[str]) -> None:
+        words = ", ".join(sorted(names)[:3])
+        raise NotSplittable(
+            f"torch.fx cannot trace {type(self._model).__name__}: its forward changes "
+            f"{words}, and the next step may depend on it. Change that, or list its "
+            "units by hand with Task(units_fn=...)."
+        )
+
+    def _refuse(self, difference: str) -> None:
+        mode = "training" if self._model.training else "evaluation"
+        raise NotSplittable(
+            f"torch.fx reads {type(self._model).__name__} wrongly: {difference} in "
+            f"{mode} mode is not what the traced operations compute. Often forward "
+            "asks what a value is, with isinstance or torch.is_tensor, and a traced "
+            "value is a Proxy. Change that, or list its units by hand with "
+            "Task(units_fn=...)."
+        )
 
 
 def _all_tensors(root: nn.Module) -> list[Tensor]:
@@ -312,6 +393,20 @@ def cannot_run(
         "model accepts.",
         shapes=shapes,
     )
+
+
+@contextmanager
+def no_new_state(root: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Raise ``InvalidTask`` if a run of ``root`` adds state to it, or removes some."""
+    before = root.state_dict().keys()
+    yield
+    names = sorted(before ^ root.state_dict().keys())
+    if names:
+        raise InvalidTask(
+            f"forward of {type(model).__name__} adds or removes {', '.join(names)}: "
+            "make layers and buffers in __init__, so that they are in the state that "
+            "is sent, and that the optimizer has them."
+        )
 
 
 @contextmanager

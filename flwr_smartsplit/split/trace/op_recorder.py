@@ -18,7 +18,7 @@ class NodeFacts:
     """What the dry run saw of one node of a graph.
 
     ``shape`` is the value's when it was made; ``written`` the storages that the node
-    wrote; ``changes_model`` whether it changed a tensor or attribute of the model;
+    wrote; ``changed_state`` names the state that it changes or may change;
     ``saved`` the bytes of each storage saved for backward, without the model's own;
     ``num_before_saved`` how many of its ``operators`` had run when it saved last;
     ``repeats`` whether a second run computes the same and changes nothing; ``changed``
@@ -31,7 +31,7 @@ class NodeFacts:
     shape: tuple[int, ...] = ()
     written: set[int] = field(default_factory=set)
     is_random: bool = False
-    changes_model: bool = False
+    changed_state: set[str] = field(default_factory=set)
     operators: list[Any] = field(default_factory=list)
     flops: int = 0
     saved: dict[int, int] = field(default_factory=dict)

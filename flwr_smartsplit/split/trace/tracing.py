@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
@@ -24,7 +25,7 @@ from flwr_smartsplit.split.trace.cut_points import (
     used_by,
     with_nearest,
 )
-from flwr_smartsplit.split.trace.facts import find_facts
+from flwr_smartsplit.split.trace.facts import find_facts, no_new_state
 from flwr_smartsplit.split.trace.guards import refuse_switches, trace_strictly
 from flwr_smartsplit.split.trace.liveness import (
     Place,
@@ -85,7 +86,9 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` is one node of the graph."""
-        return super().is_leaf_module(m, module_qualified_name) or not m._modules
+        is_leaf = super().is_leaf_module(m, module_qualified_name) or not m._modules
+        # A parametrization may write its buffers, without gradients.
+        return is_leaf or is_parametrized(m)
 
     def create_args_for_root(
         self,
@@ -140,12 +143,12 @@ def trace_units(
     returns, for each place with few enough tensors that must not be cut, the reason and
     the nearest cut. Raises ``NotSplittable`` if torch.fx cannot trace the model.
     """
-    with modes_restored(model):
-        train_graph = _trace(model.train(), example_inputs)
-        eval_graph = _trace(model.eval(), example_inputs)
-        facts = find_facts(model.train(), train_graph, example_inputs)
+    with modes_restored(model), no_new_state(model, model):
+        train_graph, kept = _trace(model.train(), example_inputs)
+        eval_graph, eval_kept = _trace(model.eval(), example_inputs)
+        facts = find_facts(model.train(), train_graph, example_inputs, kept)
         _refuse_lost_writes(train_graph, facts)
-        eval_facts = find_facts(model.eval(), eval_graph, example_inputs)
+        eval_facts = find_facts(model.eval(), eval_graph, example_inputs, eval_kept)
         _refuse_lost_writes(eval_graph, eval_facts)
         if not is_reshaped(facts):
             read_sizes_early(train_graph)
@@ -198,7 +201,8 @@ def _needed_everywhere(graph: fx.Graph) -> dict[int, tuple[str, str]]:
 
 
 @warnings_ignored()
-def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
+def _trace(model: nn.Module, inputs: Batch) -> tuple[fx.Graph, frozenset[str]]:
+    """Trace a model, and name what its forward assigns besides."""
     try:
         return trace_strictly(model, partial(_Tracer(inputs).trace, model))
     except NotSplittable:
@@ -254,7 +258,7 @@ def _make_unit(
         is_random=any(fact.is_random for fact in own),
         selective_forward=selective_function(model, train, facts),
         gradients=gradient_flags(train.leaving, facts),
-        changes_buffers=any(fact.changes_model for fact in own),
+        writes=tuple(sorted({name for fact in own for name in fact.changed_state})),
         can_rerun=can_rerun,
         changed=tuple(sorted({what for fact in own for what in fact.changed})),
         rereads=tuple(sorted({what for fact in own for what in fact.rereads})),

@@ -13,8 +13,8 @@ from torchvision.models import detection, optical_flow, segmentation, video
 
 from flwr_smartsplit.cli.specs import torchvision_fn
 from flwr_smartsplit.errors import SmartSplitError
-from flwr_smartsplit.split.build import parameters_on_meta
 from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.template import parameters_on_meta
 from simulations.studies.zoo.cases import Outcome, image_shape
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
