@@ -185,7 +185,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield ".frame", None if frame is None else (frame.f_lasti, frame.f_locals)
     elif isinstance(value, type):
         yield from _parts_of_class(value)
-    elif _is_library(type(value)):
+    elif is_library(type(value)):
         yield ".state", _reduced(value)
     elif hasattr(value, "__dict__"):
         yield from _attributes(value, set())
@@ -201,7 +201,7 @@ def _attributes(value: Any, skipped: set[str]) -> Iterator[tuple[str, Any]]:
 def _parts_of_class(kind: type) -> Iterator[tuple[str, Any]]:
     """List the attributes of a user's class, and what its methods can change."""
     for base in kind.__mro__:
-        if not _is_library(base):
+        if not is_library(base):
             for name, part in list(vars(base).items()):
                 if not name.startswith("__") or name in ("__init__", "__call__"):
                     inner = getattr(part, "__func__", part)
@@ -210,7 +210,7 @@ def _parts_of_class(kind: type) -> Iterator[tuple[str, Any]]:
 
 def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """List what a user's function can change: closures, defaults and globals."""
-    if _is_library(function):
+    if is_library(function):
         return
     for name, cell in zip(
         function.__code__.co_freevars, function.__closure__ or (), strict=True
@@ -245,5 +245,6 @@ def _reduced(value: Any) -> Any:
     ]
 
 
-def _is_library(thing: Any) -> bool:
+def is_library(thing: Any) -> bool:
+    """Say whether a library that is known to keep nothing has this code."""
     return str(getattr(thing, "__module__", "")).split(".")[0] in _LIBRARIES

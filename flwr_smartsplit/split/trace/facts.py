@@ -33,6 +33,7 @@ from flwr_smartsplit.split.python_state import (
     attribute_of,
     chance_state,
     draws,
+    is_library,
 )
 from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
 from flwr_smartsplit.split.submodules import odd_modes
@@ -122,9 +123,13 @@ class Prober:
         return value
 
     def repeat_all(self) -> None:
-        """Run each part again, as backward does, and note which ones repeat."""
+        """Run each part again, as backward does, and note which ones repeat.
+
+        Torch's own modules do, unless they changed something.
+        """
         for call in self._calls:
-            call.facts.repeats = self._repeats(call)
+            if not (call.facts.repeats and is_library(type(call.thing))):
+                call.facts.repeats = self._repeats(call)
 
     def meaning(self, outputs: Any) -> Any:
         """Describe what was computed: the outputs, and what the model holds now."""
@@ -398,9 +403,9 @@ def cannot_run(
 @contextmanager
 def no_new_state(root: nn.Module, model: nn.Module) -> Iterator[None]:
     """Raise ``InvalidTask`` if a run of ``root`` adds state to it, or removes some."""
-    before = root.state_dict().keys()
+    before = root.state_dict(keep_vars=True).keys()
     yield
-    names = sorted(before ^ root.state_dict().keys())
+    names = sorted(before ^ root.state_dict(keep_vars=True).keys())
     if names:
         raise InvalidTask(
             f"forward of {type(model).__name__} adds or removes {', '.join(names)}: "
