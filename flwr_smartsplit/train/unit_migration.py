@@ -151,10 +151,10 @@ def _check_unchanged(chain: Chain, start: int, stop: int) -> None:
     """Refuse units that keep something which is neither parameter nor buffer."""
     for unit in chain.units[start:stop]:
         if unit.changed:
+            names = ", ".join(name.lstrip(".") for name in unit.changed[:3])
             raise RefusedMove(
-                f"{unit.name}: training changes {', '.join(unit.changed[:3])} of it, "
-                "and only tensors can move: register a buffer, or keep the cut where "
-                "it is."
+                f"{unit.name}: training changes {names}, and only tensors can move: "
+                "register a buffer, or keep the cut where it is."
             )
 
 
