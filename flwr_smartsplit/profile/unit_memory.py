@@ -53,6 +53,7 @@ def step_bytes(
             passing_peak_bytes=passing[index],
             rerun_peak_bytes=reruns.peak_bytes(index),
             arriving_bytes=reruns.arriving_bytes(index),
+            can_rerun=chain.units[index].can_rerun,
         )
         for index in range(log.num_units)
     ]
@@ -98,7 +99,6 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         context_bytes=sum(list(new.values())[1:]) * boundary.crosses_alone,
         gradient_bytes=sum(boundary.gradient_storages.values()),
         is_output_saved=is_saved,
-        can_rerun=not boundary.changes_tensors,
     )
 
 
