@@ -124,7 +124,7 @@ def _dry_run(
     """Run the units one by one under fake tensors; each sees only what it reads."""
     mode = DryRun()
     whole = fake_copy(Segment(units, 0, model), mode)
-    prober = Prober(whole, model, {})
+    prober = Prober(whole, model, {}, training=training)
     odd = odd_modes(model)
     value: Any = fake_batch(inputs, mode, batch_size=2)
     found = []

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch.fx import Proxy
 from torch.utils._python_dispatch import _disable_current_modes
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, slice)
-_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "torchvision"}
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "torchvision", "transformers"}
 _SKIPPED = {"training", "_parameters", "_buffers", "_modules"}
+# The dicts of hooks that each module has: only those with hooks are looked at.
+_HOOKS = {name for name, value in vars(nn.Module()).items() if value == {}} - _SKIPPED
 _TRIES = 5
 
 CONSTANT = "_tensor_constant"
@@ -75,6 +78,10 @@ class PythonState:
             if isinstance(value, tuple) and value[0] is Tensor
         }
 
+    def is_torchs(self) -> bool:
+        """Say whether all code that was reached is torch's or Python's own."""
+        return all(map(_is_torchs, self.reached.values()))
+
     def copied(self) -> Copies:
         """Copy the modules' attributes, the lists and the dicts that were reached."""
         return [
@@ -88,7 +95,8 @@ class PythonState:
     ) -> list[tuple[str, Any, int]]:
         """Note a value, and return its parts."""
         if isinstance(value, _PLAIN):
-            self._note(path, (type(value), repr(value)), owner)
+            is_exact = isinstance(value, int | str)  # 0.0 == -0.0, and nan != nan.
+            self._note(path, (type(value), value if is_exact else repr(value)), owner)
         elif isinstance(value, Tensor):
             self._note(path, (Tensor, id(value), value._version), owner)
             self.reached.setdefault(id(value), value)
@@ -185,11 +193,14 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, set | frozenset):
         yield from ((f"[{item}]", item) for item in sorted(map(repr, value)))
     elif isinstance(value, nn.Module):
-        yield from _attributes(value, _SKIPPED)
+        skipped = _SKIPPED.union(n for n in _HOOKS if not vars(value).get(n))
+        yield from _attributes(value, skipped)
         yield from ((f".{name}", part) for name, part in value._modules.items())
         yield from _parts_of_class(type(value))
     elif isinstance(value, FunctionType):
         yield from _parts_of_function(value)
+    elif isinstance(value, property):
+        yield "", value.fget
     elif isinstance(value, MethodType):
         yield from (("", value.__self__), ("", value.__func__))
     elif isinstance(value, torch.Generator):
@@ -239,9 +250,21 @@ def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
             yield f"<{name}>", function.__globals__[name]
 
 
-def _names(code: CodeType) -> set[str]:
+@cache
+def _names(code: CodeType) -> frozenset[str]:
+    """List what code names, in strings too, and what the functions inside it name."""
+    strings = (const for const in code.co_consts if isinstance(const, str))
     inner = (const for const in code.co_consts if isinstance(const, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return frozenset(code.co_names).union(strings, *map(_names, inner))
+
+
+def names_in_code(model: nn.Module, name: str) -> bool:
+    """Say whether user code that a model can reach names something."""
+    return any(
+        name in _names(thing.__code__)
+        for thing in PythonState.of(model).reached.values()
+        if isinstance(thing, FunctionType) and not is_library(thing)
+    )
 
 
 def _reduced(value: Any) -> Any:
@@ -262,3 +285,9 @@ def _reduced(value: Any) -> Any:
 def is_library(thing: Any) -> bool:
     """Say whether a library that is known to keep nothing has this code."""
     return str(getattr(thing, "__module__", "")).split(".")[0] in _LIBRARIES
+
+
+def _is_torchs(thing: Any) -> bool:
+    name = getattr(thing, "__module__", None) or type(thing).__module__
+    first = str(name).split(".")[0]
+    return first in _LIBRARIES and first != "transformers"

@@ -19,7 +19,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
-from flwr_smartsplit.split.activation_checkpointing import statistics_kept
+from flwr_smartsplit.split.activation_checkpointing import (
+    has_statistics,
+    statistics_kept,
+)
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
     constants_of,
@@ -33,7 +36,6 @@ from flwr_smartsplit.split.python_state import (
     attribute_of,
     chance_state,
     draws,
-    is_library,
 )
 from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
 from flwr_smartsplit.split.submodules import odd_modes
@@ -59,12 +61,19 @@ class _Call:
     thing: Any  # The code that it runs
     start: Start
     returned: Any
+    is_torchs: bool  # With all that it can reach
 
 
 class Prober:
-    """Runs the parts of a model, and finds out afterwards which of them can rerun."""
+    """Runs the parts of a model, and finds out afterwards which of them can rerun.
 
-    def __init__(self, root: nn.Module, model: nn.Module, table: Table) -> None:
+    What they keep in Python matters in training only.
+    """
+
+    def __init__(
+        self, root: nn.Module, model: nn.Module, table: Table, *, training: bool
+    ) -> None:
+        self._training = training
         self.recorder = Recorder()
         self.expressions = Expressions(table)
         self._root = root
@@ -102,9 +111,10 @@ class Prober:
         self.recorder.facts = facts
         start = self.expressions.start(inputs)
         root = thing if isinstance(thing, nn.Module) else nn.Module()
-        before, registered = PythonState.of(thing), named_tensors(root)
+        watched = (thing,) if self._training else ()
+        before, registered = PythonState.of(*watched), named_tensors(root)
         facts.value = value = run()
-        after, now = PythonState.of(thing), named_tensors(root)
+        after, now = PythonState.of(*watched), named_tensors(root)
         facts.reached = frozenset(after.reached)
         facts.changed = before.changes(after)
         for name, constant in self._constants.items():
@@ -117,19 +127,21 @@ class Prober:
             *(self._names.get(key, ()) for key in facts.written)
         )
         facts.repeats = not facts.changed and not facts.changed_state
-        if again is not None:
+        if again is not None and self._training:
             returned = self.expressions.of(value)
-            self._calls.append(_Call(facts, again, thing, start, returned))
+            is_torchs = after.is_torchs()
+            self._calls.append(_Call(facts, again, thing, start, returned, is_torchs))
         return value
 
     def repeat_all(self) -> None:
         """Run each part again, as backward does, and note which ones repeat.
 
-        Torch's own modules do, unless they changed something.
+        Torch's own modules do, unless they changed more than running statistics.
         """
         for call in self._calls:
-            if not (call.facts.repeats and is_library(type(call.thing))):
-                call.facts.repeats = self._repeats(call)
+            is_norm = isinstance(call.thing, nn.Module) and has_statistics(call.thing)
+            changes = call.facts.changed or (call.facts.changed_state and not is_norm)
+            call.facts.repeats = (call.is_torchs and not changes) or self._repeats(call)
 
     def meaning(self, outputs: Any) -> Any:
         """Describe what was computed: the outputs, and what the model holds now."""
@@ -259,7 +271,7 @@ def find_facts(
     everything = Segment([Unit("", _identity, reads)], 0, model, odd_modes(model))
     mode, table = DryRun(), Table()
     root = fake_copy(everything, mode).train(model.training)
-    prober = Prober(root, model, table)
+    prober = Prober(root, model, table, training=model.training)
     finder = _FactFinder(root, graph, prober)
     inputs = fake_batch(example_inputs, mode, batch_size=_NUM_EXAMPLES)
     batch = tree_leaves(inputs)
@@ -276,8 +288,7 @@ def find_facts(
                     prober.recorder.facts = NodeFacts()
                     again = _Runner(root, graph).run(*batch)
                     meanings.append(prober.meaning(again))
-                if model.training:
-                    prober.repeat_all()
+                prober.repeat_all()
     except InvalidTask:
         raise
     except Exception as error:
@@ -285,7 +296,7 @@ def find_facts(
     given = storages_of(batch)
     for facts in finder.facts.values():
         facts.repeats &= given.isdisjoint(facts.written)
-    _Stock(model, table, inputs, mode).compare(meanings, kept)
+    _Stock(model, table, inputs, mode, beside=root).compare(meanings, kept)
     return finder.facts
 
 
@@ -293,10 +304,16 @@ class _Stock:
     """Runs the model's own forward, to compare it with what was traced."""
 
     def __init__(
-        self, model: nn.Module, table: Table, inputs: Any, mode: DryRun
+        self,
+        model: nn.Module,
+        table: Table,
+        inputs: Any,
+        mode: DryRun,
+        *,
+        beside: nn.Module,
     ) -> None:
         self._model, self._inputs, self._mode = model, inputs, mode
-        self._stock = fake_copy(model, mode)
+        self._stock = fake_copy(model, mode, beside=beside)
         mode.allow_non_fake_inputs = True  # As constants outside of the model are.
         self._expressions = Expressions(table)
         number_tensors(self._expressions, self._stock, model)

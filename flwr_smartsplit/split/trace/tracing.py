@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.huggingface import units_advice
+from flwr_smartsplit.split.python_state import names_in_code
 from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
 from flwr_smartsplit.split.trace.conditions import (
@@ -176,8 +177,11 @@ def trace_units(
         eval_graph, eval_kept = _trace(model.eval(), example_inputs)
         facts = find_facts(model.train(), train_graph, example_inputs, kept)
         _refuse_lost_writes(train_graph, facts)
-        eval_facts = find_facts(model.eval(), eval_graph, example_inputs, eval_kept)
-        _refuse_lost_writes(eval_graph, eval_facts)
+        if eval_kept or not _is_same(model, train_graph, eval_graph):
+            facts_in_eval = find_facts(
+                model.eval(), eval_graph, example_inputs, eval_kept
+            )
+            _refuse_lost_writes(eval_graph, facts_in_eval)
         if not is_reshaped(facts):
             read_sizes_early(train_graph)
             read_sizes_early(eval_graph)
@@ -196,6 +200,23 @@ def trace_units(
     refused = {**_needed_everywhere(train_graph, len(cuts)), **refused}
     places = [order.index(train.node.name) for train, _ in cuts]
     return units, with_nearest(refused, dict(zip(places, names, strict=False)))
+
+
+def _is_same(model: nn.Module, train: fx.Graph, evaluate: fx.Graph) -> bool:
+    """Say whether evaluation is what was checked in training, and needs no dry run."""
+    if any(AUGMENTED in node.meta for node in evaluate.nodes):
+        return False  # A dropout may be an alias in evaluation only.
+    first, second = _listed(train), _listed(evaluate)
+    return first == second and not names_in_code(model, "training")
+
+
+def _listed(graph: fx.Graph) -> list[Any]:
+    """Describe a graph, with numbers in place of its nodes."""
+    order = {node: ("node", index) for index, node in enumerate(graph.nodes)}
+    return [
+        (node.op, node.target, fx.map_arg((node.args, node.kwargs), order.get))
+        for node in graph.nodes
+    ]
 
 
 def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> None:
