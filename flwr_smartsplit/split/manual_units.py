@@ -5,7 +5,7 @@ tensors, as for traced models.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -169,7 +169,8 @@ def _itself(value: Any) -> Any:
 
 @contextmanager
 def _probing(mode: DryRun, prober: Prober, *, training: bool) -> Iterator[None]:
-    with mode, prober.recorder, prober.expressions, torch_log_silenced():
+    expressions = prober.expressions if training else nullcontext()
+    with mode, prober.recorder, expressions, torch_log_silenced():
         with torch.set_grad_enabled(training):
             yield
 

@@ -5,6 +5,7 @@ the globals that user code names: whatever a forward can read that is neither a
 parameter nor a buffer. Nothing here knows what a model is for; it walks objects.
 """
 
+import copyreg
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ from torch.fx import Proxy
 from torch.utils._python_dispatch import _disable_current_modes
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, slice)
-_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "torchvision", "transformers"}
+_LIBRARIES = sys.stdlib_module_names | {
+    *("torch", "numpy", "torchvision", "transformers", "flwr_smartsplit"),
+}
 _SKIPPED = {"training", "_parameters", "_buffers", "_modules"}
 # The dicts of hooks that each module has: only those with hooks are looked at.
 _HOOKS = {name for name, value in vars(nn.Module()).items() if value == {}} - _SKIPPED
@@ -78,9 +81,9 @@ class PythonState:
             if isinstance(value, tuple) and value[0] is Tensor
         }
 
-    def is_torchs(self) -> bool:
-        """Say whether all code that was reached is torch's or Python's own."""
-        return all(map(_is_torchs, self.reached.values()))
+    def is_known(self) -> bool:
+        """Say whether all code that was reached is known to keep nothing."""
+        return all(map(_is_known, self.reached.values()))
 
     def copied(self) -> Copies:
         """Copy the modules' attributes, the lists and the dicts that were reached."""
@@ -199,8 +202,6 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _parts_of_class(type(value))
     elif isinstance(value, FunctionType):
         yield from _parts_of_function(value)
-    elif isinstance(value, property):
-        yield "", value.fget
     elif isinstance(value, MethodType):
         yield from (("", value.__self__), ("", value.__func__))
     elif isinstance(value, torch.Generator):
@@ -212,9 +213,16 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _parts_of_class(value)
     elif is_library(type(value)):
         yield ".state", _reduced(value)
-    elif hasattr(value, "__dict__"):
+    else:
+        yield from _parts_of_instance(value)
+
+
+def _parts_of_instance(value: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(value, "__dict__"):
         yield from _attributes(value, set())
-        yield from _parts_of_class(type(value))
+    for name in copyreg._slotnames(type(value)):  # type: ignore[attr-defined]
+        yield f".{name}", getattr(value, name, None)
+    yield from _parts_of_class(type(value))
 
 
 def _attributes(value: Any, skipped: set[str]) -> Iterator[tuple[str, Any]]:
@@ -229,8 +237,8 @@ def _parts_of_class(kind: type) -> Iterator[tuple[str, Any]]:
         if not is_library(base):
             for name, part in list(vars(base).items()):
                 if not name.startswith("__") or name in ("__init__", "__call__"):
-                    inner = getattr(part, "__func__", part)
-                    yield f".{name}", inner
+                    inner = part.fget if isinstance(part, property) else part
+                    yield f".{name}", getattr(inner, "__func__", inner)
 
 
 def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -287,7 +295,6 @@ def is_library(thing: Any) -> bool:
     return str(getattr(thing, "__module__", "")).split(".")[0] in _LIBRARIES
 
 
-def _is_torchs(thing: Any) -> bool:
+def _is_known(thing: Any) -> bool:
     name = getattr(thing, "__module__", None) or type(thing).__module__
-    first = str(name).split(".")[0]
-    return first in _LIBRARIES and first != "transformers"
+    return str(name).split(".")[0] in _LIBRARIES

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from flwr_smartsplit import Chain
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.python_state import PythonState
+from flwr_smartsplit.split.segment import Unit
 
 TABLE = [0]
 
@@ -267,3 +268,69 @@ def test_no_cut_between_units_that_hand_something_over_in_python():
     chain = Chain.from_module(model, torch.zeros(1, 4))
     assert chain.unit_names == ("0", "3", "4")
     assert any("both sides" in why for why in chain.refusals.values())
+
+
+class Lazy(dict):
+    """Loads what it lists, as mappings of transformers do."""
+
+    def items(self):
+        raise AssertionError("A snapshot runs no code.")
+
+    __iter__ = keys = values = items
+
+
+LAZY = Lazy()
+
+
+class NamesLazy(Net):
+    def middle(self, x):
+        return x if LAZY is None else x * 1.0
+
+
+def test_a_snapshot_runs_no_code_of_what_it_looks_at():
+    chain = Chain.from_module(NamesLazy(), torch.zeros(1, 4))
+    assert all(unit.can_rerun for unit in chain.units)
+
+
+class Slotted:
+    __slots__ = ("number",)
+
+    def __init__(self):
+        self.number = 0
+
+
+SLOTTED = Slotted()
+
+
+def counted(root, x):
+    SLOTTED.number += 1
+    return root.a(x)
+
+
+def kept(root, x, *, seen):
+    seen.append(1)
+    return root.a(x)
+
+
+@pytest.mark.parametrize("forward", [counted, partial(kept, seen=[])])
+def test_what_the_function_of_a_unit_keeps_is_seen(forward):
+    model = Net()
+    first = Unit("first", forward, reads=("a",))
+    last = Unit("last", lambda root, x: root.b(x), reads=("b",))
+    chain = Chain.from_units(model, [first, last], torch.zeros(1, 4))
+    assert [unit.can_rerun for unit in chain.units] == [False, True]
+    assert chain.units[0].changed
+
+
+class AsksKindByName(Net):
+    @property
+    def is_tested(self):
+        return not vars(self)["training"]
+
+    def middle(self, x):
+        return x.detach() if torch.is_tensor(x) and self.is_tested else x
+
+
+def test_code_that_names_the_mode_is_compared_in_evaluation_too():
+    with pytest.raises(NotSplittable, match=r"reads .* wrongly"):
+        Chain.from_module(AsksKindByName(), torch.zeros(1, 4))

@@ -61,7 +61,7 @@ class _Call:
     thing: Any  # The code that it runs
     start: Start
     returned: Any
-    is_torchs: bool  # With all that it can reach
+    is_known: bool  # All that it can reach; and it drew from no generator of Python
 
 
 class Prober:
@@ -113,6 +113,7 @@ class Prober:
         root = thing if isinstance(thing, nn.Module) else nn.Module()
         watched = (thing,) if self._training else ()
         before, registered = PythonState.of(*watched), named_tensors(root)
+        chance = chance_state()
         facts.value = value = run()
         after, now = PythonState.of(*watched), named_tensors(root)
         facts.reached = frozenset(after.reached)
@@ -129,19 +130,19 @@ class Prober:
         facts.repeats = not facts.changed and not facts.changed_state
         if again is not None and self._training:
             returned = self.expressions.of(value)
-            is_torchs = after.is_torchs()
-            self._calls.append(_Call(facts, again, thing, start, returned, is_torchs))
+            is_known = chance == chance_state() and after.is_known()
+            self._calls.append(_Call(facts, again, thing, start, returned, is_known))
         return value
 
     def repeat_all(self) -> None:
         """Run each part again, as backward does, and note which ones repeat.
 
-        Torch's own modules do, unless they changed more than running statistics.
+        Code of known libraries does, unless it changed more than running statistics.
         """
         for call in self._calls:
             is_norm = isinstance(call.thing, nn.Module) and has_statistics(call.thing)
             changes = call.facts.changed or (call.facts.changed_state and not is_norm)
-            call.facts.repeats = (call.is_torchs and not changes) or self._repeats(call)
+            call.facts.repeats = (call.is_known and not changes) or self._repeats(call)
 
     def meaning(self, outputs: Any) -> Any:
         """Describe what was computed: the outputs, and what the model holds now."""
