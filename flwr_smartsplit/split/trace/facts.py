@@ -8,7 +8,7 @@ computes the same and changes nothing.
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -260,13 +260,15 @@ def find_facts(
     graph: fx.Graph,
     example_inputs: Batch,
     kept: Collection[str] = (),
+    *,
+    compares: bool = True,
 ) -> dict[fx.Node, NodeFacts]:
     """Run a graph under fake tensors and record what each of its nodes does.
 
     The model must be in the mode that was traced; it is not changed. ``kept`` names the
     attributes that its forward assigns. Raises ``InvalidTask`` if it does not run on
-    the example inputs, and ``NotSplittable`` if the graph computes something else than
-    the model's own ``forward``.
+    the example inputs, and, if it ``compares``, ``NotSplittable`` if the graph computes
+    something else than the model's own ``forward``.
     """
     reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
     everything = Segment([Unit("", _identity, reads)], 0, model, odd_modes(model))
@@ -277,15 +279,16 @@ def find_facts(
     inputs = fake_batch(example_inputs, mode, batch_size=_NUM_EXAMPLES)
     batch = tree_leaves(inputs)
     prober.expressions.name({f"input {i}": x for i, x in enumerate(batch)})
+    expressions = prober.expressions if compares else nullcontext()
     try:
-        with mode, prober.recorder, prober.expressions, torch.enable_grad():
+        with mode, prober.recorder, expressions, torch.enable_grad():
             with (
                 saved_tensors_hooks(prober.recorder.note_saved, _itself),
                 no_new_state(root, model),
                 torch_log_silenced(),
             ):
                 meanings = [prober.meaning(finder.run(*batch))]
-                if kept or finder.writes_constants():
+                if compares and (kept or finder.writes_constants()):
                     prober.recorder.facts = NodeFacts()
                     again = _Runner(root, graph).run(*batch)
                     meanings.append(prober.meaning(again))
@@ -297,7 +300,8 @@ def find_facts(
     given = storages_of(batch)
     for facts in finder.facts.values():
         facts.repeats &= given.isdisjoint(facts.written)
-    _Stock(model, table, inputs, mode, beside=root).compare(meanings, kept)
+    if compares:
+        _Stock(model, table, inputs, mode, beside=root).compare(meanings, kept)
     return finder.facts
 
 

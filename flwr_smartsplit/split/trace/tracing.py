@@ -177,11 +177,14 @@ def trace_units(
         eval_graph, eval_kept = _trace(model.eval(), example_inputs)
         facts = find_facts(model.train(), train_graph, example_inputs, kept)
         _refuse_lost_writes(train_graph, facts)
-        if eval_kept or not _is_same(model, train_graph, eval_graph):
-            facts_in_eval = find_facts(
-                model.eval(), eval_graph, example_inputs, eval_kept
+        is_other = bool(eval_kept) or not _is_same(model, train_graph, eval_graph)
+        # A dropout may be an alias in evaluation only.
+        if is_other or any(AUGMENTED in node.meta for node in eval_graph.nodes):
+            eval_facts = find_facts(
+                *(model.eval(), eval_graph, example_inputs, eval_kept),
+                compares=is_other,
             )
-            _refuse_lost_writes(eval_graph, facts_in_eval)
+            _refuse_lost_writes(eval_graph, eval_facts)
         if not is_reshaped(facts):
             read_sizes_early(train_graph)
             read_sizes_early(eval_graph)
@@ -203,11 +206,8 @@ def trace_units(
 
 
 def _is_same(model: nn.Module, train: fx.Graph, evaluate: fx.Graph) -> bool:
-    """Say whether evaluation is what was checked in training, and needs no dry run."""
-    if any(AUGMENTED in node.meta for node in evaluate.nodes):
-        return False  # A dropout may be an alias in evaluation only.
-    first, second = _listed(train), _listed(evaluate)
-    return first == second and not names_in_code(model, "training")
+    """Say whether evaluation mode was compared with the model by comparing training."""
+    return _listed(train) == _listed(evaluate) and not names_in_code(model, "training")
 
 
 def _listed(graph: fx.Graph) -> list[Any]:
