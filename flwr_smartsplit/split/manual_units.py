@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
@@ -171,8 +172,9 @@ def _itself(value: Any) -> Any:
 def _probing(mode: DryRun, prober: Prober, *, training: bool) -> Iterator[None]:
     expressions = prober.expressions if training else nullcontext()
     with mode, prober.recorder, expressions, torch_log_silenced():
-        with torch.set_grad_enabled(training):
-            yield
+        with saved_tensors_hooks(prober.recorder.note_saved, _itself):
+            with torch.set_grad_enabled(training):
+                yield
 
 
 def _refusal(

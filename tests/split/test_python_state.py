@@ -334,3 +334,19 @@ class AsksKindByName(Net):
 def test_code_that_names_the_mode_is_compared_in_evaluation_too():
     with pytest.raises(NotSplittable, match=r"reads .* wrongly"):
         Chain.from_module(AsksKindByName(), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("part", "can_rerun"),
+    [(nn.RReLU(), False), (nn.RReLU(inplace=True), False), (nn.BatchNorm1d(4), True)],
+)
+def test_what_fills_a_tensor_after_it_was_saved_does_not_rerun(part, can_rerun):
+    """Torch ends a rerun when all is saved: RReLU's noise would not be filled."""
+    model = nn.Sequential(nn.Linear(4, 4), part, nn.Linear(4, 2))
+    chain = Chain.from_module(model, torch.zeros(1, 4))
+    by_hand = [
+        Unit(name, lambda root, x, name=name: root.get_submodule(name)(x), (name,))
+        for name in "012"
+    ]
+    for found in (chain, Chain.from_units(model, by_hand, torch.zeros(1, 4))):
+        assert all(unit.can_rerun for unit in found.units) == can_rerun

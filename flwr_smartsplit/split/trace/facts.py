@@ -127,7 +127,8 @@ class Prober:
         facts.changed_state = {f"{path}.{name}".lstrip(".") for name in names}.union(
             *(self._names.get(key, ()) for key in facts.written)
         )
-        facts.repeats = not facts.changed and not facts.changed_state
+        changes = facts.changed or facts.changed_state or facts.fills_saved
+        facts.repeats = not changes
         if again is not None and self._training:
             returned = self.expressions.of(value)
             is_known = chance == chance_state() and after.is_known()
@@ -142,7 +143,9 @@ class Prober:
         for call in self._calls:
             is_norm = isinstance(call.thing, nn.Module) and has_statistics(call.thing)
             changes = call.facts.changed or (call.facts.changed_state and not is_norm)
-            call.facts.repeats = (call.is_known and not changes) or self._repeats(call)
+            call.facts.repeats = not call.facts.fills_saved and (
+                (call.is_known and not changes) or self._repeats(call)
+            )
 
     def meaning(self, outputs: Any) -> Any:
         """Describe what was computed: the outputs, and what the model holds now."""

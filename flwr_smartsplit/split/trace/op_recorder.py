@@ -21,6 +21,7 @@ class NodeFacts:
     wrote; ``changed_state`` names the state that it changes or may change;
     ``saved`` the bytes of each storage saved for backward, without the model's own;
     ``num_before_saved`` how many of its ``operators`` had run when it saved last;
+    ``fills_saved`` whether it wrote a tensor that was saved before, in ``places``;
     ``repeats`` whether a second run computes the same and changes nothing; ``changed``
     names what it changes that is no tensor of the model, with the object it is in, of
     all that it ``reached``; ``rereads`` the trained parameters that it reads without a
@@ -37,6 +38,8 @@ class NodeFacts:
     saved: dict[int, int] = field(default_factory=dict)
     num_before_saved: int = 0
     repeats: bool = True
+    places: set[Any] = field(default_factory=set)
+    fills_saved: bool = False
     writes_inputs: bool = False
     changed: dict[str, int] = field(default_factory=dict)
     reached: frozenset[int] = frozenset()
@@ -67,6 +70,8 @@ class Recorder(TorchDispatchMode):
                 continue
             named = kwargs.get(argument.name) if value is None else value
             self.facts.written |= storages_of(named)
+            # RReLU's noise. Torch ends a rerun when all is saved, before it is filled.
+            self.facts.fills_saved |= not _places(named).isdisjoint(self.facts.places)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.facts.is_random = True
         self._note_rereads(tree_leaves((args, kwargs)))
@@ -89,6 +94,7 @@ class Recorder(TorchDispatchMode):
     def note_saved(self, tensor: Tensor) -> Tensor:
         """Record that a tensor is saved for backward; return it."""
         for key in storages_of(tensor) - self.own:
+            self.facts.places |= _places(tensor)
             self.facts.saved[key] = tensor.untyped_storage().nbytes()
         self.facts.num_before_saved = len(self.facts.operators)
         return tensor
@@ -105,4 +111,14 @@ def storages_of(value: Any) -> set[int]:
         leaf.untyped_storage()._cdata
         for leaf in tree_leaves(value)
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided
+    }
+
+
+def _places(value: Any) -> set[Any]:
+    """List where in memory tensors are."""
+    return {
+        (key, leaf.storage_offset(), leaf.shape, leaf.stride())
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor)
+        for key in storages_of(leaf)
     }
