@@ -257,6 +257,13 @@ def _thawed(value: Any) -> Any:
     return value
 
 
+def _fake_root(model: nn.Module, graph: fx.Graph, mode: DryRun) -> nn.Module:
+    """Copy what a graph reads of a model."""
+    reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
+    everything = Segment([Unit("", _identity, reads)], 0, model, odd_modes(model))
+    return fake_copy(everything, mode).train(model.training)
+
+
 @warnings_ignored()
 def find_facts(
     model: nn.Module,
@@ -273,10 +280,8 @@ def find_facts(
     the example inputs, and, if it ``compares``, ``NotSplittable`` if the graph computes
     something else than the model's own ``forward``.
     """
-    reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
-    everything = Segment([Unit("", _identity, reads)], 0, model, odd_modes(model))
     mode, table = DryRun(), Table()
-    root = fake_copy(everything, mode).train(model.training)
+    root = _fake_root(model, graph, mode)
     prober = Prober(root, model, table, training=model.training)
     finder = _FactFinder(root, graph, prober)
     inputs = fake_batch(example_inputs, mode, batch_size=_NUM_EXAMPLES)
