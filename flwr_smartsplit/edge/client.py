@@ -12,6 +12,7 @@ import torch
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.codec import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, pack_units
+from flwr_smartsplit.edge.gate.rules import check_bytes
 from flwr_smartsplit.edge.message_bytes import decode
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable, RefusedMessage
 from flwr_smartsplit.split.segment import Boundary
@@ -113,6 +114,7 @@ class EdgeClient:
         self.returning = Crossing.at(opening.codecs, -1, device)  # The route's last cut
         self._transport = wire.CountingTransport(transport)
         self._session = opening.session
+        self._limits = opening.limits
         self._num_moves = 0
         self._incarnation = self._transport.send(request).incarnation
 
@@ -122,9 +124,13 @@ class EdgeClient:
 
     def pass_on(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
         """Send a request on with this session's name; its tensors stay encoded."""
-        return self._transport.send(
+        reply = self._transport.send(
             replace(request, session=self._session, incarnation=self._incarnation)
         )
+        if self._limits is not None:  # An edge may be dishonest, too.
+            most = self._limits.step_bytes
+            check_bytes(self._session, most, (reply.boundary, reply.gradients))
+        return reply
 
     def move(
         self, step: int, start: int, units: MigratedUnits | None, norm: float | None

@@ -63,7 +63,7 @@ class Terms:
 
     admin_digest: bytes | None = None  # SHA-256 of the secret that begins runs
     max_runs: int = 8
-    lease_seconds: float | None = None  # A run whose strategy is silent so long ends
+    lease_seconds: float | None = None  # A run of which nobody is heard so long ends
     clock: Callable[[], float] = time.monotonic
 
 
@@ -73,7 +73,7 @@ class _Held:
 
     run: Run
     service: EdgeService
-    heard: float  # When its strategy last asked something
+    heard: float  # When its strategy or one of its clients last asked something
     released: int = 0  # The last phase that is over
     answers: dict[str, tuple[wire.OpenSession, wire.Opened]] = field(
         default_factory=dict
@@ -216,6 +216,7 @@ class EdgeGate:
             )
         opening = held.run.read(request)
         check_opening(opening, place=self._place, released=held.released)
+        held.heard = self._terms.clock()
         digest = secret_digest(request.opening.hex()).hex()
         with held.locks.setdefault(digest, Lock()):
             known = held.answers.get(digest)
@@ -228,11 +229,12 @@ class EdgeGate:
         self, request: wire.Forward | wire.Backward | MoveCut | wire.Seal
     ) -> Any:
         """Answer a request of a session, if it is what the session is for."""
-        service = self._run_of(request.session, request.incarnation).service
+        held = self._run_of(request.session, request.incarnation)
+        service = held.service
         ask: Callable[[Any], Any] = service.handle
         session = service.sessions.session_of(request.session, request.incarnation)
         if session is not None:
-            opening = session.opened
+            held.heard, opening = self._terms.clock(), session.opened
             if isinstance(request, wire.Forward | wire.Backward):
                 check_step(request, opening, session.num_examples)
             elif isinstance(request, MoveCut):
@@ -262,7 +264,7 @@ class EdgeGate:
     # --- leases ---------------------------------------------------------------------
 
     def _end_silent_runs(self) -> None:
-        """End the runs whose strategies have not been heard of for a lease."""
+        """End the runs of which nobody has been heard for a lease."""
         lease, now = self._terms.lease_seconds, self._terms.clock()
         if lease is None:
             return

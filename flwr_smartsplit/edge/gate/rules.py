@@ -74,7 +74,7 @@ def check_step(
         return
     _check_part(request.part, opening, limits)
     if isinstance(request, wire.Backward):
-        _check_bytes(name, limits.step_bytes, request.gradients)
+        check_bytes(name, limits.step_bytes, request.gradients)
         _refuse_if(
             limits.ends_at_edge or not opening.is_trained,
             f"session {name}: a Backward, where the labels come with each step, or "
@@ -98,7 +98,7 @@ def check_step(
         f"session {name}: {total} examples so far, and the plan allows {allowed}: give "
         "the client its true num_examples and local_epochs.",
     )
-    _check_bytes(name, limits.step_bytes, (request.boundary, request.targets))
+    check_bytes(name, limits.step_bytes, (request.boundary, request.targets))
 
 
 def _check_part(
@@ -145,7 +145,7 @@ def check_move(
         f"session {name}: {_named(strange)} are no tensors of the units that move.",
     )
     most = LENIENCY * arriving.num_bytes + SPARE_BYTES
-    _check_bytes(name, most, (dict(units.buffers), dict(units.optimizer)))
+    check_bytes(name, most, (dict(units.buffers), dict(units.optimizer)))
 
 
 def check_commit(request: wire.Commit) -> None:
@@ -189,11 +189,12 @@ def _kind_bytes(kind: Kind) -> int:
     return int(np.prod(kind[0], dtype=object)) * np.dtype(kind[1]).itemsize
 
 
-def _check_bytes(session: str, most: int, tensors: Any) -> None:
+def check_bytes(session: str, most: int, tensors: Any) -> None:
+    """Check what the tensors of one request or reply take in memory."""
     size = sum(_laid_out_bytes(leaf) for leaf in _wire_tensors(tensors))
     _refuse_if(
         size > most,
-        f"session {session}: the tensors of one request take {bytes_text(size)}, and "
+        f"session {session}: the tensors of one message take {bytes_text(size)}, and "
         f"the plan allows {bytes_text(most)}: give the task example_inputs of the "
         "usual size.",
     )

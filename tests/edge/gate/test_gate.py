@@ -179,11 +179,12 @@ def test_a_silent_run_ends_with_its_lease(tmp_path: Path) -> None:
     gate = shared_edge(tmp_path, clock, memory_bytes=2**14)
     silent, other = begun(gate), begun(gate)
     client = client_of(gate, silent).open()
-    client.step()
-    clock.now = 50.0
+    for clock.now in (50.0, 100.0):  # Clients are heard, too.
+        client.step()
+        assert other.ask(wire.IsHeld(DIGEST)).is_held
+    clock.now = 150.0
     assert other.ask(wire.IsHeld(DIGEST)).is_held
-    client.step()
-    clock.now = 70.0
+    clock.now = 161.0
     with pytest.raises(StaleSession, match="its run ended"):
         client.step()
     with pytest.raises(StaleSession, match="has not begun at this edge, or is over"):

@@ -40,7 +40,7 @@ from tests.edge.gate.test_forged_requests import (
 from tests.tasks import BATCH_SIZE
 
 Ask = Callable[[Federation], Any]
-TOO_LARGE = (RefusedRequest, "the tensors of one request take .* and the plan allows")
+TOO_LARGE = (RefusedRequest, "the tensors of one message take .* and the plan allows")
 NOT_HERE = (RefusedRequest, "runs of 1 have begun at this edge")
 NO_PART = (RefusedRequest, "and the plan has at most 1 of them")
 
