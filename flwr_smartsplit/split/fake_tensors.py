@@ -30,6 +30,10 @@ _SUGGESTED = {
     _aten.native_batch_norm.default,
     _aten.native_group_norm.default,
     _aten.native_group_norm_backward.default,
+    _aten.reflection_pad2d.default,
+    _aten.reflection_pad2d_backward.default,
+    _aten.replication_pad2d.default,
+    _aten.replication_pad2d_backward.default,
 }
 
 
@@ -164,9 +168,9 @@ _filters = _Filters()
 
 @contextmanager
 def warnings_ignored() -> Iterator[None]:
-    """Ignore the warnings of a dry run, even where the user makes them errors.
+    """Ignore the warnings of what the user did not write, even where they are errors.
 
-    The real step gives its own.
+    A dry run's: the real step gives its own. Torch's, of how its settings are read.
     """
     _filters.ignore()
     try:
