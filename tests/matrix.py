@@ -62,12 +62,13 @@ def interpreter(version: str) -> str | None:
 
 def run(*command: str | Path, log: Path) -> bool:
     """Run a command into a log; return whether it succeeded."""
-    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    # Each process would compile torch anew where bytecode is not to be kept.
+    settings = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
         done = subprocess.run(
             [str(word) for word in command],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | settings,
             stdout=file,
             stderr=subprocess.STDOUT,
             check=False,

@@ -1,5 +1,7 @@
 """The matrix of versions names each corner that fails, and fails with it."""
 
+import sys
+
 import pytest
 
 from tests import matrix
@@ -29,6 +31,13 @@ def test_an_unknown_corner_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("CORNERS", "newest oldets")
     assert matrix.main() == 1
     assert capsys.readouterr().out.startswith("no corner oldets; there is oldest,")
+
+
+def test_a_corner_keeps_what_it_compiles(monkeypatch, tmp_path):
+    """Pip compiles nothing: each process would compile torch, for 20 s of a CPU."""
+    code = "import sys; sys.exit(sys.dont_write_bytecode)"
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert matrix.run(sys.executable, "-c", code, log=tmp_path / "log")
 
 
 def test_the_suite_exists():
