@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Some two minutes of a CPU: Flower's two APIs and its engine, cuts, memory, edges.
+# Some three minutes of a CPU: both APIs of Flower and its engine, cuts, memory, edges.
 SUITE = (
     "tests/test_packaging.py",
+    "tests/cli/test_app.py",
     "tests/split/test_chain.py",
+    "tests/split/test_fake_tensors.py",
+    "tests/task_digest/test_facts.py",
     "tests/memory/test_meter.py",
     "tests/edge/test_message_bytes.py",
     "tests/edge/test_tensors.py",
@@ -43,8 +46,15 @@ class Corner:
 
 OLD_FLWR = ("flwr==1.40.0",)
 OLD_TORCH = ("torch==2.9.0", "torchvision==0.24.0")
+OLD_OTHERS = (
+    "numpy==2.0.0",
+    "psutil==5.9.0",
+    "rich==14.0.0",
+    "safetensors==0.5.0",
+    "typer==0.15.4",
+)
 CORNERS = (
-    Corner("oldest", "3.11", (*OLD_FLWR, *OLD_TORCH)),
+    Corner("oldest", "3.11", (*OLD_FLWR, *OLD_TORCH, *OLD_OTHERS)),
     Corner("newest", "3.13"),
     Corner("old-flwr", "3.12", OLD_FLWR),
     Corner("old-torch", "3.13", OLD_TORCH),
