@@ -31,7 +31,13 @@ SUITE = (
     "tests/edge/hosts/test_ray.py",
     "tests/test_simulation.py",
 )
-TOOLS = ("pytest>=9", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-learn>=1.5")
+TOOLS = (
+    "hypothesis>=6.100",
+    "matplotlib>=3.9",
+    "pytest>=9",
+    "pytest-xdist>=3.6",
+    "scikit-learn>=1.5",
+)
 _NEEDED_BYTES = 9 * 10**9
 
 
@@ -51,7 +57,7 @@ OLD_OTHERS = (
     "psutil==5.9.0",
     "rich==14.0.0",
     "safetensors==0.5.0",
-    "typer==0.15.4",
+    "typer==0.16.1",
 )
 CORNERS = (
     Corner("oldest", "3.11", (*OLD_FLWR, *OLD_TORCH, *OLD_OTHERS)),
