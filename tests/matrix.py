@@ -57,7 +57,7 @@ OLD_OTHERS = (
     "psutil==5.9.0",
     "rich==14.0.0",
     "safetensors==0.5.0",
-    "typer==0.16.1",
+    "typer==0.18.0",
 )
 CORNERS = (
     Corner("oldest", "3.11", (*OLD_FLWR, *OLD_TORCH, *OLD_OTHERS)),
