@@ -33,6 +33,8 @@ export RAY_USAGE_STATS_ENABLED = 0
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
+# Set, as many images set it, each process of a test would compile the package again.
+export PYTHONDONTWRITEBYTECODE =
 # The theme would print a page about other software at each build.
 export NO_MKDOCS_2_WARNING = 1
 
