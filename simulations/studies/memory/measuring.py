@@ -3,11 +3,13 @@
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from flwr_smartsplit import Task, profile_chain
+from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.plan.checkpointing.plan import extra_flops
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
@@ -197,13 +199,23 @@ def measure_case(case: MemoryCase, *, cache_dir: Path | None = None) -> MemoryRo
         floor_text=floor_text(profile, cut=least.cut, peak_bytes=figures.peak_bytes),
         curves=plan_curves(profile, useful.cut) if useful and case.has_curves else {},
         **_whole_runs(subject, useful, whole_bytes),
-        accumulated={
-            str(count): _figures(each, _least(each))
-            for count in ACCUMULATE
-            for each in [_subject(case, replace(task, accumulate=count), cache_dir)]
-        },
+        accumulated=_accumulated(case, cache_dir),
         case_seconds=time.perf_counter() - started,
     )
+
+
+def _accumulated(case: MemoryCase, cache_dir: Path | None) -> dict[str, RouteFigures]:
+    """Measure the least cut with gradients accumulated, by the number of micro-batches.
+
+    BatchNorm trains on no micro-batch of one value a channel: that number is left out.
+    """
+    found = {}
+    for count in ACCUMULATE:
+        task = replace(case.task, accumulate=count)
+        with suppress(InvalidTask):
+            subject = _subject(case, task, cache_dir)
+            found[str(count)] = _figures(subject, _least(subject))
+    return found
 
 
 def _subject(case: MemoryCase, task: Task, cache_dir: Path | None) -> _Subject:

@@ -220,6 +220,15 @@ def test_a_cut_that_is_passed_over_is_never_the_best(profile):
     assert least_choice(profile, []) is None
 
 
+def test_micro_batches_that_a_model_cannot_train_on_are_left_out():
+    """BatchNorm takes no single value a channel, as of one small image."""
+    task = replace(
+        TASK,
+        model_fn=lambda: nn.Sequential(narrow_cnn(), nn.BatchNorm1d(10)),
+    )
+    assert list(measure_case(TinyCase(task=task)).accumulated) == ["8"]
+
+
 def test_a_model_that_is_too_large_to_be_run_is_predicted(monkeypatch, row):
     """And says so."""
     monkeypatch.setattr(measuring, "MAX_DEVICE_BYTES", 0)
