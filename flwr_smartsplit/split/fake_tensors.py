@@ -22,14 +22,22 @@ from flwr_smartsplit.split.sparse_fakes import is_sparse_fake, keep_parts, part_
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # Operators whose first result has another layout under fake tensors: the CPU's kernels
-# make it contiguous, or in the memory format of their first input.
+# make it contiguous, or in the memory format of an input: here with its position.
 _aten = torch.ops.aten
 _PACKED = {_aten.log_sigmoid_forward.default, _aten.rrelu_with_noise.default}
 _SUGGESTED = {
-    _aten.channel_shuffle.default,
-    _aten.native_batch_norm.default,
-    _aten.native_group_norm.default,
-    _aten.native_group_norm_backward.default,
+    _aten.channel_shuffle.default: 0,
+    _aten.native_batch_norm.default: 0,
+    _aten.native_group_norm.default: 0,
+    _aten.native_group_norm_backward.default: 0,
+    _aten.reflection_pad2d.default: 0,
+    _aten.reflection_pad2d_backward.default: 1,
+    _aten.reflection_pad3d.default: 0,
+    _aten.reflection_pad3d_backward.default: 1,
+    _aten.replication_pad2d.default: 0,
+    _aten.replication_pad2d_backward.default: 1,
+    _aten.replication_pad3d.default: 0,
+    _aten.replication_pad3d_backward.default: 1,
 }
 
 
@@ -76,7 +84,7 @@ class DryRun(FakeTensorMode):
                 room = result.new_empty(_storage_numel(func, args, result))
                 return room.as_strided(result.shape, result.stride())
         if func in _SUGGESTED:
-            layout = suggest_memory_format(args[0])
+            layout = suggest_memory_format(args[_SUGGESTED[func]])
         elif func in _PACKED:
             layout = torch.contiguous_format
         else:
@@ -164,9 +172,9 @@ _filters = _Filters()
 
 @contextmanager
 def warnings_ignored() -> Iterator[None]:
-    """Ignore the warnings of a dry run, even where the user makes them errors.
+    """Ignore the warnings of what the user did not write, even where they are errors.
 
-    The real step gives its own.
+    A dry run's: the real step gives its own. Torch's, of how its settings are read.
     """
     _filters.ignore()
     try:
