@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
     "Chain",
+    "Checkpoints",
     "Constraints",
     "DeviceTraits",
     "LegacySmartSplit",
