@@ -169,7 +169,7 @@ class SplitStrategy(Generic[StrategyT]):
 
     @cached_property
     def _settings(self) -> dict[str, str]:
-        """What must be alike where a run is resumed, as it was before its first round."""
+        """What must be alike where a run is resumed, as it was before round 1."""
         task, edges, settings = self._given
         planning = {
             field.name: getattr(settings.planning, field.name)

@@ -2,8 +2,9 @@
 
 import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, cast
 
 import numpy.typing as npt
@@ -212,8 +213,8 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
 
         Its workflows, which send messages themselves, skip the old rounds instead.
         """
-        is_server = isinstance(sys._getframe(2).f_locals.get("self"), Server)
         was_asked = self._record.result(phase, server_round) is not None
+        is_server = any(isinstance(found, Server) for found in _in_callers("self"))
         return [cast(ClientProxy, _Nobody())] if is_server and was_asked else []
 
     def _end_round(self, server_round: int) -> None:
@@ -330,11 +331,17 @@ class _Nobody:
 
 
 def _num_rounds() -> int | None:
-    """Find out how many rounds Flower's server was told; it does not tell a strategy."""
-    frame = sys._getframe(1)
-    while frame is not None and "num_rounds" not in frame.f_locals:
-        frame = frame.f_back  # type: ignore[assignment]
-    return None if frame is None else frame.f_locals["num_rounds"]
+    """Find out how many rounds Flower's server has; it does not tell a strategy."""
+    return next(_in_callers("num_rounds"), None)
+
+
+def _in_callers(name: str) -> Iterator[Any]:
+    """Look for a local variable in the functions that called this module."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if name in frame.f_locals:
+            yield frame.f_locals[name]
+        frame = frame.f_back
 
 
 def _size(parameters: Parameters, scalars: Mapping[str, Any]) -> int:

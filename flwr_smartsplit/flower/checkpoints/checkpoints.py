@@ -60,7 +60,7 @@ class Checkpoints:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint that was found: its round, the older ones of its run, its content."""
+    """A checkpoint: its round, the rounds of older ones of its run, its content."""
 
     number: int
     older: tuple[int, ...]
@@ -94,8 +94,8 @@ def newest(
     if found is None and checkpoints.resume == "required":
         raise SmartSplitError(
             f'Checkpoints(resume="required"): {folder} has no checkpoint of this task, '
-            f"and {len(numbers)} that are damaged or of another. Give the folder of the "
-            "run, or resume=True to start anew."
+            f"and {len(numbers)} that are damaged or of another. Give the folder of "
+            "the run, or resume=True to start anew."
         )
     kept = () if found is None else (found.number, *found.older)
     unused = [number for number in numbers if number not in kept]

@@ -107,7 +107,9 @@ def _array(array: npt.NDArray[Any], arrays: Arrays, path: str) -> list[Any]:
     return [path, array.dtype.str, list(array.shape)]
 
 
-def from_tree(tree: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> Any:
+def from_tree(  # noqa: PLR0911 - a list of cases
+    tree: Any, arrays: Mapping[str, npt.NDArray[Any]]
+) -> Any:
     """Read what ``to_tree`` wrote; arrays may share memory with the given ones."""
     if type(tree) is list:
         return [from_tree(each, arrays) for each in tree]
