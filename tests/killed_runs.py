@@ -137,7 +137,11 @@ def run_kind(
         value = evaluate(server_round, dict(enumerate(arrays)))
         return value, {"sum": value}
 
-    options = {"seed": SEED, "journal": None, "client_seconds": given_seconds}
+    options: dict[str, Any] = {
+        "seed": SEED,
+        "journal": None,
+        "client_seconds": given_seconds,
+    }
     options |= {"checkpoints": checkpoints, **changes}
     is_message = kind.api == "message"
     options = {**_sampling(is_message, evaluate_arrays), **_step(kind), **options}
@@ -145,7 +149,7 @@ def run_kind(
     strategy = composed(
         _mortal(SmartSplit if is_message else LegacySmartSplit, pass_moment),
         getattr(api, kind.inner),
-        changes.get("task", TASK),
+        options.pop("task", TASK),
         (LocalEdge(),),
         **options,
     )

@@ -448,6 +448,12 @@ def test_importing_the_package_loads_neither_ray_nor_flwr():
     assert heavy_modules_loaded_by(f"import {PACKAGE}", ROOT) == []
 
 
+def test_a_device_without_a_split_needs_no_ray():
+    """Describing an edge is not reaching it; each Flower message is a new process."""
+    made = f"from {PACKAGE} import RayEdge; RayEdge().profile"
+    assert heavy_modules_loaded_by(made, ROOT) == []
+
+
 def test_a_package_that_loads_ray_would_be_seen(tmp_path):
     (tmp_path / "ray.py").touch()
     assert heavy_modules_loaded_by("import ray", tmp_path) == ["ray"]
