@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from flwr_smartsplit.memory.meter import parts_of
 from flwr_smartsplit.profile.dry_loss import DryLoss
@@ -15,6 +18,7 @@ from flwr_smartsplit.profile.memory_trace import (
     Observed,
     StepLog,
     Used,
+    highest,
 )
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import (
@@ -27,7 +31,7 @@ from flwr_smartsplit.split.fake_tensors import (
 )
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size, micro_batches
-from flwr_smartsplit.train.segment_runner import SegmentRunner
+from flwr_smartsplit.train.segment_runner import SegmentRunner, autocast_of
 from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch, RecomputePlan
 
 
@@ -38,20 +42,21 @@ class DryStep:
         steps_in_backward = task.max_gradient_norm is None
         # Both read values, and neither holds more memory than a plain step.
         task = replace(task, max_gradient_norm=None, schedule_fn=None)
-        self._mode, self.meter = DryRun(), LoggingMeter()
-        self.segment = fake_copy(chain.segment(0, len(chain)), self._mode)
+        self.mode, self.meter = DryRun(), LoggingMeter()
+        self.segment = fake_copy(chain.segment(0, len(chain)), self.mode)
         self.observed = Observed(self.segment, self.meter, num_units=len(chain))
-        inputs, mode = chain.example_inputs, self._mode
+        inputs, mode = chain.example_inputs, self.mode
         targets = fake_targets(
             task.example_targets, inputs, mode, batch_size=batch_size
         )
         self._batch = fake_batch(inputs, mode, batch_size=batch_size), targets
         size = micro_batch_size(batch_size, task.accumulate)
+        self.task = task
         self.loss = DryLoss(task, mode, self.meter, batch_size=size)
         task = replace(task, loss_fn=self.loss)
         self._stand_ins = StandIns(mode)
         with mode, self._stand_ins:
-            self._parts = _parts(self._batch, batch_size, task)
+            self.parts = _parts(self._batch, batch_size, task)
             self.runner = SegmentRunner(
                 self.observed, task, steps_in_backward=steps_in_backward
             )
@@ -63,8 +68,8 @@ class DryStep:
 
     def run(self, step: int) -> int:
         """Run one step; return the position where its last micro-batch began."""
-        with self._mode, self.meter, self._stand_ins:
-            for part, batch in self._parts:
+        with self.mode, self.meter, self._stand_ins:
+            for part, batch in self.parts:
                 start = self.meter.position
                 self.runner.finish(
                     *batch, step=step, inputs_are_boundary=False, part=part
@@ -83,49 +88,79 @@ def _parts(batch: Any, batch_size: int, task: Task) -> list[tuple[MicroBatch, An
     return [(MicroBatch(index, 2), largest) for index in range(2)]
 
 
-def log_step(
-    chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan = KEEP_ALL
-) -> StepLog:
-    """Run two steps of a whole chain under fake tensors, and log the second.
+class StepLogger:
+    """Training steps of a whole chain under fake tensors, which can be logged.
 
-    The first one creates the optimizer's state.
+    The first one creates the optimizer's state; none is real.
     """
-    dry = DryStep(chain, batch_size=batch_size, task=task)
-    ends: list[int] = []
-    trained: set[str] = set()
-    sparse: dict[str, int] = {}
 
-    def note(parameter: Tensor, *, name: str) -> None:
-        trained.add(name)
+    def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
+        self._dry = DryStep(chain, batch_size=batch_size, task=task)
+        self.num_micro_batches = min(task.accumulate, batch_size)
+        self._ends: list[int] = []
+        self._trained: set[str] = set()
+        self._sparse: dict[str, int] = {}
+        for name, parameter in self._dry.segment.named_parameters():
+            if parameter.requires_grad:
+                note = partial(self._note, name=name)
+                parameter.register_post_accumulate_grad_hook(note)
+        if self._dry.runner.optimizer is not None:
+            self._dry.runner.optimizer.register_step_pre_hook(
+                lambda *_: self._ends.append(self._dry.meter.position)
+            )
+        self._dry.run(0)
+        self._loss_bytes = _kept_bytes(self._dry)
+
+    def log(self, recompute: RecomputePlan = KEEP_ALL) -> StepLog:
+        """Run and log another step."""
+        dry = self._dry
+        dry.runner.recompute = recompute
+        with dry.observed.saves():
+            start = dry.run(1)
+        return StepLog(
+            dry.observed,
+            start=start,
+            passing_peaks=self._passing_peaks(recompute),
+            backward_end=self._ends[-1] if self._ends else dry.meter.position,
+            batch_bytes=dry.batch_bytes,
+            used=Used(
+                frozenset(self._trained),
+                _seen(dry.segment, dry.meter),
+                dry.runner.steps_in_backward,
+                self._loss_bytes,
+                self._sparse,
+            ),
+        )
+
+    def _passing_peaks(self, recompute: RecomputePlan) -> list[int]:
+        """Find the peak of each unit in a forward that saves nothing."""
+        dry, meter = self._dry, LoggingMeter()
+        _, (inputs, _) = dry.parts[-1]
+        meter.track(dry.segment, inputs)
+        ends = [meter.position]
+
+        def end(_: int, value: Any) -> Any:
+            ends.append(meter.position)
+            return value
+
+        with dry.mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(dry.task):
+            dry.segment(inputs, observe=end, recompute=recompute)
+        changes, births = np.array(meter.changes), np.array(meter.births)
+        return [
+            highest(changes[first:last][births[first:last] >= first])
+            for first, last in pairwise(ends)
+        ]
+
+    def _note(self, parameter: Tensor, *, name: str) -> None:
+        self._trained.add(name)
         gradient = parameter.grad
         if gradient is not None and gradient.layout is torch.sparse_coo:
-            sparse[name] = parts_of(gradient)[1].shape[0]
+            self._sparse[name] = parts_of(gradient)[1].shape[0]
 
-    for name, parameter in dry.segment.named_parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(partial(note, name=name))
-    if dry.runner.optimizer is not None:
-        dry.runner.optimizer.register_step_pre_hook(
-            lambda *_: ends.append(dry.meter.position)
-        )
-    dry.runner.recompute = recompute
-    dry.run(0)
-    loss_bytes = _kept_bytes(dry)
-    start = dry.run(1)
-    return StepLog(
-        dry.meter,
-        dry.observed.boundaries,
-        start=start,
-        backward_end=ends[-1] if ends else dry.meter.position,
-        batch_bytes=dry.batch_bytes,
-        used=Used(
-            frozenset(trained),
-            _seen(dry.segment, dry.meter),
-            dry.runner.steps_in_backward,
-            loss_bytes,
-            sparse,
-        ),
-    )
+
+def _drop(value: Any) -> Any:
+    """Save nothing for backward."""
+    del value
 
 
 def _kept_bytes(dry: DryStep) -> int:

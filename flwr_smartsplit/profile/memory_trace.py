@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -96,6 +97,7 @@ class BoundaryLog:
     spanned_bytes: int
     packing_bytes: int
     backward_start: int = 0
+    flops_at_end: int = 0  # Of forward.
     flops_before: int | None = None  # When its gradient came.
     gradients: dict[int, int] = field(default_factory=dict)  # Bytes, by birth.
     gradient_storages: dict[int, int] = field(default_factory=dict)  # If not sent.
@@ -109,6 +111,18 @@ class BoundaryLog:
     def gradient_bytes(self) -> int:
         """Size of all gradients that come back."""
         return sum(self.gradients.values())
+
+
+@dataclass
+class SavedLog:
+    """When a unit saved its last tensor for backward, and when backward first used one.
+
+    A rerun stops where the last one was saved.
+    """
+
+    last_save: int
+    flops_at_last: int
+    first_use: int | None = None
 
 
 class _Watched(torch.autograd.Function):
@@ -141,14 +155,36 @@ class Observed(nn.Module):
         self.meter = meter
         self._last = num_units - 1
         self.boundaries: list[BoundaryLog] = []
+        self.saved: dict[int, SavedLog] = {}  # By unit
+        self.flops_at_start = 0
         self._changeable = _changeable(segment)
         self._versions: list[tuple[int, int]] = []
 
     def forward(self, inputs: Any, **how: Any) -> Any:
         """Run the segment."""
         self.boundaries.clear()
+        self.saved.clear()
+        self.flops_at_start = self.meter.forward_flops
         self._versions = _versions(self._changeable)
         return self.segment(inputs, observe=self._observe, **how)
+
+    def saves(self) -> saved_tensors_hooks:
+        """Log what is saved for backward, and when backward uses it."""
+        return saved_tensors_hooks(self._save, self._use)
+
+    def _save(self, tensor: Tensor) -> tuple[int, Tensor]:
+        index = len(self.boundaries)
+        meter = self.meter
+        self.saved[index] = SavedLog(meter.position, meter.forward_flops)
+        # A node that saves its own result would never be freed.
+        return index, tensor if tensor.grad_fn is None else tensor.detach()
+
+    def _use(self, saved: tuple[int, Tensor]) -> Tensor:
+        index, tensor = saved
+        log = self.saved[index]
+        if log.first_use is None:
+            log.first_use = self.meter.position
+        return tensor
 
     def _observe(self, index: int, value: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
@@ -157,6 +193,7 @@ class Observed(nn.Module):
             boundary_bytes=sum(t.nbytes for t in tensors),
             spanned_bytes=sum(map(_spanned_bytes, tensors)),
             packing_bytes=sum(map(_packing_bytes, tensors)),
+            flops_at_end=self.meter.forward_flops,
         )
         versions = _versions(self._changeable)
         boundary.changes_tensors = versions != self._versions
@@ -247,34 +284,37 @@ class Used:
 
 
 class StepLog:
-    """What the second training step of a whole chain did to memory.
+    """What a later training step of a whole chain did to memory.
 
     ``changes`` are bytes, ``births`` the change that first saw each one's storage.
     """
 
     def __init__(
         self,
-        meter: LoggingMeter,
-        boundaries: list[BoundaryLog],
+        observed: Observed,
         *,
         start: int,
         backward_end: int,
         batch_bytes: int,
+        passing_peaks: list[int],
         used: Used,
     ) -> None:
-        self.peak_bytes = meter.peak_bytes  # Of both steps: the whole route's.
+        meter, boundaries = observed.meter, list(observed.boundaries)
+        self.peak_bytes = meter.peak_bytes  # Of all steps so far: the whole route's.
         self.batch_bytes = batch_bytes  # With the targets.
+        self.passing_peaks = passing_peaks  # Of each forward, if it saves nothing.
         self.trained, self.constants = used.trained, used.constants
         self.steps_in_backward = used.steps_in_backward
         self.loss_bytes, self.sparse = used.loss_bytes, used.sparse
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
-        self.boundaries = boundaries
+        self.boundaries, self.saved = boundaries, dict(observed.saved)
         for boundary in boundaries[:-1]:
             if not boundary.gradients:  # All units before it are frozen.
                 boundary.backward_start = backward_end
         self.start = start
         self.backward_end = backward_end
+        self._flops_at_start = observed.flops_at_start
         self._all_flops = meter.forward_flops
         self.optimizer_temporary_bytes = highest(self.changes[backward_end:])
 
@@ -317,6 +357,15 @@ class StepLog:
             return 0
         from_forward = self.born_in(slice(self.start, boundary.forward_end))
         return self.sum_bytes(boundary.backward_start, from_forward)
+
+    def flops_of(self, index: int) -> tuple[int, int]:
+        """Count the FLOPs of a unit's forward, and up to the last tensor it saves."""
+        before = (
+            self.boundaries[index - 1].flops_at_end if index else self._flops_at_start
+        )
+        saved = self.saved.get(index)
+        until = before if saved is None else saved.flops_at_last
+        return self.boundaries[index].flops_at_end - before, until - before
 
     def rerun_flops(self, index: int) -> int:
         """Count the FLOPs of the reruns in a unit's backward."""

@@ -18,13 +18,12 @@ from flwr_smartsplit.profile.cache import (
     read_profile,
     write_profile,
 )
-from flwr_smartsplit.profile.fake_step import log_step
+from flwr_smartsplit.profile.fake_step import StepLogger
 from flwr_smartsplit.profile.memory_trace import StepLog
 from flwr_smartsplit.profile.optimizer_memory import OptimizerCosts
 from flwr_smartsplit.profile.unit_memory import (
     selective_steps,
     step_bytes,
-    unit_flops,
     with_selective_step,
 )
 from flwr_smartsplit.split.chain import Chain
@@ -99,7 +98,8 @@ def profile_chain(
 @warnings_ignored()
 def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     try:
-        log = log_step(chain, batch_size=batch_size, task=task)
+        logger = StepLogger(chain, batch_size=batch_size, task=task)
+        log = logger.log()
         if log.sparse and min(task.accumulate, batch_size) > 1:
             raise InvalidTask(
                 f"the gradients of {', '.join(log.sparse)} are sparse, and torch "
@@ -107,9 +107,8 @@ def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
                 "or do not accumulate."
             )
         units = _unit_costs(chain, log, batch_size, task)
-        steps, loss = step_bytes(chain, log, batch_size=batch_size, task=task)
-        selective = selective_steps(chain, log, batch_size=batch_size, task=task)
-        flops = unit_flops(chain, batch_size=batch_size)
+        steps, loss = step_bytes(log)
+        selective = selective_steps(chain, logger, log)
     except InvalidTask:
         raise
     except Exception as error:
@@ -123,7 +122,9 @@ def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
     return ChainProfile(
         batch_size=batch_size,
         batch_bytes=log.batch_bytes,
-        units=tuple(map(_with_steps, units, steps, selective, flops)),
+        units=tuple(
+            map(_with_steps, units, steps, selective, _flops(log, batch_size, task))
+        ),
         loss=loss,
         updates_last=task.max_gradient_norm is not None,
         targets_bytes=_targets_bytes(task, batch_size),
@@ -141,6 +142,15 @@ def _targets_bytes(task: Task, batch_size: int) -> int:
         x[:1].nbytes * count if x.dim() else x.nbytes
         for x, count in zip(leaves, rows, strict=True)
     )
+
+
+def _flops(log: StepLog, batch_size: int, task: Task) -> list[tuple[int, int]]:
+    """Count the FLOPs of each unit over a step's micro-batches, and of its rerun."""
+    size = micro_batch_size(batch_size, task.accumulate)
+    return [
+        (forward * batch_size // size, rerun * batch_size // size)
+        for forward, rerun in map(log.flops_of, range(log.num_units))
+    ]
 
 
 def _with_steps(

@@ -1,58 +1,32 @@
 """What each unit allocates and frees in a step, so that plans can add it up.
 
-Read off the log that gives the peak of every cut (``memory_trace.py``), and off a
-second forward that saves nothing.
+Read off the log that gives the peak of every cut (``memory_trace.py``).
 """
 
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from flwr_smartsplit.profile.fake_step import DryStep, log_step
-from flwr_smartsplit.profile.memory_trace import (
-    LoggingMeter,
-    StepLog,
-    as_arrived,
-    highest,
-)
+from flwr_smartsplit.profile.fake_step import StepLogger
+from flwr_smartsplit.profile.memory_trace import StepLog, as_arrived, highest
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
-from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.micro_batches import micro_batch_size
-from flwr_smartsplit.train.segment_runner import autocast_of
-from flwr_smartsplit.types import KEEP_ALL, RecomputePlan, StepBytes, UnitCost
+from flwr_smartsplit.types import RecomputePlan, StepBytes, UnitCost
 
 _MOST_FLOPS = 0.1
 """The largest fraction of its forward that a selective unit may rerun."""
 
 
-def step_bytes(
-    chain: Chain,
-    log: StepLog,
-    *,
-    batch_size: int,
-    task: Task,
-    recompute: RecomputePlan = KEEP_ALL,
-) -> tuple[list[StepBytes], StepBytes]:
+def step_bytes(log: StepLog) -> tuple[list[StepBytes], StepBytes]:
     """Find what each unit, and then the loss, allocates and frees in a step.
 
-    FLOPs are left at 0, as ``unit_flops`` counts them.
+    FLOPs are left at 0.
     """
-    size = micro_batch_size(batch_size, task.accumulate)
-    task = replace(task, accumulate=1)
-    passing = _passing_peaks(chain, batch_size=size, task=task, recompute=recompute)
-    reruns = _Reruns(chain, batch_size=size, task=task, recompute=recompute)
     units = [
         replace(
             _unit(log, index),
-            passing_peak_bytes=passing[index],
-            rerun_peak_bytes=reruns.peak_bytes(index),
-            arriving_bytes=reruns.arriving_bytes(index),
+            passing_peak_bytes=log.passing_peaks[index],
+            rerun_peak_bytes=_rerun_peak(log, index),
+            arriving_bytes=_arriving_bytes(log, index),
         )
         for index in range(log.num_units)
     ]
@@ -150,112 +124,30 @@ def _loss(log: StepLog) -> StepBytes:
     )
 
 
-def _passing_peaks(
-    chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
-) -> list[int]:
-    """Find the peak of each unit in a forward that saves nothing."""
-    mode, meter = DryRun(), LoggingMeter()
-    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
-    batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
-    meter.track(segment, batch)
-    ends = [meter.position]
-
-    def end(_: int, value: Any) -> Any:
-        ends.append(meter.position)
-        return value
-
-    with mode, meter, saved_tensors_hooks(_drop, _drop), autocast_of(task):
-        segment(batch, observe=end, recompute=recompute)
-    changes, births = np.array(meter.changes), np.array(meter.births)
-    return [
-        highest(changes[first:last][births[first:last] >= first])
-        for first, last in pairwise(ends)
-    ]
-
-
-class _Reruns:
-    """The peak of each rerun, and the gradients held when it starts.
+def _rerun_peak(log: StepLog, index: int) -> int:
+    """Find a unit's peak up to the last tensor that it saves.
 
     Checkpointing reruns units when backward first asks for a saved tensor, and stops at
     the last tensor that they save.
     """
-
-    def __init__(
-        self, chain: Chain, *, batch_size: int, task: Task, recompute: RecomputePlan
-    ) -> None:
-        self._dry = DryStep(chain, batch_size=batch_size, task=task)
-        self._dry.runner.recompute = recompute
-        self._last_save: dict[int, int] = {}
-        self._first_use: dict[int, int] = {}
-        with saved_tensors_hooks(self._save, self._use):
-            self._start = self._dry.run(0)
-        self._changes = np.array(self._dry.meter.changes)
-        self._births = np.array(self._dry.meter.births)
-
-    def peak_bytes(self, index: int) -> int:
-        """Find a unit's peak up to the last tensor that it saves."""
-        boundaries = self._dry.observed.boundaries
-        first = boundaries[index - 1].forward_end if index else self._start
-        during = slice(first, self._last_save.get(index, first))
-        return highest(self._changes[during][self._births[during] >= first])
-
-    def arriving_bytes(self, index: int) -> int | None:
-        """Size of the gradients when backward first needs what a unit saved."""
-        if index not in self._first_use:
-            return None
-        boundary = self._dry.observed.boundaries[index]
-        during = slice(boundary.backward_start, self._first_use[index])
-        births = self._births[during]
-        gradients = boundary.gradient_storages
-        changes, is_gradient = as_arrived(gradients, self._changes[during], births)
-        mine = is_gradient | (births >= during.start)
-        return sum(gradients.values()) + int(changes[mine].sum())
-
-    def _save(self, tensor: Tensor) -> tuple[int, Tensor]:
-        index = len(self._dry.observed.boundaries)
-        self._last_save[index] = self._dry.meter.position
-        return index, tensor.detach()
-
-    def _use(self, saved: tuple[int, Tensor]) -> Tensor:
-        index, tensor = saved
-        self._first_use.setdefault(index, self._dry.meter.position)
-        return tensor
+    forward, saved = log.forward_of(index), log.saved.get(index)
+    if saved is None:
+        return 0
+    during = slice(forward.start, saved.last_save)
+    return highest(log.changes[during][log.births[during] >= forward.start])
 
 
-def unit_flops(chain: Chain, *, batch_size: int) -> list[tuple[int, int]]:
-    """Count the FLOPs of each unit's forward, and up to the last tensor that it saves.
-
-    There a rerun stops. Counted apart from the meter, which a FLOP counter disturbs.
-    """
-    mode = DryRun()
-    segment = fake_copy(chain.segment(0, len(chain)), mode).train()
-    batch = fake_batch(chain.example_inputs, mode, batch_size=batch_size)
-    counter = FlopCounterMode(display=False)
-    found: list[tuple[int, int]] = []
-    before, saved = 0, 0
-
-    def total() -> int:
-        return int(counter.get_total_flops())
-
-    def save(tensor: Tensor) -> None:
-        nonlocal saved
-        del tensor
-        saved = total()
-
-    def end(_: int, value: Any) -> Any:
-        nonlocal before
-        found.append((total() - before, max(0, saved - before)))
-        before = total()
-        return value
-
-    with mode, counter, saved_tensors_hooks(save, _drop):
-        segment(batch, observe=end)
-    return found
-
-
-def _drop(value: Any) -> Any:
-    """Save nothing for backward."""
-    del value
+def _arriving_bytes(log: StepLog, index: int) -> int | None:
+    """Size of the gradients when backward first needs what a unit saved."""
+    boundary, saved = log.boundaries[index], log.saved.get(index)
+    if saved is None or saved.first_use is None:
+        return None
+    during = slice(boundary.backward_start, saved.first_use)
+    births = log.births[during]
+    gradients = boundary.gradient_storages
+    changes, is_gradient = as_arrived(gradients, log.changes[during], births)
+    mine = is_gradient | (births >= during.start)
+    return sum(gradients.values()) + int(changes[mine].sum())
 
 
 # --- selective checkpointing ----------------------------------------------------------
@@ -273,19 +165,19 @@ def selective_plan(chain: Chain) -> RecomputePlan:
 
 
 def selective_steps(
-    chain: Chain, plain: StepLog, *, batch_size: int, task: Task
+    chain: Chain, logger: StepLogger, plain: StepLog
 ) -> list[StepBytes | None]:
     """Find what each unit allocates and frees if it is selective; None if it cannot."""
     plan = selective_plan(chain)
     found: list[StepBytes | None] = [None] * len(chain)
     if plan.is_empty:
         return found
-    log = log_step(chain, batch_size=batch_size, task=task, recompute=plan)
-    steps, _ = step_bytes(chain, log, batch_size=batch_size, task=task, recompute=plan)
+    log = logger.log(plan)
+    steps, _ = step_bytes(log)
     for index in plan.selective:
         more = log.rerun_flops(index) - plain.rerun_flops(index)
-        times = min(task.accumulate, batch_size)
-        found[index] = replace(steps[index], rerun_flops=more * times)
+        more *= logger.num_micro_batches
+        found[index] = replace(steps[index], rerun_flops=more)
     return found
 
 

@@ -180,7 +180,7 @@ def test_a_profile_is_computed_once(tmp_path, monkeypatch):
     def forbidden(*_: object, **__: object) -> Any:
         raise AssertionError("a dry run")
 
-    monkeypatch.setattr(costs, "log_step", forbidden)
+    monkeypatch.setattr(costs, "StepLogger", forbidden)
     assert ask(cache_dir=folder) == first
     with pytest.raises(Exception, match="a dry run"):
         ask()

@@ -10,10 +10,11 @@ from torch.nn import functional
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.profile import fake_step as dry_step
 from flwr_smartsplit.profile import memory_trace as step_log
-from flwr_smartsplit.profile.fake_step import log_step
+from flwr_smartsplit.profile.fake_step import StepLogger
 from flwr_smartsplit.profile.memory_trace import StepLog
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Route
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
@@ -49,6 +50,11 @@ def predicted(task: Task) -> list[int]:
     profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
     cuts = range(1, len(chain))
     return [predicted_peak_bytes(profile, Route.split(cut)) for cut in cuts]
+
+
+def log_of(chain: Chain, task: Task) -> StepLog:
+    """Log a training step."""
+    return StepLogger(chain, batch_size=BATCH_SIZE, task=task).log()
 
 
 @cache
@@ -104,12 +110,12 @@ def test_a_log_that_forgets_a_part_of_the_wire_predicts_too_little(monkeypatch, 
 def test_a_log_of_the_first_step_would_miss_the_state(monkeypatch):
     """Momentum is there from the second step on: the whole route's peak has it."""
     chain = build_chain(WIDE)
-    logged = log_step(chain, batch_size=BATCH_SIZE, task=WIDE).peak_bytes
+    logged = log_of(chain, WIDE).peak_bytes
     run = dry_step.DryStep.run
     monkeypatch.setattr(
         dry_step.DryStep, "run", lambda dry, step: run(dry, step) if step == 0 else 0
     )
-    assert log_step(chain, batch_size=BATCH_SIZE, task=WIDE).peak_bytes < logged
+    assert log_of(chain, WIDE).peak_bytes < logged
 
 
 # --- worked out by hand ---------------------------------------------------------------
@@ -129,7 +135,7 @@ def by_hand() -> StepLog:
         partial(nn.Linear, HIDDEN, CLASSES),
     )
     task = task_of(lambda: nn.Sequential(*(layer() for layer in layers)), shape=(5,))
-    return log_step(build_chain(task), batch_size=BATCH_SIZE, task=task)
+    return log_of(build_chain(task), task)
 
 
 def test_what_is_in_a_step_by_hand(by_hand):
@@ -179,7 +185,7 @@ def test_a_gradient_that_repeats_one_value_is_one_value():
         example_inputs=torch.zeros(1, INPUTS),
         example_targets=torch.zeros(1),
     )
-    log = log_step(build_chain(task), batch_size=BATCH_SIZE, task=task)
+    log = log_of(build_chain(task), task)
     boundary = log.boundaries[-2]
     assert (boundary.gradient_bytes, boundary.unpacking_bytes) == (FLOAT, BOUNDARY)
 

@@ -16,7 +16,7 @@ from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualCon
 from torchvision.models.resnet import BasicBlock
 
 from flwr_smartsplit.memory.cap import memory_cap
-from flwr_smartsplit.profile.fake_step import log_step
+from flwr_smartsplit.profile.fake_step import StepLogger
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.profile.unit_memory import step_bytes
 from flwr_smartsplit.split.chain import Chain
@@ -220,8 +220,8 @@ def small_profile() -> ChainProfile:
 
 def measured_steps(chain: Chain, plan: RecomputePlan) -> list[StepBytes]:
     """Log a step with some units selective."""
-    how = {"batch_size": BATCH_SIZE, "task": TASK, "recompute": plan}
-    steps, _ = step_bytes(chain, log_step(chain, **how), **how)
+    logger = StepLogger(chain, batch_size=BATCH_SIZE, task=TASK)
+    steps, _ = step_bytes(logger.log(plan))
     return [replace(step, rerun_flops=0) for step in steps]
 
 
