@@ -100,7 +100,9 @@ class SplitStrategy(Generic[StrategyT]):
         task, edges, settings = self._given
         self._central = CentralManager(task, edges, settings, take_step=take_step)
         steps = enumerate(self._central.server_steps)
-        objects = {f"server_steps[{index}]": step for index, step in steps}
+        objects: dict[str, object] = {
+            f"server_steps[{index}]": step for index, step in steps
+        }
         objects |= {"strategy": self.strategy, "mixing": settings.mixing}
         objects["between_rounds"] = settings.between_rounds
         for name in ("select", "choose_route", "client_seconds", "advisor"):

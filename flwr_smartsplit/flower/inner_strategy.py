@@ -108,7 +108,8 @@ def arguments_of(strategy: object) -> dict[str, Any]:
     Attributes of the user's own may change in a run, so they are no arguments.
     """
     kinds = [k for k in type(strategy).__mro__ if k.__module__.startswith("flwr.")]
-    taken = {name for k in kinds for name in inspect.signature(k.__init__).parameters}
+    makers = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)]
+    taken = {name for make in makers for name in inspect.signature(make).parameters}
     taken -= {"evaluate_fn", "initial_parameters"}
     given = {name: value for name, value in vars(strategy).items() if name in taken}
     return {"class": type(strategy), **given}

@@ -111,10 +111,12 @@ class Fleet(_Doubts):
     def _ask(self, grid: Grid, node_ids: list[int]) -> list[Failure]:
         """Ask in each layout the nodes that have not answered yet."""
         causes: dict[int, list[str]] = {node: [] for node in node_ids}
+        gone: set[int] = set()
         first, second = self._layouts
         for layout in (first, second):
             # A node that is silent in one layout would be in the other, as long again.
             pending = [n for n, why in causes.items() if why or layout is first]
+            pending = [node for node in pending if node not in gone]
             if not pending:
                 break
             kind = layout.profile_type
@@ -128,6 +130,8 @@ class Fleet(_Doubts):
             for reply in replies:
                 source = reply.metadata.src_node_id
                 node = asked.get(reply.metadata.reply_to_message_id, source)
+                if node != source:
+                    gone.add(node)
                 self._note(node, reply, layout, causes)
         self._silent |= causes.keys()
         return [

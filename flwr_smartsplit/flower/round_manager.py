@@ -205,12 +205,12 @@ class CentralManager:
 
     def why_nothing_merged(self) -> str:
         """Say why all rounds so far left the model as it was."""
-        plan = self.round_plans[-1]
         causes = [failure.cause for failure in self.rounds.failures]
-        causes += [plan.skipped[key] for key in sorted(plan.unfit)]
+        for plan in self.round_plans[-1:]:
+            causes += [plan.skipped[key] for key in sorted(plan.unfit)]
         return (
-            f"nobody's training was merged in {len(self.round_plans)} rounds, so the "
-            f"model is still the initial one: {most_common(causes)}"
+            "nobody's training was merged in any round, so the model is still the "
+            f"initial one: {most_common(causes)}"
         )
 
     def take(self, version: int, *, is_train: bool) -> Dispatch | None:

@@ -155,7 +155,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         finally:
             self._record.end()
             self.close()
-        if not result.arrays and len(self.round_plans) > num_planned:
+        has_trained = len(self.round_plans) > num_planned or self._record.done > 0
+        if not result.arrays and has_trained:
             raise SmartSplitError(self._central.why_nothing_merged(), result=result)
         return result
 

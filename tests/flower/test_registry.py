@@ -90,12 +90,12 @@ def test_a_fleet_of_one_layout_is_asked_in_it() -> None:
 def test_an_error_of_the_superlink_is_the_asked_nodes() -> None:
     """It comes from the SuperLink's own node, which is no client."""
     grid = InProcessGrid([message_app(k) for k in range(3)])
-    for kind in (QUERY, "get_properties"):
-        grid.fail_at_superlink(1, nth=1, kind=kind)
+    grid.fail_at_superlink(1, nth=1, kind=QUERY)
     members, failures = ask(fleet(), grid)
     assert sorted(members) == ["c0", "c2"]
     assert [f.client_key for f in failures] == [f"node {grid.node_ids[1]}"]
     assert "Message Unavailable" in failures[0].cause
+    assert message_types(grid) == [QUERY] * 3
 
 
 def test_nobody_is_asked_twice() -> None:

@@ -73,10 +73,12 @@ def newest(
 ) -> Saved | None:
     """Find the newest checkpoint of a task, and set aside all that are not of its run.
 
-    Damaged and foreign ones are logged and skipped. Raises ``SmartSplitError`` if it is
+    Damaged and foreign ones are logged and skipped. Raises ``OSError`` if there can be
+    no such folder, and ``SmartSplitError`` if it is
     of a run with other settings, or if one is required and there is none.
     """
     folder, found = checkpoints.path, None
+    folder.mkdir(parents=True, exist_ok=True)
     numbers = files.numbers_in(folder)
     for number in numbers if checkpoints.resume else ():
         try:

@@ -210,5 +210,6 @@ def _attributes(thing: Any) -> dict[str, Any]:
 
 def _is_harmless(value: Any) -> bool:
     """Say whether a value that is not kept cannot change: code, names, frozen ones."""
-    is_frozen = is_dataclass(value) and value.__dataclass_params__.frozen
-    return callable(value) or isinstance(value, _HARMLESS) or bool(is_frozen)
+    settings: Any = getattr(type(value), "__dataclass_params__", None)
+    is_frozen = settings is not None and settings.frozen
+    return callable(value) or isinstance(value, _HARMLESS) or is_frozen
