@@ -62,7 +62,6 @@ class RunRecord:
         self.has_begun = False
         self._num_rounds: int | None = None
         self._results: dict[str, dict[int, Any]] = {}
-        self._state: Callable[[], State] = dict
         self._configs: dict[bool, Config] = {}
         self._saved_configs: dict[bool, Any] = {}
         self._left_out: set[str] = set()

@@ -20,6 +20,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.common import Parameters
 
+from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.selection.history import History
 from flwr_smartsplit.types import Failure
@@ -31,10 +32,10 @@ _IN_SAFETENSORS = {np.dtype(kind).str for kind in "?bhiqBHIQefdF"}
 _SEQUENCES = {kind.__name__: kind for kind in (tuple, set, frozenset)}
 _MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
 _RECORDS = {kind.__name__: kind for kind in (MetricRecord, ConfigRecord)}
-_HARMLESS = (ModuleType, Logger, PurePath, enum.Enum)
+_HARMLESS = (type, ModuleType, Logger, PurePath, enum.Enum)
 
 
-class NotKept(Exception):
+class NotKept(SmartSplitError):
     """A value has no form in a checkpoint."""
 
 
@@ -91,14 +92,14 @@ def to_tree(value: Any, arrays: Arrays, path: str) -> Any:
     elif _TYPES.get(name) is kind:
         written = value.value
     else:
-        raise NotKept(f"{path} is a {name}")
+        raise NotKept(f"{path} is a {name}, which a checkpoint cannot hold.")
     return {name: written}
 
 
 def _array(array: npt.NDArray[Any], arrays: Arrays, path: str) -> list[Any]:
     """Store an array as it is if safetensors knows its dtype, else as bytes."""
     if array.dtype.hasobject:
-        raise NotKept(f"{path} is an array of objects")
+        raise NotKept(f"{path} is an array of objects: a checkpoint cannot hold it.")
     while path in arrays:
         path += "'"
     flat = np.require(array, requirements="C").reshape(-1)
@@ -110,7 +111,7 @@ def _array(array: npt.NDArray[Any], arrays: Arrays, path: str) -> list[Any]:
 def from_tree(  # noqa: PLR0911 - a list of cases
     tree: Any, arrays: Mapping[str, npt.NDArray[Any]]
 ) -> Any:
-    """Read what ``to_tree`` wrote; arrays may share memory with the given ones."""
+    """Read what ``to_tree`` wrote; arrays are copies, which may be changed."""
     if type(tree) is list:
         return [from_tree(each, arrays) for each in tree]
     if type(tree) is not dict:
@@ -119,11 +120,14 @@ def from_tree(  # noqa: PLR0911 - a list of cases
     value: Any
     if tag in {"array", "number"}:
         name, dtype, shape = inner
-        value = arrays[name].reshape(-1).view(dtype).reshape(shape)
+        value = arrays[name].reshape(-1).view(dtype).reshape(shape).copy()
         return value if tag == "array" else value[()]
     if tag == "tensor":
-        flat = torch.from_numpy(from_tree(inner[0], arrays).copy())
-        return flat.view(getattr(torch, inner[1])).reshape(inner[2])
+        flat, dtype = from_tree(inner[0], arrays), getattr(torch, inner[1])
+        tensor = torch.empty(inner[2], dtype=dtype)
+        if flat.size:
+            tensor.reshape(-1).view(torch.uint8).copy_(torch.from_numpy(flat))
+        return tensor
     if _TYPES.get(tag) and is_dataclass(_TYPES[tag]):
         return _TYPES[tag](**{k: from_tree(v, arrays) for k, v in inner.items()})
     value = from_tree(inner, arrays)
@@ -168,7 +172,7 @@ def object_tree(thing: Any, arrays: Arrays, path: str) -> tuple[Any, list[str]]:
     """
     thing = thing.__self__ if isinstance(thing, MethodType) else thing
     holder = _holder(thing)
-    if holder is not None:
+    if holder is not None:  # What is in it, its author can change.
         return {"held": to_tree(holder[0](thing), arrays, path)}, []
     written, left_out = {}, []
     for name, value in _attributes(thing).items():
@@ -187,7 +191,10 @@ def object_tree(thing: Any, arrays: Arrays, path: str) -> tuple[Any, list[str]]:
 
 
 def set_object(thing: Any, tree: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Give an object what ``object_tree`` wrote."""
+    """Give an object what ``object_tree`` wrote.
+
+    Tensors are changed in place, since an optimizer may hold them, too.
+    """
     thing = thing.__self__ if isinstance(thing, MethodType) else thing
     if "held" in tree:
         holder = _holder(thing)
@@ -196,10 +203,12 @@ def set_object(thing: Any, tree: Any, arrays: Mapping[str, npt.NDArray[Any]]) ->
         return
     attributes = _attributes(thing)
     for name, (is_held, inner) in tree["attributes"].items():
-        value = from_tree(inner, arrays)
-        holder = _holder(attributes.get(name)) if is_held else None
+        value, now = from_tree(inner, arrays), attributes.get(name)
+        holder = _holder(now) if is_held else None
         if holder is not None:
-            holder[1](attributes[name], value)
+            holder[1](now, value)
+        elif isinstance(now, torch.Tensor) and isinstance(value, torch.Tensor):
+            now.data = value.to(now.device)
         else:
             attributes[name] = value
 
@@ -212,4 +221,5 @@ def _is_harmless(value: Any) -> bool:
     """Say whether a value that is not kept cannot change: code, names, frozen ones."""
     settings: Any = getattr(type(value), "__dataclass_params__", None)
     is_frozen = settings is not None and settings.frozen
-    return callable(value) or isinstance(value, _HARMLESS) or is_frozen
+    is_code = callable(value) and not getattr(value, "__dict__", None)
+    return is_code or is_frozen or isinstance(value, _HARMLESS)
