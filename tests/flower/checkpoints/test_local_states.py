@@ -22,7 +22,7 @@ def is_normalisation(name: str) -> bool:
 
 
 LOCAL = replace(TASK, is_local=is_normalisation)
-OPTIONS: dict[str, Any] = {"task": LOCAL, "num_rounds": 4}
+OPTIONS: dict[str, Any] = {"task": LOCAL, "num_rounds": 3}
 FEDAVG = Kind("message")
 IN_TRAINING = 12 + 26  # A client of the third round has trained, another has not.
 
@@ -41,37 +41,46 @@ def kept(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_local_state_is_that_of_the_round_that_is_resumed(tmp_path: Path) -> None:
+def test_local_state_is_that_of_the_round_that_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not that of the round in which the run was killed, which is trained again."""
     whole = run_kind(FEDAVG, apps=app(tmp_path / "whole"), **OPTIONS)
-    in_context = run_kind(FEDAVG, apps=app(None), **OPTIONS)
-    assert differences(whole.state, in_context.state) == []
-    for moment in (IN_TRAINING, IN_TRAINING + 3):
-        local = tmp_path / f"local {moment}"
-        saved = Checkpoints(tmp_path / f"run {moment}", every=2)
-        made = resumed(FEDAVG, saved, [moment], apps=app(local), **OPTIONS)
-        assert differences(made.state, whole.state) == []
-        assert differences(kept(local), kept(tmp_path / "whole")) == []
+    local, saved = tmp_path / "local", Checkpoints(tmp_path / "run")
+    made = resumed(FEDAVG, saved, [IN_TRAINING], apps=app(local), **OPTIONS)
+    assert differences(made.state, whole.state) == []
+    assert differences(kept(local), kept(tmp_path / "whole")) == []
+
+    def newest(self: LocalStates, plan: Any, context: Any, *, is_train: bool) -> Any:
+        del is_train
+        return usual(self, plan, context, is_train=False)
+
+    usual = LocalStates.read
+    monkeypatch.setattr(LocalStates, "read", newest)
+    local, saved = tmp_path / "newest", Checkpoints(tmp_path / "newest run")
+    made = resumed(FEDAVG, saved, [IN_TRAINING], apps=app(local), **OPTIONS)
+    assert differences(made.state, whole.state) != []
 
 
 def test_state_that_is_lost_is_said_at_the_resumption(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once, with the clients' names; and the result shows that it is another."""
-    whole = run_kind(FEDAVG, apps=app(None), **OPTIONS)
-    saved = Checkpoints(tmp_path)
+    """Once, with the clients' names; and the result shows that it is another.
+
+    State in files is that in the context, and no other run's.
+    """
+    saved = Checkpoints(tmp_path / "run")
     made = resumed(FEDAVG, saved, [IN_TRAINING], apps=app(None), **OPTIONS)
     (said,) = [r.getMessage() for r in caplog.records if "is_local" in r.getMessage()]
     assert "is lost for 4 clients (c0, c1, c2, c3)" in said
+    whole = run_kind(FEDAVG, apps=app(None), **OPTIONS)
     assert differences(made.state, whole.state) != []
-
-
-def test_another_run_of_the_same_clients_begins_anew(tmp_path: Path) -> None:
-    """Files are by run, too, and the earlier run's stay."""
-    first = run_kind(FEDAVG, apps=app(tmp_path), **OPTIONS)
-    again = run_kind(FEDAVG, apps=app(tmp_path), **OPTIONS)
-    assert differences(first.state, again.state) == []
-    assert all(len(list(path.iterdir())) == 2 for path in tmp_path.iterdir())
+    in_files = run_kind(FEDAVG, apps=app(tmp_path / "local"), **OPTIONS)
+    assert differences(in_files.state, whole.state) == []
+    again = run_kind(FEDAVG, apps=app(tmp_path / "local"), **OPTIONS)
+    assert differences(again.state, whole.state) == []
+    clients = (tmp_path / "local").iterdir()
+    assert all(len(list(path.iterdir())) == 2 for path in clients)
 
 
 def test_as_many_rounds_are_kept_as_may_be_resumed(tmp_path: Path) -> None:
