@@ -60,10 +60,9 @@ class Checkpoints:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint: its round, the rounds of older ones of its run, its content."""
+    """A checkpoint: its round and its content."""
 
     number: int
-    older: tuple[int, ...]
     run: Mapping[str, Any]
     arrays: Mapping[str, npt.NDArray[Any]]
 
@@ -73,11 +72,12 @@ def newest(
 ) -> Saved | None:
     """Find the newest checkpoint of a task, and set aside all that are not of its run.
 
-    Damaged and foreign ones are logged and skipped. Raises ``OSError`` if there can be
-    no such folder, and ``SmartSplitError`` if it is
-    of a run with other settings, or if one is required and there is none.
+    Damaged and foreign ones are logged and skipped. Raises ``SmartSplitError`` if it is
+    of a run with other settings, or if one is required and there is none, and
+    ``OSError`` if there can be no such folder.
     """
     folder, found = checkpoints.path, None
+    kept: list[int] = []
     folder.mkdir(parents=True, exist_ok=True)
     numbers = files.numbers_in(folder)
     for number in numbers if checkpoints.resume else ():
@@ -88,7 +88,8 @@ def newest(
             why = f"is damaged: {error}"
         if not why:
             _require_same(folder / str(number), run["settings"], settings)
-            found = Saved(number, _older(folder, run, numbers), run, arrays)
+            found = Saved(number, run, arrays)
+            kept = [number, *_older(folder, run, numbers)]
             break
         _log.log(
             WARNING, "The checkpoint %s is skipped: it %s", folder / str(number), why
@@ -99,7 +100,6 @@ def newest(
             f"and {len(numbers)} that are damaged or of another. Give the folder of "
             "the run, or resume=True to start anew."
         )
-    kept = () if found is None else (found.number, *found.older)
     unused = [number for number in numbers if number not in kept]
     if unused:
         aside = files.set_aside(folder, unused)
@@ -133,7 +133,7 @@ def _why_foreign(run: Mapping[str, Any], task_digest: str) -> str:
     return "" if run["task"] == task_digest else "is of another task"
 
 
-def _older(folder: Path, run: Mapping[str, Any], numbers: list[int]) -> tuple[int, ...]:
+def _older(folder: Path, run: Mapping[str, Any], numbers: list[int]) -> list[int]:
     """List the sound checkpoints of the same run from before one."""
     older = []
     for number in numbers:
@@ -143,7 +143,7 @@ def _older(folder: Path, run: Mapping[str, Any], numbers: list[int]) -> tuple[in
             continue
         if other["lineage"] == run["lineage"] and other["round"] < run["round"]:
             older.append(number)
-    return tuple(older)
+    return older
 
 
 def _require_same(
