@@ -4,9 +4,12 @@ Every part of a container is given as something to call: what builds a module, o
 ``Op`` that the forward does itself.
 """
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -67,6 +70,32 @@ class Concat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.left(x), self.right(x)], dim=1)
+
+
+class Skips(nn.Module):
+    """Bodies one after another; the end uses what each of them gave.
+
+    It adds them, or uses them without their gradients: masks, or detached values.
+    """
+
+    def __init__(self, use: str, *bodies: Build) -> None:
+        super().__init__()
+        self.use = use
+        self.bodies = nn.ModuleList(body() for body in bodies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = [x * 0.5]
+        for body in self.bodies:
+            kept.append(body(kept[-1]))
+        *others, last = kept
+        for other in reversed(others):
+            if self.use == "added":
+                last = last + other
+            elif self.use == "as a mask":
+                last = last * (other > 0)
+            else:
+                last = last + other.detach()
+        return last
 
 
 class Chunks(nn.Module):
@@ -257,6 +286,77 @@ class Auxiliary(nn.Module):
         if self.training:
             return self.back(x), self.middle(x)
         return self.back(x)
+
+
+class Counter(nn.Module):
+    """Counts its calls; what comes out depends on the count.
+
+    It has no module inside, so a trace does not see what it does.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        counts: dict[str, Any] = {
+            "attribute": 0,
+            "list": [],
+            "dict": {"calls": 0},
+            "array": np.zeros(1),
+            "iterator": itertools.count(1),
+            "tensor": torch.zeros(()),
+        }
+        self.count = counts[where]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + 0.1 * self.counted())
+
+    def counted(self) -> Any:
+        """Count one call, and return how many there were."""
+        if self.where == "attribute":
+            self.count += 1
+            return self.count
+        if self.where == "list":
+            self.count.append(None)
+            return len(self.count)
+        if self.where == "dict":
+            self.count["calls"] += 1
+            return self.count["calls"]
+        if self.where == "iterator":
+            return next(self.count)
+        self.count += 1
+        return float(self.count[0]) if self.where == "array" else self.count.clone()
+
+
+class Counting(Counter):
+    """Counts its calls too, and has a body, so a trace looks inside."""
+
+    def __init__(self, body: Build, where: str) -> None:
+        super().__init__(where)
+        self.body = body()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.body(x))
+
+
+class Adapter(nn.Module):
+    """A frozen layer, and beside it a low-rank one that is trained."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.base = frozen(partial(nn.Linear, size, size))
+        self.down = nn.Parameter(torch.randn(2, size) / 4)
+        self.up = nn.Parameter(torch.randn(size, 2) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def with_biases_only(build: Build) -> nn.Module:
+    """Build a module of which only the biases are trained."""
+    module = build()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return module
 
 
 def frozen(build: Build) -> nn.Module:

@@ -46,6 +46,7 @@ class RandomModel:
     example_inputs: Batch
     optimizer: str
     features: frozenset[str]
+    max_boundary_tensors: int = 1
 
     @property
     def task(self) -> Task:
@@ -56,6 +57,7 @@ class RandomModel:
             optimizer_fn=OPTIMIZERS[self.optimizer],
             example_inputs=self.example_inputs,
             example_targets=torch.arange(2),
+            max_boundary_tensors=self.max_boundary_tensors,
         )
 
 
@@ -115,6 +117,8 @@ ANYWHERE: dict[str, list[Part]] = {
         Op(ops.in_frequencies),
     ],
 }
+COUNTS = ("attribute", "list", "dict", "array", "iterator", "tensor")
+ANYWHERE["counter"] = [partial(made.Counter, where) for where in COUNTS]
 """What fits any shape and keeps it."""
 
 
@@ -123,6 +127,7 @@ def sized(shape: Shape) -> list[Piece]:
     pieces = [
         Piece("layer norm", partial(nn.LayerNorm, shape[-1]), shape),
         Piece("linear", partial(nn.Linear, shape[-1], shape[-1]), shape),
+        Piece("adapter", partial(made.Adapter, shape[-1]), shape),
         Piece(
             "expanded",
             Op(partial(ops.expanded, sizes=(*[-1] * len(shape), shape[-1]))),
@@ -293,6 +298,12 @@ class _Drawing:
             "other body by mode": lambda: partial(made.ByMode, body(), body()),
             "aside": lambda: partial(made.Aside, body(), body()),
             "frozen": lambda: partial(made.frozen, body()),
+            "skips": lambda: partial(
+                made.Skips,
+                choose(("added", "as a mask", "detached")),
+                *(body() for _ in range(choose((2, 3)))),
+            ),
+            "counting": lambda: partial(made.Counting, body(), choose(COUNTS)),
             "nested": body,
         }
         if norms:
@@ -328,6 +339,19 @@ class _Drawing:
             parts.append(piece.part)
             shape = piece.shape
         return parts, shape
+
+    def partly_frozen(self, front: Build, back: Build) -> tuple[Build, Build]:
+        """Draw which half of a model is not trained, if any."""
+        kinds = ("front", "back", "all but biases", *["nothing"] * 5)
+        kind = self.choose(kinds)
+        if kind != "nothing":
+            self.features.add(f"frozen {kind}")
+        if kind == "all but biases":
+            only = partial(partial, made.with_biases_only)
+            return only(front), only(back)
+        if kind == "front":
+            return partial(made.frozen, front), back
+        return front, partial(made.frozen, back) if kind == "back" else back
 
     def ending(self, shape: Shape) -> list[Part]:
         """Draw how a shape becomes a few classes, with or without a layer."""
@@ -370,12 +394,16 @@ def random_model(choose: Choose) -> RandomModel:
     kind, shape = drawing.one_of(INPUTS)
     inputs, stem, shape = drawing.stem(kind, shape)
     parts, middle = drawing.steps(shape, most=3)
-    front = partial(Steps, *stem, *parts)
+    front: Build = partial(Steps, *stem, *parts)
     parts, last = drawing.steps(middle, most=3)
     if choose(range(16)) == 15:
         drawing.features.add("branch on values")
         parts.append(Op(ops.branched_on_values))
-    back = partial(Steps, *parts, *drawing.ending(last))
+    back: Build = partial(Steps, *parts, *drawing.ending(last))
+    front, back = drawing.partly_frozen(front, back)
+    most = choose((1, 1, 3, 8))
+    if most > 1:
+        drawing.features.add("several boundary tensors")
     structure = choose(["line", "auxiliary", "tuple", "dict"])
     drawing.features.add(structure)
     example: Batch = inputs
@@ -397,4 +425,5 @@ def random_model(choose: Choose) -> RandomModel:
         example_inputs=example,
         optimizer=choose(sorted(OPTIMIZERS)),
         features=frozenset(drawing.features),
+        max_boundary_tensors=most,
     )

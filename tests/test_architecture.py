@@ -101,7 +101,7 @@ STRAY_CHANCE = re.compile(
     r"(numpy\.)?random\."
     r"(?!(Random|Generator|BitGenerator|SeedSequence|PCG64|Philox|default_rng)$)\w+"
 )
-LOOKS_AT_CHANCE = {"split/trace/guards.py", "split/template.py"}
+LOOKS_AT_CHANCE = {"split/python_state.py", "split/template.py"}
 """They compare the generators' states before and after user code, and restore them."""
 STRAY_TIME = re.compile(r"time\.time(_ns)?|datetime\.(datetime|date)\.(now|today)")
 

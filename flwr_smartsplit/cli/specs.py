@@ -22,7 +22,7 @@ from flwr_smartsplit.split.fake_tensors import (
     warnings_ignored,
 )
 from flwr_smartsplit.split.template import parameters_on_meta
-from flwr_smartsplit.split.trace.cut_points import torch_log_silenced
+from flwr_smartsplit.split.trace.facts import torch_log_silenced
 from flwr_smartsplit.task import Task
 
 TORCHVISION = "torchvision:"

@@ -31,6 +31,8 @@ DTYPES = {
 """The dtypes of tensors that may be sent, by name."""
 
 MAX_DIMS = 32
+ALIGNMENT = 64
+"""Bytes. Kernels choose by it how they begin, and so their order of summation."""
 # The most memory of a tensor with gaps, as a multiple of its values: the last token of
 # a sequence has gaps as long as the sequence.
 MAX_SPREAD = 2**14
@@ -44,6 +46,7 @@ class WireTensor:
     dtype: str  # Torch's name, such as ``float32``
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # In elements
+    offset: int = 0  # In bytes, of its first value from an aligned address
 
     def __post_init__(self) -> None:
         shape, strides, data = self.shape, self.strides, self.data
@@ -63,6 +66,8 @@ class WireTensor:
                 f"a tensor of shape {shape} and {self.dtype} has {num_bytes} bytes, "
                 f"not {data.dtype} of shape {data.shape}."
             )
+        if not 0 <= self.offset < ALIGNMENT:
+            raise ValueError(f"offset {self.offset} is not in 0..{ALIGNMENT - 1}.")
         if num_spanned(shape, strides) > MAX_SPREAD * size:
             raise ValueError(
                 f"strides {strides} lay {size} values over more than {MAX_SPREAD} "
@@ -84,33 +89,47 @@ class WireTensor:
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
             strides=tuple(tensor.stride()),
+            offset=tensor.data_ptr() % ALIGNMENT,
         )
 
     def unpack(self, device: torch.device = CPU) -> Tensor:
-        """Copy the bytes into a new tensor on a device."""
-        num_elements = prod(self.shape)
+        """Copy the bytes into a new tensor on a device, with layout and alignment."""
         dtype, is_pinned = DTYPES[self.dtype], device.type == "cuda"
-        flat = torch.empty(num_elements, dtype=dtype, pin_memory=is_pinned)
+        num_spanning = num_spanned(self.shape, self.strides)
+        room = _aligned(num_spanning, dtype, self.offset, device)
+        result = room.as_strided(self.shape, self.strides, room.storage_offset())
+        num_elements, has_no_gaps = prod(self.shape), is_dense(self.shape, self.strides)
+        is_direct = has_no_gaps and device.type == "cpu"
+        flat = room
+        if not is_direct:
+            flat = torch.empty(num_elements, dtype=dtype, pin_memory=is_pinned)
         if num_elements:
             flat.view(torch.uint8).numpy()[:] = self.data
         # Torch reuses pinned memory only after the copy; strides are laid out there.
-        flat = flat.to(device, non_blocking=is_pinned)
-        if is_dense(self.shape, self.strides):
-            return flat.as_strided(self.shape, self.strides)
-        return _spread(flat.view(self.shape), self.strides)
+        if not has_no_gaps:
+            values = flat.to(device, non_blocking=is_pinned)
+            _spread(values.view(self.shape), result)
+        elif not is_direct:
+            room.copy_(flat, non_blocking=is_pinned)
+        return result
 
 
-def _spread(values: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Give values the sender's strides, with gaps or repetitions."""
-    result = torch.empty_strided(
-        values.shape, strides, dtype=values.dtype, device=values.device
-    )
+def _aligned(
+    num_elements: int, dtype: torch.dtype, offset: int, device: torch.device
+) -> Tensor:
+    """Make an empty tensor whose address lies ``offset`` bytes after an aligned one."""
+    lead = offset // dtype.itemsize
+    room = torch.empty(lead + num_elements, dtype=dtype, device=device)
+    return room.as_strided((num_elements,), (1,), lead)
+
+
+def _spread(values: Tensor, result: Tensor) -> None:
+    """Copy values into the sender's layout, with gaps or repetitions."""
     target = result
-    for dim, stride in enumerate(strides):
+    for dim, stride in enumerate(result.stride()):
         if stride == 0:  # All elements along it share memory; write one.
             target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     target.copy_(values)
-    return result
 
 
 def _on_cpu(flat: Tensor) -> Tensor:

@@ -111,9 +111,14 @@ def _first_fit(
     profile: ChainProfile, start: Route, standing: Standing, budget_bytes: int | None
 ) -> RouteOption:
     """Find the first route that fits, from ``start`` on with ever earlier cuts."""
-    routes = [start, *earlier_routes(start, standing.constraints)]
-    if standing.is_fixed:
-        routes = [standing.option.route]
+    now = standing.option.route
+    routes = [
+        route
+        for route in (start, *earlier_routes(start, standing.constraints))
+        if can_move(profile, now, route)
+    ]
+    if standing.is_fixed or not routes:
+        routes = [now]
     may_recompute = standing.constraints.recompute
     for route in routes:
         plan = _plan(profile, route, budget_bytes, may_recompute)
@@ -129,6 +134,14 @@ def _first_fit(
         needed_bytes=needed,
         budget_bytes=budget_bytes,
     )
+
+
+def can_move(profile: ChainProfile, before: Route, after: Route) -> bool:
+    """Say whether every unit between the first cuts of two routes can move."""
+    if not before.cuts or not after.cuts:
+        return True
+    low, high = sorted((before.cuts[0], after.cuts[0]))
+    return all(unit.can_move for unit in profile.units[low:high])
 
 
 def _plan(
@@ -176,6 +189,8 @@ def followed(  # noqa: PLR0913 - what bounds a move
     if action is Action.EARLIER:
         now = seconds_of(option.route, option.recompute)
         for route in earlier_routes(option.route, constraints):
+            if not can_move(profile, option.route, route):
+                break
             plan = _plan(profile, route, budget_bytes, constraints.recompute)
             if plan is not None and seconds_of(route, plan) < now:
                 return _changed(option, route, plan)
@@ -183,6 +198,8 @@ def followed(  # noqa: PLR0913 - what bounds a move
     room = _room(budget_bytes)
     flops = work_of(profile, option.route).device_flops
     for route in later_routes(option.route, len(profile.units)):
+        if not can_move(profile, option.route, route):
+            break
         fits_plainly = room is None or predicted_peak_bytes(profile, route) <= room
         does_more = work_of(profile, route).device_flops > flops
         if fits_plainly and does_more:

@@ -64,6 +64,7 @@ def _facts(chain: Chain, batch_size: int, task: Task) -> Iterator[Any]:
     describe = Describer()
     for unit in chain.units:
         yield unit.name, unit.reads, unit.is_random, describe(unit.forward)
+        yield unit.can_rerun, unit.changed, unit.rereads
     for name, module in chain.model.named_modules():
         yield name, module.extra_repr(), describe(module)
     for named in (chain.model.named_parameters(), chain.model.named_buffers()):

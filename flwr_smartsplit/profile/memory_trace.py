@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.activation_checkpointing import has_statistics
 from flwr_smartsplit.split.layout import is_dense, num_spanned
 
 UNKNOWN = -1
@@ -105,7 +104,6 @@ class BoundaryLog:
     gradient_packing_bytes: int = 0
     crosses_alone: bool = True
     outputs: tuple[tuple[int, int], ...] = ()  # Birth and bytes of each storage.
-    changes_tensors: bool = False
 
     @property
     def gradient_bytes(self) -> int:
@@ -152,20 +150,18 @@ class Observed(nn.Module):
     ) -> None:
         super().__init__()
         self.segment = segment
+        self.rereads: frozenset[str] = getattr(segment, "rereads", frozenset())
         self.meter = meter
         self._last = num_units - 1
         self.boundaries: list[BoundaryLog] = []
         self.saved: dict[int, SavedLog] = {}  # By unit
         self.flops_at_start = 0
-        self._changeable = _changeable(segment)
-        self._versions: list[tuple[int, int]] = []
 
     def forward(self, inputs: Any, **how: Any) -> Any:
         """Run the segment."""
         self.boundaries.clear()
         self.saved.clear()
         self.flops_at_start = self.meter.forward_flops
-        self._versions = _versions(self._changeable)
         return self.segment(inputs, observe=self._observe, **how)
 
     def saves(self) -> saved_tensors_hooks:
@@ -195,9 +191,6 @@ class Observed(nn.Module):
             packing_bytes=sum(map(_packing_bytes, tensors)),
             flops_at_end=self.meter.forward_flops,
         )
-        versions = _versions(self._changeable)
-        boundary.changes_tensors = versions != self._versions
-        self._versions = versions
         boundary.outputs = tuple(
             {t.untyped_storage()._cdata: self._storage(t) for t in tensors}.values()
         )
@@ -242,30 +235,6 @@ def _packing_bytes(tensor: Tensor) -> int:
     """Size of the copy that the wire makes of a tensor with gaps or overlap."""
     is_packed = is_dense(tuple(tensor.shape), tensor.stride())
     return 0 if is_packed else tensor.nbytes
-
-
-_Place = tuple[dict[str, Any], str]
-
-
-def _changeable(segment: nn.Module) -> list[_Place]:
-    """Find the tensors that a forward may change or replace, as (dict, key).
-
-    Running statistics are left out: a rerun does not update them.
-    """
-    return [
-        (values, name)
-        for module in segment.modules()
-        for values in (module._buffers, vars(module))
-        if values is not module._buffers or not has_statistics(module)
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    ]
-
-
-def _versions(places: list[_Place]) -> list[tuple[int, int]]:
-    """Read which tensor each is, and how often it was changed."""
-    tensors = [values.get(name) for values, name in places]
-    return [(id(tensor), getattr(tensor, "_version", 0)) for tensor in tensors]
 
 
 @dataclass(frozen=True)

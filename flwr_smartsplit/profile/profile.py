@@ -35,6 +35,7 @@ from flwr_smartsplit.split.fake_tensors import (
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import stepped_in_backward
+from flwr_smartsplit.train.segment_runner import reread_ones
 from flwr_smartsplit.types import ChainProfile, SharedTensor, StepBytes, UnitCost
 from flwr_smartsplit.types.sizes import whole
 
@@ -107,7 +108,7 @@ def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
                 "or do not accumulate."
             )
         units = _unit_costs(chain, log, batch_size, task)
-        steps, loss = step_bytes(log)
+        steps, loss = step_bytes(chain, log)
         selective = selective_steps(chain, logger, log)
     except InvalidTask:
         raise
@@ -200,6 +201,7 @@ def _unit_costs(
             return_bytes=log.return_bytes(index, optimizer.return_temporary_bytes),
             head_update_bytes=optimizer.head_temporary_bytes,
             tail_update_bytes=optimizer.tail_temporary_bytes,
+            can_move=not chain.units[index].changed,
         )
         costs.append(unit)
     # Nothing crosses after the last unit, and the meter saw the whole chain's peak.
@@ -296,6 +298,7 @@ def _late(segment: nn.Module, log: StepLog) -> list[Tensor]:
         if log.steps_in_backward
         else set()
     )
+    early -= {id(parameter) for parameter in reread_ones(segment)}
     return [parameter for parameter in trained if id(parameter) not in early]
 
 

@@ -16,7 +16,7 @@ _MOST_FLOPS = 0.1
 """The largest fraction of its forward that a selective unit may rerun."""
 
 
-def step_bytes(log: StepLog) -> tuple[list[StepBytes], StepBytes]:
+def step_bytes(chain: Chain, log: StepLog) -> tuple[list[StepBytes], StepBytes]:
     """Find what each unit, and then the loss, allocates and frees in a step.
 
     FLOPs are left at 0.
@@ -27,6 +27,7 @@ def step_bytes(log: StepLog) -> tuple[list[StepBytes], StepBytes]:
             passing_peak_bytes=log.passing_peaks[index],
             rerun_peak_bytes=_rerun_peak(log, index),
             arriving_bytes=_arriving_bytes(log, index),
+            can_rerun=chain.units[index].can_rerun,
         )
         for index in range(log.num_units)
     ]
@@ -72,7 +73,6 @@ def _unit(log: StepLog, index: int) -> StepBytes:
         context_bytes=sum(list(new.values())[1:]) * boundary.crosses_alone,
         gradient_bytes=sum(boundary.gradient_storages.values()),
         is_output_saved=is_saved,
-        can_rerun=not boundary.changes_tensors,
     )
 
 
@@ -173,7 +173,7 @@ def selective_steps(
     if plan.is_empty:
         return found
     log = logger.log(plan)
-    steps, _ = step_bytes(log)
+    steps, _ = step_bytes(chain, log)
     for index in plan.selective:
         more = log.rerun_flops(index) - plain.rerun_flops(index)
         more *= logger.num_micro_batches

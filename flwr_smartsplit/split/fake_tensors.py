@@ -190,16 +190,25 @@ def fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     return fake
 
 
-def fake_copy(segment: ModuleT, mode: FakeTensorMode) -> ModuleT:
-    """Copy a module with fake tensors in place of its own; allocates nothing."""
-    tensors = [
-        value
-        for module in segment.modules()
-        for values in (module._parameters, module._buffers, module.__dict__)
-        for value in values.values()
-        if isinstance(value, Tensor)
-    ]
-    return copy.deepcopy(segment, {id(t): fake_like(t, mode) for t in tensors})
+def fake_copy(
+    segment: ModuleT, mode: FakeTensorMode, *, beside: nn.Module | None = None
+) -> ModuleT:
+    """Copy a module with fake tensors in place of its own; allocates nothing.
+
+    The copy shares its parameters with ``beside``, another fake copy.
+    """
+    shared = dict(beside.named_parameters(remove_duplicate=False)) if beside else {}
+    fakes: dict[int, Any] = {
+        id(parameter): shared[name]
+        for name, parameter in segment.named_parameters(remove_duplicate=False)
+        if name in shared
+    }
+    for module in segment.modules():
+        for values in (module._parameters, module._buffers, module.__dict__):
+            for value in values.values():
+                if isinstance(value, Tensor) and id(value) not in fakes:
+                    fakes[id(value)] = fake_like(value, mode)
+    return copy.deepcopy(segment, fakes)
 
 
 def constants_of(module: nn.Module) -> dict[str, Tensor]:

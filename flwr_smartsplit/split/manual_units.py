@@ -4,14 +4,16 @@ The user says what a unit reads; what it writes and draws is observed under fake
 tensors, as for traced models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.split.fake_tensors import (
@@ -23,14 +25,18 @@ from flwr_smartsplit.split.fake_tensors import (
 from flwr_smartsplit.split.segment import Batch, Segment, Unit, run_unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.cut_points import (
-    cannot_run,
-    no_new_state,
     overwritten,
+    shared_state,
     tied,
-    torch_log_silenced,
     with_nearest,
 )
-from flwr_smartsplit.split.trace.op_recorder import NodeFacts, Recorder, StateChanges
+from flwr_smartsplit.split.trace.facts import (
+    Prober,
+    cannot_run,
+    no_new_state,
+    torch_log_silenced,
+)
+from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
 
 
 @warnings_ignored()
@@ -59,6 +65,9 @@ def declared_units(
             is_random=facts.is_random,
             gradients=tuple(t.requires_grad for t in _tensors(facts.value)),
             writes=tuple(sorted(facts.changed_state)),
+            can_rerun=facts.repeats,
+            changed=tuple(sorted(facts.changed)),
+            rereads=tuple(sorted(facts.rereads)),
         )
         for unit, facts in zip(units, train, strict=True)
     ]
@@ -114,28 +123,58 @@ def _dry_run(
     model: nn.Module, units: Sequence[Unit], inputs: Batch, *, training: bool
 ) -> list[NodeFacts]:
     """Run the units one by one under fake tensors; each sees only what it reads."""
-    mode, recorder = DryRun(), Recorder()
+    mode = DryRun()
     whole = fake_copy(Segment(units, 0, model), mode)
-    odd, changes = odd_modes(model), StateChanges(whole)
+    prober = Prober(whole, model, {}, training=training)
+    odd = odd_modes(model)
     value: Any = fake_batch(inputs, mode, batch_size=2)
     found = []
     for index, unit in enumerate(units):
         root = Segment([unit], index, whole, odd).train(training)
         run = unit.forward_in(training)
-        recorder.facts = facts = NodeFacts()
+        facts = NodeFacts()
+        call, given = partial(_called, run, root, value), value
         try:
-            with mode, recorder, torch.set_grad_enabled(training), torch_log_silenced():
-                with changes.noted(facts, root), no_new_state(root, model):
-                    value = run_unit(run, root, value)
+            with (
+                _probing(mode, prober, training=training),
+                no_new_state(root, model),
+            ):
+                value = prober.run(
+                    facts, partial(call, _itself), given, root, again=call
+                )
+            facts.writes_inputs = not storages_of(given).isdisjoint(facts.written)
         except InvalidTask:
             raise
         except Exception as error:
             raise cannot_run(
                 model, inputs, error, part=f"unit {unit.name!r}"
             ) from error
-        facts.value = value
         found.append(facts)
+    if training:
+        with _probing(mode, prober, training=True):
+            prober.repeat_all()
+    for facts in found:
+        facts.repeats &= not facts.writes_inputs
     return found
+
+
+def _called(
+    run: Callable[..., Any], root: nn.Module, value: Any, fresh: Callable[..., Any]
+) -> Any:
+    return run_unit(run, root, tree_map(fresh, value))
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+@contextmanager
+def _probing(mode: DryRun, prober: Prober, *, training: bool) -> Iterator[None]:
+    expressions = prober.expressions if training else nullcontext()
+    with mode, prober.recorder, expressions, torch_log_silenced():
+        with saved_tensors_hooks(prober.recorder.note_saved, _itself):
+            with torch.set_grad_enabled(training):
+                yield
 
 
 def _refusal(
@@ -165,7 +204,9 @@ def _refusal(
     if len({(tensor.grad_fn, tensor.output_nr) for tensor in trained}) < len(trained):
         return "two of the tensors of its value are one"
     written = {name for found in facts[0] for name in found.changed_state}
-    return tied(model, before, behind, written=written)
+    return tied(model, before, behind, written=written) or shared_state(
+        facts[0][:after], facts[0][after:]
+    )
 
 
 def _value_problem(value: Any) -> str | None:
@@ -207,4 +248,7 @@ def _as_one(units: Sequence[Unit]) -> Unit:
         is_random=any(unit.is_random for unit in units),
         gradients=units[-1].gradients,
         writes=tuple(sorted({name for unit in units for name in unit.writes})),
+        can_rerun=all(unit.can_rerun for unit in units),
+        changed=tuple(name for unit in units for name in unit.changed),
+        rereads=tuple(name for unit in units for name in unit.rereads),
     )

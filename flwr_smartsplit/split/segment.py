@@ -58,6 +58,14 @@ class Unit:
     writes : tuple[str, ...]
         Names of the model's state that it changes in training, as a BatchNorm does. A
         chain finds out.
+    can_rerun : bool
+        Whether a second run computes the same and changes nothing; a chain finds out.
+    changed : tuple[str, ...]
+        What it changes in training that is neither parameter nor buffer, such as a
+        counter in a list. It cannot move to another place in a round.
+    rereads : tuple[str, ...]
+        Trained parameters of which it also reads the values without a gradient. They
+        are not updated before the step ends.
 
     Examples
     --------
@@ -74,6 +82,9 @@ class Unit:
     selective_forward: Callable[..., Any] | None = None
     gradients: tuple[bool, ...] = (True,)
     writes: tuple[str, ...] = ()
+    can_rerun: bool = True
+    changed: tuple[str, ...] = ()
+    rereads: tuple[str, ...] = ()
 
     def forward_in(
         self, training: bool, *, is_selective: bool = False
@@ -103,6 +114,7 @@ class Segment(nn.Module):
     ) -> None:
         super().__init__()
         self.entering_gradients = entering
+        self.rereads = frozenset(name for unit in units for name in unit.rereads)
         # Mangled names, so that none collides with the model's own children.
         self.__units = tuple(units)
         self.__start = start

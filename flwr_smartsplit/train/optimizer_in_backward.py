@@ -101,15 +101,20 @@ def steps_one_by_one(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def stepping_in_backward(optimizer: Optimizer) -> Iterator[None]:
+def stepping_in_backward(
+    optimizer: Optimizer, late: Iterable[Tensor] = ()
+) -> Iterator[None]:
     """Update each large parameter inside backward, and free its gradient at once.
 
-    The optimizer must be one that ``steps_one_by_one``.
+    The optimizer must be one that ``steps_one_by_one``. Those of ``late`` wait for the
+    end of the step.
     """
+    waiting = {id(parameter) for parameter in late}
     hooks = [
         parameter.register_post_accumulate_grad_hook(partial(_update, optimizer, group))
         for group in optimizer.param_groups
         for parameter in stepped_in_backward(group["params"])
+        if id(parameter) not in waiting
     ]
     try:
         yield

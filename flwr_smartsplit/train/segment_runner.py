@@ -78,6 +78,7 @@ class SegmentRunner:
             and task.max_gradient_norm is None  # Clipping needs all gradients first.
             and steps_one_by_one(self.optimizer)
         )
+        self._reread = reread_ones(segment)
         self._part = WHOLE_BATCH
         self._entry: Tensor | None = None
         self._receive: list[Callable[[], Gradients]] = []
@@ -213,7 +214,8 @@ class SegmentRunner:
         is_part = self._part.count > 1
         if self.optimizer is None or not self.steps_in_backward or is_part:
             return nullcontext()
-        return stepping_in_backward(self.optimizer)
+        # Backward may still read these after their gradient has arrived.
+        return stepping_in_backward(self.optimizer, self._reread)
 
     def _leaf(self, inputs: Batch) -> Batch:
         """Start the graph at a boundary, and collect its gradients."""
@@ -238,6 +240,17 @@ class SegmentRunner:
         gradients = tuple(self._input_gradients)
         self._input_gradients.clear()
         return gradients
+
+
+def reread_ones(segment: nn.Module) -> list[nn.Parameter]:
+    """List the parameters whose values a segment also reads without a gradient."""
+    names = cast(frozenset[str], getattr(segment, "rereads", frozenset()))
+    known = dict(segment.named_parameters(remove_duplicate=False))
+    return [
+        parameter
+        for name, parameter in known.items()
+        if name in names or name.removeprefix("segment.") in names
+    ]
 
 
 def optimizer_of(task: Task, parameters: Sequence[nn.Parameter]) -> Optimizer | None:

@@ -53,7 +53,7 @@ def migrated_units(
     something that cannot be sent.
     """
     part = chain.segment(start, stop, source=runner.segment)
-    _check_attributes(part, chain.model)
+    _check_unchanged(chain, start, stop)
     names = {name for name, _ in part.named_parameters()}
     states = {n: s for n, s in _optimizer_states(runner).items() if n in names}
     for name, state in states.items():
@@ -148,18 +148,14 @@ def _changed_buffers(part: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_attributes(part: nn.Module, model: nn.Module) -> None:
-    """Refuse modules with plain attributes that training changes."""
-    for name, module in part.named_modules():
-        fresh = _plain_attributes(model.get_submodule(name))
-        found = _plain_attributes(module)
-        names = fresh.keys() & found.keys() - {"training"}
-        changed = [key for key in names if fresh[key] != found[key]]
-        if changed:
+def _check_unchanged(chain: Chain, start: int, stop: int) -> None:
+    """Refuse units that keep something which is neither parameter nor buffer."""
+    for unit in chain.units[start:stop]:
+        if unit.changed:
+            names = ", ".join(name.lstrip(".") for name in unit.changed[:3])
             raise RefusedMove(
-                f"{name}: training changes {', '.join(sorted(changed))} of this "
-                f"{type(module).__name__}, and only tensors can move: register a "
-                "buffer, or keep the cut where it is."
+                f"{unit.name}: training changes {names}, and only tensors can move: "
+                "register a buffer, or keep the cut where it is."
             )
 
 

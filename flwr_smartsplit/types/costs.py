@@ -37,7 +37,7 @@ class StepBytes:
     # Of forward up to the last result saved; in a selective step, of what backward
     # recomputes. A ``Rerun`` of a selective unit costs both.
     rerun_flops: int = 0
-    can_rerun: bool = True  # Not if it writes into tensors other than a BatchNorm's
+    can_rerun: bool = True  # Whether a second run repeats the first, changing nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,8 @@ class UnitCost:
     keeps_gradient: bool = False  # From micro-batch to micro-batch
     head_update_bytes: int = 0  # What the optimizer needs if this is the last unit here
     tail_update_bytes: int = 0  # And if it is the first
+    # Whether a cut may move past it in a round: not if it keeps more than tensors
+    can_move: bool = True
     step: StepBytes = StepBytes()  # What plans to recompute are made from
     selective_step: StepBytes | None = None  # None if being selective saves nothing
 

@@ -27,7 +27,7 @@ from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.plan.checkpointing.stages import stages_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.trace.guards import chance_restored
+from flwr_smartsplit.split.python_state import chance_restored
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import facts_digest, task_facts
 from flwr_smartsplit.types import (

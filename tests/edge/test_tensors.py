@@ -203,3 +203,14 @@ def test_a_digest_sees_everything_but_the_order_of_names() -> None:
         {"v": STATE["w"], "n": STATE["n"]},
     ]
     assert len({digest, *map(state_digest, others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x[1:], lambda x: x[:, 1:], lambda x: x[:, -1], lambda x: x]
+)
+def test_a_tensor_arrives_with_the_alignment_that_kernels_look_at(view):
+    sent = view(torch.randn(5, 7, 3))
+    arrived = WireTensor.pack(sent).unpack()
+    assert arrived.data_ptr() % 64 == sent.data_ptr() % 64
+    assert arrived.stride() == sent.stride()
+    assert bits(arrived) == bits(sent)

@@ -8,160 +8,20 @@ random numbers, and whether its value needs a gradient. Guessing from names woul
 functional and user-written operations.
 """
 
-import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.split.fake_tensors import (
-    DryRun,
-    fake_batch,
-    fake_copy,
-    warnings_ignored,
-)
-from flwr_smartsplit.split.segment import Batch, Segment, Unit
+from flwr_smartsplit.split.trace.facts import shape_of
 from flwr_smartsplit.split.trace.liveness import Place, live_places
-from flwr_smartsplit.split.trace.op_recorder import (
-    NodeFacts,
-    Recorder,
-    StateChanges,
-    storages_of,
-)
-
-_READS_MODEL = ("call_module", "get_attr")
-
-
-class _FactFinder(fx.Interpreter):
-    """Run a graph node by node and keep the facts of each."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, recorder: Recorder) -> None:
-        super().__init__(root, garbage_collect_values=False, graph=graph)
-        self.recorder = recorder
-        self.facts: dict[fx.Node, NodeFacts] = {}
-        self.changes = StateChanges(root)
-        recorder.own = self.changes.storages
-
-    def fetch_args_kwargs_from_env(
-        self, n: fx.Node
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Copy the lists among the arguments: some operations write into them."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return _thawed(tuple(args)), _thawed(dict(kwargs))
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and keep what the recorder saw."""
-        self.recorder.facts = facts = self.facts[n] = NodeFacts()
-        path = str(n.target)
-        module = self.fetch_attr(path) if n.op == "call_module" else None
-        with self.changes.noted(facts, module, path):
-            facts.value = value = super().run_node(n)
-        facts.shape = _shape(value)
-        return value
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
 
 
 def is_reshaped(facts: Mapping[fx.Node, NodeFacts]) -> bool:
     """Say whether any tensor changed its shape after it was made."""
-    return any(fact.shape != _shape(fact.value) for fact in facts.values())
-
-
-def _thawed(value: Any) -> Any:
-    """Replace fx's immutable lists and dicts by ordinary ones."""
-    if isinstance(value, list):
-        return [_thawed(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_thawed(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _thawed(item) for key, item in value.items()}
-    return value
-
-
-@warnings_ignored()
-def find_facts(
-    model: nn.Module, graph: fx.Graph, example_inputs: Batch
-) -> dict[fx.Node, NodeFacts]:
-    """Run a graph under fake tensors and record what each of its nodes does.
-
-    The model must be in the mode that was traced; it is not changed. Raises
-    ``InvalidTask`` if it does not run on the example inputs.
-    """
-    reads = tuple({str(n.target) for n in graph.nodes if n.op in _READS_MODEL})
-    everything = Unit("", _identity, reads)
-    mode = DryRun()
-    root = fake_copy(Segment([everything], 0, model), mode).train(model.training)
-    recorder = Recorder()
-    finder = _FactFinder(root, graph, recorder)
-    # Two examples, since BatchNorm refuses to train on one value per channel.
-    inputs = fake_batch(example_inputs, mode, batch_size=2)
-    try:
-        with mode, recorder, torch.enable_grad(), torch_log_silenced():
-            with saved_tensors_hooks(recorder.note_saved, _itself):
-                with no_new_state(root, model):
-                    finder.run(*tree_leaves(inputs))
-    except InvalidTask:
-        raise
-    except Exception as error:
-        raise cannot_run(model, example_inputs, error) from error
-    return finder.facts
-
-
-@contextmanager
-def no_new_state(root: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Raise ``InvalidTask`` if a run of ``root`` adds state to it, or removes some."""
-    before = root.state_dict().keys()
-    yield
-    names = sorted(before ^ root.state_dict().keys())
-    if names:
-        raise InvalidTask(
-            f"forward of {type(model).__name__} adds or removes {', '.join(names)}: "
-            "make layers and buffers in __init__, so that they are in the state that "
-            "is sent, and that the optimizer has them."
-        )
-
-
-def cannot_run(
-    model: nn.Module, example_inputs: Batch, error: Exception, *, part: str = ""
-) -> InvalidTask:
-    """Make the error of a failed dry run of a model, or a part of it."""
-    shapes = [tuple(example.shape) for example in tree_leaves(example_inputs)]
-    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    if "convert all Tensors to FakeTensors" in reason:
-        reason = "it uses a tensor that it does not name in its reads"
-    return InvalidTask(
-        f"{f'{part} of ' if part else ''}{type(model).__name__} cannot run on "
-        f"example inputs of shape {shapes}: {reason}. Give example inputs that the "
-        "model accepts.",
-        shapes=shapes,
-    )
-
-
-@contextmanager
-def torch_log_silenced() -> Iterator[None]:
-    """Keep torch from logging a traceback of what is raised anyway."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
-def _identity(root: nn.Module, value: Any) -> Any:
-    del root
-    return value
+    return any(fact.shape != shape_of(fact.value) for fact in facts.values())
 
 
 def used_by(node: fx.Node) -> list[fx.Node]:
@@ -263,7 +123,36 @@ def _refusal(
             if storages_of(facts[given].value) & storages_of(facts[node].value):
                 return f"the input {given.name} is needed after it, and must not leave"
     later = {other.name: facts[other] for other in after if other.op != "output"}
-    return overwritten(values, later) or _shared_gradients(place, facts, set(after))
+    return (
+        overwritten(values, later)
+        or _shared_state(facts, before, after)
+        or _shared_gradients(place, facts, set(after))
+    )
+
+
+def _shared_state(
+    facts: Mapping[fx.Node, NodeFacts],
+    before: Iterable[fx.Node],
+    after: Iterable[fx.Node],
+) -> str | None:
+    """Say what both sides can reach that one of them changes, or None."""
+    sides = [[facts[n] for n in side if n in facts] for side in (before, after)]
+    return shared_state(*sides)
+
+
+def shared_state(before: Iterable[NodeFacts], after: Iterable[NodeFacts]) -> str | None:
+    """Say what two sides can reach that one of them changes, or None."""
+    first, second = (
+        frozenset().union(*(fact.reached for fact in side)) for side in (before, after)
+    )
+    both = first & second
+    for fact in (*before, *after):
+        for name, owner in fact.changed.items():
+            if owner in both:
+                return (
+                    f"both sides of it use what {name.lstrip('.')} is in, and change it"
+                )
+    return None
 
 
 def _value_problem(value: Any) -> str | None:

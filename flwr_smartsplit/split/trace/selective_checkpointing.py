@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from flwr_smartsplit.split.activation_checkpointing import has_statistics
 from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
 from flwr_smartsplit.split.trace.subgraphs import Piece, Region, compiled
 
@@ -115,23 +115,22 @@ class _UnitGraph:
         outputs = [n for n in piece.nodes if n.op == "output"]
         return storages_of([facts[node].value for node in outputs])
 
-    def _is_norm(self, index: int) -> bool:
-        node = self.nodes[index]
-        if node.op != "call_module":
-            return False
-        module = self.model.get_submodule(str(node.target))
-        is_torchs = type(module).__module__ == _BatchNorm.__module__
-        return is_torchs and isinstance(module, _BatchNorm)
-
     def norms(self, start: int, stop: int) -> list[str]:
-        """Name the BatchNorms among some nodes."""
-        found = (i for i in range(start, stop) if self._is_norm(i))
-        return [str(self.nodes[index].target) for index in found]
+        """Name the modules among some nodes that keep running statistics."""
+        modules = [n for n in self.nodes[start:stop] if n.op == "call_module"]
+        return [
+            str(node.target)
+            for node in modules
+            if any(
+                map(
+                    has_statistics, self.model.get_submodule(str(node.target)).modules()
+                )
+            )
+        ]
 
     def _may_repeat(self, index: int) -> bool:
         fact = self.facts[index]
-        changes = fact.changes_model and not self._is_norm(index)
-        return not changes and not fact.is_random
+        return fact.repeats and not fact.is_random
 
     def is_cheap(self, index: int) -> bool:
         """Say whether a node may run twice at next to no cost."""

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.split.fake_tensors import warnings_ignored
 from flwr_smartsplit.split.huggingface import units_advice
+from flwr_smartsplit.split.python_state import names_in_code
 from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
 from flwr_smartsplit.split.trace.conditions import (
@@ -28,24 +28,19 @@ from flwr_smartsplit.split.trace.conditions import (
 )
 from flwr_smartsplit.split.trace.cut_points import (
     admissible_cuts,
-    find_facts,
     gradient_flags,
     is_reshaped,
-    no_new_state,
     used_by,
     with_nearest,
 )
+from flwr_smartsplit.split.trace.facts import find_facts, no_new_state
 from flwr_smartsplit.split.trace.guards import refuse_switches, trace_strictly
 from flwr_smartsplit.split.trace.liveness import (
     Place,
     longest_needed,
     read_sizes_early,
 )
-from flwr_smartsplit.split.trace.op_recorder import (
-    NodeFacts,
-    attributes_of,
-    storages_of,
-)
+from flwr_smartsplit.split.trace.op_recorder import NodeFacts, storages_of
 from flwr_smartsplit.split.trace.selective_checkpointing import selective_function
 from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
 
@@ -178,13 +173,17 @@ def trace_units(
     the nearest cut. Raises ``NotSplittable`` if torch.fx cannot trace the model.
     """
     with modes_restored(model), no_new_state(model, model):
-        train_graph = _trace(model.train(), example_inputs)
-        eval_graph = _trace(model.eval(), example_inputs)
-        facts = find_facts(model.train(), train_graph, example_inputs)
+        train_graph, kept = _trace(model.train(), example_inputs)
+        eval_graph, eval_kept = _trace(model.eval(), example_inputs)
+        facts = find_facts(model.train(), train_graph, example_inputs, kept)
         _refuse_lost_writes(train_graph, facts)
-        if any(AUGMENTED in node.meta for node in eval_graph.nodes):
-            # A dropout may be an alias in evaluation only.
-            eval_facts = find_facts(model.eval(), eval_graph, example_inputs)
+        is_other = bool(eval_kept) or not _is_same(model, train_graph, eval_graph)
+        # A dropout may be an alias in evaluation only.
+        if is_other or any(AUGMENTED in node.meta for node in eval_graph.nodes):
+            eval_facts = find_facts(
+                *(model.eval(), eval_graph, example_inputs, eval_kept),
+                compares=is_other,
+            )
             _refuse_lost_writes(eval_graph, eval_facts)
         if not is_reshaped(facts):
             read_sizes_early(train_graph)
@@ -204,6 +203,20 @@ def trace_units(
     refused = {**_needed_everywhere(train_graph, len(cuts)), **refused}
     places = [order.index(train.node.name) for train, _ in cuts]
     return units, with_nearest(refused, dict(zip(places, names, strict=False)))
+
+
+def _is_same(model: nn.Module, train: fx.Graph, evaluate: fx.Graph) -> bool:
+    """Say whether evaluation mode was compared with the model by comparing training."""
+    return _listed(train) == _listed(evaluate) and not names_in_code(model, "training")
+
+
+def _listed(graph: fx.Graph) -> list[Any]:
+    """Describe a graph, with numbers in place of its nodes."""
+    order = {node: ("node", index) for index, node in enumerate(graph.nodes)}
+    return [
+        (node.op, node.target, fx.map_arg((node.args, node.kwargs), order.get))
+        for node in graph.nodes
+    ]
 
 
 def _refuse_lost_writes(graph: fx.Graph, facts: dict[fx.Node, NodeFacts]) -> None:
@@ -245,20 +258,10 @@ def _needed_everywhere(graph: fx.Graph, num_cuts: int) -> dict[int, tuple[str, s
 
 
 @warnings_ignored()
-def _trace(model: nn.Module, inputs: Batch) -> fx.Graph:
-    before = attributes_of(model)
+def _trace(model: nn.Module, inputs: Batch) -> tuple[fx.Graph, frozenset[str]]:
+    """Trace a model, and name what its forward assigns besides."""
     try:
-        graph = trace_strictly(model, partial(_Tracer(inputs).trace, model))
-        after = attributes_of(model)
-        lost = [k for k, v in after.items() if _is_proxy(v) and before.get(k) is not v]
-        if lost:
-            name = ".".join(filter(None, lost[0]))
-            raise NotSplittable(
-                f"forward assigns {name}, which torch.fx would lose. Write a buffer in "
-                f"place, as in self.{lost[0][1]}.add_(1); or list its units by hand "
-                "with Task(units_fn=...)."
-            )
-        return graph
+        return trace_strictly(model, partial(_Tracer(inputs).trace, model))
     except NotSplittable:
         raise
     except Exception as error:
@@ -277,10 +280,6 @@ def _where(error: Exception) -> str:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_A_MODELS
     ]
     return lines[-1] if lines else ""
-
-
-def _is_proxy(value: Any) -> bool:
-    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value))
 
 
 def _pieces(graph: fx.Graph, cuts: list[Place]) -> list[Piece]:
@@ -315,15 +314,19 @@ def _make_unit(
 ) -> Unit:
     train, evaluate = parts
     nodes = (*train.nodes, *evaluate.nodes)
+    own = [facts[node] for node in train.nodes if node in facts]
+    can_rerun = all(fact.repeats for fact in own)
     reads = {str(used.target) for node in nodes for used in used_by(node)}
-    seen = [facts[node] for node in train.nodes if node in facts]
     return Unit(
         name=name,
         forward=compiled(model, train),
         eval_forward=compiled(model, evaluate),
         reads=tuple(sorted(reads)),
-        is_random=any(fact.is_random for fact in seen),
+        is_random=any(fact.is_random for fact in own),
         selective_forward=selective_function(model, train, facts),
         gradients=gradient_flags(train.leaving, facts),
-        writes=tuple(sorted({name for f in seen for name in f.changed_state})),
+        writes=tuple(sorted({name for fact in own for name in fact.changed_state})),
+        can_rerun=can_rerun,
+        changed=tuple(sorted({what for fact in own for what in fact.changed})),
+        rereads=tuple(sorted({what for fact in own for what in fact.rereads})),
     )

@@ -11,7 +11,7 @@ from torch.nn import functional
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.split.trace.cut_points import find_facts
+from flwr_smartsplit.split.trace.facts import find_facts
 from tests.models import Residual, task_of
 
 Operation = Callable[[Tensor], Tensor]

@@ -221,7 +221,7 @@ def small_profile() -> ChainProfile:
 def measured_steps(chain: Chain, plan: RecomputePlan) -> list[StepBytes]:
     """Log a step with some units selective."""
     logger = StepLogger(chain, batch_size=BATCH_SIZE, task=TASK)
-    steps, _ = step_bytes(logger.log(plan))
+    steps, _ = step_bytes(chain, logger.log(plan))
     return [replace(step, rerun_flops=0) for step in steps]
 
 
