@@ -61,6 +61,43 @@ def _storage_numel(func: Any, args: Any, result: Tensor) -> int:
     return result.numel()
 
 
+_MASKED = {
+    _aten.native_batch_norm_backward.default,
+    _aten.convolution_backward.default,
+}
+# These kernels compute a weight's gradient with its bias's; that of transposed
+# convolutions has no name.
+_COMPUTE = {"Mkldnn", "???"}
+
+
+def _as_asked(func: Any, args: Any, result: Any, mode: FakeTensorMode) -> Any:
+    """Return the gradients that the CPU's kernels compute for a mask of those needed.
+
+    Batch norm leaves its input's out, where fakes have it; most convolutions compute
+    their weight's with their bias's, where fakes leave it out.
+    """
+    first, second, third = result
+    if func is _aten.native_batch_norm_backward.default:
+        *_, mask = args
+        return (first if mask[0] else None), second, third
+    _, inputs, weight, bias_sizes, *how, mask = args
+    if mask[2] and not mask[1] and _kernel(inputs, weight, bias_sizes, how) in _COMPUTE:
+        with mode:
+            second = torch.empty_like(weight)
+    return first, second, third
+
+
+def _kernel(inputs: Tensor, weight: Tensor, bias_sizes: Any, how: list[Any]) -> str:
+    """Name the CPU's kernel for a convolution."""
+    with _disable_current_modes():  # It depends on sizes only.
+        inputs, weight = (
+            torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            for tensor in (inputs, weight)
+        )
+        kernel = torch._C._select_conv_backend(inputs, weight, None, *how, bias_sizes)
+    return str(kernel.name)
+
+
 class DryRun(FakeTensorMode):
     """Fake tensors with the layout that the CPU's kernels give them.
 
@@ -75,10 +112,11 @@ class DryRun(FakeTensorMode):
         if part is not None:
             return part
         result: Any = super().__torch_dispatch__(func, types, args, kwargs)
-        if is_sparse_fake(result):
+        if func in _MASKED:
+            result = _as_asked(func, args, result, self)
+        elif is_sparse_fake(result):
             with self:
                 keep_parts(func, args, result)
-            return result
         if func in _LIKE_INPUT or func in _LIKE_TERMS:
             with self:
                 room = result.new_empty(_storage_numel(func, args, result))
