@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from flwr_smartsplit.edge.hosts.ray import RayEdge as RayEdge
+    from flwr_smartsplit.flower.checkpoints.checkpoints import (
+        Checkpoints as Checkpoints,
+    )
     from flwr_smartsplit.flower.client import (
         SmartSplitNumPyClient as SmartSplitNumPyClient,
     )
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
 
 _NAMES_BY_MODULE = {
     "edge.hosts.ray": "RayEdge",
+    "flower.checkpoints.checkpoints": "Checkpoints",
     "flower.client": "SmartSplitNumPyClient",
     "flower.client_app": "build_client_app",
     "flower.legacy_strategy": "LegacySmartSplit",

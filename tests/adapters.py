@@ -116,6 +116,8 @@ FROZEN = {
     "frozen backbone": frozen_net("6."),
     "frozen middle": frozen_net("0.", "6."),
     "frozen end": frozen_net("0.", "1."),
+    "biases only": frozen_net("0.bias", "1.bias", "3.bias", "6.bias"),
+    "norm behind a frozen layer": frozen_net("1.", "6."),
     "one layer of a tied decoder": frozen_llama("model.layers.1.mlp"),
 }
 PEFT = {

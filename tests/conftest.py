@@ -38,6 +38,7 @@ os.environ.update(
     RAY_ADDRESS="local",  # without it, ray.init() joins any cluster on this machine
     RAY_TMPDIR=_PRIVATE,
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # not last in line, behind the tests that run beside it
     FLWR_HOME=_PRIVATE,
     FLWR_TELEMETRY_ENABLED="0",
     FLWR_DISABLE_UPDATE_CHECK="1",

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.server.superlink.linkstate.utils import (
+    create_message_error_unavailable_ins_message,
+)
 
 from simulations.experiments.local_grid import LocalGrid
 
@@ -58,6 +61,17 @@ class InProcessGrid(LocalGrid):
     def duplicate(self, partition: int, *, nth: int, kind: str = "train") -> None:
         """Deliver a reply twice."""
         self._destine(partition, kind, nth, lambda reply: [reply, copy.deepcopy(reply)])
+
+    def fail_at_superlink(
+        self, partition: int, *, nth: int, kind: str = "train"
+    ) -> None:
+        """Replace a reply by an error that the SuperLink makes in its own name."""
+
+        def fate(reply: Message) -> list[Message]:
+            asked = reply.metadata.reply_to_message_id
+            return [create_message_error_unavailable_ins_message(asked, 1)]
+
+        self._destine(partition, kind, nth, fate)
 
     def alter(
         self,

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Some two minutes of a CPU: Flower's two APIs and its engine, cuts, memory, edges.
+# Some three minutes of a CPU: both APIs of Flower and its engine, cuts, memory, edges.
 SUITE = (
     "tests/test_packaging.py",
+    "tests/cli/test_app.py",
     "tests/split/test_chain.py",
+    "tests/split/test_fake_tensors.py",
+    "tests/task_digest/test_facts.py",
     "tests/memory/test_meter.py",
     "tests/edge/test_message_bytes.py",
     "tests/edge/test_tensors.py",
@@ -28,7 +31,13 @@ SUITE = (
     "tests/edge/hosts/test_ray.py",
     "tests/test_simulation.py",
 )
-TOOLS = ("pytest>=9", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-learn>=1.5")
+TOOLS = (
+    "hypothesis>=6.100",
+    "matplotlib>=3.9",
+    "pytest>=9",
+    "pytest-xdist>=3.6",
+    "scikit-learn>=1.5",
+)
 _NEEDED_BYTES = 9 * 10**9
 
 
@@ -43,8 +52,15 @@ class Corner:
 
 OLD_FLWR = ("flwr==1.40.0",)
 OLD_TORCH = ("torch==2.9.0", "torchvision==0.24.0")
+OLD_OTHERS = (
+    "numpy==2.0.0",
+    "psutil==5.9.0",
+    "rich==14.0.0",
+    "safetensors==0.5.0",
+    "typer==0.18.0",
+)
 CORNERS = (
-    Corner("oldest", "3.11", (*OLD_FLWR, *OLD_TORCH)),
+    Corner("oldest", "3.11", (*OLD_FLWR, *OLD_TORCH, *OLD_OTHERS)),
     Corner("newest", "3.13"),
     Corner("old-flwr", "3.12", OLD_FLWR),
     Corner("old-torch", "3.13", OLD_TORCH),
@@ -62,12 +78,13 @@ def interpreter(version: str) -> str | None:
 
 def run(*command: str | Path, log: Path) -> bool:
     """Run a command into a log; return whether it succeeded."""
-    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    # Each process would compile torch anew where bytecode is not to be kept.
+    settings = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
         done = subprocess.run(
             [str(word) for word in command],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | settings,
             stdout=file,
             stderr=subprocess.STDOUT,
             check=False,

@@ -117,7 +117,8 @@ def simulate(
     def main(grid: Grid, context: Context) -> None:
         del context
         results.append(
-            strategy.start(grid, initial_arrays(), num_rounds=num_rounds, timeout=120)
+            # Workers that start on a busy machine took more than two minutes.
+            strategy.start(grid, initial_arrays(), num_rounds=num_rounds, timeout=600)
         )
 
     backend: dict[str, Any] = {

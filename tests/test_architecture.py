@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
     "Chain",
+    "Checkpoints",
     "Constraints",
     "DeviceTraits",
     "LegacySmartSplit",
@@ -60,9 +61,9 @@ ORDER = (
     "errors",
     "types",
     "task",
-    "task_digest",
     "memory",
     "split",
+    "task_digest",
     "train",
     "profile",
     "plan",
@@ -445,6 +446,12 @@ def heavy_modules_loaded_by(statement: str, folder: Path) -> list[str]:
 
 def test_importing_the_package_loads_neither_ray_nor_flwr():
     assert heavy_modules_loaded_by(f"import {PACKAGE}", ROOT) == []
+
+
+def test_a_device_without_a_split_needs_no_ray():
+    """Describing an edge is not reaching it; each Flower message is a new process."""
+    made = f"from {PACKAGE} import RayEdge; RayEdge().profile"
+    assert heavy_modules_loaded_by(made, ROOT) == []
 
 
 def test_a_package_that_loads_ray_would_be_seen(tmp_path):

@@ -81,6 +81,7 @@ def test_a_refused_process_does_a_smaller_step(fenced: dict[str, Any]) -> None:
     assert 0 < growth_bytes < fenced["metered_peak_bytes"] // 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_threads_do_not_end_a_fenced_process() -> None:
     """OpenMP would, if it had to start them where there is no room for their stacks."""

@@ -1,6 +1,10 @@
 """The matrix of versions names each corner that fails, and fails with it."""
 
+import sys
+import tomllib
+
 import pytest
+from packaging.requirements import Requirement
 
 from tests import matrix
 
@@ -29,6 +33,24 @@ def test_an_unknown_corner_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("CORNERS", "newest oldets")
     assert matrix.main() == 1
     assert capsys.readouterr().out.startswith("no corner oldets; there is oldest,")
+
+
+def test_a_corner_keeps_what_it_compiles(monkeypatch, tmp_path):
+    """Pip compiles nothing: each process would compile torch, for 20 s of a CPU."""
+    code = "import sys; sys.exit(sys.dont_write_bytecode)"
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert matrix.run(sys.executable, "-c", code, log=tmp_path / "log")
+
+
+def test_the_oldest_corner_takes_the_lowest_versions_that_the_package_allows():
+    project = tomllib.loads((matrix.ROOT / "pyproject.toml").read_text())["project"]
+    (oldest,) = (each for each in matrix.CORNERS if each.name == "oldest")
+    assert project["requires-python"] == f">={oldest.python}"
+    pinned = {pin.name: pin.specifier for pin in map(Requirement, oldest.pins)}
+    for wanted in map(Requirement, project["dependencies"]):
+        lowest = [each.version for each in wanted.specifier if each.operator == ">="]
+        if wanted.name != "ray":  # Flower names the only one.
+            assert all(version in pinned[wanted.name] for version in lowest)
 
 
 def test_the_suite_exists():

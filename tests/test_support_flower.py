@@ -5,6 +5,7 @@ One test for each row of docs/support.md, with those of the other ``test_support
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from flwr.serverapp import strategy as flower
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flwr_smartsplit import Route, build_client_app
+from flwr_smartsplit import Checkpoints, Route, build_client_app
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.routes import RouteRequest, deepest_split
@@ -40,6 +41,7 @@ from tests.flower.apps import (
     smart_split,
 )
 from tests.flower.legacy import legacy_smart_split, run_legacy
+from tests.killed_runs import Kind, run_kind
 from tests.support import (
     EDGES,
     in_turn,
@@ -349,6 +351,15 @@ def test_differential_privacys_wrappers(wrapper: Any) -> None:
     wrapped = wrapper(smart_split(), 1.0, 1.0, 2)
     with pytest.raises(SmartSplitError, match="nowhere whole when they are split"):
         run([message_app(0), message_app(1)], wrapped)
+
+
+@pytest.mark.parametrize("api", ["message", "legacy"])
+def test_a_run_that_is_resumed(api: str, tmp_path: Path) -> None:
+    """Two rounds in two processes give the bits of two in one."""
+    kind = Kind(api, "FedAvgM")
+    run_kind(kind, Checkpoints(tmp_path), num_rounds=1)
+    made = run_kind(kind, Checkpoints(tmp_path, resume="required"), num_rounds=2)
+    assert differences(made.state, run_kind(kind, num_rounds=2).state) == []
 
 
 def test_the_result_loads_into_the_stock_model() -> None:

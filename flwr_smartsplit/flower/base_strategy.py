@@ -1,15 +1,19 @@
 """SplitStrategy: what ``SmartSplit`` and ``LegacySmartSplit`` share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
+from functools import cached_property, partial
+from logging import WARNING, getLogger
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.flower.checkpoints.checkpoints import Checkpoints
+from flwr_smartsplit.flower.checkpoints.run_record import RunRecord, State
 from flwr_smartsplit.flower.inner_strategy import (
     Api,
+    arguments_of,
     check_proximal,
     check_strategy,
     has_server_step,
@@ -26,12 +30,15 @@ from flwr_smartsplit.flower.round_manager import (
 )
 from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.task_digest.facts import settings_facts
 from flwr_smartsplit.types import Failure, RoundPlan
 from flwr_smartsplit.types.sizes import whole
 from flwr_smartsplit.verify.guard import Guard
 from flwr_smartsplit.verify.start import StartChecks
 
 StrategyT = TypeVar("StrategyT")
+_MOST_NAMED = 10
+_log = getLogger("flwr")
 
 
 class SplitStrategy(Generic[StrategyT]):
@@ -54,6 +61,7 @@ class SplitStrategy(Generic[StrategyT]):
         on_row: Sequence[OnRow] = (),
         between_rounds: BetweenRounds | None = None,
         verify: Literal["once", "always", False] = "once",
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         if verify not in {"once", "always", False}:
             raise ValueError(f'verify is {verify!r}: give "once", "always" or False.')
@@ -73,6 +81,7 @@ class SplitStrategy(Generic[StrategyT]):
             between_rounds=between_rounds,
         )
         self._given = task, edges, settings
+        self._checkpoints = checkpoints
         self._begin_anew()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,6 +99,16 @@ class SplitStrategy(Generic[StrategyT]):
         take_step = partial(self._take_step, self.strategy) if has_step else None
         task, edges, settings = self._given
         self._central = CentralManager(task, edges, settings, take_step=take_step)
+        steps = enumerate(self._central.server_steps)
+        objects: dict[str, object] = {
+            f"server_steps[{index}]": step for index, step in steps
+        }
+        objects |= {"strategy": self.strategy, "mixing": settings.mixing}
+        objects["between_rounds"] = settings.between_rounds
+        for name in ("select", "choose_route", "client_seconds", "advisor"):
+            objects[name] = getattr(settings.planning, name)
+        self._record = RunRecord(self._checkpoints, self._central, objects)
+        self._has_warned = False
         self._set_up(settings.planning.profile_timeout_seconds)
         self._of_the_run = {*vars(self)} - before | {"_of_the_run"}
 
@@ -117,6 +136,7 @@ class SplitStrategy(Generic[StrategyT]):
         asked: str,
     ) -> Dispatch:
         """Plan a phase for the clients that gave a profile; raise if none did."""
+        self._warn_of_lost(clients)
         rounds = self._central.rounds
         rounds.write_failures(failures, phase.round_number, phase="profile")
         if failures and not clients:
@@ -132,9 +152,59 @@ class SplitStrategy(Generic[StrategyT]):
             "task_digest": self._start.digest,
             "verify": self._start.mode,
         }
+        if self._central.task.is_local is not None:
+            told["lineage"] = self._record.lineage
+            told["resumable_round"] = self._record.oldest()
         for key, sent in dispatch.sent.items():
             dispatch.sent[key] = replace(sent, plan=replace(sent.plan, **told))
         return dispatch
+
+    # --- checkpoints --------------------------------------------------------------
+
+    def _take_up(self, num_rounds: int | None, **configs: Any) -> State | None:
+        """Go on from the newest checkpoint; return its state, or None to start anew."""
+
+        def settings() -> dict[str, str]:
+            return {**self._settings, **settings_facts(self._central.task, configs)}
+
+        return self._record.begin(num_rounds, lambda: self._start.digest, settings)
+
+    @cached_property
+    def _settings(self) -> dict[str, str]:
+        """What must be alike where a run is resumed, as it was before round 1."""
+        task, edges, settings = self._given
+        planning = {
+            field.name: getattr(settings.planning, field.name)
+            for field in fields(Planning)
+            if field.name not in {"clock", "profile_timeout_seconds"}
+        }
+        values = {
+            "strategy": arguments_of(self.strategy),
+            "edges": [edge.profile for edge in edges],
+            "planning": planning,
+            "mixing": settings.mixing,
+            "server_steps": settings.server_steps,
+            "between_rounds": settings.between_rounds,
+            "seed": settings.seed,
+        }
+        return settings_facts(task, values)
+
+    def _warn_of_lost(self, clients: Mapping[str, ClientT]) -> None:
+        """Say once whose own state a resumed run has lost."""
+        is_resumed = self._record.done > 0 and not self._has_warned
+        if self._central.task.is_local is None or not is_resumed:
+            return
+        self._has_warned = True
+        lost = [key for key, each in clients.items() if not each.profile.keeps_local]
+        if lost:
+            _log.log(
+                WARNING,
+                "What the task's is_local keeps on the devices is lost for %s clients "
+                "(%s): they begin with the global values. Give every client a "
+                "local_folder.",
+                len(lost),
+                ", ".join(lost[:_MOST_NAMED]),
+            )
 
     def _verify(self, dispatch: Dispatch) -> None:
         """Compare the chain with the stock module before anything is trained."""

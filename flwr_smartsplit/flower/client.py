@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.app import ArrayRecord, Context
 from flwr.client import NumPyClient
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -25,6 +26,7 @@ from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.protocol import Transport
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
+from flwr_smartsplit.flower.checkpoints.local_states import LocalStates
 from flwr_smartsplit.flower.round_exchange import (
     device_names,
     frozen_names,
@@ -73,7 +75,6 @@ from flwr_smartsplit.types.sizes import plain, whole
 from flwr_smartsplit.verify.guard import Guard
 
 _WEIGHT = "num-examples"
-_LOCAL = "smartsplit.local"
 _FROZEN = "smartsplit.frozen"
 
 
@@ -124,6 +125,9 @@ class SmartSplitNumPyClient(NumPyClient):
     context : Context, optional
         Keeps ``Task.is_local`` state between rounds, and frozen weights, which are then
         sent once; ``build_client_app`` sets it.
+    local_folder : str or Path, optional
+        Keeps ``Task.is_local`` state in files instead, for when this process or the run
+        starts again; each client_key has its own in it.
     """
 
     # longer than 40 lines because each thing a client owns is an argument
@@ -147,6 +151,7 @@ class SmartSplitNumPyClient(NumPyClient):
         step_seconds: StepSeconds | None = None,
         seed: int = 0,
         context: Context | None = None,
+        local_folder: str | Path | None = None,
     ) -> None:
         self.task = task
         client_key = _key_of(client_key)
@@ -156,6 +161,7 @@ class SmartSplitNumPyClient(NumPyClient):
         self.eval_loader = eval_loader
         self._seed = whole(seed, "seed")
         self.context = context
+        self._local_states = LocalStates(local_folder, client_key)
         self._edges = _by_name(edges)
         num_examples, batch_size = _sizes(train_loader, num_examples, batch_size)
         if num_examples is None or batch_size is None:
@@ -172,6 +178,7 @@ class SmartSplitNumPyClient(NumPyClient):
             eval_batch_size=None if eval_size == batch_size else eval_size,
             num_epochs=whole(local_epochs, "local_epochs"),
             traits=traits,
+            keeps_local=local_folder is not None,
         )
         self._conditions = Conditions(
             task=task,
@@ -213,7 +220,7 @@ class SmartSplitNumPyClient(NumPyClient):
     def train(self, plan: ClientPlan, state: Arrays) -> Outcome:
         """Do this client's part of a training round."""
         self._check_task(plan)
-        known = self._known(plan, state)
+        known = self._known(plan, state, is_train=True)
         if known is None:
             return Outcome(state={}, receipts=(), report=_not_held(plan))
         conditions = self._conditions
@@ -229,13 +236,13 @@ class SmartSplitNumPyClient(NumPyClient):
             whole = build_chain(self.task).with_aliases({**known, **outcome.state})
             return replace(outcome, state=whole)
         report = self._noted(plan, outcome.report)
-        return self._without_local(replace(outcome, report=report))
+        return self._without_local(plan, replace(outcome, report=report))
 
     def test(self, plan: ClientPlan, state: Arrays) -> StepReport:
         """Do this client's part of an evaluation round."""
         loader = self.train_loader if self.eval_loader is None else self.eval_loader
         self._check_digest(plan)
-        known = self._known(plan, state)
+        known = self._known(plan, state, is_train=False)
         if known is None:
             return _not_held(plan)
         size = self._profile.eval_batch_size or self._profile.batch_size
@@ -339,7 +346,9 @@ class SmartSplitNumPyClient(NumPyClient):
 
     # --- what stays on the device --------------------------------------------------
 
-    def _known(self, plan: ClientPlan, state: Arrays) -> Arrays | None:
+    def _known(
+        self, plan: ClientPlan, state: Arrays, *, is_train: bool
+    ) -> Arrays | None:
         """Add what this node keeps to what came; None if it does not keep the frozen.
 
         Frozen state that comes is kept in Flower's context, if the client has one.
@@ -348,7 +357,7 @@ class SmartSplitNumPyClient(NumPyClient):
             names = frozen_names(plan, build_chain(self.task))
             kept: Any = {}
             if self.context is not None:
-                kept = self._records().get(_FROZEN, kept)
+                kept = self.context.state.get(_FROZEN, kept)
             if not plan.sends_frozen:
                 mine = {name: kept[name] for name in names if name in kept}
                 state = {**from_array_record(ArrayRecord(mine)), **state}
@@ -357,40 +366,30 @@ class SmartSplitNumPyClient(NumPyClient):
                 return None
             if plan.sends_frozen and self.context is not None:
                 both = {**kept, **to_array_record(frozen)}
-                self._records()[_FROZEN] = ArrayRecord(both)
-        return {**state, **self._local(plan)}
+                self.context.state[_FROZEN] = ArrayRecord(both)
+        return {**state, **self._local(plan, is_train=is_train)}
 
     def _noted(self, plan: ClientPlan, report: StepReport) -> StepReport:
         """Tell the strategy whether this node keeps the frozen state of a plan."""
         digest = "" if self.context is None else plan.frozen_digest
         return replace(report, frozen_digest=digest)
 
-    def _local(self, plan: ClientPlan) -> Arrays:
-        """Read this client's local state from Flower's context, if there is any yet."""
+    def _local(self, plan: ClientPlan, *, is_train: bool) -> Arrays:
+        """Read this client's local state, if there is any yet."""
         if self.task.is_local is None or _is_stock(plan):
             return {}
-        record = self._records().get(_LOCAL)
+        kept = self._local_states.read(plan, self.context, is_train=is_train)
         names = set(self.device_names(plan))
-        kept = from_array_record(record) if isinstance(record, ArrayRecord) else {}
         return {name: array for name, array in kept.items() if name in names}
 
-    def _without_local(self, outcome: Outcome) -> Outcome:
-        """Move local state to Flower's context, and keep the rest to send."""
+    def _without_local(self, plan: ClientPlan, outcome: Outcome) -> Outcome:
+        """Keep local state here, and the rest to send."""
         if self.task.is_local is None or not outcome.state:
             return outcome
         sent = returned(outcome.state, self.task.is_local)
         own = {n: a for n, a in outcome.state.items() if n not in sent}
-        self._records()[_LOCAL] = to_array_record(own)
+        self._local_states.write(plan, self.context, own)
         return replace(outcome, state={name: outcome.state[name] for name in sent})
-
-    def _records(self) -> RecordDict:
-        """Return the records that Flower keeps for this node between messages."""
-        if self.context is None:
-            raise InvalidTask(
-                f"client {self._profile.client_key!r}: the task's is_local keeps state "
-                "on the device, in Flower's context: give the client context=context."
-            )
-        return self.context.state
 
     def _connect(self, place: str, address: str) -> Transport:
         if place not in self._edges:

@@ -4,6 +4,7 @@ It keeps its metric functions, sampling numbers, keys and server step. It does n
 merge: the server never has a split client's whole model.
 """
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,19 @@ def check_proximal(strategy: object, task: Task) -> None:
             f"adds with mu={of_task}: give Task(optimizer_fn=partial(proximal, "
             f"optimizer_fn=..., mu={mu})), or a schedule_fn that reads it."
         )
+
+
+def arguments_of(strategy: object) -> dict[str, Any]:
+    """List what a strategy was given of the arguments that Flower's classes take.
+
+    Attributes of the user's own may change in a run, so they are no arguments.
+    """
+    kinds = [k for k in type(strategy).__mro__ if k.__module__.startswith("flwr.")]
+    makers = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)]
+    taken = {name for make in makers for name in inspect.signature(make).parameters}
+    taken -= {"evaluate_fn", "initial_parameters"}
+    given = {name: value for name, value in vars(strategy).items() if name in taken}
+    return {"class": type(strategy), **given}
 
 
 def has_server_step(strategy: object, api: Api) -> bool:

@@ -2,9 +2,10 @@
 
 import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import numpy.typing as npt
 from flwr.common import (
@@ -19,6 +20,7 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
+from flwr.server import Server
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
@@ -76,6 +78,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
             timeout_seconds=profile_timeout_seconds,
             compare=self._start.require_same,
         )
+        self._newest = Parameters([], "")
         self.close = weakref.finalize(self, self._central.close)
 
     def __repr__(self) -> str:
@@ -85,19 +88,30 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Return the initial parameters; without any, Flower asks a client."""
         self._central.summary()
-        return self.strategy.initialize_parameters(client_manager)
+        given = self.strategy.initialize_parameters(client_manager)
+        state = self._take_up(_num_rounds())
+        return given if state is None else self._parameters(state)
 
     def evaluate(
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
         """Evaluate on the server, as the inner strategy does."""
-        return self.strategy.evaluate(server_round, parameters)
+        found: tuple[float, dict[str, Scalar]] | None
+        if self._record.has(server_round):
+            found = self._record.result("server", server_round)
+            return found
+        found = self.strategy.evaluate(server_round, parameters)
+        self._record.note("server", server_round, found)
+        return found
 
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Plan the round and give each chosen client its segments and its plan."""
         refuse_wrappers(self, (Strategy,))
+        if self._record.has(server_round):
+            asked = self._asked_before("train", server_round)
+            return [(proxy, FitIns(Parameters([], ""), {})) for proxy in asked]
         sent = self._configure(server_round, parameters, client_manager, is_train=True)
         if not sent:
             self._end_if_last(server_round)
@@ -107,7 +121,13 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Give each chosen client what it needs to evaluate along its route."""
+        if self._record.has(server_round):
+            asked = self._asked_before("evaluate", server_round)
+            return [(proxy, EvaluateIns(Parameters([], ""), {})) for proxy in asked]
+        self._newest = parameters
         sent = self._configure(server_round, parameters, client_manager, is_train=False)
+        if not sent:
+            self._end_round(server_round)
         return [(proxy, EvaluateIns(*share)) for proxy, share in sent]
 
     def aggregate_fit(
@@ -117,19 +137,24 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         failures: list[tuple[ClientProxy, FitRes] | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Settle the round: refuse, commit, drop, merge, mix, step."""
+        averages: dict[str, Scalar] = {}
+        if self._record.has(server_round):
+            averages = self._record.result("train", server_round)
+            return None, averages
         dispatch = self._central.take(server_round, is_train=True)
         if dispatch is None:
             return None, {}
         replies, failed = self._collect(dispatch, results, failures)
         settled = self._central.settle(dispatch, replies, failed)
+        parameters = None
         if settled.state is None:
             self._end_if_last(server_round)
-            return None, {}
-        arrays = [settled.state[name] for name in self._names]
-        metrics = self._metrics(settled.accepted, results)
-        average = self.strategy.fit_metrics_aggregation_fn
-        averages = average(list(metrics.values())) if average and metrics else {}
-        return ndarrays_to_parameters(arrays), averages
+        else:
+            parameters = self._parameters(settled.state)
+            metrics = self._metrics(settled.accepted, results)
+            average = self.strategy.fit_metrics_aggregation_fn
+            averages = average(list(metrics.values())) if average and metrics else {}
+        return parameters, self._record.note("train", server_round, averages)
 
     def aggregate_evaluate(
         self,
@@ -138,6 +163,21 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Let the inner strategy average what the clients measured on their routes."""
+        averages: tuple[float | None, dict[str, Scalar]]
+        if self._record.has(server_round):
+            averages = self._record.result("evaluate", server_round)
+            return averages
+        averages = self._averaged(server_round, results, failures)
+        self._record.note("evaluate", server_round, averages)
+        self._end_round(server_round)
+        return averages
+
+    def _averaged(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
         dispatch = self._central.take(server_round, is_train=False)
         if dispatch is None:
             return None, {}
@@ -162,12 +202,23 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         Flower's legacy server tells a strategy neither how many rounds there are, nor
         when the last one is over.
         """
-        frame = sys._getframe(1)
-        while frame is not None and "num_rounds" not in frame.f_locals:
-            frame = frame.f_back  # type: ignore[assignment]
-        is_last = frame is not None and frame.f_locals["num_rounds"] == server_round
+        is_last = _num_rounds() == server_round
         if is_last and self.round_plans and not self._central.has_merged:
             raise SmartSplitError(self._central.why_nothing_merged())
+
+    # --- checkpoints --------------------------------------------------------------
+
+    def _asked_before(self, phase: str, server_round: int) -> list[ClientProxy]:
+        """Have Flower's server ask somebody, so that it asks for the old result, too.
+
+        Its workflows, which send messages themselves, skip the old rounds instead.
+        """
+        was_asked = self._record.result(phase, server_round) is not None
+        is_server = any(isinstance(found, Server) for found in _in_callers("self"))
+        return [cast(ClientProxy, _Nobody())] if is_server and was_asked else []
+
+    def _end_round(self, server_round: int) -> None:
+        self._record.end_round(server_round, lambda: self._state(self._newest))
 
     # --- one phase ----------------------------------------------------------------
 
@@ -208,6 +259,9 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
             dispatch.sent_bytes[key] = _size(share, scalars)
             written.append((dispatch.contacts[key].proxy, (share, scalars)))
         return written
+
+    def _parameters(self, state: Mapping[str, npt.NDArray[Any]]) -> Parameters:
+        return ndarrays_to_parameters([state[name] for name in self._names])
 
     def _state(self, parameters: Parameters) -> dict[str, npt.NDArray[Any]]:
         arrays = parameters_to_ndarrays(parameters)
@@ -262,6 +316,32 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         """List the accepted clients' weights and metrics, in client_key order."""
         found = {self._fleet.key_of(proxy): result.metrics for proxy, result in results}
         return {k: (r.report.num_examples, found[k]) for k, r in accepted.items()}
+
+
+class _Nobody:
+    """A proxy that answers at once, without content."""
+
+    cid = "checkpoint"
+
+    def fit(self, *_: Any, **__: Any) -> FitRes:
+        return FitRes(Status(Code.OK, ""), Parameters([], ""), 0, {})
+
+    def evaluate(self, *_: Any, **__: Any) -> EvaluateRes:
+        return EvaluateRes(Status(Code.OK, ""), 0.0, 0, {})
+
+
+def _num_rounds() -> int | None:
+    """Find out how many rounds Flower's server has; it does not tell a strategy."""
+    return next(_in_callers("num_rounds"), None)
+
+
+def _in_callers(name: str) -> Iterator[Any]:
+    """Look for a local variable in the functions that called this module."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if name in frame.f_locals:
+            yield frame.f_locals[name]
+        frame = frame.f_back
 
 
 def _size(parameters: Parameters, scalars: Mapping[str, Any]) -> int:

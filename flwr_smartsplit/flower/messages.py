@@ -42,27 +42,38 @@ def written(
             is_train=dispatch.is_train,
         )
         dispatch.sent_bytes[key] = record_bytes(content)
-        messages.append(Message(content, message_type=kind, dst_node_id=member.node_id))
+        message = Message(content, message_type=kind, dst_node_id=member.node_id)
+        dispatch.messages[key] = message.metadata
+        messages.append(message)
     return messages
 
 
 def read(
     dispatch: Dispatch, messages: Iterable[Message], chain: Chain
 ) -> tuple[list[ClientReply], list[Failure]]:
-    """Read the replies, each in its client's layout."""
-    members = [dispatch.contacts[key] for key in dispatch.sent]
-    chosen = {member.node_id: member for member in members}
+    """Read the replies, each in its client's layout.
+
+    An error may be the SuperLink's, which only says what it answers.
+    """
+    asked = {data.message_id: key for key, data in dispatch.messages.items()}
+    keys = {dispatch.contacts[key].node_id: key for key in dispatch.sent}
     return dispatch.collect(
-        _answer(dispatch, chosen, message, chain) for message in messages
+        _answer(
+            dispatch,
+            asked.get(message.metadata.reply_to_message_id)
+            or keys.get(message.metadata.src_node_id),
+            message,
+            chain,
+        )
+        for message in messages
     )
 
 
 def _answer(
-    dispatch: Dispatch, chosen: Mapping[int, Any], message: Message, chain: Chain
+    dispatch: Dispatch, known: str | None, message: Message, chain: Chain
 ) -> Answer:
-    node = message.metadata.src_node_id
-    member = chosen.get(node)
-    key = f"node {node}" if member is None else member.profile.client_key
+    member = None if known is None else dispatch.contacts[known]
+    key = f"node {message.metadata.src_node_id}" if known is None else known
     if message.has_error():
         return Answer(key, error=last_line(message.error.reason))
     is_legacy = member is not None and member.layout is LEGACY

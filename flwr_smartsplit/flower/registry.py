@@ -102,13 +102,8 @@ class Fleet(_Doubts):
             self._silent.clear()
         known = self._by_node.keys() | self._silent
         unknown = [node for node in present if node not in known]
-        failures: list[Failure] = []
-        # One node first: most fleets use one layout, and a wrong one is an error in
-        # the client's log.
         self._num_requests += 1
-        groups = [unknown] if self._by_node else [unknown[:1], unknown[1:]]
-        for group in groups:
-            failures += self._ask(grid, group)
+        failures = self._ask(grid, unknown)
         known_now = {n: self._by_node[n] for n in present if n in self._by_node}
         members, duplicates = _by_key(known_now, "node", self._doubted)
         return members, failures + (duplicates if ask_again else [])
@@ -116,10 +111,12 @@ class Fleet(_Doubts):
     def _ask(self, grid: Grid, node_ids: list[int]) -> list[Failure]:
         """Ask in each layout the nodes that have not answered yet."""
         causes: dict[int, list[str]] = {node: [] for node in node_ids}
+        gone: set[int] = set()
         first, second = self._layouts
         for layout in (first, second):
             # A node that is silent in one layout would be in the other, as long again.
             pending = [n for n, why in causes.items() if why or layout is first]
+            pending = [node for node in pending if node not in gone]
             if not pending:
                 break
             kind = layout.profile_type
@@ -127,8 +124,15 @@ class Fleet(_Doubts):
                 Message(profile_request(layout), message_type=kind, dst_node_id=node)
                 for node in pending
             ]
-            for reply in grid.send_and_receive(requests, timeout=self._timeout_seconds):
-                self._note(reply, layout, causes)
+            replies = grid.send_and_receive(requests, timeout=self._timeout_seconds)
+            # An error may be the SuperLink's, which only says what it answers.
+            asked = {m.metadata.message_id: m.metadata.dst_node_id for m in requests}
+            for reply in replies:
+                source = reply.metadata.src_node_id
+                node = asked.get(reply.metadata.reply_to_message_id, source)
+                if node != source:
+                    gone.add(node)
+                self._note(node, reply, layout, causes)
         self._silent |= causes.keys()
         return [
             Failure(
@@ -140,9 +144,12 @@ class Fleet(_Doubts):
         ]
 
     def _note(
-        self, reply: Message, layout: RecordLayout, causes: dict[int, list[str]]
+        self,
+        node: int,
+        reply: Message,
+        layout: RecordLayout,
+        causes: dict[int, list[str]],
     ) -> None:
-        node = reply.metadata.src_node_id
         try:
             if reply.has_error():
                 raise RefusedReply(last_line(reply.error.reason), kind="failed")
@@ -151,7 +158,8 @@ class Fleet(_Doubts):
                 facts = facts_from_scalars(config_of(reply.content))
                 self._compare(facts, profile.client_key)
         except SmartSplitError as error:
-            causes[node].append(f"asked as {layout.name}: {error}")
+            if node in causes:  # Not a late answer to an earlier request.
+                causes[node].append(f"asked as {layout.name}: {error}")
             return
         partition = config_of(reply.content).get(PARTITION)
         self._by_node[node] = Member(

@@ -86,6 +86,7 @@ class Dispatch:
     version: int = 0  # of the global state that was sent: the round, if synchronous
     digest: str = ""  # under which the edges hold that state
     contacts: Mapping[str, Any] = field(default_factory=dict)  # Member or LegacyClient
+    messages: dict[str, Any] = field(default_factory=dict)  # Metadata of those sent
     sent: dict[str, Sent] = field(default_factory=dict)
     sent_bytes: dict[str, int] = field(default_factory=dict)
     received_bytes: dict[str, int] = field(default_factory=dict)

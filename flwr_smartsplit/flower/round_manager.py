@@ -132,15 +132,15 @@ class CentralManager:
         constraints = settings.planning.constraints
         kept = constraints.kept_units | kept_units(self.chain, task)
         self._constraints = replace(constraints, kept_units=kept)
-        self._server_steps = settings.server_steps
+        self.server_steps = settings.server_steps
         if take_step is not None:
             first = self.chain.first_names
             named = self.chain.model.named_parameters()
             trained = frozenset(first[name] for name, _ in named)
             step = ServerOptimizer(take_step, trained)
-            self._server_steps = (step, *settings.server_steps)
+            self.server_steps = (step, *settings.server_steps)
         self._profiles: dict[tuple[BatchKind, int, Variant], ChainProfile] = {}
-        self._shapes: dict[str, Shapes] = {}  # Of the longest examples, by client
+        self.shapes: dict[str, Shapes] = {}  # Of the longest examples, by client
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self.has_merged = False
         self._forward_only: frozenset[int] = frozenset()
@@ -204,12 +204,12 @@ class CentralManager:
 
     def why_nothing_merged(self) -> str:
         """Say why all rounds so far left the model as it was."""
-        plan = self.round_plans[-1]
         causes = [failure.cause for failure in self.rounds.failures]
-        causes += [plan.skipped[key] for key in sorted(plan.unfit)]
+        for plan in self.round_plans[-1:]:
+            causes += [plan.skipped[key] for key in sorted(plan.unfit)]
         return (
-            f"nobody's training was merged in {len(self.round_plans)} rounds, so the "
-            f"model is still the initial one: {most_common(causes)}"
+            "nobody's training was merged in any round, so the model is still the "
+            f"initial one: {most_common(causes)}"
         )
 
     def take(self, version: int, *, is_train: bool) -> Dispatch | None:
@@ -264,7 +264,7 @@ class CentralManager:
                 state,
                 summary,
                 mixing=settings.mixing,
-                server_steps=self._server_steps,
+                server_steps=self.server_steps,
             )
         if settings.between_rounds is not None:
             seen = self._state if state is None else state
@@ -330,18 +330,18 @@ class CentralManager:
         """Note who met longer examples than the task's: they are priced at those."""
         replies = list(replies)
         for reply in replies:
-            before = self._shapes.get(reply.client_key, ())
+            before = self.shapes.get(reply.client_key, ())
             seen = longest(reply.report.example_shapes, before)
             shapes = longer_than_example(seen, self.task)
             if shapes:
-                self._shapes[reply.client_key] = shapes
+                self.shapes[reply.client_key] = shapes
         return replies
 
     def _with_shapes(
         self, clients: Mapping[str, DeviceProfile]
     ) -> dict[str, DeviceProfile]:
         return {
-            key: replace(client, example_shapes=self._shapes.get(key, ()))
+            key: replace(client, example_shapes=self.shapes.get(key, ()))
             for key, client in clients.items()
         }
 

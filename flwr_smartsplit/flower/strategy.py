@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from logging import INFO, getLogger
+from typing import Any
 
 from flwr.app import (
     ArrayRecord,
@@ -37,6 +38,7 @@ from flwr_smartsplit.flower.serde.records import (
 from flwr_smartsplit.flower.server_optimizer import message_step
 from flwr_smartsplit.types import ClientReply, Failure
 
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _log = getLogger("flwr")
 
 
@@ -78,6 +80,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         Before a task is first trained, train two steps beside the stock module, and
         raise ``NotExact`` at any difference: once per task, version and machine; in
         every run; or never. Clients that can hold the whole model do so, too.
+    checkpoints : Checkpoints, optional
+        Where the run is saved, and resumed after it was killed, bit for bit.
 
     References
     ----------
@@ -96,6 +100,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             timeout_seconds=profile_timeout_seconds,
             compare=self._start.require_same,
         )
+        self._arrays = ArrayRecord()
+        self._evaluate_fn: EvaluateFn | None = None
 
     def summary(self) -> None:
         """Log the strategy's settings in Flower's format."""
@@ -110,7 +116,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
         """Run the strategy as ``Strategy.start`` does, and end the edges after it.
 
@@ -119,12 +125,23 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         InvalidTask
             If the initial arrays are not the state of the task's model.
         SmartSplitError
+            If the newest checkpoint is of a run with other settings, or of a round
+            after the last.
+        SmartSplitError
             At the end, if no round merged anything; its ``result`` has what there is.
         """
         self._central.chain.check_state(
             {n: (tuple(a.shape), a.dtype) for n, a in initial_arrays.items()}
         )
         num_planned = len(self.round_plans)
+        configs = {"train_config": train_config, "evaluate_config": evaluate_config}
+        self._evaluate_fn = evaluate_fn
+        taken_up = self._take_up(
+            num_rounds, **{k: _given(c) for k, c in configs.items()}
+        )
+        if taken_up is not None:
+            initial_arrays = to_array_record(taken_up)
+        self._arrays = initial_arrays
         try:
             result = super().start(
                 grid,
@@ -133,11 +150,13 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
                 timeout,
                 train_config,
                 evaluate_config,
-                evaluate_fn,
+                None if evaluate_fn is None else self._evaluate,
             )
         finally:
+            self._record.end()
             self.close()
-        if not result.arrays and len(self.round_plans) > num_planned:
+        has_trained = len(self.round_plans) > num_planned or self._record.done > 0
+        if not result.arrays and has_trained:
             raise SmartSplitError(self._central.why_nothing_merged(), result=result)
         return result
 
@@ -156,12 +175,17 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send each chosen client what it needs to evaluate along its route."""
+        self._arrays = arrays
         return self._configure(server_round, arrays, config, grid, is_train=False)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Settle the round: refuse, commit, drop, merge, mix, step."""
+        if self._record.has(server_round):
+            is_last = server_round == self._record.done and self._central.has_merged
+            metrics = self._record.result("train", server_round)
+            return self._arrays if is_last else None, metrics
         dispatch = self._central.take(server_round, is_train=True)
         if dispatch is None:
             return None, None
@@ -173,12 +197,43 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             self.strategy.train_metrics_aggr_fn,
             self.strategy.weighted_by_key,
         )
-        return arrays, messages.averaged(average, settled.accepted, key)
+        metrics = messages.averaged(average, settled.accepted, key)
+        return arrays, self._record.note("train", server_round, metrics)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Let the inner strategy average what the clients measured on their routes."""
+        if self._record.has(server_round):
+            found: MetricRecord | None = self._record.result("evaluate", server_round)
+            return found
+        metrics = self._averaged(server_round, replies)
+        self._record.note("evaluate", server_round, metrics)
+        if self._evaluate_fn is None:
+            self._end_round(server_round)
+        return metrics
+
+    def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Evaluate as the user's function does, or answer what it said then."""
+        metrics: MetricRecord | None
+        if self._record.has(server_round):
+            metrics = self._record.result("server", server_round)
+            return metrics
+        assert self._evaluate_fn is not None
+        metrics = self._evaluate_fn(server_round, arrays)
+        self._record.note("server", server_round, metrics)
+        if server_round > 0:
+            self._end_round(server_round)
+        return metrics
+
+    def _end_round(self, server_round: int) -> None:
+        self._record.end_round(server_round, partial(from_array_record, self._arrays))
+
+    # --- one phase ----------------------------------------------------------------
+
+    def _averaged(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
         dispatch = self._central.take(server_round, is_train=False)
         if dispatch is None:
             return None
@@ -192,8 +247,6 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         with without_fedavgs_log():
             return self.strategy.aggregate_evaluate(server_round, merged)
 
-    # --- one phase ----------------------------------------------------------------
-
     def _configure(
         self,
         server_round: int,
@@ -203,6 +256,9 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         *,
         is_train: bool,
     ) -> list[Message]:
+        if self._record.has(server_round):
+            return []
+        self._record.follow(config, is_train=is_train)
         base = message_config(
             self.strategy, arrays, config, server_round=server_round, is_train=is_train
         )
@@ -239,3 +295,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             )
             time.sleep(1)
         return nodes
+
+
+def _given(config: ConfigRecord | None) -> dict[str, Any]:
+    """List what a user's config says; FedAvg adds the round to it."""
+    return {k: v for k, v in (config or {}).items() if k != "server-round"}

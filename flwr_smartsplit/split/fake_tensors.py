@@ -22,14 +22,22 @@ from flwr_smartsplit.split.sparse_fakes import is_sparse_fake, keep_parts, part_
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # Operators whose first result has another layout under fake tensors: the CPU's kernels
-# make it contiguous, or in the memory format of their first input.
+# make it contiguous, or in the memory format of an input: here with its position.
 _aten = torch.ops.aten
 _PACKED = {_aten.log_sigmoid_forward.default, _aten.rrelu_with_noise.default}
 _SUGGESTED = {
-    _aten.channel_shuffle.default,
-    _aten.native_batch_norm.default,
-    _aten.native_group_norm.default,
-    _aten.native_group_norm_backward.default,
+    _aten.channel_shuffle.default: 0,
+    _aten.native_batch_norm.default: 0,
+    _aten.native_group_norm.default: 0,
+    _aten.native_group_norm_backward.default: 0,
+    _aten.reflection_pad2d.default: 0,
+    _aten.reflection_pad2d_backward.default: 1,
+    _aten.reflection_pad3d.default: 0,
+    _aten.reflection_pad3d_backward.default: 1,
+    _aten.replication_pad2d.default: 0,
+    _aten.replication_pad2d_backward.default: 1,
+    _aten.replication_pad3d.default: 0,
+    _aten.replication_pad3d_backward.default: 1,
 }
 
 
@@ -53,6 +61,43 @@ def _storage_numel(func: Any, args: Any, result: Tensor) -> int:
     return result.numel()
 
 
+_MASKED = {
+    _aten.native_batch_norm_backward.default,
+    _aten.convolution_backward.default,
+}
+# These kernels compute a weight's gradient with its bias's; that of transposed
+# convolutions has no name.
+_COMPUTE = {"Mkldnn", "???"}
+
+
+def _as_asked(func: Any, args: Any, result: Any, mode: FakeTensorMode) -> Any:
+    """Return the gradients that the CPU's kernels compute for a mask of those needed.
+
+    Batch norm leaves its input's out, where fakes have it; most convolutions compute
+    their weight's with their bias's, where fakes leave it out.
+    """
+    first, second, third = result
+    if func is _aten.native_batch_norm_backward.default:
+        *_, mask = args
+        return (first if mask[0] else None), second, third
+    _, inputs, weight, bias_sizes, *how, mask = args
+    if mask[2] and not mask[1] and _kernel(inputs, weight, bias_sizes, how) in _COMPUTE:
+        with mode:
+            second = torch.empty_like(weight)
+    return first, second, third
+
+
+def _kernel(inputs: Tensor, weight: Tensor, bias_sizes: Any, how: list[Any]) -> str:
+    """Name the CPU's kernel for a convolution."""
+    with _disable_current_modes():  # It depends on sizes only.
+        inputs, weight = (
+            torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            for tensor in (inputs, weight)
+        )
+        kernel = torch._C._select_conv_backend(inputs, weight, None, *how, bias_sizes)
+    return str(kernel.name)
+
+
 class DryRun(FakeTensorMode):
     """Fake tensors with the layout that the CPU's kernels give them.
 
@@ -67,16 +112,17 @@ class DryRun(FakeTensorMode):
         if part is not None:
             return part
         result: Any = super().__torch_dispatch__(func, types, args, kwargs)
-        if is_sparse_fake(result):
+        if func in _MASKED:
+            result = _as_asked(func, args, result, self)
+        elif is_sparse_fake(result):
             with self:
                 keep_parts(func, args, result)
-            return result
         if func in _LIKE_INPUT or func in _LIKE_TERMS:
             with self:
                 room = result.new_empty(_storage_numel(func, args, result))
                 return room.as_strided(result.shape, result.stride())
         if func in _SUGGESTED:
-            layout = suggest_memory_format(args[0])
+            layout = suggest_memory_format(args[_SUGGESTED[func]])
         elif func in _PACKED:
             layout = torch.contiguous_format
         else:
@@ -164,9 +210,9 @@ _filters = _Filters()
 
 @contextmanager
 def warnings_ignored() -> Iterator[None]:
-    """Ignore the warnings of a dry run, even where the user makes them errors.
+    """Ignore the warnings of what the user did not write, even where they are errors.
 
-    The real step gives its own.
+    A dry run's: the real step gives its own. Torch's, of how its settings are read.
     """
     _filters.ignore()
     try:

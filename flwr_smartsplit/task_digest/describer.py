@@ -10,6 +10,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from numbers import Number
 from pathlib import Path, PurePath
@@ -188,7 +189,10 @@ class Describer:
     def _settings(self, path: str, value: Any) -> None:
         """Describe an object's attributes; a module's own bookkeeping left out."""
         is_module = isinstance(value, nn.Module)
-        for key, each in sorted(getattr(value, "__dict__", {}).items()):
+        slots = [f.name for f in fields(value)] if is_dataclass(value) else []
+        attributes = {n: getattr(value, n) for n in slots if hasattr(value, n)}
+        attributes |= getattr(value, "__dict__", {})
+        for key, each in sorted(attributes.items()):
             if not is_module or not (key.startswith("_") or key == "training"):
                 self(f"{path}.{key}".lstrip("."), each)
 

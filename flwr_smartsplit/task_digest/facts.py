@@ -62,6 +62,14 @@ def all_facts(task: Task, model: nn.Module, *, is_anew: bool = False) -> dict[st
     return {**task_facts(task, model, is_anew=is_anew), **code_copies(task)}
 
 
+def settings_facts(task: Task, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Describe what else a run is made of, as ``task_facts`` describes its task."""
+    describe = Describer(_own_packages(task))
+    for name, value in settings.items():
+        describe(name, value)
+    return describe.facts
+
+
 def facts_digest(facts: Facts) -> str:
     """Identify a task by SHA-256 over what it is made of, wherever it is."""
     known = [item for item in facts.items() if not item[0].startswith(_OF_A_PLACE)]

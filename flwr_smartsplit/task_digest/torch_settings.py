@@ -6,14 +6,19 @@ from typing import Any
 
 import torch
 
+from flwr_smartsplit.split.fake_tensors import warnings_ignored
+
 _MIXED = "set in parts"
 
 
+# Some versions of torch warn of the older name of a setting, whoever reads it.
+@warnings_ignored()
 def torch_settings() -> dict[str, Any]:
     """Read the process-wide settings of torch that change numbers."""
     return {name: get() for name, get, _ in _settings()}
 
 
+@warnings_ignored()
 def apply_torch_settings(settings: Mapping[str, Any]) -> None:
     """Set this process as another one is set, as far as torch can be set from here."""
     for name, get, put in _settings():

@@ -29,6 +29,7 @@ class DeviceProfile:
     num_epochs: int = 1
     eval_batch_size: int | None = None  # as in training if None
     traits: DeviceTraits = NO_TRAITS
+    keeps_local: bool = False  # Its local state outlives its process.
     example_shapes: Shapes = ()  # Of the longest it met, if longer than the task's
 
     @property
@@ -114,6 +115,10 @@ class ClientPlan:
     num_examples: int = 0  # as far as the strategy knows
     attempt: int = 0  # how often it was asked before; each opens its own sessions
     task_digest: str = ""  # of the strategy's task, which is the client's, too
+    # Of a run whose clients keep state of their own: its name, the same after it is
+    # resumed, and the first round after which it may be; -1 if it cannot be.
+    lineage: str = ""
+    resumable_round: int = -1
     verify: Verify = "once"  # compare chain and stock module before training
     opening: bytes = b""  # of its sessions, signed by the strategy
 

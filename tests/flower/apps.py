@@ -170,7 +170,8 @@ def run(
 
 PLANNING = {field.name for field in fields(Planning)} - {"constraints"}
 CONSTRAINTS = {field.name for field in fields(Constraints)}
-OURS = "strategy mixing server_steps seed journal on_row between_rounds verify".split()
+OURS = """strategy mixing server_steps seed journal on_row between_rounds verify
+    checkpoints""".split()
 
 
 def composed(kind: Any, fedavg: Any, task: Task, edges: Any, **changes: Any) -> Any:

@@ -47,13 +47,13 @@ def legacy_smart_split(
 
 
 def run_legacy(
-    apps: Sequence[ClientApp],
+    apps: InProcessGrid | Sequence[ClientApp],
     strategy: Strategy | None = None,
     *,
     num_rounds: int = 2,
 ) -> LegacyRun:
     """Run Flower's own legacy server; by default with our strategy."""
-    grid = InProcessGrid(apps)
+    grid = apps if isinstance(apps, InProcessGrid) else InProcessGrid(apps)
     manager = SimpleClientManager()
     for node in grid.get_node_ids():
         manager.register(GridClientProxy(node, grid, run_id=1))

@@ -73,13 +73,29 @@ def test_both_layouts_are_understood(apps: Sequence[ClientApp]) -> None:
 
 
 def test_a_fleet_of_one_layout_is_asked_in_it() -> None:
-    """One node finds out; a wrong layout is an error in a client's log."""
+    """All at once, and in the second layout only where the first is not understood."""
     grid = InProcessGrid([message_app(k) for k in range(5)])
     ask(fleet(), grid)
     assert message_types(grid) == [QUERY] * 5
     grid = InProcessGrid([legacy_app(k) for k in range(5)])
-    ask(fleet(), grid)
-    assert message_types(grid) == [QUERY, *["get_properties"] * 5]
+    known = fleet()
+    ask(known, grid)
+    assert message_types(grid) == [*[QUERY] * 5, *["get_properties"] * 5]
+    grid.node_ids.append(newcomer := grid.node_ids[0] + 1)
+    grid._nodes[newcomer] = grid._nodes[grid.node_ids[1]]
+    ask(known, grid)
+    assert message_types(grid)[10:] == ["get_properties"]
+
+
+def test_an_error_of_the_superlink_is_the_asked_nodes() -> None:
+    """It comes from the SuperLink's own node, which is no client."""
+    grid = InProcessGrid([message_app(k) for k in range(3)])
+    grid.fail_at_superlink(1, nth=1, kind=QUERY)
+    members, failures = ask(fleet(), grid)
+    assert sorted(members) == ["c0", "c2"]
+    assert [f.client_key for f in failures] == [f"node {grid.node_ids[1]}"]
+    assert "Message Unavailable" in failures[0].cause
+    assert message_types(grid) == [QUERY] * 3
 
 
 def test_nobody_is_asked_twice() -> None:

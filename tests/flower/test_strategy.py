@@ -220,6 +220,10 @@ MISHAPS: dict[str, tuple[Callable[[InProcessGrid], None], list[tuple[str, str]]]
         lambda grid: grid.delay(1, nth=1),
         [("c1", "lost"), ("c1", "late")],
     ),
+    "the node is gone": (
+        lambda grid: grid.fail_at_superlink(1, nth=1),
+        [("c1", "failed")],
+    ),
     "not a number": (
         lambda grid: grid.alter(1, spoil_first_array, nth=1),
         [("c1", "refused")],

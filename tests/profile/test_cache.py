@@ -161,6 +161,7 @@ print(*(here.digest_of(task) for task in here.OTHERS.values()))
 """
 
 
+@pytest.mark.slow  # tests/task_digest does the same with what both describe alike.
 def test_another_process_finds_the_same_digests():
     """No address gets into a digest: what one process keeps, another finds."""
     run = [sys.executable, "-c", IN_ANOTHER_PROCESS]

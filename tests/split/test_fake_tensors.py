@@ -94,6 +94,31 @@ def test_values_lie_as_the_cpu_lays_them(name, layout):
     compare_layouts(name, STRIDES[layout])
 
 
+@pytest.mark.parametrize("gradient", ["packed", "last"])
+@pytest.mark.parametrize("inputs", ["packed", "last"])
+@pytest.mark.parametrize("kind", ["reflection", "replication"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_padding_lies_as_its_input_does(dims, kind, inputs, gradient):
+    """Backward, too: not as the gradient that it gets."""
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}[dims]
+    formats = {"packed": torch.contiguous_format, "last": last}
+    pad, sizes = (1,) * (2 * dims), (2, CHANNELS)
+    forward = getattr(torch.ops.aten, f"{kind}_pad{dims}d")
+    backward = getattr(torch.ops.aten, f"{kind}_pad{dims}d_backward")
+
+    def strides(mode):
+        with mode:
+            x = torch.ones(*sizes, *(4,) * dims).contiguous(
+                memory_format=formats[inputs]
+            )
+            grad = torch.ones(*sizes, *(6,) * dims).contiguous(
+                memory_format=formats[gradient]
+            )
+            return forward(x, pad).stride(), backward(grad, x, pad).stride()
+
+    assert strides(DryRun()) == strides(nullcontext())
+
+
 def test_a_layout_of_another_kernel_would_be_seen(monkeypatch):
     monkeypatch.setattr(
         fake_tensors, "suggest_memory_format", lambda _: torch.contiguous_format

@@ -13,6 +13,7 @@ from flwr_smartsplit.errors import NotSplittable
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.plan.tail_memory import tail_bytes
 from flwr_smartsplit.profile.profile import profile_chain
+from flwr_smartsplit.split import fake_tensors
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.huggingface import decoder_units, encoder_units
@@ -44,6 +45,20 @@ def check_routes(architecture: Architecture, shapes: list[tuple[int, int]]) -> N
 def test_every_cut_is_exact_and_takes_what_is_predicted(name: str) -> None:
     """Loss, gradients and state are the stock model's; one u-shape, too."""
     check_routes(ALL[name], [(1, ALL[name].num_units - 1)])
+
+
+@pytest.mark.parametrize("name", ["biases only", "norm behind a frozen layer"])
+def test_gradients_that_fakes_leave_out_or_add_would_be_seen(name, monkeypatch):
+    """Where parts are frozen, the CPU computes other ones than torch's fakes."""
+    task = ALL[name].task(OPTIMIZERS["adam"])
+
+    def predicted() -> list[int]:
+        found = profile_chain(build_chain(task), batch_size=BATCH_SIZE, task=task)
+        return [unit.device_peak_bytes for unit in found.units]
+
+    right = predicted()
+    monkeypatch.setattr(fake_tensors, "_MASKED", set())
+    assert predicted() != right
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ REPRODUCIBLE = settings(
 )
 
 
-@settings(REPRODUCIBLE, max_examples=8)
+@settings(REPRODUCIBLE, max_examples=4)
 @given(random_models())
 def test_every_offered_cut_of_a_random_module_is_exact(model):
     """A few random modules: every cut gives the stock bits, or a reason is given."""
@@ -213,7 +213,7 @@ def test_every_feature_is_drawn():
 
 def test_most_models_can_be_cut_in_several_places():
     """Less than 30 % are refused, and a model has more than two cuts on average."""
-    models = sample(40)
+    models = sample(20)
     nums_cuts = []
     for model in models:
         with suppress(NotSplittable, InvalidTask):
@@ -253,12 +253,14 @@ PLANTED = {
 }
 """What is broken, features of models that must notice, and what they must say."""
 
+SLOW = [name for name in PLANTED if "in-place" in name or "strides" in name]
+"""It takes many models to find one that notices."""
+
 
 @pytest.mark.parametrize(
     ("patch", "noticed"),
     [
-        # It takes many models to find one whose prediction is wrong.
-        pytest.param(*each, marks=[pytest.mark.slow] if "in-place" in name else [])
+        pytest.param(*each, marks=[pytest.mark.slow] if name in SLOW else [])
         for name, each in PLANTED.items()
     ],
     ids=PLANTED,

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -333,6 +334,29 @@ def test_settings_of_the_process_count_and_can_be_carried(name):
         assert facts_of(task) == after
     finally:
         apply_torch_settings(settings)
+
+
+def test_settings_are_read_and_written_where_torch_warns_of_their_names(monkeypatch):
+    """As torch 2.9 does, once a process; the user may have made warnings errors."""
+    settings, warned = torch_settings(), []
+    name = "float32_matmul_precision"
+    for verb in ("get", "set"):
+        real = getattr(torch, f"{verb}_{name}")
+
+        def warning(*words: str, real: Callable[..., Any] = real) -> Any:
+            warned.append(real)
+            warnings.warn("Please use the new API settings", stacklevel=1)
+            return real(*words)
+
+        monkeypatch.setattr(torch, f"{verb}_{name}", warning)
+    try:
+        apply_torch_settings({**settings, name: "medium"})
+        assert torch_settings()[name] == "medium"
+    finally:
+        apply_torch_settings(settings)
+    assert len(set(warned)) == 2
+    with pytest.raises(UserWarning, match="the new API"):
+        torch.get_float32_matmul_precision()  # The user's own calls warn as ever.
 
 
 def test_settings_of_an_accelerator_that_one_side_lacks_do_not_count():

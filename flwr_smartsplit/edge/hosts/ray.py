@@ -11,13 +11,12 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import ray
-from ray.exceptions import ActorUnavailableError, RayError
 
 from flwr_smartsplit.edge.gate.gate import EdgeGate
 from flwr_smartsplit.edge.hosts.edge import (
@@ -37,6 +36,15 @@ from flwr_smartsplit.task_digest.torch_settings import (
 from flwr_smartsplit.train.torch_device import as_device
 from flwr_smartsplit.types import EDGE, EdgeProfile
 
+
+class _Ray:
+    """Ray, loaded when it is first used: a device without a split needs none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module("ray"), name)
+
+
+ray: Any = _Ray()
 _NAMESPACE = "flwr_smartsplit"
 # Ray sends arguments of up to 100 KiB inside its message and puts larger ones into
 # shared memory, which adds about 4 ms per round trip. Up to a size, several small parts
@@ -174,7 +182,7 @@ class RayHost:
         _actors[address] = (handle, folder)
         try:
             folder = ray.get(handle.ready.remote(), timeout=self.timeout_seconds)
-        except RayError as error:
+        except ray.exceptions.RayError as error:
             self.stop(address)
             needs = resources | ({"GPU": self.num_gpus} if self.num_gpus else {})
             asked = f" It asks for {needs} of one machine." if needs else ""
@@ -213,7 +221,7 @@ class RayHost:
             return
         try:
             ray.get(handle.clean_up.remote(), timeout=self.patience_seconds)
-        except RayError:
+        except ray.exceptions.RayError:
             # A dead actor deletes nothing; this does, if it was on this machine.
             shutil.rmtree(folder, ignore_errors=True)
         ray.kill(handle, no_restart=True)
@@ -238,10 +246,10 @@ class _Carrier:
         while True:
             try:
                 return self._ask(pieces)
-            except RayError as error:
-                now = time.monotonic()
+            except ray.exceptions.RayError as error:
+                now, lost = time.monotonic(), ray.exceptions.ActorUnavailableError
                 deadline = min(deadline, now + self.host.patience_seconds)
-                if not isinstance(error, ActorUnavailableError) or now >= deadline:
+                if not isinstance(error, lost) or now >= deadline:
                     raise EdgeUnreachable(
                         f"edge {self.address!r} does not answer "
                         f"({type(error).__name__}): its unmerged sessions are lost; "

@@ -139,6 +139,7 @@ def profile_to_scalars(profile: DeviceProfile) -> Scalars:
     budget, eval_size = profile.budget_bytes, profile.eval_batch_size
     return {
         **({} if eval_size is None else {"eval-batch-size": eval_size}),
+        **({"keeps-local": True} if profile.keeps_local else {}),
         "client-key": profile.client_key,
         "budget-bytes": _NO_BUDGET if budget is None else budget,
         "num-examples": profile.num_examples,
@@ -184,6 +185,7 @@ def profile_from_scalars(scalars: Mapping[str, Any]) -> DeviceProfile:
             num_examples=_count("num-examples", scalars["num-examples"]),
             batch_size=_count("batch-size", scalars["batch-size"]),
             num_epochs=_count("num-epochs", scalars.get("num-epochs", 1)),
+            keeps_local=bool(scalars.get("keeps-local", False)),
             eval_batch_size=None if size is None else _count("eval-batch-size", size),
             traits=_traits(json.loads(str(scalars.get("traits", "{}")))),
         )
