@@ -587,11 +587,11 @@ def test_a_run_that_merges_nothing_ends_in_an_error_in_both_apis() -> None:
     """At its end, with the causes; the initial model is no result."""
     task = replace(TASK, schedule_fn=shouting)
     fleet = apps([None] * 2, task=task)
-    with pytest.raises(SmartSplitError, match=r"in 2 rounds.*4 x .*no such schedule"):
+    with pytest.raises(SmartSplitError, match=r"in any round.*4 x .*no such schedule"):
         run(fleet, smart_split(task=task), num_rounds=2)
-    with pytest.raises(SmartSplitError, match=r"in 2 rounds.*no such schedule"):
+    with pytest.raises(SmartSplitError, match=r"in any round.*no such schedule"):
         run_legacy(fleet, legacy_smart_split(task=task), num_rounds=2)
-    with pytest.raises(SmartSplitError, match=r"in 1 rounds.*no route fits"):
+    with pytest.raises(SmartSplitError, match=r"in any round.*no route fits"):
         run_legacy(apps([1, 1]), num_rounds=1)
 
 
