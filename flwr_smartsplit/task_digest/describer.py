@@ -193,6 +193,8 @@ class Describer:
         attributes = {n: getattr(value, n) for n in slots if hasattr(value, n)}
         attributes |= getattr(value, "__dict__", {})
         for key, each in sorted(attributes.items()):
+            if key.endswith("_hash"):  # Of an object: each process has its own.
+                continue
             if not is_module or not (key.startswith("_") or key == "training"):
                 self(f"{path}.{key}".lstrip("."), each)
 

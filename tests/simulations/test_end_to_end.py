@@ -146,7 +146,7 @@ def planned(folder):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_seed_chooses_and_trains_alike_on_any_number_of_workers(tmp_path):
-    """Some of the phones chosen, their speed learned, stragglers let go by edges."""
+    """Some of the phones chosen, and their speed learned."""
     experiment = replace(
         quickstart(),
         methods=("smartsplit",),
@@ -171,6 +171,5 @@ def test_a_seed_chooses_and_trains_alike_on_any_number_of_workers(tmp_path):
     one, two, here, other = folders
     assert planned(one) == planned(two) == planned(here) != planned(other)
     assert read_marks(one) == read_marks(two) == read_marks(here) != read_marks(other)
-    assert any("the edge finds it slow" in released for *_, released in planned(one))
     routes = {(k, route) for _, k, _, route, *_ in planned(one) if route != "None"}
     assert len(routes) > len({key for key, _ in routes})  # What was learned counts.

@@ -112,11 +112,19 @@ def make(**changes: Any) -> Task:
     return Task(**{**facts, **changes})
 
 
+class Hashed:
+    """Keeps a hash of its own, as transformers' generation settings do."""
+
+    def __init__(self) -> None:
+        self._own_hash = hash("another one in each process")
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "objects": make,
     "network": lambda: task_of(small_cnn),
     "closures": lambda: make(
-        loss_fn=closed(2.0, np.array([1.0, 2.0])), optimizer_fn=logged(optimizer)
+        loss_fn=closed(2.0, [1.0, np.array([1.0, 2.0]), Hashed()]),
+        optimizer_fn=logged(optimizer),
     ),
     "lambdas": lambda: make(
         loss_fn=lambda outputs, targets: functional.cross_entropy(outputs, targets) * 2,

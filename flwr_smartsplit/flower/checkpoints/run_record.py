@@ -51,7 +51,6 @@ class RunRecord:
         self._checkpoints = checkpoints
         self._central = central
         self._objects = objects
-        self._filter: Filter | None = None
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -95,14 +94,13 @@ class RunRecord:
             self._checkpoints.path / str(saved.number),
             saved.number,
         )
-        self._filter = _OldRounds(saved.number)
-        _log.addFilter(self._filter)
+        _log.addFilter(_OldRounds(saved.number))
         return state
 
     def end(self) -> None:
-        """Show Flower's log again, wherever the run ended."""
-        if self._filter is not None:
-            _log.removeFilter(self._filter)
+        """Show Flower's log again, wherever a run of this process ended."""
+        for each in [each for each in _log.filters if isinstance(each, _OldRounds)]:
+            _log.removeFilter(each)
 
     def _take_up(self, saved: Saved) -> State:
         run, arrays = saved.run, saved.arrays
