@@ -53,6 +53,7 @@ class Corner:
 OLD_FLWR = ("flwr==1.40.0",)
 OLD_TORCH = ("torch==2.9.0", "torchvision==0.24.0")
 OLD_OTHERS = (
+    "cryptography==50.0.0",
     "numpy==2.0.0",
     "psutil==5.9.0",
     "rich==14.0.0",

@@ -108,6 +108,7 @@ def test_one_worker_and_two_give_the_same_bits(
     assert differences(arrays, alone.arrays) == []
 
 
+@pytest.mark.slow  # tests/contracts does it at the same hosts, without Flower's engine.
 def test_all_kinds_of_route_in_one_round_equal_the_whole_model(
     whole_run: ArrayRecord, tmp_path: Path
 ) -> None:

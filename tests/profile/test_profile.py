@@ -143,6 +143,7 @@ EVERY_STEP = [
     for is_slow in [
         (name in LARGE and optimizer != "momentum")
         or (name == "resnet18" and cut not in DAILY_RESNET18_CUTS)
+        or (name in {"unet", "frozen unet", "densenet"} and cut % 3)
     ]
 ]
 

@@ -23,7 +23,16 @@ from flwr_smartsplit.verify.equivalence import RouteChecker
 from tests.adapters import FROZEN, PEFT, lora, with_lora
 from tests.architectures import BATCH_SIZE, Architecture, hugging_face_model
 from tests.models import OPTIMIZERS
+from tests.slow_cases import daily
 
+# make test-all has the others, which show the same of more models.
+DAILY = {
+    "adapters by hand",
+    "biases only",
+    "frozen middle",
+    "norm behind a frozen layer",
+}
+DAILY |= {"peft: convolutions", "peft: tied gpt"}
 ALL = FROZEN | {f"peft: {name}": each for name, each in PEFT.items()}
 
 
@@ -41,7 +50,7 @@ def check_routes(architecture: Architecture, shapes: list[tuple[int, int]]) -> N
             assert check.measured_peak_bytes == predicted_peak_bytes(profile, route)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", daily(DAILY.__contains__, ((each,) for each in ALL)))
 def test_every_cut_is_exact_and_takes_what_is_predicted(name: str) -> None:
     """Loss, gradients and state are the stock model's; one u-shape, too."""
     check_routes(ALL[name], [(1, ALL[name].num_units - 1)])
