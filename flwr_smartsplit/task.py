@@ -4,6 +4,7 @@ A place builds its segments from these functions instead of receiving code or wh
 models, so a device never holds a tail and nothing executable crosses the wire.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -148,3 +149,11 @@ def _no_lists(targets: Any) -> Any:
     if isinstance(targets, list) or type(targets) is tuple:
         return tuple(map(_no_lists, targets))
     return targets
+
+
+def copied_loss(loss_fn: "Callable[..., Tensor]") -> "Callable[..., Tensor]":
+    """Copy a loss to try it on: one with a memory must not remember that."""
+    try:
+        return copy.deepcopy(loss_fn)
+    except Exception:  # Not everything that can be called can be copied.
+        return loss_fn

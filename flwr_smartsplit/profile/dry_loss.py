@@ -5,8 +5,6 @@ loss is run on random outputs and the task's example targets: a loss and its out
 small beside a model. A meter counts what it makes as if it were fake.
 """
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.profile.memory_trace import LoggingMeter
 from flwr_smartsplit.split.fake_tensors import rows_of_targets
-from flwr_smartsplit.task import Task
+from flwr_smartsplit.task import Task, copied_loss
 
 _LOOKS_AT_VALUES = (
     DataDependentOutputException,
@@ -40,7 +38,7 @@ class DryLoss:
     ) -> None:
         self.spans: list[range] = []
         self._task = task
-        self._loss_fn = _copied(task.loss_fn)
+        self._loss_fn = copied_loss(task.loss_fn)
         self._mode = mode
         self._meter = meter
         self._batch_size = batch_size
@@ -157,14 +155,6 @@ class _RealLoss(torch.autograd.Function):
         loss, outputs = ctx.loss, ctx.outputs
         ctx.loss = ctx.outputs = None
         return None, None, *ctx.dry.differentiated(loss, outputs)
-
-
-def _copied(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Copy a loss, so that one with a memory remembers nothing fake."""
-    try:
-        return copy.deepcopy(loss_fn)
-    except Exception:  # Not everything that can be called can be copied.
-        return loss_fn
 
 
 def _itself(value: Any) -> Any:

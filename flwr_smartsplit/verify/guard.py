@@ -5,7 +5,6 @@ small batch, along a few routes, must give the stock module's bits. At most ten 
 the whole model, once for each task, version and machine.
 """
 
-import copy
 import hashlib
 import math
 import os
@@ -28,7 +27,7 @@ from flwr_smartsplit.plan.checkpointing.stages import stages_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.python_state import chance_restored
-from flwr_smartsplit.task import Task
+from flwr_smartsplit.task import Task, copied_loss
 from flwr_smartsplit.task_digest.facts import facts_digest, task_facts
 from flwr_smartsplit.types import (
     KEEP_ALL,
@@ -260,7 +259,9 @@ def compare(
 def _checker(task: Task, config: Mapping[str, Any], place: str) -> RouteChecker | None:
     """Train the stock module on drawn batches; on the examples if it cannot."""
     micro = min(task.accumulate, 2)
-    own = replace(task, accumulate=micro, is_local=None, loss_fn=_copied(task.loss_fn))
+    own = replace(
+        task, accumulate=micro, is_local=None, loss_fn=copied_loss(task.loss_fn)
+    )
     reason = ""
     for batches in _batches(own, size=_MOST_EXAMPLES * micro):
         try:
@@ -293,14 +294,6 @@ def _batches(task: Task, *, size: int) -> Iterator[Batches]:
         return torch.cat([tensor] * math.ceil(size / len(tensor)))[:size]
 
     yield [tree_map_only(torch.Tensor, repeated, examples)] * 2
-
-
-def _copied(loss_fn: Any) -> Any:
-    """Copy a loss, which may count its calls."""
-    try:
-        return copy.deepcopy(loss_fn)
-    except Exception:
-        return loss_fn
 
 
 # --- what to say ----------------------------------------------------------------------

@@ -3,7 +3,6 @@
 There, an index out of range ends the whole process, and with it everybody's sessions.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.errors import EdgeError
-from flwr_smartsplit.task import Task
+from flwr_smartsplit.task import Task, copied_loss
 
 _Range = tuple[int, frozenset[int]]  # The largest, and those below 0
 _MOST_NEGATIVE = 100
@@ -21,10 +20,7 @@ class LabelCheck:
     """Run a task's loss on zeros whenever labels are new in what they index."""
 
     def __init__(self, task: Task) -> None:
-        try:
-            self._loss_fn = copy.deepcopy(task.loss_fn)  # It may remember something.
-        except Exception:  # Not everything that can be called can be copied.
-            self._loss_fn = task.loss_fn
+        self._loss_fn = copied_loss(task.loss_fn)
         self._known: dict[int, _Range] = {}  # By the label's place in the targets
 
     def __call__(self, outputs: Any, targets: Any) -> None:
