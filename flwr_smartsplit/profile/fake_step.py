@@ -1,5 +1,6 @@
 """A training step of a whole chain under fake tensors, logged."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -94,8 +95,16 @@ class StepLogger:
     The first one creates the optimizer's state; none is real.
     """
 
-    def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        *,
+        batch_size: int,
+        task: Task,
+        unwatched: Mapping[int, frozenset[int]] | None = None,
+    ) -> None:
         self._dry = DryStep(chain, batch_size=batch_size, task=task)
+        self._dry.observed.unwatched = self._unwatched = unwatched or {}
         self.num_micro_batches = min(task.accumulate, batch_size)
         self._ends: list[int] = []
         self._trained: set[str] = set()
@@ -111,10 +120,17 @@ class StepLogger:
         self._dry.run(0)
         self._loss_bytes = _kept_bytes(self._dry)
 
-    def log(self, recompute: RecomputePlan = KEEP_ALL) -> StepLog:
-        """Run and log another step."""
+    def log(
+        self, recompute: RecomputePlan = KEEP_ALL, *, watched: int | None = None
+    ) -> StepLog:
+        """Run and log another step; watch the whole boundary after unit ``watched``."""
         dry = self._dry
         dry.runner.recompute = recompute
+        dry.observed.unwatched = {
+            index: places
+            for index, places in self._unwatched.items()
+            if index != watched
+        }
         with dry.observed.saves():
             start = dry.run(1)
         return StepLog(
@@ -156,6 +172,25 @@ class StepLogger:
         gradient = parameter.grad
         if gradient is not None and gradient.layout is torch.sparse_coo:
             self._sparse[name] = parts_of(gradient)[1].shape[0]
+
+
+def logs_of_cuts(
+    chain: Chain, log: StepLog, *, batch_size: int, task: Task
+) -> list[StepLog]:
+    """Return a log for the cut after each unit; the last one is the whole route's.
+
+    It is the one log, unless a tensor crosses to which no gradient comes: only a device
+    that ends there holds the graph behind it.
+    """
+    dead = {index: b.dead for index, b in enumerate(log.boundaries) if b.dead}
+    if not dead:
+        return [log] * log.num_units
+    logger = StepLogger(chain, batch_size=batch_size, task=task, unwatched=dead)
+    others = logger.log()
+    return [
+        logger.log(watched=index) if index in dead else others
+        for index in range(log.num_units)
+    ]
 
 
 def _drop(value: Any) -> Any:

@@ -103,6 +103,7 @@ class BoundaryLog:
     unpacking_bytes: int = 0
     gradient_packing_bytes: int = 0
     crosses_alone: bool = True
+    dead: frozenset[int] = frozenset()  # Which of those watched got no gradient.
     outputs: tuple[tuple[int, int], ...] = ()  # Birth and bytes of each storage.
 
     @property
@@ -143,7 +144,13 @@ class _Watched(torch.autograd.Function):
 
 
 class Observed(nn.Module):
-    """A segment whose unit values are logged while it trains."""
+    """A segment whose unit values are logged while it trains.
+
+    Those of a boundary that need a gradient are watched together, as a device holds
+    them if it ends there: the graph of each lives until their gradients come. Where the
+    device goes on, the graph of one that gets none dies earlier. ``unwatched`` has the
+    places of such ones in their boundary, by unit.
+    """
 
     def __init__(
         self, segment: nn.Module, meter: LoggingMeter, *, num_units: int
@@ -155,6 +162,7 @@ class Observed(nn.Module):
         self._last = num_units - 1
         self.boundaries: list[BoundaryLog] = []
         self.saved: dict[int, SavedLog] = {}  # By unit
+        self.unwatched: Mapping[int, frozenset[int]] = {}
         self.flops_at_start = 0
 
     def forward(self, inputs: Any, **how: Any) -> Any:
@@ -199,8 +207,13 @@ class Observed(nn.Module):
         came = partial(self._gradients_came, boundary)
         if type(value) is tuple and len(trained) > 1 and index < self._last:
             boundary.crosses_alone = False
-            watched = iter(_Watched.apply(came, *trained))
-            return tuple(next(watched) if t.requires_grad else t for t in tensors)
+            passed = self.unwatched.get(index, frozenset())
+            places = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+            places = [place for i, place in enumerate(places) if i not in passed]
+            watched = _Watched.apply(came, *(tensors[place] for place in places))
+            for place, tensor in zip(places, watched, strict=True):
+                tensors[place] = tensor
+            return tuple(tensors)
         if trained:
             trained[0].register_hook(came)
         return value
@@ -211,6 +224,7 @@ class Observed(nn.Module):
     def _gradients_came(self, boundary: BoundaryLog, *gradients: Tensor | None) -> None:
         boundary.backward_start = self.meter.position
         boundary.flops_before = self.meter.forward_flops
+        boundary.dead = frozenset(i for i, g in enumerate(gradients) if g is None)
         most = 0
         for gradient in gradients:
             if gradient is None:

@@ -5,7 +5,7 @@ the same meter as in a real step, so nothing is modelled (``docs/memory-model.md
 One step of the whole chain gives the costs of every cut (``memory_trace.py``).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from flwr_smartsplit.profile.cache import (
     read_profile,
     write_profile,
 )
-from flwr_smartsplit.profile.fake_step import StepLogger
+from flwr_smartsplit.profile.fake_step import StepLogger, logs_of_cuts
 from flwr_smartsplit.profile.memory_trace import StepLog
 from flwr_smartsplit.profile.optimizer_memory import OptimizerCosts
 from flwr_smartsplit.profile.unit_memory import (
@@ -107,7 +107,8 @@ def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
                 "appends to them from micro-batch to micro-batch: use sparse=False, "
                 "or do not accumulate."
             )
-        units = _unit_costs(chain, log, batch_size, task)
+        logs = logs_of_cuts(chain, log, batch_size=batch_size, task=task)
+        units = _unit_costs(chain, logs, batch_size, task)
         steps, loss = step_bytes(chain, log)
         selective = selective_steps(chain, logger, log)
     except InvalidTask:
@@ -167,9 +168,10 @@ def _with_steps(
 
 
 def _unit_costs(
-    chain: Chain, log: StepLog, batch_size: int, task: Task
+    chain: Chain, logs: Sequence[StepLog], batch_size: int, task: Task
 ) -> list[UnitCost]:
     """Collect the costs of each unit, without FLOPs and ``StepBytes``."""
+    log = logs[-1]
     accumulates = min(task.accumulate, batch_size) > 1
     static_bytes = log.batch_bytes
     costs = []
@@ -196,8 +198,8 @@ def _unit_costs(
             boundary_bytes=log.boundary_bytes(index),
             forward_flops=0,
             device_peak_bytes=static_bytes
-            + log.head_bytes(index, optimizer.head_temporary_bytes),
-            waiting_bytes=log.waiting_bytes(index),
+            + logs[index].head_bytes(index, optimizer.head_temporary_bytes),
+            waiting_bytes=logs[index].waiting_bytes(index),
             return_bytes=log.return_bytes(index, optimizer.return_temporary_bytes),
             head_update_bytes=optimizer.head_temporary_bytes,
             tail_update_bytes=optimizer.tail_temporary_bytes,

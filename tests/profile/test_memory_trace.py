@@ -1,5 +1,6 @@
 """One logged step: what it says of every cut, and that its parts are all needed."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.profile import fake_step as dry_step
 from flwr_smartsplit.profile import memory_trace as step_log
+from flwr_smartsplit.profile import profile as profiles
 from flwr_smartsplit.profile.fake_step import StepLogger
 from flwr_smartsplit.profile.memory_trace import StepLog
 from flwr_smartsplit.profile.profile import profile_chain
@@ -73,6 +75,62 @@ def test_one_log_gives_the_measured_peak_of_every_cut():
     assert predicted(WIDE) == measured()
 
 
+class DeadSide(nn.Module):
+    """What needs a gradient crosses cuts, and none comes to it."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use = use
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 40)
+        self.third = nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.first(x)
+        side = functional.softplus(torch.tanh(torch.sigmoid(x)))
+        if self.use == "detached":
+            x = x + side.detach()
+        x = torch.tanh(torch.sigmoid(self.second(x)))
+        x = self.third(x)
+        return (x, side) if self.use == "output" else x
+
+
+USES = ("nothing", "detached", "output")
+
+
+def dead_side(use: str) -> Task:
+    """Make a task whose loss does not use what is beside the line."""
+
+    def loss(outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        return functional.cross_entropy(first, targets)
+
+    task = task_of(partial(DeadSide, use), shape=(4,), optimizer=OPTIMIZERS["sgd"])
+    return replace(task, loss_fn=loss, max_boundary_tensors=3)
+
+
+def peaks_of(task: Task) -> tuple[list[int], list[int]]:
+    """Predict and measure the peak of the whole route and of each cut."""
+    chain = build_chain(task)
+    profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
+    routes = [Route.whole(), *map(Route.split, range(1, len(chain)))]
+    with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
+        checks = [checker.check(route) for route in routes]
+    assert all(check.differences == () for check in checks)
+    return (
+        [predicted_peak_bytes(profile, route) for route in routes],
+        [check.measured_peak_bytes for check in checks],
+    )
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_graph_that_no_gradient_comes_to_is_held_where_the_device_ends(use):
+    """Behind that cut it waits for backward; elsewhere it dies with its value."""
+    found, real = peaks_of(dead_side(use))
+    assert len(found) > 4
+    assert found == real
+
+
 # --- planted errors -------------------------------------------------------------------
 
 
@@ -88,6 +146,17 @@ def test_a_log_that_keeps_the_boundary_predicts_too_much(monkeypatch):
     wrong = predicted(WIDE)
     assert all(w >= m for w, m in zip(wrong, measured(), strict=True))
     assert wrong != measured()
+
+
+@pytest.mark.parametrize("use", USES)
+def test_one_log_for_all_cuts_holds_what_no_gradient_comes_to(monkeypatch, use):
+    """In one log each cut holds what only a device that ends there does."""
+    monkeypatch.setattr(
+        profiles, "logs_of_cuts", lambda chain, log, **_: [log] * len(chain)
+    )
+    found, real = peaks_of(dead_side(use))
+    assert found != real
+    assert all(f >= r for f, r in zip(found, real, strict=True))
 
 
 @pytest.mark.parametrize("part", ["gradients", "unpacking_bytes", "packing_bytes"])

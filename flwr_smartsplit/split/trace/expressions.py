@@ -103,7 +103,7 @@ class Expressions(TorchDispatchMode):
         given = dict(_by_name(func, args, kwargs))
         written, expression = self._expression(func, given)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        real = self._computed(func, args, kwargs, tensors)
+        real = self._computed(func, (args, kwargs), tensors, written=written)
         result = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self._alive += [*tensors, *outputs]
@@ -181,8 +181,8 @@ class Expressions(TorchDispatchMode):
         if key not in self.storages:
             self._alive.append(tensor)
             self.storages[key] = self._number(("unknown", len(self.storages)))
-            if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
-                self._hold(tensor, tensor)
+            if type(tensor) in (Tensor, nn.Parameter):
+                self.know(tensor, tensor)
         return self.storages[key]
 
     def _number(self, expression: Any) -> int:
@@ -211,16 +211,28 @@ class Expressions(TorchDispatchMode):
         self.storages[key] = self._number(("constant", digest))
 
     def _computed(
-        self, func: Any, args: Any, kwargs: Any, tensors: Iterable[Tensor]
+        self,
+        func: Any,
+        given: tuple[Any, Any],
+        tensors: Iterable[Tensor],
+        *,
+        written: Iterable[tuple[Tensor, Any]],
     ) -> Any:
-        """Compute an operator on constants for real; None if something is not one."""
+        """Compute an operator on constants for real; None if something is not one.
+
+        It writes into copies: the constants are the model's own, or the user's.
+        """
         if torch.Tag.nondeterministic_seeded in func.tags:
             return None
-        if func.overloadpacket is torch.ops.aten.lift_fresh and not _is_fake(args[0]):
-            with _disable_current_modes():
-                return args[0].clone()
+        if func.overloadpacket is torch.ops.aten.lift_fresh:
+            constant = given[0][0]
+            if not _is_fake(constant):
+                with _disable_current_modes():
+                    return constant.clone()
         if any(_key(tensor) not in self._constants for tensor in tensors):
             return None
+        for key in {_key(tensor) for tensor, _ in written}:
+            self._constants[key] = _copy_of_storage(self._constants[key])
 
         def real(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -235,8 +247,8 @@ class Expressions(TorchDispatchMode):
             )
 
         with _disable_current_modes(), torch.no_grad():
-            given = tree_map(real, (args, kwargs))
-            return func(*given[0], **given[1])
+            args, kwargs = tree_map(real, given)
+            return func(*args, **kwargs)
 
 
 _UNFILLED = (
@@ -267,6 +279,12 @@ def _key(tensor: Tensor) -> int:
 def _covers(tensor: Tensor) -> bool:
     size = tensor.numel() * tensor.element_size()
     return tensor.untyped_storage().nbytes() == size
+
+
+def _copy_of_storage(tensor: Tensor) -> Tensor:
+    with _disable_current_modes():
+        copied = torch.empty(0, dtype=torch.uint8)
+        return copied.set_(tensor.detach().untyped_storage().clone())
 
 
 def _is_fake(tensor: Tensor) -> bool:

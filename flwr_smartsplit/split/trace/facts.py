@@ -8,7 +8,7 @@ computes the same and changes nothing.
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -342,7 +342,7 @@ class _Stock:
         states = []
         for index, meaning in enumerate(meanings):
             difference = self._difference(meaning)
-            if difference and kept and index > 0:
+            if difference and kept and (index > 0 or self._is_another_each_time()):
                 self._refuse_change(kept)
             if difference:
                 self._refuse(difference)
@@ -356,19 +356,37 @@ class _Stock:
 
     def _difference(self, meaning: Any) -> str | None:
         """Run forward once; say what is not as it was traced."""
-        stock, number = self._stock, self._expressions.of
         try:
-            with self._mode, self._expressions, torch.enable_grad():
-                with saved_tensors_hooks(_nothing, _itself), torch_log_silenced():
-                    outputs = run_unit(
-                        lambda _, *a, **k: stock(*a, **k), stock, self._inputs
-                    )
+            outputs = self._outputs()
         except Exception as error:
             return f"what forward does ({type(error).__name__}: {str(error)[:200]})"
-        for name, tensor in named_tensors(stock).items():
-            if name in meaning[1] and meaning[1][name] != number(tensor):
+        for name, tensor in named_tensors(self._stock).items():
+            if name in meaning[1] and meaning[1][name] != self._expressions.of(tensor):
                 return f"what forward writes to {name}"
-        return None if number(outputs) == meaning[0] else "what forward returns"
+        return None if outputs == meaning[0] else "what forward returns"
+
+    def _outputs(self) -> Any:
+        """Run forward once; describe what it returns."""
+        stock = self._stock
+        with (
+            self._mode,
+            self._expressions,
+            torch.enable_grad(),
+            saved_tensors_hooks(_nothing, _itself),
+            torch_log_silenced(),
+        ):
+            outputs = run_unit(lambda _, *a, **k: stock(*a, **k), stock, self._inputs)
+        return self._expressions.of(outputs)
+
+    def _is_another_each_time(self) -> bool:
+        """Say whether forward returns something else on the same inputs and state."""
+        again, state = self._expressions.again, [*named_tensors(self._stock).values()]
+        start = self._expressions.start((self._inputs, state))
+        with suppress(Exception), again(start):
+            first = self._outputs()
+            with again(start):
+                return bool(first != self._outputs())
+        return False
 
     def _refuse_change(self, names: Collection[str]) -> None:
         words = ", ".join(sorted(names)[:3])
