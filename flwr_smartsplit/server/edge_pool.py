@@ -72,14 +72,14 @@ class EdgePool:
         return tuple(map(self._profile, names))
 
     def _profile(self, name: str) -> EdgeProfile:
-        profile, link = self._edges[name].profile, self._links.get(name)
+        profile: EdgeProfile = self._edges[name].profile
+        link = self._links.get(name)
         offer = _UNLIMITED if link is None else link.offer
-        memory, disk = profile.memory_bytes, profile.disk_bytes
-        return replace(
-            profile,
-            memory_bytes=offer.memory_bytes if memory is None else memory,
-            disk_bytes=offer.disk_bytes if disk is None else disk,
-        )
+        if profile.memory_bytes is None:
+            profile = replace(profile, memory_bytes=offer.memory_bytes)
+        if profile.disk_bytes is None:
+            profile = replace(profile, disk_bytes=offer.disk_bytes)
+        return profile
 
     def prepare(
         self,

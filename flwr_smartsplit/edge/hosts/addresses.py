@@ -64,6 +64,11 @@ class Address:
         return is_loopback(self.target.rpartition(":")[0])
 
 
+def is_address(text: str) -> bool:
+    """Say whether a text is the address of an edge on a network, maybe a wrong one."""
+    return text.partition("://")[0] in _SCHEMES
+
+
 def is_loopback(host: str) -> bool:
     """Say whether a host is this machine, seen from itself only."""
     return _LOOPBACK.fullmatch(host) is not None

@@ -120,10 +120,10 @@ class GrpcServer:
             time.sleep(_PAUSE_SECONDS)
         return left
 
-    def stop(self) -> None:
-        """End all connections."""
+    def stop(self, grace_seconds: float | None = None) -> None:
+        """End all connections, after a grace for replies that are on their way."""
         self._ended.set()
-        self._server.stop(grace=None).wait()
+        self._server.stop(grace_seconds).wait()
 
     def _talk(self, parts: Iterator[bytes], context: Any) -> Iterator[bytes]:
         """Answer one stream's requests."""
