@@ -1,4 +1,4 @@
-"""The deployment example: true processes, both of Flower's APIs, with and without TLS."""
+"""The deployment example: true processes, both APIs, with and without TLS."""
 
 import json
 import os

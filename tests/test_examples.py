@@ -68,7 +68,9 @@ def names(source: Path) -> set[str]:
     return defined
 
 
-def missing(folder: Path, words: list[str]) -> list[str]:
+def missing(  # noqa: PLR0911 - a list of cases
+    folder: Path, words: list[str]
+) -> list[str]:
     """List what a command names and is not there: folders, modules and their names."""
     match words:
         case ["cd", path]:

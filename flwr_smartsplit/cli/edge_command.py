@@ -159,15 +159,8 @@ def _gate(options: EdgeOptions, secret: str) -> tuple[EdgeGate, Path]:
     device = as_device(options.device)
     task = task_of(options.model)
     build_chain(task).require_cuts()
-    folder = options.spill or Path.home() / ".local/state/smartsplit" / options.name
-    try:
-        lock = claim_alone(folder)
-    except OSError as error:
-        raise BadArgument(f"--spill {folder} cannot be used: {error}.") from error
-    if lock is None:
-        raise BadArgument(f"--spill {folder} is another edge's: give each its own.")
-    _locks.append(lock)
-    # A certificate of an edge is also what it shows to the next edge of a route.
+    folder = _claimed(options)
+    # Its certificate is also what it shows to the next edge of a route.
     certificate, key = options.tls_certificate, options.tls_key
     onward = GrpcHost(
         certificate=None if certificate is None else certificate.read_bytes(),
@@ -188,6 +181,23 @@ def _gate(options: EdgeOptions, secret: str) -> tuple[EdgeGate, Path]:
         ),
     )
     return gate, folder
+
+
+def _claimed(options: EdgeOptions) -> Path:
+    """Make the edge's folder, and keep it until the process ends."""
+    folder = options.spill or _states() / options.name.replace("/", "-")
+    try:
+        lock = claim_alone(folder)
+    except OSError as error:
+        raise BadArgument(f"--spill {folder} cannot be used: {error}.") from error
+    if lock is None:
+        raise BadArgument(f"--spill {folder} is another edge's: give each its own.")
+    _locks.append(lock)
+    return folder
+
+
+def _states() -> Path:
+    return Path.home() / ".local/state/smartsplit"
 
 
 def _size(text: str | None, option: str) -> int | None:
