@@ -1,8 +1,9 @@
-"""Certificates and keys for a trial on one machine.
+"""Certificates, keys and a secret for a trial: ``certificates.py FOLDER NAME...``.
 
 A real deployment takes them from its own authority (cert-manager, step-ca, ...).
 """
 
+import sys
 from datetime import datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,13 +19,16 @@ _PLAIN = serialization.NoEncryption()
 
 
 def make_certificates(folder: Path, names: list[str], hosts: list[str]) -> None:
-    """Write ``ca.pem``, and ``NAME.pem`` and ``NAME.key`` for servers on some hosts."""
+    """Write ``ca.pem``, and ``NAME.pem`` and ``NAME.key`` for servers on some hosts.
+
+    Each server is reached by its name, too.
+    """
     authority = ec.generate_private_key(ec.SECP256R1())
     root = _certificate("ca", authority.public_key(), authority, hosts=None)
     (folder / "ca.pem").write_bytes(root.public_bytes(_PEM))
     for name in names:
         key = ec.generate_private_key(ec.SECP256R1())
-        made = _certificate(name, key.public_key(), authority, hosts=hosts)
+        made = _certificate(name, key.public_key(), authority, hosts=[name, *hosts])
         (folder / f"{name}.pem").write_bytes(made.public_bytes(_PEM))
         form = serialization.PrivateFormat.PKCS8
         _write_secret(folder / f"{name}.key", key.private_bytes(_PEM, form, _PLAIN))
@@ -95,3 +99,12 @@ def _host(text: str) -> x509.GeneralName:
 
 def _named(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    if not (target / "ca.pem").exists():
+        make_certificates(target, sys.argv[2:], ["localhost", "127.0.0.1"])
+        make_secret(target / "edge.secret")
+        for number in range(3):
+            make_node_key(target, f"device-{number}")

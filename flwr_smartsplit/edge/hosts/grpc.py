@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 from flwr_smartsplit.edge import protocol as wire
@@ -118,7 +119,7 @@ def GrpcEdge(  # noqa: PLR0913 - where it is, who vouches for it, and who we are
     patience_seconds : float
         How long to wait for an edge that does not answer, or restarts.
     timeout_seconds : float
-        How long one request may take, at least half of it.
+        How long one request may take.
 
     Examples
     --------
@@ -194,25 +195,32 @@ class _Stream:
 
     def __init__(self, channel: Any, secret: str, timeout_seconds: float) -> None:
         self._channel = channel
-        # The deadline is the stream's, which is renewed at half of it.
-        self._until = time.monotonic() + timeout_seconds / 2
+        self._deadline = _Deadline(timeout_seconds)
         self._requests: SimpleQueue[list[Piece] | None] = SimpleQueue()
         talk = channel.stream_stream(f"/{SERVICE}/{METHOD}")
         self._replies = talk(
             _parts_of(self._requests),
             metadata=((SECRET, secret.encode(errors="surrogatepass")),),
-            timeout=timeout_seconds,
         )
+        watch = self._deadline.watch
+        Thread(target=watch, args=(self._replies,), daemon=True).start()
 
     @property
-    def is_fresh(self) -> bool:
-        """Say whether there is time for one more request."""
-        return time.monotonic() < self._until and self._replies.is_active()
+    def is_active(self) -> bool:
+        """Say whether the stream goes on, as far as is known here."""
+        return bool(self._replies.is_active())
+
+    @property
+    def was_late(self) -> bool:
+        """Say whether it was broken off because an answer took too long."""
+        return self._deadline.has_passed
 
     def ask(self, pieces: list[Piece], most_bytes: int) -> Piece:
         """Send a request, and wait for its reply."""
+        self._deadline.begin()
         self._requests.put(pieces)
         reply = joined(self._replies, lambda: most_bytes)
+        self._deadline.until = inf
         if reply is None:
             raise _Ended
         return reply
@@ -220,12 +228,35 @@ class _Stream:
     def close(self) -> None:
         """End the stream, the thread that sends for it, and its connection."""
         self._requests.put(None)
+        self._deadline.is_over.set()
         self._channel.close()
 
     def __del__(self) -> None:
         """Close what nobody uses any more."""
         with suppress(Exception):
             self.close()
+
+
+@dataclass
+class _Deadline:
+    """Until when an answer must have come; a thread watches it."""
+
+    seconds: float
+    until: float = inf
+    has_passed: bool = False
+    is_over: Event = field(default_factory=Event)
+
+    def begin(self) -> None:
+        """Give the next answer its time."""
+        self.until = time.monotonic() + self.seconds
+
+    def watch(self, call: Any) -> None:
+        """Break a call off at the deadline. It knows no stream, so streams can end."""
+        while not self.is_over.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() > self.until:
+                self.has_passed = True
+                call.cancel()
+                return
 
 
 class _Ended(Exception):
@@ -275,7 +306,7 @@ class GrpcTransport:
 
     def _delivered(self, secret: str, request: Any) -> tuple[_Stream, Piece]:
         """Deliver a request, even to an edge that is restarting."""
-        pieces, until = encode(request), float("inf")
+        pieces, until = encode(request), inf
         most = _REPLY_BYTES
         if isinstance(request, wire.Forward | wire.Backward):
             most = self._step_bytes.get(secret, most)
@@ -288,8 +319,10 @@ class GrpcTransport:
                 raise
             except (grpc.RpcError, _Ended) as error:
                 stream.close()
+                if stream.was_late:
+                    raise self._late() from error
                 now, cause = time.monotonic(), self._cause(error)
-                if until == float("inf"):
+                if until == inf:
                     until = now + self._host.patience_seconds
                     shown = self._address.target, cause, self._host.patience_seconds
                     _log.warning("Edge at %s: %s. Trying for %.0f s.", *shown)
@@ -305,7 +338,7 @@ class GrpcTransport:
         """Take the stream of a secret, or open a new one."""
         with self._lock:
             stream = self._streams.pop(secret, None)
-        if stream is not None and stream.is_fresh:
+        if stream is not None and stream.is_active:
             return stream
         if stream is not None:
             stream.close()
@@ -313,7 +346,7 @@ class GrpcTransport:
 
     def _keep(self, secret: str, stream: _Stream) -> None:
         with self._lock:
-            if stream.is_fresh and self._streams.setdefault(secret, stream) is stream:
+            if stream.is_active and self._streams.setdefault(secret, stream) is stream:
                 return
         stream.close()
 
@@ -326,6 +359,13 @@ class GrpcTransport:
         )
         options = [*_CLIENT_OPTIONS.items()]
         return grpc.secure_channel(target, credentials, options=options)
+
+    def _late(self) -> EdgeUnreachable:
+        return EdgeUnreachable(
+            f"the edge at {self._address.target} did not answer within "
+            f"{self._host.timeout_seconds:g} s: look at its log, or raise "
+            "timeout_seconds."
+        )
 
     def _cause(self, error: Any) -> str:
         """Say why a stream broke, or raise if it would break again."""
@@ -341,12 +381,6 @@ class GrpcTransport:
                 free_bytes=0,
                 budget_bytes=0,
                 retry_after_seconds=_FULL_SECONDS,
-            ) from error
-        if code is codes.DEADLINE_EXCEEDED:
-            raise EdgeUnreachable(
-                f"the edge at {target} did not answer within "
-                f"{self._host.timeout_seconds:.0f} s: look at its log, or raise "
-                "timeout_seconds."
             ) from error
         if code is codes.UNIMPLEMENTED or "SSL_ERROR" in details:
             raise EdgeUnreachable(

@@ -76,7 +76,7 @@ class GrpcServer:
         options = {
             **OPTIONS,
             "grpc.so_reuseport": 0,  # Two edges at one port would share clients
-            "grpc.http2.min_recv_ping_interval_without_data_ms": 10_000,
+            "grpc.http2.max_ping_strikes": 0,  # As many as keepalive needs
         }
         self._server = grpc.server(
             ThreadPoolExecutor(most, "edge"),
