@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,28 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
 
 
+@pytest.hookimpl(tryfirst=True)  # The marks must be there when -m chooses by them.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take long, or one worker would end with them alone."""
+    """Say what is slow, and begin with the files that take long.
+
+    Else one worker would end with them alone.
+    """
+    _mark_repeats_as_slow(items)
     long = {item.path for item in items if item.get_closest_marker("ray")}
     long |= {item.path for item in items if item.path.name in _LONG_FILES}
     items.sort(key=lambda item: item.path not in long)
+
+
+def _mark_repeats_as_slow(items: list[pytest.Item]) -> None:
+    """Leave every ``n``-th case of a test marked ``every(n)`` for every day."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("every")
+        if marker is not None and item.get_closest_marker("slow") is None:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 class _Scheduling(LoadFileScheduling):

@@ -51,6 +51,7 @@ def assert_every_route_is_exact(architecture: Architecture, optimizer: str) -> N
             assert check.measured_peak_bytes == expected
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("optimizer", WITH_ADAM)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_cut_is_exact_and_its_bytes_are_known(name, optimizer):
@@ -58,6 +59,7 @@ def test_every_cut_is_exact_and_its_bytes_are_known(name, optimizer):
     assert_every_route_is_exact(ARCHITECTURES[name], optimizer)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("optimizer", WITH_ADAM)
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_every_cut_of_a_hugging_face_model_is_exact_and_its_bytes_are_known(

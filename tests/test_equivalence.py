@@ -285,6 +285,7 @@ def test_every_cut_of_the_chain_is_compared(name):
         assert chain.unit_names == SMALL_CNN_UNITS
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("edge", "name", "cut", "optimizer"), EVERY_STEP)
 def test_a_split_step_is_the_stock_models_step(place_at, edge, name, cut, optimizer):
     """Losses, gradients, buffers and parameters are the stock model's bits."""
@@ -369,6 +370,7 @@ def test_a_wrong_stream_would_be_seen(place_at):
     }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("edge", "name", "cut"), EVERY_CASE)
 def test_evaluating_along_a_route_is_evaluating_the_stock_model(
     place_at, edge, name, cut

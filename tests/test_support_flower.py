@@ -74,6 +74,7 @@ def fed(name: str, **changes: Any) -> Any:
 SERVER_OPTIMIZERS = ("FedAdam", "FedYogi", "FedAdagrad", "FedAvgM")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
 def test_server_optimizers(name: str) -> None:
     """Mixed routes give whole routes' bits, which are Flower's own, over three rounds.
@@ -96,6 +97,7 @@ def test_server_optimizers(name: str) -> None:
     assert trained.isdisjoint(differences(found, rounded))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
 def test_server_optimizers_under_the_legacy_api(name: str) -> None:
     """Flower's legacy strategy of the same name takes the same step."""

@@ -153,6 +153,7 @@ KINDS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -358,6 +358,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_evaluation_holds_no_more_than_its_price(kind: str) -> None:
     """On every route, as the meter counts; and much less than training does."""
@@ -450,6 +451,7 @@ NUMBERS: list[Callable[[Any], Any]] = [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("number", NUMBERS)
 def test_numbers_of_other_libraries_are_as_good(number: Callable[[Any], Any]) -> None:
     """The same run as with Python's own, bit for bit."""

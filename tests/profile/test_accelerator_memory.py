@@ -39,6 +39,7 @@ def overhead(task: Task) -> int:
     return accelerator_overhead(build_chain(task), batch_size=BATCH_SIZE, task=task)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("route", ROUTES, ids=str)
 @pytest.mark.parametrize("optimizer_fn", [SGD, ADAM], ids=["SGD", "Adam"])
 @pytest.mark.parametrize("norm", [None, 0.5])

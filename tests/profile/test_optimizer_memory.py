@@ -71,6 +71,7 @@ def peaks(task: Task) -> tuple[list[int], list[int]]:
     return predicted, [check.measured_peak_bytes for check in checks]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("trains_all", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_is_predicted_to_the_byte(name, trains_all):

@@ -123,6 +123,7 @@ def test_there_are_plans_of_every_shape():
     assert RecomputePlan((Rerun(0, 2), Rerun(2, 4))) in PLANS
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_every_plan_gives_the_plain_steps_numbers(layers, optimizer):

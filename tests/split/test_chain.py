@@ -50,6 +50,7 @@ def test_a_segment_keeps_the_models_own_names():
     assert segment.get_parameter("3.bias") is model[3].bias
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_two_sides_of_every_cut_hold_every_name_once(name):
     """Whatever the cut, its sides have no name in common and miss none."""
@@ -264,7 +265,7 @@ def cut_run(chain: Chain, cut: int, *, bend: float = 0.0) -> Callable[[Tensor], 
     return run
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=6))
 def test_any_cut_of_any_model_changes_no_number(kinds):
     """For random models, each cut gives the whole's outputs, gradients and state."""

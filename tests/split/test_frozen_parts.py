@@ -50,6 +50,7 @@ def check_routes(architecture: Architecture, shapes: list[tuple[int, int]]) -> N
             assert check.measured_peak_bytes == predicted_peak_bytes(profile, route)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", daily(DAILY.__contains__, ((each,) for each in ALL)))
 def test_every_cut_is_exact_and_takes_what_is_predicted(name: str) -> None:
     """Loss, gradients and state are the stock model's; one u-shape, too."""
@@ -78,6 +79,7 @@ def test_so_is_every_u_shape(name: str) -> None:
     check_routes(ALL[name], [(i, j) for i in cuts for j in cuts if i < j])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ALL)
 def test_only_what_is_trained_comes_back(name: str) -> None:
     """Frozen parameters do not; the boundary behind a frozen front is one-way."""

@@ -257,6 +257,7 @@ SLOW = [name for name in PLANTED if "in-place" in name or "strides" in name]
 """It takes many models to find one that notices."""
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("patch", "noticed"),
     [

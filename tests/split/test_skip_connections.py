@@ -67,6 +67,7 @@ def test_more_tensors_give_more_cuts_and_keep_those_there_were(name):
     assert set(default.unit_names[:-1]) <= set(wide.unit_names)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     daily(lambda _, optimizer: optimizer == "adam", product(MODELS, OPTIMIZERS)),

@@ -100,6 +100,7 @@ def both(
     return differing(expected, found)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 8, 9])
 @pytest.mark.parametrize("cut", [None, 1, 4])

@@ -36,6 +36,7 @@ def brute_force(stages: tuple[Stage, ...], budget: int) -> float | None:
     return min(costs, default=None)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("part", range(5))
 def test_it_is_as_good_as_trying_everything(part: int) -> None:
     """Five hundred chains whose sizes are whole slots: never worse, never over."""

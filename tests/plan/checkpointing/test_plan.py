@@ -120,6 +120,7 @@ def budgets_between(profile: ChainProfile, route: Route) -> list[int]:
     return [least + (most - least) * part // 4 for part in range(5)]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "name",
     [

@@ -118,6 +118,7 @@ def budgets_of(profile: ChainProfile, route: Route) -> list[int]:
     return [least - 1, *(least + (most - least) * part // 8 for part in range(9))]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", REAL)
 def test_on_real_models_it_fits_and_the_optimum_is_never_worse(name: str) -> None:
     """At several cuts and budgets; and it does find plans."""
