@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -39,6 +38,7 @@ from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.types import ClientPlan, DeviceProfile
+from simulations.benchmarks.step_time import TimedTransport
 
 CERTIFICATES = Path(__file__).parents[2] / "examples/deployment/certificates.py"
 BATCH_SIZE = 16
@@ -122,7 +122,7 @@ def edge_process(size: str, folder: Path, *options: str) -> Iterator[int]:
 def round_of(
     edge: Edge, pool: EdgePool, task: Task, *, num_clients: int, num_steps: int
 ) -> float:
-    """Train some clients at once; return the seconds of one step of one of them."""
+    """Train some clients at once; return the mean seconds of a request of a step."""
     state = state_of(task.model_fn())
     width = tree_leaves(task.example_inputs)[0].shape[1]
     addresses, failures = pool.prepare(state_digest(state), state)
@@ -153,16 +153,14 @@ def round_of(
             batch_size=BATCH_SIZE,
         )
         plan = pool.signed(plan, device, profile, is_train=True)
-        conditions = Conditions(
-            task=task, connect=lambda _, address: edge.connect(address), cap_mode="off"
-        )
+        timed = TimedTransport(edge.connect(addresses[edge.name]))
+        conditions = Conditions(task=task, connect=lambda *_: timed, cap_mode="off")
         names = chain.state_names(0, CUT)
         own = {name: state[name] for name in names}
         ready.wait()
-        started = time.perf_counter()
         outcome = train_locally(plan, own, batches, conditions)
         assert outcome.receipts, outcome.report.message
-        return time.perf_counter() - started
+        return timed.seconds["Forward"]
 
     with ThreadPoolExecutor(num_clients) as threads:
         seconds = list(threads.map(train, range(num_clients)))
@@ -234,7 +232,7 @@ def main(
     clients: Annotated[str, typer.Option(help="How many at once.")] = "1,4",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Time one client's steps over each wire, and what they take of the CPU."""
+    """Time what a device waits for in each step, and what a step takes of the CPU."""
     torch.set_num_threads(1)
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     for size in sizes.split(","):

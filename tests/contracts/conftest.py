@@ -67,10 +67,11 @@ def tls_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield Place(served.connect(), served.folder)
 
 
-WAYS = ["local", "counting", "bytes", "grpc", "tls"]
+WAYS = ["local", "counting", "bytes", "grpc"]
+MARKED = {"tls": pytest.mark.slow, "ray": pytest.mark.ray}
 
 
-@pytest.fixture(params=[*WAYS, pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.fixture(params=[*WAYS, *(pytest.param(w, marks=m) for w, m in MARKED.items())])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """Reach an edge in each of the ways."""
     if request.param in {"grpc", "tls", "ray"}:

@@ -36,6 +36,7 @@ def page(edge: EdgeProcess, path: str) -> str:
         return str(reply.read().decode())
 
 
+@pytest.mark.slow
 def test_both_apis_give_the_bits_of_one_process(edge: EdgeProcess) -> None:
     """Clients are given no edge: address and certificates come with their plans."""
     local, remote = smart_split(), smart_split((edge.edge(),))
@@ -49,6 +50,7 @@ def test_both_apis_give_the_bits_of_one_process(edge: EdgeProcess) -> None:
     assert differences(legacy.state, truth.state) == []
 
 
+@pytest.mark.slow
 def test_an_edge_tells_how_it_is(edge: EdgeProcess) -> None:
     """Its numbers for Prometheus; health for whoever supervises it."""
     text = page(edge, "/metrics")
