@@ -119,6 +119,7 @@ def edge_process(size: str, folder: Path, *options: str) -> Iterator[int]:
             process.wait(60)
 
 
+# longer than 40 lines because it says all that a plan and a profile need
 def round_of(
     edge: Edge, pool: EdgePool, task: Task, *, num_clients: int, num_steps: int
 ) -> float:
