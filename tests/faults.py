@@ -61,6 +61,7 @@ class MortalEdge:
     ) -> None:
         self.name = name
         self.profile = EdgeProfile(name=name)
+        self.admin_secret = ""
         self.folder = folder
         self.hook = hook
         self.neighbours: dict[str, MortalEdge] = {}
@@ -110,6 +111,8 @@ class MortalEdge:
 
     def _handle(self, request: Any) -> Any:
         if isinstance(request, wire.Hello):
+            return wire.Welcome()
+        if isinstance(request, wire.EndRun):
             return None
         self.requests.append(_without_payload(request))
         if self._service is None:

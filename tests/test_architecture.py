@@ -27,6 +27,7 @@ PUBLIC_NAMES = [
     "Checkpoints",
     "Constraints",
     "DeviceTraits",
+    "GrpcEdge",
     "LegacySmartSplit",
     "Link",
     "MemoryBudget",
@@ -438,8 +439,8 @@ def test_chance_and_time_that_are_passed_in_are_not_a_problem():
 
 
 def heavy_modules_loaded_by(statement: str, folder: Path) -> list[str]:
-    """Run a statement in a fresh interpreter; say which of ray and flwr it loaded."""
-    show = "import sys; print(*sorted({'ray', 'flwr'} & set(sys.modules)))"
+    """Run a statement in a fresh interpreter; say what heavy it loaded."""
+    show = "import sys; print(*sorted({'ray', 'flwr', 'grpc'} & set(sys.modules)))"
     command = [sys.executable, "-c", f"{statement}; {show}"]
     return subprocess.check_output(command, cwd=folder, text=True).split()
 
@@ -450,7 +451,7 @@ def test_importing_the_package_loads_neither_ray_nor_flwr():
 
 def test_a_device_without_a_split_needs_no_ray():
     """Describing an edge is not reaching it; each Flower message is a new process."""
-    made = f"from {PACKAGE} import RayEdge; RayEdge().profile"
+    made = f"from {PACKAGE} import GrpcEdge, RayEdge; RayEdge().profile, GrpcEdge()"
     assert heavy_modules_loaded_by(made, ROOT) == []
 
 

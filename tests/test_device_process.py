@@ -52,6 +52,7 @@ def fenced() -> dict[str, Any]:
     return measured("--fence")
 
 
+@pytest.mark.slow
 def test_the_resident_set_grows_by_what_the_meter_counts(
     fenced: dict[str, Any],
 ) -> None:

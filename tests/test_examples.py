@@ -68,7 +68,9 @@ def names(source: Path) -> set[str]:
     return defined
 
 
-def missing(folder: Path, words: list[str]) -> list[str]:
+def missing(  # noqa: PLR0911 - a list of cases
+    folder: Path, words: list[str]
+) -> list[str]:
     """List what a command names and is not there: folders, modules and their names."""
     match words:
         case ["cd", path]:
@@ -80,6 +82,8 @@ def missing(folder: Path, words: list[str]) -> list[str]:
             app = tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]
             specs = app["components"].values()
             return [spec for spec in specs if is_missing(folder / path, spec)]
+        case ["python", path]:
+            return [] if (folder / path).is_file() else [path]
         case ["smartsplit", _, spec, *_]:
             return [spec] if is_missing(folder, spec) else []
         case ["diff", _, *paths]:
@@ -118,6 +122,7 @@ def test_every_example_has_its_page_and_is_in_the_list():
     [
         ("cd examples/nowhere", "examples/nowhere"),
         ("flwr run nowhere --stream", "nowhere"),
+        ("python nowhere.py", "nowhere.py"),
         ("flwr run planted", "app.server_app:app"),
         ("smartsplit check quickstart.task:nothing --cuts all", "quickstart.task:noth"),
         ("diff -ru quickstart nowhere | wc -l", "nowhere"),

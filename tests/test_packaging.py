@@ -25,6 +25,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 # The module that needs an extra, and what it loads of it.
 PROMISED = {
+    "edge": ("flwr_smartsplit.edge.hosts.grpc_server", "grpc"),
     "plot": ("flwr_smartsplit.cli.profile_plot", "matplotlib"),
     "tensorboard": ("flwr_smartsplit.flower.journal.row_callbacks", "tensorboard"),
     "wandb": ("flwr_smartsplit.flower.journal.row_callbacks", "wandb"),

@@ -27,10 +27,11 @@ from flwr.serverapp import strategy as flower
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flwr_smartsplit import Checkpoints, Route, build_client_app
+from flwr_smartsplit import Checkpoints, GrpcEdge, Route, build_client_app
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.routes import RouteRequest, deepest_split
+from tests.edge.hosts.served import Authority, serving
 from tests.flower.apps import (
     initial_arrays,
     legacy_app,
@@ -371,3 +372,20 @@ def test_the_result_loads_into_the_stock_model() -> None:
     assert isinstance(arrays, ArrayRecord)
     tiny_cnn().load_state_dict(arrays.to_torch_state_dict(), strict=True)
     assert list(arrays) == list(initial_arrays())
+
+
+def test_edges_on_a_network(tmp_path: Path) -> None:
+    """By TLS, with clients that are given no edge."""
+    authority = Authority.make(tmp_path / "certificates")
+    with serving(tmp_path / "edge", authority=authority) as served:
+        place = f"localhost:{served.server.port}"
+        edges = (GrpcEdge(place, root_certificates=authority.roots),)
+        clients = [message_app(index, edges=()) for index in range(3)]
+        strategy = smart_split(edges, choose_route=lambda _: Route.split(6))
+        found = run(clients, strategy)
+        assert served.gate.load().num_runs == 0
+    whole = run([message_app(index) for index in range(3)], smart_split(()))
+    assert not found.kinds()
+    routes = {str(a.option.route) for a in found.strategy.round_plans[0].assignments}
+    assert routes == {"device[:6] > edge[6:]"}
+    assert differences(found.state, whole.state) == []

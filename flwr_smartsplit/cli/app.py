@@ -1,4 +1,4 @@
-"""The command line: ``smartsplit profile``, ``plan`` and ``check MODEL``.
+"""The command line: ``smartsplit profile``, ``plan``, ``check`` and ``edge MODEL``.
 
 Torch and the reports are imported where they are needed, so that help and most mistakes
 are answered at once.
@@ -38,7 +38,8 @@ PIPED_WIDTH = 10_000
 MAX_SEED = 2**63
 
 app = typer.Typer(
-    help="Show what a model costs a device at each cut; prove that cuts are exact.",
+    help="Show what a model costs a device at each cut; prove that cuts are exact; "
+    "serve as an edge.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -197,6 +198,91 @@ def check(
         _print(report.as_json() if as_json else report.for_people())
     if not report.is_good:
         raise typer.Exit(DIFFERENT)
+
+
+# longer than 40 lines because each option has a line, and says what it is
+@app.command()
+def edge(
+    model: ModelArgument,
+    *,
+    name: Annotated[str, typer.Option(help="The edge's name in routes.")] = "edge",
+    host: Annotated[
+        str, typer.Option(help="Address of this machine to listen at; 0.0.0.0: all.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen at; 0 takes a free one.")
+    ] = 50051,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate chain, as PEM.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its private key, as PEM.")
+    ] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Let only those in who have a certificate of these authorities.",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS; on loopback only.")
+    ] = False,
+    insecure_anywhere: Annotated[
+        bool, typer.Option("--insecure-anywhere", help="No TLS, at any address.")
+    ] = False,
+    admin_secret_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Secret with which strategies begin runs."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="For sessions, such as 8GiB.")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="For sealed tails, as 50GiB.")
+    ] = None,
+    spill: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Held states and sealed tails. Default: "
+            "~/.local/state/smartsplit/NAME.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "cpu",
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve /metrics and /healthz at this port.")
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option(help="Where to serve them.")
+    ] = "127.0.0.1",
+    max_runs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 8,
+    max_connections: Annotated[
+        int, typer.Option(min=2, help="Clients and strategies at the same time.")
+    ] = 512,
+    lease: Annotated[
+        float, typer.Option(min=1, help="Seconds until a silent run is deleted.")
+    ] = 86_400.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds until a lost client's session is.")
+    ] = 60.0,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds for open sessions after SIGTERM.")
+    ] = 300.0,
+) -> None:
+    """Serve as an edge on a network, until SIGTERM or Ctrl-C.
+
+    MODEL is package.module:function; the function returns the flwr_smartsplit.Task that
+    strategy and clients have, too. One line says when the edge is ready. On SIGTERM it
+    finishes open sessions, and takes no new ones. The exit code is 1 if some were cut
+    off.
+    """
+    options = dict(locals())
+    with _explained_errors():
+        from flwr_smartsplit.cli.edge_command import EdgeOptions, serve
+
+        code = serve(EdgeOptions(**options))
+    raise typer.Exit(code)
 
 
 def _subject(

@@ -26,12 +26,12 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--budget") -> int:
     """Read a size with its unit, such as ``64MiB``, in bytes."""
     try:
         return parse_size(text)
     except ValueError as error:
-        raise BadArgument(f"--budget {error}") from None
+        raise BadArgument(f"{option} {error}") from None
 
 
 def choose_cuts(text: str, *, num_units: int, rng: Random) -> tuple[int, ...]:

@@ -51,7 +51,15 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Hello(StrategyRequest[None]):
+class Welcome:
+    """What an edge at which a run begins offers to all runs together."""
+
+    memory_bytes: int | None = None  # None is no limit
+    disk_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(StrategyRequest[Welcome]):
     """Begin a run at the edge; its ``access`` is the edge's admin secret, if any.
 
     From then on, requests of the run's strategy carry its secret, and its clients open
@@ -260,6 +268,11 @@ class Release(StrategyRequest[None]):
     keep_digest: str
     keep_rest: str = ""
     phase: int = 0  # This one and all before are over; see ``Limits``
+
+
+@dataclass(frozen=True, slots=True)
+class EndRun(StrategyRequest[None]):
+    """End the run at the edge, and delete all that it has there."""
 
 
 class Transport(Protocol):

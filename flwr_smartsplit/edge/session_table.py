@@ -80,6 +80,15 @@ class SessionTable:
         known = self._open.get(name) or self._sealed.get(name)
         return known is not None and is_same(known.incarnation, incarnation)
 
+    def __len__(self) -> int:
+        """Count the open sessions."""
+        return len(self._open)
+
+    def opened_with(self, incarnation: str) -> Session | None:
+        """Return the open session of this secret, if any."""
+        sessions = list(self._open.values())
+        return next((s for s in sessions if is_same(s.incarnation, incarnation)), None)
+
     @contextmanager
     def held(self, request: StepRequest | MoveCut | wire.Seal) -> Iterator[Session]:
         """Lock a request's session, or raise ``StaleSession`` if it is not open."""

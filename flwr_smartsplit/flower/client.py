@@ -22,7 +22,9 @@ from flwr_smartsplit.device.local_training import (
     train_locally,
 )
 from flwr_smartsplit.device.step_timer import StepSeconds
+from flwr_smartsplit.edge.hosts.addresses import is_address
 from flwr_smartsplit.edge.hosts.edge import Edge
+from flwr_smartsplit.edge.hosts.grpc import GrpcEdge
 from flwr_smartsplit.edge.protocol import Transport
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
@@ -99,7 +101,8 @@ class SmartSplitNumPyClient(NumPyClient):
         What this device's tensors may take; None is no limit. A ``MemoryBudget`` is
         read between batches, and the device adapts to it.
     edges : Sequence[Edge]
-        The edges this client can reach, such as ``(RayEdge(),)``.
+        The edges this client can reach, such as ``(RayEdge(),)``; none are needed for
+        edges on a network, whose addresses and certificates come with each plan.
     traits : DeviceTraits
         What else the strategy may know of this device: speed, links, label counts.
     num_examples, batch_size : int, optional
@@ -392,6 +395,8 @@ class SmartSplitNumPyClient(NumPyClient):
         return replace(outcome, state={name: outcome.state[name] for name in sent})
 
     def _connect(self, place: str, address: str) -> Transport:
+        if place not in self._edges and is_address(address):
+            return GrpcEdge(name=place).connect(address)
         if place not in self._edges:
             raise EdgeUnreachable(
                 f"client {self._profile.client_key!r} knows no edge {place!r}, only "

@@ -30,12 +30,16 @@ from flwr_smartsplit.types import (
     Failure,
 )
 
+_UNLIMITED = wire.Welcome()
+
 
 @dataclass
 class _Link:
+    name: str
     address: str
     transport: wire.CountingTransport
     access: str
+    offer: wire.Welcome = _UNLIMITED
 
 
 class EdgePool:
@@ -61,8 +65,21 @@ class EdgePool:
         return tuple(self._edges)
 
     def profiles(self, names: Sequence[str]) -> tuple[EdgeProfile, ...]:
-        """Return the profiles of some edges, in order."""
-        return tuple(self._edges[name].profile for name in names)
+        """Return the profiles of some edges, in order.
+
+        What the strategy was not told of a running edge is as the edge says.
+        """
+        return tuple(map(self._profile, names))
+
+    def _profile(self, name: str) -> EdgeProfile:
+        profile: EdgeProfile = self._edges[name].profile
+        link = self._links.get(name)
+        offer = _UNLIMITED if link is None else link.offer
+        if profile.memory_bytes is None:
+            profile = replace(profile, memory_bytes=offer.memory_bytes)
+        if profile.disk_bytes is None:
+            profile = replace(profile, disk_bytes=offer.disk_bytes)
+        return profile
 
     def prepare(
         self,
@@ -151,7 +168,10 @@ class EdgePool:
                 _asked(link, release)
 
     def stop(self) -> None:
-        """Stop every edge, even if stopping another one fails."""
+        """End the run at every edge and stop it, even if another one fails."""
+        for link in self._links.values():
+            with suppress(EdgeError):
+                _asked(link, wire.EndRun())
         with ExitStack() as stack:
             for name in tuple(self._links):
                 stack.callback(self._drop, name)
@@ -175,9 +195,10 @@ class EdgePool:
         except EdgeError:
             self._edges[name].stop(address)
             raise
-        link = _Link(address, transport, self._keys.access(address))
+        link = _Link(name, address, transport, self._keys.access(address))
         self._links[name] = link
-        _asked(link, self._keys.hello(address))
+        secret = self._edges[name].admin_secret
+        link.offer = _asked(link, self._keys.hello(address, admin=secret))
         self._send_state(link, parts)
 
     def _send_state(self, link: _Link, parts: Mapping[str, State]) -> None:
@@ -194,7 +215,7 @@ class EdgePool:
         """Raise ``InvalidTask`` if the edge builds another task than this process."""
         if digest != facts_digest(self._facts):
             found = _asked(link, wire.DescribeTask()).facts
-            require_same_task(found, self._facts, whose=f"edge {link.address!r}")
+            require_same_task(found, self._facts, whose=f"edge {link.name!r}")
 
     @cached_property
     def _facts(self) -> dict[str, str]:
@@ -216,7 +237,7 @@ def _asked(link: _Link, request: wire.StrategyRequest[wire.ReplyT]) -> wire.Repl
         return link.transport.send(request)
     except (MemoryError, OSError, RuntimeError) as error:
         raise EdgeError(
-            f"edge {link.address!r} fails at {type(request).__name__} "
+            f"edge {link.name!r} fails at {type(request).__name__} "
             f"({type(error).__name__}: {error}): its clients sit the round out."
         ) from error
 

@@ -17,6 +17,7 @@ from flwr_smartsplit.edge.protocol import (
 )
 from flwr_smartsplit.edge.service import EdgeService
 from flwr_smartsplit.memory.meter import unmetered
+from tests.edge.hosts.served import Authority, serving
 from tests.tasks import TASK
 
 
@@ -50,13 +51,31 @@ def ray_place(
     edge.stop(address)
 
 
-@pytest.fixture(
-    params=["local", "counting", "bytes", pytest.param("ray", marks=pytest.mark.ray)]
-)
+@pytest.fixture(scope="module")
+def grpc_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Serve one edge to a test module."""
+    with serving(tmp_path_factory.mktemp("edge")) as served:
+        yield Place(served.connect(), served.folder)
+
+
+@pytest.fixture(scope="module")
+def tls_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Serve one edge that asks its clients for certificates, too."""
+    authority = Authority.make(tmp_path_factory.mktemp("certificates"))
+    folder = tmp_path_factory.mktemp("edge")
+    with serving(folder, authority=authority, asks_clients=True) as served:
+        yield Place(served.connect(), served.folder)
+
+
+WAYS = ["local", "counting", "bytes", "grpc"]
+MARKED = {"tls": pytest.mark.slow, "ray": pytest.mark.ray}
+
+
+@pytest.fixture(params=[*WAYS, *(pytest.param(w, marks=m) for w, m in MARKED.items())])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """Reach an edge in each of the ways."""
-    if request.param == "ray":
-        found: Place = request.getfixturevalue("ray_place")
+    if request.param in {"grpc", "tls", "ray"}:
+        found: Place = request.getfixturevalue(f"{request.param}_place")
         return found
     service = EdgeService(TASK, spill_dir=tmp_path, incarnation="first life")
     transport: Transport = LocalTransport(service.handle)

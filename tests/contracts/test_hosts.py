@@ -15,10 +15,11 @@ from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.types import ClientReply, EdgeProfile
+from tests.edge.hosts.served import ServedEdge
 from tests.server.one_round import fedavg, settle, start
 from tests.tasks import TASK, differences, initial_state
 
-HOSTS = {"local": LocalEdge, "ray": RayEdge}
+HOSTS = {"local": LocalEdge, "grpc": ServedEdge, "ray": RayEdge}
 NAMES = [
     pytest.param(name, marks=[pytest.mark.ray] if name == "ray" else [])
     for name in HOSTS
@@ -87,5 +88,5 @@ def test_each_start_is_an_edge_of_its_own_until_it_is_stopped(
         for address in (one, one, "nowhere", two):
             copy.stop(address)
     for gone in (one, "nowhere"):
-        with pytest.raises(EdgeUnreachable, match=gone):
+        with pytest.raises(EdgeUnreachable, match=gone.rpartition("/")[2]):
             edge.connect(gone).send(wire.IsHeld(DIGEST))

@@ -104,7 +104,7 @@ def routes_of(name: str) -> list[Route]:
 # --- the numbers ----------------------------------------------------------------------
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kind_of_route_is_the_stock_step(name: str) -> None:
     """Loss, every gradient, state and evaluation; and the peak is the predicted one.

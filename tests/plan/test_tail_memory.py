@@ -88,6 +88,7 @@ def assert_on_disk(found: Sequence[TailBytes], said: Sequence[TailBytes]) -> Non
         assert 0 <= one.disk_bytes - other.disk_bytes < HEADER_BYTES
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", TASKS)
 def test_a_tail_takes_what_a_real_edge_measures(name: str, tmp_path: Path) -> None:
     """To the byte at every cut; a batch with one example more is another number."""

@@ -98,6 +98,7 @@ def test_options_of_the_configuration_are_kept(kind, options):
     check_routes(hugging_face_model(kind, **options), [Route.split(2)])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "inputs",
     [

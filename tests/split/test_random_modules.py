@@ -175,7 +175,7 @@ REPRODUCIBLE = settings(
 )
 
 
-@settings(REPRODUCIBLE, max_examples=4)
+@settings(REPRODUCIBLE, max_examples=2)
 @given(random_models())
 def test_every_offered_cut_of_a_random_module_is_exact(model):
     """A few random modules: every cut gives the stock bits, or a reason is given."""

@@ -80,6 +80,7 @@ def test_every_cut_is_exact(name, optimizer):
     assert found == dict.fromkeys(cuts, ())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_routes_of_several_segments_are_exact(name):
     """A tensor may pass a segment that does nothing with it, or a little."""

@@ -34,9 +34,13 @@ from flwr_smartsplit.edge.gate.rules import (
     check_state,
     check_step,
     is_over,
+    most_move_bytes,
+    most_state_bytes,
 )
 from flwr_smartsplit.edge.gate.run_keys import Run, not_for_clients, secret_digest
+from flwr_smartsplit.edge.message_bytes import MAX_HEAD_BYTES
 from flwr_smartsplit.edge.service import UNLIMITED, EdgeService
+from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.errors import (
     EdgeError,
     RefusedRequest,
@@ -49,6 +53,7 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.types import EdgeProfile
 
+STRANGERS_BYTES = 2**18  # Of a request by whoever has no secret: openings are smaller
 _RUN = "run.json"
 _log = logging.getLogger(__name__)
 
@@ -65,6 +70,15 @@ class Terms:
     max_runs: int = 8
     lease_seconds: float | None = None  # A run of which nobody is heard so long ends
     clock: Callable[[], float] = time.monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the runs at one edge take together."""
+
+    num_runs: int
+    num_sessions: int
+    reserved_bytes: int  # Of memory, where the edge has a limit of it
 
 
 @dataclass
@@ -102,9 +116,10 @@ class EdgeGate:
             connect=connect,
             profile=profile,
             device=device,
-            ledger=Ledger(),
+            ledger=(ledger := Ledger()),
         )
-        self._place = profile.name
+        self._ledger = ledger
+        self._profile = profile
         self._folder = spill_dir
         self._terms = terms
         self._lock = Lock()
@@ -117,7 +132,7 @@ class EdgeGate:
 
     def handle(self, request: Any) -> Any:
         """Return the reply to a request, or raise an ``EdgeError``."""
-        self._end_silent_runs()
+        self.end_silent_runs()
         if self._is_private and not isinstance(request, wire.Hello | wire.OpenSigned):
             return self._private.handle(request)
         try:
@@ -152,7 +167,7 @@ class EdgeGate:
 
     # --- the strategy ---------------------------------------------------------------
 
-    def _begin(self, request: wire.Hello) -> None:
+    def _begin(self, request: wire.Hello) -> wire.Welcome:
         run, admin = Run.of(request), self._terms.admin_digest
         found = secret_digest(request.access)
         if admin is not None and not compare_digest(found, admin):
@@ -160,10 +175,11 @@ class EdgeGate:
                 "a run begins here with the edge's admin secret, and not with this "
                 "one: give the strategy the secret of this edge."
             )
+        offer = wire.Welcome(self._profile.memory_bytes, self._profile.disk_bytes)
         with self._lock:
             known = self._runs.get(run.name)
             if known is not None and known.run == run:  # The request was repeated.
-                return
+                return offer
             max_runs = 1 if admin is None else self._terms.max_runs
             if known is not None or len(self._runs) >= max_runs:
                 raise RefusedRequest(
@@ -172,6 +188,7 @@ class EdgeGate:
                 )
             _remember(run, self._folder / run.name)
             self._take(run)
+        return offer
 
     def _take(self, run: Run) -> None:
         self._is_private = False
@@ -193,6 +210,8 @@ class EdgeGate:
                 check_state(request, chain.kinds, held_bytes=others)
             case wire.Release():
                 self._end_phase(held, request.phase)
+            case wire.EndRun():
+                return self._end(held)
         return held.service.handle(request)
 
     def _end_phase(self, held: _Held, phase: int) -> None:
@@ -215,7 +234,7 @@ class EdgeGate:
                 session="",
             )
         opening = held.run.read(request)
-        check_opening(opening, place=self._place, released=held.released)
+        check_opening(opening, place=self._profile.name, released=held.released)
         held.heard = self._terms.clock()
         digest = secret_digest(request.opening.hex()).hex()
         with held.locks.setdefault(digest, Lock()):
@@ -261,20 +280,59 @@ class EdgeGate:
             session=session,
         )
 
-    # --- leases ---------------------------------------------------------------------
+    # --- for the hosts --------------------------------------------------------------
 
-    def _end_silent_runs(self) -> None:
+    def load(self) -> Load:
+        """Say what all runs take now."""
+        held = list(self._runs.values())
+        services = [each.service for each in held]
+        if self._is_private:
+            services.append(self._private)
+        with self._ledger.lock:
+            reserved = sum(need.memory_bytes for need in self._ledger.open.values())
+        sessions = sum(len(service.sessions) for service in services)
+        return Load(len(held), sessions, reserved)
+
+    def most_bytes(self, secret: str) -> int:
+        """Say how large a request may be from whoever has this secret, or none.
+
+        A host that knows it takes no memory for what is larger.
+        """
+        held = self._runs.get(secret.partition(":")[0])
+        if self._is_private:
+            return most_state_bytes(self._private.chain.kinds) + MAX_HEAD_BYTES
+        if held is not None and held.run.is_access(secret):
+            return most_state_bytes(held.service.chain.kinds) + MAX_HEAD_BYTES
+        session = self.session_of(secret)
+        limits = None if session is None else session.opened.limits
+        if held is None or session is None or limits is None:
+            return STRANGERS_BYTES
+        most = limits.step_bytes
+        if session.opened.is_trained and limits.least_start < session.start:
+            coming = arriving(held.service.chain, limits.least_start, session.start)
+            most = max(most, most_move_bytes(coming))
+        return most + STRANGERS_BYTES
+
+    def session_of(self, secret: str) -> Session | None:
+        """Return the open session that a client has this secret of, if any."""
+        held = self._runs.get(secret.partition(":")[0])
+        service = self._private if self._is_private else held and held.service
+        return service.sessions.opened_with(secret) if service else None
+
+    def end_silent_runs(self) -> None:
         """End the runs of which nobody has been heard for a lease."""
         lease, now = self._terms.lease_seconds, self._terms.clock()
         if lease is None:
             return
+        for held in list(self._runs.values()):
+            if now - held.heard > lease:
+                self._end(held)
+
+    def _end(self, held: _Held) -> None:
         with self._lock:
-            silent = [h for h in self._runs.values() if now - h.heard > lease]
-            for held in silent:
-                del self._runs[held.run.name]
-        for held in silent:
-            held.service.close()
-            shutil.rmtree(self._folder / held.run.name, ignore_errors=True)
+            self._runs.pop(held.run.name, None)
+        held.service.close()
+        shutil.rmtree(self._folder / held.run.name, ignore_errors=True)
 
 
 def _remember(run: Run, folder: Path) -> None:

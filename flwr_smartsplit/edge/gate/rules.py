@@ -171,13 +171,22 @@ def check_state(
         "none or another shape or dtype: give strategy and edges the same task.",
     )
     size = sum(array.nbytes for array in request.state.values())
-    # Names take part of the file, too.
-    most = MAX_STATES * (sum(map(_kind_bytes, model.values())) + 400 * len(model))
     _refuse_if(
-        held_bytes + size > most + SPARE_BYTES,
+        held_bytes + size > most_state_bytes(model),
         f"this run holds {bytes_text(held_bytes)} of states, and {bytes_text(size)} "
         f"more would be over {MAX_STATES} models: send Release first.",
     )
+
+
+def most_state_bytes(model: Mapping[str, Kind]) -> int:
+    """Say what the states of one run may take; their names do so, too."""
+    size = sum(map(_kind_bytes, model.values())) + 400 * len(model)
+    return MAX_STATES * size + SPARE_BYTES
+
+
+def most_move_bytes(arriving: Arriving) -> int:
+    """Say what the message of a move may take in memory."""
+    return (LENIENCY + 1) * arriving.num_bytes + SPARE_BYTES
 
 
 def kind_of(array: npt.NDArray[Any]) -> Kind:

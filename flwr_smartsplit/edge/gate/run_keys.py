@@ -81,9 +81,13 @@ class Run:
             )
         return cls(hello.run, hello.public_key, hello.secret_digest)
 
+    def is_access(self, access: str) -> bool:
+        """Say whether this is the secret of the run's strategy."""
+        return compare_digest(secret_digest(access), self.secret_digest)
+
     def check_access(self, request: wire.StrategyRequest[object]) -> None:
         """Raise ``RefusedRequest`` unless the run's strategy made a request."""
-        if not compare_digest(secret_digest(request.access), self.secret_digest):
+        if not self.is_access(request.access):
             raise not_for_clients(request)
 
     def read(self, request: wire.OpenSigned) -> wire.OpenSession:

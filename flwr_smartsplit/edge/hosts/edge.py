@@ -5,7 +5,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from flwr_smartsplit.edge.message_bytes import Piece, decode, encode, fitted, reply_hint
@@ -62,6 +62,7 @@ class Edge:
     profile: EdgeProfile
     host: Host
     room_patience_seconds: float = 600.0
+    admin_secret: str = field(default="", repr=False)  # With which runs begin there
 
     @property
     def name(self) -> str:
@@ -95,19 +96,29 @@ class BytesTransport:
 
     def send(self, request: Request[ReplyT]) -> ReplyT:
         """Return the edge's reply, or raise what it raised."""
-        kind: Any = type(request)
-        reply = decode(*self.carry(encode(request)))
-        if isinstance(reply, Exception):
-            raise reply
-        where = f"the reply to {kind.__name__}"
-        return cast(ReplyT, fitted(reply, reply_hint(kind), where))
+        return read_reply(request, *self.carry(encode(request)))
 
 
-def answered(handle: Callable[[Any], Any], *pieces: Piece) -> list[Piece]:
-    """Answer a request's bytes by an ``EdgeService.handle``; errors are replies too."""
+def read_reply(request: Request[ReplyT], *pieces: Piece) -> ReplyT:
+    """Read the bytes of a request's reply, or raise the error that they are."""
+    kind: Any = type(request)
+    reply = decode(*pieces)
+    if isinstance(reply, Exception):
+        raise reply
+    where = f"the reply to {kind.__name__}"
+    return cast(ReplyT, fitted(reply, reply_hint(kind), where))
+
+
+def answered(
+    handle: Callable[[Any], Any],
+    *pieces: Piece,
+    note: Callable[[Exception], None] = lambda _: None,
+) -> list[Piece]:
+    """Answer a request's bytes by an ``EdgeGate.handle``; errors are replies too."""
     try:
         return encode(handle(decode(*pieces)))
     except Exception as error:
+        note(error)
         if not isinstance(error, SmartSplitError):
             _log.exception("an edge failed at a request")
         return encode(error)

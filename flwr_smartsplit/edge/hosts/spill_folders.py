@@ -18,6 +18,7 @@ except ImportError:  # On Windows: what is left there stays.
 
 PREFIX = "smartsplit-"
 _LOCK = "in-use.lock"
+_LOCK_ALONE = "edge.lock"
 
 
 def claim(folder: Path) -> BinaryIO:
@@ -34,6 +35,23 @@ def claim(folder: Path) -> BinaryIO:
             if _is_there(file):
                 return file
             file.close()
+
+
+def claim_alone(folder: Path) -> BinaryIO | None:
+    """Make a folder that outlives its process, and lock it; None if it is in use.
+
+    Nobody deletes it: the next edge there goes on with what it finds.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    file = (folder / _LOCK_ALONE).open("ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def delete_abandoned(parent: Path) -> None:

@@ -233,7 +233,7 @@ def test_an_opening_that_failed_may_be_tried_again(tmp_path: Path) -> None:
 def test_a_route_over_two_edges_is_signed_hop_by_hop(tmp_path: Path) -> None:
     """The first edge passes on what the strategy has signed for the second."""
     far = make_gate(tmp_path / "far")
-    far._place = "far"
+    far._profile = EdgeProfile(name="far")
     near = EdgeGate(
         TASK,
         spill_dir=tmp_path / "near",

@@ -9,8 +9,9 @@ from ray.cluster_utils import Cluster
 
 from flwr_smartsplit import RayEdge, Route
 from flwr_smartsplit.edge.hosts import ray as ray_edge
+from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.types import ClientReply, Status
-from tests.server.one_round import fedavg, settle, start, train
+from tests.server.one_round import ROUND, fedavg, settle, start, train
 from tests.tasks import differences, initial_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -75,9 +76,13 @@ def test_edges_run_where_their_resources_are_and_one_nodes_end_costs_its_clients
         assert settled.state is not None
         assert differences(settled.state, fedavg(whole)) == []
 
+        state = initial_state()
+        pool.release(ROUND, state_digest(state))
+        pool.prepare(state_digest(state), state)
         (far,) = (n for n in cluster.worker_nodes if n.node_id == nodes["far"])
         cluster.remove_node(far)
-        replies = train(ROUTES, initial_state(), edges=EDGES, addresses=addresses)
+        where = {"edges": EDGES, "addresses": addresses, "pool": pool}
+        replies = train(ROUTES, state, **where)
         lost = [r.client_key for r in replies if r.report.status is Status.EDGE_FAILED]
         assert lost == AT_FAR
         settled = settle(replies, pool, ROUTES)

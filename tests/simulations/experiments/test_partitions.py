@@ -81,6 +81,7 @@ def test_the_seed_decides(partition):
     assert digest(divide(partition)) != digest(divide(partition, seed=4))
 
 
+@pytest.mark.slow
 def test_another_process_divides_alike():
     """Ray's workers must not see other clients than the driver does."""
     program = (

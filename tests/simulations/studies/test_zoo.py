@@ -66,11 +66,12 @@ def test_first_middle_last_and_five_random_cuts_are_compared():
     assert CASE.cuts(1) == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "optimizer"),
     [
         ("squeezenet1_1", "adam"),
-        pytest.param("mobilenet_v3_small", "momentum", marks=pytest.mark.slow),
+        ("mobilenet_v3_small", "momentum"),
     ],
 )
 def test_a_few_models_are_exact_and_known_to_the_byte(model, optimizer):

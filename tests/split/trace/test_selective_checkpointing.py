@@ -196,7 +196,7 @@ def step_flops(segment: Segment, plan: RecomputePlan) -> tuple[int, int]:
     return forward, counter.get_total_flops()
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_selective_units_keep_less_and_run_no_costly_operator_again(name):
     """Convolutions and products of matrices run once, but for tiny ones."""

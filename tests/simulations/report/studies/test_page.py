@@ -133,6 +133,7 @@ def test_the_page_loads_nothing_from_anywhere(single):
     assert "http" not in page
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "planted",
     [

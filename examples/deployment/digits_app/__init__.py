@@ -1,0 +1,10 @@
+"""digits_app: a small CNN on devices of different sizes, with an edge."""
+
+from importlib.util import find_spec
+
+if find_spec("flwr_smartsplit") is None:
+    raise ModuleNotFoundError(
+        "digits_app needs flwr_smartsplit in this environment. Install it from its "
+        "source: pip install /path/to/flwr_smartsplit. Not by its name: no package "
+        "index has it yet, and whoever registers the name could run code here."
+    )
