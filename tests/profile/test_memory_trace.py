@@ -123,25 +123,6 @@ def peaks_of(task: Task) -> tuple[list[int], list[int]]:
     )
 
 
-class LastOfSequence(nn.Module):
-    """Frozen from the middle on, so that no weight's gradient makes the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-        self.last = nn.Linear(6, 3).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.softplus(torch.tanh(self.first(x)))
-        return self.last((torch.tanh(x) * 2)[:, -1])
-
-
-def test_a_boundary_is_copied_when_the_value_before_it_is_gone():
-    """The copy that closes gaps does not add to what the unit got."""
-    found, real = peaks_of(task_of(LastOfSequence, shape=(3, 6)))
-    assert found == real
-
-
 @pytest.mark.parametrize("use", USES)
 def test_a_graph_that_no_gradient_comes_to_is_held_where_the_device_ends(use):
     """Behind that cut it waits for backward; elsewhere it dies with its value."""
