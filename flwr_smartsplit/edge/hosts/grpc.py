@@ -197,9 +197,10 @@ class _Stream:
         self._channel = channel
         self._deadline = _Deadline(timeout_seconds)
         self._requests: SimpleQueue[list[Piece] | None] = SimpleQueue()
+        self._is_sent = Event()
         talk = channel.stream_stream(f"/{SERVICE}/{METHOD}")
         self._replies = talk(
-            _parts_of(self._requests),
+            _parts_of(self._requests, self._is_sent),
             metadata=((SECRET, secret.encode(errors="surrogatepass")),),
         )
         watch = self._deadline.watch
@@ -218,8 +219,13 @@ class _Stream:
     def ask(self, pieces: list[Piece], most_bytes: int) -> Piece:
         """Send a request, and wait for its reply."""
         self._deadline.begin()
+        self._is_sent.clear()
         self._requests.put(pieces)
         reply = joined(self._replies, lambda: most_bytes)
+        # The sending thread still holds the request, which counts as the device's.
+        while reply is not None and not self._is_sent.wait(_PAUSE_SECONDS):
+            if not self.is_active:
+                break
         self._deadline.until = inf
         if reply is None:
             raise _Ended
@@ -263,10 +269,14 @@ class _Ended(Exception):
     """An edge ended a stream without an error, as one that stops does."""
 
 
-def _parts_of(requests: "SimpleQueue[list[Piece] | None]") -> Iterator[bytes]:
+def _parts_of(
+    requests: "SimpleQueue[list[Piece] | None]", is_sent: Event
+) -> Iterator[bytes]:
+    """Yield requests in parts, and say when nothing of one is held here any more."""
     while (pieces := requests.get()) is not None:
         yield from divided(pieces)
         pieces = None
+        is_sent.set()
 
 
 class GrpcTransport:
