@@ -188,6 +188,7 @@ class SignDescent(Optimizer):
                     parameter.sub_(parameter.grad.sign() * rate)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "optimizer_fn",
     [

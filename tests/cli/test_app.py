@@ -194,6 +194,7 @@ def test_a_cache_keeps_profiles_for_the_next_time(tmp_path, monkeypatch):
     assert call(*arguments).stdout != first
 
 
+@pytest.mark.slow
 def test_a_program_reads_json_whatever_the_model_prints():
     arguments = ["profile", "tests.cli.subjects:talkative", "--input", "4", "--json"]
     command = [sys.executable, "-m", "flwr_smartsplit.cli", *arguments]

@@ -334,7 +334,7 @@ CONSTANT = {
 }
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("kind", [0, 2])  # With the clients' numbers: all five.
 @pytest.mark.parametrize("name", WRITTEN)
 def test_buffers_of_every_dtype_are_merged_exactly(name: str, kind: int) -> None:

@@ -239,7 +239,7 @@ class Case:
         return outcome.report
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(5)
 @pytest.mark.parametrize(("name", "cut", "optimizer"), EVERY_STEP)
 def test_the_predicted_peak_is_the_measured_one_to_the_byte(
     edge_of, name, cut, optimizer

@@ -204,7 +204,7 @@ def run_row(folder: Path, front: str, tail: Tail) -> tuple[Settled, MortalEdge]:
     return settled, edge
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("front", FRONTS)
 def test_the_new_state_is_fedavg_over_exactly_the_accepted(

@@ -107,6 +107,7 @@ def test_without_an_edge_all_traffic_is_the_messages(tiny, method):
         assert total == messages > 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_in_one_process_the_same_methods_end_at_the_same_bits(tiny, tmp_path):
     """Studies run this way; Flower's engine and Ray are what they leave out."""

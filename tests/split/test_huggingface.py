@@ -155,6 +155,7 @@ def outputs_of(architecture: Architecture, inputs: dict[str, torch.Tensor]):
         return model(**inputs), chain.own_segment(0, len(chain)).eval()(inputs)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
 def test_the_last_unit_returns_what_the_model_returns(kind):
     """The same class, by attribute, by name and by place."""

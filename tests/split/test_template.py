@@ -312,6 +312,7 @@ WORK = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", WORK)
 def test_model_functions_of_everyday_code_work(name: str) -> None:
     """Every cut trains them as the stock model."""

@@ -224,6 +224,7 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch):
         assert (result.exit_code, text in result.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_models_of_transformers_are_exact_or_refused_with_the_reason():
     """One of each; the rest is a command of its own."""
     model = "DistilBertForTokenClassification"

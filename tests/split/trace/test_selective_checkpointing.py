@@ -136,7 +136,7 @@ def plans_of(chain: Chain) -> dict[str, RecomputePlan]:
 # --- the same numbers -----------------------------------------------------------------
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("name", "kind"),
     daily(
