@@ -21,6 +21,7 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Route
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 from tests.models import OPTIMIZERS, task_of
+from tests.route_peaks import peaks_of
 
 FLOAT = 4
 BATCH_SIZE = 8
@@ -109,24 +110,10 @@ def dead_side(use: str) -> Task:
     return replace(task, loss_fn=loss, max_boundary_tensors=3)
 
 
-def peaks_of(task: Task) -> tuple[list[int], list[int]]:
-    """Predict and measure the peak of the whole route and of each cut."""
-    chain = build_chain(task)
-    profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
-    routes = [Route.whole(), *map(Route.split, range(1, len(chain)))]
-    with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
-        checks = [checker.check(route) for route in routes]
-    assert all(check.differences == () for check in checks)
-    return (
-        [predicted_peak_bytes(profile, route) for route in routes],
-        [check.measured_peak_bytes for check in checks],
-    )
-
-
 @pytest.mark.parametrize("use", USES)
 def test_a_graph_that_no_gradient_comes_to_is_held_where_the_device_ends(use):
     """Behind that cut it waits for backward; elsewhere it dies with its value."""
-    found, real = peaks_of(dead_side(use))
+    found, real = peaks_of(dead_side(use), batch_size=BATCH_SIZE)
     assert len(found) > 4
     assert found == real
 
@@ -154,7 +141,7 @@ def test_one_log_for_all_cuts_holds_what_no_gradient_comes_to(monkeypatch, use):
     monkeypatch.setattr(
         profiles, "logs_of_cuts", lambda chain, log, **_: [log] * len(chain)
     )
-    found, real = peaks_of(dead_side(use))
+    found, real = peaks_of(dead_side(use), batch_size=BATCH_SIZE)
     assert found != real
     assert all(f >= r for f, r in zip(found, real, strict=True))
 

@@ -9,14 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.profile.optimizer_memory import OptimizerCosts
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain
-from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import Route
-from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 from tests.models import OptimizerFn, task_of
+from tests.route_peaks import peaks_of
 
 FLOAT = 4
 BATCH_SIZE = 3
@@ -59,18 +56,6 @@ class Mixed(nn.Module):
         return self.last(torch.relu(self.norm(x)) * scale)
 
 
-def peaks(task: Task) -> tuple[list[int], list[int]]:
-    """Predict the peak of every route, and measure it."""
-    chain = build_chain(task)
-    profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
-    routes = [Route.whole(), *map(Route.split, range(1, len(chain)))]
-    with RouteChecker(task, example_batches(task, batch_size=BATCH_SIZE)) as checker:
-        checks = [checker.check(route) for route in routes]
-    assert [check.differences for check in checks] == [()] * len(routes)
-    predicted = [predicted_peak_bytes(profile, route) for route in routes]
-    return predicted, [check.measured_peak_bytes for check in checks]
-
-
 @pytest.mark.every(3)
 @pytest.mark.parametrize("trains_all", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -78,7 +63,7 @@ def test_every_optimizer_is_predicted_to_the_byte(name, trains_all):
     """Along every route, with frozen parameters and one that gets no gradient."""
     model_fn = partial(Mixed, trains_all=trains_all)
     task = task_of(model_fn, optimizer=OPTIMIZERS[name], shape=SHAPE)
-    predicted, measured = peaks(task)
+    predicted, measured = peaks_of(task, batch_size=BATCH_SIZE)
     assert predicted == measured
     assert len(predicted) > 4
 
@@ -95,7 +80,8 @@ def test_stepping_one_by_one_would_not_explain_foreach(monkeypatch):
     optimizer = OPTIMIZERS["adam, foreach"]
     one_by_one = OptimizerCosts.temporary_bytes
     monkeypatch.setattr(OptimizerCosts, "temporary_bytes_at_once", one_by_one)
-    predicted, measured = peaks(task_of(Mixed, optimizer=optimizer, shape=SHAPE))
+    task = task_of(Mixed, optimizer=optimizer, shape=SHAPE)
+    predicted, measured = peaks_of(task, batch_size=BATCH_SIZE)
     assert predicted[1:] != measured[1:]
     assert all(p <= m for p, m in zip(predicted, measured, strict=True))
 
