@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn import functional
 
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
@@ -312,6 +313,24 @@ ONCE_WRONG = {
     ),
     "memory of a constant was not counted": between(partial(made.Constant, nn.Tanh, 4)),
     "y += x was traced as y = y + x": between(Op(ops.shifted)),
+    "a copy that closes gaps was added to the value before it": replace(
+        between(),
+        build=partial(
+            Steps,
+            partial(nn.Linear, 6, 6),
+            partial(
+                made.frozen,
+                partial(
+                    Steps,
+                    Op(functional.softplus),
+                    Op(ops.other_by_mode, knows_mode=True),
+                    Op(ops.last_of_sequence),
+                    partial(nn.Linear, 6, 3),
+                ),
+            ),
+        ),
+        example_inputs=torch.zeros(1, 3, 6),
+    ),
     "a buffer outside the state, of a parameter": between(
         partial(made.Derived, 4, is_drawn=False)
     ),
