@@ -40,9 +40,8 @@ class DryStep:
     """A whole chain under fake tensors and a log, ready for training steps."""
 
     def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
-        steps_in_backward = task.max_gradient_norm is None
-        # Both read values, and neither holds more memory than a plain step.
-        task = replace(task, max_gradient_norm=None, schedule_fn=None)
+        # It reads values, and holds no more memory than a plain step.
+        task = replace(task, schedule_fn=None)
         self.mode, self.meter = DryRun(), LoggingMeter()
         self.segment = fake_copy(chain.segment(0, len(chain)), self.mode)
         self.observed = Observed(self.segment, self.meter, num_units=len(chain))
@@ -58,9 +57,7 @@ class DryStep:
         self._stand_ins = StandIns(mode)
         with mode, self._stand_ins:
             self.parts = _parts(self._batch, batch_size, task)
-            self.runner = SegmentRunner(
-                self.observed, task, steps_in_backward=steps_in_backward
-            )
+            self.runner = SegmentRunner(self.observed, task, steps_in_backward=True)
             self.meter.track(self._batch)
             self.batch_bytes = self.meter.live_bytes
             self.meter.track(
@@ -75,6 +72,8 @@ class DryStep:
                 self.runner.finish(
                     *batch, step=step, inputs_are_boundary=False, part=part
                 )
+            if self.task.max_gradient_norm is not None:
+                self.runner.update()  # Later, as on a device: clipping reads values.
         return start
 
 
