@@ -241,6 +241,20 @@ class Observed(nn.Module):
         boundary.unpacking_bytes = most - boundary.gradient_bytes
 
 
+def _end_without_inputs(
+    boundaries: list[BoundaryLog], changes: npt.NDArray[np.int64]
+) -> None:
+    """End each unit when the value it was given is gone, as before a copy is sent.
+
+    A unit is observed while its input still lives. The next change frees that input, if
+    nothing else holds it; whatever the next unit does begins with an allocation.
+    """
+    limits = [after.forward_end for after in boundaries[1:]] + [len(changes)]
+    for boundary, limit in zip(boundaries, limits, strict=True):
+        while boundary.forward_end < limit and changes[boundary.forward_end] <= 0:
+            boundary.forward_end += 1
+
+
 def _spanned_bytes(tensor: Tensor) -> int:
     return num_spanned(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
 
@@ -291,6 +305,7 @@ class StepLog:
         self.loss_bytes, self.sparse = used.loss_bytes, used.sparse
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
+        _end_without_inputs(boundaries, self.changes)
         self.boundaries, self.saved = boundaries, dict(observed.saved)
         for boundary in boundaries[:-1]:
             if not boundary.gradients:  # All units before it are frozen.

@@ -51,13 +51,11 @@ def run_units(
     index = units.start
     for part in reruns:
         for unit in range(index, part.start):
-            value = runner.run(unit, value)  # The value before it is gone from here.
-            value = runner.observe(unit, value)
+            value = runner.observe(unit, runner.run(unit, value))
         value = _run_again(value, part, runner)
         index = part.stop
     for unit in range(index, units.stop):
-        value = runner.run(unit, value)
-        value = runner.observe(unit, value)
+        value = runner.observe(unit, runner.run(unit, value))
     return value
 
 
