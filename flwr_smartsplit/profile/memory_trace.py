@@ -220,6 +220,9 @@ class Observed(nn.Module):
             return tuple(tensors)
         if trained:
             came = partial(self._gradients_came, boundary, [0], frozenset())
+            # Torch crashes unless a view that was written to by another name is asked
+            # for its graph first (pytorch #196459).
+            _ = trained[0].grad_fn
             trained[0].register_hook(came)
         return value
 

@@ -313,6 +313,10 @@ ONCE_WRONG = {
     ),
     "memory of a constant was not counted": between(partial(made.Constant, nn.Tanh, 4)),
     "y += x was traced as y = y + x": between(Op(ops.shifted)),
+    "torch crashed at a hook of a view": replace(
+        between(),
+        build=partial(Steps, partial(nn.Linear, 4, 4), Op(ops.written_by_another_name)),
+    ),
     "a copy that closes gaps was added to the value before it": replace(
         between(),
         build=partial(
