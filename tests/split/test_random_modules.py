@@ -78,13 +78,22 @@ def judged(model: RandomModel) -> Verdict:
                     problems += [f"{trial}: {text}" for text in differences]
                 predicted = predicted_peak_bytes(profile, route)
                 measured = found.measured_peak_bytes
-                if measured != predicted and not model.features & UNPREDICTED:
+                if not is_predicted(model, predicted, measured):
                     problems.append(f"{route}: {measured} bytes, not {predicted}")
             if not problems:
                 chain.require_cuts()
             return Verdict(num_cuts=len(chain) - 1, problems=tuple(problems))
     except (NotSplittable, InvalidTask) as error:
         return Verdict(refusal=str(error))
+
+
+def is_predicted(model: RandomModel, predicted: int, measured: int) -> bool:
+    """To the byte; with several tensors at a cut never too low, nor 15 % too high."""
+    if model.features & UNPREDICTED:
+        return True
+    if model.max_boundary_tensors > 1:  # docs/memory-model.md: gradients of a concat.
+        return measured <= predicted <= 1.15 * measured
+    return predicted == measured
 
 
 def batches_of(model: RandomModel) -> Sequence[tuple[Batch, Tensor]]:
