@@ -23,6 +23,7 @@ _TINY = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
 }
+_UNCACHED = {"use_cache": False}
 _TEXT = _TINY | {
     "vocab_size": _VOCABULARY,
     "max_position_embeddings": 2 * _LENGTH,
@@ -32,16 +33,20 @@ _TEXT = _TINY | {
     "num_labels": _CLASSES,
 }
 _GROUPED = _TEXT | {"num_key_value_heads": 1}
-_BOTH = _TEXT | {
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "decoder_start_token_id": 1,
-}
+_BOTH = (
+    _TEXT
+    | _UNCACHED
+    | {
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "decoder_start_token_id": 1,
+    }
+)
 _IMAGE = _TINY | {"image_size": _SIDE, "patch_size": 8, "num_labels": _CLASSES}
 _STAGES = {
     "num_channels": 3,
@@ -102,15 +107,17 @@ MODELS: dict[str, Tiny] = {
         units_fn=decoder_units, changes={"n_inner": 32, **UNTIED}
     ),
     "LlamaForCausalLM": _grouped(units_fn=decoder_units),
-    "MistralForCausalLM": _grouped(),
-    "Qwen2ForCausalLM": _grouped(),
+    "MistralForCausalLM": _grouped(units_fn=decoder_units),
+    "Qwen2ForCausalLM": _grouped(units_fn=decoder_units),
     "MixtralForCausalLM": _grouped(
-        changes={"num_local_experts": 4, "num_experts_per_tok": 2}
+        changes={"num_local_experts": 4, "num_experts_per_tok": 2, **_UNCACHED}
     ),
-    "GPTNeoXForCausalLM": _text(),
-    "OPTForCausalLM": _text(changes={"ffn_dim": 32, "word_embed_proj_dim": 16}),
-    "BloomForCausalLM": _text(),
-    "MambaForCausalLM": _text(changes={"state_size": 4}),
+    "GPTNeoXForCausalLM": _text(changes=_UNCACHED),
+    "OPTForCausalLM": _text(
+        changes={"ffn_dim": 32, "word_embed_proj_dim": 16, **_UNCACHED}
+    ),
+    "BloomForCausalLM": _text(changes=_UNCACHED),
+    "MambaForCausalLM": _text(changes={"state_size": 4, **_UNCACHED}),
     # Encoders and decoders
     "T5ForConditionalGeneration": _both(
         changes={"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
