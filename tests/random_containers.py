@@ -327,6 +327,9 @@ class Counter(nn.Module):
             case "tuple":
                 self.count = (self.count[0] + 1,)
                 count = self.count[0]
+            case "array":
+                self.count += 1
+                count = self.count[0]
             case _:
                 self.count += 1
                 count = self.count
