@@ -278,7 +278,7 @@ def test_what_the_embeddings_do_not_take_is_named():
 @pytest.mark.parametrize(
     ("kind", "advice"),
     [
-        ("BertForMaskedLM", "give Task(units_fn=encoder_units) of flwr_smartsplit"),
+        ("GPT2LMHeadModel", "give Task(units_fn=decoder_units) of flwr_smartsplit"),
         ("LlamaForCausalLM", "give Task(units_fn=decoder_units) of flwr_smartsplit"),
     ],
 )

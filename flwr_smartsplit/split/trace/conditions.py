@@ -24,6 +24,7 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "bool": bool,
     "len": len,
     "index": operator.index,
+    "int": int,
     "float": float,
 }
 """What Python asks, by names that can stand in the code of a graph."""

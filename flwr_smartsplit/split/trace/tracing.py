@@ -71,17 +71,20 @@ class _NotingProxy(fx.Proxy):
 
     tracer: "_Tracer"
 
+    def __getattr__(self, name: str) -> "_NotingAttribute":
+        return _NotingAttribute(self, name)
+
     def __len__(self) -> int:
-        return self.tracer.ask("len", self)
+        return int(self.tracer.ask("len", self))
 
     def __index__(self) -> int:
-        return self.tracer.ask("index", self)
+        return operator.index(self.tracer.ask("index", self))
 
     def __int__(self) -> int:
-        return self.tracer.ask("index", self)
+        return int(self.tracer.ask("int", self))
 
     def __float__(self) -> float:
-        return self.tracer.ask("float", self)
+        return float(self.tracer.ask("float", self))
 
     __iadd__ = _noting(operator.add)
     __isub__ = _noting(operator.sub)
@@ -93,6 +96,10 @@ class _NotingProxy(fx.Proxy):
     __iand__ = _noting(operator.and_)
     __ior__ = _noting(operator.or_)
     __ixor__ = _noting(operator.xor)
+
+
+class _NotingAttribute(fx.proxy.Attribute, _NotingProxy):
+    """An attribute, such as a shape, or a method of a value."""
 
 
 class _Tracer(fx.Tracer):
@@ -108,11 +115,11 @@ class _Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Follow a condition on shapes, and let the model check it at each step."""
-        return self.ask("bool", obj)
+        return bool(self.ask("bool", obj))
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+    def iter(self, obj: Any) -> Iterator[Any]:
         """Take as many items as there are: of a shape, or of chunks."""
-        return iter([obj[index] for index in range(self.ask("len", obj))])
+        return iter([obj[index] for index in range(len(obj))])
 
     def ask(self, question: str, obj: fx.Proxy) -> Any:
         """Ask what shapes tell, and let the model check it at each step."""
@@ -291,14 +298,17 @@ def _trace(model: nn.Module, inputs: Batch) -> tuple[fx.Graph, frozenset[str]]:
     try:
         with _limits_traced():
             return trace_strictly(model, partial(_Tracer(inputs).trace, model))
-    except NotSplittable:
-        raise
+    except NotSplittable as error:
+        if not (place := _where(error)):
+            raise
+        raise NotSplittable(f"{error} It is {place}.") from error
     except Exception as error:
         said = str(error).partition(". ")[0].rstrip(".")
         if said.startswith(_FOREIGN):
             said = f"its forward returns {said.removeprefix(_FOREIGN)}, or passes it on"
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {said}{_where(error)}. "
+            f"torch.fx cannot trace {type(model).__name__}: {said}"
+            f"{f' ({place})' if (place := _where(error)) else ''}. "
             f"Change that, or {units_advice(model)}."
         ) from error
 
@@ -324,7 +334,7 @@ def _limits_traced() -> Iterator[None]:
 def _where(error: Exception) -> str:
     """Name the last line that ran of code that is neither torch's nor ours."""
     lines = [
-        f" (line {line} of {frame.f_code.co_filename}, in {frame.f_code.co_qualname})"
+        f"line {line} of {frame.f_code.co_filename}, in {frame.f_code.co_qualname}"
         for frame, line in walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_A_MODELS
     ]

@@ -23,6 +23,7 @@ _TINY = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
 }
+UNTIED = {"tie_word_embeddings": False}
 _UNCACHED = {"use_cache": False}
 _TEXT = _TINY | {
     "vocab_size": _VOCABULARY,
@@ -57,7 +58,6 @@ _STAGES = {
     "num_labels": _CLASSES,
 }
 
-UNTIED = {"tie_word_embeddings": False}
 TOKENS = torch.arange(1, _VOCABULARY)[: 2 * _LENGTH].reshape(2, _LENGTH)
 
 
@@ -70,6 +70,7 @@ class Tiny:
     targets: Tensor
     units_fn: Callable[..., Any] | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)  # Of the options
+    max_boundary_tensors: int = 1
 
 
 _READ = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
@@ -112,15 +113,17 @@ MODELS: dict[str, Tiny] = {
     "MixtralForCausalLM": _grouped(
         changes={"num_local_experts": 4, "num_experts_per_tok": 2, **_UNCACHED}
     ),
-    "GPTNeoXForCausalLM": _text(changes=_UNCACHED),
+    "GPTNeoXForCausalLM": _text(changes=_UNCACHED, max_boundary_tensors=4),
     "OPTForCausalLM": _text(
-        changes={"ffn_dim": 32, "word_embed_proj_dim": 16, **_UNCACHED}
+        max_boundary_tensors=4,
+        changes={"ffn_dim": 32, "word_embed_proj_dim": 16, **UNTIED, **_UNCACHED},
     ),
-    "BloomForCausalLM": _text(changes=_UNCACHED),
+    "BloomForCausalLM": _text(changes=UNTIED | _UNCACHED, max_boundary_tensors=4),
     "MambaForCausalLM": _text(changes={"state_size": 4, **_UNCACHED}),
     # Encoders and decoders
     "T5ForConditionalGeneration": _both(
-        changes={"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        max_boundary_tensors=4,
+        changes={"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
     ),
     "BartForConditionalGeneration": _both(),
     "MarianMTModel": _both(),
@@ -156,6 +159,7 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "WhisperForConditionalGeneration": _both(
+        max_boundary_tensors=4,
         inputs={
             "input_features": torch.zeros(1, 8, 32),
             "decoder_input_ids": TOKENS[:1],
@@ -186,6 +190,7 @@ def task_of_model(name: str, optimizer: str) -> Task:
         example_inputs=dict(tiny.inputs),
         example_targets=tiny.targets,
         units_fn=tiny.units_fn,
+        max_boundary_tensors=tiny.max_boundary_tensors,
     )
 
 
