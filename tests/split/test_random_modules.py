@@ -369,6 +369,15 @@ def test_a_module_that_counts_is_exact_where_it_is_one_operation(where):
     assert counter.counted() == 1
 
 
+@pytest.mark.every(3)
+@pytest.mark.parametrize("where", [*COUNTS, "tuple", "decimal"])
+def test_a_module_that_counts_is_not_parted_from_its_other_use(where):
+    """Each side would count for itself, whatever the count is kept in."""
+    counter, middle = partial(made.Counter, where), partial(nn.Linear, 4, 4)
+    model = between(partial(made.Shared, counter, middle))
+    assert judged(model) == Verdict(num_cuts=2)
+
+
 @pytest.mark.parametrize("where", COUNTS)
 def test_a_count_that_a_trace_would_lose_is_blamed_by_its_name(where):
     """Whatever it is kept in, also what cannot be set back."""
