@@ -344,6 +344,17 @@ ONCE_WRONG = {
         ),
         example_inputs=torch.zeros(1, 3, 6),
     ),
+    "an address that is not aligned was given no memory": replace(
+        between(
+            partial(
+                made.Chunks,
+                partial(made.Tied, partial(nn.Linear, 2, 2), nn.ReLU, True),
+                "chunk",
+                2,
+            )
+        ),
+        max_boundary_tensors=3,
+    ),
     "a buffer outside the state, of a parameter": between(
         partial(made.Derived, 4, is_drawn=False)
     ),
