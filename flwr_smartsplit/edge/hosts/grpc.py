@@ -52,6 +52,7 @@ SECRET = "smartsplit-secret-bin"
 METHOD = "Talk"
 _PAUSE_SECONDS = 0.2
 _FULL_SECONDS = 1.0
+_LET_GO_SECONDS = 1.0
 _REPLY_BYTES = 2**32  # Of states and sums; a client's steps are bounded by its plan
 _HEAD_BYTES = 2**18
 OPTIONS = {
@@ -221,12 +222,14 @@ class _Stream:
         self._deadline.begin()
         self._is_sent.clear()
         self._requests.put(pieces)
-        reply = joined(self._replies, lambda: most_bytes)
-        # The sending thread still holds the request, which counts as the device's.
-        while reply is not None and not self._is_sent.wait(_PAUSE_SECONDS):
-            if not self.is_active:
-                break
-        self._deadline.until = inf
+        try:
+            reply = joined(self._replies, lambda: most_bytes)
+        finally:
+            # The sending thread still holds the request, which counts as the device's.
+            # It lets go of it when all is sent, or soon after the stream has ended.
+            while not self._is_sent.wait(_LET_GO_SECONDS) and self.is_active:
+                pass
+            self._deadline.until = inf
         if reply is None:
             raise _Ended
         return reply
@@ -274,9 +277,11 @@ def _parts_of(
 ) -> Iterator[bytes]:
     """Yield requests in parts, and say when nothing of one is held here any more."""
     while (pieces := requests.get()) is not None:
-        yield from divided(pieces)
-        pieces = None
-        is_sent.set()
+        try:
+            yield from divided(pieces)
+        finally:
+            pieces = None
+            is_sent.set()
 
 
 class GrpcTransport:
@@ -329,6 +334,8 @@ class GrpcTransport:
                 raise
             except (grpc.RpcError, _Ended) as error:
                 stream.close()
+                # Its frames hold the request, and it is held by the stream it ended.
+                error.__traceback__ = None
                 if stream.was_late:
                     raise self._late() from error
                 now, cause = time.monotonic(), self._cause(error)
