@@ -3,12 +3,14 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from simulations.faults import killed
+from simulations.faults import killed, soak
 from simulations.faults import table as faults
 from simulations.faults.run import APIS
 
@@ -76,8 +78,31 @@ def kill(
         raise typer.Exit(1)
 
 
+@app.command(name="soak")
+def run_soak(
+    *,
+    rounds: Annotated[int, typer.Option(min=1, help="How many.")] = 200,
+    clients: Annotated[int, typer.Option(min=2, help="How many.")] = 20,
+    out: Annotated[Path, typer.Option(help="A new folder.")] = Path("out/soak"),
+    as_json: JsonOption = False,
+) -> None:
+    """Run for long, restart the edge every 20 rounds, and watch what is held."""
+    out.mkdir(parents=True)
+    samples, problems = soak.soak(out, num_rounds=rounds, num_clients=clients)
+    if as_json:
+        found = {"samples": samples, "problems": problems}
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        table = Table("", "rounds 21 to 40", "the last 20", "maximum", box=None)
+        for row in soak.summary(samples):
+            table.add_row(*row)
+        Console(width=100).print(table, *problems, f"open {out / soak.PICTURE}")
+    if problems:
+        raise typer.Exit(1)
+
+
 def _note(what: object) -> None:
-    print(what, file=sys.stderr, flush=True)
+    typer.echo(what, err=True)
 
 
 if __name__ == "__main__":

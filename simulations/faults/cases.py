@@ -57,10 +57,11 @@ def _of_strategy(moment: str, action: Action) -> tuple[Trap, ...]:
 
 
 _KILL, _STOP = Signal(EDGE, SIGKILL), Signal(EDGE, SIGSTOP)
-_BACK: dict[str, Any] = {"strategy_is_back": True}
+_KILL_APP = Signal(STRATEGY, SIGKILL)
+_FORGETS: dict[str, Any] = {"lease_seconds": 3.0, "tidy_seconds": 8.0}
 _SAVED: dict[str, Any] = {"has_checkpoints": True}
 _STEP, _OPEN, _SEAL = "before Forward", "before OpenSigned", "before Seal"
-_PROXY = {"has_proxy": True}
+_PROXY: dict[str, Any] = {"has_proxy": True}
 
 _EDGE_DIES = (
     Case(
@@ -184,25 +185,28 @@ _CLIENT_DIES = (
         options={"reply_seconds": 6.0},
     ),
 )
-_STRATEGY_DIES = tuple(
+_SAVED_RUN_DIES = tuple(
     Case(
         name=f"ServerApp SIGKILL {when}, and resume",
         traps=traps,
-        rules=_BACK,
+        rules={"strategy_is_back": True, **_FORGETS},
         options=_SAVED,
         is_small=when == "before the commit",
     )
     for when, traps in {
-        "in training": _of_client(_STEP, Signal(STRATEGY, SIGKILL), 2),
-        "before the commit": _of_strategy("before Commit", Signal(STRATEGY, SIGKILL)),
-        "after the commit": _of_strategy("after Commit", Signal(STRATEGY, SIGKILL)),
-        "after the round": _of_strategy("after Release", Signal(STRATEGY, SIGKILL)),
+        "in training": _of_client(_STEP, _KILL_APP, 2),
+        "before the commit": _of_strategy("before Commit", _KILL_APP),
+        "after the commit": _of_strategy("after Commit", _KILL_APP),
+        "after the round": _of_strategy("after Release", _KILL_APP),
     }.items()
-) + (
+)
+_STRATEGY_DIES = (
+    *_SAVED_RUN_DIES,
     Case(
         name="ServerApp SIGKILL in training, without checkpoints",
-        traps=_of_client(_STEP, Signal(STRATEGY, SIGKILL), 2),
+        traps=_of_client(_STEP, _KILL_APP, 2),
         may=ENDS,
+        rules=_FORGETS,
     ),
     Case(
         name="ServerApp SIGSTOP before the commit, for a second",
@@ -215,8 +219,8 @@ _DISKS = (
         name="edge's disk is full at the global state",
         traps=(
             Trap(STRATEGY, "before HoldState", LimitFiles(EDGE, 100), 2, None),
-            Trap("a", "never", LimitFiles(EDGE)),
-            Trap(STRATEGY, "before HoldState", LimitFiles(EDGE), 3, None),
+            # The second attempt fails, too; the next one is the next round's.
+            Trap(STRATEGY, "before HoldState", LimitFiles(EDGE), 4, None),
         ),
         may=LEFT_OUT,
     ),
@@ -230,15 +234,15 @@ _DISKS = (
         is_small=True,
     ),
     Case(
-        name="edge with --disk 4KiB",
+        name="edge with --disk 2KiB",
         traps=(),
         may=LEFT_OUT,
-        edge_words=("--disk", "4KiB"),
+        edge_words=("--disk", "2KiB"),
     ),
     Case(
         name="ServerApp's disk is full at a checkpoint",
         traps=(
-            *_of_strategy("after Commit", LimitFiles(STRATEGY, 100)),
+            *_of_strategy("after Commit", LimitFiles(STRATEGY, 5000)),
             Trap(STRATEGY, "after Commit", LimitFiles(STRATEGY), round_number=3),
         ),
         options=_SAVED,
@@ -282,26 +286,23 @@ _LINKS = (
         name="link half-open: silent for good, and not closed",
         traps=_of_client(_STEP, Order("swallow"), 2),
         may=LEFT_OUT,
-        rules=_PROXY,
+        rules={**_PROXY, "tidy_seconds": 60.0},  # The edge finds out by keepalive
     ),
     Case(
         name="link half-open, until keepalive finds out",
         traps=_of_client(_STEP, Order("swallow"), 2),
-        rules={**_PROXY, "most_seconds": 150.0, "has_leases": False},
+        rules={**_PROXY, "most_seconds": 150.0, "lease_seconds": 600.0},
         options={"timeout_seconds": 100.0, "reply_seconds": 120.0},
         edge_words=("--grace", "60"),
     ),
 )
 _CLOCKS = tuple(
-    Case(
-        name=f"{who} clock jumps by {hours:+d} h",
-        traps=at(JumpClock(3600.0 * hours)),
-    )
-    for who, at in {
-        "edge's": _in_step,
-        "client's": lambda jump: _of_client(_OPEN, jump),
-        "ServerApp's": lambda jump: _of_strategy("before Commit", jump),
-    }.items()
+    Case(name=f"{whose} clock jumps by {hours:+d} h", traps=traps)
     for hours in (25, -25)
+    for whose, traps in {
+        "edge's": _in_step(JumpClock(3600.0 * hours)),
+        "client's": _of_client(_OPEN, JumpClock(3600.0 * hours)),
+        "ServerApp's": _of_strategy("before Commit", JumpClock(3600.0 * hours)),
+    }.items()
 )
 CASES = (*_EDGE_DIES, *_CLIENT_DIES, *_STRATEGY_DIES, *_DISKS, *_LINKS, *_CLOCKS)

@@ -16,7 +16,9 @@ from simulations.faults.run import RunOptions
 from simulations.faults.stage import Ended, Rules, Stage
 from simulations.faults.table import differences
 
-_RULES = Rules(strategy_is_back=True, most_seconds=120.0)
+_RULES = Rules(
+    strategy_is_back=True, most_seconds=120.0, lease_seconds=4.0, tidy_seconds=10.0
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,6 @@ def options_of(folder: Path, api: str, num_rounds: int) -> RunOptions:
     """Describe the run: FedAdam, half of the clients by given speeds, evaluation."""
     return RunOptions(
         folder=folder,
-        address="",
         api=api,
         inner="FedAdam",
         num_rounds=num_rounds,

@@ -46,7 +46,7 @@ class Trap:
 
 @dataclass
 class Here:
-    """This process: who it is, and the traps of the stage."""
+    """Who a process is, and the traps of its stage."""
 
     folder: Path
     who: str
@@ -149,8 +149,9 @@ class Signal:
         os.kill(pid, self.number)
         if pid == os.getpid():
             return
-        wanted = {signal.SIGKILL: "XZ", signal.SIGSTOP: "T"}.get(self.number, "")
-        _wait_for(lambda: not wanted or _status_of(pid) in wanted)
+        wanted = {int(signal.SIGKILL): "XZ", int(signal.SIGSTOP): "T"}
+        if self.number in wanted:
+            _wait_for(lambda: _status_of(pid) in wanted[self.number])
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,15 +38,19 @@ class Proxy:
     def cut(self, refuses_seconds: float = 0.0) -> None:
         """Reset all connections, and take no new ones for a time."""
         self._refuses_until = time.monotonic() + refuses_seconds
-        self._in_loop(
-            lambda: [_reset(writer) for pair in self._pairs for writer in pair]
-        )
+        self._in_loop(self._reset_all)
+
+    def _reset_all(self) -> None:
+        for pair in self._pairs:
+            for writer in pair:
+                _reset(writer)
 
     def swallow(self) -> None:
         """Carry nothing more on the present connections, and tell neither side."""
-        self._in_loop(
-            lambda: self._silent.update(w for pair in self._pairs for w in pair)
-        )
+        self._in_loop(self._silence_all)
+
+    def _silence_all(self) -> None:
+        self._silent.update(writer for pair in self._pairs for writer in pair)
 
     def close(self) -> None:
         """End it."""
@@ -54,9 +58,14 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
-    def _in_loop(self, act: Callable[[], object]) -> None:
+    def _in_loop(self, act: Callable[[], None]) -> None:
         done = Event()
-        self._loop.call_soon_threadsafe(lambda: (act(), done.set()))
+
+        def acted() -> None:
+            act()
+            done.set()
+
+        self._loop.call_soon_threadsafe(acted)
         done.wait(10)
 
     def _serve(self) -> None:

@@ -5,12 +5,13 @@ import logging
 import threading
 import time
 from collections.abc import Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.clientapp import ClientApp
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import Server, SimpleClientManager
 from flwr.server import strategy as legacy
@@ -39,10 +40,11 @@ APIS = ("message", "legacy")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """One run; the edge is at ``address``, and its secret in the folder."""
+    """One run; the stage says where its edge is, and shows its metrics."""
 
     folder: Path
-    address: str
+    address: str = ""
+    metrics: int = 0
     api: str = "message"
     inner: str = "FedAvg"
     num_rounds: int = 3
@@ -56,7 +58,7 @@ class RunOptions:
     reply_seconds: float = 20.0  # Of a client, in Flower
 
 
-SECRET = "edge.secret"
+SECRET, FINAL = "edge.secret", "final.npz"
 
 
 def edge_of(options: RunOptions, here: Here) -> Edge:
@@ -76,15 +78,15 @@ def serve(options: RunOptions) -> None:
     """Run the strategy, and write down what came out."""
     folder = options.folder
     here = Here(folder, moments.STRATEGY, options.traps)
-    _log_to(folder / "strategy.log")
+    log_to(folder / "strategy.log")
     threads = set(threading.enumerate())
     grid = ProcessGrid(
         [
             Station(
                 Here(folder, key, options.traps),
-                partial(_make_app, options, index, key, is_split),
+                partial(_make_app, options, index),
             )
-            for index, (key, is_split) in enumerate(CLIENTS.items())
+            for index, key in enumerate(CLIENTS)
         ],
         absent=options.absent,
     )
@@ -95,15 +97,14 @@ def serve(options: RunOptions) -> None:
         grid.close()
     time.sleep(0.1)
     left = [t.name for t in threading.enumerate() if t not in threads]
-    np.savez(folder / "final.npz", **state)
+    np.savez(folder / FINAL, **state)
     (folder / "left.json").write_text(json.dumps(left))
 
 
-def _make_app(
-    options: RunOptions, index: int, key: str, is_split: bool, here: Here
-) -> Any:
-    _log_to(options.folder / f"{key}.log")
-    return task.app_of(index, key, (edge_of(options, here),), is_split=is_split)
+def _make_app(options: RunOptions, index: int, here: Here) -> ClientApp:
+    log_to(options.folder / f"{here.who}.log")
+    edges = (edge_of(options, here),)
+    return task.app_of(index, here.who, edges, is_split=CLIENTS[here.who])
 
 
 def _strategy(options: RunOptions, edge: Edge) -> Any:
@@ -159,8 +160,10 @@ def _run(options: RunOptions, strategy: Any, grid: ProcessGrid) -> dict[str, Any
     return dict(zip(initial, arrays, strict=True))
 
 
-def _log_to(path: Path) -> None:
+def log_to(path: Path) -> None:
     """Send Flower's log to a file, and nothing to the terminal."""
     log = logging.getLogger("flwr")
-    log.handlers[:] = [logging.FileHandler(path)]
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    log.handlers[:] = [handler]
     log.propagate = False

@@ -33,7 +33,6 @@ from simulations.faults.run import RunOptions
 MODEL = "simulations.faults.task:build_task"
 _PAUSE_SECONDS = 0.02
 _START_SECONDS = 60.0
-_TIDY_SECONDS = 4.0
 _STALE_PID = 0
 
 
@@ -45,7 +44,8 @@ class Rules:
     client_back_seconds: float | None = 0.3  # After it was stopped
     strategy_is_back: bool = False  # Whether it is started again after it died
     has_proxy: bool = False
-    has_leases: bool = True  # Whether silent runs are deleted while the stage waits
+    lease_seconds: float = 30.0  # Until the edge deletes a run that is silent
+    tidy_seconds: float = 4.0  # Until nothing may be left of the run
     most_seconds: float = 60.0
 
 
@@ -63,8 +63,14 @@ class Ended:
     was_hung: bool = False
 
     @property
+    def seen(self) -> list[str]:
+        """List the warnings and errors in Flower's log, each once."""
+        lines = re.findall(r"^(?:WARNING|ERROR) +(\S.*)$", self.log, re.MULTILINE)
+        return [*dict.fromkeys(lines)]
+
+    @property
     def left_out(self) -> list[tuple[str, int, str, str]]:
-        """List who did not count in which round of training: key, round, status, why."""
+        """List who did not count in which training round: key, round, status, why."""
         rows = [r for r in self.rows if r.get("phase") == "train" and "client_key" in r]
         return [
             (r["client_key"], r["round"], r["status"], r.get("cause") or "")
@@ -72,6 +78,13 @@ class Ended:
             if r["status"] not in {"accepted", "not_sampled"}
             and not r["client_key"].startswith("edge ")
         ]
+
+
+def _free_port() -> int:
+    """Find a port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -83,8 +96,8 @@ class Edge:
     words: tuple[str, ...] = ()
     num_starts: int = 0
     process: Any = None
-    port: int = field(default_factory=lambda: free_port())
-    metrics: int = field(default_factory=lambda: free_port())
+    port: int = field(default_factory=_free_port)
+    metrics: int = field(default_factory=_free_port)
 
     def start(self) -> None:
         """Start it, and wait until it listens."""
@@ -138,14 +151,22 @@ class Edge:
 class Stage:
     """One run with its traps, in a folder of its own."""
 
-    def __init__(self, options: RunOptions, rules: Rules, *edge_words: str) -> None:
+    def __init__(
+        self,
+        options: RunOptions,
+        rules: Rules,
+        *edge_words: str,
+        target: Callable[[Any], None] = run.serve,
+    ) -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
-        words = ("--grace", "1", *(("--lease", "2") if rules.has_leases else ()))
+        words = ("--grace", "1", "--lease", f"{rules.lease_seconds}")
         self.edge = Edge(options.folder, options.traps, (*words, *edge_words))
         self.proxy = Proxy(self.edge.port) if rules.has_proxy else None
         port = self.edge.port if self.proxy is None else self.proxy.port
-        self._options = replace(options, address=f"127.0.0.1:{port}")
-        self._rules = rules
+        self._options = replace(
+            options, address=f"127.0.0.1:{port}", metrics=self.edge.metrics
+        )
+        self._rules, self._target = rules, target
         self._strategy: Any = None
         self._due: dict[str, float] = {}  # When somebody is to go on
         self._wipes = False
@@ -171,7 +192,7 @@ class Stage:
     # --- while it runs ------------------------------------------------------------
 
     def _start_strategy(self) -> None:
-        self._strategy = processes().Process(target=run.serve, args=(self._options,))
+        self._strategy = processes().Process(target=self._target, args=(self._options,))
         self._strategy.start()
         moments.write_pid(
             self._options.folder, moments.STRATEGY, self._strategy.pid or _STALE_PID
@@ -234,7 +255,7 @@ class Stage:
         folder = self._options.folder
         with suppress(OSError, ValueError):
             os.kill(moments.pid_of(folder, moments.EDGE), signal.SIGCONT)
-        until = time.monotonic() + _TIDY_SECONDS
+        until = time.monotonic() + self._rules.tidy_seconds
         while (left := self._at_edge()) and time.monotonic() < until:
             time.sleep(0.1)
         with suppress(FileNotFoundError):
@@ -257,7 +278,7 @@ class Stage:
         folder = self._options.folder
         state = None
         if not was_hung and self._strategy.exitcode == 0:
-            with np.load(folder / "final.npz") as arrays:
+            with np.load(folder / run.FINAL) as arrays:
                 state = dict(arrays)
         journals = sorted(folder.glob("journal-*.jsonl"))
         lines = [line for each in journals for line in each.read_text().splitlines()]
@@ -287,17 +308,10 @@ def _serve_edge(words: list[str], here: Here) -> None:
     with (here.folder / "edge.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, PTH123 - until it ends
+    sys.stdout = open(1, "w", closefd=False)
     logging.getLogger().handlers[:] = []
     moments.watch_steps(here)
     app(["edge", *words], prog_name="smartsplit")
-
-
-def free_port() -> int:
-    """Find a port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _listens(port: int) -> bool:

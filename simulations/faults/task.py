@@ -1,4 +1,4 @@
-"""What the federations of this folder train: a task of milliseconds, and its clients."""
+"""What the federations of this folder train: a small task, and its clients."""
 
 from functools import partial
 from typing import Any
@@ -91,9 +91,9 @@ def app_of(
 
 def route_of(request: RouteRequest) -> Route:
     """Split who has a budget, if there is an edge; let the others train all."""
-    edge = request.edge
-    is_whole = request.device.budget_bytes is None or edge is None
-    return Route.whole() if is_whole else Route.split(CUT, edge=edge)
+    if request.edge is None or request.device.budget_bytes is None:
+        return Route.whole()
+    return Route.split(CUT, edge=request.edge)
 
 
 def paced(plan: ClientPlan, route: Route, recompute: RecomputePlan) -> float:
