@@ -35,7 +35,7 @@ class Case:
     rules: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     edge_words: tuple[str, ...] = ()
-    is_small: bool = False  # Whether it is one of those for every day
+    is_small: bool = False  # Whether it is one of the few for a look
 
     def stage_rules(self) -> Rules:
         """Return the stage's rules."""
