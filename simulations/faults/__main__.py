@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from simulations.faults import killed, soak
+from simulations.faults import deployment, killed, soak
 from simulations.faults import table as faults
 from simulations.faults.run import APIS
 
@@ -99,6 +100,21 @@ def run_soak(
         Console(width=100).print(table, *problems, f"open {out / soak.PICTURE}")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command(name="deployment")
+def kill_in_deployment(
+    *,
+    only: Annotated[str, typer.Option(help="Those with this in their name.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Kill Flower's processes in examples/deployment; about two minutes each."""
+    with redirect_stdout(sys.stderr):
+        found = deployment.losses(only, on_loss=_note)
+    if as_json:
+        sys.stdout.write(json.dumps([*map(asdict, found)]) + "\n")
+    else:
+        Console(width=160).print(deployment.shown(found))
 
 
 def _note(what: object) -> None:

@@ -58,7 +58,7 @@ def _of_strategy(moment: str, action: Action) -> tuple[Trap, ...]:
 
 _KILL, _STOP = Signal(EDGE, SIGKILL), Signal(EDGE, SIGSTOP)
 _KILL_APP = Signal(STRATEGY, SIGKILL)
-_FORGETS: dict[str, Any] = {"lease_seconds": 3.0, "tidy_seconds": 8.0}
+_FORGETS: dict[str, Any] = {"lease_seconds": 10.0, "tidy_seconds": 20.0}
 _SAVED: dict[str, Any] = {"has_checkpoints": True}
 _STEP, _OPEN, _SEAL = "before Forward", "before OpenSigned", "before Seal"
 _PROXY: dict[str, Any] = {"has_proxy": True}

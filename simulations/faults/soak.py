@@ -168,8 +168,8 @@ def drawn(samples: Sequence[Mapping[str, float]]) -> Figure:
         "open files": ("files",),
         "threads": ("threads",),
         "on disk, KiB": ("disk_kib",),
-        "sessions at the edge": ("sessions",),
-        "streams and runs at the edge": ("streams", "runs"),
+        "sessions at the edge after the round": ("sessions",),
+        "streams and runs at the edge after the round": ("streams", "runs"),
     }
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
         for place in ("edge", "strategy"):
@@ -181,7 +181,7 @@ def drawn(samples: Sequence[Mapping[str, float]]) -> Figure:
         for number in rounds[EVERY - 1 :: EVERY]:
             axis.axvline(number, color="#9ca3af", linestyle=":", linewidth=0.8)
         axis.set_title(title)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
         axis.legend(loc="lower right")
     for axis in axes[-1]:
         axis.set_xlabel("round")

@@ -31,9 +31,9 @@ from simulations.faults.proxy import Proxy
 from simulations.faults.run import RunOptions
 
 MODEL = "simulations.faults.task:build_task"
+_FLOWERS_OWN = "Federated evaluation will be skipped"
 _PAUSE_SECONDS = 0.02
 _START_SECONDS = 60.0
-_STALE_PID = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class Ended:
     @property
     def seen(self) -> list[str]:
         """List the warnings and errors in Flower's log, each once."""
-        lines = re.findall(r"^(?:WARNING|ERROR) +(\S.*)$", self.log, re.MULTILINE)
-        return [*dict.fromkeys(lines)]
+        lines = re.findall(r"^(?:WARNING|ERROR)[ \t>]+(.*)$", self.log, re.MULTILINE)
+        return [*dict.fromkeys(each for each in lines if _FLOWERS_OWN not in each)]
 
     @property
     def left_out(self) -> list[tuple[str, int, str, str]]:
@@ -194,9 +194,8 @@ class Stage:
     def _start_strategy(self) -> None:
         self._strategy = processes().Process(target=self._target, args=(self._options,))
         self._strategy.start()
-        moments.write_pid(
-            self._options.folder, moments.STRATEGY, self._strategy.pid or _STALE_PID
-        )
+        folder = self._options.folder
+        moments.write_pid(folder, moments.STRATEGY, self._strategy.pid)
 
     def _is_going_on(self) -> bool:
         if self._strategy.is_alive():

@@ -9,7 +9,14 @@ from typing import Any
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
-from flwr_smartsplit import Constraints, Planning, SmartSplit, Task, proximal
+from flwr_smartsplit import (
+    Checkpoints,
+    Constraints,
+    Planning,
+    SmartSplit,
+    Task,
+    proximal,
+)
 from simulations.experiments.clients import build_task, edges_of
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.models import model_fn
@@ -18,6 +25,9 @@ from simulations.fleets.devices import Devices
 
 METHOD = "simulated-method"
 """A message's config names with it the method whose ``task_fn`` is meant."""
+
+SAVED_EVERY = 10
+"""How many rounds of SmartSplit's a process that is killed may lose."""
 
 PROXIMAL_MU = "proximal-mu"
 """Weight of FedProx's term; the word is Flower's."""
@@ -32,6 +42,16 @@ class Setting:
     journal: Path  # Where the JSON lines go
     devices: Devices  # The fleet, by the clients' numbers
     clock: Clock  # Says how long it would have taken on these devices
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where a method may save its run, to go on after it was killed."""
+        return checkpoints_path(self.journal)
+
+
+def checkpoints_path(journal: Path) -> Path:
+    """Say where a method's checkpoints are, which are gone when it has ended."""
+    return journal.with_suffix(".checkpoints")
 
 
 StrategyFn = Callable[[Setting], Strategy]
@@ -93,4 +113,5 @@ def split_strategy(
         planning=Planning(**planning),
         seed=experiment.seed,
         journal=setting.journal,
+        checkpoints=Checkpoints(setting.checkpoints, every=SAVED_EVERY, keep=1),
     )
