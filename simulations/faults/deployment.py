@@ -129,7 +129,8 @@ def losses(only: str, *, on_loss: Callable[[Loss], object]) -> list[Loss]:
     """Kill each in a run of its own; the first is undisturbed."""
     names = [name for name in KILLS if KILLS[name] is None or only in name]
     folder = Path(tempfile.mkdtemp(prefix="deployment-faults-"))
-    found, whole = [], {}
+    found: list[Loss] = []
+    whole: dict[str, Any] = {}
     for name in names:
         place = folder / name
         start = time.monotonic()

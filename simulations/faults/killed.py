@@ -3,6 +3,7 @@
 import random
 import re
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from simulations.faults.stage import Ended, Rules, Stage
 from simulations.faults.table import differences
 
 # The edge keeps what a killed process began there for the lease; nobody waits for it.
+_STRUCK = 2  # Moments: when it was due, and when it was done
 _RULES = Rules(
     strategy_is_back=True, most_seconds=120.0, lease_seconds=600.0, tidy_seconds=0.0
 )
@@ -27,8 +29,9 @@ class Kill:
     """One run that was killed once, and resumed."""
 
     api: str
-    after_seconds: float  # Since its process began
-    resumed_after: int | None  # The last round that was saved; None: it began anew
+    in_round: int
+    after_seconds: float  # Since the round began
+    resumed_after: int  # The last round that was saved; 0: it began anew
     is_same: bool  # State and rows are those of the undisturbed run, bit for bit
     problems: list[str]
 
@@ -56,19 +59,14 @@ def kills(
 ) -> list[Kill]:
     """Kill a run at so many moments, one in each run."""
     folder = Path(tempfile.mkdtemp(prefix="killed-"))
-    began, ended_at = [0.0], [0.0]
-
-    def note(strategy: Any) -> None:
-        began[0] = began[0] or time.monotonic()
-        ended_at[0] = time.monotonic()
-
     stage = Stage(options_of(folder / "whole", api, num_rounds), _RULES)
-    whole, chance = stage.play(during=note), random.Random(f"{api} {seed}")
+    whole, chance = stage.play(), random.Random(f"{api} {seed}")
     if whole.state is None or whole.left_out:
         raise RuntimeError(f"the undisturbed run fails: {whole.log[-2000:]}")
+    seconds = _seconds_of_a_round(whole)
     found = []
     for index in range(num_moments):
-        moment = chance.uniform(0.1, ended_at[0] - began[0])
+        moment = chance.randrange(num_rounds), chance.uniform(0, seconds)
         options = options_of(folder / str(index), api, num_rounds)
         found.append(_killed(options, moment, whole))
         on_kill(found[-1])
@@ -77,20 +75,23 @@ def kills(
     return found
 
 
-def _killed(options: RunOptions, moment: float, whole: Ended) -> Kill:
-    began: list[float] = []
+def _killed(options: RunOptions, moment: tuple[int, float], whole: Ended) -> Kill:
+    after_round, seconds = moment
+    due: list[float] = []
+    mark = f"[ROUND {after_round + 1}"
+    log = options.folder / "strategy.log"
 
     def strike(strategy: Any) -> None:
-        if not began:
-            began.append(time.monotonic())
-        if len(began) == 1 and time.monotonic() - began[0] >= moment:
-            began.append(moment)
+        if not due and log.exists() and mark in log.read_text(errors="replace"):
+            due.append(time.monotonic() + seconds)
+        if len(due) == 1 and time.monotonic() >= due[0]:
+            due.append(0.0)
             strategy.kill()
 
     ended = Stage(options, _RULES).play(during=strike)
     resumed = re.findall(r"Resumed from .*/(\d+):", ended.log)
     problems = ["it hangs"] if ended.was_hung else []
-    problems += ["it was over before"] if len(began) == 1 else []
+    problems += ["it was over before"] if len(due) < _STRUCK else []
     if ended.state is None:
         problems.append(f"it does not end: {ended.log[-500:]}")
     is_same = ended.state is not None and not differences(
@@ -98,11 +99,19 @@ def _killed(options: RunOptions, moment: float, whole: Ended) -> Kill:
     )
     return Kill(
         api=options.api,
-        after_seconds=round(moment, 3),
-        resumed_after=int(resumed[-1]) if resumed else None,
+        in_round=after_round + 1,
+        after_seconds=round(seconds, 3),
+        resumed_after=int(resumed[-1]) if resumed else 0,
         is_same=is_same and _routes(ended) == _routes(whole),
         problems=problems,
     )
+
+
+def _seconds_of_a_round(ended: Ended) -> float:
+    """Return how long a round takes, its training and its evaluation."""
+    name = "round_wall_clock_sec"
+    rows = [row for row in ended.rows if row["kind"] == "round"]
+    return float(statistics.median(row[name] for row in rows if name in row))
 
 
 def _routes(ended: Ended) -> dict[Any, Any]:
@@ -116,14 +125,15 @@ def _routes(ended: Ended) -> dict[Any, Any]:
 
 def shown(found: list[Kill]) -> Table:
     """Lay the kills out, for people."""
-    table = Table("API", "killed after, s", "resumed after round", box=None)
+    table = Table("API", "killed in round", "after, s", "resumed after", box=None)
     table.add_column("bits")
     table.add_column("problems")
     for each in found:
         table.add_row(
             each.api,
+            str(each.in_round),
             f"{each.after_seconds:.2f}",
-            str(each.resumed_after or "-"),
+            str(each.resumed_after),
             "the same" if each.is_same else "DIFFERENT",
             "\n".join(each.problems) or "none",
         )

@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -97,7 +97,7 @@ def serve(options: RunOptions) -> None:
         grid.close()
     time.sleep(0.1)
     left = [t.name for t in threading.enumerate() if t not in threads]
-    np.savez(folder / FINAL, **state)
+    write_final(folder, state)
     (folder / "left.json").write_text(json.dumps(left))
 
 
@@ -158,6 +158,11 @@ def _run(options: RunOptions, strategy: Any, grid: ProcessGrid) -> dict[str, Any
     strategy.close()
     arrays = parameters_to_ndarrays(server.parameters)
     return dict(zip(initial, arrays, strict=True))
+
+
+def write_final(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write down the final state, for the stage."""
+    np.savez(folder / FINAL, **state)
 
 
 def log_to(path: Path) -> None:

@@ -14,7 +14,6 @@ from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import psutil
 from flwr.serverapp.strategy import FedAdam
 from matplotlib.figure import Figure
@@ -80,7 +79,7 @@ def serve(options: SoakOptions) -> None:
     initial = to_array_record(task.initial_state())
     grid = LocalGrid(apps)
     result = strategy.start(grid, initial, num_rounds=options.num_rounds)
-    np.savez(folder / run.FINAL, **from_array_record(result.arrays))
+    run.write_final(folder, from_array_record(result.arrays))
 
 
 def _sample(edge: Edge, folder: Path) -> dict[str, float]:
