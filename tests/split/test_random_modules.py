@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn import functional
 
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
@@ -77,13 +78,22 @@ def judged(model: RandomModel) -> Verdict:
                     problems += [f"{trial}: {text}" for text in differences]
                 predicted = predicted_peak_bytes(profile, route)
                 measured = found.measured_peak_bytes
-                if measured != predicted and not model.features & UNPREDICTED:
+                if not is_predicted(model, predicted, measured):
                     problems.append(f"{route}: {measured} bytes, not {predicted}")
             if not problems:
                 chain.require_cuts()
             return Verdict(num_cuts=len(chain) - 1, problems=tuple(problems))
     except (NotSplittable, InvalidTask) as error:
         return Verdict(refusal=str(error))
+
+
+def is_predicted(model: RandomModel, predicted: int, measured: int) -> bool:
+    """To the byte; with several tensors at a cut never too low, nor 15 % too high."""
+    if model.features & UNPREDICTED:
+        return True
+    if model.max_boundary_tensors > 1:  # docs/memory-model.md: gradients of a concat.
+        return measured <= predicted <= 1.15 * measured
+    return predicted == measured
 
 
 def batches_of(model: RandomModel) -> Sequence[tuple[Batch, Tensor]]:
@@ -312,6 +322,28 @@ ONCE_WRONG = {
     ),
     "memory of a constant was not counted": between(partial(made.Constant, nn.Tanh, 4)),
     "y += x was traced as y = y + x": between(Op(ops.shifted)),
+    "torch crashed at a hook of a view": replace(
+        between(),
+        build=partial(Steps, partial(nn.Linear, 4, 4), Op(ops.written_by_another_name)),
+    ),
+    "a copy that closes gaps was added to the value before it": replace(
+        between(),
+        build=partial(
+            Steps,
+            partial(nn.Linear, 6, 6),
+            partial(
+                made.frozen,
+                partial(
+                    Steps,
+                    Op(functional.softplus),
+                    Op(ops.other_by_mode, knows_mode=True),
+                    Op(ops.last_of_sequence),
+                    partial(nn.Linear, 6, 3),
+                ),
+            ),
+        ),
+        example_inputs=torch.zeros(1, 3, 6),
+    ),
     "a buffer outside the state, of a parameter": between(
         partial(made.Derived, 4, is_drawn=False)
     ),
