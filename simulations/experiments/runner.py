@@ -24,7 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
-from flwr_smartsplit import Route, predicted_peak_bytes
+from flwr_smartsplit import Checkpoints, Route, predicted_peak_bytes
 from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.serde.records import message_layout
@@ -50,10 +50,12 @@ from simulations.fleets.clock import Clock
 from simulations.fleets.devices import Devices, Needs, is_weak
 from simulations.fleets.presets import name_of
 from simulations.methods import METHODS
-from simulations.methods.method import Method, Setting, checkpoints_path
+from simulations.methods.method import Method, Setting
 from simulations.report.summary import CONFIG, PROFILE
 
 WAKING_TIMEOUT_SECONDS = 600.0
+SAVED_EVERY = 10
+"""How many rounds of SmartSplit's a process that is killed may lose."""
 
 OnRound = Callable[[str, EvaluationRow], None]
 """``on_round(method_name, evaluation)`` is called after every round."""
@@ -84,7 +86,7 @@ def prepare(
         for name in METHODS.keys() - set(kept):
             journal = journal_path(out, name)
             mark_path(out, name).unlink(missing_ok=True)
-            saved = checkpoints_path(journal)
+            saved = checkpoints_of(journal).path
             if not (resumes and saved.is_dir()):
                 shutil.rmtree(saved, ignore_errors=True)
                 journal.unlink(missing_ok=True)
@@ -96,6 +98,11 @@ def prepare(
 def journal_path(out: Path, method_name: str) -> Path:
     """Say where a method's journal is."""
     return out / f"{method_name}.jsonl"
+
+
+def checkpoints_of(journal: Path) -> Checkpoints:
+    """Say where a method saves its run, and how often; gone when it has ended."""
+    return Checkpoints(journal.with_suffix(".checkpoints"), every=SAVED_EVERY, keep=1)
 
 
 def prepared_fleet(experiment: Experiment) -> Prepared:
@@ -158,10 +165,12 @@ def run_methods(
     """
 
     def run(name: str, grid: Grid) -> None:
+        journal = journal_path(out, name)
         setting = Setting(
             experiment=experiment,
             task=build_task(experiment),
-            journal=journal_path(out, name),
+            journal=journal,
+            checkpoints=checkpoints_of(journal),
             devices=prepared.devices,
             clock=prepared.clock,
         )
@@ -277,7 +286,8 @@ def run_method(
         num_rounds=experiment.num_rounds,
     )
     write_mark(setting.journal.parent, mark)
-    shutil.rmtree(setting.checkpoints, ignore_errors=True)
+    if setting.checkpoints is not None:
+        shutil.rmtree(setting.checkpoints.path, ignore_errors=True)
 
 
 def _forget_rounds(journal: Path) -> Callable[[int], None]:

@@ -26,9 +26,6 @@ from simulations.fleets.devices import Devices
 METHOD = "simulated-method"
 """A message's config names with it the method whose ``task_fn`` is meant."""
 
-SAVED_EVERY = 10
-"""How many rounds of SmartSplit's a process that is killed may lose."""
-
 PROXIMAL_MU = "proximal-mu"
 """Weight of FedProx's term; the word is Flower's."""
 
@@ -42,16 +39,8 @@ class Setting:
     journal: Path  # Where the JSON lines go
     devices: Devices  # The fleet, by the clients' numbers
     clock: Clock  # Says how long it would have taken on these devices
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where a method may save its run, to go on after it was killed."""
-        return checkpoints_path(self.journal)
-
-
-def checkpoints_path(journal: Path) -> Path:
-    """Say where a method's checkpoints are, which are gone when it has ended."""
-    return journal.with_suffix(".checkpoints")
+    # Where a method may save its run, to go on after it was killed
+    checkpoints: Checkpoints | None = None
 
 
 StrategyFn = Callable[[Setting], Strategy]
@@ -113,5 +102,5 @@ def split_strategy(
         planning=Planning(**planning),
         seed=experiment.seed,
         journal=setting.journal,
-        checkpoints=Checkpoints(setting.checkpoints, every=SAVED_EVERY, keep=1),
+        checkpoints=setting.checkpoints,
     )

@@ -120,7 +120,7 @@ def rows_of(path):
 @pytest.mark.slow
 def test_a_run_that_is_cut_short_goes_on_inside(tmp_path, monkeypatch):
     """From its checkpoint; journal and weights are those of a run that was not cut."""
-    monkeypatch.setattr("simulations.methods.method.SAVED_EVERY", 2)
+    monkeypatch.setattr("simulations.experiments.runner.SAVED_EVERY", 2)
     case = replace(TINY, experiment=replace(TINY.experiment, num_rounds=5))
     whole, cut = (units_of(tmp_path / name, [case])[0] for name in ("whole", "cut"))
     run_here([whole])
