@@ -120,7 +120,8 @@ def GrpcEdge(  # noqa: PLR0913 - where it is, who vouches for it, and who we are
     room_patience_seconds : float
         How long a client waits while the edge is full.
     patience_seconds : float
-        How long to wait for an edge that does not answer, or restarts.
+        How long to wait for an edge that does not answer, or restarts; not twice in a
+        row.
     timeout_seconds : float
         How long one request may take.
 
