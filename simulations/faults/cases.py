@@ -56,9 +56,10 @@ def _of_strategy(moment: str, action: Action) -> tuple[Trap, ...]:
     return (Trap(STRATEGY, moment, action),)
 
 
+# A run that nobody could end is left until its lease is over.
+_FORGETS: dict[str, Any] = {"lease_seconds": 10.0, "tidy_seconds": 20.0}
 _KILL, _STOP = Signal(EDGE, SIGKILL), Signal(EDGE, SIGSTOP)
 _KILL_APP = Signal(STRATEGY, SIGKILL)
-_FORGETS: dict[str, Any] = {"lease_seconds": 10.0, "tidy_seconds": 20.0}
 _SAVED: dict[str, Any] = {"has_checkpoints": True}
 _STEP, _OPEN, _SEAL = "before Forward", "before OpenSigned", "before Seal"
 _PROXY: dict[str, Any] = {"has_proxy": True}
@@ -152,7 +153,7 @@ _EDGE_DIES = (
         name="edge SIGSTOP in a step, for good",
         traps=_in_step(_STOP),
         may=LEFT_OUT,
-        rules={"edge_back_seconds": None},
+        rules={"edge_back_seconds": None, **_FORGETS},
     ),
 )
 _CLIENT_DIES = (

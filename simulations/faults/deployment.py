@@ -29,6 +29,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples/deployment"
 ROUNDS, KILLED_IN = 3, 2
 _RUN_SECONDS = 600.0
 _BACK_SECONDS = 3.0
+_CHILD_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def _kill_node(play: _Play) -> None:
 
 def _kill_client(play: _Play) -> None:
     """Kill the ClientApp that a SuperNode runs now."""
-    _kill_child(play.process("supernode 1").pid, "flwr-clientapp")
+    _kill_child(play.process("supernode 1").pid, "flwr-clientapp", new=True)
 
 
 def _kill_server_app(play: _Play) -> None:
@@ -103,16 +104,31 @@ def _kill_superlink(play: _Play) -> None:
     play.deployment._start_superlink()
 
 
-def _kill_child(parent: int, name: str) -> None:
-    until = time.monotonic() + 30
+def _kill_child(parent: int, name: str, *, new: bool = False) -> None:
+    """Kill a process that Flower has started; a new one when it has loaded PyTorch."""
+    before = {child.pid for child in _children(parent, name)} if new else set()
+    until = time.monotonic() + _CHILD_SECONDS
     while time.monotonic() < until:
-        for child in psutil.Process(parent).children(recursive=True):
+        for child in _children(parent, name):
             with suppress(psutil.Error):
-                if name in " ".join(child.cmdline()):
+                paths = (
+                    [each.path for each in child.memory_maps()] if new else ["torch"]
+                )
+                if child.pid not in before and any("torch" in path for path in paths):
+                    time.sleep(1.0)
                     child.kill()
                     return
-        time.sleep(0.05)
+        time.sleep(0.1)
     raise RuntimeError(f"no {name} runs.")
+
+
+def _children(parent: int, name: str) -> list[Any]:
+    found = []
+    for child in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.Error):
+            if name in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 KILLS: Mapping[str, Callable[[_Play], None] | None] = {
