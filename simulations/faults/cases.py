@@ -22,7 +22,8 @@ from simulations.faults.stage import Rules
 
 GOES_ON, LEFT_OUT, ENDS = "nothing is lost", "clients sit out", "the run ends"
 """What a fault may cost, and not more."""
-_SEVERAL_SECONDS = 6.0  # Longer than a request may take here
+_SHORT: dict[str, Any] = {"patience_seconds": 4.0, "timeout_seconds": 3.0}
+_SEVERAL_SECONDS = 6.0  # Longer than a request may take then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def _of_strategy(moment: str, action: Action) -> tuple[Trap, ...]:
 
 
 # A run that nobody could end is left until its lease is over.
-_FORGETS: dict[str, Any] = {"lease_seconds": 10.0, "tidy_seconds": 20.0}
+_FORGETS: dict[str, Any] = {"lease_seconds": 20.0, "tidy_seconds": 40.0}
 _KILL, _STOP = Signal(EDGE, SIGKILL), Signal(EDGE, SIGSTOP)
 _KILL_APP = Signal(STRATEGY, SIGKILL)
 _SAVED: dict[str, Any] = {"has_checkpoints": True}
@@ -114,12 +115,14 @@ _EDGE_DIES = (
         traps=_in_step(_KILL),
         may=LEFT_OUT,
         rules={"edge_back_seconds": None},
+        options=_SHORT,
     ),
     Case(
         name="edge SIGKILL before the commit, and stays away",
         traps=_of_strategy("before Commit", _KILL),
         may=LEFT_OUT,
         rules={"edge_back_seconds": None},
+        options=_SHORT,
     ),
     Case(
         name="edge SIGKILL in an evaluation",
@@ -129,7 +132,6 @@ _EDGE_DIES = (
     Case(
         name="edge SIGTERM in a step: it drains",
         traps=_in_step(Signal(EDGE, SIGTERM)),
-        options={"patience_seconds": 10.0},
     ),
     Case(
         name="edge SIGSTOP in a step, for a second",
@@ -142,18 +144,21 @@ _EDGE_DIES = (
         traps=_in_step(_STOP),
         may=LEFT_OUT,
         rules={"edge_back_seconds": _SEVERAL_SECONDS},
+        options=_SHORT,
     ),
     Case(
         name="edge SIGSTOP before the commit, longer than a request may take",
         traps=_of_strategy("before Commit", _STOP),
         may=LEFT_OUT,
         rules={"edge_back_seconds": _SEVERAL_SECONDS},
+        options=_SHORT,
     ),
     Case(
         name="edge SIGSTOP in a step, for good",
         traps=_in_step(_STOP),
         may=LEFT_OUT,
         rules={"edge_back_seconds": None, **_FORGETS},
+        options=_SHORT,
     ),
 )
 _CLIENT_DIES = (
@@ -266,6 +271,7 @@ _LINKS = (
         traps=_in_step(Order("cut 6")),
         may=LEFT_OUT,
         rules=_PROXY,
+        options=_SHORT,
     ),
     Case(
         name="link cut at the commit",
@@ -276,7 +282,6 @@ _LINKS = (
         name="link slow: 20 kB/s",
         traps=_of_client(_OPEN, Order("bytes_per_second 20000")),
         rules=_PROXY,
-        options={"timeout_seconds": 20.0},
     ),
     Case(
         name="link late: 50 ms each way",
@@ -288,6 +293,7 @@ _LINKS = (
         traps=_of_client(_STEP, Order("swallow"), 2),
         may=LEFT_OUT,
         rules={**_PROXY, "tidy_seconds": 60.0},  # The edge finds out by keepalive
+        options=_SHORT,
     ),
     Case(
         name="link half-open, until keepalive finds out",

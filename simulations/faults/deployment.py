@@ -27,7 +27,7 @@ from simulations.faults.table import differences
 
 EXAMPLE = Path(__file__).parents[2] / "examples/deployment"
 ROUNDS, KILLED_IN = 3, 2
-_RUN_SECONDS = 600.0
+_RUN_SECONDS = 1800.0
 _BACK_SECONDS = 3.0
 _CHILD_SECONDS = 120.0
 

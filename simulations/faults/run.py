@@ -53,9 +53,10 @@ class RunOptions:
     has_checkpoints: bool = False
     evaluates: bool = False
     chooses: bool = False  # Half of the clients, by their speed and loss
-    patience_seconds: float = 4.0
-    timeout_seconds: float = 3.0  # Of a request to the edge
-    reply_seconds: float = 20.0  # Of a client, in Flower
+    patience_seconds: float = 40.0
+    room_patience_seconds: float = 4.0
+    timeout_seconds: float = 30.0  # Of a request to the edge
+    reply_seconds: float = 60.0  # Of a client, in Flower
 
 
 SECRET, FINAL = "edge.secret", "final.npz"
@@ -71,7 +72,11 @@ def edge_of(options: RunOptions, here: Here) -> Edge:
         timeout_seconds=options.timeout_seconds,
     )
     assert isinstance(edge.host, GrpcHost)
-    return replace(edge, host=WatchedHost(edge.host, here), room_patience_seconds=4.0)
+    return replace(
+        edge,
+        host=WatchedHost(edge.host, here),
+        room_patience_seconds=options.room_patience_seconds,
+    )
 
 
 def serve(options: RunOptions) -> None:
@@ -129,7 +134,7 @@ def _strategy(options: RunOptions, edge: Edge) -> Any:
         strategy=getattr(api, options.inner)(**inner),
         planning=Planning(
             client_seconds=task.given_seconds,
-            profile_timeout_seconds=10.0,
+            profile_timeout_seconds=60.0,
             choose_route=None if options.chooses else task.route_of,
         ),
         seed=7,

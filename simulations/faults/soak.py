@@ -112,8 +112,6 @@ def soak(
         folder=folder,
         num_rounds=num_rounds,
         num_clients=num_clients,
-        patience_seconds=30.0,
-        timeout_seconds=30.0,
     )
     rules = Rules(lease_seconds=600.0, most_seconds=10.0 * num_rounds)
     ended = Stage(options, rules, target=serve).play()

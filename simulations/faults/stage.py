@@ -44,9 +44,9 @@ class Rules:
     client_back_seconds: float | None = 0.3  # After it was stopped
     strategy_is_back: bool = False  # Whether it is started again after it died
     has_proxy: bool = False
-    lease_seconds: float = 30.0  # Until the edge deletes a run that is silent
+    lease_seconds: float = 120.0  # Until the edge deletes a run that is silent
     tidy_seconds: float = 4.0  # Until nothing may be left of the run
-    most_seconds: float = 60.0
+    most_seconds: float = 180.0
 
 
 @dataclass(frozen=True, kw_only=True)
