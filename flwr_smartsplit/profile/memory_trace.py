@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.layout import is_dense, num_spanned
+from flwr_smartsplit.split.layout import ALIGNMENT, is_dense, num_spanned
 
 UNKNOWN = -1
 
@@ -272,7 +272,10 @@ def _end_without_inputs(
 
 
 def _spanned_bytes(tensor: Tensor) -> int:
-    return num_spanned(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
+    """Size of what a tensor takes where it arrives, as far from an aligned address."""
+    spanned = num_spanned(tuple(tensor.shape), tensor.stride())
+    lead_bytes = tensor.storage_offset() * tensor.element_size() % ALIGNMENT
+    return lead_bytes + spanned * tensor.element_size()
 
 
 def _packing_bytes(tensor: Tensor) -> int:

@@ -344,6 +344,17 @@ ONCE_WRONG = {
         ),
         example_inputs=torch.zeros(1, 3, 6),
     ),
+    "an address that is not aligned was given no memory": replace(
+        between(
+            partial(
+                made.Chunks,
+                partial(made.Tied, partial(nn.Linear, 2, 2), nn.ReLU, True),
+                "chunk",
+                2,
+            )
+        ),
+        max_boundary_tensors=3,
+    ),
     "a buffer outside the state, of a parameter": between(
         partial(made.Derived, 4, is_drawn=False)
     ),
@@ -367,6 +378,15 @@ def test_a_module_that_counts_is_exact_where_it_is_one_operation(where):
     assert judged(model) == Verdict(num_cuts=2)
     counter = build_chain(model.task).model.get_submodule("part1")
     assert counter.counted() == 1
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("where", [*COUNTS, "tuple", "decimal"])
+def test_a_module_that_counts_is_not_parted_from_its_other_use(where):
+    """Each side would count for itself, whatever the count is kept in."""
+    counter, middle = partial(made.Counter, where), partial(nn.Linear, 4, 4)
+    model = between(partial(made.Shared, counter, middle))
+    assert judged(model) == Verdict(num_cuts=2)
 
 
 @pytest.mark.parametrize("where", COUNTS)
