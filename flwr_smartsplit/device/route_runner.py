@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from flwr_smartsplit.device.cut_mover import CutMover
+from flwr_smartsplit.device.gradient_check import GradientCheck, Ratings
 from flwr_smartsplit.device.metrics import Metrics
 from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import protocol as wire
@@ -29,7 +30,7 @@ from flwr_smartsplit.split.build import (
     materialise,
     state_views,
 )
-from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
+from flwr_smartsplit.split.segment import Batch, Boundary, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
 from flwr_smartsplit.train.micro_batches import (
@@ -56,7 +57,7 @@ from flwr_smartsplit.types import (
 class RouteRunner:
     """Train or evaluate batches along a client's route, metered by ``cap``."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what runs where, and what is noted of it
         self,
         plan: ClientPlan,
         task: Task,
@@ -65,6 +66,7 @@ class RouteRunner:
         is_trained: bool,
         timer: StepTimer,
         device: torch.device = CPU,
+        ratings: Ratings | None = None,
     ) -> None:
         self.plan = plan
         self.route = plan.route
@@ -82,6 +84,8 @@ class RouteRunner:
         self._chain = build_chain(task).under(plan.variant)
         self._runners: list[SegmentRunner] = []
         self._edge: EdgeClient | None = None
+        self._ratings = ratings
+        self._check: GradientCheck | None = None
         self._norm: float | None = None
         self.accumulate = max(task.accumulate, plan.accumulate)
 
@@ -99,6 +103,7 @@ class RouteRunner:
             self._runners.append(self._built(leg, state))
         legs = self.route.edge_legs(num_units)
         if legs:
+            self._check = self._checking(legs[0].place)
             opening = signed_opening(self.plan) or opening_of(
                 self.plan,
                 legs,
@@ -191,6 +196,8 @@ class RouteRunner:
         """Finish the sessions at the edges, if any."""
         if self._edge is None:
             return ()
+        if self._check is not None:
+            self._check.conclude()
         return self._edge.seal(self.num_steps, self._norm)
 
     def abandon(self) -> None:
@@ -242,14 +249,30 @@ class RouteRunner:
             loss, _ = head.finish(inputs, targets, inputs_are_boundary=False, **at)
             return float(loss), {}
         stepped = edge.forward(
-            head.forward(inputs, inputs_are_boundary=False, **at),
+            self._noted(head.forward(inputs, inputs_are_boundary=False, **at), targets),
             self._request(targets, part, num_examples(inputs, targets)),
         )
         self.advice, value = stepped.advice, stepped.values.get("loss", 0.0)
         if self.route.returns:
             value, stepped = self._finish(stepped, targets, edge, part)
-        head.backward(lambda: edge.outward.decode(stepped.gradients))
+        check = self._check
+        if check is None:
+            head.backward(lambda: edge.outward.decode(stepped.gradients))
+        else:
+            head.backward(lambda: check.came(edge.outward.decode(stepped.gradients)))
+            check.judge()
         return value, stepped.norms
+
+    def _checking(self, place: str) -> GradientCheck | None:
+        """Make the check of an edge, if this client wants one."""
+        if self._ratings is None or not self._is_trained:
+            return None
+        targets, client = self._task.example_targets, self.plan.client_key
+        return GradientCheck(place, targets, self._ratings, client=client)
+
+    def _noted(self, boundary: Boundary, targets: Any) -> Boundary:
+        """Let the check see a boundary that is about to be sent."""
+        return boundary if self._check is None else self._check.sent(boundary, targets)
 
     def _finish(
         self, stepped: wire.Stepped, targets: Any, edge: EdgeClient, part: MicroBatch
