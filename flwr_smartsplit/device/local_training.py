@@ -59,6 +59,8 @@ class Conditions:
     spare_bytes: int = 0
     # Checks the gradients of edges, and holds what was found: see ``GradientCheck``
     ratings: Ratings | None = None
+    # Of a defence's noise; a new one for each part of a round if None
+    noise_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("meter_every", "local_epochs"):
@@ -179,6 +181,7 @@ def _route_runner(
         timer=StepTimer(plan, clock=conditions.clock, given=conditions.step_seconds),
         device=conditions.device,
         ratings=conditions.ratings,
+        noise_seed=conditions.noise_seed,
     )
 
 

@@ -4,6 +4,7 @@ The device has the first segment, and the last one too if the route returns; edg
 the segments between.
 """
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of, signed_opening
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.tensors import pack_targets
-from flwr_smartsplit.errors import RefusedMove
+from flwr_smartsplit.errors import InvalidRoute, RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.profile.example_shapes import longer_than_example, shapes_of
@@ -67,6 +68,7 @@ class RouteRunner:
         timer: StepTimer,
         device: torch.device = CPU,
         ratings: Ratings | None = None,
+        noise_seed: int | None = None,
     ) -> None:
         self.plan = plan
         self.route = plan.route
@@ -75,13 +77,19 @@ class RouteRunner:
         self.timer = timer
         self.metrics = Metrics()
         self.advice: Advice | None = None
-        self.streams = UnitStreams(
-            plan.seed, plan.round_number, plan.client_key, device
-        )
         self._is_trained = is_trained
         self._device = device
         self._task = task
         self._chain = build_chain(task).under(plan.variant)
+        self._check_defended()
+        self.streams = UnitStreams(
+            plan.seed,
+            plan.round_number,
+            plan.client_key,
+            device,
+            secret_unit=self._chain.num_defended - 1,
+            secret=secrets.randbits(64) if noise_seed is None else noise_seed,
+        )
         self._runners: list[SegmentRunner] = []
         self._edge: EdgeClient | None = None
         self._ratings = ratings
@@ -262,6 +270,16 @@ class RouteRunner:
             head.backward(lambda: check.came(edge.outward.decode(stepped.gradients)))
             check.judge()
         return value, stepped.norms
+
+    def _check_defended(self) -> None:
+        """Refuse a route that would leave the device before the task's defence."""
+        first, chain = self.route.device_legs(len(self._chain))[0], self._chain
+        if first.stop < chain.num_defended:
+            raise InvalidRoute(
+                f"client {self.plan.client_key!r} is planned along {self.route}, and "
+                f"its task's defence keeps the first {chain.num_defended} units on the "
+                "device: the strategy has another task, or is not honest."
+            )
 
     def _checking(self, place: str) -> GradientCheck | None:
         """Make the check of an edge, if this client wants one."""

@@ -136,6 +136,9 @@ class SmartSplitNumPyClient(NumPyClient):
     check_gradients : bool
         Send nothing more to an edge whose gradients do not follow the labels, as one
         that hijacks training; for tasks with one class for each example.
+    noise_seed : int, optional
+        Makes the noise of ``Task.defence`` the same in every run, for tests; who knows
+        it can take the noise off. By default, the noise is new in each round.
     """
 
     # longer than 40 lines because each thing a client owns is an argument
@@ -161,6 +164,7 @@ class SmartSplitNumPyClient(NumPyClient):
         context: Context | None = None,
         local_folder: str | Path | None = None,
         check_gradients: bool = False,
+        noise_seed: int | None = None,
     ) -> None:
         self.task = task
         if check_gradients:
@@ -202,6 +206,7 @@ class SmartSplitNumPyClient(NumPyClient):
             device=_device_of(client_key, device, budget_bytes),
             step_seconds=step_seconds,
             ratings={} if check_gradients else None,
+            noise_seed=noise_seed,
         )
 
     @property
