@@ -163,6 +163,8 @@ def hugging_face(kind: str, config: str, **options: Any) -> nn.Module:
     }
     if config != "GPT2Config":
         sizes["intermediate_size"] = 2 * WIDTH
+    if config[:4] in ("Mist", "Qwen"):
+        sizes |= {"num_key_value_heads": 1, "head_dim": WIDTH // 2}
     model: nn.Module = getattr(library, kind)(
         getattr(library, config)(**sizes | options)
     )
@@ -185,7 +187,7 @@ def hugging_face_model(
         targets=targets,
         loss_fn=logits_loss,
         num_units=num_units,
-        units_fn=decoder_units if family in ("GPT2", "Llama") else encoder_units,
+        units_fn=encoder_units if "ert" in family else decoder_units,
     )
 
 

@@ -6,6 +6,7 @@ Every part of a container is given as something to call: what builds a module, o
 
 import itertools
 from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from typing import Any, Self
 
@@ -304,6 +305,8 @@ class Counter(nn.Module):
             "array": np.zeros(1),
             "iterator": itertools.count(1),
             "tensor": torch.zeros(()),
+            "tuple": (0,),
+            "decimal": Decimal(0),
         }
         self.count = counts[where]
 
@@ -312,19 +315,25 @@ class Counter(nn.Module):
 
     def counted(self) -> Any:
         """Count one call, and return how many there were."""
-        if self.where == "attribute":
-            self.count += 1
-            return self.count
-        if self.where == "list":
-            self.count.append(None)
-            return len(self.count)
-        if self.where == "dict":
-            self.count["calls"] += 1
-            return self.count["calls"]
-        if self.where == "iterator":
-            return next(self.count)
-        self.count += 1
-        return float(self.count[0]) if self.where == "array" else self.count.clone()
+        match self.where:
+            case "list":
+                self.count.append(None)
+                count = len(self.count)
+            case "dict":
+                self.count["calls"] += 1
+                count = self.count["calls"]
+            case "iterator":
+                count = next(self.count)
+            case "tuple":
+                self.count = (self.count[0] + 1,)
+                count = self.count[0]
+            case "array":
+                self.count += 1
+                count = self.count[0]
+            case _:
+                self.count += 1
+                count = self.count
+        return count.clone() if isinstance(count, Tensor) else float(count)
 
 
 class Counting(Counter):

@@ -46,6 +46,13 @@ def slices_rejoined(x: Tensor) -> Tensor:
     return torch.cat([x[:, :1].add_(0.5), x[:, 1:]], 1)
 
 
+def written_by_another_name(x: Tensor) -> Tensor:
+    """Write into a view through another view."""
+    x = x.clone().view(x.shape)
+    x[:].add_(0.5)
+    return x
+
+
 def shifted(x: Tensor) -> Tensor:
     """Write by an operator of Python's, and use the tensor by its other name too."""
     y = x

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from flwr_smartsplit.split.layout import is_dense, num_spanned
+from flwr_smartsplit.split.layout import ALIGNMENT, is_dense, num_spanned
 from flwr_smartsplit.train.torch_device import CPU
 
 DTYPES = {
@@ -31,8 +31,6 @@ DTYPES = {
 """The dtypes of tensors that may be sent, by name."""
 
 MAX_DIMS = 32
-ALIGNMENT = 64
-"""Bytes. Kernels choose by it how they begin, and so their order of summation."""
 # The most memory of a tensor with gaps, as a multiple of its values: the last token of
 # a sequence has gaps as long as the sequence.
 MAX_SPREAD = 2**14

@@ -40,9 +40,8 @@ class DryStep:
     """A whole chain under fake tensors and a log, ready for training steps."""
 
     def __init__(self, chain: Chain, *, batch_size: int, task: Task) -> None:
-        steps_in_backward = task.max_gradient_norm is None
-        # Both read values, and neither holds more memory than a plain step.
-        task = replace(task, max_gradient_norm=None, schedule_fn=None)
+        # It reads values, and holds no more memory than a plain step.
+        task = replace(task, schedule_fn=None)
         self.mode, self.meter = DryRun(), LoggingMeter()
         self.segment = fake_copy(chain.segment(0, len(chain)), self.mode)
         self.observed = Observed(self.segment, self.meter, num_units=len(chain))
@@ -58,9 +57,7 @@ class DryStep:
         self._stand_ins = StandIns(mode)
         with mode, self._stand_ins:
             self.parts = _parts(self._batch, batch_size, task)
-            self.runner = SegmentRunner(
-                self.observed, task, steps_in_backward=steps_in_backward
-            )
+            self.runner = SegmentRunner(self.observed, task, steps_in_backward=True)
             self.meter.track(self._batch)
             self.batch_bytes = self.meter.live_bytes
             self.meter.track(
@@ -75,6 +72,8 @@ class DryStep:
                 self.runner.finish(
                     *batch, step=step, inputs_are_boundary=False, part=part
                 )
+            if self.task.max_gradient_norm is not None:
+                self.runner.update()  # Later, as on a device: clipping reads values.
         return start
 
 
@@ -101,10 +100,10 @@ class StepLogger:
         *,
         batch_size: int,
         task: Task,
-        unwatched: Mapping[int, frozenset[int]] | None = None,
+        dead: Mapping[int, frozenset[int]] | None = None,
     ) -> None:
         self._dry = DryStep(chain, batch_size=batch_size, task=task)
-        self._dry.observed.unwatched = self._unwatched = unwatched or {}
+        self._dry.observed.dead = dead or {}
         self.num_micro_batches = min(task.accumulate, batch_size)
         self._ends: list[int] = []
         self._trained: set[str] = set()
@@ -121,16 +120,12 @@ class StepLogger:
         self._loss_bytes = _kept_bytes(self._dry)
 
     def log(
-        self, recompute: RecomputePlan = KEEP_ALL, *, watched: int | None = None
+        self, recompute: RecomputePlan = KEEP_ALL, *, ends_at: int | None = None
     ) -> StepLog:
-        """Run and log another step; watch the whole boundary after unit ``watched``."""
+        """Run and log another step, of a device that ends at a unit if one is given."""
         dry = self._dry
         dry.runner.recompute = recompute
-        dry.observed.unwatched = {
-            index: places
-            for index, places in self._unwatched.items()
-            if index != watched
-        }
+        dry.observed.ends_at = ends_at
         with dry.observed.saves():
             start = dry.run(1)
         return StepLog(
@@ -182,15 +177,22 @@ def logs_of_cuts(
     It is the one log, unless a tensor crosses to which no gradient comes: only a device
     that ends there holds the graph behind it.
     """
-    dead = {index: b.dead for index, b in enumerate(log.boundaries) if b.dead}
-    if not dead:
+    if not (dead := _dead_of(log)):
         return [log] * log.num_units
-    logger = StepLogger(chain, batch_size=batch_size, task=task, unwatched=dead)
-    others = logger.log()
+    found: Mapping[int, frozenset[int]] = {}
+    while dead != found:  # What is not run may be all that used what came before it.
+        found = dead
+        logger = StepLogger(chain, batch_size=batch_size, task=task, dead=found)
+        others = logger.log()
+        dead = _dead_of(others)
     return [
-        logger.log(watched=index) if index in dead else others
+        logger.log(ends_at=index) if index in dead else others
         for index in range(log.num_units)
     ]
+
+
+def _dead_of(log: StepLog) -> dict[int, frozenset[int]]:
+    return {index: b.dead for index, b in enumerate(log.boundaries) if b.dead}
 
 
 def _drop(value: Any) -> Any:

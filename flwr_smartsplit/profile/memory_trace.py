@@ -7,7 +7,7 @@ boundary nor gradient. So one log gives the peak of every cut. Added are the two
 differences: how the gradient arrives, and whose optimizer runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.layout import is_dense, num_spanned
+from flwr_smartsplit.split.layout import ALIGNMENT, is_dense, num_spanned
 
 UNKNOWN = -1
 
@@ -103,7 +103,8 @@ class BoundaryLog:
     unpacking_bytes: int = 0
     gradient_packing_bytes: int = 0
     crosses_alone: bool = True
-    dead: frozenset[int] = frozenset()  # Which of those watched got no gradient.
+    dead: frozenset[int] = frozenset()  # Which of its trained tensors got no gradient.
+    held: list[Any] = field(default_factory=list)  # Their graphs, until the others do.
     outputs: tuple[tuple[int, int], ...] = ()  # Birth and bytes of each storage.
 
     @property
@@ -147,9 +148,9 @@ class Observed(nn.Module):
     """A segment whose unit values are logged while it trains.
 
     Those of a boundary that need a gradient are watched together, as a device holds
-    them if it ends there: the graph of each lives until their gradients come. Where the
-    device goes on, the graph of one that gets none dies earlier. ``unwatched`` has the
-    places of such ones in their boundary, by unit.
+    them if it ends there: the graph of each lives until their gradients come. ``dead``
+    has the places among these, by unit, of those that get none: their graph does not
+    run, and only the device that ``ends_at`` the unit holds it, until the others' come.
     """
 
     def __init__(
@@ -162,7 +163,8 @@ class Observed(nn.Module):
         self._last = num_units - 1
         self.boundaries: list[BoundaryLog] = []
         self.saved: dict[int, SavedLog] = {}  # By unit
-        self.unwatched: Mapping[int, frozenset[int]] = {}
+        self.dead: Mapping[int, frozenset[int]] = {}
+        self.ends_at: int | None = None  # The unit after which the device ends.
         self.flops_at_start = 0
 
     def forward(self, inputs: Any, **how: Any) -> Any:
@@ -204,27 +206,40 @@ class Observed(nn.Module):
         )
         self.boundaries.append(boundary)
         trained = [tensor for tensor in tensors if tensor.requires_grad]
-        came = partial(self._gradients_came, boundary)
         if type(value) is tuple and len(trained) > 1 and index < self._last:
             boundary.crosses_alone = False
-            passed = self.unwatched.get(index, frozenset())
+            dead = self.dead.get(index, frozenset())
             places = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-            places = [place for i, place in enumerate(places) if i not in passed]
-            watched = _Watched.apply(came, *(tensors[place] for place in places))
-            for place, tensor in zip(places, watched, strict=True):
-                tensors[place] = tensor
+            live = [i for i in range(len(places)) if i not in dead]
+            if index == self.ends_at:
+                boundary.held = [tensors[places[i]].grad_fn for i in dead]
+            came = partial(self._gradients_came, boundary, live, dead)
+            watched = _Watched.apply(came, *(tensors[places[i]] for i in live))
+            for i, tensor in zip(live, watched, strict=True):
+                tensors[places[i]] = tensor
             return tuple(tensors)
         if trained:
+            came = partial(self._gradients_came, boundary, [0], frozenset())
+            # Torch crashes unless a view that was written to by another name is asked
+            # for its graph first (pytorch #196459).
+            _ = trained[0].grad_fn
             trained[0].register_hook(came)
         return value
 
     def _storage(self, tensor: Tensor) -> tuple[int, int]:
         return self.meter.birth_of(tensor), tensor.untyped_storage().nbytes()
 
-    def _gradients_came(self, boundary: BoundaryLog, *gradients: Tensor | None) -> None:
+    def _gradients_came(
+        self,
+        boundary: BoundaryLog,
+        watched: Sequence[int],
+        dead: frozenset[int],
+        *gradients: Tensor | None,
+    ) -> None:
         boundary.backward_start = self.meter.position
         boundary.flops_before = self.meter.forward_flops
-        boundary.dead = frozenset(i for i, g in enumerate(gradients) if g is None)
+        pairs = zip(watched, gradients, strict=True)
+        boundary.dead = dead | {i for i, gradient in pairs if gradient is None}
         most = 0
         for gradient in gradients:
             if gradient is None:
@@ -239,10 +254,28 @@ class Observed(nn.Module):
             boundary.gradient_packing_bytes += packed
             most = max(most, boundary.gradient_bytes + packed)
         boundary.unpacking_bytes = most - boundary.gradient_bytes
+        boundary.held.clear()
+
+
+def _end_without_inputs(
+    boundaries: list[BoundaryLog], changes: npt.NDArray[np.int64]
+) -> None:
+    """End each unit when the value it was given is gone, as before a copy is sent.
+
+    A unit is observed while its input still lives. The next change frees that input, if
+    nothing else holds it; whatever the next unit does begins with an allocation.
+    """
+    limits = [after.forward_end for after in boundaries[1:]] + [len(changes)]
+    for boundary, limit in zip(boundaries, limits, strict=True):
+        while boundary.forward_end < limit and changes[boundary.forward_end] <= 0:
+            boundary.forward_end += 1
 
 
 def _spanned_bytes(tensor: Tensor) -> int:
-    return num_spanned(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
+    """Size of what a tensor takes where it arrives, as far from an aligned address."""
+    spanned = num_spanned(tuple(tensor.shape), tensor.stride())
+    lead_bytes = tensor.storage_offset() * tensor.element_size() % ALIGNMENT
+    return lead_bytes + spanned * tensor.element_size()
 
 
 def _packing_bytes(tensor: Tensor) -> int:
@@ -291,6 +324,7 @@ class StepLog:
         self.loss_bytes, self.sparse = used.loss_bytes, used.sparse
         self.changes = np.array(meter.changes, dtype=np.int64)
         self.births = np.array(meter.births, dtype=np.int64)
+        _end_without_inputs(boundaries, self.changes)
         self.boundaries, self.saved = boundaries, dict(observed.saved)
         for boundary in boundaries[:-1]:
             if not boundary.gradients:  # All units before it are frozen.

@@ -59,9 +59,10 @@ def decoder_units(model: nn.Module) -> list[Unit]:
     Parameters
     ----------
     model : nn.Module
-        A ``GPT2LMHeadModel``, ``GPT2ForTokenClassification`` or ``LlamaForCausalLM``,
-        or ``peft.get_peft_model(...)`` of one; its parameters may be on meta. A batch
-        is ``input_ids`` alone, or a dict with ``attention_mask``.
+        A ``GPT2LMHeadModel``, ``GPT2ForTokenClassification``, or a
+        ``LlamaForCausalLM``, ``MistralForCausalLM``, ``Qwen2ForCausalLM`` or
+        ``Qwen3ForCausalLM``, or ``peft.get_peft_model(...)`` of one; its parameters may
+        be on meta. A batch is ``input_ids`` alone, or a dict with ``attention_mask``.
     """
     return _listed(model, _DECODERS, "decoder_units")
 
@@ -195,7 +196,7 @@ _ENCODERS: Mapping[str, _Parts] = {
 }
 
 
-# --- GPT-2 and LLaMA ------------------------------------------------------------------
+# --- GPT-2, and LLaMA and its like ---------------------------------------------------
 
 
 def _embed_gpt2(
@@ -222,9 +223,36 @@ def _embed_llama(
     return _boundary(hidden, cosines, sines, attention_mask)
 
 
-def _run_llama(config: Any, layer: nn.Module, hidden: Tensor, *context: Tensor) -> Any:
+def _never(config: Any, layer: nn.Module) -> bool:
+    del config, layer
+    return False
+
+
+def _by_window(config: Any, layer: nn.Module) -> bool:
+    del layer
+    return config.sliding_window is not None
+
+
+def _by_layer(config: Any, layer: Any) -> bool:
+    is_sliding: bool = (
+        config.layer_types[layer.self_attn.layer_idx] == "sliding_attention"
+    )
+    return is_sliding
+
+
+def _run_llama(
+    slides: Callable[[Any, nn.Module], bool],
+    config: Any,
+    layer: nn.Module,
+    hidden: Tensor,
+    *context: Tensor,
+) -> Any:
+    """Run a layer with rotary positions; ``slides`` says if its mask is a window."""
     attention_mask = context[2] if len(context) > 2 else None  # noqa: PLR2004
-    make_mask = _library("masking_utils").create_causal_mask
+    masks = _library("masking_utils")
+    make_mask = masks.create_causal_mask
+    if slides(config, layer):
+        make_mask = masks.create_sliding_window_causal_mask
     return layer(
         hidden,
         attention_mask=make_mask(config, hidden, attention_mask, None),
@@ -252,6 +280,17 @@ def _cache_argument(forward: Callable[..., Any]) -> str:
     return "cache" if is_new else "past_key_values"
 
 
+def _rotary(slides: Callable[[Any, nn.Module], bool]) -> _Parts:
+    return _Parts(
+        _embed_llama,
+        ("model.embed_tokens", "model.rotary_emb"),
+        partial(_run_llama, slides),
+        "model.layers",
+        ("model.norm", "lm_head"),
+        "CausalLMOutputWithPast",
+    )
+
+
 _GPT2 = partial(
     _Parts,
     _embed_gpt2,
@@ -266,14 +305,10 @@ _DECODERS: Mapping[str, _Parts] = {
     "GPT2LMHeadModel": _GPT2(
         ("transformer.ln_f", "lm_head"), "CausalLMOutputWithCrossAttentions"
     ),
-    "LlamaForCausalLM": _Parts(
-        _embed_llama,
-        ("model.embed_tokens", "model.rotary_emb"),
-        _run_llama,
-        "model.layers",
-        ("model.norm", "lm_head"),
-        "CausalLMOutputWithPast",
-    ),
+    "LlamaForCausalLM": _rotary(_never),
+    "MistralForCausalLM": _rotary(_by_window),
+    "Qwen2ForCausalLM": _rotary(_by_layer),
+    "Qwen3ForCausalLM": _rotary(_by_layer),
 }
 
 

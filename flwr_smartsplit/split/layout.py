@@ -1,5 +1,11 @@
 """How a tensor's elements fill its memory: without gaps, or with gaps or overlap."""
 
+ALIGNMENT = 64
+"""Bytes; torch's allocator on the CPU begins each storage at a multiple of them.
+
+Kernels choose by it how they begin, and so their order of summation.
+"""
+
 
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Say whether the elements fill their memory without gaps or repetitions."""

@@ -41,11 +41,12 @@ Copies = list[tuple[Any, Any]]
 class PythonState:
     """A snapshot: ``values`` by path; ``owners`` has the object each value is in.
 
-    ``reached`` holds every object that can change.
+    ``reached`` holds every object that can change, and ``parents`` what each is in.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     owners: dict[str, int] = field(default_factory=dict)
+    parents: dict[int, int] = field(default_factory=dict)
     reached: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
@@ -63,16 +64,24 @@ class PythonState:
     ) -> dict[str, int]:
         """Find what differs in a later snapshot: paths, and the objects they are in.
 
-        Without tensors, one tensor is as good as another.
+        Such an object was there before and after: what code replaces, it keeps in
+        something. Without tensors, one tensor is as good as another.
         """
         before, after = self.values, later.values
         skipped = set() if with_tensors else self._tensors() & later._tensors()
         return {
-            path: (later if path in after else self).owners[path]
+            path: self._owner(path, later)
             for path in {**before, **after}
             if path not in before or path not in after or before[path] != after[path]
             if path not in skipped
         }
+
+    def _owner(self, path: str, later: "PythonState") -> int:
+        state = later if path in later.values else self
+        owner = state.owners[path]
+        while owner and not (owner in self.reached and owner in later.reached):
+            owner = state.parents[owner]
+        return owner
 
     def _tensors(self) -> set[str]:
         return {
@@ -104,14 +113,14 @@ class PythonState:
             self._note(path, (Tensor, id(value), value._version), owner)
             self.reached.setdefault(id(value), value)
         elif isinstance(value, np.ndarray):
-            self.reached[id(value)] = value
+            self.reached[id(value)], self.parents[id(value)] = value, owner
             content = repr(value.tolist()) if value.dtype.hasobject else value.tobytes()
             self._note(path, (value.shape, str(value.dtype), content), id(value))
         elif isinstance(value, ModuleType | Proxy) or id(value) in self.reached:
             self._note(path, id(value), owner)
         else:
             self._note(path, type(value), owner)
-            self.reached[id(value)] = value
+            self.reached[id(value)], self.parents[id(value)] = value, owner
             return [(path + name, part, id(value)) for name, part in _parts(value)]
         return []
 

@@ -29,28 +29,56 @@ _ONE_BY_ONE = frozenset(
 _HOOK_MARK = "_treats_parameters_one_by_one"
 
 
-class GradientEntry(torch.autograd.Function):
-    """End a graph with an empty tensor, where gradients will arrive later.
+class GradientEntry:
+    """The end of a graph, where the gradients of a boundary will arrive later.
 
     Only the graph and the engine hold the boundary and its gradients: the boundary is
-    freed once sent, a gradient once used.
+    freed once sent, a gradient once used. The graph behind a tensor that gets no
+    gradient does not run, as in the whole model.
     """
+
+    def __init__(self, boundary: Sequence[Tensor]) -> None:
+        self._arrived: list[Tensor | None] = []
+        self._sizes = [tensor.numel() for tensor in boundary]
+        # The engine begins with what was made last: gradients enter in their order.
+        ends = [
+            _End.apply(self._arrived, place, boundary[place])
+            for place in reversed(range(len(boundary)))
+        ]
+        self._ends: list[Tensor] = ends[::-1]
+
+    def backward(self, receive: Callable[[], Sequence[Tensor]]) -> None:
+        """Receive the gradients, and run backward; an empty tensor stands for none."""
+        ends, self._ends = self._ends, []
+        if not ends:
+            return
+        pairs = zip(receive(), self._sizes, strict=True)
+        self._arrived[:] = [g if g.numel() == size else None for g, size in pairs]
+        del pairs
+        live = [
+            end for end, g in zip(ends, self._arrived, strict=True) if g is not None
+        ]
+        del ends  # With the graphs that do not run.
+        if live:
+            torch.autograd.backward(live, [torch.empty_like(end) for end in live])
+
+
+class _End(torch.autograd.Function):
+    """End a graph with an empty tensor, to call ``backward`` on."""
 
     @staticmethod
     def forward(
-        ctx: Any, receive: list[Callable[[], Sequence[Tensor]]], *boundary: Tensor
+        ctx: Any, arrived: list[Tensor | None], place: int, tensor: Tensor
     ) -> Tensor:
-        """Return an empty tensor to call ``backward`` on."""
-        ctx.receive = receive
-        ctx.sizes = [tensor.numel() for tensor in boundary]
-        return boundary[0].new_empty(0) if boundary else torch.empty(0)
+        """Return an empty tensor."""
+        ctx.arrived, ctx.place = arrived, place
+        return tensor.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Receive the gradients now, held by the engine alone."""
-        gradients = zip(ctx.receive.pop()(), ctx.sizes, strict=True)
-        # The far side sends an empty tensor where there is no gradient.
-        return None, *(g if g.numel() == size else None for g, size in gradients)
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None, Tensor | None]:
+        """Leave the gradient to the engine alone."""
+        gradient, ctx.arrived[ctx.place] = ctx.arrived[ctx.place], None
+        return None, None, gradient
 
 
 class GradientExit(torch.autograd.Function):

@@ -81,8 +81,7 @@ class SegmentRunner:
         self._reread = reread_ones(segment)
         self._part = WHOLE_BATCH
         self._num_evaluated = 0
-        self._entry: Tensor | None = None
-        self._receive: list[Callable[[], Gradients]] = []
+        self._entry: GradientEntry | None = None
         self._input_gradients: list[Tensor] = []
 
     def forward(
@@ -101,7 +100,7 @@ class SegmentRunner:
         outputs = self._run(inputs, step, inputs_are_boundary, part)
         boundary = as_boundary(outputs)
         trained = [tensor for tensor in boundary if tensor.requires_grad]
-        self._entry = GradientEntry.apply(self._receive, *trained)
+        self._entry = GradientEntry(trained)
         return tuple(tensor.detach() for tensor in boundary)
 
     def backward(self, receive: Callable[[], Gradients]) -> Gradients:
@@ -115,10 +114,8 @@ class SegmentRunner:
         entry, self._entry = self._entry, None
         if entry is None:
             raise RuntimeError("backward without forward: the step has no graph.")
-        if entry.requires_grad:
-            self._receive[:] = [receive]
-            with phase("backward"), in_this_thread(), self._stepping_in_backward():
-                entry.backward(torch.empty_like(entry))
+        with phase("backward"), in_this_thread(), self._stepping_in_backward():
+            entry.backward(receive)
         del entry
         return self._end()
 

@@ -78,6 +78,7 @@ class Measurement:
     figures_fn: Callable[[list[Row]], dict[str, Row]]  # For ``--json``, by name
     options: frozenset[str] = frozenset({"models", "small", "seed", "workers"})
     in_processes: bool = False  # Each item in its own: what it leaves harms no other
+    preload: tuple[str, ...] = ()  # Modules that such a process has from the start
 
     def run(self, folder: Path, options: MeasurementOptions) -> bool:
         """Measure what the folder does not have; return False if interrupted."""
@@ -112,7 +113,9 @@ class Measurement:
         if not self.in_processes:
             yield from ((item.key, item.measure(folder)) for item in items)
             return
-        context = multiprocessing.get_context("spawn")
+        # Forked from one that has imported torch: that takes longer than most items.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(self.preload))
         with ProcessPoolExecutor(num_workers, context, max_tasks_per_child=1) as pool:
             futures = {pool.submit(_apart, item, folder): item.key for item in items}
             for future in as_completed(futures):

@@ -1,7 +1,9 @@
 """One logged step: what it says of every cut, and that its parts are all needed."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
+from flwr_smartsplit.train import segment_runner
+from flwr_smartsplit.train.optimizer_in_backward import GradientEntry
 from flwr_smartsplit.types import Route
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 from tests.models import OPTIMIZERS, task_of
@@ -76,6 +80,26 @@ def test_one_log_gives_the_measured_peak_of_every_cut():
     assert predicted(WIDE) == measured()
 
 
+class OfNothing(torch.autograd.Function):
+    """Give a gradient even where none comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient + 0.5
+
+
+class Penalty(nn.Module):
+    """A module with a backward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = OfNothing.apply(x)
+        return result
+
+
 class DeadSide(nn.Module):
     """What needs a gradient crosses cuts, and none comes to it."""
 
@@ -85,18 +109,23 @@ class DeadSide(nn.Module):
         self.first = nn.Linear(4, 8)
         self.second = nn.Linear(8, 40)
         self.third = nn.Linear(40, 3)
+        self.penalty = Penalty()
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x = self.first(x)
         side = functional.softplus(torch.tanh(torch.sigmoid(x)))
+        if self.use == "penalty":
+            side = self.penalty(side)
         if self.use == "detached":
             x = x + side.detach()
         x = torch.tanh(torch.sigmoid(self.second(x)))
         x = self.third(x)
+        if self.use == "penalty":
+            x = x + side.detach().sum()
         return (x, side) if self.use == "output" else x
 
 
-USES = ("nothing", "detached", "output")
+USES = ("nothing", "detached", "output", "penalty")
 
 
 def dead_side(use: str) -> Task:
@@ -119,6 +148,28 @@ def test_a_graph_that_no_gradient_comes_to_is_held_where_the_device_ends(use):
 
 
 # --- planted errors -------------------------------------------------------------------
+
+
+class AllRun(GradientEntry):
+    """Send zeros where there is no gradient."""
+
+    def __init__(self, boundary: Sequence[Tensor]) -> None:
+        super().__init__(boundary)
+        self.shapes = [tensor.shape for tensor in boundary]
+
+    def backward(self, receive: Callable[[], Sequence[Tensor]]) -> None:
+        def received() -> list[Tensor]:
+            pairs = zip(receive(), self.shapes, strict=True)
+            return [g if g.numel() else torch.zeros(shape) for g, shape in pairs]
+
+        super().backward(received)
+
+
+def test_running_what_no_gradient_comes_to_would_be_seen(monkeypatch):
+    """A backward of the user's own makes a gradient of none."""
+    monkeypatch.setattr(segment_runner, "GradientEntry", AllRun)
+    with pytest.raises(AssertionError):  # Differences from the stock step.
+        peaks_of(dead_side("penalty"), batch_size=BATCH_SIZE)
 
 
 def test_a_log_that_keeps_the_boundary_predicts_too_much(monkeypatch):

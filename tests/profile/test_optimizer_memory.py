@@ -1,6 +1,7 @@
 """What optimizers hold and need: any of them, to the byte, whatever way they step."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -66,6 +67,16 @@ def test_every_optimizer_is_predicted_to_the_byte(name, trains_all):
     predicted, measured = peaks_of(task, batch_size=BATCH_SIZE)
     assert predicted == measured
     assert len(predicted) > 4
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_after_clipping_is_predicted_to_the_byte(name):
+    """It begins when backward, and the loss, have been freed."""
+    task = task_of(Mixed, optimizer=OPTIMIZERS[name], shape=SHAPE)
+    task = replace(task, max_gradient_norm=1.0)
+    predicted, measured = peaks_of(task, batch_size=BATCH_SIZE)
+    assert predicted == measured
 
 
 def test_an_optimizer_that_looks_at_values_is_refused():

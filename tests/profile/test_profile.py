@@ -297,7 +297,9 @@ def test_a_gradient_that_is_left_out_would_be_seen(edge_of, name, monkeypatch):
     monkeypatch.setattr(
         Observed,
         "_gradients_came",
-        lambda self, boundary, *gradients: came(self, boundary, gradients[-1]),
+        lambda self, boundary, watched, dead, *gradients: came(
+            self, boundary, watched[-1:], dead, gradients[-1]
+        ),
     )
     wrong = profile_chain(chain, batch_size=MODELS[name][-1], task=task)
     several = [i for i, u in enumerate(chain.units, 1) if sum(u.gradients) > 1]

@@ -34,6 +34,11 @@ transformers = pytest.importorskip("transformers")
 ENCODERS = tuple(huggingface._ENCODERS)
 DECODERS = tuple(huggingface._DECODERS)
 MASK = torch.ones_like(TOKENS)
+MIXED = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 3,
+    "use_sliding_window": True,
+}
 BATCHES = {
     "padded": None,
     "tokens alone": TOKENS,
@@ -60,6 +65,7 @@ def check_routes(architecture: Architecture, routes: list[Route]) -> None:
         "DistilBertForMaskedLM",
         "DistilBertForSequenceClassification",
         "LlamaForCausalLM",
+        "Qwen3ForCausalLM",
     ],
 )
 def test_each_family_is_exact_when_cut_in_the_middle(kind):
@@ -90,8 +96,13 @@ def test_every_cut_of_every_supported_class_is_exact(kind, form, attention):
         ("GPT2LMHeadModel", {"attn_implementation": "eager"}),
         ("GPT2LMHeadModel", {"use_cache": False, "attn_pdrop": 0.0}),
         ("LlamaForCausalLM", {"num_key_value_heads": 1, "use_cache": False}),
+        ("MistralForCausalLM", {"sliding_window": 3}),
+        ("Qwen2ForCausalLM", MIXED),
     ],
-    ids=["eager bert", "eager gpt", "gpt without cache", "llama in groups"],
+    ids=[
+        *("eager bert", "eager gpt", "gpt without cache", "llama in groups"),
+        *("mistral with a window", "qwen with two windows"),
+    ],
 )
 def test_options_of_the_configuration_are_kept(kind, options):
     """A unit reads the configuration as the stock model does."""
@@ -267,10 +278,7 @@ def test_what_the_embeddings_do_not_take_is_named():
 @pytest.mark.parametrize(
     ("kind", "advice"),
     [
-        (
-            "DistilBertForMaskedLM",
-            "give Task(units_fn=encoder_units) of flwr_smartsplit",
-        ),
+        ("GPT2LMHeadModel", "give Task(units_fn=decoder_units) of flwr_smartsplit"),
         ("LlamaForCausalLM", "give Task(units_fn=decoder_units) of flwr_smartsplit"),
     ],
 )

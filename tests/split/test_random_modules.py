@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn import functional
 
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
@@ -77,13 +78,22 @@ def judged(model: RandomModel) -> Verdict:
                     problems += [f"{trial}: {text}" for text in differences]
                 predicted = predicted_peak_bytes(profile, route)
                 measured = found.measured_peak_bytes
-                if measured != predicted and not model.features & UNPREDICTED:
+                if not is_predicted(model, predicted, measured):
                     problems.append(f"{route}: {measured} bytes, not {predicted}")
             if not problems:
                 chain.require_cuts()
             return Verdict(num_cuts=len(chain) - 1, problems=tuple(problems))
     except (NotSplittable, InvalidTask) as error:
         return Verdict(refusal=str(error))
+
+
+def is_predicted(model: RandomModel, predicted: int, measured: int) -> bool:
+    """To the byte; with several tensors at a cut never too low, nor 15 % too high."""
+    if model.features & UNPREDICTED:
+        return True
+    if model.max_boundary_tensors > 1:  # docs/memory-model.md: gradients of a concat.
+        return measured <= predicted <= 1.15 * measured
+    return predicted == measured
 
 
 def batches_of(model: RandomModel) -> Sequence[tuple[Batch, Tensor]]:
@@ -312,6 +322,39 @@ ONCE_WRONG = {
     ),
     "memory of a constant was not counted": between(partial(made.Constant, nn.Tanh, 4)),
     "y += x was traced as y = y + x": between(Op(ops.shifted)),
+    "torch crashed at a hook of a view": replace(
+        between(),
+        build=partial(Steps, partial(nn.Linear, 4, 4), Op(ops.written_by_another_name)),
+    ),
+    "a copy that closes gaps was added to the value before it": replace(
+        between(),
+        build=partial(
+            Steps,
+            partial(nn.Linear, 6, 6),
+            partial(
+                made.frozen,
+                partial(
+                    Steps,
+                    Op(functional.softplus),
+                    Op(ops.other_by_mode, knows_mode=True),
+                    Op(ops.last_of_sequence),
+                    partial(nn.Linear, 6, 3),
+                ),
+            ),
+        ),
+        example_inputs=torch.zeros(1, 3, 6),
+    ),
+    "an address that is not aligned was given no memory": replace(
+        between(
+            partial(
+                made.Chunks,
+                partial(made.Tied, partial(nn.Linear, 2, 2), nn.ReLU, True),
+                "chunk",
+                2,
+            )
+        ),
+        max_boundary_tensors=3,
+    ),
     "a buffer outside the state, of a parameter": between(
         partial(made.Derived, 4, is_drawn=False)
     ),
@@ -335,6 +378,15 @@ def test_a_module_that_counts_is_exact_where_it_is_one_operation(where):
     assert judged(model) == Verdict(num_cuts=2)
     counter = build_chain(model.task).model.get_submodule("part1")
     assert counter.counted() == 1
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("where", [*COUNTS, "tuple", "decimal"])
+def test_a_module_that_counts_is_not_parted_from_its_other_use(where):
+    """Each side would count for itself, whatever the count is kept in."""
+    counter, middle = partial(made.Counter, where), partial(nn.Linear, 4, 4)
+    model = between(partial(made.Shared, counter, middle))
+    assert judged(model) == Verdict(num_cuts=2)
 
 
 @pytest.mark.parametrize("where", COUNTS)

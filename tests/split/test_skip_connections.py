@@ -99,19 +99,16 @@ def test_routes_of_several_segments_are_exact(name):
 class AddedLast(GradientEntry):
     """Add what comes over the wire to what is there, instead of the reverse."""
 
-    @staticmethod
-    def forward(ctx: object, receive: list, *boundary: Tensor) -> Tensor:
-        arrived: list[Tensor] = []
-
-        def first() -> tuple[Tensor, ...]:
-            arrived[:] = receive.pop()()
-            return (*(g.new_empty(0) for g in arrived[:-1]), arrived[-1])
-
+    def __init__(self, boundary: list[Tensor]) -> None:
+        super().__init__(boundary)
+        self.late: list[Tensor] = []
         for index, tensor in enumerate(boundary[:-1]):
-            tensor.register_hook(lambda g, index=index: g + arrived[index])
-        entry = GradientEntry.forward(ctx, receive, *boundary)
-        ctx.receive = [first]
-        return entry
+            tensor.register_hook(lambda g, index=index: g + self.late[index])
+
+    def backward(self, receive: Callable[[], tuple[Tensor, ...]]) -> None:
+        self.late = list(receive())
+        first = (*map(torch.zeros_like, self.late[:-1]), self.late[-1])
+        super().backward(lambda: first)
 
 
 def test_a_sum_in_another_order_would_be_seen(monkeypatch):

@@ -24,8 +24,8 @@ def predicted_peak_bytes(
     -------
     int
         Bytes. Without recomputation, exactly what the meter measures from the second
-        step on; with it, never less and at most 5 % more, or 15 % where several tensors
-        cross a cut (`docs/memory-model.md`).
+        step on; with it, never less and at most 5 % more. Where several tensors cross a
+        cut, never less and at most 15 % more (`docs/memory-model.md`).
 
     Raises
     ------

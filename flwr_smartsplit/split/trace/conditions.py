@@ -1,10 +1,12 @@
-"""Conditions on shapes in a forward: ``assert x.shape[1] == 10``, ``if x.dim() > 2``.
+"""What Python asks of a traced value: ``if x.dim() > 2``, ``*x.shape``, ``range(n)``.
 
-torch.fx cannot follow a branch. One that depends on shapes only is decided by a dry run
-of what was traced so far, at two batch sizes; the trace follows it, and the model
-checks at each step that it would decide the same.
+torch.fx cannot follow that. What depends on shapes only is answered by a dry run of
+what was traced so far, at two batch sizes; the trace follows the answer, and the model
+checks at each step that it would be the same.
 """
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,37 +20,50 @@ from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
 from flwr_smartsplit.split.segment import Batch
 
 _BATCH_SIZES = (2, 3)  # A BatchNorm refuses to train on one.
+QUESTIONS: dict[str, Callable[[Any], Any]] = {
+    "bool": bool,
+    "len": len,
+    "index": operator.index,
+    "int": int,
+    "float": float,
+}
+"""What Python asks, by names that can stand in the code of a graph."""
 
 
 class Conditions:
-    """Decide the conditions that a trace meets, by what its graph gives so far."""
+    """Answer what a trace asks, by what its graph gives so far."""
 
     def __init__(self, model: nn.Module, inputs: Batch, graph: fx.Graph) -> None:
         self._model = model
         with _disable_current_modes():
             self._runs = [_Run(model, inputs, graph, size) for size in _BATCH_SIZES]
 
-    def decide(self, node: fx.Node) -> bool:
-        """Say how a condition ends; raise ``NotSplittable`` if shapes do not tell."""
+    def answer(self, question: str, node: fx.Node) -> Any:
+        """Answer one of ``QUESTIONS`` about a value.
+
+        Raises ``NotSplittable`` if shapes do not tell, or the batch size does.
+        """
         name = type(self._model).__name__
+        ask = QUESTIONS[question]
+        does = "branch on" if question == "bool" else f"ask for {question}() of"
         try:
             # While fx traces, it would see the modules that run here.
             with _symbolic_trace._maybe_revert_all_patches(), _disable_current_modes():
-                found = [run.is_true(node) for run in self._runs]
+                found = [ask(run.value_of(node)) for run in self._runs]
         except Exception as error:
             raise NotSplittable(
-                f"torch.fx cannot trace {name}: its forward must not branch on the "
+                f"torch.fx cannot trace {name}: its forward must not {does} the "
                 f"values of tensors, and {node.name} does ({_first_line(error)}). "
-                "Write it without the branch (torch.where), or list the model's units "
-                "by hand, with Chain.from_units and Task(units_fn=...): a branch may "
-                "be inside a unit."
+                "Write it without that (torch.where for a branch), or list the "
+                "model's units by hand, with Chain.from_units and Task(units_fn=...): "
+                "it may be inside a unit."
             ) from error
         if len(set(found)) > 1:
             raise NotSplittable(
-                f"torch.fx cannot trace {name}: its forward branches on the size of "
-                f"the batch ({node.name} is {found[0]} for {_BATCH_SIZES[0]} examples, "
-                f"{found[1]} for {_BATCH_SIZES[1]}). Write it without that branch, or "
-                "list its units by hand with Task(units_fn=...)."
+                f"torch.fx cannot trace {name}: its forward must not {does} the "
+                f"size of the batch ({node.name}: {found[0]} for {_BATCH_SIZES[0]} "
+                f"examples, {found[1]} for {_BATCH_SIZES[1]}). Write it without that, "
+                "or list its units by hand with Task(units_fn=...)."
             )
         return found[0]
 
@@ -59,27 +74,34 @@ class _Run(fx.Interpreter):
     def __init__(
         self, model: nn.Module, inputs: Batch, graph: fx.Graph, batch_size: int
     ) -> None:
-        self._mode = DryRun()
+        self._mode, self._model = DryRun(), model
         root = fake_copy(model, self._mode)
         super().__init__(root, garbage_collect_values=False, graph=graph)
         batch = fake_batch(inputs, self._mode, batch_size=batch_size)
         self.args_iter = iter(tree_leaves(batch))
 
-    def is_true(self, node: fx.Node) -> bool:
-        """Run the graph up to a node, and say whether its value is true."""
+    def fetch_attr(self, target: str) -> Any:
+        """Find a part of the model, or a constant that torch.fx has added since."""
+        if hasattr(self._model, target) and not hasattr(self.module, target):
+            constant = getattr(self._model, target)
+            setattr(self.module, target, self._mode.from_tensor(constant))
+        return super().fetch_attr(target)
+
+    def value_of(self, node: fx.Node) -> Any:
+        """Run the graph up to a node."""
         with self._mode, torch.no_grad():
             for each in self.graph.nodes:
                 if each not in self.env:
                     self.env[each] = self.run_node(each)
-            return bool(self.env[node])
+        return self.env[node]
 
 
-def check_condition(value: Any, expected: bool, text: str) -> None:
-    """Raise ``InvalidTask`` if a condition ends otherwise than it did in the trace."""
-    if bool(value) is not expected:
+def check_answer(value: Any, question: str, expected: Any, text: str) -> None:
+    """Raise ``InvalidTask`` if an answer is another one than in the trace."""
+    if (found := QUESTIONS[question](value)) != expected:
         raise InvalidTask(
-            f"forward asks whether {text}: for the task's example_inputs that is "
-            f"{expected}, for this batch {not expected}. The model was read for the "
+            f"forward asks for {question}({text}): for the task's example_inputs "
+            f"that is {expected}, for this batch {found}. The model was read for the "
             "former: give example_inputs as your loader yields them, and batches of "
             "one kind."
         )

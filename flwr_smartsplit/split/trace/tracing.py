@@ -7,11 +7,13 @@ code; a place counts only where both can be cut.
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from traceback import walk_tb
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -23,7 +25,7 @@ from flwr_smartsplit.split.segment import Batch, Unit
 from flwr_smartsplit.split.submodules import modes_restored
 from flwr_smartsplit.split.trace.conditions import (
     Conditions,
-    check_condition,
+    check_answer,
     condition_text,
 )
 from flwr_smartsplit.split.trace.cut_points import (
@@ -47,6 +49,7 @@ from flwr_smartsplit.split.trace.subgraphs import Piece, compiled
 AUGMENTED = "augmented assignment to"
 """The key of a node's ``meta`` for the value that Python would have changed."""
 
+_FOREIGN = "argument of type: "  # What fx says of all that is no tensor.
 _NOT_A_MODELS = ("torch", "flwr_smartsplit", "contextlib", "functools")
 
 
@@ -61,7 +64,27 @@ def _noting(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NotingProxy(fx.Proxy):
-    """A proxy that notes ``x += y``, which fx reads as ``x = x + y``."""
+    """A proxy that notes ``x += y``, which fx reads as ``x = x + y``.
+
+    It also tells Python how long it is, or which number, where shapes tell.
+    """
+
+    tracer: "_Tracer"
+
+    def __getattr__(self, name: str) -> "_NotingAttribute":
+        return _NotingAttribute(self, name)
+
+    def __len__(self) -> int:
+        return int(self.tracer.ask("len", self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.ask("index", self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.ask("int", self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.ask("float", self))
 
     __iadd__ = _noting(operator.add)
     __isub__ = _noting(operator.sub)
@@ -73,6 +96,10 @@ class _NotingProxy(fx.Proxy):
     __iand__ = _noting(operator.and_)
     __ior__ = _noting(operator.or_)
     __ixor__ = _noting(operator.xor)
+
+
+class _NotingAttribute(fx.proxy.Attribute, _NotingProxy):
+    """An attribute, such as a shape, or a method of a value."""
 
 
 class _Tracer(fx.Tracer):
@@ -88,12 +115,20 @@ class _Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Follow a condition on shapes, and let the model check it at each step."""
+        return bool(self.ask("bool", obj))
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """Take as many items as there are: of a shape, or of chunks."""
+        return iter([obj[index] for index in range(len(obj))])
+
+    def ask(self, question: str, obj: fx.Proxy) -> Any:
+        """Ask what shapes tell, and let the model check it at each step."""
         if self._conditions is None:
             self._conditions = Conditions(self.root, self.inputs, self.graph)
-        is_true = self._conditions.decide(obj.node)
-        args = obj.node, is_true, condition_text(obj.node)
-        self.create_node("call_function", check_condition, args, {})
-        return is_true
+        answer = self._conditions.answer(question, obj.node)
+        args = obj.node, question, answer, condition_text(obj.node)
+        self.create_node("call_function", check_answer, args, {})
+        return answer
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
         """Make a node, unless fx would lose a switched-on context around it."""
@@ -261,21 +296,45 @@ def _needed_everywhere(graph: fx.Graph, num_cuts: int) -> dict[int, tuple[str, s
 def _trace(model: nn.Module, inputs: Batch) -> tuple[fx.Graph, frozenset[str]]:
     """Trace a model, and name what its forward assigns besides."""
     try:
-        return trace_strictly(model, partial(_Tracer(inputs).trace, model))
-    except NotSplittable:
-        raise
+        with _limits_traced():
+            return trace_strictly(model, partial(_Tracer(inputs).trace, model))
+    except NotSplittable as error:
+        if not (place := _where(error)):
+            raise
+        raise NotSplittable(f"{error} It is {place}.") from error
     except Exception as error:
         said = str(error).partition(". ")[0].rstrip(".")
+        if said.startswith(_FOREIGN):
+            said = f"its forward returns {said.removeprefix(_FOREIGN)}, or passes it on"
         raise NotSplittable(
-            f"torch.fx cannot trace {type(model).__name__}: {said}{_where(error)}. "
+            f"torch.fx cannot trace {type(model).__name__}: {said}"
+            f"{f' ({place})' if (place := _where(error)) else ''}. "
             f"Change that, or {units_advice(model)}."
         ) from error
+
+
+@contextmanager
+def _limits_traced() -> Iterator[None]:
+    """Have ``torch.finfo(x.dtype)`` traced; a mask is filled with its ``min``."""
+    before = torch.finfo
+
+    def finfo(*args: Any) -> Any:
+        dtype = args[0] if args else None
+        if isinstance(dtype, fx.Proxy):
+            return dtype.tracer.create_proxy("call_function", before, args, {})
+        return before(*args)
+
+    torch.finfo = finfo  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.finfo = before  # type: ignore[misc]
 
 
 def _where(error: Exception) -> str:
     """Name the last line that ran of code that is neither torch's nor ours."""
     lines = [
-        f" (line {line} of {frame.f_code.co_filename}, in {frame.f_code.co_qualname})"
+        f"line {line} of {frame.f_code.co_filename}, in {frame.f_code.co_qualname}"
         for frame, line in walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_A_MODELS
     ]

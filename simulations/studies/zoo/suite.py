@@ -125,4 +125,5 @@ ZOO = Measurement(
     figures_fn=figures,
     options=frozenset({"models", "small", "seed", "workers", "library", "sample"}),
     in_processes=True,
+    preload=("simulations.studies.zoo.cases", "timm", "transformers"),
 )

@@ -23,6 +23,8 @@ _TINY = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
 }
+UNTIED = {"tie_word_embeddings": False}
+_UNCACHED = {"use_cache": False}
 _TEXT = _TINY | {
     "vocab_size": _VOCABULARY,
     "max_position_embeddings": 2 * _LENGTH,
@@ -32,16 +34,20 @@ _TEXT = _TINY | {
     "num_labels": _CLASSES,
 }
 _GROUPED = _TEXT | {"num_key_value_heads": 1}
-_BOTH = _TEXT | {
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "decoder_start_token_id": 1,
-}
+_BOTH = (
+    _TEXT
+    | _UNCACHED
+    | {
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "decoder_start_token_id": 1,
+    }
+)
 _IMAGE = _TINY | {"image_size": _SIDE, "patch_size": 8, "num_labels": _CLASSES}
 _STAGES = {
     "num_channels": 3,
@@ -52,7 +58,6 @@ _STAGES = {
     "num_labels": _CLASSES,
 }
 
-UNTIED = {"tie_word_embeddings": False}
 TOKENS = torch.arange(1, _VOCABULARY)[: 2 * _LENGTH].reshape(2, _LENGTH)
 
 
@@ -65,6 +70,7 @@ class Tiny:
     targets: Tensor
     units_fn: Callable[..., Any] | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)  # Of the options
+    max_boundary_tensors: int = 1
 
 
 _READ = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
@@ -102,18 +108,22 @@ MODELS: dict[str, Tiny] = {
         units_fn=decoder_units, changes={"n_inner": 32, **UNTIED}
     ),
     "LlamaForCausalLM": _grouped(units_fn=decoder_units),
-    "MistralForCausalLM": _grouped(),
-    "Qwen2ForCausalLM": _grouped(),
+    "MistralForCausalLM": _grouped(units_fn=decoder_units),
+    "Qwen2ForCausalLM": _grouped(units_fn=decoder_units),
     "MixtralForCausalLM": _grouped(
-        changes={"num_local_experts": 4, "num_experts_per_tok": 2}
+        changes={"num_local_experts": 4, "num_experts_per_tok": 2, **_UNCACHED}
     ),
-    "GPTNeoXForCausalLM": _text(),
-    "OPTForCausalLM": _text(changes={"ffn_dim": 32, "word_embed_proj_dim": 16}),
-    "BloomForCausalLM": _text(),
-    "MambaForCausalLM": _text(changes={"state_size": 4}),
+    "GPTNeoXForCausalLM": _text(changes=_UNCACHED, max_boundary_tensors=4),
+    "OPTForCausalLM": _text(
+        max_boundary_tensors=4,
+        changes={"ffn_dim": 32, "word_embed_proj_dim": 16, **UNTIED, **_UNCACHED},
+    ),
+    "BloomForCausalLM": _text(changes=UNTIED | _UNCACHED, max_boundary_tensors=4),
+    "MambaForCausalLM": _text(changes={"state_size": 4, **_UNCACHED}),
     # Encoders and decoders
     "T5ForConditionalGeneration": _both(
-        changes={"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        max_boundary_tensors=4,
+        changes={"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
     ),
     "BartForConditionalGeneration": _both(),
     "MarianMTModel": _both(),
@@ -149,6 +159,7 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "WhisperForConditionalGeneration": _both(
+        max_boundary_tensors=4,
         inputs={
             "input_features": torch.zeros(1, 8, 32),
             "decoder_input_ids": TOKENS[:1],
@@ -179,6 +190,7 @@ def task_of_model(name: str, optimizer: str) -> Task:
         example_inputs=dict(tiny.inputs),
         example_targets=tiny.targets,
         units_fn=tiny.units_fn,
+        max_boundary_tensors=tiny.max_boundary_tensors,
     )
 
 

@@ -1,5 +1,6 @@
 """Conditions on shapes: followed and checked, or refused for the right reason."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,44 @@ def by_dtype(inputs: Tensor, values: Tensor) -> Tensor:
     return values
 
 
+def unpacks(inputs: Tensor, values: Tensor) -> Tensor:
+    """Take a shape apart, as transformers do."""
+    shape = values.shape[:-1]
+    heads = values.view(*shape, -1, 4)
+    halves = heads.chunk(2, dim=len(heads.shape) - 2)
+    return torch.cat([half * (i + 1) for i, half in enumerate(halves)], -1).flatten(1)
+
+
+def counts_features(inputs: Tensor, values: Tensor) -> Tensor:
+    """Use a size as Python's own number."""
+    for index in range(values.shape[1] // 4):
+        values = values * (1 + index)
+    return values / math.sqrt(int(inputs.shape[1])) * float(values.size(-1))
+
+
+def by_the_least_value(inputs: Tensor, values: Tensor) -> Tensor:
+    """Fill a mask with the least number of a dtype."""
+    least = torch.finfo(values.dtype).min
+    return torch.where(values > least, values, values * 0)
+
+
+def for_each_example(inputs: Tensor, values: Tensor) -> Tensor:
+    """Loop over the batch."""
+    return torch.stack([values[i] * 2 for i in range(inputs.shape[0])])
+
+
+def each_of_the_batch(inputs: Tensor, values: Tensor) -> Tensor:
+    """Loop over the batch, by its examples."""
+    return torch.stack([value * 2 for value in values])
+
+
+def by_a_value(inputs: Tensor, values: Tensor) -> Tensor:
+    """Repeat something as often as a value says."""
+    for _ in range(int(values.sum())):
+        values = values * 2
+    return values
+
+
 def by_size_of_batch(inputs: Tensor, values: Tensor) -> Tensor:
     """Branch on how many examples there are."""
     return values * 2 if inputs.shape[0] > 2 else values
@@ -82,7 +121,10 @@ def task(ask: Any) -> Task:
     )
 
 
-@pytest.mark.parametrize("ask", [asserts, reshapes, by_dtype])
+@pytest.mark.parametrize(
+    "ask",
+    [asserts, reshapes, by_dtype, unpacks, counts_features, by_the_least_value],
+)
 def test_a_condition_on_shapes_is_followed(ask: Any) -> None:
     asked = task(ask)
     chain = Chain.from_module(asked.model_fn(), asked.example_inputs)
@@ -91,9 +133,43 @@ def test_a_condition_on_shapes_is_followed(ask: Any) -> None:
             assert checker.check(Route.split(cut)).differences == ()
 
 
-def test_a_condition_on_the_size_of_the_batch_is_refused() -> None:
-    with pytest.raises(NotSplittable, match="branches on the size of the batch"):
-        Chain.from_module(Conditional(by_size_of_batch), torch.zeros(2, 10))
+@pytest.mark.parametrize(
+    ("ask", "does"),
+    [
+        (by_size_of_batch, "branch on"),
+        (for_each_example, r"ask for index\(\) of"),
+        (each_of_the_batch, r"ask for len\(\) of"),
+    ],
+)
+def test_what_depends_on_the_size_of_the_batch_is_refused(ask: Any, does: str) -> None:
+    with pytest.raises(NotSplittable, match=f"not {does} the size of the batch"):
+        Chain.from_module(Conditional(ask), torch.zeros(2, 10))
+
+
+def test_a_number_that_values_tell_is_refused() -> None:
+    says = r"not ask for int\(\) of the values.*units_fn"
+    with pytest.raises(NotSplittable, match=says):
+        Chain.from_module(Conditional(by_a_value), torch.zeros(2, 10))
+
+
+def test_a_step_with_another_size_than_the_trace_asked_for_is_refused() -> None:
+    model = nn.Sequential(Repeats())
+    segment = Chain.from_module(model, torch.zeros(2, 3)).segment(0, 1)
+    segment(torch.zeros(4, 3))
+    with pytest.raises(InvalidTask, match=r"index.*that is 3, for this batch 5"):
+        segment(torch.zeros(4, 5))
+
+
+class Repeats(nn.Module):
+    """Adds its input to itself, once for each feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add."""
+        return sum((self.inner(x) for _ in range(x.shape[1])), start=x)
 
 
 def test_a_condition_on_values_is_refused_with_the_way_out() -> None:
@@ -118,7 +194,7 @@ def test_a_trace_without_the_check_would_be_seen(
     """Planted: the model trains on, with the other branch's numbers."""
     model = Conditional(small_batches).eval()
     chain = Chain.from_module(model, torch.zeros(2, 10))
-    monkeypatch.setattr(conditions, "bool", lambda _: False, raising=False)
+    monkeypatch.setitem(conditions.QUESTIONS, "bool", lambda _: False)
     inputs = torch.randn(5, 10)
     found = chain.segment(0, len(chain)).eval()(inputs)
     assert not torch.equal(found, model(inputs))
