@@ -90,7 +90,7 @@ def _check_cells(row: Row) -> tuple[str, ...]:
         row["kind"],
         f"{row['accused']} of {row['honest']}",
         f"{row['noticed']} of {row['hijacking']}",
-        "" if after is None else f"{after:g} batches",
+        "" if after is None else f"{after:g} steps",
     )
 
 
