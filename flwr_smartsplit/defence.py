@@ -51,7 +51,7 @@ class Defence:
     --------
     >>> defence = Defence(after="relu", clip=1.0, noise=4.0)
     >>> round(defence.epsilon(1e-5, num_crossings=10), 2)
-    7.27
+    7.51
     """
 
     after: str
