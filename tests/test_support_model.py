@@ -82,6 +82,42 @@ def test_constants_of_a_model() -> None:
     check_every_kind(model_fn=model_fn)
 
 
+class Asking(nn.Module):
+    """Takes shapes apart, counts by them and branches on them."""
+
+    def __init__(self, *, by_example: bool = False) -> None:
+        super().__init__()
+        self.inner, self.by_example = nn.ReLU(), by_example
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give back what came, without its negative values."""
+        x = self.inner(x)
+        *first, _, width = x.shape
+        if len(x.shape) > 3:
+            x = x.reshape(*first, -1, width)
+        if self.by_example:
+            return torch.stack(list(x))
+        return sum((x[..., i : i + 1] for i in range(width)), start=x)
+
+
+def test_what_forward_asks_of_shapes() -> None:
+    """A trace follows it, and each step checks the answers."""
+
+    def change(model: Any) -> None:
+        model[2] = Asking()
+
+    check_model(change)
+
+
+def test_loops_over_examples() -> None:
+    """The error says what depends on the batch, and in which line."""
+
+    def change(model: Any) -> None:
+        model[2] = Asking(by_example=True)
+
+    refuse_model(change, r"len\(\) of the size of the batch.*It is line \d+ of")
+
+
 def repeated() -> nn.Module:
     """Build a network with one layer twice."""
     layer = nn.Conv2d(4, 4, 3, padding=1)
