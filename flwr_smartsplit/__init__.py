@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from flwr_smartsplit.defence import Defence as Defence
     from flwr_smartsplit.edge.hosts.grpc import GrpcEdge as GrpcEdge
     from flwr_smartsplit.edge.hosts.ray import RayEdge as RayEdge
     from flwr_smartsplit.flower.checkpoints.checkpoints import (
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.types import Route as Route
 
 _NAMES_BY_MODULE = {
+    "defence": "Defence",
     "edge.hosts.grpc": "GrpcEdge",
     "edge.hosts.ray": "RayEdge",
     "flower.checkpoints.checkpoints": "Checkpoints",

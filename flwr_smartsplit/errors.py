@@ -147,6 +147,24 @@ class RefusedRequest(EdgeError):
     """Not for whoever asks, or more than the strategy has planned for this session."""
 
 
+class SuspectEdge(EdgeError):
+    """An edge's gradients do not fit the loss it reports: nothing more goes to it.
+
+    Attributes
+    ----------
+    place : str
+        The edge.
+    dependence : float
+        How far its gradients depend on the labels, beyond what the boundary explains.
+    num_batches : int
+        Over how many batches that is the mean.
+    """
+
+    place: str
+    dependence: float
+    num_batches: int
+
+
 class RefusedTail(EdgeError):
     """A tail is not finite, or had a wrong number of steps: its client drops out."""
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
     from torch.optim import Optimizer
 
+    from flwr_smartsplit.defence import Defence
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Task:
@@ -58,6 +60,10 @@ class Task:
     is_local : Callable[[str], bool], optional
         Says by name which state stays on the device and is not merged, such as
         BatchNorm's or a personal last layer; so do its units, on every route.
+    defence : Defence, optional
+        What makes boundaries tell less of the inputs, such as
+        ``Defence(after="relu", nopeek=0.5)``. It changes what is trained, alike on
+        every route; no cut lies before it.
 
     Examples
     --------
@@ -85,6 +91,7 @@ class Task:
     accumulate: int = 1
     max_boundary_tensors: int = 1
     is_local: Callable[[str], bool] | None = None
+    defence: "Defence | None" = None
 
     def __post_init__(self) -> None:
         inputs = self.example_inputs

@@ -26,6 +26,7 @@ PUBLIC_NAMES = [
     "Chain",
     "Checkpoints",
     "Constraints",
+    "Defence",
     "DeviceTraits",
     "GrpcEdge",
     "LegacySmartSplit",
@@ -61,6 +62,7 @@ PUBLIC_NAMES = [
 ORDER = (
     "errors",
     "types",
+    "defence",
     "task",
     "memory",
     "split",

@@ -184,14 +184,15 @@ def check(
     """Train whole and cut, and compare every number and every predicted peak.
 
     MODEL is torchvision:NAME, or package.module:function; the function returns an
-    nn.Module or a flwr_smartsplit.Task. The exit code is 1 if anything differs.
+    nn.Module or a flwr_smartsplit.Task, which is compared without its defence. The exit
+    code is 1 if anything differs.
     """
     with _explained_errors():
         if not tolerance >= 0:
             raise BadArgument(f"--tolerance {tolerance} is not at least 0.")
         if not 0 <= seed < MAX_SEED:
             raise BadArgument(f"--seed {seed} is not in 0..{MAX_SEED - 1}.")
-        subject = _subject(model, input_shape, batch_size, optimizer)
+        subject = _subject(model, input_shape, batch_size, optimizer, is_stock=True)
         num_units = len(subject.profile.units)
         chosen = choose_cuts(cuts, num_units=num_units, rng=Random(seed))
         report = _check(subject, chosen, seed=seed, tolerance=tolerance)
@@ -291,6 +292,8 @@ def _subject(
     batch_size: int,
     optimizer: str | None,
     cache_dir: Path | None = None,
+    *,
+    is_stock: bool = False,
 ) -> "Subject":
     """Read and profile MODEL; what its code prints goes to stderr."""
     if batch_size < 1:
@@ -312,6 +315,7 @@ def _subject(
             batch_size=batch_size,
             optimizer=optimizer,
             cache_dir=cache_dir,
+            is_stock=is_stock,
         )
 
 

@@ -94,12 +94,15 @@ def read_subject(
     batch_size: int,
     optimizer: str | None,
     cache_dir: Path | None = None,
+    is_stock: bool = False,
 ) -> Subject:
     """Read and profile the model named on the command line.
 
-    A model that cannot be read as a chain becomes a single unit, with the reason.
+    A model that cannot be read as a chain becomes a single unit, with the reason. With
+    ``is_stock``, a task is read without its defence, which no stock module has.
     """
     task = task_of(model, input_shape=input_shape, optimizer=optimizer or "sgd")
+    task = replace(task, defence=None) if is_stock else task
     name = optimizer_name(task)
     if name is None and (optimizer is not None or input_shape is not None):
         raise UnknownModel(

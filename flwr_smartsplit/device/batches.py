@@ -1,13 +1,15 @@
-"""What a loader yields, as a training step takes it."""
+"""What a loader yields, as a training step takes it, and how much of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.split.segment import Batch
+from flwr_smartsplit.types.sizes import whole
 
 _PAIR = 2
 
@@ -76,3 +78,37 @@ def _own(tensor: Any) -> Tensor:
         return tensor
     is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone() if is_view else tensor
+
+
+def sizes_of(
+    loader: Any, num_examples: Any = None, batch_size: Any = None
+) -> tuple[int | None, int | None]:
+    """Read the examples of a pass and of a batch off a loader, where not given.
+
+    What its sampler draws counts, not the data set, of which that may be a part.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    if batch_size is None:
+        batch_size = getattr(loader, "batch_size", None)
+    if batch_size is None:
+        batch_size = getattr(batches, "batch_size", None)
+    if batch_size is not None:
+        batch_size = whole(batch_size, "batch_size")
+    if num_examples is not None:
+        num_examples = whole(num_examples, "num_examples")
+    elif batch_size is not None:
+        num_examples = _num_drawn(loader, batches, batch_size)
+    return num_examples, batch_size
+
+
+def _num_drawn(loader: Any, batches: Any, batch_size: int) -> int | None:
+    """Count the examples that a loader draws in one pass; None if it does not say."""
+    source: Any = getattr(loader, "dataset", None)
+    if isinstance(loader, DataLoader) and not isinstance(source, IterableDataset):
+        # Without automatic batches, the sampler draws whole batches.
+        source = getattr(batches, "sampler", None)
+    try:
+        # The last batch may be small, or left out.
+        return min(len(source), len(loader) * batch_size)
+    except (TypeError, NotImplementedError):
+        return len(source) if hasattr(source, "__len__") else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flwr_smartsplit.device.batches import own_batch
+from flwr_smartsplit.device.gradient_check import Ratings
 from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.device.step_timer import StepSeconds, StepTimer
 from flwr_smartsplit.edge.client import Connect
@@ -56,6 +57,10 @@ class Conditions:
     device: torch.device = CPU  # Where this client computes
     # What its cap allows beyond a plan's budget: see ``accelerator_overhead``
     spare_bytes: int = 0
+    # Checks the gradients of edges, and holds what was found: see ``GradientCheck``
+    ratings: Ratings | None = None
+    # Of a defence's noise; a new one for each part of a round if None
+    noise_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("meter_every", "local_epochs"):
@@ -175,6 +180,8 @@ def _route_runner(
         is_trained=is_trained,
         timer=StepTimer(plan, clock=conditions.clock, given=conditions.step_seconds),
         device=conditions.device,
+        ratings=conditions.ratings,
+        noise_seed=conditions.noise_seed,
     )
 
 

@@ -4,6 +4,7 @@ The device has the first segment, and the last one too if the route returns; edg
 the segments between.
 """
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,13 +14,14 @@ import numpy.typing as npt
 import torch
 
 from flwr_smartsplit.device.cut_mover import CutMover
+from flwr_smartsplit.device.gradient_check import GradientCheck, Ratings
 from flwr_smartsplit.device.metrics import Metrics
 from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of, signed_opening
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.tensors import pack_targets
-from flwr_smartsplit.errors import RefusedMove
+from flwr_smartsplit.errors import InvalidRoute, RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.profile.example_shapes import longer_than_example, shapes_of
@@ -29,7 +31,7 @@ from flwr_smartsplit.split.build import (
     materialise,
     state_views,
 )
-from flwr_smartsplit.split.segment import Batch, Segment, as_boundary
+from flwr_smartsplit.split.segment import Batch, Boundary, Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import total_norm
 from flwr_smartsplit.train.micro_batches import (
@@ -56,7 +58,7 @@ from flwr_smartsplit.types import (
 class RouteRunner:
     """Train or evaluate batches along a client's route, metered by ``cap``."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what runs where, and what is noted of it
         self,
         plan: ClientPlan,
         task: Task,
@@ -65,6 +67,8 @@ class RouteRunner:
         is_trained: bool,
         timer: StepTimer,
         device: torch.device = CPU,
+        ratings: Ratings | None = None,
+        noise_seed: int | None = None,
     ) -> None:
         self.plan = plan
         self.route = plan.route
@@ -73,15 +77,23 @@ class RouteRunner:
         self.timer = timer
         self.metrics = Metrics()
         self.advice: Advice | None = None
-        self.streams = UnitStreams(
-            plan.seed, plan.round_number, plan.client_key, device
-        )
         self._is_trained = is_trained
         self._device = device
         self._task = task
         self._chain = build_chain(task).under(plan.variant)
+        self._check_defended()
+        self.streams = UnitStreams(
+            plan.seed,
+            plan.round_number,
+            plan.client_key,
+            device,
+            secret_unit=self._chain.num_defended - 1,
+            secret=secrets.randbits(64) if noise_seed is None else noise_seed,
+        )
         self._runners: list[SegmentRunner] = []
         self._edge: EdgeClient | None = None
+        self._ratings = ratings
+        self._check: GradientCheck | None = None
         self._norm: float | None = None
         self.accumulate = max(task.accumulate, plan.accumulate)
 
@@ -99,6 +111,7 @@ class RouteRunner:
             self._runners.append(self._built(leg, state))
         legs = self.route.edge_legs(num_units)
         if legs:
+            self._check = self._checking(legs[0].place)
             opening = signed_opening(self.plan) or opening_of(
                 self.plan,
                 legs,
@@ -191,6 +204,8 @@ class RouteRunner:
         """Finish the sessions at the edges, if any."""
         if self._edge is None:
             return ()
+        if self._check is not None:
+            self._check.conclude()
         return self._edge.seal(self.num_steps, self._norm)
 
     def abandon(self) -> None:
@@ -242,14 +257,40 @@ class RouteRunner:
             loss, _ = head.finish(inputs, targets, inputs_are_boundary=False, **at)
             return float(loss), {}
         stepped = edge.forward(
-            head.forward(inputs, inputs_are_boundary=False, **at),
+            self._noted(head.forward(inputs, inputs_are_boundary=False, **at), targets),
             self._request(targets, part, num_examples(inputs, targets)),
         )
         self.advice, value = stepped.advice, stepped.values.get("loss", 0.0)
         if self.route.returns:
             value, stepped = self._finish(stepped, targets, edge, part)
-        head.backward(lambda: edge.outward.decode(stepped.gradients))
+        check = self._check
+        if check is None:
+            head.backward(lambda: edge.outward.decode(stepped.gradients))
+        else:
+            head.backward(lambda: check.came(edge.outward.decode(stepped.gradients)))
+            check.judge()
         return value, stepped.norms
+
+    def _check_defended(self) -> None:
+        """Refuse a route that would leave the device before the task's defence."""
+        first, chain = self.route.device_legs(len(self._chain))[0], self._chain
+        if first.stop < chain.num_defended:
+            raise InvalidRoute(
+                f"client {self.plan.client_key!r} is planned along {self.route}, and "
+                f"its task's defence keeps the first {chain.num_defended} units on the "
+                "device: the strategy has another task, or is not honest."
+            )
+
+    def _checking(self, place: str) -> GradientCheck | None:
+        """Make the check of an edge, if this client wants one."""
+        if self._ratings is None or not self._is_trained:
+            return None
+        targets, client = self._task.example_targets, self.plan.client_key
+        return GradientCheck(place, targets, self._ratings, client=client)
+
+    def _noted(self, boundary: Boundary, targets: Any) -> Boundary:
+        """Let the check see a boundary that is about to be sent."""
+        return boundary if self._check is None else self._check.sent(boundary, targets)
 
     def _finish(
         self, stepped: wire.Stepped, targets: Any, edge: EdgeClient, part: MicroBatch

@@ -4,16 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.client import NumPyClient
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
+from flwr_smartsplit.device.batches import sizes_of
 from flwr_smartsplit.device.budget_adapter import Adapter
+from flwr_smartsplit.device.gradient_check import Ratings, check_classes
 from flwr_smartsplit.device.local_training import (
     Conditions,
     Loader,
@@ -78,6 +79,7 @@ from flwr_smartsplit.verify.guard import Guard
 
 _WEIGHT = "num-examples"
 _FROZEN = "smartsplit.frozen"
+_RATINGS = "smartsplit.gradients"
 
 
 class SmartSplitNumPyClient(NumPyClient):
@@ -131,6 +133,12 @@ class SmartSplitNumPyClient(NumPyClient):
     local_folder : str or Path, optional
         Keeps ``Task.is_local`` state in files instead, for when this process or the run
         starts again; each client_key has its own in it.
+    check_gradients : bool
+        Send nothing more to an edge whose gradients do not follow the labels, as one
+        that hijacks training; for tasks with one class for each example.
+    noise_seed : int, optional
+        Makes the noise of ``Task.defence`` the same in every run, for tests; who knows
+        it can take the noise off. By default, the noise is new in each round.
     """
 
     # longer than 40 lines because each thing a client owns is an argument
@@ -155,8 +163,12 @@ class SmartSplitNumPyClient(NumPyClient):
         seed: int = 0,
         context: Context | None = None,
         local_folder: str | Path | None = None,
+        check_gradients: bool = False,
+        noise_seed: int | None = None,
     ) -> None:
         self.task = task
+        if check_gradients:
+            check_classes(task.example_targets)
         client_key = _key_of(client_key)
         self._budget = _budget_of(client_key, budget_bytes)
         self._moves = isinstance(budget_bytes, MemoryBudget)
@@ -166,13 +178,13 @@ class SmartSplitNumPyClient(NumPyClient):
         self.context = context
         self._local_states = LocalStates(local_folder, client_key)
         self._edges = _by_name(edges)
-        num_examples, batch_size = _sizes(train_loader, num_examples, batch_size)
+        num_examples, batch_size = sizes_of(train_loader, num_examples, batch_size)
         if num_examples is None or batch_size is None:
             raise InvalidTask(
                 "the training loader does not say how many examples it draws and in "
                 "which batches: give num_examples and batch_size."
             )
-        eval_size = _sizes(eval_loader)[1]
+        eval_size = sizes_of(eval_loader)[1]
         self._profile = DeviceProfile(
             client_key=client_key,
             budget_bytes=None,  # It may move.
@@ -193,6 +205,8 @@ class SmartSplitNumPyClient(NumPyClient):
             owns_process=owns_process,
             device=_device_of(client_key, device, budget_bytes),
             step_seconds=step_seconds,
+            ratings={} if check_gradients else None,
+            noise_seed=noise_seed,
         )
 
     @property
@@ -233,6 +247,10 @@ class SmartSplitNumPyClient(NumPyClient):
             size = self._profile.batch_size
             adapter = Adapter(self._budget, self.task, batch_size=size)
             conditions = replace(conditions, between_steps=adapter)
+        if conditions.ratings is not None and self.context is not None:
+            kept = self.context.state.config_records
+            ratings = cast(Ratings, kept.setdefault(_RATINGS, ConfigRecord()))
+            conditions = replace(conditions, ratings=ratings)
         outcome = train_locally(plan, known, self.train_loader, conditions)
         if _is_stock(plan) and outcome.state:
             # A stock strategy wants every name back, also those no unit uses.
@@ -462,37 +480,3 @@ def _key_of(client_key: Any) -> str:
     if not key.isprintable() and key != key.encode(errors="replace").decode():
         raise ValueError(f"client_key is {client_key!r}, which is no Unicode text.")
     return key
-
-
-def _sizes(
-    loader: Any, num_examples: Any = None, batch_size: Any = None
-) -> tuple[int | None, int | None]:
-    """Read the examples of a pass and of a batch off a loader, where not given.
-
-    What its sampler draws counts, not the data set, of which that may be a part.
-    """
-    batches = getattr(loader, "batch_sampler", None)
-    if batch_size is None:
-        batch_size = getattr(loader, "batch_size", None)
-    if batch_size is None:
-        batch_size = getattr(batches, "batch_size", None)
-    if batch_size is not None:
-        batch_size = whole(batch_size, "batch_size")
-    if num_examples is not None:
-        num_examples = whole(num_examples, "num_examples")
-    elif batch_size is not None:
-        num_examples = _num_drawn(loader, batches, batch_size)
-    return num_examples, batch_size
-
-
-def _num_drawn(loader: Any, batches: Any, batch_size: int) -> int | None:
-    """Count the examples that a loader draws in one pass; None if it does not say."""
-    source: Any = getattr(loader, "dataset", None)
-    if isinstance(loader, DataLoader) and not isinstance(source, IterableDataset):
-        # Without automatic batches, the sampler draws whole batches.
-        source = getattr(batches, "sampler", None)
-    try:
-        # The last batch may be small, or left out.
-        return min(len(source), len(loader) * batch_size)
-    except (TypeError, NotImplementedError):
-        return len(source) if hasattr(source, "__len__") else None

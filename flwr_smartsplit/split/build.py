@@ -66,10 +66,11 @@ def build_chain(task: Task, *, anew: bool = False) -> Chain:
 def _traced(task: Task, model: nn.Module) -> Chain:
     inputs = task.example_inputs
     if task.units_fn is not None:
-        return Chain.from_units(model, task.units_fn(model), inputs)
-    return Chain.from_module(
-        model, inputs, max_boundary_tensors=task.max_boundary_tensors
-    )
+        chain = Chain.from_units(model, task.units_fn(model), inputs)
+    else:
+        most = task.max_boundary_tensors
+        chain = Chain.from_module(model, inputs, max_boundary_tensors=most)
+    return chain if task.defence is None else chain.defended(task.defence)
 
 
 def _recipe(task: Task) -> _Recipe | None:
@@ -83,7 +84,8 @@ def _recipe(task: Task) -> _Recipe | None:
     function, units = _unwrapped(task.model_fn), _unwrapped(task.units_fn)
     try:
         hash((function, units))
-        parts = (task.model_fn, task.units_fn, inputs, task.max_boundary_tensors)
+        how = task.max_boundary_tensors, task.defence
+        parts = (task.model_fn, task.units_fn, inputs, how)
         return function, units, pickle.dumps(parts)
     except (pickle.PicklingError, AttributeError, TypeError):
         return None

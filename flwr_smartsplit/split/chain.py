@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from flwr_smartsplit.defence import Defence
 from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
-from flwr_smartsplit.split.manual_units import declared_units
+from flwr_smartsplit.split.manual_units import declared_units, with_defence
 from flwr_smartsplit.split.segment import Batch, Segment, Unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.tracing import trace_units
@@ -139,6 +140,16 @@ class Chain:
             f"variant {variant.name!r} is not known here; this version knows "
             f"{WHOLE.name!r}. Use one version everywhere."
         )
+
+    @cached_property
+    def num_defended(self) -> int:
+        """How many units a task's defence keeps on the device, with itself."""
+        return max((i + 1 for i, u in enumerate(self.units) if u.is_defence), default=0)
+
+    def defended(self, defence: Defence) -> "Chain":
+        """Add a defence as a unit; raise ``InvalidTask`` if it cannot stand there."""
+        units = with_defence(self.model, self.units, defence, self.example_inputs)
+        return Chain(self.model, units, self.example_inputs, refusals=self.refusals)
 
     @property
     def unit_names(self) -> tuple[str, ...]:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flwr_smartsplit.defence import Defence, float_tensors
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
@@ -156,6 +158,80 @@ def _dry_run(
     for facts in found:
         facts.repeats &= not facts.writes_inputs
     return found
+
+
+# --- a defence ------------------------------------------------------------------------
+
+
+def with_defence(
+    model: nn.Module, units: Sequence[Unit], defence: Defence, inputs: Batch
+) -> list[Unit]:
+    """Put a defence behind the unit that it names.
+
+    Raises ``InvalidTask`` if there is none, if it is the last one, or if the defence
+    would not hold there.
+    """
+    names = [unit.name for unit in units]
+    if defence.after not in names[:-1]:
+        raise InvalidTask(
+            f"the defence stands after unit {defence.after!r}, which is not one of "
+            f"those of {type(model).__name__} that a cut can follow: "
+            f"{', '.join(names[:-1])}."
+        )
+    place = names.index(defence.after) + 1
+    values = [
+        fact.value for fact in _dry_run(model, units[:place], inputs, training=True)
+    ]
+    mixing = [
+        name
+        for unit in units[:place]
+        for name in unit.reads
+        if any(isinstance(m, _BatchNorm) for m in _modules_at(model, name))
+    ]
+    for problem in _undefended(defence, inputs, values[-1], mixing):
+        raise InvalidTask(f"the defence after unit {defence.after!r}: {problem}")
+    before, may_rerun = list(units[:place]), not defence.nopeek
+    if not may_rerun:  # The peak of reruns before its loss is not known to the byte.
+        before = [replace(unit, can_rerun=False) for unit in before]
+    own = Unit(
+        "(defence)",
+        defence,
+        (),
+        gradients=before[-1].gradients,
+        can_rerun=may_rerun,
+        is_defence=True,
+    )
+    return [*before, own, *units[place:]]
+
+
+def _undefended(
+    defence: Defence, inputs: Batch, value: Any, mixing: Sequence[str]
+) -> Iterator[str]:
+    """Say what of a boundary a defence would not hold for."""
+    for tensor in _tensors(value):
+        if not tensor.is_floating_point() or tensor.dim() < 2 or len(tensor) != 2:  # noqa: PLR2004
+            yield (
+                f"a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} (of 2 "
+                "examples) would cross behind it. It takes floating-point values with "
+                "the examples in dimension 0: choose a unit with one such output."
+            )
+    if defence.nopeek and not float_tensors(inputs):
+        yield (
+            "nopeek measures distances between inputs, and the task's are no "
+            "floating-point values. Choose clip and noise."
+        )
+    if defence.noise and mixing:
+        yield (
+            f"{', '.join(mixing)} mixes the examples of a batch before it, so that "
+            "clipping bounds what no single example tells. Choose an earlier unit, or "
+            "GroupNorm in place of BatchNorm."
+        )
+
+
+def _modules_at(model: nn.Module, name: str) -> list[nn.Module]:
+    path, _, last = name.rpartition(".")
+    thing = getattr(model.get_submodule(path), last)
+    return list(thing.modules()) if isinstance(thing, nn.Module) else []
 
 
 def _called(

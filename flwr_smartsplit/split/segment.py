@@ -66,6 +66,9 @@ class Unit:
     rereads : tuple[str, ...]
         Trained parameters of which it also reads the values without a gradient. They
         are not updated before the step ends.
+    is_defence : bool
+        Whether it is a ``Defence``, called in both modes with ``(root, value, batch,
+        loss_divisor)`` under a stream of its own; a chain makes it.
 
     Examples
     --------
@@ -85,6 +88,7 @@ class Unit:
     can_rerun: bool = True
     changed: tuple[str, ...] = ()
     rereads: tuple[str, ...] = ()
+    is_defence: bool = False
 
     def forward_in(
         self, training: bool, *, is_selective: bool = False
@@ -140,11 +144,13 @@ class Segment(nn.Module):
         step: int | str = 0,
         observe: Observer = observe_nothing,
         recompute: RecomputePlan = KEEP_ALL,
+        loss_divisor: float = 1.0,
     ) -> Any:
         """Run the units in order, each random one under its own stream.
 
         ``inputs`` is the batch or the incoming boundary; ``step`` the number of the
-        step, from 0, or the name of a micro-batch in it.
+        step, from 0, or the name of a micro-batch in it, whose loss is divided by
+        ``loss_divisor``.
         """
         training, first = self.training, self.__start
         units = range(first, first + len(self.__units))
@@ -152,6 +158,9 @@ class Segment(nn.Module):
 
         def run(index: int, value: Any) -> Any:
             unit = self.__units[index - first]
+            if unit.is_defence:
+                with streams(step, index):
+                    return unit.forward(self, value, inputs, loss_divisor)
             do = unit.forward_in(training, is_selective=index in plan.selective)
             if training and unit.is_random:
                 with streams(step, index):

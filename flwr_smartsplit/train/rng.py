@@ -50,11 +50,15 @@ class UnitStreams:
     round_number: int
     client_key: str
     device: torch.device = CPU
+    # A unit that draws from a seed of its own, which nobody else knows
+    secret_unit: int | None = None
+    secret: int = 0
 
     def __call__(self, step: int | str, unit: int) -> AbstractContextManager[None]:
         """Open the stream of one unit in one step or micro-batch."""
+        root = self.secret if unit == self.secret_unit else self.seed
         return stream(
-            derived_seed(self.seed, self.round_number, self.client_key, step, unit),
+            derived_seed(root, self.round_number, self.client_key, step, unit),
             self.device,
         )
 

@@ -80,6 +80,7 @@ class SegmentRunner:
         )
         self._reread = reread_ones(segment)
         self._part = WHOLE_BATCH
+        self._num_evaluated = 0
         self._entry: GradientEntry | None = None
         self._input_gradients: list[Tensor] = []
 
@@ -186,7 +187,9 @@ class SegmentRunner:
         """Run the segment forward in evaluation mode, without a graph."""
         self.segment.eval()
         with phase("forward"), autocast_of(self.task, self.device):
-            return self.segment(inputs)
+            self._num_evaluated += 1
+            step = f"evaluate {self._num_evaluated}"
+            return self.segment(inputs, streams=self._streams, step=step)
 
     @torch.no_grad()
     def assess(self, outputs: Any, targets: Any) -> dict[str, float]:
@@ -215,6 +218,7 @@ class SegmentRunner:
                 streams=self._streams,
                 step=part.in_step(step),
                 recompute=self.recompute,
+                loss_divisor=part.loss_divisor,
             )
 
     def _stepping_in_backward(self) -> AbstractContextManager[None]:

@@ -106,11 +106,13 @@ def rebuilt(
 
 
 def kept_units(chain: Chain, task: Task) -> frozenset[int]:
-    """Find the units with any state that stays on the device."""
+    """Find the units that stay on the device: with local state, or up to a defence."""
+    defended = frozenset(range(chain.num_defended))
     if task.is_local is None:
-        return frozenset()
+        return defended
     names = {i: chain.state_names(i, i + 1) for i in range(len(chain))}
-    return frozenset(i for i, own in names.items() if any(map(task.is_local, own)))
+    local = (i for i, own in names.items() if any(map(task.is_local, own)))
+    return defended.union(local)
 
 
 def check_kept(chain: Chain, task: Task, leaving: range) -> None:
@@ -119,8 +121,8 @@ def check_kept(chain: Chain, task: Task, leaving: range) -> None:
     if kept:
         names = ", ".join(chain.unit_names[index] for index in kept)
         raise RefusedMove(
-            f"{names}: the task's is_local keeps state of these units on the device: "
-            f"the cut cannot move below {kept[-1] + 1}."
+            f"{names}: the task's is_local or its defence keeps these units on the "
+            f"device: the cut cannot move below {kept[-1] + 1}."
         )
 
 

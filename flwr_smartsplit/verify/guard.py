@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from flwr_smartsplit.errors import NotExact, bytes_text
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.plan.checkpointing.stages import stages_of
+from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.python_state import chance_restored
@@ -208,6 +209,9 @@ class Guard:
         if is_known or (once and record.exists()):
             return
         known = profile()
+        if task.defence is not None:  # No stock module has one.
+            task = replace(task, defence=None)
+            known = profile_of(task, batch_size=known.batch_size)
         if not self._has_room(known):
             return
         trials = guard_trials(known, may_recompute=self.may_recompute)

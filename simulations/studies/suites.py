@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from simulations.attacks.suite import LEAKAGE
 from simulations.experiments.experiment import Experiment
 from simulations.studies.ablation import ABLATION
 from simulations.studies.accuracy import ACCURACY
@@ -19,7 +20,9 @@ SUITES: dict[str, Callable[[str], Experiment]] = {"quickstart": quickstart}
 STUDIES: dict[str, Study] = {s.name: s for s in (ACCURACY, LATENCY, ABLATION)}
 """Suites of several cases and seeds."""
 
-MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in (MEMORY, SCALE, ZOO)}
+MEASUREMENTS: dict[str, Measurement] = {
+    m.name: m for m in (MEMORY, SCALE, LEAKAGE, ZOO)
+}
 """Suites that measure models, without rounds."""
 
 SINGLE_CLAIMS = (*(c for c in LEARNING_CLAIMS if c != "gains"), "duration")

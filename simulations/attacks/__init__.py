@@ -1,0 +1,1 @@
+"""What an edge can learn of a device's inputs and labels, measured by attacking."""
