@@ -1,6 +1,6 @@
 """The leakage suite's tables and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def _check_cells(row: Row) -> tuple[str, ...]:
 
 # --- pictures -------------------------------------------------------------------------
 
-_PANELS = (
+_PANELS: tuple[tuple[str, Callable[[Row], float]], ...] = (
     ("inversion: SSIM", lambda row: row["inversion"]["ssim"]),
     ("hijacking: SSIM", lambda row: row["hijacking"]["ssim"]),
     ("accuracy", lambda row: row["accuracy"]),
