@@ -274,7 +274,7 @@ def _end_without_inputs(
 def _spanned_bytes(tensor: Tensor) -> int:
     """Size of what a tensor takes where it arrives, as far from an aligned address."""
     spanned = num_spanned(tuple(tensor.shape), tensor.stride())
-    lead_bytes = tensor.storage_offset() * tensor.element_size() % ALIGNMENT
+    lead_bytes = int(tensor.storage_offset()) * tensor.element_size() % ALIGNMENT
     return lead_bytes + spanned * tensor.element_size()
 
 

@@ -28,17 +28,33 @@ def report_of(rows: Sequence[Row]) -> Report:
         sum(row[name] for row in checks)
         for name in ("accused", "noticed", "honest", "hijacking")
     )
+    base = "" if mean is None else f" The mean image has {_likeness(mean)}."
+    return Report(
+        headline=f"leakage: {noticed} of {hijacking} hijackers were noticed, "
+        f"{accused} of {honest} honest edges accused",
+        columns=COLUMNS,
+        cells=[_cells(row) for row in attacks],
+        caption="Pixels from 0 to 1; more SSIM is more like the original."
+        f"{base} Labels are guessed from the gradients of a u-shaped route, with two "
+        "known examples of each class; on a split route the edge is told them.",
+        sections=_sections(attacks, checks, mean),
+        problems=[f"{accused} honest edges were accused"] if accused else [],
+    )
+
+
+def _sections(
+    attacks: list[Row], checks: Sequence[Row], mean: Row | None
+) -> list[Section]:
+    """Lay out the check on the device, and the pictures."""
     sections = []
     if checks:
-        found = [
-            Section(
-                title="A check on the device",
-                text="Edges accused by SmartSplitNumPyClient(check_gradients=True).",
-                columns=_CHECK_COLUMNS,
-                rows=[_check_cells(row) for row in checks],
-            )
-        ]
-        sections += found
+        check = Section(
+            title="A check on the device",
+            text="Edges accused by SmartSplitNumPyClient(check_gradients=True).",
+            columns=_CHECK_COLUMNS,
+            rows=[_check_cells(row) for row in checks],
+        )
+        sections.append(check)
     if attacks and mean is not None:
         drawn = attacks, mean
         sections.append(
@@ -50,18 +66,7 @@ def report_of(rows: Sequence[Row]) -> Report:
                 picture=picture_of(reconstructions, drawn),
             )
         )
-    base = "" if mean is None else f" The mean image has {_likeness(mean)}."
-    return Report(
-        headline=f"leakage: {noticed} of {hijacking} hijackers were noticed, "
-        f"{accused} of {honest} honest edges accused",
-        columns=COLUMNS,
-        cells=[_cells(row) for row in attacks],
-        caption="Pixels from 0 to 1; more SSIM is more like the original."
-        f"{base} Labels are guessed from the gradients of a u-shaped route, with two "
-        "known examples of each class; on a split route the edge is told them.",
-        sections=sections,
-        problems=[f"{accused} honest edges were accused"] if accused else [],
-    )
+    return sections
 
 
 def _likeness(row: Row) -> str:

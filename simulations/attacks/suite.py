@@ -108,16 +108,14 @@ def measure_attacks(
         victim, state, victim.cut_after(LABEL_CUT), victim.own
     )
     hijacked, boundary = hijack(victim, cut, epochs=epochs)
-    epsilon = None
-    if defence is not None and defence.noise:
-        epsilon = defence.epsilon(DELTA, num_crossings=epochs)
+    noisy = defence if defence is not None and defence.noise else None
     return {
         "part": ATTACKS,
         "cut": unit,
         "defence": name,
         "num_values": boundary[0].numel(),
         "accuracy": accuracy,
-        "epsilon": epsilon,
+        "epsilon": noisy and noisy.epsilon(DELTA, num_crossings=epochs),
         "inversion": Likeness.of(victim.pixels(made), true).values(),
         "hijacking": Likeness.of(victim.pixels(hijacked), true).values(),
         "labels_by_gradient": guessed(gradients, victim.own.classes),

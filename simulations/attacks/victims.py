@@ -86,6 +86,7 @@ class Victim:
         chain = build_chain(self.task)
         return max(chain.unit_names.index(unit) + 1, chain.num_defended)
 
+    # longer than 40 lines because it is one round, from the state to the report
     def train(
         self,
         route: Route,
