@@ -99,13 +99,15 @@ class Deployment:
             if self.is_secure:
                 make_node_key(self.folder, f"device-{index}")
                 key = self.folder / f"device-{index}.pub"
-                self.flwr("supernode", "register", str(key), CONNECTION)
+                words = ["register", str(key), CONNECTION, "--name", f"device-{index}"]
+                self.flwr("supernode", *words)
             self._start_node(index)
 
     def run(self, config: list[str]) -> bool:
         """Run the app, and say if it finished well."""
         config += [f"edge='127.0.0.1:{self.edge}'"]
         config += [f"edge-is-insecure={str(not self.is_secure).lower()}"]
+        config += ["client-keys='node-name'"] if self.is_secure else []
         words = ["run", str(HERE), CONNECTION, "--stream", "--run-config"]
         log = self.flwr(*words, " ".join(config), is_shown=True)
         # The command itself returns 0 for a run that failed, too.

@@ -20,7 +20,7 @@ from flwr_smartsplit.flower.inner_strategy import (
 )
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.planning import Planning
-from flwr_smartsplit.flower.registry import ClientT
+from flwr_smartsplit.flower.registry import ClientKeys, ClientT, Owners
 from flwr_smartsplit.flower.round_exchange import Dispatch
 from flwr_smartsplit.flower.round_manager import (
     BetweenRounds,
@@ -62,6 +62,7 @@ class SplitStrategy(Generic[StrategyT]):
         between_rounds: BetweenRounds | None = None,
         verify: Literal["once", "always", False] = "once",
         checkpoints: Checkpoints | None = None,
+        client_keys: ClientKeys = "bound",
     ) -> None:
         if verify not in {"once", "always", False}:
             raise ValueError(f'verify is {verify!r}: give "once", "always" or False.')
@@ -82,6 +83,7 @@ class SplitStrategy(Generic[StrategyT]):
         )
         self._given = task, edges, settings
         self._checkpoints = checkpoints
+        self._client_keys = client_keys
         self._begin_anew()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,6 +109,8 @@ class SplitStrategy(Generic[StrategyT]):
         objects["between_rounds"] = settings.between_rounds
         for name in ("select", "choose_route", "client_seconds", "advisor"):
             objects[name] = getattr(settings.planning, name)
+        self._owners = Owners(self._client_keys)
+        objects["client_keys"] = self._owners
         self._record = RunRecord(self._checkpoints, self._central, objects)
         self._has_warned = False
         self._set_up(settings.planning.profile_timeout_seconds)

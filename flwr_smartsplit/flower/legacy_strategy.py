@@ -77,6 +77,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         self._fleet = LegacyFleet(
             timeout_seconds=profile_timeout_seconds,
             compare=self._start.require_same,
+            owners=self._owners,
         )
         self._newest = Parameters([], "")
         self.close = weakref.finalize(self, self._central.close)

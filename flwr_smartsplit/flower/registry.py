@@ -3,10 +3,12 @@
 Flower's ids are random in every run, so everything else goes by client_key.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from hashlib import sha256
+from typing import Any, Literal, TypeVar
 
 from flwr.app import Message
 from flwr.common import GetPropertiesIns
@@ -32,6 +34,101 @@ _MOST_AT_ONCE = 32
 
 CompareTask = Callable[[Mapping[str, str], str], None]
 """Raises if a client, of this key, has another task than the strategy's."""
+
+
+ClientKeys = Literal["bound", "node-name", "claimed"]
+"""Who may call itself by a client_key; see ``SmartSplit``."""
+
+
+class Owners:
+    """Whose each client_key is, where nodes are authenticated.
+
+    A node has a name only if it was registered with its public key, which the SuperLink
+    then asks it to prove. Others are not told apart, and own no key.
+    """
+
+    def __init__(self, rule: ClientKeys = "bound") -> None:
+        if rule not in {"bound", "node-name", "claimed"}:
+            raise ValueError(
+                f'client_keys is {rule!r}: give "bound", "node-name" or "claimed".'
+            )
+        self._rule = rule
+        self._owners: dict[str, str] = {}  # Fingerprints of public keys, by client_key
+
+    def state_dict(self) -> dict[str, str]:
+        """Return whose the keys are, for a checkpoint."""
+        return dict(self._owners)
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Take up what a checkpoint says."""
+        self._owners = dict(state)
+
+    def refused(
+        self, claims: Mapping[int, str], nodes: Iterable[Any]
+    ) -> dict[int, str]:
+        """Say which nodes may not have the client_key they claim, and why.
+
+        ``nodes`` is what Flower knows of them. The others own their keys from now on.
+        """
+        if self._rule == "claimed":
+            return {}
+        known = {info.node_id: info for info in nodes}
+        names = {node: str(getattr(known.get(node), "name", "")) for node in claims}
+        prints = {
+            node: sha256(known[node].public_key).hexdigest() if name else ""
+            for node, name in names.items()
+        }
+        causes: dict[int, str] = {}
+        for node, key in claims.items():
+            why = self._why_not(key, names[node], prints[node])
+            if why:
+                causes[node] = f"node {node} calls itself client {key!r}, but {why}"
+        self._refuse_rivals(claims, prints, causes)
+        for node in claims.keys() - causes.keys():
+            if prints[node]:
+                self._owners[claims[node]] = prints[node]
+        return causes
+
+    def _why_not(self, key: str, name: str, fingerprint: str) -> str:
+        if self._rule == "node-name" and name != key:
+            is_called = f"is registered as {name!r}" if name else "has no name"
+            return (
+                f'it {is_called}, and client_keys="node-name" wants this to be its '
+                "client_key: register it by `flwr supernode register KEY --name "
+                f"{key}`, at a SuperLink with --enable-supernode-auth."
+            )
+        if self._owners.get(key, fingerprint) != fingerprint:
+            return (
+                "this key is another node's, with another public key. If the client "
+                "has a new public key, start a new run."
+            )
+        other = {owner: k for k, owner in self._owners.items()}.get(fingerprint, key)
+        if other != key:
+            return (
+                f"it was client {other!r} before, with the same public key. Give it "
+                "that client_key again, or start a new run."
+            )
+        return ""
+
+    @staticmethod
+    def _refuse_rivals(
+        claims: Mapping[int, str],
+        prints: Mapping[int, str],
+        causes: dict[int, str],
+    ) -> None:
+        """Refuse all that claim one key at once, since nobody owns it yet."""
+        rivals = defaultdict(list)
+        for node in sorted(claims.keys() - causes.keys()):
+            rivals[claims[node]].append(node)
+        for key, nodes in rivals.items():
+            if len({prints[node] for node in nodes}) > 1:
+                text = ", ".join(map(str, nodes))
+                for node in nodes:
+                    causes[node] = (
+                        f"nodes {text} have different public keys, and all call "
+                        f"themselves client {key!r}: none of them is believed. "
+                        'client_keys="node-name" tells whose it is.'
+                    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +174,11 @@ class Fleet(_Doubts):
         *,
         timeout_seconds: float,
         compare: CompareTask | None = None,
+        owners: Owners | None = None,
     ) -> None:
         super().__init__()
         self._compare = compare
+        self._owners = owners
         self._layouts = [layout, LEGACY]
         self._num_requests = 0
         self._timeout_seconds = timeout_seconds
@@ -133,15 +232,28 @@ class Fleet(_Doubts):
                 if node != source:
                     gone.add(node)
                 self._note(node, reply, layout, causes)
-        self._silent |= causes.keys()
-        return [
-            Failure(
+        refused = self._refused(grid, node_ids)
+        self._silent |= causes.keys() | refused.keys()
+        failures = {
+            node: Failure(
                 client_key=f"node {node}",
                 kind="failed",
                 cause=_joined(reasons) or "no answer to the profile request",
             )
             for node, reasons in causes.items()
-        ]
+        }
+        return [*(failures | refused).values()]
+
+    def _refused(self, grid: Grid, node_ids: Iterable[int]) -> dict[int, Failure]:
+        """Take those away that claim a client_key which is not theirs."""
+        asked = {n: self._by_node[n] for n in node_ids if n in self._by_node}
+        if self._owners is None or not asked:
+            return {}
+        claims = {node: member.profile.client_key for node, member in asked.items()}
+        causes = self._owners.refused(claims, _nodes_of(grid))
+        for node in causes:
+            del self._by_node[node]
+        return {node: _refusal(f"node {node}", why) for node, why in causes.items()}
 
     def _note(
         self,
@@ -196,10 +308,15 @@ class LegacyFleet(_Doubts):
     """Ask each new client for its profile, and remember the answer."""
 
     def __init__(
-        self, *, timeout_seconds: float, compare: CompareTask | None = None
+        self,
+        *,
+        timeout_seconds: float,
+        compare: CompareTask | None = None,
+        owners: Owners | None = None,
     ) -> None:
         super().__init__()
         self._compare = compare
+        self._owners = owners
         self._timeout_seconds = timeout_seconds
         self._profiles: dict[str, DeviceProfile] = {}
         self._answered: dict[str, int] = {}
@@ -219,6 +336,7 @@ class LegacyFleet(_Doubts):
         self._num_requests += 1
         with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
             failures = [problem for problem in pool.map(self._ask, unknown) if problem]
+        failures += self._refused(unknown)
         known = {
             p.cid: LegacyClient(p, self._profiles[p.cid], self._answered[p.cid])
             for p in proxies
@@ -226,6 +344,22 @@ class LegacyFleet(_Doubts):
         }
         clients, duplicates = _by_key(known, "client", self._doubted)
         return clients, failures + duplicates
+
+    def _refused(self, asked: Iterable[ClientProxy]) -> list[Failure]:
+        """Take those away that claim a client_key which is not theirs."""
+        proxies: dict[int, Any] = {
+            node: proxy
+            for proxy in asked
+            if proxy.cid in self._profiles and (node := getattr(proxy, "node_id", None))
+        }
+        if self._owners is None or not proxies:
+            return []
+        claims = {n: self._profiles[p.cid].client_key for n, p in proxies.items()}
+        (grid, *_) = (proxy.grid for proxy in proxies.values())
+        causes = self._owners.refused(claims, _nodes_of(grid))
+        for node in causes:
+            del self._profiles[proxies[node].cid]
+        return [_refusal(f"client {proxies[n].cid}", why) for n, why in causes.items()]
 
     # Flower does not say whose errors came.
     _no_reply = frozenset({"lost", "failed"})
@@ -251,6 +385,16 @@ class LegacyFleet(_Doubts):
         else:
             return None
         return Failure(client_key=f"client {proxy.cid}", kind="failed", cause=cause)
+
+
+def _nodes_of(grid: Any) -> Iterable[Any]:
+    """Ask Flower what it knows of the nodes; not every release can say."""
+    ask = getattr(grid, "get_nodes", None)
+    return () if ask is None else ask()
+
+
+def _refusal(client: str, cause: str) -> Failure:
+    return Failure(client_key=client, kind="refused", cause=cause)
 
 
 def reason_of(error: BaseException) -> str:

@@ -82,6 +82,10 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         every run; or never. Clients that can hold the whole model do so, too.
     checkpoints : Checkpoints, optional
         Where the run is saved, and resumed after it was killed, bit for bit.
+    client_keys : "bound", "node-name" or "claimed"
+        Who may call itself by a client_key, where SuperNodes are registered by name:
+        the node, by its public key, that did so first in the run; only the node whose
+        name it is; or anybody. Who may not is left out, as a failure.
 
     References
     ----------
@@ -99,6 +103,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
             layout,
             timeout_seconds=profile_timeout_seconds,
             compare=self._start.require_same,
+            owners=self._owners,
         )
         self._arrays = ArrayRecord()
         self._evaluate_fn: EvaluateFn | None = None

@@ -13,7 +13,7 @@ from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.message_bytes import encode
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.weighted_mean import Sums
-from flwr_smartsplit.errors import EdgeError, EdgeUnreachable
+from flwr_smartsplit.errors import EdgeError, EdgeUnreachable, RefusedRequest
 from flwr_smartsplit.server.limits import limits_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
@@ -155,7 +155,14 @@ class EdgePool:
         """
         if place not in self._links:
             raise EdgeUnreachable(f"edge {place!r} is not running.")
-        return _asked(self._links[place], wire.Commit(round_number, entries)).sums
+        try:
+            return _asked(self._links[place], wire.Commit(round_number, entries)).sums
+        except RefusedRequest as error:
+            raise EdgeError(
+                f"edge {place!r} does not know this run any more: it was started again "
+                "on another disk, or heard nothing of the run for its --lease. What "
+                "it trained in this round is lost; the next one begins there anew."
+            ) from error
 
     def release(self, round_number: int, keep_digest: str, keep_rest: str = "") -> None:
         """Have the edges delete a round's files; ignore dead edges.

@@ -1,7 +1,8 @@
 """Marks: the small file that a method leaves beside its journal when it has finished.
 
-A method without one was cut short. Runs are deterministic, so it starts again from its
-first round and ends at the same weights; the digest in the mark is what proves it.
+A method without one was cut short. Runs are deterministic, so it starts again, from its
+newest checkpoint or its first round, and ends at the same weights; the digest in the
+mark is what proves it.
 """
 
 import json

@@ -7,6 +7,7 @@ Everything a report needs goes into the results folder while it happens:
 import json
 import logging
 import random
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
-from flwr_smartsplit import Route, predicted_peak_bytes
+from flwr_smartsplit import Checkpoints, Route, predicted_peak_bytes
 from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.serde.records import message_layout
@@ -36,7 +37,13 @@ from simulations.experiments.data import client_indices, evaluation_loader, load
 from simulations.experiments.errors import ExperimentError, writing_to
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.local_grid import LocalGrid
-from simulations.experiments.marks import Mark, mark_path, state_digest, write_mark
+from simulations.experiments.marks import (
+    Mark,
+    mark_path,
+    state_digest,
+    write_mark,
+    write_whole,
+)
 from simulations.experiments.provenance import Provenance
 from simulations.experiments.rows import EvaluationRow
 from simulations.fleets.clock import Clock
@@ -47,6 +54,8 @@ from simulations.methods.method import Method, Setting
 from simulations.report.summary import CONFIG, PROFILE
 
 WAKING_TIMEOUT_SECONDS = 600.0
+SAVED_EVERY = 10
+"""How many rounds of SmartSplit's a process that is killed may lose."""
 
 OnRound = Callable[[str, EvaluationRow], None]
 """``on_round(method_name, evaluation)`` is called after every round."""
@@ -67,15 +76,20 @@ def prepare(
     *,
     provenance: Provenance,
     kept: Collection[str] = (),
+    resumes: bool = False,
 ) -> Prepared:
-    """Make the fleet and start a results folder."""
+    """Make the fleet and start a results folder, or go on with what it has."""
     prepared = prepared_fleet(experiment)
     config = describe(experiment, prepared) | asdict(provenance)
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         for name in METHODS.keys() - set(kept):
-            journal_path(out, name).unlink(missing_ok=True)
+            journal = journal_path(out, name)
             mark_path(out, name).unlink(missing_ok=True)
+            saved = checkpoints_of(journal).path
+            if not (resumes and saved.is_dir()):
+                shutil.rmtree(saved, ignore_errors=True)
+                journal.unlink(missing_ok=True)
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (out / PROFILE).write_text(prepared.clock.profile.to_json(), encoding="utf-8")
     return prepared
@@ -84,6 +98,11 @@ def prepare(
 def journal_path(out: Path, method_name: str) -> Path:
     """Say where a method's journal is."""
     return out / f"{method_name}.jsonl"
+
+
+def checkpoints_of(journal: Path) -> Checkpoints:
+    """Say where a method saves its run, and how often; gone when it has ended."""
+    return Checkpoints(journal.with_suffix(".checkpoints"), every=SAVED_EVERY, keep=1)
 
 
 def prepared_fleet(experiment: Experiment) -> Prepared:
@@ -146,10 +165,12 @@ def run_methods(
     """
 
     def run(name: str, grid: Grid) -> None:
+        journal = journal_path(out, name)
         setting = Setting(
             experiment=experiment,
             task=build_task(experiment),
-            journal=journal_path(out, name),
+            journal=journal,
+            checkpoints=checkpoints_of(journal),
             devices=prepared.devices,
             clock=prepared.clock,
         )
@@ -237,6 +258,7 @@ def run_method(
     model = initial_model(method.model_fn(experiment), experiment.seed)
     loader = evaluation_loader(experiment)
     num_classes = load_images(experiment).num_classes
+    forget = _forget_rounds(setting.journal)
 
     @torch.no_grad()
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
@@ -245,6 +267,7 @@ def run_method(
         with torch_threads(1):
             batches = [(method.outputs_fn(model.eval()(x)), y) for x, y in loader]
         row = evaluation_row(server_round, batches, num_classes=num_classes)
+        forget(server_round)
         journal.write({"kind": "evaluation", **asdict(row)})
         on_round(method.name, row)
         return MetricRecord({"accuracy": row.accuracy, "loss": row.loss})
@@ -263,6 +286,28 @@ def run_method(
         num_rounds=experiment.num_rounds,
     )
     write_mark(setting.journal.parent, mark)
+    if setting.checkpoints is not None:
+        shutil.rmtree(setting.checkpoints.path, ignore_errors=True)
+
+
+def _forget_rounds(journal: Path) -> Callable[[int], None]:
+    """Return what drops the rows that another process wrote of a round and later ones.
+
+    Its first call counts: a run that goes on trains these rounds again.
+    """
+    size = journal.stat().st_size if journal.exists() else 0
+
+    def forget(first: int) -> None:
+        nonlocal size
+        if size:
+            text = journal.read_bytes()
+            # The last line may be a part of one.
+            lines = text[:size].rpartition(b"\n")[0].splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["round"] < first]
+            write_whole(journal, b"".join([*kept, text[size:]]).decode())
+            size = 0
+
+    return forget
 
 
 def initial_model(build: Callable[[], nn.Module], seed: int) -> nn.Module:

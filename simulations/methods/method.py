@@ -9,7 +9,14 @@ from typing import Any
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
-from flwr_smartsplit import Constraints, Planning, SmartSplit, Task, proximal
+from flwr_smartsplit import (
+    Checkpoints,
+    Constraints,
+    Planning,
+    SmartSplit,
+    Task,
+    proximal,
+)
 from simulations.experiments.clients import build_task, edges_of
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.models import model_fn
@@ -32,6 +39,8 @@ class Setting:
     journal: Path  # Where the JSON lines go
     devices: Devices  # The fleet, by the clients' numbers
     clock: Clock  # Says how long it would have taken on these devices
+    # Where a method may save its run, to go on after it was killed
+    checkpoints: Checkpoints | None = None
 
 
 StrategyFn = Callable[[Setting], Strategy]
@@ -93,4 +102,5 @@ def split_strategy(
         planning=Planning(**planning),
         seed=experiment.seed,
         journal=setting.journal,
+        checkpoints=setting.checkpoints,
     )

@@ -79,7 +79,10 @@ def units_of(folder: Path, cases: Sequence[Case]) -> list[Unit]:
 
 
 def run_unfinished(unit: Unit, provenance: Provenance, on_round: OnRound) -> None:
-    """Run the methods of a unit that have left no mark in its folder."""
+    """Run the methods of a unit that have left no mark in its folder.
+
+    One that was cut short goes on from its newest checkpoint, if it has any.
+    """
     finished, wanted = read_marks(unit.out), unit.unfinished()
     if not wanted:
         return
@@ -89,6 +92,7 @@ def run_unfinished(unit: Unit, provenance: Provenance, on_round: OnRound) -> Non
         unit.out,
         provenance=provenance,
         kept=finished,
+        resumes=True,
     )
     run_methods(
         replace(unit.experiment, methods=wanted),

@@ -171,7 +171,7 @@ def run(
 PLANNING = {field.name for field in fields(Planning)} - {"constraints"}
 CONSTRAINTS = {field.name for field in fields(Constraints)}
 OURS = """strategy mixing server_steps seed journal on_row between_rounds verify
-    checkpoints""".split()
+    checkpoints client_keys""".split()
 
 
 def composed(kind: Any, fedavg: Any, task: Task, edges: Any, **changes: Any) -> Any:

@@ -210,10 +210,10 @@ def test_the_fence_counts_the_sum_of_what_is_held() -> None:
     with data_fence(FENCE):
         bytes_of(FENCE - 2 * MARGIN)
     held: list[torch.Tensor] = []
-    # What the process had before and frees meanwhile leaves a little more room.
-    error = refused(lambda: held.extend(bytes_of(CHUNK) for _ in range(16)))
+    # What the process had before and freed leaves more room, in the heap too.
+    error = refused(lambda: held.extend(bytes_of(CHUNK) for _ in range(64)))
     assert error.bytes_by_kind["asked for"] == CHUNK
-    assert 2 < len(held) < 16
+    assert 2 < len(held) < 64
 
 
 @linux

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -387,6 +388,18 @@ def test_a_module_that_counts_is_not_parted_from_its_other_use(where):
     counter, middle = partial(made.Counter, where), partial(nn.Linear, 4, 4)
     model = between(partial(made.Shared, counter, middle))
     assert judged(model) == Verdict(num_cuts=2)
+
+
+def test_a_module_that_counts_is_on_one_side_in_both_modes():
+    """Evaluation has fewer operations, and so its places were others."""
+    count, by_mode = (
+        partial(made.Counter, "list"),
+        Op(ops.other_by_mode, knows_mode=True),
+    )
+    model = between(by_mode, count, Op(ops.masked, knows_mode=True))
+    assert judged(model).problems == ()
+    for unit, later in pairwise(build_chain(model.task).units):
+        assert "part2" not in {*unit.reads} & {*later.reads}
 
 
 @pytest.mark.parametrize("where", COUNTS)

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from digits_app.task import NUM_TRAIN, Net, build_task, load_images
-from flwr_smartsplit import GrpcEdge, LegacySmartSplit, SmartSplit
+from flwr_smartsplit import Checkpoints, GrpcEdge, LegacySmartSplit, SmartSplit
 
 app = ServerApp()
 
@@ -31,6 +31,16 @@ def edge_of(run_config):
         root_certificates=None if is_insecure else os.environ.get("EDGE_CA_FILE"),
         admin_secret_file=os.environ.get("EDGE_SECRET_FILE"),
     )
+
+
+def common_of(run_config):
+    """Return the arguments that our strategies have in both APIs."""
+    folder = run_config["checkpoints"]
+    return {
+        "journal": run_config["journal"] or None,
+        "checkpoints": Checkpoints(folder) if folder else None,
+        "client_keys": run_config["client-keys"],
+    }
 
 
 @app.main()
@@ -51,7 +61,7 @@ def run_messages(grid, context, edges):
         build_task(),
         edges,
         strategy=FedAvg(min_available_nodes=num_clients, min_train_nodes=num_clients),
-        journal=config["journal"] or None,
+        **common_of(config),
     )
     strategy.start(
         grid=grid,
@@ -76,7 +86,7 @@ def run_legacy(grid, context, edges):
             on_fit_config_fn=lambda _: {"lr": config["learning-rate"]},
             evaluate_fn=evaluate_arrays,
         ),
-        journal=config["journal"] or None,
+        **common_of(config),
     )
     rounds = ServerConfig(num_rounds=config["num-server-rounds"])
     DefaultWorkflow()(grid, LegacyContext(context, config=rounds, strategy=strategy))

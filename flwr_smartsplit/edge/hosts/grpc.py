@@ -52,6 +52,8 @@ SECRET = "smartsplit-secret-bin"
 METHOD = "Talk"
 _PAUSE_SECONDS = 0.2
 _FULL_SECONDS = 1.0
+_LET_GO_SECONDS = 1.0
+_AGAIN_SECONDS = 2.0  # For an edge that was just waited for in vain
 _REPLY_BYTES = 2**32  # Of states and sums; a client's steps are bounded by its plan
 _HEAD_BYTES = 2**18
 OPTIONS = {
@@ -72,6 +74,7 @@ _CLIENT_OPTIONS = {
     "grpc.enable_retries": 0,
 }
 _log = logging.getLogger("flwr")
+_gave_up: dict[str, float] = {}  # When this process last stopped waiting for an edge
 
 
 def GrpcEdge(  # noqa: PLR0913 - where it is, who vouches for it, and who we are
@@ -117,7 +120,8 @@ def GrpcEdge(  # noqa: PLR0913 - where it is, who vouches for it, and who we are
     room_patience_seconds : float
         How long a client waits while the edge is full.
     patience_seconds : float
-        How long to wait for an edge that does not answer, or restarts.
+        How long to wait for an edge that does not answer, or restarts; not twice in a
+        row.
     timeout_seconds : float
         How long one request may take.
 
@@ -221,12 +225,14 @@ class _Stream:
         self._deadline.begin()
         self._is_sent.clear()
         self._requests.put(pieces)
-        reply = joined(self._replies, lambda: most_bytes)
-        # The sending thread still holds the request, which counts as the device's.
-        while reply is not None and not self._is_sent.wait(_PAUSE_SECONDS):
-            if not self.is_active:
-                break
-        self._deadline.until = inf
+        try:
+            reply = joined(self._replies, lambda: most_bytes)
+        finally:
+            # The sending thread still holds the request, which counts as the device's.
+            # It lets go of it when all is sent, or soon after the stream has ended.
+            while not self._is_sent.wait(_LET_GO_SECONDS) and self.is_active:
+                pass
+            self._deadline.until = inf
         if reply is None:
             raise _Ended
         return reply
@@ -274,9 +280,11 @@ def _parts_of(
 ) -> Iterator[bytes]:
     """Yield requests in parts, and say when nothing of one is held here any more."""
     while (pieces := requests.get()) is not None:
-        yield from divided(pieces)
-        pieces = None
-        is_sent.set()
+        try:
+            yield from divided(pieces)
+        finally:
+            pieces = None
+            is_sent.set()
 
 
 class GrpcTransport:
@@ -300,7 +308,10 @@ class GrpcTransport:
         try:
             reply = read_reply(request, found)
         except SmartSplitError:
-            self._keep(secret, stream)
+            if isinstance(request, _LAST):
+                stream.close()
+            else:
+                self._keep(secret, stream)
             raise
         if isinstance(reply, wire.Opened):
             limits = opening_in(request).limits  # type: ignore[arg-type]
@@ -317,32 +328,45 @@ class GrpcTransport:
     def _delivered(self, secret: str, request: Any) -> tuple[_Stream, Piece]:
         """Deliver a request, even to an edge that is restarting."""
         pieces, until = encode(request), inf
+        patience_seconds = self._patience_seconds()
         most = _REPLY_BYTES
         if isinstance(request, wire.Forward | wire.Backward):
             most = self._step_bytes.get(secret, most)
         while True:
             stream = self._taken(secret)
             try:
-                return stream, stream.ask(pieces, most)
+                reply = stream.ask(pieces, most)
+                _gave_up.pop(self._address.target, None)
+                return stream, reply
             except EdgeError:
                 stream.close()
                 raise
             except (grpc.RpcError, _Ended) as error:
                 stream.close()
+                # Its frames hold the request, and it is held by the stream it ended.
+                error.__traceback__ = None
                 if stream.was_late:
                     raise self._late() from error
                 now, cause = time.monotonic(), self._cause(error)
                 if until == inf:
-                    until = now + self._host.patience_seconds
-                    shown = self._address.target, cause, self._host.patience_seconds
+                    until = now + patience_seconds
+                    shown = self._address.target, cause, patience_seconds
                     _log.warning("Edge at %s: %s. Trying for %.0f s.", *shown)
                 if now + _PAUSE_SECONDS > until:
+                    _gave_up[self._address.target] = now
                     raise EdgeUnreachable(
                         f"the edge at {self._address.target} does not answer after "
-                        f"{self._host.patience_seconds:.0f} s ({cause}): start it "
+                        f"{patience_seconds:.0f} s ({cause}): start it "
                         "again, or look at its log; clients of other edges go on."
                     ) from error
                 time.sleep(_PAUSE_SECONDS)
+
+    def _patience_seconds(self) -> float:
+        """Return how long to wait for the edge: not twice in a row."""
+        usual = self._host.patience_seconds
+        given_up = _gave_up.get(self._address.target, -inf)
+        is_again = time.monotonic() - given_up < usual
+        return min(usual, _AGAIN_SECONDS) if is_again else usual
 
     def _taken(self, secret: str) -> _Stream:
         """Take the stream of a secret, or open a new one."""

@@ -9,6 +9,7 @@ functional and user-written operations.
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -62,7 +63,9 @@ def admissible_cuts(
             elif [n.name for n in other.tensors] != [n.name for n in place.tensors]:
                 reason = "evaluation mode needs other tensors after it"
             else:
-                reason = _tied(model, facts, node, other.node)
+                reason = _tied(model, facts, node, other.node) or _kept_apart(
+                    facts, node, other.node
+                )
         if reason is None and other is not None:
             kept.append((place, other))
         else:
@@ -232,6 +235,27 @@ def _tied(
     )
     written = {name for fact in facts.values() for name in fact.changed_state}
     return tied(model, before, after, written=written)
+
+
+def _kept_apart(facts: Mapping[fx.Node, NodeFacts], *places: fx.Node) -> str | None:
+    """Say whether code that keeps something runs before it in one mode, or None.
+
+    And after it in the other: each side would keep its own.
+    """
+    changed = {
+        node.target: name
+        for node, fact in facts.items()
+        for name in fact.changed
+        if node.op == "call_module" or isinstance(node.target, FunctionType)
+    }
+    before, after = (
+        {node.target for nodes in side for node in nodes}
+        for side in zip(*map(_sides, places), strict=True)
+    )
+    for target in before & after & changed.keys():
+        name = changed[target].lstrip(".")
+        return f"training and evaluation change {name} on different sides of it"
+    return None
 
 
 def tied(

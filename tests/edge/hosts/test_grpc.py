@@ -1,7 +1,9 @@
 """An edge on a network: who gets in, broken streams, restarts, and its end."""
 
+import gc
 import pickle
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.gate.gate import Terms
 from flwr_smartsplit.edge.gate.run_keys import RunKeys, secret_digest
+from flwr_smartsplit.edge.hosts import grpc as grpc_host
 from flwr_smartsplit.edge.hosts.addresses import Address
 from flwr_smartsplit.edge.hosts.door import Patience
 from flwr_smartsplit.edge.hosts.grpc import METHOD, SERVICE, GrpcEdge, GrpcHost
@@ -289,6 +292,62 @@ def test_a_stream_that_breaks_in_a_step_is_answered_once(tmp_path: Path) -> None
             client.step()
         assert len(seen) == 2
         assert client.seal().digest == truth
+
+
+def test_a_request_is_let_go_although_its_stream_broke(tmp_path: Path) -> None:
+    """It counts as the device's memory, and a device may have not a byte to spare."""
+    with serving(tmp_path, terms=SHARED) as served:
+        client = Run.begin(served).client().open()
+        client.step()
+        handle, seen = served.gate.handle, []
+
+        def broken(request: Any) -> Any:
+            reply = handle(request)
+            if isinstance(request, wire.Forward) and not seen:
+                seen.append(request)
+                cut_now = [visit.end() for visit in list(served.door._visits)]
+                assert cut_now
+            return reply
+
+        served.gate.handle = broken  # type: ignore[method-assign]
+        request = client.forward()
+        lives = weakref.ref(request.boundary[0].data)
+        gc.collect()
+        gc.disable()
+        try:
+            client.edge.send(request)
+            del request
+            assert seen
+            assert lives() is None
+        finally:
+            gc.enable()
+
+
+def test_an_edge_is_not_waited_for_twice_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each request of a phase would take the patience of the first."""
+    with serving(tmp_path, terms=SHARED) as served:
+        address, port = served.address, served.server.port
+    monkeypatch.setattr(grpc_host, "_AGAIN_SECONDS", 0.0)
+    host = GrpcHost(patience_seconds=1.5)
+    for at_least, at_most in ((1.5, 9.0), (0.0, 1.4)):
+        start = time.monotonic()
+        with pytest.raises(EdgeUnreachable, match="does not answer after"):
+            host.connect(address).send(wire.IsHeld(DIGEST))
+        assert at_least - 0.3 < time.monotonic() - start < at_most
+    with serving(tmp_path, terms=Terms(), port=port):
+        assert not host.connect(address).send(wire.IsHeld(DIGEST)).is_held
+    assert Address.read(address).target not in grpc_host._gave_up
+
+
+def test_the_last_request_closes_its_stream_even_if_refused(tmp_path: Path) -> None:
+    """A strategy ends its run at an edge that has forgotten it: nothing is left."""
+    with serving(tmp_path, terms=SHARED) as served:
+        transport = served.connect()
+        with pytest.raises(RefusedRequest):
+            transport.send(wire.EndRun(access="of another run"))
+        assert transport._streams == {}
 
 
 def test_what_a_lost_client_has_opened_is_deleted_after_a_grace(

@@ -1,6 +1,8 @@
 """Running a study: what has finished is not run again, what has not is."""
 
+import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -102,6 +104,49 @@ def test_a_resumed_run_and_one_in_processes_end_at_the_same_weights(tmp_path):
     assert digests(whole) == digests(resumed)
     assert digests(apart).items() <= digests(whole).items()
     assert len(digests(apart)) == 2
+
+
+class Cut(BaseException):
+    """The process ends here."""
+
+
+def rows_of(path):
+    """Read a journal's rows, without what a clock says: replies write it as text."""
+    rows = map(json.loads, path.read_text().splitlines())
+    timed = re.compile("sec|bytes_up|comm_bytes")
+    return [{k: v for k, v in row.items() if not timed.search(k)} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_short_goes_on_inside(tmp_path, monkeypatch):
+    """From its checkpoint; journal and weights are those of a run that was not cut."""
+    monkeypatch.setattr("simulations.experiments.runner.SAVED_EVERY", 2)
+    case = replace(TINY, experiment=replace(TINY.experiment, num_rounds=5))
+    whole, cut = (units_of(tmp_path / name, [case])[0] for name in ("whole", "cut"))
+    run_here([whole])
+    seen = []
+
+    def cut_in(number):
+        def on_round(method, row):
+            if method == "smartsplit":
+                seen.append(row.round)
+                if row.round == number:
+                    raise Cut
+
+        return on_round
+
+    for number in (4, 5):
+        with pytest.raises(Cut):
+            run_unfinished(cut, PROVENANCE, cut_in(number))
+    assert (cut.out / "smartsplit.checkpoints/4").is_dir()
+    run_unfinished(cut, PROVENANCE, cut_in(None))
+
+    assert seen == [0, 1, 2, 3, 4, 3, 4, 5, 5]
+    assert read_marks(cut.out) == read_marks(whole.out)
+    assert not (cut.out / "smartsplit.checkpoints").exists()
+    journals = [rows_of(unit.out / "smartsplit.jsonl") for unit in (cut, whole)]
+    assert journals[0] == journals[1]
+    assert {row["round"] for row in journals[0]} == {0, 1, 2, 3, 4, 5}
 
 
 @pytest.mark.slow

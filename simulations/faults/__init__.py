@@ -1,0 +1,1 @@
+"""Faults, injected for real into small federations on loopback, and long runs."""
