@@ -11,6 +11,7 @@ from typing import Any
 import numpy.typing as npt
 from rich.table import Table
 
+from flwr_smartsplit.edge.tensors import array_digests
 from simulations.faults.cases import CASES, ENDS, GOES_ON, Case
 from simulations.faults.run import RunOptions
 from simulations.faults.stage import Ended, Rules, Stage
@@ -93,14 +94,8 @@ def play(
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Name the arrays that differ in any bit, or that only one has."""
-    return sorted(
-        name
-        for name in one.keys() | other.keys()
-        if name not in one
-        or name not in other
-        or one[name].dtype != other[name].dtype
-        or one[name].tobytes() != other[name].tobytes()
-    )
+    found = array_digests(one).items() ^ array_digests(other).items()
+    return sorted({name for name, _ in found})
 
 
 def chosen(*, small: bool, only: str) -> list[Case]:
