@@ -29,6 +29,7 @@ class Proxy:
         self._refuses_until = 0.0
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._silent: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._is_ready = Event()
         self._thread = Thread(target=self._serve, name="proxy", daemon=True)
@@ -54,6 +55,8 @@ class Proxy:
 
     def close(self) -> None:
         """End it."""
+        if not self._thread.is_alive():
+            return
         self.cut(float("inf"))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
@@ -70,16 +73,35 @@ class Proxy:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        start = asyncio.start_server(self._carry, "127.0.0.1", 0)
+        start = asyncio.start_server(self._accept, "127.0.0.1", 0)
         server = self._loop.run_until_complete(start)
         self.port = server.sockets[0].getsockname()[1]
         self._is_ready.set()
         self._loop.run_forever()
-        server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(self._end(server))
         self._loop.close()
+
+    async def _end(self, server: asyncio.Server) -> None:
+        server.close()
+        await asyncio.sleep(0)  # Who is being accepted gets a task
+        while left := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # Sockets close a turn after they are reset
+
+    def _accept(
+        self, near: asyncio.StreamReader, near_out: asyncio.StreamWriter
+    ) -> None:
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not near_out.is_closing():  # It was silent, or not carried yet
+                _reset(near_out)
+
+        task = self._loop.create_task(self._carry(near, near_out))
+        self._tasks.add(task)
+        task.add_done_callback(end)
 
     async def _carry(
         self, near: asyncio.StreamReader, near_out: asyncio.StreamWriter
@@ -94,8 +116,12 @@ class Proxy:
             return
         pair = near_out, far_out
         self._pairs.add(pair)
-        await asyncio.gather(self._pump(near, far_out), self._pump(far, near_out))
-        self._pairs.discard(pair)
+        try:
+            await asyncio.gather(self._pump(near, far_out), self._pump(far, near_out))
+        finally:
+            self._pairs.discard(pair)
+            if not far_out.is_closing():
+                _reset(far_out)
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

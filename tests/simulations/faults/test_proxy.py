@@ -1,8 +1,10 @@
 """The proxy does to connections what it says."""
 
+import gc
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -50,8 +52,8 @@ def test_it_cuts_and_refuses_for_a_time(proxy: Proxy) -> None:
         proxy.cut(0.5)
         with pytest.raises(ConnectionResetError):
             one.recv(1)
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as early:
-        with pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError):
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as early:
             early.recv(1)
     time.sleep(0.5)
     connected(proxy).close()
@@ -78,3 +80,28 @@ def test_it_goes_silent_without_a_word(proxy: Proxy) -> None:
         with pytest.raises(TimeoutError):
             one.recv(1)
         connected(proxy).close()
+
+
+def test_it_closes_what_it_opened(proxy: Proxy) -> None:
+    """Whatever state its connections are in, also while others come."""
+    silent, used = connected(proxy), connected(proxy)
+    proxy.swallow()
+    silent.close()
+    late: list[socket.socket] = []
+
+    def come() -> None:
+        with suppress(ConnectionRefusedError):
+            while True:
+                with suppress(ConnectionResetError):
+                    late.append(socket.create_connection(("127.0.0.1", proxy.port)))
+
+    coming = threading.Thread(target=come)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", ResourceWarning)
+        coming.start()
+        proxy.close()
+        coming.join(10)
+        gc.collect()
+    assert [str(each.message) for each in found] == []
+    for one in (used, *late):
+        one.close()
