@@ -26,6 +26,7 @@ from certificates import make_certificates, make_node_key, make_secret
 HERE = Path(__file__).parent
 TOOLS = Path(sys.executable).parent
 CONNECTION = "deployment"
+TASK = "digits_app.task:build_task"
 # What each device's tensors may take; 0 is no limit.
 BUDGETS_BYTES = (0, 2**17, 2**16)
 
@@ -184,8 +185,7 @@ class Deployment:
         words += ["--admin-secret-file", str(self.folder / "edge.secret")]
         words += ["--spill", str(self.folder / "spill")]
         words += ["--memory", "1GiB", "--disk", "1GiB"]
-        task = "digits_app.task:build_task"
-        self._start("edge", ["smartsplit", "edge", task, *words])
+        self._start("edge", ["smartsplit", "edge", TASK, *words])
         self._wait_for(self.edge)
 
     def _start_node(self, index: int) -> None:

@@ -1,5 +1,6 @@
 """A training step of a whole chain under fake tensors, logged."""
 
+import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from flwr_smartsplit.errors import InvalidTask, bytes_text
 from flwr_smartsplit.memory.meter import parts_of
 from flwr_smartsplit.profile.dry_loss import DryLoss
 from flwr_smartsplit.profile.memory_trace import (
@@ -116,7 +118,8 @@ class StepLogger:
             self._dry.runner.optimizer.register_step_pre_hook(
                 lambda *_: self._ends.append(self._dry.meter.position)
             )
-        self._dry.run(0)
+        start = self._dry.run(0)
+        self._left_bytes = _left_by_forward(self._dry, start)
         self._loss_bytes = _kept_bytes(self._dry)
 
     def log(
@@ -126,9 +129,11 @@ class StepLogger:
         dry = self._dry
         dry.runner.recompute = recompute
         dry.observed.ends_at = ends_at
+        before = dry.meter.live_bytes
         with dry.observed.saves():
             start = dry.run(1)
-        return StepLog(
+        left = _left_by_forward(dry, start)
+        log = StepLog(
             dry.observed,
             start=start,
             passing_peaks=self._passing_peaks(recompute),
@@ -142,6 +147,27 @@ class StepLogger:
                 self._sparse,
             ),
         )
+        if left < self._left_bytes or dry.meter.live_bytes > before:
+            self._require_steady_memory()
+        self._left_bytes = left
+        return log
+
+    def _require_steady_memory(self) -> None:
+        """Refuse a model that keeps more with each step, by one without log."""
+        gc.collect()
+        before = self._dry.meter.live_bytes
+        self._dry.run(1)
+        gc.collect()
+        kept = self._dry.meter.live_bytes - before
+        if kept > 0:
+            raise InvalidTask(
+                f"memory grows by {bytes_text(kept)} with each training step, in a "
+                "stock loop too, so no budget would hold. Either forward keeps tensors "
+                "(detach them, and let old ones go), or it writes in place into a "
+                "tensor that is still needed for gradients, in a branch that the loss "
+                "does not use; PyTorch never frees such a branch. Write y = y + x "
+                "there instead of y += x"
+            )
 
     def _passing_peaks(self, recompute: RecomputePlan) -> list[int]:
         """Find the peak of each unit in a forward that saves nothing."""
@@ -198,6 +224,13 @@ def _dead_of(log: StepLog) -> dict[int, frozenset[int]]:
 def _drop(value: Any) -> Any:
     """Save nothing for backward."""
     del value
+
+
+def _left_by_forward(dry: DryStep, start: int) -> int:
+    """Size of what the last forward of a step made, and the step has not freed."""
+    births, changes = np.array(dry.meter.births), np.array(dry.meter.changes)
+    end = dry.observed.boundaries[-1].forward_end
+    return int(changes[(births >= start) & (births < end)].sum())
 
 
 def _kept_bytes(dry: DryStep) -> int:

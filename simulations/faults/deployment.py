@@ -196,18 +196,22 @@ def _played(name: str, folder: Path) -> list[str]:
 @contextmanager
 def _launched(folder: Path) -> Iterator[Any]:
     """Start the example's deployment, and stop it."""
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        launcher = importlib.import_module("deploy")
-    finally:
-        sys.path.remove(str(EXAMPLE))
     folder.mkdir()
-    deployment = launcher.Deployment(folder, is_secure=False)
+    deployment = launcher().Deployment(folder, is_secure=False)
     try:
         deployment.start()
         yield deployment
     finally:
         deployment.stop()
+
+
+def launcher() -> Any:
+    """Import the example's ``deploy.py``."""
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        return importlib.import_module("deploy")
+    finally:
+        sys.path.remove(str(EXAMPLE))
 
 
 def _left_out(folder: Path) -> tuple[list[str], list[str]]:

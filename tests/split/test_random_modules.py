@@ -153,6 +153,7 @@ EXPLANATIONS = (
     "cannot be cut anywhere: ",
     "forward must not branch on the values of tensors",
     "Give example inputs that the model accepts",
+    "memory grows by",  # In the stock loop, too.
 )
 
 
