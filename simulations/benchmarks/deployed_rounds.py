@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from simulations.faults.deployment import launcher
+from simulations.faults.deployment import launched, launcher
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BEFORE, AFTER = "before", "after"
@@ -51,21 +51,16 @@ class RunCost:
 
 
 class Deployment:
-    """The example's processes, and the two apps, which note when rounds end."""
+    """The example's processes, and copies of both apps that note when rounds end."""
 
-    def __init__(self, launched: Any, folder: Path) -> None:
-        self._launched = launched
+    def __init__(self, started: Any, folder: Path) -> None:
+        self._started = started
         self._folder = folder
         edge = (
-            f'GrpcEdge("127.0.0.1:{launched.edge}", insecure=True, '
-            f'admin_secret_file="{launched.folder / "edge.secret"}")'
+            f'GrpcEdge("127.0.0.1:{started.edge}", insecure=True, '
+            f'admin_secret_file="{started.folder / "edge.secret"}")'
         )
         for app in (BEFORE, AFTER):
-            shutil.copytree(
-                EXAMPLES / "existing_fedavg_app" / app,
-                folder / app,
-                ignore=shutil.ignore_patterns("__pycache__"),
-            )
             self._change(app, "server_app", "    model = Net()\n", self._noting(app))
         self._change(AFTER, "server_app", "RayEdge,", "GrpcEdge,")
         self._change(AFTER, "server_app", "RayEdge()", edge)
@@ -93,8 +88,8 @@ class Deployment:
         words = ("supernode", "list", "deployment", "--format", "json")
         until = time.monotonic() + 60.0
         while time.monotonic() < until:
-            text = self._launched.flwr(*words)
-            if text.count('"online"') == len(self._launched.nodes):
+            text = self._started.flwr(*words)
+            if text.count('"online"') == len(self._started.nodes):
                 return
             time.sleep(1.0)
         raise RuntimeError(f"not all SuperNodes are online: {text}")
@@ -104,12 +99,12 @@ class Deployment:
         times = self._folder / f"{app}.times"
         times.unlink(missing_ok=True)
         messages = self._num_messages()
-        nodes = [p.pid for n, p in self._launched.processes if "supernode" in n]
+        nodes = [p.pid for n, p in self._started.processes if "supernode" in n]
         watch = _CpuWatch(nodes)
         watch.start()
         words = ["run", str(self._folder / app), "deployment", "--stream"]
         words += ["--run-config", f"num-server-rounds={num_rounds}"]
-        log = self._launched.flwr(*words)
+        log = self._started.flwr(*words)
         cpu_seconds = watch.ended()
         ends = [float(line) for line in times.read_text().split()]
         if len(ends) != num_rounds + 1:
@@ -123,7 +118,7 @@ class Deployment:
 
     def _num_messages(self) -> int:
         """Count what all SuperNodes have answered."""
-        logs = self._launched.folder.glob("supernode *.log")
+        logs = self._started.folder.glob("supernode *.log")
         return sum(log.read_text(errors="replace").count(_ANSWERED) for log in logs)
 
 
@@ -159,17 +154,16 @@ class _CpuWatch(Thread):
 @contextmanager
 def deployed(folder: Path) -> Iterator[Deployment]:
     """Start the deployment, and stop it."""
+    for app in (BEFORE, AFTER):
+        place = EXAMPLES / "existing_fedavg_app" / app
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(place, folder / app, ignore=ignored)
     module = launcher()
     module.HERE, module.TASK = folder / AFTER, _TASK
-    launched = module.Deployment(folder / "deployment", is_secure=False)
-    launched.folder.mkdir()
-    made = Deployment(launched, folder)
-    try:
-        launched.start()
+    with launched(folder / "deployment") as started:
+        made = Deployment(started, folder)
         made.wait_for_nodes()
         yield made
-    finally:
-        launched.stop()
 
 
 def shown(costs: list[RunCost]) -> Table:

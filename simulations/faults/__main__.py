@@ -1,4 +1,7 @@
-"""Faults and long runs: ``python -m simulations.faults table | kill | soak``."""
+"""Faults, long runs and strangers.
+
+``python -m simulations.faults table | kill | soak | deployment | stranger``.
+"""
 
 import json
 import sys
@@ -12,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simulations.faults import deployment, killed, soak
+from simulations.faults import stranger as strangers
 from simulations.faults import table as faults
 from simulations.faults.run import APIS
 
@@ -115,6 +119,21 @@ def kill_in_deployment(
         sys.stdout.write(json.dumps([*map(asdict, found)]) + "\n")
     else:
         Console(width=160).print(deployment.shown(found))
+
+
+@app.command()
+def stranger(*, as_json: JsonOption = False) -> None:
+    """Try all open ports of examples/deployment without a secret."""
+    with redirect_stdout(sys.stderr):
+        found, still_runs = strangers.at_the_example()
+    problems = strangers.problems(found)
+    problems += [] if still_runs else ["the run fails afterwards"]
+    if as_json:
+        sys.stdout.write(json.dumps([*map(asdict, found)]) + "\n")
+    else:
+        Console(width=120).print(strangers.shown(found), *problems)
+    if problems:
+        raise typer.Exit(1)
 
 
 def _note(what: object) -> None:

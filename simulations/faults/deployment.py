@@ -174,7 +174,7 @@ def losses(only: str, *, on_loss: Callable[[Loss], object]) -> list[Loss]:
 def _played(name: str, folder: Path) -> list[str]:
     """Run, kill in the second round, and run again if the run ended by it."""
     folder.mkdir()
-    with _launched(folder / "deployment") as deployment:
+    with launched(folder / "deployment") as deployment:
         play = _Play(deployment, folder)
         kill = KILLS[name]
         run = Thread(target=play.run, daemon=True)
@@ -194,15 +194,17 @@ def _played(name: str, folder: Path) -> list[str]:
 
 
 @contextmanager
-def _launched(folder: Path) -> Iterator[Any]:
-    """Start the example's deployment, and stop it."""
+def launched(folder: Path, *, is_secure: bool = False) -> Iterator[Any]:
+    """Start the example's deployment, and stop it, also if this process is to end."""
     folder.mkdir()
-    deployment = launcher().Deployment(folder, is_secure=False)
+    deployment = launcher().Deployment(folder, is_secure=is_secure)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         deployment.start()
         yield deployment
     finally:
         deployment.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def launcher() -> Any:
