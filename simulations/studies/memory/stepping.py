@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flwr_smartsplit import Task
-from flwr_smartsplit.edge.codec import Crossing, Raw
+from flwr_smartsplit.edge.coding.crossing import Crossing
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.build import materialise
@@ -28,7 +28,7 @@ from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Batch = tuple[Tensor, Tensor]
 State = Mapping[str, npt.NDArray[Any]]
-packed = Crossing(Raw()).encode
+packed = Crossing().encode
 MIN_PAIRS, MAX_PAIRS = 3, 15
 NUM_STEPS = 2
 """Optimizer state is made in the first; the second is the one that counts."""
