@@ -28,10 +28,11 @@ from flwr_smartsplit.flower.round_manager import (
     Phase,
     Settings,
 )
+from flwr_smartsplit.plan.coding import ChooseCodec, check_codec
 from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import settings_facts
-from flwr_smartsplit.types import Failure, RoundPlan
+from flwr_smartsplit.types import RAW, Codec, Failure, RoundPlan
 from flwr_smartsplit.types.sizes import whole
 from flwr_smartsplit.verify.guard import Guard
 from flwr_smartsplit.verify.start import StartChecks
@@ -54,6 +55,7 @@ class SplitStrategy(Generic[StrategyT]):
         *,
         strategy: StrategyT | None = None,
         planning: Planning = Planning(),
+        codec: Codec | ChooseCodec = RAW,
         mixing: Mixing = Replace(),
         server_steps: Sequence[ServerStep] = (),
         seed: int = 0,
@@ -69,6 +71,8 @@ class SplitStrategy(Generic[StrategyT]):
         self.strategy: StrategyT = self._api.base() if strategy is None else strategy
         check_strategy(self.strategy, self._api)
         check_proximal(self.strategy, task)
+        if not callable(codec):
+            check_codec(codec)
         recompute = planning.constraints.recompute
         guard = Guard(mode=verify or "off", may_recompute=recompute)
         self._start = StartChecks(task, guard)
@@ -80,6 +84,7 @@ class SplitStrategy(Generic[StrategyT]):
             journal=journal,
             on_row=on_row,
             between_rounds=between_rounds,
+            codec=codec,
         )
         self._given = task, edges, settings
         self._checkpoints = checkpoints
@@ -191,6 +196,8 @@ class SplitStrategy(Generic[StrategyT]):
             "between_rounds": settings.between_rounds,
             "seed": settings.seed,
         }
+        if settings.codec != RAW:
+            values["codec"] = settings.codec
         return settings_facts(task, values)
 
     def _warn_of_lost(self, clients: Mapping[str, ClientT]) -> None:

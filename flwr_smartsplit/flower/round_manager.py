@@ -30,6 +30,7 @@ from flwr_smartsplit.flower.round_exchange import (
 )
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
+from flwr_smartsplit.plan.coding import ChooseCodec
 from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
@@ -58,12 +59,14 @@ from flwr_smartsplit.train.metric_names import check_metrics
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
+    RAW,
     WHOLE,
     Assignment,
     BatchKind,
     ChainProfile,
     ClientPlan,
     ClientReply,
+    Codec,
     Cohort,
     DeviceProfile,
     Failure,
@@ -89,6 +92,7 @@ class Settings:
     journal: str | Path | None
     on_row: Sequence[OnRow]
     between_rounds: BetweenRounds | None
+    codec: Codec | ChooseCodec = RAW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,6 +386,7 @@ class CentralManager:
                 select=planning.select if phase.is_train else select_at_random,
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
+                codec=self.settings.codec,
                 variants=planning.variants,
                 costs=self._costs,
             ),

@@ -8,7 +8,7 @@ differences: how the gradient arrives, and whose optimizer runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.layout import ALIGNMENT, is_dense, num_spanned
+from flwr_smartsplit.types import TensorCost
 
 UNKNOWN = -1
 
@@ -106,6 +107,16 @@ class BoundaryLog:
     dead: frozenset[int] = frozenset()  # Which of its trained tensors got no gradient.
     held: list[Any] = field(default_factory=list)  # Their graphs, until the others do.
     outputs: tuple[tuple[int, int], ...] = ()  # Birth and bytes of each storage.
+    tensors: list[TensorCost] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)  # Which of these need a gradient.
+
+    def note_gradient(self, index: int, gradient: Tensor) -> None:
+        """Note how the gradient of one of the trained tensors lies in memory."""
+        if not is_dense(tuple(gradient.shape), gradient.stride()):
+            place, size = self.trained[index], _spanned_bytes(gradient)
+            self.tensors[place] = replace(
+                self.tensors[place], spanned_gradient_bytes=size
+            )
 
     @property
     def gradient_bytes(self) -> int:
@@ -200,6 +211,8 @@ class Observed(nn.Module):
             spanned_bytes=sum(map(_spanned_bytes, tensors)),
             packing_bytes=sum(map(_packing_bytes, tensors)),
             flops_at_end=self.meter.forward_flops,
+            tensors=list(map(_crossing, tensors)),
+            trained=[i for i, tensor in enumerate(tensors) if tensor.requires_grad],
         )
         boundary.outputs = tuple(
             {t.untyped_storage()._cdata: self._storage(t) for t in tensors}.values()
@@ -241,9 +254,10 @@ class Observed(nn.Module):
         pairs = zip(watched, gradients, strict=True)
         boundary.dead = dead | {i for i, gradient in pairs if gradient is None}
         most = 0
-        for gradient in gradients:
+        for index, gradient in zip(watched, gradients, strict=True):
             if gradient is None:
                 continue
+            boundary.note_gradient(index, gradient)
             birth = self.meter.birth_of(gradient)
             # Gradients that share memory here do not where they arrive: upper bound.
             spanned = boundary.gradients.get(birth, 0) + _spanned_bytes(gradient)
@@ -276,6 +290,17 @@ def _spanned_bytes(tensor: Tensor) -> int:
     spanned = num_spanned(tuple(tensor.shape), tensor.stride())
     lead_bytes = int(tensor.storage_offset()) * tensor.element_size() % ALIGNMENT
     return lead_bytes + spanned * tensor.element_size()
+
+
+def _crossing(tensor: Tensor) -> TensorCost:
+    """Describe a tensor that may cross."""
+    has_gaps = not is_dense(tuple(tensor.shape), tensor.stride())
+    return TensorCost(
+        shape=tuple(map(int, tensor.shape)),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        item_bytes=tensor.element_size(),
+        spanned_bytes=_spanned_bytes(tensor) if has_gaps else None,
+    )
 
 
 def _packing_bytes(tensor: Tensor) -> int:
@@ -406,13 +431,29 @@ class StepLog:
         changes = self.changes[start:end][self.births[start:end] >= start]
         entered = boundary.spanned_bytes
         is_sparse = boundary.packing_bytes > 0
-        left = entered + self._left_bytes(boundary)
+        left = self.left_bytes(index)
         return max(
             entered + (boundary.boundary_bytes if is_sparse else 0),
             entered + highest(changes),
             left + optimizer_temporary_bytes,
             left + boundary.gradient_packing_bytes,
         )
+
+    def leaving_bytes(self, index: int) -> int:
+        """Size of what a forward that ends with a unit has made and not yet freed."""
+        forward = slice(self.start, self.boundaries[index].forward_end)
+        made = self.changes[forward][self.births[forward] >= self.start]
+        return int(made.sum())
+
+    def left_bytes(self, index: int) -> int:
+        """Size of what a place that runs all units from one on holds after backward.
+
+        What came counts to the end; nothing comes to the first unit.
+        """
+        if index == 0:
+            return 0
+        boundary = self.boundaries[index - 1]
+        return boundary.spanned_bytes + self._left_bytes(boundary)
 
     def _left_bytes(self, boundary: BoundaryLog) -> int:
         """Size of all gradients and the loss when the backward of a tail is over."""

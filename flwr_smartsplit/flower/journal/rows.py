@@ -114,7 +114,7 @@ def _unusual(plan: ClientPlan) -> Row:
     """List what few plans have."""
     found: Row = {
         "variant": "" if plan.variant == WHOLE else asdict(plan.variant),
-        "codecs": list(plan.codecs) if set(plan.codecs) - {RAW} else [],
+        "codecs": list(map(str, plan.codecs)) if set(plan.codecs) - {RAW} else [],
         "accumulate": 0 if plan.accumulate == 1 else plan.accumulate,
     }
     return {name: value for name, value in found.items() if value}
@@ -135,6 +135,8 @@ def _measured(report: StepReport) -> Row:
         "moves": [asdict(move) for move in report.moves],
         "replans": [asdict(replan) for replan in report.replans],
         "metric_examples": dict(report.metric_examples),
+        "edge_bytes_raw_up": report.plain_sent_bytes,
+        "edge_bytes_raw_down": report.plain_received_bytes,
     }
     return {
         **{name: rows for name, rows in changes.items() if rows},

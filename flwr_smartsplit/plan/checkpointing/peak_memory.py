@@ -77,7 +77,18 @@ def _with_recompute(
     head_left = sum(stage.left_bytes for stage in stages)
     kept = 0
     update = profile.units[first.stop - 1].head_update_bytes
-    peaks = [max(head.peak_bytes, head_left + update)]
+    last = profile.units[first.stop - 1]
+    coding = last.coding
+    peaks = [
+        max(
+            head.peak_bytes,
+            head_left + update,
+            head.waiting_bytes + last.boundary_bytes + coding.send_bytes,
+            head.waiting_bytes + coding.kept_bytes + coding.receive_back_bytes,
+        )
+        if coding.send_bytes
+        else max(head.peak_bytes, head_left + update)
+    ]
     for leg, part in zip(rest, parts[1:], strict=True):
         stages, before = stages_of(profile, leg), profile.units[leg.start - 1]
         left = sum(stage.left_bytes for stage in stages)
@@ -88,6 +99,16 @@ def _with_recompute(
             peaks.append(head_left + left + update)
         else:
             own = max(own, left + before.step.gradient_bytes + update)
-        peaks.append(head.waiting_bytes + before.boundary_bytes + own)
+        own += before.boundary_bytes
+        if before.coding.receive_bytes:
+            own = max(
+                own + before.coding.kept_bytes,
+                before.coding.receive_bytes,
+                before.boundary_bytes
+                + left
+                + before.coding.kept_bytes
+                + before.coding.send_back_bytes,
+            )
+        peaks.append(head.waiting_bytes + coding.kept_bytes + own)
     peaks[0] += kept
     return static + max(peaks)
