@@ -242,16 +242,15 @@ def coding_of(codec: Codec, unit: UnitCost) -> Coding:
                 "float32."
             )
         found = _joined(found, _coding(codec, tensor))
-    return found
+    return found if found.send_bytes or found.send_back_bytes else NO_CODING
 
 
 def _joined(one: Coding, other: Coding) -> Coding:
     """Add a tensor that is coded after others, whose results are still there."""
-    sent = one.send_bytes if not other.send_bytes else other.send_bytes
     return Coding(
         saved_bytes=one.saved_bytes + other.saved_bytes,
         saved_back_bytes=one.saved_back_bytes + other.saved_back_bytes,
-        send_bytes=one.send_bytes + other.send_bytes if one.send_bytes else sent,
+        send_bytes=one.send_bytes + other.send_bytes,
         kept_bytes=one.kept_bytes + other.kept_bytes,
         receive_bytes=one.receive_bytes + other.receive_bytes,
         send_back_bytes=one.send_back_bytes + other.send_back_bytes,

@@ -173,7 +173,7 @@ def codec_values(codec: Codec) -> dict[str, Any]:
 def codec_from(values: Mapping[str, Any]) -> Codec:
     """Read what ``codec_values`` wrote, or raise ``ValueError``."""
     given = dict(values)
-    kind = given.pop("kind", None)
+    kind = str(given.pop("kind", ""))
     try:
         return CODEC_TYPES[kind](**given)
     except (KeyError, TypeError):

@@ -90,14 +90,8 @@ class CrossedForward:
         self._model = model
         self._segment = chain.segment(0, len(chain), source=model)
         self.step: int | str = 0
-        self._ends = {
-            cut: (
-                Crossing(codec, seed=seed),
-                Crossing(codec),
-                chain.units[cut - 1].gradients,
-            )
-            for cut, (codec, seed) in codecs.items()
-        }
+        self._codecs = codecs
+        self._gradients = [unit.gradients for unit in chain.units]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the model on a batch, given as to the model itself."""
@@ -109,12 +103,14 @@ class CrossedForward:
         return result
 
     def _crossed(self, index: int, value: Any) -> Any:
-        if index + 1 not in self._ends:
+        if index + 1 not in self._codecs:
             return value
-        near, far, flags = self._ends[index + 1]
-        near.is_trained = far.is_trained = self._model.training
-        boundary = as_boundary(value)
-        how = flags, tuple(map(blocks_gradient, boundary)), self.step
+        codec, seed = self._codecs[index + 1]
+        boundary, is_trained = as_boundary(value), self._model.training
+        near = Crossing(codec, seed=seed, is_trained=is_trained)
+        far = Crossing(codec, is_trained=is_trained)
+        blocks = tuple(map(blocks_gradient, boundary))
+        how = self._gradients[index], blocks, self.step
         came = _Crossing.apply((near, far), how, *boundary)
         return came if type(value) is tuple else came[0]
 

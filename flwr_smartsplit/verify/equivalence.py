@@ -120,7 +120,8 @@ class RouteChecker:
             model = self._task.model_fn()
         self._state = state_of(model)
         self._digest = state_digest(self._state)
-        self._codecs, named = codecs, {}
+        self._codecs = codecs
+        named: dict[str, Any] = {}
         if codecs:
             seed = _SEED, _ROUND, _CLIENT, "codec"
             seeds = [(*seed, number) for number in range(len(codecs), 0, -1)]

@@ -183,9 +183,8 @@ def top(
     width, count = cost.row_values, cost.num_rows
     kept = codec.num_kept(width)
     row, (place, is_bits) = value_row(codec, kept), place_bytes(codec, width)
-    made = {"dtype": torch.uint8, "device": tensor.device}
-    out = torch.empty(count * (row.total + place), **made)
-    bits = torch.empty(count, -(-width // 8), **made)
+    bits = torch.empty(count, -(-width // 8), dtype=torch.uint8, device=tensor.device)
+    out = bits.new_empty(count * (row.total + place))
     headers, codes, places = _sections(out, count, row.header, row.codes, place)
     for span in _spans(cost):
         rows = _rows_of(tensor, span, torch.float32)

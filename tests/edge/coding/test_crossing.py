@@ -225,7 +225,7 @@ def test_drawn_places_depend_on_the_step_and_are_as_many() -> None:
     top = plain.decode(plain.encode((value + 1,)))[0]
     assert same(sent(1, is_trained=False), top)
     share = 1 - float(((sent(0) != 0) & (top != 0)).sum() / 1200)
-    assert 0.3 < share < 0.5  # Places are not drawn twice, so a little below a half
+    assert 0.4 < share < 0.7  # Places are not drawn twice, so a little above a half
 
 
 def test_what_goes_along_is_not_rounded() -> None:
@@ -250,10 +250,11 @@ def sent_by(codec: Codec) -> Coded:
     return sent
 
 
-def poked(sent: Coded, index: int, value: int) -> Coded:
-    """Change one byte."""
+def poked(sent: Coded, index: int, *values: int) -> Coded:
+    """Change some bytes in a row."""
     data = sent.data.copy()
-    data[index] = value
+    for place, value in enumerate(values, start=index):
+        data[place] = value
     return replace(sent, data=data)
 
 
@@ -265,8 +266,8 @@ FORGED: dict[str, tuple[Codec, Callable[[Coded], Any]]] = {
         Integer(),
         lambda s: replace(s, shape=(2**30, 60), strides=(60, 1)),
     ),
-    "a scale of inf": (Integer(), lambda s: poked(poked(s, 3, 0x7F), 2, 0x80)),
-    "a scale below 0": (Integer(), lambda s: poked(s, 3, 0xBF)),
+    "a scale of inf": (Integer(), lambda s: poked(s, 0, 0, 0, 0x80, 0x7F)),
+    "a scale below 0": (Integer(), lambda s: poked(s, 0, 0, 0, 0x80, 0xBF)),
     "an exponent of -128": (Float16(), lambda s: poked(s, 0, 0x80)),
     "a place too many": (TopK(), lambda s: poked(s, -1, 0x0F)),
     "places that fall": (TopK(fraction=0.02), lambda s: poked(s, -1, 0xFF)),
