@@ -135,6 +135,6 @@ def test_the_stock_loop_grows_too() -> None:
 
 def test_unnoticed_it_would_break_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted error: without the refusal, more is measured than predicted."""
-    monkeypatch.setattr(StepLogger, "_require_steady_memory", lambda _: None)
+    monkeypatch.setattr(StepLogger, "require_steady_memory", lambda _: None)
     predicted, measured = peaks(task_of(GROWS["in place in a dead branch"]))
     assert predicted < measured
