@@ -108,6 +108,7 @@ def test_it_is_refused_with_the_bytes(name: str) -> None:
         peaks(task_of(GROWS[name]))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", STEADY)
 def test_what_does_not_grow_is_predicted(name: str) -> None:
     """Also what is kept from step to step."""
