@@ -210,6 +210,11 @@ def _routed(
     return candidates, unfit
 
 
+def _priced(request: RouteRequest, route: Route) -> RouteOption:
+    """Check and plan a route that was chosen before."""
+    return chosen_option(request, lambda _: route)
+
+
 def _chosen(
     request: RouteRequest,
     profiles: Iterator[tuple[Variant, int, ChainProfile]],
@@ -228,8 +233,7 @@ def _chosen(
             route = option.route
             own = coded_profile(plain, codecs(route=route))
             if own != profile and route.cuts:
-                exact = replace(request, profile=own)
-                option = chosen_option(exact, lambda _, route=route: route)
+                option = _priced(replace(request, profile=own), route)
         except NoFeasibleRoute as error:
             problem = error
         else:

@@ -71,7 +71,7 @@ def let_cross(
                 num_units=len(chain),
             )
     forward = CrossedForward(model, chain, codecs)
-    model.forward = forward  # type: ignore[assignment]
+    model.forward = forward
     return forward
 
 
@@ -111,7 +111,7 @@ class CrossedForward:
         far = Crossing(codec, is_trained=is_trained)
         blocks = tuple(map(blocks_gradient, boundary))
         how = self._gradients[index], blocks, self.step
-        came = _Crossing.apply((near, far), how, *boundary)
+        came: tuple[Tensor, ...] = _Crossing.apply((near, far), how, *boundary)
         return came if type(value) is tuple else came[0]
 
 
@@ -125,7 +125,8 @@ class _Crossing(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.ends, ctx.flags = ends, flags
         sent = near.encode(boundary, gradients=flags, blocks=blocks, step=step)
-        return far.decode(sent, gradients=flags)
+        came: tuple[Tensor, ...] = far.decode(sent, gradients=flags)
+        return came
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:

@@ -135,11 +135,12 @@ def _measured(report: StepReport) -> Row:
         "moves": [asdict(move) for move in report.moves],
         "replans": [asdict(replan) for replan in report.replans],
         "metric_examples": dict(report.metric_examples),
-        "edge_bytes_raw_up": report.plain_sent_bytes,
-        "edge_bytes_raw_down": report.plain_received_bytes,
     }
+    plain = report.plain_sent_bytes, report.plain_received_bytes
+    if any(plain):
+        changes["edge_bytes_raw_up"], changes["edge_bytes_raw_down"] = plain
     return {
-        **{name: rows for name, rows in changes.items() if rows},
+        **{name: rows for name, rows in changes.items() if rows not in ("", [], {})},
         **{name: getattr(report, name) for name in _MEASURED},
         "edge_bytes_up": report.sent_bytes,
         "edge_bytes_down": report.received_bytes,
