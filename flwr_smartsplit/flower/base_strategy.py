@@ -28,11 +28,11 @@ from flwr_smartsplit.flower.round_manager import (
     Phase,
     Settings,
 )
-from flwr_smartsplit.plan.coding import ChooseCodec, check_codec
+from flwr_smartsplit.plan.coding import CodecChoice, check_choice
 from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import settings_facts
-from flwr_smartsplit.types import RAW, Codec, Failure, RoundPlan
+from flwr_smartsplit.types import RAW, Failure, RoundPlan
 from flwr_smartsplit.types.sizes import whole
 from flwr_smartsplit.verify.guard import Guard
 from flwr_smartsplit.verify.start import StartChecks
@@ -55,7 +55,7 @@ class SplitStrategy(Generic[StrategyT]):
         *,
         strategy: StrategyT | None = None,
         planning: Planning = Planning(),
-        codec: Codec | ChooseCodec = RAW,
+        codec: CodecChoice = RAW,
         mixing: Mixing = Replace(),
         server_steps: Sequence[ServerStep] = (),
         seed: int = 0,
@@ -71,8 +71,7 @@ class SplitStrategy(Generic[StrategyT]):
         self.strategy: StrategyT = self._api.base() if strategy is None else strategy
         check_strategy(self.strategy, self._api)
         check_proximal(self.strategy, task)
-        if not callable(codec):
-            check_codec(codec)
+        check_choice(codec)
         recompute = planning.constraints.recompute
         guard = Guard(mode=verify or "off", may_recompute=recompute)
         self._start = StartChecks(task, guard)
@@ -86,8 +85,7 @@ class SplitStrategy(Generic[StrategyT]):
             between_rounds=between_rounds,
             codec=codec,
         )
-        self._given = task, edges, settings
-        self._checkpoints = checkpoints
+        self._given, self._checkpoints = (task, edges, settings), checkpoints
         self._client_keys = client_keys
         self._begin_anew()
 

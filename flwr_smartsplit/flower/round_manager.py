@@ -30,7 +30,7 @@ from flwr_smartsplit.flower.round_exchange import (
 )
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
-from flwr_smartsplit.plan.coding import ChooseCodec
+from flwr_smartsplit.plan.coding import CodecChoice
 from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
@@ -59,14 +59,12 @@ from flwr_smartsplit.train.metric_names import check_metrics
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
-    RAW,
     WHOLE,
     Assignment,
     BatchKind,
     ChainProfile,
     ClientPlan,
     ClientReply,
-    Codec,
     Cohort,
     DeviceProfile,
     Failure,
@@ -92,7 +90,7 @@ class Settings:
     journal: str | Path | None
     on_row: Sequence[OnRow]
     between_rounds: BetweenRounds | None
-    codec: Codec | ChooseCodec = RAW
+    codec: CodecChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,9 @@ class CodecRequest:
 ChooseCodec = Callable[[CodecRequest], Codec]
 """Chooses the codec of one cut."""
 
+CodecChoice = Codec | ChooseCodec
+"""One codec for all cuts, or a function that chooses."""
+
 
 @dataclass(frozen=True, slots=True)
 class CodecByRate:
@@ -125,8 +128,14 @@ def check_codec(codec: object) -> None:
         )
 
 
+def check_choice(codec: object) -> None:
+    """Raise ``TypeError`` for what is neither a codec nor a function."""
+    if isinstance(codec, type) or not callable(codec):
+        check_codec(codec)
+
+
 def chosen_codecs(
-    choose: Codec | ChooseCodec,
+    choose: CodecChoice,
     device: DeviceProfile,
     profile: ChainProfile,
     edges: Sequence[EdgeProfile],

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 
 from flwr_smartsplit.errors import NoFeasibleRoute
-from flwr_smartsplit.plan.coding import ChooseCodec, chosen_codecs, coded_profile
+from flwr_smartsplit.plan.coding import CodecChoice, chosen_codecs, coded_profile
 from flwr_smartsplit.plan.routes import ChooseRoute, RouteRequest, chosen_option
 from flwr_smartsplit.plan.search_space import SearchSpace, search_space
 from flwr_smartsplit.plan.selection.candidates import Candidate, candidates_of
@@ -56,7 +56,7 @@ class Routing:
     select: Select = BY_UTILITY
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
-    codec: Codec | ChooseCodec = RAW
+    codec: CodecChoice = RAW
     variants: tuple[Variant, ...] = ()
     costs: Callable[[BatchKind, int, Variant], ChainProfile] | None = None
 

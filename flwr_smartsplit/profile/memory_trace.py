@@ -8,7 +8,7 @@ differences: how the gradient arrives, and whose optimizer runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.layout import ALIGNMENT, is_dense, num_spanned
+from flwr_smartsplit.profile.tensor_layout import (
+    crossing_cost,
+    packing_bytes,
+    spanned_bytes,
+    with_gradient,
+)
 from flwr_smartsplit.types import TensorCost
 
 UNKNOWN = -1
@@ -112,11 +117,8 @@ class BoundaryLog:
 
     def note_gradient(self, index: int, gradient: Tensor) -> None:
         """Note how the gradient of one of the trained tensors lies in memory."""
-        if not is_dense(tuple(gradient.shape), gradient.stride()):
-            place, size = self.trained[index], _spanned_bytes(gradient)
-            self.tensors[place] = replace(
-                self.tensors[place], spanned_gradient_bytes=size
-            )
+        place = self.trained[index]
+        self.tensors[place] = with_gradient(self.tensors[place], gradient)
 
     @property
     def gradient_bytes(self) -> int:
@@ -208,10 +210,10 @@ class Observed(nn.Module):
         boundary = BoundaryLog(
             forward_end=self.meter.position,
             boundary_bytes=sum(t.nbytes for t in tensors),
-            spanned_bytes=sum(map(_spanned_bytes, tensors)),
-            packing_bytes=sum(map(_packing_bytes, tensors)),
+            spanned_bytes=sum(map(spanned_bytes, tensors)),
+            packing_bytes=sum(map(packing_bytes, tensors)),
             flops_at_end=self.meter.forward_flops,
-            tensors=list(map(_crossing, tensors)),
+            tensors=list(map(crossing_cost, tensors)),
             trained=[i for i, tensor in enumerate(tensors) if tensor.requires_grad],
         )
         boundary.outputs = tuple(
@@ -260,11 +262,11 @@ class Observed(nn.Module):
             boundary.note_gradient(index, gradient)
             birth = self.meter.birth_of(gradient)
             # Gradients that share memory here do not where they arrive: upper bound.
-            spanned = boundary.gradients.get(birth, 0) + _spanned_bytes(gradient)
+            spanned = boundary.gradients.get(birth, 0) + spanned_bytes(gradient)
             boundary.gradients[birth] = spanned
             in_place = max(spanned, gradient.untyped_storage().nbytes())
             boundary.gradient_storages[birth] = in_place
-            packed = _packing_bytes(gradient)
+            packed = packing_bytes(gradient)
             boundary.gradient_packing_bytes += packed
             most = max(most, boundary.gradient_bytes + packed)
         boundary.unpacking_bytes = most - boundary.gradient_bytes
@@ -283,30 +285,6 @@ def _end_without_inputs(
     for boundary, limit in zip(boundaries, limits, strict=True):
         while boundary.forward_end < limit and changes[boundary.forward_end] <= 0:
             boundary.forward_end += 1
-
-
-def _spanned_bytes(tensor: Tensor) -> int:
-    """Size of what a tensor takes where it arrives, as far from an aligned address."""
-    spanned = num_spanned(tuple(tensor.shape), tensor.stride())
-    lead_bytes = int(tensor.storage_offset()) * tensor.element_size() % ALIGNMENT
-    return lead_bytes + spanned * tensor.element_size()
-
-
-def _crossing(tensor: Tensor) -> TensorCost:
-    """Describe a tensor that may cross."""
-    has_gaps = not is_dense(tuple(tensor.shape), tensor.stride())
-    return TensorCost(
-        shape=tuple(map(int, tensor.shape)),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        item_bytes=tensor.element_size(),
-        spanned_bytes=_spanned_bytes(tensor) if has_gaps else None,
-    )
-
-
-def _packing_bytes(tensor: Tensor) -> int:
-    """Size of the copy that the wire makes of a tensor with gaps or overlap."""
-    is_packed = is_dense(tuple(tensor.shape), tensor.stride())
-    return 0 if is_packed else tensor.nbytes
 
 
 @dataclass(frozen=True)

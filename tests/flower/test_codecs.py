@@ -156,6 +156,8 @@ def test_what_is_no_codec_is_refused_at_once() -> None:
     """Before anything is planned."""
     with pytest.raises(TypeError, match="'int8' is no codec"):
         smart_split(codec="int8")
+    with pytest.raises(TypeError, match=r"Packed.* is no codec: give .*Packed\(\)"):
+        smart_split(codec=Packed)
 
 
 @pytest.mark.parametrize(
