@@ -211,17 +211,32 @@ def _unit_costs(
             head_update_bytes=optimizer.head_temporary_bytes,
             tail_update_bytes=optimizer.tail_temporary_bytes,
             can_move=not chain.units[index].changed,
-            crossing=_crossing(chain, logs[index], index),
-            static_bytes=static_bytes,
-            leaving_bytes=logs[index].leaving_bytes(index),
-            entered_bytes=log.boundaries[index - 1].spanned_bytes if index else 0,
-            left_bytes=log.left_bytes(index),
         )
-        costs.append(unit)
+        costs.append(_at_the_cut(unit, chain, logs, index, static_bytes=static_bytes))
     # Nothing crosses after the last unit, and the meter saw the whole chain's peak.
     whole = replace(costs[-1], device_peak_bytes=log.peak_bytes)
-    last = replace(whole, boundary_bytes=0, waiting_bytes=0, crossing=())
-    return [*costs[:-1], last]
+    return [*costs[:-1], replace(whole, boundary_bytes=0, waiting_bytes=0)]
+
+
+def _at_the_cut(
+    unit: UnitCost,
+    chain: Chain,
+    logs: Sequence[StepLog],
+    index: int,
+    *,
+    static_bytes: int,
+) -> UnitCost:
+    """Add what the memory of coding depends on; after the last unit nothing crosses."""
+    log = logs[-1]
+    is_last = index == len(chain) - 1
+    return replace(
+        unit,
+        crossing=() if is_last else _crossing(chain, logs[index], index),
+        static_bytes=static_bytes,
+        leaving_bytes=logs[index].leaving_bytes(index),
+        entered_bytes=log.boundaries[index - 1].spanned_bytes if index else 0,
+        left_bytes=log.left_bytes(index),
+    )
 
 
 def _crossing(chain: Chain, log: StepLog, index: int) -> tuple[TensorCost, ...]:
