@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         predicted_peak_bytes as predicted_peak_bytes,
     )
     from flwr_smartsplit.plan.checkpointing.plan import plan_recompute as plan_recompute
+    from flwr_smartsplit.plan.coding import CodecRequest as CodecRequest
+    from flwr_smartsplit.plan.coding import codec_by_rate as codec_by_rate
     from flwr_smartsplit.plan.routes import RouteRequest as RouteRequest
     from flwr_smartsplit.plan.routes import deepest_split as deepest_split
     from flwr_smartsplit.plan.routes import deepest_u_shape as deepest_u_shape
@@ -52,11 +54,18 @@ if TYPE_CHECKING:
     from flwr_smartsplit.split.segment import Unit as Unit
     from flwr_smartsplit.task import Task as Task
     from flwr_smartsplit.train.fedprox import proximal as proximal
+    from flwr_smartsplit.types import BFloat16 as BFloat16
     from flwr_smartsplit.types import Constraints as Constraints
     from flwr_smartsplit.types import DeviceTraits as DeviceTraits
+    from flwr_smartsplit.types import Float16 as Float16
+    from flwr_smartsplit.types import Integer as Integer
     from flwr_smartsplit.types import Link as Link
+    from flwr_smartsplit.types import Packed as Packed
+    from flwr_smartsplit.types import Raw as Raw
     from flwr_smartsplit.types import RecomputePlan as RecomputePlan
     from flwr_smartsplit.types import Route as Route
+    from flwr_smartsplit.types import TopK as TopK
+    from flwr_smartsplit.verify.crossed import with_crossing as with_crossing
 
 _NAMES_BY_MODULE = {
     "defence": "Defence",
@@ -74,6 +83,7 @@ _NAMES_BY_MODULE = {
     "plan.advisor": "StragglerAdvisor",
     "plan.checkpointing.peak_memory": "predicted_peak_bytes",
     "plan.checkpointing.plan": "plan_recompute",
+    "plan.coding": "CodecRequest codec_by_rate",
     "plan.routes": "RouteRequest deepest_split deepest_u_shape first_that_fits",
     "plan.selection.selection": "Selection SelectionRequest select_at_random",
     "plan.selection.utility": "SelectByUtility",
@@ -82,7 +92,9 @@ _NAMES_BY_MODULE = {
     "split.segment": "Unit",
     "task": "Task",
     "train.fedprox": "proximal",
-    "types": "Constraints DeviceTraits Link RecomputePlan Route",
+    "types": "BFloat16 Constraints DeviceTraits Float16 Integer Link Packed Raw "
+    "RecomputePlan Route TopK",
+    "verify.crossed": "with_crossing",
 }
 _MODULES = {
     name: module for module, names in _NAMES_BY_MODULE.items() for name in names.split()

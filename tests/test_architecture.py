@@ -23,16 +23,22 @@ import flwr_smartsplit
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
+    "BFloat16",
     "Chain",
     "Checkpoints",
+    "CodecRequest",
     "Constraints",
     "Defence",
     "DeviceTraits",
+    "Float16",
     "GrpcEdge",
+    "Integer",
     "LegacySmartSplit",
     "Link",
     "MemoryBudget",
+    "Packed",
     "Planning",
+    "Raw",
     "RayEdge",
     "RecomputePlan",
     "Route",
@@ -44,8 +50,10 @@ PUBLIC_NAMES = [
     "SmartSplitNumPyClient",
     "StragglerAdvisor",
     "Task",
+    "TopK",
     "Unit",
     "build_client_app",
+    "codec_by_rate",
     "deepest_split",
     "deepest_u_shape",
     "first_that_fits",
@@ -56,6 +64,7 @@ PUBLIC_NAMES = [
     "profile_chain",
     "proximal",
     "select_at_random",
+    "with_crossing",
 ]
 
 # One folder, one job. A folder imports itself and those before it, never one after it.

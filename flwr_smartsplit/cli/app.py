@@ -22,6 +22,7 @@ from flwr_smartsplit.cli.arguments import (
     choose_cut,
     choose_cuts,
     parse_bytes,
+    parse_codec,
     parse_shape,
 )
 from flwr_smartsplit.errors import NoFeasiblePlan, SmartSplitError
@@ -63,6 +64,14 @@ OptimizerOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print only JSON on stdout, no table.")
 ]
+CodecOption = Annotated[
+    str,
+    typer.Option(
+        metavar="CODEC",
+        help="What crosses the cuts is written by: raw, packed, float16, bfloat16, "
+        "integer:8, integer:4 or topk:0.1.",
+    ),
+]
 BudgetOption = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Show what fits, such as 64MiB.")
 ]
@@ -96,6 +105,7 @@ def profile(
     batch_size: BatchSizeOption = 32,
     optimizer: OptimizerOption = None,
     budget: BudgetOption = None,
+    codec: CodecOption = "raw",
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     plot: PlotOption = None,
@@ -109,7 +119,9 @@ def profile(
     with _explained_errors():
         budget_bytes = parse_bytes(budget) if budget is not None else None
         _check_plot(plot)
-        subject = _subject(model, input_shape, batch_size, optimizer, cache_dir)
+        subject = _subject(
+            model, input_shape, batch_size, optimizer, cache_dir, codec=codec
+        )
         from flwr_smartsplit.cli.profile_report import ProfileReport
 
         report = ProfileReport(subject=subject, budget_bytes=budget_bytes)
@@ -175,6 +187,7 @@ def check(
     batch_size: BatchSizeOption = 3,
     optimizer: OptimizerOption = None,
     cuts: CutsOption = "first,middle,last",
+    codec: CodecOption = "raw",
     seed: Annotated[int, typer.Option(help="Draws batches and random cuts.")] = 0,
     tolerance: Annotated[
         float, typer.Option(help="Accepted relative error of a predicted peak.")
@@ -192,7 +205,9 @@ def check(
             raise BadArgument(f"--tolerance {tolerance} is not at least 0.")
         if not 0 <= seed < MAX_SEED:
             raise BadArgument(f"--seed {seed} is not in 0..{MAX_SEED - 1}.")
-        subject = _subject(model, input_shape, batch_size, optimizer, is_stock=True)
+        subject = _subject(
+            model, input_shape, batch_size, optimizer, is_stock=True, codec=codec
+        )
         num_units = len(subject.profile.units)
         chosen = choose_cuts(cuts, num_units=num_units, rng=Random(seed))
         report = _check(subject, chosen, seed=seed, tolerance=tolerance)
@@ -294,11 +309,13 @@ def _subject(
     cache_dir: Path | None = None,
     *,
     is_stock: bool = False,
+    codec: str = "raw",
 ) -> "Subject":
     """Read and profile MODEL; what its code prints goes to stderr."""
     if batch_size < 1:
         raise BadArgument(f"--batch-size {batch_size} is less than 1.")
     shape = parse_shape(input_shape) if input_shape is not None else None
+    chosen = parse_codec(codec)
     if cache_dir is not None:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -316,6 +333,7 @@ def _subject(
             optimizer=optimizer,
             cache_dir=cache_dir,
             is_stock=is_stock,
+            codec=chosen,
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from random import Random
 
 from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.types.codecs import Codec, codec_from_text
 from flwr_smartsplit.types.sizes import parse_size
 
 _CUTS_SYNTAX = "all, or with commas: first, middle, last, a number, random:N"
@@ -32,6 +33,14 @@ def parse_bytes(text: str, option: str = "--budget") -> int:
         return parse_size(text)
     except ValueError as error:
         raise BadArgument(f"{option} {error}") from None
+
+
+def parse_codec(text: str) -> Codec:
+    """Read a codec, such as ``integer:8``."""
+    try:
+        return codec_from_text(text)
+    except ValueError as error:
+        raise BadArgument(f"--codec {error}") from None
 
 
 def choose_cuts(text: str, *, num_units: int, rng: Random) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """The report of ``smartsplit profile``: costs, refused cuts, what fits a budget."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.table import Table
 from flwr_smartsplit.cli.subject import Subject, empty_table
 from flwr_smartsplit.errors import NoFeasibleRoute, bytes_text
 from flwr_smartsplit.plan.routes import deepest_route
-from flwr_smartsplit.types import EDGE, ChainProfile, Route, UnitCost
+from flwr_smartsplit.types import EDGE, RAW, ChainProfile, Route, UnitCost
 
 MAX_REFUSALS = 5
 _HEADERS = (
@@ -25,6 +26,13 @@ _HEADERS = (
     "whole\n/ peak",
 )
 _FITS = "\nfits"
+_BOUNDARY = _HEADERS.index("bound-\nary")
+_CODED_HEADERS = (
+    *_HEADERS[:_BOUNDARY],
+    *("bound-\nary", "gradient\nback", "times\nless"),
+    *_HEADERS[_BOUNDARY + 1 :],
+)
+"""With a codec: what crosses in each direction, and what would, over both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +47,7 @@ class ProfileReport:
         subject, profile = self.subject, self.subject.profile
         facts = {
             **subject.facts(),
-            **asdict(profile),
+            **self._numbers(),
             "whole_peak_bytes": profile.units[-1].device_peak_bytes,
             "least_memory_cut": least_memory_cut(profile),
             "refusals": subject.refusals,
@@ -50,6 +58,16 @@ class ProfileReport:
             facts["cuts_within_budget"] = self._fitting_cuts()
             facts["deepest_route"] = None if route is None else str(route)
         return json.dumps(facts)
+
+    def _numbers(self) -> dict[str, Any]:
+        """Collect the profile's numbers; with a codec, also what crosses with it."""
+        profile, codec = self.subject.profile, self.subject.codec
+        numbers: dict[str, Any] = json.loads(profile.to_json())
+        if codec != RAW:
+            numbers["codec"] = str(codec)
+            for values, unit in zip(numbers["units"], profile.units, strict=True):
+                values["sent_bytes"], values["back_bytes"] = _crossing(unit)
+        return numbers
 
     def for_people(self) -> RenderableType:
         """Lay the costs out as a table, with a summary below."""
@@ -80,7 +98,9 @@ class ProfileReport:
         units = self.subject.profile.units
         whole_bytes = units[-1].device_peak_bytes
         has_budget = self.budget_bytes is not None
-        headers = (*_HEADERS, _FITS) if has_budget else _HEADERS
+        is_coded = self.subject.codec != RAW
+        headers = _CODED_HEADERS if is_coded else _HEADERS
+        headers = (*headers, _FITS) if has_budget else headers
         table = empty_table(headers, left=(_HEADERS[1], _FITS))
         table.columns[1].no_wrap = True
         for cut, unit in enumerate(units, start=1):
@@ -92,7 +112,7 @@ class ProfileReport:
                 bytes_text(unit.gradient_bytes),
                 bytes_text(unit.optimizer_state_bytes),
                 bytes_text(unit.saved_bytes),
-                "" if is_whole else bytes_text(unit.boundary_bytes),
+                *self._boundary_cells(unit, is_whole=is_whole),
                 count_text(unit.forward_flops),
                 bytes_text(unit.device_peak_bytes),
                 f"{whole_bytes / unit.device_peak_bytes:.3g}",
@@ -101,6 +121,16 @@ class ProfileReport:
                 cells.append("yes" if self._fits(unit) else "no")
             table.add_row(*cells)
         return table
+
+    def _boundary_cells(self, unit: UnitCost, *, is_whole: bool) -> list[str]:
+        """Show what crosses the cut; with a codec, both ways, and what it saves."""
+        if self.subject.codec == RAW:
+            return ["" if is_whole else bytes_text(unit.boundary_bytes)]
+        if is_whole:
+            return ["", "", ""]
+        sent, back = _crossing(unit)
+        plain = sent + back + unit.coding.saved_bytes + unit.coding.saved_back_bytes
+        return [bytes_text(sent), bytes_text(back), f"{plain / (sent + back):.3g}"]
 
     def _memory_lines(self) -> list[str]:
         profile = self.subject.profile
@@ -150,6 +180,13 @@ class ProfileReport:
             f"Within {bytes_text(budget_bytes)} fit {' and '.join(fitting)}. "
             f"The deepest route: {route}{where}."
         )
+
+
+def _crossing(unit: UnitCost) -> tuple[int, int]:
+    """Return the bytes of a boundary and of its gradient, as the codec writes them."""
+    back = sum(each.num_bytes for each in unit.crossing if each.has_gradient)
+    coding = unit.coding
+    return unit.boundary_bytes - coding.saved_bytes, back - coding.saved_back_bytes
 
 
 def least_memory_cut(profile: ChainProfile) -> int | None:

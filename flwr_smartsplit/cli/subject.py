@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.cli.specs import UnknownModel, first_line, optimizer_name, task_of
 from flwr_smartsplit.errors import InvalidTask, NotSplittable, SmartSplitError
+from flwr_smartsplit.plan.coding import coded_profile
 from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.segment import Unit
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile, Route
+from flwr_smartsplit.types import RAW, ChainProfile, Codec, Route
 
 WHOLE = "whole model"
 
@@ -39,6 +40,7 @@ class Subject:
     profile: ChainProfile
     refusals: dict[str, str]
     no_cut_reason: str | None
+    codec: Codec = RAW  # At each cut; the profile counts it
 
     @property
     def input_shapes(self) -> list[tuple[int, ...]]:
@@ -52,9 +54,10 @@ class Subject:
     def heading(self) -> str:
         """Say what was profiled, and how."""
         shapes = ", ".join("×".join(map(str, shape)) for shape in self.input_shapes)
+        codec = "" if self.codec == RAW else f", {self.codec} at the cut"
         return (
             f"{self.model}, input {shapes}, batch size {self.profile.batch_size}, "
-            f"{self.optimizer or 'its own optimizer'}"
+            f"{self.optimizer or 'its own optimizer'}{codec}"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def empty_table(headers: Sequence[str], *, left: Sequence[str]) -> Table:
     return table
 
 
-def read_subject(
+def read_subject(  # noqa: PLR0913 - what the command line says of it
     model: str,
     *,
     input_shape: tuple[int, ...] | None,
@@ -95,6 +98,7 @@ def read_subject(
     optimizer: str | None,
     cache_dir: Path | None = None,
     is_stock: bool = False,
+    codec: Codec = RAW,
 ) -> Subject:
     """Read and profile the model named on the command line.
 
@@ -110,15 +114,17 @@ def read_subject(
             "--optimizer and --input out."
         )
     task, chain, reason = _read(model, task)
+    profile = profile_chain(
+        chain, batch_size=batch_size, task=task, cache_dir=cache_dir
+    )
     return Subject(
         model=model,
         optimizer=name,
         task=task,
-        profile=profile_chain(
-            chain, batch_size=batch_size, task=task, cache_dir=cache_dir
-        ),
+        profile=coded_profile(profile, (codec,) * (len(chain) - 1)),
         refusals=chain.refusals,
         no_cut_reason=reason,
+        codec=codec,
     )
 
 

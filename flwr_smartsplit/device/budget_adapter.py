@@ -7,6 +7,7 @@ from flwr_smartsplit.errors import MemoryCapExceeded, RefusedMove
 from flwr_smartsplit.memory.budget import MemoryBudget
 from flwr_smartsplit.plan.adaptation import Standing, adapted, followed, is_calm, scaled
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
+from flwr_smartsplit.plan.coding import route_profile
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import Action, ChainProfile, RouteOption
@@ -65,9 +66,11 @@ class Adapter:
     def _costs(self, runner: RouteRunner) -> ChainProfile:
         if self._profile is None:
             task = replace(self._task, accumulate=runner.accumulate)
-            self._profile = profile_of(
+            found = profile_of(
                 task, batch_size=self._batch_size, variant=runner.plan.variant
             )
+            plan = runner.plan
+            self._profile = route_profile(found, plan.route, plan.codecs)
         return self._profile
 
     def _follow(self, runner: RouteRunner, budget_bytes: int | None) -> None:

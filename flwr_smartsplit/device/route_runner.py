@@ -226,13 +226,19 @@ class RouteRunner:
 
     def report(self, *, num_epochs: int) -> StepReport:
         """Report what was done and measured."""
-        sent, received = (0, 0) if self._edge is None else self._edge.traffic()
+        nothing = 0, 0
+        sent, received = nothing if self._edge is None else self._edge.traffic()
+        plain = nothing if self._edge is None else self._edge.plain_traffic()
+        if plain == (sent, received):
+            plain = nothing
         return replace(
             self.metrics.report(num_epochs=num_epochs),
             peak_bytes=self.cap.peak_bytes,
             example_shapes=longer_than_example(self.metrics.example_shapes, self._task),
             sent_bytes=sent,
             received_bytes=received,
+            plain_sent_bytes=plain[0],
+            plain_received_bytes=plain[1],
             num_threads=torch.get_num_threads(),
             step_seconds=self.timer.mean(self.route, self.recompute) or 0.0,
         )
@@ -259,15 +265,16 @@ class RouteRunner:
         stepped = edge.forward(
             self._noted(head.forward(inputs, inputs_are_boundary=False, **at), targets),
             self._request(targets, part, num_examples(inputs, targets)),
+            head,
         )
         self.advice, value = stepped.advice, stepped.values.get("loss", 0.0)
         if self.route.returns:
             value, stepped = self._finish(stepped, targets, edge, part)
-        check = self._check
+        check, decode = self._check, edge.outward.decode_gradients
         if check is None:
-            head.backward(lambda: edge.outward.decode(stepped.gradients))
+            head.backward(lambda: decode(stepped.gradients))
         else:
-            head.backward(lambda: check.came(edge.outward.decode(stepped.gradients)))
+            head.backward(lambda: check.came(decode(stepped.gradients)))
             check.judge()
         return value, stepped.norms
 
@@ -298,7 +305,7 @@ class RouteRunner:
         """Finish a step on the device, which the labels never leave."""
         tail, step = self._runners[-1], self.num_steps
         loss, gradients = tail.finish(
-            edge.returning.decode(stepped.boundary),
+            edge.returning.decode(stepped.boundary, gradients=tail.entering),
             targets,
             step=step,
             part=part,
@@ -308,7 +315,7 @@ class RouteRunner:
         del loss
         if self._task.max_gradient_norm is None and part.count == 1:
             tail.release_gradients()  # They are no longer needed.
-        sent = edge.returning.encode(gradients)
+        sent = edge.returning.encode_gradients(gradients)
         del gradients
         back = wire.Backward(step=step, part=part, gradients=sent)
         return value, edge.pass_on(back)
@@ -342,10 +349,10 @@ class RouteRunner:
         if edge is None:
             return head.assess(head.evaluate(inputs), targets)
         request = self._request(targets, WHOLE_BATCH, num_examples(inputs, targets))
-        stepped = edge.forward(as_boundary(head.evaluate(inputs)), request)
+        stepped = edge.forward(as_boundary(head.evaluate(inputs)), request, head)
         if not self.route.returns:
             return stepped.values
-        returned = edge.returning.decode(stepped.boundary)
+        returned = edge.returning.decode(stepped.boundary, gradients=tail.entering)
         return tail.assess(tail.evaluate(returned), targets)
 
     def _built(self, leg: Leg, state: State) -> SegmentRunner:

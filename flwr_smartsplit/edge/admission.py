@@ -14,6 +14,7 @@ from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.cut_moves import MoveCut
 from flwr_smartsplit.edge.session import Session, StepRequest
 from flwr_smartsplit.errors import EdgeFull, RefusedMove, bytes_text
+from flwr_smartsplit.plan.coding import codecs_at, coded_profile
 from flwr_smartsplit.plan.tail_memory import TailBytes, tail_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.task import Task
@@ -110,7 +111,13 @@ class Admission:
             self._profiles[kind] = profile_of(
                 task, batch_size=batch_size, variant=opened.variant
             )
-        need = tail_bytes(self._profiles[kind], start, opened.stop)
+        profile, size = self._profiles[kind], len(self._profiles[kind].units)
+        if opened.codecs:
+            ends = {start: opened.codecs[0]}
+            if opened.stop < size:
+                ends[opened.stop] = opened.codecs[1]
+            profile = coded_profile(profile, codecs_at(size, ends))
+        need = tail_bytes(profile, start, opened.stop)
         return need if opened.is_trained else need._replace(disk_bytes=0)
 
     def reserve(self, session: str, need: TailBytes, *, keeps: bool = False) -> None:

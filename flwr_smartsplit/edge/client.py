@@ -10,12 +10,13 @@ from dataclasses import replace
 import torch
 
 from flwr_smartsplit.edge import protocol as wire
-from flwr_smartsplit.edge.codec import Crossing
+from flwr_smartsplit.edge.coding.crossing import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, pack_units
 from flwr_smartsplit.edge.gate.rules import check_bytes
 from flwr_smartsplit.edge.message_bytes import decode
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable, RefusedMessage
 from flwr_smartsplit.split.segment import Boundary
+from flwr_smartsplit.train.segment_runner import SegmentRunner
 from flwr_smartsplit.train.torch_device import CPU
 from flwr_smartsplit.train.unit_migration import MigratedUnits
 from flwr_smartsplit.types import ClientPlan, Leg, Receipt
@@ -110,17 +111,20 @@ class EdgeClient:
         device: torch.device = CPU,
     ) -> None:
         opening = opening_in(request)
-        self.outward = Crossing.at(opening.codecs, 0, device)  # The cut to the edge
-        self.returning = Crossing.at(opening.codecs, -1, device)  # The route's last cut
+        self.outward = Crossing.at(opening, 0, device)  # The cut to the edge
+        self.returning = Crossing.at(opening, -1, device)  # The route's last cut
         self._transport = wire.CountingTransport(transport)
         self._session = opening.session
         self._limits = opening.limits
         self._num_moves = 0
         self._incarnation = self._transport.send(request).incarnation
 
-    def forward(self, boundary: Boundary, request: wire.Forward) -> wire.Stepped:
-        """Send a step's request on, with this place's boundary."""
-        return self.pass_on(replace(request, boundary=self.outward.encode(boundary)))
+    def forward(
+        self, boundary: Boundary, request: wire.Forward, runner: SegmentRunner
+    ) -> wire.Stepped:
+        """Send a step's request on, with the boundary of this place's runner."""
+        sent = self.outward.encode_for(runner, boundary, request)
+        return self.pass_on(replace(request, boundary=sent))
 
     def pass_on(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
         """Send a request on with this session's name; its tensors stay encoded."""
@@ -163,3 +167,11 @@ class EdgeClient:
     def traffic(self) -> tuple[int, int]:
         """Return the bytes sent and received."""
         return self._transport.sent_bytes, self._transport.received_bytes
+
+    def plain_traffic(self) -> tuple[int, int]:
+        """Return what both would be if every tensor crossed as it is."""
+        ends = self.outward, self.returning
+        return (
+            self._transport.sent_bytes + sum(end.saved_sending for end in ends),
+            self._transport.received_bytes + sum(end.saved_receiving for end in ends),
+        )

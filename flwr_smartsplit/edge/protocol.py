@@ -11,13 +11,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.edge.tensors import Coded, WireTensor
 from flwr_smartsplit.edge.weighted_mean import WeightedSum
 from flwr_smartsplit.memory.meter import unmetered
 from flwr_smartsplit.types import (
     WHOLE,
     WHOLE_BATCH,
     Advice,
+    Codec,
     Cohort,
     MicroBatch,
     Receipt,
@@ -147,7 +148,7 @@ class OpenSession(Request[Opened]):
     batch_size: int | None = None  # The largest that will come, if the device knows
     variant: Variant = WHOLE
     accumulate: int = 1  # Micro-batches per batch
-    codecs: tuple[str, ...] = ()  # Of the cuts from this one on; empty for ``RAW``
+    codecs: tuple[Codec, ...] = ()  # Of the cuts from this one on; empty for ``RAW``
     limits: Limits | None = None  # None where no strategy planned it
 
 
@@ -172,8 +173,9 @@ class Onward:
 class Stepped:
     """The reply to ``Forward`` and to ``Backward``."""
 
-    boundary: tuple[WireTensor, ...] = ()  # If the route ends on the device
-    gradients: tuple[WireTensor, ...] = ()  # Of the inputs that need one, in order
+    boundary: tuple[WireTensor | Coded, ...] = ()  # If the route ends on the device
+    # Of the inputs that need one, in order
+    gradients: tuple[WireTensor | Coded, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict)  # Mean loss; metrics
     norms: Mapping[str, float] = field(default_factory=dict)  # Of clipped gradients
     advice: Advice | None = None  # What to change before the next step
@@ -191,7 +193,7 @@ class Forward(Request[Stepped]):
     session: str = ""
     incarnation: str = ""
     step: int  # From 0
-    boundary: tuple[WireTensor, ...] = ()
+    boundary: tuple[WireTensor | Coded, ...] = ()
     targets: WireTensor | tuple[WireTensor, ...] | None = None  # Several if nested
     num_examples: int  # In the micro-batch
     part: MicroBatch = WHOLE_BATCH
@@ -215,7 +217,8 @@ class Backward(Request[Stepped]):
     incarnation: str = ""
     step: int
     part: MicroBatch = WHOLE_BATCH
-    gradients: tuple[WireTensor, ...]  # Of the returned tensors that need one, in order
+    # Of the returned tensors that need one, in order
+    gradients: tuple[WireTensor | Coded, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +303,7 @@ class CountingTransport:
 
 def payload_bytes(message: Any) -> int:
     """Add up the array bytes in a message; headers are not counted."""
-    if isinstance(message, WireTensor):
+    if isinstance(message, WireTensor | Coded):
         message = message.data
     if isinstance(message, np.ndarray):
         return int(message.nbytes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import EdgeClient
-from flwr_smartsplit.edge.codec import Crossing
+from flwr_smartsplit.edge.coding.crossing import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, moved_session
 from flwr_smartsplit.edge.message_bytes import checksum
 from flwr_smartsplit.edge.tensors import WireTensor, unpack_targets
@@ -50,8 +50,8 @@ class Session:
         self.start = opened.start
         self.num_examples = 0
         self.lock = threading.Lock()
-        self._inward = Crossing.at(opened.codecs, 0, device)
-        self._returning = Crossing.at(opened.codecs, -1, device)
+        self._inward = Crossing.at(opened, 0, device)
+        self._returning = Crossing.at(opened, -1, device)
         self._order = RequestOrder(opened.session)
         self._advisor = Advisor(opened)
         self._num_updated = 0
@@ -79,7 +79,7 @@ class Session:
         self.num_examples += request.num_examples
         if self.onward is None and request.targets is not None:
             loss, gradients = self.runner.finish(
-                self._inward.decode(request.boundary),
+                self._came(request),
                 self._targets(request.targets),
                 step=request.step,
                 part=request.part,
@@ -87,19 +87,28 @@ class Session:
             )
             stepped = wire.Stepped(values={"loss": float(loss)})
         elif self.onward is None:
-            return wire.Stepped(boundary=self._returning.encode(self._enter(request)))
+            return self._going_back(self._enter(request), request)
         else:
-            stepped = self.onward.forward(self._enter(request), request)
+            stepped = self.onward.forward(self._enter(request), request, self.runner)
             if request.targets is None:
                 return stepped
-            decode = self.onward.outward.decode
+            decode = self.onward.outward.decode_gradients
             gradients = self.runner.backward(lambda: decode(stepped.gradients))
         advice = self._advisor.after(request, stepped.values["loss"])
         return self._returned(stepped, gradients, advice)
 
+    def _came(self, request: wire.Forward) -> Boundary:
+        entering = self.runner.entering
+        return self._inward.decode(request.boundary, gradients=entering)
+
+    def _going_back(self, boundary: Boundary, request: wire.Forward) -> wire.Stepped:
+        """Reply with the boundary that returns to the device."""
+        sent = self._returning.encode_for(self.runner, boundary, request)
+        return wire.Stepped(boundary=sent)
+
     def _enter(self, request: wire.Forward) -> Boundary:
         return self.runner.forward(
-            self._inward.decode(request.boundary),
+            self._came(request),
             step=request.step,
             part=request.part,
             inputs_are_boundary=True,
@@ -110,7 +119,8 @@ class Session:
         stepped, crossing = wire.Stepped(gradients=request.gradients), self._returning
         if self.onward is not None:
             stepped, crossing = self.onward.pass_on(request), self.onward.outward
-        gradients = self.runner.backward(lambda: crossing.decode(stepped.gradients))
+        decode = crossing.decode_gradients
+        gradients = self.runner.backward(lambda: decode(stepped.gradients))
         return self._returned(stepped, gradients)
 
     def _returned(
@@ -121,7 +131,7 @@ class Session:
     ) -> wire.Stepped:
         """Reply with this segment's gradients, and add its norms."""
         return wire.Stepped(
-            gradients=self._inward.encode(gradients),
+            gradients=self._inward.encode_gradients(gradients),
             values=stepped.values,
             norms={**stepped.norms, **self.runner.gradient_norms()},
             advice=advice,
@@ -129,11 +139,11 @@ class Session:
 
     def _evaluate(self, request: wire.Forward) -> wire.Stepped:
         """Evaluate a batch to the end of the route, or until it returns."""
-        outputs = self.runner.evaluate(self._inward.decode(request.boundary))
+        outputs = self.runner.evaluate(self._came(request))
         if self.onward is not None:
-            return self.onward.forward(as_boundary(outputs), request)
+            return self.onward.forward(as_boundary(outputs), request, self.runner)
         if request.targets is None:
-            return wire.Stepped(boundary=self._returning.encode(as_boundary(outputs)))
+            return self._going_back(as_boundary(outputs), request)
         targets = self._targets(request.targets)
         return wire.Stepped(values=self.runner.assess(outputs, targets))
 

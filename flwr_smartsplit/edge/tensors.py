@@ -36,6 +36,59 @@ MAX_DIMS = 32
 MAX_SPREAD = 2**14
 
 
+def check_layout(
+    dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> None:
+    """Raise ``ValueError`` unless a tensor may lie in memory like this."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype!r:.99} is none of {', '.join(DTYPES)}.")
+    if not len(shape) == len(strides) <= MAX_DIMS or any(
+        not 0 <= number < 2**62 for number in (*shape, *strides)
+    ):
+        raise ValueError(
+            f"shape {shape} with strides {strides}: give as many numbers in both, "
+            f"at most {MAX_DIMS}, from 0 to 2**62."
+        )
+    if not 0 <= offset < ALIGNMENT:
+        raise ValueError(f"offset {offset} is not in 0..{ALIGNMENT - 1}.")
+    if num_spanned(shape, strides) > MAX_SPREAD * prod(shape):
+        raise ValueError(
+            f"strides {strides} lay {prod(shape)} values over more than {MAX_SPREAD} "
+            "times their memory: send a contiguous copy."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """What a codec other than ``Raw`` made of a tensor, and where the tensor lies.
+
+    The bytes are as the codec of the cut writes them; both ends know it from the plan.
+    """
+
+    data: npt.NDArray[np.uint8]
+    dtype: str  # Of the tensor, as torch calls it
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # In elements; without gaps
+    offset: int = 0  # In bytes, of its first value from an aligned address
+    blocks: bool = False  # Whether no gradient passes where it is +0
+
+    def __post_init__(self) -> None:
+        check_layout(self.dtype, self.shape, self.strides, self.offset)
+        size = prod(self.shape) * DTYPES[self.dtype].itemsize
+        is_dense_here = is_dense(self.shape, self.strides)
+        if not is_dense_here or not self.shape or 0 in self.shape:
+            raise ValueError(
+                f"a coded tensor of shape {self.shape} with strides {self.strides}: "
+                "what is coded has rows, and no gaps between its values."
+            )
+        data = self.data
+        if data.dtype != np.uint8 or data.ndim != 1 or data.size >= size:
+            raise ValueError(
+                f"{data.dtype} of shape {data.shape} codes {size} bytes: what would "
+                "not become smaller is sent as it is."
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class WireTensor:
     """A tensor's bytes, in the order they have in memory, and how to read them."""
@@ -47,29 +100,13 @@ class WireTensor:
     offset: int = 0  # In bytes, of its first value from an aligned address
 
     def __post_init__(self) -> None:
-        shape, strides, data = self.shape, self.strides, self.data
-        if self.dtype not in DTYPES:
-            raise ValueError(f"{self.dtype!r:.99} is none of {', '.join(DTYPES)}.")
-        if not len(shape) == len(strides) <= MAX_DIMS or any(
-            not 0 <= number < 2**62 for number in (*shape, *strides)
-        ):
-            raise ValueError(
-                f"shape {shape} with strides {strides}: give as many numbers in both, "
-                f"at most {MAX_DIMS}, from 0 to 2**62."
-            )
-        size = prod(shape)
-        num_bytes = size * DTYPES[self.dtype].itemsize
+        check_layout(self.dtype, self.shape, self.strides, self.offset)
+        num_bytes = prod(self.shape) * DTYPES[self.dtype].itemsize
+        data = self.data
         if data.dtype != np.uint8 or data.shape != (num_bytes,):
             raise ValueError(
-                f"a tensor of shape {shape} and {self.dtype} has {num_bytes} bytes, "
-                f"not {data.dtype} of shape {data.shape}."
-            )
-        if not 0 <= self.offset < ALIGNMENT:
-            raise ValueError(f"offset {self.offset} is not in 0..{ALIGNMENT - 1}.")
-        if num_spanned(shape, strides) > MAX_SPREAD * size:
-            raise ValueError(
-                f"strides {strides} lay {size} values over more than {MAX_SPREAD} "
-                "times their memory: send a contiguous copy."
+                f"a tensor of shape {self.shape} and {self.dtype} has {num_bytes} "
+                f"bytes, not {data.dtype} of shape {data.shape}."
             )
 
     @classmethod
@@ -83,7 +120,7 @@ class WireTensor:
         values = tensor if has_no_gaps else tensor.contiguous()
         flat = values.as_strided((values.numel(),), (1,))
         return cls(
-            data=_on_cpu(flat).view(torch.uint8).numpy(),
+            data=on_cpu(flat).view(torch.uint8).numpy(),
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
             strides=tuple(tensor.stride()),
@@ -93,9 +130,7 @@ class WireTensor:
     def unpack(self, device: torch.device = CPU) -> Tensor:
         """Copy the bytes into a new tensor on a device, with layout and alignment."""
         dtype, is_pinned = DTYPES[self.dtype], device.type == "cuda"
-        num_spanning = num_spanned(self.shape, self.strides)
-        room = _aligned(num_spanning, dtype, self.offset, device)
-        result = room.as_strided(self.shape, self.strides, room.storage_offset())
+        room, result = empty_like(self, device)
         num_elements, has_no_gaps = prod(self.shape), is_dense(self.shape, self.strides)
         is_direct = has_no_gaps and device.type == "cpu"
         flat = room
@@ -110,6 +145,16 @@ class WireTensor:
         elif not is_direct:
             room.copy_(flat, non_blocking=is_pinned)
         return result
+
+
+def empty_like(tensor: Coded | WireTensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Make an empty tensor with the layout of one that was sent.
+
+    Returns the memory that it spans, and the tensor.
+    """
+    num_spanning = num_spanned(tensor.shape, tensor.strides)
+    room = _aligned(num_spanning, DTYPES[tensor.dtype], tensor.offset, device)
+    return room, room.as_strided(tensor.shape, tensor.strides, room.storage_offset())
 
 
 def _aligned(
@@ -130,7 +175,7 @@ def _spread(values: Tensor, result: Tensor) -> None:
     target.copy_(values)
 
 
-def _on_cpu(flat: Tensor) -> Tensor:
+def on_cpu(flat: Tensor) -> Tensor:
     """Copy values to the CPU; they are there when this returns."""
     if flat.device.type != "cuda":
         return flat.cpu()

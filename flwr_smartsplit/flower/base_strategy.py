@@ -28,10 +28,11 @@ from flwr_smartsplit.flower.round_manager import (
     Phase,
     Settings,
 )
+from flwr_smartsplit.plan.coding import CodecChoice, check_choice
 from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import settings_facts
-from flwr_smartsplit.types import Failure, RoundPlan
+from flwr_smartsplit.types import RAW, Failure, RoundPlan
 from flwr_smartsplit.types.sizes import whole
 from flwr_smartsplit.verify.guard import Guard
 from flwr_smartsplit.verify.start import StartChecks
@@ -54,6 +55,7 @@ class SplitStrategy(Generic[StrategyT]):
         *,
         strategy: StrategyT | None = None,
         planning: Planning = Planning(),
+        codec: CodecChoice = RAW,
         mixing: Mixing = Replace(),
         server_steps: Sequence[ServerStep] = (),
         seed: int = 0,
@@ -69,6 +71,7 @@ class SplitStrategy(Generic[StrategyT]):
         self.strategy: StrategyT = self._api.base() if strategy is None else strategy
         check_strategy(self.strategy, self._api)
         check_proximal(self.strategy, task)
+        check_choice(codec)
         recompute = planning.constraints.recompute
         guard = Guard(mode=verify or "off", may_recompute=recompute)
         self._start = StartChecks(task, guard)
@@ -80,9 +83,9 @@ class SplitStrategy(Generic[StrategyT]):
             journal=journal,
             on_row=on_row,
             between_rounds=between_rounds,
+            codec=codec,
         )
-        self._given = task, edges, settings
-        self._checkpoints = checkpoints
+        self._given, self._checkpoints = (task, edges, settings), checkpoints
         self._client_keys = client_keys
         self._begin_anew()
 
@@ -191,6 +194,8 @@ class SplitStrategy(Generic[StrategyT]):
             "between_rounds": settings.between_rounds,
             "seed": settings.seed,
         }
+        if settings.codec != RAW:
+            values["codec"] = settings.codec
         return settings_facts(task, values)
 
     def _warn_of_lost(self, clients: Mapping[str, ClientT]) -> None:

@@ -6,6 +6,7 @@ from math import inf, isfinite
 
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, moved_plan
 from flwr_smartsplit.plan.advisor import Advisor
+from flwr_smartsplit.plan.coding import route_profile
 from flwr_smartsplit.plan.selection.history import History, Observation
 from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
@@ -91,7 +92,8 @@ def _work(sent: Sent, report: StepReport) -> Work | None:
     """Return the least work of a step as the round ended."""
     if sent.profile is None:
         return None
+    profile = route_profile(sent.profile, sent.plan.route, sent.plan.codecs)
     plan = moved_plan(sent.plan, report.moves)
     is_as_planned = not (report.moves or report.replans)
     recompute = plan.recompute if is_as_planned else KEEP_ALL
-    return work_of(sent.profile, plan.route, recompute)
+    return work_of(profile, plan.route, recompute)

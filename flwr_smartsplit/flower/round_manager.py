@@ -30,6 +30,7 @@ from flwr_smartsplit.flower.round_exchange import (
 )
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
+from flwr_smartsplit.plan.coding import CodecChoice
 from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
@@ -89,6 +90,7 @@ class Settings:
     journal: str | Path | None
     on_row: Sequence[OnRow]
     between_rounds: BetweenRounds | None
+    codec: CodecChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,6 +384,7 @@ class CentralManager:
                 select=planning.select if phase.is_train else select_at_random,
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
+                codec=self.settings.codec,
                 variants=planning.variants,
                 costs=self._costs,
             ),

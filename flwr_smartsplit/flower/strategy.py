@@ -63,6 +63,10 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         the like). One that needs single clients' whole models is refused.
     planning : Planning
         How clients and routes are chosen.
+    codec : Codec or Callable[[CodecRequest], Codec]
+        What crosses the cuts, and how: ``Raw()``, ``Packed()``, ``Float16()``,
+        ``BFloat16()``, ``Integer()``, ``TopK()``, or a function of device, link and
+        route, such as ``codec_by_rate({1e6: Packed(), 0: Integer()})``.
     mixing : Mixing
         How much the clients' mean counts against the present state.
     server_steps : Sequence[ServerStep]

@@ -33,7 +33,14 @@ def forward_only(profile: ChainProfile) -> ChainProfile:
         peak = once + max(held if index == last else held[: index + 1])
         # What came back stays until the loss is there.
         returned = max(held[index], entering[index] + max(held[index + 1 :]))
-        units.append(_forward_only(unit, peak, returned))
+        units.append(
+            replace(
+                _forward_only(unit, peak, returned),
+                static_bytes=once,
+                leaving_bytes=entering[index + 1],
+                entered_bytes=entering[index],
+            )
+        )
     return replace(profile, units=tuple(units), updates_last=False)
 
 
@@ -51,6 +58,7 @@ def _forward_only(unit: UnitCost, peak_bytes: int, return_bytes: int) -> UnitCos
         device_peak_bytes=peak_bytes,
         waiting_bytes=0,
         return_bytes=return_bytes,
+        crossing=tuple(replace(each, has_gradient=False) for each in unit.crossing),
         step=StepBytes(
             backward_peak_bytes=peak_bytes, can_rerun=False, is_output_saved=False
         ),

@@ -9,6 +9,7 @@ from random import Random
 import numpy as np
 
 from flwr_smartsplit.errors import NoFeasibleRoute
+from flwr_smartsplit.plan.coding import CodecChoice, chosen_codecs, coded_profile
 from flwr_smartsplit.plan.routes import ChooseRoute, RouteRequest, chosen_option
 from flwr_smartsplit.plan.search_space import SearchSpace, search_space
 from flwr_smartsplit.plan.selection.candidates import Candidate, candidates_of
@@ -19,13 +20,16 @@ from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from flwr_smartsplit.plan.timing import round_seconds
 from flwr_smartsplit.types import (
     NO_CONSTRAINTS,
+    RAW,
     WHOLE,
     BatchKind,
     ChainProfile,
+    Codec,
     Constraints,
     DeviceProfile,
     EdgeProfile,
     RoundPlan,
+    Route,
     RouteOption,
     Variant,
 )
@@ -41,7 +45,8 @@ Found = tuple[list[Candidate], dict[str, str]]
 class Routing:
     """How clients and routes are chosen in a round.
 
-    ``select`` chooses clients, and one option for each. ``choose_route`` leaves one
+    ``select`` chooses clients, and one option for each. ``codec`` is that of every cut,
+    or chooses them. ``choose_route`` leaves one
     route to each client; without it, ``select`` sees all that fit. ``costs``
     returns those of a batch size in so many micro-batches under a variant; without it,
     nobody accumulates more than the profiles do, and everybody trains the whole model.
@@ -51,6 +56,7 @@ class Routing:
     select: Select = BY_UTILITY
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
+    codec: CodecChoice = RAW
     variants: tuple[Variant, ...] = ()
     costs: Callable[[BatchKind, int, Variant], ChainProfile] | None = None
 
@@ -103,12 +109,14 @@ def _free(
     """List everybody with all options within its budget."""
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
-    groups: dict[BatchKind, list[DeviceProfile]] = {}
+    groups: dict[tuple[BatchKind, tuple[Codec, ...]], list[DeviceProfile]] = {}
     for device in devices:
-        groups.setdefault(device.batch_kind, []).append(device)
-    for kind, group in groups.items():
+        codecs = _codecs(device, profiles, routing)
+        groups.setdefault((device.batch_kind, codecs), []).append(device)
+    for (kind, codecs), group in groups.items():
         waiting, left_out = group, dict[str, str]()
-        for variant, accumulate, profile in _profiles(kind, profiles, routing):
+        for variant, accumulate, plain in _profiles(kind, profiles, routing):
+            profile = coded_profile(plain, codecs)
             space = _space(profile, (variant, accumulate), waiting, routing)
             found, left_out = candidates_of(waiting, space, routing.edges)
             candidates += found
@@ -117,6 +125,18 @@ def _free(
                 break
         unfit |= left_out
     return sorted(candidates, key=lambda each: each.client_key), unfit
+
+
+def _codecs(
+    device: DeviceProfile,
+    profiles: Profiles,
+    routing: Routing,
+    *,
+    route: Route | None = None,
+) -> tuple[Codec, ...]:
+    """Choose the codec of each cut for a device, or those of a route's cuts."""
+    profile = profiles[device.batch_kind]
+    return chosen_codecs(routing.codec, device, profile, routing.edges, route=route)
 
 
 def _profiles(
@@ -174,8 +194,9 @@ def _routed(
             constraints=routing.constraints,
         )
         costs = _profiles(device.batch_kind, profiles, routing)
+        codecs = partial(_codecs, device, profiles, routing)
         try:
-            option = _chosen(request, costs, choose_route)
+            option = _chosen(request, costs, choose_route, codecs)
         except NoFeasibleRoute as error:
             unfit[device.client_key] = str(error)
             continue
@@ -189,16 +210,30 @@ def _routed(
     return candidates, unfit
 
 
+def _priced(request: RouteRequest, route: Route) -> RouteOption:
+    """Check and plan a route that was chosen before."""
+    return chosen_option(request, lambda _: route)
+
+
 def _chosen(
     request: RouteRequest,
     profiles: Iterator[tuple[Variant, int, ChainProfile]],
     choose_route: ChooseRoute,
+    codecs: Callable[..., tuple[Codec, ...]],
 ) -> RouteOption:
-    """Let a route be chosen; if none fits, in more micro-batches, or a variant."""
+    """Let a route be chosen; if none fits, in more micro-batches, or a variant.
+
+    It is chosen with the codecs of split routes, and priced with its own.
+    """
     problem = NoFeasibleRoute("there are no costs to choose by.")
-    for variant, accumulate, profile in profiles:
+    for variant, accumulate, plain in profiles:
         try:
+            profile = coded_profile(plain, codecs())
             option = chosen_option(replace(request, profile=profile), choose_route)
+            route = option.route
+            own = coded_profile(plain, codecs(route=route))
+            if own != profile and route.cuts:
+                option = _priced(replace(request, profile=own), route)
         except NoFeasibleRoute as error:
             problem = error
         else:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.plan.checkpointing.plan import cheapest_plan, least_bytes
+from flwr_smartsplit.plan.coding import codecs_of
 from flwr_smartsplit.plan.tail_memory import tail_bytes
 from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
@@ -81,6 +82,7 @@ def option_of(
     return RouteOption(
         route=route,
         recompute=recompute,
+        codecs=codecs_of(profile, route),
         peak_bytes=predicted_peak_bytes(profile, route, recompute),
         work=work_of(profile, route, recompute),
         edge_memory_bytes=memory,

@@ -34,7 +34,7 @@ def tail_bytes(profile: ChainProfile, start: int, stop: int) -> TailBytes:
     state = sum(unit.parameter_bytes + unit.buffer_bytes for unit in units)
     frozen = sum(unit.frozen_bytes for unit in units)
     gradients = sum(unit.new_gradient_bytes for unit in units)
-    if stop == len(profile.units):
+    if stop == len(profile.units):  # With what the codec of the cut before takes
         step = units[0].return_bytes + profile.targets_bytes
     else:
         step = _passing_bytes(profile, start, stop)
@@ -50,4 +50,7 @@ def _passing_bytes(profile: ChainProfile, start: int, stop: int) -> int:
     left = sum(stage.left_bytes for stage in stages)
     update = left + before.step.gradient_bytes + first.tail_update_bytes
     held = held_by(stages, KEEP_ALL).peak_bytes
-    return before.boundary_bytes + max(held, update)
+    came, goes = before.coding, profile.units[stop - 1].coding
+    coding = came.kept_bytes + max(came.receive_bytes, came.send_back_bytes)
+    coding += goes.kept_bytes + max(goes.send_bytes, goes.receive_back_bytes)
+    return before.boundary_bytes + max(held, update) + coding

@@ -38,16 +38,20 @@ def work_of(
     extra = 0 if recompute.is_empty else extra_flops(profile, route, recompute)
     crossed = [route.cuts[0], route.cuts[-1]] if route.returns else route.cuts[:1]
     sizes = [profile.num_micro_batches * units[c - 1].boundary_bytes for c in crossed]
-    # Whether nothing before a cut is trained, so that no gradient crosses it.
+    # Whether nothing before a cut is trained, so that no gradient crosses it. Else a
+    # codec may make it smaller, as it does the boundary.
+    parts, codings = profile.num_micro_batches, [units[c - 1].coding for c in crossed]
+    saved = [parts * each.saved_bytes for each in codings]
     idle = [
-        size * _is_frozen(units[:c]) for c, size in zip(crossed, sizes, strict=True)
+        size if _is_frozen(units[:c]) else parts * each.saved_back_bytes
+        for c, size, each in zip(crossed, sizes, codings, strict=True)
     ]
     return Work(
         device_flops=device_flops + extra,
         edge_flops=sum(flops) - device_flops,
         boundary_bytes=sum(sizes),
-        unreturned_bytes=sum(idle[:1]),
-        unsent_bytes=sum(idle[1:]),
+        unreturned_bytes=sum(idle[:1]) + sum(saved[1:]),
+        unsent_bytes=sum(saved[:1]) + sum(idle[1:]),
         num_exchanges=profile.num_micro_batches * len(crossed),
         state_bytes=sum(
             units[index].parameter_bytes
@@ -87,8 +91,8 @@ def step_seconds(
     return (
         work.device_flops / flops_per_second
         + work.edge_flops / edge_flops_per_second
-        + (work.boundary_bytes - work.unsent_bytes) / link.up_bytes_per_second
-        + (work.boundary_bytes - work.unreturned_bytes) / link.down_bytes_per_second
+        + work.up_bytes / link.up_bytes_per_second
+        + work.down_bytes / link.down_bytes_per_second
         + 2 * link.latency_seconds * work.num_exchanges
     )
 

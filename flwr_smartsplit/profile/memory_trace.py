@@ -21,7 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flwr_smartsplit.memory.meter import MemoryMeter
-from flwr_smartsplit.split.layout import ALIGNMENT, is_dense, num_spanned
+from flwr_smartsplit.profile.tensor_layout import (
+    crossing_cost,
+    packing_bytes,
+    spanned_bytes,
+    with_gradient,
+)
+from flwr_smartsplit.types import TensorCost
 
 UNKNOWN = -1
 
@@ -106,6 +112,13 @@ class BoundaryLog:
     dead: frozenset[int] = frozenset()  # Which of its trained tensors got no gradient.
     held: list[Any] = field(default_factory=list)  # Their graphs, until the others do.
     outputs: tuple[tuple[int, int], ...] = ()  # Birth and bytes of each storage.
+    tensors: list[TensorCost] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)  # Which of these need a gradient.
+
+    def note_gradient(self, index: int, gradient: Tensor) -> None:
+        """Note how the gradient of one of the trained tensors lies in memory."""
+        place = self.trained[index]
+        self.tensors[place] = with_gradient(self.tensors[place], gradient)
 
     @property
     def gradient_bytes(self) -> int:
@@ -197,9 +210,11 @@ class Observed(nn.Module):
         boundary = BoundaryLog(
             forward_end=self.meter.position,
             boundary_bytes=sum(t.nbytes for t in tensors),
-            spanned_bytes=sum(map(_spanned_bytes, tensors)),
-            packing_bytes=sum(map(_packing_bytes, tensors)),
+            spanned_bytes=sum(map(spanned_bytes, tensors)),
+            packing_bytes=sum(map(packing_bytes, tensors)),
             flops_at_end=self.meter.forward_flops,
+            tensors=list(map(crossing_cost, tensors)),
+            trained=[i for i, tensor in enumerate(tensors) if tensor.requires_grad],
         )
         boundary.outputs = tuple(
             {t.untyped_storage()._cdata: self._storage(t) for t in tensors}.values()
@@ -241,16 +256,17 @@ class Observed(nn.Module):
         pairs = zip(watched, gradients, strict=True)
         boundary.dead = dead | {i for i, gradient in pairs if gradient is None}
         most = 0
-        for gradient in gradients:
+        for index, gradient in zip(watched, gradients, strict=True):
             if gradient is None:
                 continue
+            boundary.note_gradient(index, gradient)
             birth = self.meter.birth_of(gradient)
             # Gradients that share memory here do not where they arrive: upper bound.
-            spanned = boundary.gradients.get(birth, 0) + _spanned_bytes(gradient)
+            spanned = boundary.gradients.get(birth, 0) + spanned_bytes(gradient)
             boundary.gradients[birth] = spanned
             in_place = max(spanned, gradient.untyped_storage().nbytes())
             boundary.gradient_storages[birth] = in_place
-            packed = _packing_bytes(gradient)
+            packed = packing_bytes(gradient)
             boundary.gradient_packing_bytes += packed
             most = max(most, boundary.gradient_bytes + packed)
         boundary.unpacking_bytes = most - boundary.gradient_bytes
@@ -269,19 +285,6 @@ def _end_without_inputs(
     for boundary, limit in zip(boundaries, limits, strict=True):
         while boundary.forward_end < limit and changes[boundary.forward_end] <= 0:
             boundary.forward_end += 1
-
-
-def _spanned_bytes(tensor: Tensor) -> int:
-    """Size of what a tensor takes where it arrives, as far from an aligned address."""
-    spanned = num_spanned(tuple(tensor.shape), tensor.stride())
-    lead_bytes = int(tensor.storage_offset()) * tensor.element_size() % ALIGNMENT
-    return lead_bytes + spanned * tensor.element_size()
-
-
-def _packing_bytes(tensor: Tensor) -> int:
-    """Size of the copy that the wire makes of a tensor with gaps or overlap."""
-    is_packed = is_dense(tuple(tensor.shape), tensor.stride())
-    return 0 if is_packed else tensor.nbytes
 
 
 @dataclass(frozen=True)
@@ -406,13 +409,29 @@ class StepLog:
         changes = self.changes[start:end][self.births[start:end] >= start]
         entered = boundary.spanned_bytes
         is_sparse = boundary.packing_bytes > 0
-        left = entered + self._left_bytes(boundary)
+        left = self.left_bytes(index)
         return max(
             entered + (boundary.boundary_bytes if is_sparse else 0),
             entered + highest(changes),
             left + optimizer_temporary_bytes,
             left + boundary.gradient_packing_bytes,
         )
+
+    def leaving_bytes(self, index: int) -> int:
+        """Size of what a forward that ends with a unit has made and not yet freed."""
+        forward = slice(self.start, self.boundaries[index].forward_end)
+        made = self.changes[forward][self.births[forward] >= self.start]
+        return int(made.sum())
+
+    def left_bytes(self, index: int) -> int:
+        """Size of what a place that runs all units from one on holds after backward.
+
+        What came counts to the end; nothing comes to the first unit.
+        """
+        if index == 0:
+            return 0
+        boundary = self.boundaries[index - 1]
+        return boundary.spanned_bytes + self._left_bytes(boundary)
 
     def _left_bytes(self, boundary: BoundaryLog) -> int:
         """Size of all gradients and the loss when the backward of a tail is over."""

@@ -36,7 +36,13 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.micro_batches import micro_batch_size
 from flwr_smartsplit.train.optimizer_in_backward import stepped_in_backward
 from flwr_smartsplit.train.segment_runner import reread_ones
-from flwr_smartsplit.types import ChainProfile, SharedTensor, StepBytes, UnitCost
+from flwr_smartsplit.types import (
+    ChainProfile,
+    SharedTensor,
+    StepBytes,
+    TensorCost,
+    UnitCost,
+)
 from flwr_smartsplit.types.sizes import whole
 
 _INDEX_BYTES = 8
@@ -206,10 +212,45 @@ def _unit_costs(
             tail_update_bytes=optimizer.tail_temporary_bytes,
             can_move=not chain.units[index].changed,
         )
-        costs.append(unit)
+        costs.append(_at_the_cut(unit, chain, logs, index, static_bytes=static_bytes))
     # Nothing crosses after the last unit, and the meter saw the whole chain's peak.
     whole = replace(costs[-1], device_peak_bytes=log.peak_bytes)
     return [*costs[:-1], replace(whole, boundary_bytes=0, waiting_bytes=0)]
+
+
+def _at_the_cut(
+    unit: UnitCost,
+    chain: Chain,
+    logs: Sequence[StepLog],
+    index: int,
+    *,
+    static_bytes: int,
+) -> UnitCost:
+    """Add what the memory of coding depends on; after the last unit nothing crosses."""
+    log = logs[-1]
+    is_last = index == len(chain) - 1
+    return replace(
+        unit,
+        crossing=() if is_last else _crossing(chain, logs[index], index),
+        static_bytes=static_bytes,
+        leaving_bytes=logs[index].leaving_bytes(index),
+        entered_bytes=log.boundaries[index - 1].spanned_bytes if index else 0,
+        left_bytes=log.left_bytes(index),
+    )
+
+
+def _crossing(chain: Chain, log: StepLog, index: int) -> tuple[TensorCost, ...]:
+    """Describe a boundary; what only goes along is never rounded."""
+    tensors = log.boundaries[index].tensors
+    flags = (*chain.units[index].gradients, *(False,) * len(tensors))
+    return tuple(
+        replace(
+            tensor,
+            has_gradient=flags[place],
+            is_context=not flags[place] and (place > 0 or any(flags)),
+        )
+        for place, tensor in enumerate(tensors)
+    )
 
 
 def _shared_tensors(chain: Chain) -> tuple[SharedTensor, ...]:

@@ -104,7 +104,8 @@ class Segment(nn.Module):
 
     It shares the modules and parameters of ``source``. ``odd_modes`` names, for
     ``train(mode)``, the modules that the model leaves in the other mode;
-    ``entering_gradients`` says for each incoming tensor whether it needs a gradient.
+    ``entering_gradients`` and ``leaving_gradients`` say for each tensor that comes or
+    goes whether it needs a gradient.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Segment(nn.Module):
     ) -> None:
         super().__init__()
         self.entering_gradients = entering
+        self.leaving_gradients = units[-1].gradients
         self.rereads = frozenset(name for unit in units for name in unit.rereads)
         # Mangled names, so that none collides with the model's own children.
         self.__units = tuple(units)

@@ -83,6 +83,18 @@ class SegmentRunner:
         self._num_evaluated = 0
         self._entry: GradientEntry | None = None
         self._input_gradients: list[Tensor] = []
+        # For each tensor of the last outgoing boundary
+        self.blocks: tuple[bool, ...] = ()
+
+    @property
+    def entering(self) -> tuple[bool, ...]:
+        """Say for each incoming tensor whether it needs a gradient."""
+        return cast(tuple[bool, ...], self.segment.entering_gradients)
+
+    @property
+    def leaving(self) -> tuple[bool, ...]:
+        """Say for each outgoing tensor whether it needs a gradient."""
+        return cast(tuple[bool, ...], self.segment.leaving_gradients)
 
     def forward(
         self,
@@ -95,10 +107,11 @@ class SegmentRunner:
         """Start a step: run forward, keep the graph, return the detached boundary.
 
         ``inputs_are_boundary`` says whether gradients go back to where the inputs came
-        from.
+        from. ``blocks`` then says of what the outgoing tensors let no gradient through.
         """
         outputs = self._run(inputs, step, inputs_are_boundary, part)
         boundary = as_boundary(outputs)
+        self.blocks = tuple(map(blocks_gradient, boundary))
         trained = [tensor for tensor in boundary if tensor.requires_grad]
         self._entry = GradientEntry(trained)
         return tuple(tensor.detach() for tensor in boundary)
@@ -186,6 +199,7 @@ class SegmentRunner:
     def evaluate(self, inputs: Batch) -> Any:
         """Run the segment forward in evaluation mode, without a graph."""
         self.segment.eval()
+        self.blocks = ()
         with phase("forward"), autocast_of(self.task, self.device):
             self._num_evaluated += 1
             step = f"evaluate {self._num_evaluated}"
@@ -234,7 +248,7 @@ class SegmentRunner:
         if isinstance(inputs, dict):
             raise TypeError("a boundary is a tensor or a tuple, not a mapping.")
         boundary = inputs if isinstance(inputs, tuple) else (inputs,)
-        flags = cast(tuple[bool, ...], self.segment.entering_gradients)
+        flags = self.entering
         if any(flags):
             trained = itertools.compress(boundary, flags)
             trigger = torch.empty(0, requires_grad=True)
@@ -252,6 +266,33 @@ class SegmentRunner:
         gradients = tuple(self._input_gradients)
         self._input_gradients.clear()
         return gradients
+
+
+_RELUS = frozenset({"ReluBackward0", "HardtanhBackward0"})
+# They pass each gradient on to one value, which is the one that crosses.
+_PASSING = frozenset(
+    {
+        *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"),
+        *("MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0"),
+    }
+)
+
+
+def blocks_gradient(tensor: Tensor) -> bool:
+    """Say whether no gradient passes a tensor where it is +0, as behind a ReLU.
+
+    It is read off the graph: the tensor is the result of a ReLU or ReLU6, or a max-pool
+    of one.
+    """
+    node: Any = tensor.grad_fn
+    if node is None or tensor.retains_grad or tensor._backward_hooks:
+        return False
+    while node is not None and node.name() in _PASSING:
+        node = node.next_functions[0][0]
+    if node is None or node.name() not in _RELUS:
+        return False
+    least = getattr(node, "_saved_min_val", 0)  # Of a hardtanh, which ReLU6 is.
+    return bool(least == 0)
 
 
 def reread_ones(segment: nn.Module) -> list[nn.Parameter]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from flwr_smartsplit.types.codecs import NO_CODING, RAW, Codec, Coding, TensorCost
+
 Shapes = tuple[tuple[int, ...], ...]
 """The shapes of one example's tensors: inputs, then targets."""
 
@@ -64,6 +66,16 @@ class UnitCost:
     tail_update_bytes: int = 0  # And if it is the first
     # Whether a cut may move past it in a round: not if it keeps more than tensors
     can_move: bool = True
+    crossing: tuple[TensorCost, ...] = ()  # The tensors of its output
+    # What a device holds when they are about to leave: what always stays, and the rest
+    static_bytes: int = 0
+    leaving_bytes: int = 0
+    # If the step returns to the device from here on: what came, and what is left of the
+    # step when the gradient of that goes
+    entered_bytes: int = 0
+    left_bytes: int = 0
+    codec: Codec = RAW  # At the cut after it, with what that costs
+    coding: Coding = NO_CODING
     step: StepBytes = StepBytes()  # What plans to recompute are made from
     selective_step: StepBytes | None = None  # None if being selective saves nothing
 
@@ -133,8 +145,11 @@ class ChainProfile:
         return sum(size * (count - 1) for count, size in counts if count > 1)
 
     def to_json(self) -> str:
-        """Write the profile as JSON, with the fields' names as keys."""
-        return json.dumps(asdict(self))
+        """Write the profile as JSON, with the fields' names as keys, without codecs."""
+        values = asdict(self)
+        for unit in values["units"]:
+            del unit["codec"], unit["coding"]
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -161,6 +176,12 @@ class ChainProfile:
             ) from error
 
 
-def _unit(*, step: Any, selective_step: Any, **costs: Any) -> UnitCost:
+def _unit(*, step: Any, selective_step: Any, crossing: Any, **costs: Any) -> UnitCost:
     selective = None if selective_step is None else StepBytes(**selective_step)
-    return UnitCost(step=StepBytes(**step), selective_step=selective, **costs)
+    tensors = (TensorCost(**{**t, "shape": tuple(t["shape"])}) for t in crossing)
+    return UnitCost(
+        step=StepBytes(**step),
+        selective_step=selective,
+        crossing=tuple(tensors),
+        **costs,
+    )

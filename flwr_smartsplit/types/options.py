@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
+from flwr_smartsplit.types.codecs import Codec
 from flwr_smartsplit.types.routes import Route
 from flwr_smartsplit.types.variants import WHOLE, Variant
 
@@ -18,14 +19,25 @@ class Work:
 
     device_flops: float = 0
     edge_flops: float = 0
-    boundary_bytes: int = 0  # sent from the device over its cuts; as much comes back
+    # What crosses the device's cuts each way if it is neither idle nor coded
+    boundary_bytes: int = 0
     # The part of boundary_bytes that is not sent, or does not come back: gradients that
-    # nothing before a cut needs
+    # nothing before a cut needs, and what codecs save
     unsent_bytes: int = 0
     unreturned_bytes: int = 0
     num_exchanges: int = 0  # round trips over the device's link
     state_bytes: int = 0  # the device's state, moved once a round; not the frozen
     extra_flops: int = 0  # the part of device_flops that recomputation adds
+
+    @property
+    def up_bytes(self) -> int:
+        """What the device sends over its cuts."""
+        return self.boundary_bytes - self.unsent_bytes
+
+    @property
+    def down_bytes(self) -> int:
+        """What comes back over them."""
+        return self.boundary_bytes - self.unreturned_bytes
 
     @property
     def device_fraction(self) -> float:
@@ -51,7 +63,7 @@ class RouteOption:
     route: Route
     recompute: RecomputePlan = KEEP_ALL  # what the device runs twice
     variant: Variant = WHOLE  # what part of the global model is trained
-    codecs: tuple[str, ...] = ()  # one per cut; empty for RAW at all of them
+    codecs: tuple[Codec, ...] = ()  # one per cut; empty for RAW at all of them
     accumulate: int = 1  # micro-batches of a step
     peak_bytes: int = 0  # predicted, of the device during a step; 0 if unknown
     work: Work = NO_WORK  # of a step

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from flwr_smartsplit.types.advice import Cohort
 from flwr_smartsplit.types.checkpointing import KEEP_ALL, RecomputePlan
+from flwr_smartsplit.types.codecs import Codec
 from flwr_smartsplit.types.constraints import NO_CONSTRAINTS, Constraints
 from flwr_smartsplit.types.costs import BatchKind, Shapes
 from flwr_smartsplit.types.devices import NO_TRAITS, DeviceTraits
@@ -108,7 +109,7 @@ class ClientPlan:
     config: Mapping[str, Any] = field(default_factory=dict)
     constraints: Constraints = NO_CONSTRAINTS
     variant: Variant = WHOLE
-    codecs: tuple[str, ...] = ()  # one per cut; empty for RAW at all of them
+    codecs: tuple[Codec, ...] = ()  # one per cut; empty for RAW at all of them
     accumulate: int = 1  # micro-batches of a step
     cohort: Cohort | None = None  # lets the edge move its cut or release it
     importance: float = 0.0  # after its last round; 0 if unknown
@@ -129,6 +130,12 @@ class ClientPlan:
                 f"client {self.client_key!r} has a cohort, {self.num_examples} "
                 f"examples and importance {self.importance}: give at least one "
                 "example, and an importance of at least 0."
+            )
+
+        if len(self.codecs) not in (0, len(self.route.cuts)):
+            raise ValueError(
+                f"client {self.client_key!r} has {len(self.codecs)} codecs for "
+                f"{len(self.route.cuts)} cuts: give one for each cut, or none."
             )
 
     def session(self, place: str) -> str:

@@ -14,8 +14,8 @@ ROW_FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
     predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
     num_steps num_threads loss loss_rms seconds bytes_down bytes_up
-    edge_bytes_up edge_bytes_down moves replans released recompute variant codecs
-    accumulate metric_examples""".split()
+    edge_bytes_up edge_bytes_down edge_bytes_raw_up edge_bytes_raw_down moves replans
+    released recompute variant codecs accumulate metric_examples""".split()
 )
 """The keys of a client's row in the journal; all others are the task's metrics."""
 
@@ -74,6 +74,9 @@ class StepReport:
     resident_growth_bytes: int | None = None
     sent_bytes: int = 0  # From the device to its edges
     received_bytes: int = 0
+    # What both would be if every tensor crossed as it is; 0 if every one did
+    plain_sent_bytes: int = 0
+    plain_received_bytes: int = 0
     seconds: float = 0.0  # Wall-clock time of the client's part
     num_threads: int = 1  # Torch threads in use
     metrics: Mapping[str, float]  # Of ``Task.metrics_fn``, averaged over the examples

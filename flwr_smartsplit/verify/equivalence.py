@@ -40,7 +40,15 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.optimizer_in_backward import one_by_one
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.threads import torch_threads
-from flwr_smartsplit.types import KEEP_ALL, ClientPlan, RecomputePlan, Route, Status
+from flwr_smartsplit.types import (
+    KEEP_ALL,
+    ClientPlan,
+    Codec,
+    RecomputePlan,
+    Route,
+    Status,
+)
+from flwr_smartsplit.verify.crossed import let_cross
 from flwr_smartsplit.verify.merging import merge_differences
 from flwr_smartsplit.verify.reference import (
     Batches,
@@ -92,24 +100,7 @@ class RouteChecker:
         self._gradients = _GradientLog(task.optimizer_fn)
         self._outputs = _OutputLog(task.loss_fn)
         self._task = replace(task, optimizer_fn=self._gradients, loss_fn=self._outputs)
-        with torch.random.fork_rng():
-            torch.manual_seed(_SEED)
-            model = task.model_fn()
-        self._state = state_of(model)
-        self._digest = state_digest(self._state)
-        with torch_threads(1):
-            self._truth = train_stock(
-                model,
-                self._task,
-                batches,
-                chain=self.chain,
-                streams=UnitStreams(_SEED, _ROUND, _CLIENT),
-                config=self._config,
-                ends=self._ends,
-            )
-        self._true_gradients = self._gradients.take(_names([model], model))
-        self._true_outputs = self._outputs.take()
-        self._final = state_of(model)
+        self._train_stock(Route.whole(), ())
         self._edge = LocalEdge()
         self._address = ""
 
@@ -121,6 +112,36 @@ class RouteChecker:
             for name, array in self._final.items()
         )
         return math.isfinite(self._truth.train_loss) and not any(became_infinite)
+
+    def _train_stock(self, route: Route, codecs: tuple[Codec, ...]) -> None:
+        """Train the stock model, with codecs at a route's cuts if there are any."""
+        with torch.random.fork_rng():
+            torch.manual_seed(_SEED)
+            model = self._task.model_fn()
+        self._state = state_of(model)
+        self._digest = state_digest(self._state)
+        self._codecs = codecs
+        named: dict[str, Any] = {}
+        if codecs:
+            seed = _SEED, _ROUND, _CLIENT, "codec"
+            seeds = [(*seed, number) for number in range(len(codecs), 0, -1)]
+            at = zip(route.cuts, zip(codecs, seeds, strict=True), strict=True)
+            forward = let_cross(model, self.chain, dict(at))
+            named = {"name_step": partial(setattr, forward, "step")}
+        with torch_threads(1):
+            self._truth = train_stock(
+                model,
+                self._task,
+                self._batches,
+                chain=self.chain,
+                streams=UnitStreams(_SEED, _ROUND, _CLIENT),
+                config=self._config,
+                ends=self._ends,
+                **named,
+            )
+        self._true_gradients = self._gradients.take(_names([model], model))
+        self._true_outputs = self._outputs.take()
+        self._final = state_of(model)
 
     def __enter__(self) -> Self:
         self._address = self._edge.start(self._task)
@@ -141,12 +162,16 @@ class RouteChecker:
         recompute: tuple[RecomputePlan, RecomputePlan] = (KEEP_ALL, KEEP_ALL),
         move_to: int | None = None,
         is_evaluated: bool = True,
+        codecs: tuple[Codec, ...] = (),
     ) -> CutCheck:
         """Train and evaluate along one route, and compare with the stock model.
 
+        With ``codecs`` at the route's cuts, the stock model has them at the same units.
         ``recompute`` has the plan of the first step and that of all others. Between the
         two, the first cut moves to ``move_to``, unless an exact move is refused.
         """
+        if codecs or self._codecs:
+            self._train_stock(route, codecs)
         self._changes = _Changes(recompute[1], move_to)
         self._is_evaluated = is_evaluated
         plan = ClientPlan(
@@ -158,6 +183,7 @@ class RouteChecker:
             edge_addresses=dict.fromkeys(route.edges(), self._address),
             recompute=recompute[0],
             config=self._config,
+            codecs=codecs,
         )
         differences: list[str] = []
         peak_bytes = 0

@@ -33,6 +33,7 @@ from flwr_smartsplit.task_digest.facts import facts_digest, task_facts
 from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,
+    Codec,
     RecomputePlan,
     Rerun,
     Route,
@@ -75,13 +76,14 @@ class Trial:
             words.append(f"the first cut moved to {self.move_to} after one step")
         return ", ".join(words)
 
-    def run(self, checker: RouteChecker) -> CutCheck:
+    def run(self, checker: RouteChecker, codecs: tuple[Codec, ...] = ()) -> CutCheck:
         """Train and compare."""
         return checker.check(
             self.route,
             recompute=self.recompute,
             move_to=self.move_to,
             is_evaluated=self.is_evaluated,
+            codecs=codecs,
         )
 
     def growing(self, size: int) -> list[tuple[int, "Trial"]]:

@@ -54,11 +54,12 @@ def train_stock(  # noqa: PLR0913 - what is trained, and how
     streams: UnitStreams,
     config: Mapping[str, Any] | None = None,
     ends: Batches,
+    name_step: Callable[[int | str], None] = lambda step: None,
 ) -> Truth:
     """Evaluate the module on ``ends``, then train it in place, in a plain loop.
 
     ``chain`` says which unit draws how many random numbers, ``streams`` from which
-    stream.
+    stream. ``name_step`` is told the name of each step, or of its micro-batches.
     """
     autocast: AbstractContextManager[Any] = nullcontext()
     if task.autocast_dtype is not None:
@@ -74,6 +75,7 @@ def train_stock(  # noqa: PLR0913 - what is trained, and how
         optimizer.zero_grad()
         parts = []
         for part, (inputs, targets) in micro_batches(batch, task.accumulate):
+            name_step(part.in_step(step))
             draws = seeded_draws(firsts, streams, part.in_step(step))
             with autocast:
                 with draws if firsts else nullcontext():

@@ -78,7 +78,9 @@ class ForgedTransport:
     def send(self, request: wire.Request[wire.ReplyT]) -> wire.ReplyT:
         """Send on; forge what returns for a boundary of a single tensor."""
         if isinstance(request, wire.Forward):
-            self.boundaries[request.session] = request.boundary[0].unpack()
+            boundary = request.boundary[0]
+            assert isinstance(boundary, WireTensor)
+            self.boundaries[request.session] = boundary.unpack()
         reply = self.inner.send(request)
         if isinstance(reply, wire.Stepped) and reply.gradients:
             assert isinstance(request, wire.Forward | wire.Backward)

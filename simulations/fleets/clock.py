@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from flwr_smartsplit.plan.coding import route_profile
 from flwr_smartsplit.plan.timing import step_seconds, work_of
 from flwr_smartsplit.types import (
     KEEP_ALL,
@@ -131,8 +132,11 @@ class Clock:
     ) -> float:
         """Say how long a step takes on a route, from the costs of the units alone."""
         device = self.devices[int(plan.client_key)]
+        coded = route_profile(self.profile, plan.route, plan.codecs)
         return step_seconds(
-            self._work(route, recompute),
+            work_of(coded, route, recompute)
+            if plan.codecs
+            else self._work(route, recompute),
             flops_per_second=true_flops_per_second(device, plan.round_number),
             link=link_to(device, _first_edge(route)),
             edge_flops_per_second=self.edge_flops_per_second,

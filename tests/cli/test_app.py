@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ PROFILE_OPTIONS = [
     "batch_size",
     "optimizer",
     "budget",
+    "codec",
     "cache_dir",
     "as_json",
     "plot",
@@ -51,6 +52,7 @@ CHECK_OPTIONS = [
     "batch_size",
     "optimizer",
     "cuts",
+    "codec",
     "seed",
     "tolerance",
     "as_json",
@@ -92,7 +94,7 @@ def test_json_has_the_profiles_numbers_and_nothing_else_is_printed(small_cnn):
         "input_shapes": [[3, 12, 12]],
         "optimizer": "adam",
         "versions": found["versions"],
-        **json.loads(json.dumps(asdict(profile))),
+        **json.loads(profile.to_json()),
         "whole_peak_bytes": profile.units[-1].device_peak_bytes,
         "least_memory_cut": peaks.index(min(peaks)) + 1,
         "refusals": chain.refusals,

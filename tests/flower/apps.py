@@ -170,7 +170,7 @@ def run(
 
 PLANNING = {field.name for field in fields(Planning)} - {"constraints"}
 CONSTRAINTS = {field.name for field in fields(Constraints)}
-OURS = """strategy mixing server_steps seed journal on_row between_rounds verify
+OURS = """strategy codec mixing server_steps seed journal on_row between_rounds verify
     checkpoints client_keys""".split()
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.cut_moves import MoveCut
-from flwr_smartsplit.edge.tensors import DTYPES, WireTensor
+from flwr_smartsplit.edge.tensors import DTYPES, Coded, WireTensor
 from flwr_smartsplit.errors import RefusedRequest, bytes_text
 from flwr_smartsplit.split.layout import num_spanned
 from flwr_smartsplit.types import MicroBatch
@@ -209,11 +209,12 @@ def check_bytes(session: str, most: int, tensors: Any) -> None:
     )
 
 
-def _wire_tensors(tensors: Any) -> Iterable[WireTensor]:
-    return (leaf for leaf in tree_leaves(tensors) if isinstance(leaf, WireTensor))
+def _wire_tensors(tensors: Any) -> Iterable[WireTensor | Coded]:
+    leaves = tree_leaves(tensors)
+    return (leaf for leaf in leaves if isinstance(leaf, WireTensor | Coded))
 
 
-def _laid_out_bytes(tensor: WireTensor) -> int:
+def _laid_out_bytes(tensor: WireTensor | Coded) -> int:
     """Count the memory of a tensor with its gaps."""
     spanned = num_spanned(tensor.shape, tensor.strides)
     return max(int(tensor.data.nbytes), spanned * DTYPES[tensor.dtype].itemsize)

@@ -114,7 +114,7 @@ def _unusual(plan: ClientPlan) -> Row:
     """List what few plans have."""
     found: Row = {
         "variant": "" if plan.variant == WHOLE else asdict(plan.variant),
-        "codecs": list(plan.codecs) if set(plan.codecs) - {RAW} else [],
+        "codecs": list(map(str, plan.codecs)) if set(plan.codecs) - {RAW} else [],
         "accumulate": 0 if plan.accumulate == 1 else plan.accumulate,
     }
     return {name: value for name, value in found.items() if value}
@@ -136,8 +136,11 @@ def _measured(report: StepReport) -> Row:
         "replans": [asdict(replan) for replan in report.replans],
         "metric_examples": dict(report.metric_examples),
     }
+    plain = report.plain_sent_bytes, report.plain_received_bytes
+    if any(plain):
+        changes["edge_bytes_raw_up"], changes["edge_bytes_raw_down"] = plain
     return {
-        **{name: rows for name, rows in changes.items() if rows},
+        **{name: rows for name, rows in changes.items() if rows not in ("", [], {})},
         **{name: getattr(report, name) for name in _MEASURED},
         "edge_bytes_up": report.sent_bytes,
         "edge_bytes_down": report.received_bytes,

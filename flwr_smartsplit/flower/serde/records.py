@@ -26,6 +26,8 @@ from flwr_smartsplit.types import (
     RecomputePlan,
     Route,
     Variant,
+    codec_from,
+    codec_values,
 )
 from flwr_smartsplit.types.sizes import plain
 
@@ -272,6 +274,7 @@ _WRITE: Mapping[str, Callable[[Any], Any]] = {
     "recompute": RecomputePlan.to_lists,
     "constraints": lambda c: {**asdict(c), "kept_units": sorted(c.kept_units)},
     "variant": asdict,
+    "codecs": lambda codecs: list(map(codec_values, codecs)),
     "cohort": asdict,
 }
 _READ: Mapping[str, Callable[[Any], Any]] = {
@@ -281,7 +284,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
         **{**v, "kept_units": frozenset(v["kept_units"])}
     ),
     "variant": lambda v: Variant(**v),
-    "codecs": tuple,
+    "codecs": lambda values: tuple(map(codec_from, values)),
     "cohort": lambda v: Cohort(**v),
 }
 

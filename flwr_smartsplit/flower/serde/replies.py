@@ -70,11 +70,17 @@ def reply_to_scalars(plan: ClientPlan, outcome: Outcome) -> Scalars:
         "client_key": plan.client_key,
         "round_number": plan.round_number,
         "digest": state_digest(outcome.state),
-        "report": asdict(report),
+        "report": _written(report),
         "receipts": [asdict(receipt) for receipt in receipts],
     }
     text = json.dumps(reply, default=plain)
     return {_REPLY: text, "client-key": plan.client_key}
+
+
+def _written(report: StepReport) -> dict[str, Any]:
+    """Write a report; what only codecs measure is there where one is used."""
+    plain = {"plain_sent_bytes", "plain_received_bytes"}
+    return {k: v for k, v in asdict(report).items() if v or k not in plain}
 
 
 def client_metrics(report: StepReport, weighted_by_key: str) -> Scalars:

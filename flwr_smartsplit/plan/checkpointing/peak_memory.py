@@ -3,7 +3,14 @@
 from flwr_smartsplit.errors import InvalidPlan
 from flwr_smartsplit.plan.checkpointing.stages import always_held_bytes, stages_of
 from flwr_smartsplit.plan.checkpointing.step_memory import held_by
-from flwr_smartsplit.types import KEEP_ALL, ChainProfile, Leg, RecomputePlan, Route
+from flwr_smartsplit.types import (
+    KEEP_ALL,
+    NO_CODING,
+    ChainProfile,
+    Leg,
+    RecomputePlan,
+    Route,
+)
 
 
 def predicted_peak_bytes(
@@ -77,7 +84,13 @@ def _with_recompute(
     head_left = sum(stage.left_bytes for stage in stages)
     kept = 0
     update = profile.units[first.stop - 1].head_update_bytes
+    last = profile.units[first.stop - 1]
+    coding = last.coding
     peaks = [max(head.peak_bytes, head_left + update)]
+    if coding != NO_CODING:
+        sent = last.boundary_bytes + coding.send_bytes
+        came = coding.kept_bytes + coding.receive_back_bytes
+        peaks[0] = max(peaks[0], head.waiting_bytes + max(sent, came))
     for leg, part in zip(rest, parts[1:], strict=True):
         stages, before = stages_of(profile, leg), profile.units[leg.start - 1]
         left = sum(stage.left_bytes for stage in stages)
@@ -88,6 +101,11 @@ def _with_recompute(
             peaks.append(head_left + left + update)
         else:
             own = max(own, left + before.step.gradient_bytes + update)
-        peaks.append(head.waiting_bytes + before.boundary_bytes + own)
+        own += before.boundary_bytes
+        if before.coding != NO_CODING:
+            goes = before.boundary_bytes + left + before.coding.send_back_bytes
+            own = max(own, goes) + before.coding.kept_bytes
+            own = max(own, before.coding.receive_bytes)
+        peaks.append(head.waiting_bytes + coding.kept_bytes + own)
     peaks[0] += kept
     return static + max(peaks)

@@ -42,7 +42,7 @@ def learned(
         return before
     new = Step(
         flops=work.device_flops,
-        num_bytes=2 * work.boundary_bytes - work.unsent_bytes - work.unreturned_bytes,
+        num_bytes=work.up_bytes + work.down_bytes,
         seconds=step_seconds,
     )
     if new.flops <= 0:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from flwr_smartsplit import Task
-from flwr_smartsplit.edge.codec import Crossing, Raw
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.build import materialise
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import DryRun, fake_batch, fake_copy
+from flwr_smartsplit.split.segment import Boundary
 from flwr_smartsplit.train.micro_batches import micro_batches
 from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.segment_runner import SegmentRunner
@@ -28,10 +28,14 @@ from flwr_smartsplit.types import KEEP_ALL, RecomputePlan
 
 Batch = tuple[Tensor, Tensor]
 State = Mapping[str, npt.NDArray[Any]]
-packed = Crossing(Raw()).encode
 MIN_PAIRS, MAX_PAIRS = 3, 15
 NUM_STEPS = 2
 """Optimizer state is made in the first; the second is the one that counts."""
+
+
+def packed(boundary: Boundary) -> tuple[WireTensor, ...]:
+    """Describe the tensors of a boundary as they are sent."""
+    return tuple(map(WireTensor.pack, boundary))
 
 
 def random_batch(task: Task, *, batch_size: int, seed: int) -> Batch:

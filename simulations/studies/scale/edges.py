@@ -88,7 +88,8 @@ def measure_edge(case: EdgeCase, num_clients: int, *, seed: int) -> dict[str, An
             links = [open_session(client) for client in clients]
             for number in range(NUM_STEPS):
                 for link in links:
-                    link.forward(boundary, replace(request, step=number))
+                    sent = link.outward.encode(boundary)
+                    link.pass_on(replace(request, step=number, boundary=sent))
             for client, link in zip(clients, links, strict=True):
                 link.seal(NUM_STEPS, None)
                 points.append((client + 1, edge.meter.peak_bytes, edge.disk_bytes))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from flwr_smartsplit import Route
+from flwr_smartsplit import Integer, Route
 from flwr_smartsplit.device.local_training import Outcome
 from flwr_smartsplit.errors import RefusedReply
 from flwr_smartsplit.flower.serde.records import (
@@ -235,7 +235,7 @@ def test_each_layout_is_asked_as_it_expects() -> None:
         ),
         replace(PLAN, cohort=COHORT, importance=0.1 + 0.2, num_examples=9),
         replace(PLAN, constraints=CONSTRAINTS, variant=Variant("front"), accumulate=4),
-        replace(PLAN, codecs=("int8",)),
+        replace(PLAN, codecs=(Integer(bits=4),)),
     ],
 )
 def test_a_plan_comes_back(plan: ClientPlan) -> None:

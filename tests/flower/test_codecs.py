@@ -1,0 +1,179 @@
+"""Whole federated runs whose boundaries are coded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flwr_smartsplit import (
+    BFloat16,
+    DeviceTraits,
+    Float16,
+    Integer,
+    Link,
+    Packed,
+    Raw,
+    RayEdge,
+    Route,
+    TopK,
+    codec_by_rate,
+)
+from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.flower.serde.records import plan_from_config
+from flwr_smartsplit.types import Codec
+from tests.edge.hosts.served import ServedEdge
+from tests.flower.apps import (
+    Run,
+    apps,
+    legacy_app,
+    message_app,
+    messages,
+    run,
+    smart_split,
+)
+from tests.flower.legacy import legacy_smart_split, run_legacy
+from tests.tasks import differences
+
+EDGES = (LocalEdge(name="near"), LocalEdge(name="far"))
+ROUTES = {
+    "c0": Route.whole(),
+    "c1": Route.split(4, edge="far"),
+    "c2": Route.u_shape(3, 7, edge="near"),
+    "c3": Route((2, 4, 8), ("device", "near", "far", "device")),
+}
+LOSSY: list[Codec] = [
+    Float16(),
+    BFloat16(),
+    Integer(),
+    Integer(bits=4, back_bits=16),
+    TopK(fraction=0.2),
+    TopK(fraction=0.2, random_share=0.1, values="float16"),
+]
+
+
+def trained(codec: Any, *, num_rounds: int = 2, **changes: Any) -> Run:
+    """Train and evaluate, each client on its own kind of route."""
+    facts: dict[str, Any] = {
+        "choose_route": lambda request: ROUTES[request.device.client_key],
+        "fraction_evaluate": 1.0,
+        "codec": codec,
+    }
+    strategy = smart_split(EDGES, **{**facts, **changes})
+    clients = apps([None] * len(ROUTES), edges=EDGES)
+    return run(clients, strategy, num_rounds=num_rounds)
+
+
+def losses(made: Run) -> list[Any]:
+    """List the losses of training and evaluation."""
+    phases = made.result.train_metrics_clientapp, made.result.evaluate_metrics_clientapp
+    return [metrics["loss"] for phase in phases for metrics in phase.values()]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Run:
+    """Train without a codec."""
+    return trained(Raw())
+
+
+def test_packed_is_the_run_without_a_codec(plain: Run, tmp_path: Path) -> None:
+    """The same bits everywhere; the journal says what was saved."""
+    path = tmp_path / "journal.jsonl"
+    made = trained(Packed(), journal=path)
+    assert made.kinds() == plain.kinds() == []
+    assert differences(made.state, plain.state) == []
+    assert losses(made) == losses(plain)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    split = [r for r in rows if r["kind"] == "client" and r["route"] != "whole"]
+    assert len(split) == 4 * (len(ROUTES) - 1)
+    for row in split:
+        assert row["codecs"] == ["packed"] * row["route"].count(">")
+        ways = ("up", "down")
+        sent, plain_bytes = (
+            [row[f"edge_bytes_{kind}{way}"] for way in ways] for kind in ("", "raw_")
+        )
+        assert all(one <= other for one, other in zip(sent, plain_bytes, strict=True))
+        assert 0 < sum(sent) < sum(plain_bytes)
+    whole = [r for r in rows if r["kind"] == "client" and r["route"] == "whole"]
+    assert not any("edge_bytes_raw_up" in row or "codecs" in row for row in whole)
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=str)
+def test_every_codec_trains(codec: Codec, plain: Run) -> None:
+    """Everybody takes part, and the model is another one."""
+    made = trained(codec, num_rounds=1)
+    assert made.kinds() == []
+    assert differences(made.state, plain.state) != []
+
+
+def test_both_apis_round_alike() -> None:
+    """The same bits, and what is drawn is the same."""
+    codec = LOSSY[-1]
+    clients = [legacy_app(index, edges=EDGES) for index in range(len(ROUTES))]
+    strategy = legacy_smart_split(
+        EDGES,
+        choose_route=lambda request: ROUTES[request.device.client_key],
+        fraction_evaluate=1.0,
+        codec=codec,
+    )
+    made, other = trained(codec), run_legacy(clients, strategy)
+    assert made.kinds() == other.kinds() == []
+    assert differences(made.state, other.state) == []
+
+
+def test_raw_sends_what_no_codec_sends(plain: Run) -> None:
+    """Plans, messages and states; nothing says that there are codecs."""
+    other = trained(codec_by_rate({0.0: Raw()}))
+    for made in (plain, other):
+        for message in messages(made.grid, "train", "evaluate"):
+            (config,) = message.content.config_records.values()
+            assert not any("codec" in str(value) for value in config.values())
+    assert differences(other.state, plain.state) == []
+
+
+def test_slow_links_get_smaller_codes() -> None:
+    """By the function of the user's, for each client; the route counts its price."""
+    rates = [1e7, 1e5, 1e3]
+    links = [Link(up_bytes_per_second=r, down_bytes_per_second=r) for r in rates]
+    clients = [
+        message_app(index, traits=DeviceTraits(flops_per_second=1e5, link=link))
+        for index, link in enumerate(links)
+    ]
+    choose = codec_by_rate({1e6: Packed(), 1e4: Integer(), 0.0: TopK()})
+    strategy = smart_split(codec=choose, choose_route=lambda _: Route.split(3))
+    made = run(clients, strategy)
+    assert made.kinds() == []
+    found = {}
+    for message in messages(made.grid, "train"):
+        (config,) = message.content.config_records.values()
+        plan = plan_from_config(config)
+        assert plan is not None
+        found[plan.client_key] = plan.codecs
+    assert found == {"c0": (Packed(),), "c1": (Integer(),), "c2": (TopK(),)}
+
+
+def test_what_is_no_codec_is_refused_at_once() -> None:
+    """Before anything is planned."""
+    with pytest.raises(TypeError, match="'int8' is no codec"):
+        smart_split(codec="int8")
+    with pytest.raises(TypeError, match=r"Packed.* is no codec: give .*Packed\(\)"):
+        smart_split(codec=Packed)
+
+
+@pytest.mark.parametrize(
+    "edge", [ServedEdge(), pytest.param(RayEdge(), marks=[pytest.mark.ray])]
+)
+def test_edges_elsewhere_code_alike(edge: Any, request: pytest.FixtureRequest) -> None:
+    """Over gRPC, and in another process."""
+    if "ray" in type(edge.host).__name__.lower():
+        request.getfixturevalue("ray_cluster")
+    codec, route = TopK(fraction=0.2, random_share=0.2), Route.u_shape(2, 6)
+    found = [
+        run(
+            apps([None, None], edges=edges),
+            smart_split(edges, codec=codec, choose_route=lambda _: route),
+        )
+        for edges in ((LocalEdge(),), (edge,))
+    ]
+    assert [made.kinds() for made in found] == [[], []]
+    assert differences(found[0].state, found[1].state) == []
