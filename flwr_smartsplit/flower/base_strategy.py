@@ -28,7 +28,12 @@ from flwr_smartsplit.flower.round_manager import (
     Phase,
     Settings,
 )
-from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
+from flwr_smartsplit.server.aggregation import (
+    Mixing,
+    Replace,
+    ServerStep,
+    state_like,
+)
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import settings_facts
 from flwr_smartsplit.types import Failure, RoundPlan
@@ -162,6 +167,15 @@ class SplitStrategy(Generic[StrategyT]):
         for key, sent in dispatch.sent.items():
             dispatch.sent[key] = replace(sent, plan=replace(sent.plan, **told))
         return dispatch
+
+    @property
+    def _changes_first(self) -> bool:
+        """Whether ``between_rounds`` has something to say before round 1."""
+        return hasattr(self._given[2].between_rounds, "first_state")
+
+    def _first_state(self, state: State) -> State:
+        between: Any = self._given[2].between_rounds
+        return state_like(state, between.first_state(state), maker=between)
 
     # --- checkpoints --------------------------------------------------------------
 

@@ -91,6 +91,13 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         self._central.summary()
         given = self.strategy.initialize_parameters(client_manager)
         state = self._take_up(_num_rounds())
+        if state is None and self._changes_first:
+            if given is None:
+                raise SmartSplitError(
+                    "between_rounds changes the first state, and Flower would ask a "
+                    "client for it: give the inner strategy initial_parameters."
+                )
+            state = self._first_state(self._state(given))
         return given if state is None else self._parameters(state)
 
     def evaluate(

@@ -76,6 +76,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         Called with each of these lines, such as ``TensorBoardRows(folder)``.
     between_rounds : Callable[[int, state, RoundSummary], state or None], optional
         Called after each training round; a state that it returns replaces the round's.
+        If it has a method ``first_state(state)``, as a ``PruneSchedule`` has, that
+        makes the state of round 1 of the initial one.
     verify : "once", "always" or False
         Before a task is first trained, train two steps beside the stock module, and
         raise ``NotExact`` at any difference: once per task, version and machine; in
@@ -146,6 +148,9 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         )
         if taken_up is not None:
             initial_arrays = to_array_record(taken_up)
+        elif self._changes_first:
+            first = self._first_state(from_array_record(initial_arrays))
+            initial_arrays = to_array_record(first)
         self._arrays = initial_arrays
         try:
             result = super().start(

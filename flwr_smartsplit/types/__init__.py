@@ -14,6 +14,7 @@ from flwr_smartsplit.types.codecs import RAW as RAW
 from flwr_smartsplit.types.codecs import codec_at as codec_at
 from flwr_smartsplit.types.constraints import NO_CONSTRAINTS as NO_CONSTRAINTS
 from flwr_smartsplit.types.constraints import Constraints as Constraints
+from flwr_smartsplit.types.costs import GATE as GATE
 from flwr_smartsplit.types.costs import BatchKind as BatchKind
 from flwr_smartsplit.types.costs import ChainProfile as ChainProfile
 from flwr_smartsplit.types.costs import Shapes as Shapes

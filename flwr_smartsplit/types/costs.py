@@ -8,6 +8,9 @@ from typing import Any, Self
 Shapes = tuple[tuple[int, ...], ...]
 """The shapes of one example's tensors: inputs, then targets."""
 
+GATE = "channel_gate"
+"""The last part of the name of each gate's unit: only open channels cross behind it."""
+
 BatchKind = int | tuple[int, Shapes]
 """A batch size; and the shapes of its examples where they are not the task's."""
 
