@@ -57,7 +57,7 @@ OLD_OTHERS = (
     "numpy==2.0.0",
     "psutil==5.9.0",
     "rich==14.0.0",
-    "safetensors==0.5.0",
+    "safetensors==0.7.0",
     "typer==0.18.0",
 )
 CORNERS = (

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from flwr_smartsplit import Defence, Route, Task, build_client_app
 from flwr_smartsplit.defence import distance_correlation
 from flwr_smartsplit.device.local_training import Conditions, train_locally
 from flwr_smartsplit.device.route_runner import RouteRunner
+from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import (
     InvalidRoute,
@@ -30,6 +32,7 @@ from flwr_smartsplit.plan.routes import RouteRequest
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.train.rng import UnitStreams
+from tests.edge.hosts.edge_process import EdgeProcess
 from tests.flower.apps import Run, make_client, message_app, run, smart_split
 from tests.tasks import (
     BATCH_SIZE,
@@ -74,17 +77,19 @@ def trained(
     task: Task,
     *,
     edges: Any = EDGES,
+    given: Any = None,
     between: Callable[[RouteRunner], None] | None = None,
     noise_seed: int | None = 5,
     budgets: Any = (None,) * 4,
     **changes: Any,
 ) -> Run:
-    """Run two rounds of four clients."""
+    """Run two rounds of four clients, given the strategy's edges or others."""
 
     def app(index: int) -> Any:
         def client_fn(context: Context) -> Any:
             own = {"context": context, "noise_seed": noise_seed, "task": task}
-            client = make_client(index, budgets[index], edges=edges, **own)
+            known = edges if given is None else given
+            client = make_client(index, budgets[index], edges=known, **own)
             client._conditions = replace(client._conditions, between_steps=between)
             return client
 
@@ -113,6 +118,34 @@ def test_every_route_gives_the_bits_of_whole_models(
     assert differences(found.state, truth.state) == []
     plain = whole(replace(task, defence=None))
     assert len(differences(plain.state, truth.state)) > 10
+
+
+def build_defended_task() -> Task:
+    """Build what ``smartsplit edge`` serves below."""
+    return replace(TASK, defence=BOTH)
+
+
+def differences_over(edge: Edge, *, given: Any = None) -> list[str]:
+    """Run split and u-shaped clients over an edge; compare with whole models."""
+    task = build_defended_task()
+    routes = {"c1": Route.split(5), "c2": Route.u_shape(4, 8)}
+
+    def choose(request: RouteRequest) -> Route:
+        return routes.get(request.device.client_key, Route.whole())
+
+    truth = whole(task)
+    found = trained(task, edges=(edge,), given=given, choose_route=choose)
+    assert found.kinds() == truth.kinds() == []
+    return differences(found.state, truth.state)
+
+
+@pytest.mark.slow
+def test_it_is_the_same_over_a_network(tmp_path: Path) -> None:
+    """NoPeek's gradient and the noise come from the device, wherever the edge is."""
+    served = "tests.test_defence:build_defended_task"
+    process = EdgeProcess(tmp_path, model=served).start()
+    assert differences_over(process.edge(), given=()) == []
+    assert process.stop() == 0
 
 
 @pytest.mark.every(3)

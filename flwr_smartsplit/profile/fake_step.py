@@ -120,6 +120,7 @@ class StepLogger:
             )
         start = self._dry.run(0)
         self._left_bytes = _left_by_forward(self._dry, start)
+        self._may_grow = False
         self._loss_bytes = _kept_bytes(self._dry)
 
     def log(
@@ -147,13 +148,15 @@ class StepLogger:
                 self._sparse,
             ),
         )
-        if left < self._left_bytes or dry.meter.live_bytes > before:
-            self._require_steady_memory()
+        grows = left < self._left_bytes or dry.meter.live_bytes > before
+        self._may_grow = self._may_grow or grows
         self._left_bytes = left
         return log
 
-    def _require_steady_memory(self) -> None:
+    def require_steady_memory(self) -> None:
         """Refuse a model that keeps more with each step, by one without log."""
+        if not self._may_grow:
+            return
         gc.collect()
         before = self._dry.meter.live_bytes
         self._dry.run(1)

@@ -111,6 +111,7 @@ def _dry_run(chain: Chain, batch_size: int, task: Task) -> ChainProfile:
         units = _unit_costs(chain, logs, batch_size, task)
         steps, loss = step_bytes(chain, log)
         selective = selective_steps(chain, logger, log)
+        logger.require_steady_memory()  # Whatever else grows has been named.
     except InvalidTask:
         raise
     except Exception as error:

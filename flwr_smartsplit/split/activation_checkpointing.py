@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -110,6 +111,9 @@ def statistics_kept(root: nn.Module) -> Iterator[None]:
     try:
         for norm in norms:
             norm.momentum, norm._buffers["num_batches_tracked"] = 0.0, None
+            if isinstance(norm, nn.SyncBatchNorm):  # It insists on counting.
+                count = torch.zeros((), dtype=torch.long)
+                norm._buffers["num_batches_tracked"] = count
             if isinstance(norm, _InstanceNorm):
                 for name in ("running_mean", "running_var"):
                     norm._buffers[name] = getattr(norm, name).clone()

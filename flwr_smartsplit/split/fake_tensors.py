@@ -61,6 +61,31 @@ def _storage_numel(func: Any, args: Any, result: Tensor) -> int:
     return result.numel()
 
 
+def _with_room(tensor: Tensor, numel: int) -> Tensor:
+    """Make a tensor anew, at the start of a storage for so many values."""
+    room = tensor.new_empty(numel)
+    return room.as_strided(tensor.shape, tensor.stride())
+
+
+# Their kernels shrink lists of indices that they have made one longer.
+_BAGS = {
+    _aten._embedding_bag.default,
+    _aten._embedding_bag_forward_only.default,
+}
+_LAST_OFFSET = 7  # The position of include_last_offset among their arguments.
+
+
+def _with_room_for_last(args: Any, kwargs: Any, result: Any) -> Any:
+    """Return what a bag returns, with the room that its lists have."""
+    values, bags, sizes, places = result
+    if bags.numel():
+        bags = _with_room(bags, bags.numel() + 1)
+    has_last = args[_LAST_OFFSET] if len(args) > _LAST_OFFSET else False
+    if kwargs.get("include_last_offset", has_last):
+        sizes = _with_room(sizes, sizes.numel() + 1)
+    return values, bags, sizes, places
+
+
 _MASKED = {
     _aten.native_batch_norm_backward.default,
     _aten.convolution_backward.default,
@@ -119,8 +144,10 @@ class DryRun(FakeTensorMode):
                 keep_parts(func, args, result)
         if func in _LIKE_INPUT or func in _LIKE_TERMS:
             with self:
-                room = result.new_empty(_storage_numel(func, args, result))
-                return room.as_strided(result.shape, result.stride())
+                return _with_room(result, _storage_numel(func, args, result))
+        if func in _BAGS:
+            with self:
+                return _with_room_for_last(args, kwargs or {}, result)
         if func in _SUGGESTED:
             layout = suggest_memory_format(args[_SUGGESTED[func]])
         elif func in _PACKED:

@@ -141,6 +141,8 @@ def _built_on_meta(
         with _own_chance(turn) as has_drawn, parameters_on_meta(emptier), draws:
             model = _checked(model_fn())
             drew = draws.count > 0 or has_drawn()
+        if draws.lacks:
+            raise _NeedsValues(f"{draws.lacks} does nothing without them")
         return model, _Findings(model, emptier), drew
 
     model, findings, drew = build()
@@ -236,19 +238,27 @@ class _NeedsValues(Exception):
 
 
 class _Draws(TorchDispatchMode):
-    """Count draws of values, and draw others where a parameter on meta draws none."""
+    """Count draws of values, and draw others where a parameter on meta draws none.
+
+    It notes what does not run on meta: torch's parametrizations ignore that.
+    """
 
     def __init__(self, num_other: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._num_other = num_other
         self.count = 0
+        self.lacks = ""  # An operator that needs values; its caller may go on without.
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operator."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except NotImplementedError:
+            self.lacks = str(func)
+            raise
         if torch.Tag.nondeterministic_seeded in func.tags:
             if any(leaf.is_meta for leaf in tree_leaves(result)):
                 torch.rand(self._num_other, generator=kwargs.get("generator"))

@@ -151,13 +151,18 @@ class _CpuWatch(Thread):
         return sum(self._seconds.values())
 
 
-@contextmanager
-def deployed(folder: Path) -> Iterator[Deployment]:
-    """Start the deployment, and stop it."""
+def copy_apps(folder: Path) -> None:
+    """Copy both apps, to change the copies."""
     for app in (BEFORE, AFTER):
         place = EXAMPLES / "existing_fedavg_app" / app
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(place, folder / app, ignore=ignored)
+
+
+@contextmanager
+def deployed(folder: Path) -> Iterator[Deployment]:
+    """Start the deployment, and stop it."""
+    copy_apps(folder)
     module = launcher()
     module.HERE, module.TASK = folder / AFTER, _TASK
     with launched(folder / "deployment") as started:

@@ -99,7 +99,7 @@ def _calls(port: int, roots: bytes, process: str) -> Iterator[tuple[str, str, bo
             if process == "edge":
                 yield from _talks(channel, how)
     if process == "edge":
-        yield from _requests(Address(f"localhost:{port}", True, roots))
+        yield from requests_without_secrets(Address(f"localhost:{port}", True, roots))
 
 
 def _flowers_methods() -> Iterator[str]:
@@ -142,7 +142,7 @@ def _talks(channel: Any, how: str) -> Iterator[tuple[str, str, bool]]:
         yield f"{how}{what}", type(answer).__name__, not is_refused
 
 
-def _requests(address: Address) -> Iterator[tuple[str, str, bool]]:
+def requests_without_secrets(address: Address) -> Iterator[tuple[str, str, bool]]:
     """Send the edge requests of a strategy or a client, without their secrets."""
     keys = RunKeys()
     text = str(address)

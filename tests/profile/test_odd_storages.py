@@ -69,9 +69,9 @@ class Tokens(nn.Module):
 class Bags(nn.Module):
     """Bags of embeddings."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, **how: Any) -> None:
         super().__init__()
-        self.embed = nn.EmbeddingBag(200, 16, mode=mode, sparse=True)
+        self.embed = nn.EmbeddingBag(200, 16, mode=mode, **how)
         self.middle, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -80,12 +80,30 @@ class Bags(nn.Module):
         return outputs
 
 
+class OffsetBags(Bags):
+    """The same, from a flat list and where bags begin and end."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode, include_last_offset=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Score a bag of words."""
+        offsets = torch.arange(0, tokens.numel() + 1, tokens.shape[1])
+        values = self.embed(tokens.flatten(), offsets)
+        outputs: Tensor = self.last(self.middle(values).relu())
+        return outputs
+
+
 CASES: dict[str, tuple[Any, Tensor]] = {
     "unfold": (Unfolded, IMAGES),
     "unfold with strides": (partial(Unfolded, stride=3), IMAGES),
     "fold": (Folded, IMAGES),
     "few tokens": (Tokens, TOKENS),
-    "bags": (partial(Bags, "sum"), TOKENS),
+    "sparse bags": (partial(Bags, "sum", sparse=True), TOKENS),
+    "means of bags": (partial(Bags, "mean"), TOKENS),
+    "maxima of bags": (partial(Bags, "max"), TOKENS),
+    "bags with padding": (partial(Bags, "sum", padding_idx=3), TOKENS),
+    "bags with an end": (partial(OffsetBags, "mean"), TOKENS),
     "many tokens": (partial(Tokens, size=2000, width=64), TOKENS),
 }
 
@@ -117,6 +135,7 @@ def errors(each: Task) -> list[int]:
     return found
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CASES)
 def test_peaks_are_predicted_to_the_byte(name: str) -> None:
     assert set(errors(task(name))) == {0}
@@ -126,6 +145,12 @@ def test_a_result_without_room_would_be_seen(monkeypatch: pytest.MonkeyPatch) ->
     """Planted: storages as the shapes say."""
     monkeypatch.setattr(fake_tensors, "_LIKE_INPUT", set())
     assert min(errors(task("unfold"))) < 0
+
+
+def test_an_index_without_room_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: bags whose lists are as long as they say."""
+    monkeypatch.setattr(fake_tensors, "_BAGS", set())
+    assert min(errors(task("means of bags"))) < 0
 
 
 def test_a_sparse_gradient_without_parts_would_be_seen(

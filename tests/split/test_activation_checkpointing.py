@@ -43,6 +43,7 @@ class ByChannel(nn.Module):
 LAYERS: dict[str, Callable[[], Sequence[nn.Module]]] = {
     "batch norm": lambda: [nn.BatchNorm2d(4)],
     "average of all batches": lambda: [nn.BatchNorm2d(4, momentum=None)],
+    "batch norm of several devices": lambda: [nn.SyncBatchNorm(4)],
     "instance norm": lambda: [nn.InstanceNorm2d(4, track_running_stats=True)],
     "group norm": lambda: [nn.GroupNorm(2, 4)],
     "layer norm": lambda: [ByChannel(4)],

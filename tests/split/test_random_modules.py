@@ -324,6 +324,17 @@ ONCE_WRONG = {
     ),
     "memory of a constant was not counted": between(partial(made.Constant, nn.Tanh, 4)),
     "y += x was traced as y = y + x": between(Op(ops.shifted)),
+    "what dropout leaves alone in evaluation crossed as two tensors": replace(
+        between(
+            partial(
+                made.Skips,
+                "added",
+                partial(Steps, partial(nn.Dropout, 0.3), partial(nn.Dropout, 0.3)),
+                partial(Steps, Op(ops.start_doubled)),
+            )
+        ),
+        max_boundary_tensors=3,
+    ),
     "torch crashed at a hook of a view": replace(
         between(),
         build=partial(Steps, partial(nn.Linear, 4, 4), Op(ops.written_by_another_name)),

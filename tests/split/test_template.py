@@ -302,6 +302,11 @@ WORK = {
     "weight norm": normed(parametrizations.weight_norm),
     "spectral norm": normed(parametrizations.spectral_norm),
     "orthogonal parametrization": normed(parametrizations.orthogonal),
+    "orthogonal parametrization of a wide layer": normed(
+        lambda _: nn.Sequential(
+            parametrizations.orthogonal(nn.Linear(8, 16)), nn.Linear(16, 8)
+        )
+    ),
     "skip init": skipped_init,
     "lazy layer, called": lazy_and_called,
     "recurrent": recurrent,

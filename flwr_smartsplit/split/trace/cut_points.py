@@ -36,17 +36,18 @@ def used_by(node: fx.Node) -> list[fx.Node]:
 
 def admissible_cuts(
     model: nn.Module,
-    train_graph: fx.Graph,
-    eval_graph: fx.Graph,
-    facts: dict[fx.Node, NodeFacts],
+    graphs: tuple[fx.Graph, fx.Graph],
+    known: tuple[dict[fx.Node, NodeFacts], dict[fx.Node, NodeFacts]],
     *,
     max_tensors: int = 1,
 ) -> tuple[list[tuple[Place, Place]], dict[str, str]]:
     """Keep the places that can be cut without changing a number.
 
     Returns pairs of the same place in the training and the evaluation graph, in order;
-    and the reason for each other place with at most ``max_tensors`` live tensors.
+    and the reason for each other place with at most ``max_tensors`` live tensors. What
+    is ``known`` of evaluation may be nothing, where no operation writes in place.
     """
+    (train_graph, eval_graph), (facts, eval_facts) = graphs, known
     order = {node: index for index, node in enumerate(eval_graph.nodes)}
     reached = grad_nodes(facts[list(train_graph.nodes)[-1]].value)
     others = {n.name: p for n, p in live_places(eval_graph, max_tensors).items()}
@@ -63,8 +64,10 @@ def admissible_cuts(
             elif [n.name for n in other.tensors] != [n.name for n in place.tensors]:
                 reason = "evaluation mode needs other tensors after it"
             else:
-                reason = _tied(model, facts, node, other.node) or _kept_apart(
-                    facts, node, other.node
+                reason = (
+                    _tied(model, facts, node, other.node)
+                    or _kept_apart(facts, node, other.node)
+                    or _one_in_evaluation(eval_facts, other)
                 )
         if reason is None and other is not None:
             kept.append((place, other))
@@ -214,6 +217,27 @@ def overwritten(value: Any, later: Mapping[str, NodeFacts]) -> str | None:
     for name, facts in later.items():
         if facts.written & storages:
             return f"{name} writes into it, or a view of it, in place"
+    return None
+
+
+def _one_in_evaluation(facts: Mapping[fx.Node, NodeFacts], place: Place) -> str | None:
+    """Say which later operation writes into two tensors of a place at once, or None.
+
+    Where dropout does nothing, its result is what it was given; beyond a cut they would
+    be two.
+    """
+    if not facts:
+        return None
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for node in place.tensors:
+        storages = storages_of(facts[node].value)
+        shared |= seen & storages
+        seen |= storages
+    _, after = _sides(place.node)
+    for node in after:
+        if node.op != "output" and facts[node].written & shared:
+            return f"{node.name} writes into two of its tensors at once in evaluation"
     return None
 
 

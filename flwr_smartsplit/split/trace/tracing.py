@@ -214,7 +214,11 @@ def trace_units(
         _refuse_lost_writes(train_graph, facts)
         is_other = bool(eval_kept) or not _is_same(model, train_graph, eval_graph)
         # A dropout may be an alias in evaluation only.
-        if is_other or any(AUGMENTED in node.meta for node in eval_graph.nodes):
+        writes = any(AUGMENTED in node.meta for node in eval_graph.nodes)
+        if max_boundary_tensors > 1:
+            writes = writes or any(fact.written for fact in facts.values())
+        eval_facts = {}
+        if is_other or writes:
             eval_facts = find_facts(
                 *(model.eval(), eval_graph, example_inputs, eval_kept),
                 compares=is_other,
@@ -224,7 +228,10 @@ def trace_units(
             read_sizes_early(train_graph)
             read_sizes_early(eval_graph)
         cuts, refusals = admissible_cuts(
-            model, train_graph, eval_graph, facts, max_tensors=max_boundary_tensors
+            model,
+            (train_graph, eval_graph),
+            (facts, eval_facts),
+            max_tensors=max_boundary_tensors,
         )
         train_parts = _pieces(train_graph, [train for train, _ in cuts])
         eval_parts = _pieces(eval_graph, [evaluate for _, evaluate in cuts])

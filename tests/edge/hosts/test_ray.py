@@ -15,6 +15,7 @@ from flwr_smartsplit.types import EDGE, ClientReply
 from tests.faults import tail_files
 from tests.server.one_round import ROUND, fedavg, settle, start
 from tests.tasks import differences
+from tests.test_defence import differences_over
 
 pytestmark = pytest.mark.ray
 
@@ -76,3 +77,10 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
         transport.send(wire.IsHeld("nothing"))
     with pytest.raises(EdgeUnreachable, match="not running in namespace"):
         edge.connect(address)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_defended_run_is_the_same_over_ray() -> None:
+    """Its noise comes from the devices, whichever process the edge is."""
+    assert differences_over(RayEdge()) == []
