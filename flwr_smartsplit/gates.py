@@ -212,8 +212,13 @@ def gated(
         raise ValueError(f"channels is {channels}: a gate has at least 1.")
     if not 0 <= strength < float("inf"):
         raise ValueError(f"strength is {strength}: give a finite number of at least 0.")
-    how = {"encoder": encoder, "channels": channels, "strength": strength}
-    return partial(_gated, model_fn, after, **how)
+    return partial(
+        _gated,
+        *(model_fn, after),
+        encoder=encoder,
+        channels=channels,
+        strength=strength,
+    )
 
 
 def _gated(
@@ -260,7 +265,8 @@ def _gated(
     for name, part in parts.items():
         module.add_module(name, part)
     if type(module).forward is not nn.Sequential.forward:  # That one runs all it has.
-        module.__class__ = _then(type(module), tuple(parts))
+        kind: Any = type(module)
+        module.__class__ = _then(kind, tuple(parts))
     return model
 
 
