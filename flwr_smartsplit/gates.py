@@ -237,8 +237,6 @@ def _gated(
             f"does not have: {', '.join(filter(None, modules))}."
         )
     module = modules[after]
-    if hasattr(module, GATE):
-        raise InvalidTask(f"there is a gate after {after!r} already.")
     if encoder or channels is None:
         before = _num_channels(model, module, after)
         channels = before if channels is None else channels
@@ -249,25 +247,36 @@ def _gated(
         GATE_END: GateEnd(channels, after),
     }
     if encoder:
-        parts = {
-            "encode": nn.Sequential(
-                _ImageConv2d(before, channels, 3, padding=1, dtype=dtype),
-                nn.BatchNorm2d(channels, eps=1e-4, momentum=0.03, dtype=dtype),
-                nn.Sigmoid(),
-            ),
-            **parts,
-            "decode": nn.Sequential(
-                nn.ConvTranspose2d(channels, before, 3, padding=1, dtype=dtype),
-                nn.BatchNorm2d(before, dtype=dtype),
-                nn.ReLU(),
-            ),
-        }
+        parts = _encoded(parts, before, channels, dtype)
+    taken = [name for name in parts if hasattr(module, name)]
+    if taken:
+        raise InvalidTask(
+            f"{after!r} has {', '.join(taken)} already, where the gate would be: give "
+            "another module, or encoder=False."
+        )
     for name, part in parts.items():
         module.add_module(name, part)
     if type(module).forward is not nn.Sequential.forward:  # That one runs all it has.
         kind: Any = type(module)
         module.__class__ = _then(kind, tuple(parts))
     return model
+
+
+def _encoded(
+    parts: dict[str, nn.Module], before: int, channels: int, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Put an encoder before a gate, and a decoder behind it."""
+    encode = nn.Sequential(
+        _ImageConv2d(before, channels, 3, padding=1, dtype=dtype),
+        nn.BatchNorm2d(channels, eps=1e-4, momentum=0.03, dtype=dtype),
+        nn.Sigmoid(),
+    )
+    decode = nn.Sequential(
+        nn.ConvTranspose2d(channels, before, 3, padding=1, dtype=dtype),
+        nn.BatchNorm2d(before, dtype=dtype),
+        nn.ReLU(),
+    )
+    return {"encode": encode, **parts, "decode": decode}
 
 
 class _ImageConv2d(nn.Conv2d):

@@ -146,11 +146,10 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         taken_up = self._take_up(
             num_rounds, **{k: _given(c) for k, c in configs.items()}
         )
+        if taken_up is None and self._changes_first:
+            taken_up = self._first_state(from_array_record(initial_arrays))
         if taken_up is not None:
             initial_arrays = to_array_record(taken_up)
-        elif self._changes_first:
-            first = self._first_state(from_array_record(initial_arrays))
-            initial_arrays = to_array_record(first)
         self._arrays = initial_arrays
         try:
             result = super().start(
