@@ -168,24 +168,29 @@ class SplitStrategy(Generic[StrategyT]):
             dispatch.sent[key] = replace(sent, plan=replace(sent.plan, **told))
         return dispatch
 
-    @property
-    def _changes_first(self) -> bool:
-        """Whether ``between_rounds`` has something to say before round 1."""
-        return hasattr(self._given[2].between_rounds, "first_state")
-
-    def _first_state(self, state: State) -> State:
+    def _first_state(self, given: Callable[[], State]) -> State | None:
+        """Let ``between_rounds`` change the first state; None if it does not."""
         between: Any = self._given[2].between_rounds
+        if not hasattr(between, "first_state"):
+            return None
+        state = given()
         return state_like(state, between.first_state(state), maker=between)
 
     # --- checkpoints --------------------------------------------------------------
 
-    def _take_up(self, num_rounds: int | None, **configs: Any) -> State | None:
-        """Go on from the newest checkpoint; return its state, or None to start anew."""
+    def _take_up(
+        self, num_rounds: int | None, first: Callable[[], State], **configs: Any
+    ) -> State | None:
+        """Go on from the newest checkpoint; return its state, or None to start anew.
+
+        ``between_rounds`` may have another first state than the one given.
+        """
 
         def settings() -> dict[str, str]:
             return {**self._settings, **settings_facts(self._central.task, configs)}
 
-        return self._record.begin(num_rounds, lambda: self._start.digest, settings)
+        saved = self._record.begin(num_rounds, lambda: self._start.digest, settings)
+        return self._first_state(first) if saved is None else saved
 
     @cached_property
     def _settings(self) -> dict[str, str]:

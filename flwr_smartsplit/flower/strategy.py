@@ -143,11 +143,10 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         num_planned = len(self.round_plans)
         configs = {"train_config": train_config, "evaluate_config": evaluate_config}
         self._evaluate_fn = evaluate_fn
+        first = partial(from_array_record, initial_arrays)
         taken_up = self._take_up(
-            num_rounds, **{k: _given(c) for k, c in configs.items()}
+            num_rounds, first, **{k: _given(c) for k, c in configs.items()}
         )
-        if taken_up is None and self._changes_first:
-            taken_up = self._first_state(from_array_record(initial_arrays))
         if taken_up is not None:
             initial_arrays = to_array_record(taken_up)
         self._arrays = initial_arrays

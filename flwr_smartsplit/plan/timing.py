@@ -127,7 +127,7 @@ def round_seconds(
 
 def over_limit(
     work: Work, device: DeviceProfile, edges: Sequence[EdgeProfile]
-) -> tuple[float, int] | None:
+) -> tuple[int, int] | None:
     """Say what a round would send over a link that may not carry it, and its limit.
 
     None if all of the device's links may, to whichever of the edges it goes.
@@ -146,7 +146,7 @@ def over_limit(
     return None
 
 
-def why_over_limit(num_bytes: float, limit: int) -> str:
+def why_over_limit(num_bytes: int, limit: int) -> str:
     """Say why no route is left, with the least bytes that one would send."""
     return (
         f"no route sends so little: {bytes_text(num_bytes)} in a round, and its link "
