@@ -28,15 +28,6 @@ def test_no_index_is_asked_for_the_package() -> None:
     assert "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION" in script
 
 
-def test_an_app_without_the_package_says_how_to_install_it(tmp_path: Path) -> None:
-    """On each machine, by whoever imports the app."""
-    # Without the site's packages, as in an environment that lacks it.
-    code = f"import sys; sys.path[:] = [{str(EXAMPLE)!r}, *sys.path]; import digits_app"
-    command = [sys.executable, "-I", "-S", "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "Not by its name" in run.stderr
-
-
 @pytest.mark.slow
 def test_it_trains_over_both_apis_with_and_without_tls(tmp_path: Path) -> None:
     """The routes that its page promises, the same result, and no process left."""

@@ -15,13 +15,6 @@ APPS = sorted(
     for file in ROOT.glob("examples/**/pyproject.toml")
     if file.parent.name != "before"
 )
-HIDDEN = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name: "smartsplit" not in name and find(name) or None
-sys.path.insert(0, ".")
-import {}
-"""
 
 
 def names(file: str) -> set[str]:
@@ -47,12 +40,9 @@ def test_no_app_names_a_package_that_no_index_has(app: Path) -> None:
 def test_each_says_how_to_install_it(app: Path) -> None:
     """Before anything else is imported."""
     (package,) = (file.parent.name for file in app.glob("*/__init__.py"))
-    run = subprocess.run(
-        [sys.executable, "-c", HIDDEN.format(package)],
-        cwd=app,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # Without the site's packages, as in an environment that lacks it.
+    code = f"import sys; sys.path.insert(0, {str(app)!r}); import {package}"
+    command = [sys.executable, "-I", "-S", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert f"{package} needs flwr_smartsplit in this environment" in run.stderr
     assert "pip install /path/to/flwr_smartsplit" in run.stderr
