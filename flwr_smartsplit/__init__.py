@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.flower.observations import measured_seconds as measured_seconds
     from flwr_smartsplit.flower.planning import Planning as Planning
     from flwr_smartsplit.flower.strategy import SmartSplit as SmartSplit
+    from flwr_smartsplit.gates import gated as gated
     from flwr_smartsplit.memory.budget import MemoryBudget as MemoryBudget
     from flwr_smartsplit.memory.cap import memory_cap as memory_cap
     from flwr_smartsplit.plan.advisor import StragglerAdvisor as StragglerAdvisor
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.plan.coding import CodecRequest as CodecRequest
     from flwr_smartsplit.plan.coding import codec_by_rate as codec_by_rate
     from flwr_smartsplit.plan.routes import RouteRequest as RouteRequest
+    from flwr_smartsplit.plan.routes import cut_at_gate as cut_at_gate
     from flwr_smartsplit.plan.routes import deepest_split as deepest_split
     from flwr_smartsplit.plan.routes import deepest_u_shape as deepest_u_shape
     from flwr_smartsplit.plan.routes import first_that_fits as first_that_fits
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
         SelectByUtility as SelectByUtility,
     )
     from flwr_smartsplit.profile.profile import profile_chain as profile_chain
+    from flwr_smartsplit.server.gate_schedule import GatePhase as GatePhase
+    from flwr_smartsplit.server.gate_schedule import PruneSchedule as PruneSchedule
     from flwr_smartsplit.split.chain import Chain as Chain
     from flwr_smartsplit.split.segment import Unit as Unit
     from flwr_smartsplit.task import Task as Task
@@ -78,16 +82,20 @@ _NAMES_BY_MODULE = {
     "flower.observations": "measured_seconds",
     "flower.planning": "Planning",
     "flower.strategy": "SmartSplit",
+    "gates": "gated",
     "memory.budget": "MemoryBudget",
     "memory.cap": "memory_cap",
     "plan.advisor": "StragglerAdvisor",
     "plan.checkpointing.peak_memory": "predicted_peak_bytes",
     "plan.checkpointing.plan": "plan_recompute",
     "plan.coding": "CodecRequest codec_by_rate",
-    "plan.routes": "RouteRequest deepest_split deepest_u_shape first_that_fits",
+    "plan.routes": (
+        "RouteRequest cut_at_gate deepest_split deepest_u_shape first_that_fits"
+    ),
     "plan.selection.selection": "Selection SelectionRequest select_at_random",
     "plan.selection.utility": "SelectByUtility",
     "profile.profile": "profile_chain",
+    "server.gate_schedule": "GatePhase PruneSchedule",
     "split.chain": "Chain",
     "split.segment": "Unit",
     "task": "Task",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from flwr_smartsplit.loss_terms import with_loss
 from flwr_smartsplit.types.sizes import plain, whole
 
 _LEAST_SQUARE = 1e-12  # Below it, two examples count as equal.
@@ -78,15 +79,13 @@ class Defence:
                 "a defence with neither nopeek nor noise does nothing: leave it out."
             )
 
-    def __call__(
-        self, root: Any, value: Any, batch: Any, loss_divisor: float = 1.0
-    ) -> Any:
+    def __call__(self, root: Any, value: Any, batch: Any) -> Any:
         """Pass a unit's value on; add the loss's gradient, and clip and noise it."""
         tensors = value if type(value) is tuple else (value,)
         if self.nopeek and root.training and any(t.requires_grad for t in tensors):
-            term = self.nopeek / loss_divisor * distance_correlation(batch, tensors)
+            term = distance_correlation(batch, tensors)
             place = next(i for i, t in enumerate(tensors) if t.requires_grad)
-            added = _WithLoss.apply(tensors[place], term)
+            added = with_loss(tensors[place], term, self.nopeek)
             tensors = (*tensors[:place], added, *tensors[place + 1 :])
         if self.clip is not None:
             tensors = _noised(tensors, self.clip, self.clip * self.noise)
@@ -195,19 +194,3 @@ def _noised(
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.element_size() < torch.float32.itemsize else tensor
-
-
-class _WithLoss(torch.autograd.Function):
-    """Pass a tensor on; in backward, a term of the loss begins here, too."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, term: Tensor) -> Tensor:
-        """Return the tensor."""
-        ctx.save_for_backward(torch.ones_like(term))
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient, and 1 for the term."""
-        (one,) = ctx.saved_tensors
-        return gradient, one

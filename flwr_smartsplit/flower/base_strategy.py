@@ -29,7 +29,12 @@ from flwr_smartsplit.flower.round_manager import (
     Settings,
 )
 from flwr_smartsplit.plan.coding import CodecChoice, check_choice
-from flwr_smartsplit.server.aggregation import Mixing, Replace, ServerStep
+from flwr_smartsplit.server.aggregation import (
+    Mixing,
+    Replace,
+    ServerStep,
+    state_like,
+)
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import settings_facts
 from flwr_smartsplit.types import RAW, Failure, RoundPlan
@@ -166,15 +171,29 @@ class SplitStrategy(Generic[StrategyT]):
             dispatch.sent[key] = replace(sent, plan=replace(sent.plan, **told))
         return dispatch
 
+    def _first_state(self, given: Callable[[], State]) -> State | None:
+        """Let ``between_rounds`` change the first state; None if it does not."""
+        between: Any = self._given[2].between_rounds
+        if not hasattr(between, "first_state"):
+            return None
+        state = given()
+        return state_like(state, between.first_state(state), maker=between)
+
     # --- checkpoints --------------------------------------------------------------
 
-    def _take_up(self, num_rounds: int | None, **configs: Any) -> State | None:
-        """Go on from the newest checkpoint; return its state, or None to start anew."""
+    def _take_up(
+        self, num_rounds: int | None, first: Callable[[], State], **configs: Any
+    ) -> State | None:
+        """Go on from the newest checkpoint; return its state, or None to start anew.
+
+        ``between_rounds`` may have another first state than the one given.
+        """
 
         def settings() -> dict[str, str]:
             return {**self._settings, **settings_facts(self._central.task, configs)}
 
-        return self._record.begin(num_rounds, lambda: self._start.digest, settings)
+        saved = self._record.begin(num_rounds, lambda: self._start.digest, settings)
+        return self._first_state(first) if saved is None else saved
 
     @cached_property
     def _settings(self) -> dict[str, str]:

@@ -90,7 +90,16 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         """Return the initial parameters; without any, Flower asks a client."""
         self._central.summary()
         given = self.strategy.initialize_parameters(client_manager)
-        state = self._take_up(_num_rounds())
+
+        def first() -> Mapping[str, Any]:
+            if given is None:
+                raise SmartSplitError(
+                    "between_rounds changes the first state, and Flower would ask a "
+                    "client for it: give the inner strategy initial_parameters."
+                )
+            return self._state(given)
+
+        state = self._take_up(_num_rounds(), first)
         return given if state is None else self._parameters(state)
 
     def evaluate(

@@ -80,6 +80,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         Called with each of these lines, such as ``TensorBoardRows(folder)``.
     between_rounds : Callable[[int, state, RoundSummary], state or None], optional
         Called after each training round; a state that it returns replaces the round's.
+        If it has a method ``first_state(state)``, as a ``PruneSchedule`` has, that
+        makes the state of round 1 of the initial one.
     verify : "once", "always" or False
         Before a task is first trained, train two steps beside the stock module, and
         raise ``NotExact`` at any difference: once per task, version and machine; in
@@ -145,8 +147,9 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         num_planned = len(self.round_plans)
         configs = {"train_config": train_config, "evaluate_config": evaluate_config}
         self._evaluate_fn = evaluate_fn
+        first = partial(from_array_record, initial_arrays)
         taken_up = self._take_up(
-            num_rounds, **{k: _given(c) for k, c in configs.items()}
+            num_rounds, first, **{k: _given(c) for k, c in configs.items()}
         )
         if taken_up is not None:
             initial_arrays = to_array_record(taken_up)

@@ -17,7 +17,7 @@ from flwr_smartsplit.plan.selection.history import NO_HISTORY, History
 from flwr_smartsplit.plan.selection.selection import Select, SelectionRequest
 from flwr_smartsplit.plan.selection.speed_estimates import with_speeds
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
-from flwr_smartsplit.plan.timing import round_seconds
+from flwr_smartsplit.plan.timing import over_limit, round_seconds, why_over_limit
 from flwr_smartsplit.types import (
     NO_CONSTRAINTS,
     RAW,
@@ -201,6 +201,10 @@ def _routed(
             unfit[device.client_key] = str(error)
             continue
         edge = edges[option.route.edges()[0]] if option.route.edges() else None
+        over = over_limit(option.work, device, [] if edge is None else [edge])
+        if over is not None:
+            unfit[device.client_key] = why_over_limit(*over)
+            continue
         known = round_seconds(option.work, device, edge)
         seconds = nan if known is None else known
         space, only = SearchSpace(request.profile, (option,)), np.zeros(1, np.int64)

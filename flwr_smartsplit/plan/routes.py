@@ -1,6 +1,7 @@
 """Choose a client's route by a function, and check what that function chose."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from flwr_smartsplit.errors import InvalidRoute, NoFeasibleRoute, bytes_text
@@ -12,6 +13,7 @@ from flwr_smartsplit.plan.checkpointing.plan import (
 )
 from flwr_smartsplit.plan.search_space import option_of, split_routes, u_shape_routes
 from flwr_smartsplit.types import (
+    GATE,
     KEEP_ALL,
     NO_CONSTRAINTS,
     ChainProfile,
@@ -109,6 +111,39 @@ def deepest_u_shape(request: RouteRequest) -> Route:
     """
     routes = u_shape_routes(request.num_units, edge=request.edge)
     return first_that_fits(routes, request)
+
+
+def cut_at_gate(request: RouteRequest) -> Route:
+    """Choose the cut behind a gate, so that only its open channels cross.
+
+    The deepest gate that fits; else what ``deepest_split`` chooses, which computes the
+    same, and sends all of a boundary.
+
+    Parameters
+    ----------
+    request : RouteRequest
+        The client, the costs and the edges.
+
+    Raises
+    ------
+    InvalidRoute
+        If no cut lies behind a gate.
+    NoFeasibleRoute
+        With the least bytes that would do.
+    """
+    names = [unit.name.rpartition(".")[2] for unit in request.profile.units]
+    cuts = [index + 1 for index, name in enumerate(names) if name == GATE]
+    if not cuts:
+        raise InvalidRoute(
+            "cut_at_gate finds no gate that a cut follows: wrap Task.model_fn in "
+            "gated(model_fn, after=...), with a module that no skip connection spans, "
+            "or with Task(max_boundary_tensors=...)."
+        )
+    if request.edge is not None:
+        at_gates = [Route.split(cut, edge=request.edge) for cut in reversed(cuts)]
+        with suppress(NoFeasibleRoute):
+            return first_that_fits(at_gates, request)
+    return deepest_split(request)
 
 
 def first_that_fits(routes: Iterable[Route], request: RouteRequest) -> Route:

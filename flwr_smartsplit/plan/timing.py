@@ -7,6 +7,7 @@ long a round would have taken on a fleet.
 from collections.abc import Sequence
 from math import inf
 
+from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.plan.checkpointing.plan import extra_flops
 from flwr_smartsplit.types import (
     KEEP_ALL,
@@ -126,3 +127,33 @@ def round_seconds(
         edge_flops_per_second=edge_flops,
     )
     return device.num_steps * each + transfer_seconds(work.state_bytes, home)
+
+
+def over_limit(
+    work: Work, device: DeviceProfile, edges: Sequence[EdgeProfile]
+) -> tuple[int, int] | None:
+    """Say what a round would send over a link that may not carry it, and its limit.
+
+    None if all of the device's links may, to whichever of the edges it goes.
+    """
+    both_ways = 2 * work.boundary_bytes - work.unsent_bytes - work.unreturned_bytes
+    stepped, state = device.num_steps * both_ways, 2 * work.state_bytes
+    traits = device.traits
+    shares_home = any(edge.name not in traits.edge_links for edge in edges)
+    asked = [(traits.link, state + stepped * shares_home)]
+    own = [traits.edge_links[e.name] for e in edges if e.name in traits.edge_links]
+    asked += [(link, stepped) for link in own]
+    for link, num_bytes in asked:
+        limit = None if link is None else link.most_bytes_per_round
+        if limit is not None and num_bytes > limit:
+            return num_bytes, limit
+    return None
+
+
+def why_over_limit(num_bytes: int, limit: int) -> str:
+    """Say why no route is left, with the least bytes that one would send."""
+    return (
+        f"no route sends so little: {bytes_text(num_bytes)} in a round, and its link "
+        f"may carry {bytes_text(limit)}. Raise Link(most_bytes_per_round=...), make "
+        "fewer steps, or write fewer bytes at the cut."
+    )

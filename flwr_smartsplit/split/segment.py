@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from flwr_smartsplit.loss_terms import loss_divided_by
 from flwr_smartsplit.split.activation_checkpointing import (
     Observer,
     UnitRunner,
@@ -67,8 +68,8 @@ class Unit:
         Trained parameters of which it also reads the values without a gradient. They
         are not updated before the step ends.
     is_defence : bool
-        Whether it is a ``Defence``, called in both modes with ``(root, value, batch,
-        loss_divisor)`` under a stream of its own; a chain makes it.
+        Whether it is a ``Defence``, called in both modes with ``(root, value, batch)``
+        under a stream of its own; a chain makes it.
 
     Examples
     --------
@@ -160,14 +161,13 @@ class Segment(nn.Module):
 
         def run(index: int, value: Any) -> Any:
             unit = self.__units[index - first]
-            if unit.is_defence:
-                with streams(step, index):
-                    return unit.forward(self, value, inputs, loss_divisor)
             do = unit.forward_in(training, is_selective=index in plan.selective)
-            if training and unit.is_random:
-                with streams(step, index):
-                    return run_unit(do, self, value)
-            return run_unit(do, self, value)
+            draws = unit.is_defence or (training and unit.is_random)
+            stream = streams(step, index) if draws else nullcontext()
+            with loss_divided_by(loss_divisor), stream:
+                if unit.is_defence:
+                    return do(self, value, inputs)
+                return run_unit(do, self, value)
 
         reruns = plan.reruns if training else ()
         runner = UnitRunner(run, self, observe, preserves_chance=streams is no_streams)

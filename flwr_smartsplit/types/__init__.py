@@ -36,6 +36,7 @@ from flwr_smartsplit.types.codecs import value_row as value_row
 from flwr_smartsplit.types.codecs import wire_bytes as wire_bytes
 from flwr_smartsplit.types.constraints import NO_CONSTRAINTS as NO_CONSTRAINTS
 from flwr_smartsplit.types.constraints import Constraints as Constraints
+from flwr_smartsplit.types.costs import GATE as GATE
 from flwr_smartsplit.types.costs import BatchKind as BatchKind
 from flwr_smartsplit.types.costs import ChainProfile as ChainProfile
 from flwr_smartsplit.types.costs import Shapes as Shapes

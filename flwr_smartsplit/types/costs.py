@@ -10,6 +10,9 @@ from flwr_smartsplit.types.codecs import NO_CODING, RAW, Codec, Coding, TensorCo
 Shapes = tuple[tuple[int, ...], ...]
 """The shapes of one example's tensors: inputs, then targets."""
 
+GATE = "channel_gate"
+"""The last part of the name of each gate's unit: only open channels cross behind it."""
+
 BatchKind = int | tuple[int, Shapes]
 """A batch size; and the shapes of its examples where they are not the task's."""
 

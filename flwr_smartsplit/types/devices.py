@@ -23,19 +23,26 @@ class Link:
         From the device, and to it.
     latency_seconds : float
         One way, for each message.
+    most_bytes_per_round : int, optional
+        What it may carry while a round trains, or evaluates, both ways together, as
+        predicted: no route is chosen that sends more. None is no limit.
 
     Raises
     ------
     ValueError
-        If a rate is not above 0, or the latency is negative.
+        If a rate is not above 0, or the latency or the limit is negative.
     """
 
     up_bytes_per_second: float = inf
     down_bytes_per_second: float = inf
     latency_seconds: float = 0.0
+    most_bytes_per_round: int | None = None
 
     def __post_init__(self) -> None:
         own_numbers(self)
+        if self.most_bytes_per_round is not None:
+            most = whole_bytes(self.most_bytes_per_round, "most_bytes_per_round")
+            object.__setattr__(self, "most_bytes_per_round", most)
         rates = self.up_bytes_per_second, self.down_bytes_per_second
         latency = self.latency_seconds
         if not (min(rates) >= LEAST_RATE and 0 <= latency <= MOST_LATENCY_SECONDS):

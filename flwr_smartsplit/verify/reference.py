@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flwr_smartsplit.loss_terms import loss_divided_by
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.fake_tensors import (
     DryRun,
@@ -78,7 +79,8 @@ def train_stock(  # noqa: PLR0913 - what is trained, and how
             name_step(part.in_step(step))
             draws = seeded_draws(firsts, streams, part.in_step(step))
             with autocast:
-                with draws if firsts else nullcontext():
+                divided = loss_divided_by(part.loss_divisor)
+                with divided, draws if firsts else nullcontext():
                     outputs = call(model, inputs)
                 loss = task.loss_fn(outputs, targets)
             (loss / part.loss_divisor if part.count > 1 else loss).backward()

@@ -138,7 +138,7 @@ class Clock:
             if plan.codecs
             else self._work(route, recompute),
             flops_per_second=true_flops_per_second(device, plan.round_number),
-            link=link_to(device, _first_edge(route)),
+            link=link_to(device, _first_edge(route), plan.round_number),
             edge_flops_per_second=self.edge_flops_per_second,
         )
 
@@ -185,7 +185,7 @@ class Clock:
         edge: str | None,
     ) -> Spent:
         """Add up a client's part of a round."""
-        far, near = link_to(device, None), link_to(device, edge)
+        far, near = (link_to(device, at, round_number) for at in (None, edge))
         device_seconds = sum(
             num_steps * work.device_flops for num_steps, work in works
         ) / true_flops_per_second(device, round_number)
@@ -248,10 +248,19 @@ def true_flops_per_second(device: FleetDevice, round_number: int) -> float:
     return declared * device.speed_in(round_number)
 
 
-def link_to(device: FleetDevice, edge: str | None) -> Link:
-    """Find a device's link to an edge, or to the server."""
+def link_to(device: FleetDevice, edge: str | None, round_number: int) -> Link:
+    """Say what a device's link to an edge, or to the server, really gives in a round.
+
+    Latencies stay.
+    """
     home = device.traits.link or NOMINAL_LINK
-    return home if edge is None else device.traits.edge_links.get(edge, home)
+    link = home if edge is None else device.traits.edge_links.get(edge, home)
+    speed = device.link_speed_in(round_number)
+    return replace(
+        link,
+        up_bytes_per_second=link.up_bytes_per_second * speed,
+        down_bytes_per_second=link.down_bytes_per_second * speed,
+    )
 
 
 def _first_edge(route: Route) -> str | None:

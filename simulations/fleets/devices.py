@@ -35,13 +35,21 @@ class FleetDevice:
     free_memory: tuple[float, ...] = ()
     # Its true speed over the declared one from round to round, over and over
     speed: tuple[float, ...] = ()
+    # The true rates of all its links over the declared ones, in the same way
+    link_speed: tuple[float, ...] = ()
     watts: Watts = Watts()  # What it takes
 
     def speed_in(self, round_number: int) -> float:
         """Return its true speed in a round, over the declared one."""
-        if not self.speed:
-            return 1.0
-        return self.speed[(round_number - 1) % len(self.speed)]
+        return _in_round(self.speed, round_number)
+
+    def link_speed_in(self, round_number: int) -> float:
+        """Return the true rates of its links in a round, over the declared ones."""
+        return _in_round(self.link_speed, round_number)
+
+
+def _in_round(trace: tuple[float, ...], round_number: int) -> float:
+    return trace[(round_number - 1) % len(trace)] if trace else 1.0
 
 
 Devices = tuple[FleetDevice, ...]
@@ -72,5 +80,6 @@ def device_from(values: dict[str, Any]) -> FleetDevice:
         ),
         free_memory=tuple(values["free_memory"]),
         speed=tuple(values["speed"]),
+        link_speed=tuple(values.get("link_speed", ())),  # Older journals have none.
         watts=Watts(**values["watts"]),
     )

@@ -72,6 +72,9 @@ class Phones:
     edge_link: Link | None = None  # To all edges; None: as to the server
     is_steady: bool = False  # Whether free memory and speed stay as they are declared
     slowdown: float = 1.0  # So many times slower than measured is every phone
+    # Spread of the logarithm of all links' true rates over the declared ones, from
+    # round to round
+    link_deviation: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse a share that is none."""
@@ -83,6 +86,10 @@ class Phones:
         if not 1 <= self.slowdown < inf:
             raise ExperimentError(
                 f"slowdown is {self.slowdown}: give a number of at least 1."
+            )
+        if not 0 <= self.link_deviation < inf:
+            raise ExperimentError(
+                f"link_deviation is {self.link_deviation}: give a number of at least 0."
             )
 
     def __call__(self, needs: Needs, num_clients: int, seed: int) -> Devices:
@@ -96,6 +103,7 @@ class Phones:
         memory = ram_gb * GIGABYTE * rng.uniform(*APP_FRACTION, num_clients)
         down, up = link_rates(rng, num_clients)
         free, speed = self._wobble(rng, num_clients)
+        link_speed = self._link_traces(num_clients, seed)
         flops = scores * FLOPS_PER_SECOND_PER_POINT / self.slowdown
         budgets = self._budgets(memory, needs)
         return tuple(
@@ -113,6 +121,7 @@ class Phones:
                 ),
                 free_memory=free[phone],
                 speed=speed[phone],
+                link_speed=link_speed[phone],
             )
             for phone in np.argsort(budgets, kind="stable")
         )
@@ -145,6 +154,14 @@ class Phones:
         if self.is_steady:
             return [()] * num_clients, [()] * num_clients
         return _rows(free), _rows(speed)
+
+    def _link_traces(self, num_clients: int, seed: int) -> list[tuple[float, ...]]:
+        """Draw links' rates by round, from numbers of their own: the rest stays."""
+        if not self.link_deviation:
+            return [()] * num_clients
+        rng = np.random.default_rng([seed, 1])
+        shape = num_clients, NUM_SPEEDS
+        return _rows(np.exp(rng.normal(0.0, self.link_deviation, shape)))
 
 
 def link_rates(rng: np.random.Generator, num_clients: int) -> tuple[Floats, Floats]:

@@ -69,6 +69,10 @@ NEAR_LINK = Link(
 phones_near_edge = Phones(edge_link=NEAR_LINK)
 """The same phones with an edge nearby."""
 
+moving_phones = Phones(link_deviation=0.37)
+"""The phones, whose links give more or less than they say from round to round, as far
+as the median link of ``links.csv``."""
+
 heavy_phones = Phones(edge_link=NEAR_LINK, slowdown=32.0)
 """The same, for which the network for digits is as much work as ResNet-18 for 32 x 32:
 108 million FLOPs a step with 16 images, and 3,477 million."""
@@ -78,6 +82,7 @@ FLEETS: dict[str, Fleet] = {
     "unlimited": unlimited,
     "phones": phones,
     "phones_near_edge": phones_near_edge,
+    "moving_phones": moving_phones,
     "heavy_phones": heavy_phones,
 }
 

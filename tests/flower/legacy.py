@@ -51,6 +51,7 @@ def run_legacy(
     strategy: Strategy | None = None,
     *,
     num_rounds: int = 2,
+    names: Sequence[str] = NAMES,
 ) -> LegacyRun:
     """Run Flower's own legacy server; by default with our strategy."""
     grid = apps if isinstance(apps, InProcessGrid) else InProcessGrid(apps)
@@ -63,4 +64,4 @@ def run_legacy(
     server.set_max_workers(1)
     history, _ = server.fit(num_rounds=num_rounds, timeout=None)
     arrays = parameters_to_ndarrays(server.parameters)
-    return LegacyRun(strategy, history, dict(zip(NAMES, arrays, strict=True)), grid)
+    return LegacyRun(strategy, history, dict(zip(names, arrays, strict=True)), grid)

@@ -1,6 +1,7 @@
 """Timing: seconds are work over speed, worked out by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,7 @@ from flwr_smartsplit.plan.search_space import search_space
 from flwr_smartsplit.plan.selection.candidates import candidates_of
 from flwr_smartsplit.plan.timing import (
     Work,
+    over_limit,
     round_seconds,
     step_seconds,
     transfer_seconds,
@@ -100,6 +102,34 @@ def test_a_link_to_an_edge_is_that_edges() -> None:
     work = work_of(CHAIN, Route.split(1))
     assert round_seconds(work, device, EdgeProfile(name="x")) == 2 + 2 + 2.5
     assert round_seconds(work, device, EdgeProfile(name="y")) == 2 + 3 + 1 + 2.5
+
+
+@pytest.mark.parametrize(
+    ("home", "near", "expected"),
+    [
+        (248, None, None),
+        (247, None, (248, 247)),
+        (200, 48, None),
+        (200, 47, (48, 47)),
+        (199, 48, (200, 199)),
+    ],
+)
+def test_a_link_may_carry_so_much_in_a_round(
+    home: int, near: int | None, expected: Any
+) -> None:
+    """3 steps of 10 + 6 bytes, and 100 of the model there and back, by hand.
+
+    An edge without a link of its own is reached over the server's.
+    """
+    work = Work(boundary_bytes=10, unreturned_bytes=4, state_bytes=100)
+    links = {} if near is None else {"x": Link(most_bytes_per_round=near)}
+    traits = DeviceTraits(link=Link(most_bytes_per_round=home), edge_links=links)
+    device = DeviceProfile(
+        client_key="a", budget_bytes=None, num_examples=12, batch_size=4, traits=traits
+    )
+    assert over_limit(work, device, [EdgeProfile(name="x")]) == expected
+    with pytest.raises(ValueError, match="most_bytes_per_round is -1"):
+        Link(most_bytes_per_round=-1)
 
 
 def test_without_a_speed_there_is_no_time() -> None:

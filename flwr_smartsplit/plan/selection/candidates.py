@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.plan.search_space import SearchSpace
-from flwr_smartsplit.plan.timing import NO_WAIT
+from flwr_smartsplit.plan.timing import NO_WAIT, over_limit, why_over_limit
 from flwr_smartsplit.types import (
     Assignment,
     DeviceProfile,
@@ -83,6 +83,7 @@ def candidates_of(
         np.int64,
     )
     is_fit = space.peaks[None, :] <= budgets[:, None]
+    over = _refuse_over_limits(is_fit, devices, space, edges)
     seconds = _seconds(devices, space, edges)
     # Where the time is unknown, the first option that fits is the best one.
     ranked = np.where(np.isnan(seconds), np.arange(len(space.options)), seconds)
@@ -93,13 +94,38 @@ def candidates_of(
     for row, device in enumerate(devices):
         (fits,) = is_fit[row].nonzero()
         if not len(fits):
-            unfit[device.client_key] = _why_unfit(device, space, has_edges=bool(edges))
+            why = over.get(device.client_key)
+            why = why or _why_unfit(device, space, has_edges=bool(edges))
+            unfit[device.client_key] = why
             continue
         own = seconds[row]
         candidates.append(
             Candidate(device, space, fits, own[fits], best[row], float(own[best[row]]))
         )
     return candidates, unfit
+
+
+def _refuse_over_limits(
+    is_fit: npt.NDArray[np.bool_],
+    devices: Sequence[DeviceProfile],
+    space: SearchSpace,
+    edges: Sequence[EdgeProfile],
+) -> dict[str, str]:
+    """Drop what links may not carry; say of whom that leaves nothing, and why."""
+    unfit: dict[str, str] = {}
+    for row, device in zip(is_fit, devices, strict=True):
+        links = (device.traits.link, *device.traits.edge_links.values())
+        if all(link is None or link.most_bytes_per_round is None for link in links):
+            continue
+        found = []
+        for index in row.nonzero()[0]:
+            over = over_limit(space.options[index].work, device, edges)
+            if over is not None:
+                row[index] = False
+                found.append(over)
+        if found and not row.any():
+            unfit[device.client_key] = why_over_limit(*min(found))
+    return unfit
 
 
 def _why_unfit(device: DeviceProfile, space: SearchSpace, *, has_edges: bool) -> str:

@@ -1,5 +1,7 @@
 """Candidates: what fits whom, and how long it takes, as the slow sums say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.plan.search_space import search_space
 from flwr_smartsplit.plan.selection import candidates
 from flwr_smartsplit.plan.selection.candidates import candidates_of
-from flwr_smartsplit.plan.timing import round_seconds
+from flwr_smartsplit.plan.timing import over_limit, round_seconds
 from flwr_smartsplit.types import (
     Constraints,
     DeviceProfile,
@@ -41,6 +43,36 @@ def test_an_endless_time_does_not_open_what_does_not_fit(
     (found,), unfit = candidates_of([device("a", 10)], space, EDGES)
     assert unfit == {}
     assert space.options[found.best].route == Route.split(1)
+
+
+def test_no_option_sends_more_than_a_link_may_carry() -> None:
+    """Of all that fit in memory; where none is left, the least is named."""
+    space = search_space(CHAIN, PLAIN)
+    plain = device("a", None)
+    sent = {
+        over_limit(option.work, limited(plain, 0), EDGES): index
+        for index, option in enumerate(space.options)
+    }
+    sizes = sorted(num_bytes for num_bytes, _ in filter(None, sent))
+    assert len(sizes) > 1
+    for most in (sizes[0] - 1, sizes[0], sizes[-1] - 1, sizes[-1]):
+        found, unfit = candidates_of([limited(plain, most)], space, EDGES)
+        expected = [
+            index
+            for index, option in enumerate(space.options)
+            if over_limit(option.work, limited(plain, most), EDGES) is None
+        ]
+        if most < sizes[0]:
+            assert f"no route sends so little: {sizes[0]} B" in unfit["a"]
+        else:
+            assert found[0].fits.tolist() == expected
+            assert found[0].best in expected
+
+
+def limited(device: DeviceProfile, most: int) -> DeviceProfile:
+    """Give a device a link that may carry so many bytes."""
+    link = Link(most_bytes_per_round=most)
+    return replace(device, traits=replace(device.traits, link=link))
 
 
 def test_the_space_has_the_deepest_first() -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flwr_smartsplit.types import (
+    KEEP_ALL,
     ChainProfile,
     ClientPlan,
     DeviceTraits,
@@ -128,6 +129,25 @@ def test_a_split_model_takes_the_edges_work_and_each_steps_exchange_too():
     assert spent.seconds == pytest.approx(8.1)
     assert spent.device_joules == pytest.approx(0.6 * 2 + 4.5 * 1)
     assert spent.edge_joules == pytest.approx(10)
+
+
+def test_a_link_gives_what_its_trace_says_in_a_round():
+    """Half the rate in every second round: twice the time, the latencies as ever."""
+    changing = replace(PHONE, speed=(), link_speed=(1.0, 0.5))
+    clock = replace(CLOCK, devices=(changing,))
+
+    first, second, third = (
+        clock.spent(replace(SPLIT, round=number)) for number in (1, 2, 3)
+    )
+
+    assert second.radio_seconds == 2 * first.radio_seconds == 2 * third.radio_seconds
+    assert second.waiting_seconds == first.waiting_seconds
+    route = Route.split(1, edge="near")
+    steps = [
+        clock.step_seconds(plan(route, round_number=number), route, KEEP_ALL)
+        for number in (1, 2)
+    ]
+    assert steps[1] - steps[0] == pytest.approx(40 / 40 + 40 / 80)
 
 
 def test_a_u_shape_exchanges_twice_in_each_step():

@@ -141,6 +141,18 @@ def test_a_steady_fleet_is_the_same_without_traces():
     assert steady == tuple(replace(d, free_memory=(), speed=()) for d in moving)
 
 
+def test_links_that_change_leave_the_rest_of_a_fleet():
+    moving = Phones(link_deviation=0.4)(NEEDS, 200, 4)
+
+    assert tuple(replace(d, link_speed=()) for d in moving) == phones(NEEDS, 200, 4)
+    rates = np.log([device.link_speed for device in moving])
+    assert rates.std() == pytest.approx(0.4, rel=0.05)
+    assert abs(np.median(rates)) < 0.05
+    assert len({device.link_speed for device in moving}) == 200
+    with pytest.raises(ExperimentError, match="link_deviation is -1"):
+        Phones(link_deviation=-1)
+
+
 def test_a_near_edge_has_a_link_of_its_own_under_each_name():
     needs = replace(NEEDS, edges=("edge-1", "edge-2"))
 
