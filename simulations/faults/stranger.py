@@ -53,7 +53,7 @@ _HEADERS = {
     "flwr-package-version": version("flwr"),
     "flwr-component-name": "SuperNode",
 }
-FLOWERS_OWN = "/v1/control/"
+FLOWERS_OWN = ("/v1/control/", "/v1/runtime/acquire-task")
 """What a SuperLink without accounts does for everybody: Flower's, not ours."""
 
 
@@ -223,8 +223,12 @@ def problems(found: list[Try]) -> list[str]:
     return [
         f"{each.process}: {each.what}: {each.answer}"
         for each in found
-        if each.is_let_in and FLOWERS_OWN not in each.what
+        if each.is_let_in and not _is_flowers(each)
     ]
+
+
+def _is_flowers(each: Try) -> bool:
+    return any(path in each.what for path in FLOWERS_OWN)
 
 
 def shown(found: list[Try]) -> Table:
@@ -236,9 +240,9 @@ def shown(found: list[Try]) -> Table:
     for port in dict.fromkeys(each.port for each in found):
         mine = [each for each in found if each.port == port]
         inside = [each for each in mine if each.is_let_in]
-        flowers = [each for each in inside if FLOWERS_OWN in each.what]
+        flowers = [each for each in inside if _is_flowers(each)]
         others = [each.what for each in inside if each not in flowers]
-        what = [f"{len(flowers)} methods of Flower's Control API"] if flowers else []
+        what = [f"{len(flowers)} that Flower gives to all"] if flowers else []
         table.add_row(
             mine[0].process,
             mine[0].address,
