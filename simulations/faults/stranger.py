@@ -40,7 +40,7 @@ _NO_MESSAGES = {
     "4 KiB of 0xff": b"\xff" * 4096,
     "a TLS record that never ends": b"\x16\x03\x01\xff\xff" + b"\0" * 64,
 }
-_METHOD = re.compile(r"channel\.(unary|stream)_(unary|stream)\(\s*'(/flwr\.[^']+)'")
+_METHOD = re.compile(r"channel\.\w+\(\s*'(/flwr\.[^']+)'")
 _ROUTERS = (
     "superlink.routers.control.router",
     "superlink.routers.fleet.router",
@@ -127,8 +127,7 @@ def _flowers_methods() -> Iterator[str]:
     """List the methods of Flower's services."""
     for file in sorted(resources.files("flwr.proto").iterdir(), key=str):
         if file.name.endswith("_pb2_grpc.py"):
-            for _, _, method in _METHOD.findall(file.read_text("utf-8")):
-                yield method
+            yield from _METHOD.findall(file.read_text("utf-8"))
 
 
 def _flowers_paths() -> Iterator[str]:
