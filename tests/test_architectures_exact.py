@@ -51,7 +51,7 @@ def assert_every_route_is_exact(architecture: Architecture, optimizer: str) -> N
             assert check.measured_peak_bytes == expected
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("optimizer", WITH_ADAM)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_cut_is_exact_and_its_bytes_are_known(name, optimizer):
@@ -73,6 +73,7 @@ def test_every_cut_of_a_hugging_face_model_is_exact_and_its_bytes_are_known(
 # --- places that must not be cut ------------------------------------------------------
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("architecture", "parameter", "place"),
     [

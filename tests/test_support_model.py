@@ -174,7 +174,7 @@ def test_attributes_of_parameters() -> None:
     check_model(mark, optimizer_fn=decayed)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "value",
     [

@@ -78,9 +78,11 @@ class Owners:
             node: sha256(known[node].public_key).hexdigest() if name else ""
             for node, name in names.items()
         }
+        keys = {owner: key for key, owner in self._owners.items()}
         causes: dict[int, str] = {}
         for node, key in claims.items():
-            why = self._why_not(key, names[node], prints[node])
+            before = keys.get(prints[node], key)
+            why = self._why_not(key, names[node], prints[node], before)
             if why:
                 causes[node] = f"node {node} calls itself client {key!r}, but {why}"
         self._refuse_rivals(claims, prints, causes)
@@ -89,7 +91,7 @@ class Owners:
                 self._owners[claims[node]] = prints[node]
         return causes
 
-    def _why_not(self, key: str, name: str, fingerprint: str) -> str:
+    def _why_not(self, key: str, name: str, fingerprint: str, before: str) -> str:
         if self._rule == "node-name" and name != key:
             is_called = f"is registered as {name!r}" if name else "has no name"
             return (
@@ -102,10 +104,9 @@ class Owners:
                 "this key is another node's, with another public key. If the client "
                 "has a new public key, start a new run."
             )
-        other = {owner: k for k, owner in self._owners.items()}.get(fingerprint, key)
-        if other != key:
+        if before != key:
             return (
-                f"it was client {other!r} before, with the same public key. Give it "
+                f"it was client {before!r} before, with the same public key. Give it "
                 "that client_key again, or start a new run."
             )
         return ""

@@ -1,7 +1,7 @@
 """A training step of a whole chain under fake tensors, logged."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -148,8 +148,7 @@ class StepLogger:
                 self._sparse,
             ),
         )
-        grows = left < self._left_bytes or dry.meter.live_bytes > before
-        self._may_grow = self._may_grow or grows
+        self._may_grow |= left < self._left_bytes or dry.meter.live_bytes > before
         self._left_bytes = left
         return log
 
@@ -231,15 +230,17 @@ def _drop(value: Any) -> Any:
 
 def _left_by_forward(dry: DryStep, start: int) -> int:
     """Size of what the last forward of a step made, and the step has not freed."""
-    births, changes = np.array(dry.meter.births), np.array(dry.meter.changes)
-    end = dry.observed.boundaries[-1].forward_end
-    return int(changes[(births >= start) & (births < end)].sum())
+    return _alive_bytes(dry, [range(start, dry.observed.boundaries[-1].forward_end)])
 
 
 def _kept_bytes(dry: DryStep) -> int:
     """Size of what the loss used or made in its forward, and has not freed by now."""
+    return _alive_bytes(dry, dry.loss.spans)
+
+
+def _alive_bytes(dry: DryStep, spans: Sequence[range]) -> int:
+    """Size of what spans of changes first saw, and is still there."""
     pairs = zip(dry.meter.births, dry.meter.changes, strict=True)
-    spans = dry.loss.spans
     return sum(size for birth, size in pairs if any(birth in span for span in spans))
 
 

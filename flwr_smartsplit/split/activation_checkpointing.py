@@ -110,10 +110,9 @@ def statistics_kept(root: nn.Module) -> Iterator[None]:
     before = [(norm.momentum, dict(norm._buffers)) for norm in norms]
     try:
         for norm in norms:
-            norm.momentum, norm._buffers["num_batches_tracked"] = 0.0, None
-            if isinstance(norm, nn.SyncBatchNorm):  # It insists on counting.
-                count = torch.zeros((), dtype=torch.long)
-                norm._buffers["num_batches_tracked"] = count
+            counts = isinstance(norm, nn.SyncBatchNorm)  # It insists on it.
+            count = torch.zeros((), dtype=torch.long) if counts else None
+            norm.momentum, norm._buffers["num_batches_tracked"] = 0.0, count
             if isinstance(norm, _InstanceNorm):
                 for name in ("running_mean", "running_var"):
                     norm._buffers[name] = getattr(norm, name).clone()

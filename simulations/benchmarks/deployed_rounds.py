@@ -26,9 +26,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from simulations.faults.deployment import launched, launcher
+from simulations.faults.deployment import EXAMPLE, launched, launcher
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 BEFORE, AFTER = "before", "after"
 _TASK = "fedavg_app.task:build_task"
 _ANSWERED = "Sent successfully"
@@ -154,7 +153,7 @@ class _CpuWatch(Thread):
 def copy_apps(folder: Path) -> None:
     """Copy both apps, to change the copies."""
     for app in (BEFORE, AFTER):
-        place = EXAMPLES / "existing_fedavg_app" / app
+        place = EXAMPLE.parent / "existing_fedavg_app" / app
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(place, folder / app, ignore=ignored)
 
@@ -192,19 +191,20 @@ def shown(costs: list[RunCost]) -> Table:
 
 def ratios(costs: list[RunCost]) -> dict[str, float]:
     """Compare after with before, by medians over runs and rounds."""
+    before, after = (
+        _medians([each for each in costs if each.app == app]) for app in (BEFORE, AFTER)
+    )
+    return {name: after[name] / before[name] for name in before}
 
-    def median(app: str, of: str) -> float:
-        mine = [each for each in costs if each.app == app]
-        values = {
-            "round 1": [each.round_seconds[0] for each in mine],
-            "later rounds": [s for each in mine for s in each.round_seconds[1:]],
-            "CPU a message": [each.cpu_seconds_per_message for each in mine],
-            "messages": [float(each.num_messages) for each in mine],
-        }
-        return statistics.median(values[of])
 
-    names = ("round 1", "later rounds", "CPU a message", "messages")
-    return {name: median(AFTER, name) / median(BEFORE, name) for name in names}
+def _medians(costs: list[RunCost]) -> dict[str, float]:
+    values = {
+        "round 1": [each.round_seconds[0] for each in costs],
+        "later rounds": [s for each in costs for s in each.round_seconds[1:]],
+        "CPU a message": [each.cpu_seconds_per_message for each in costs],
+        "messages": [float(each.num_messages) for each in costs],
+    }
+    return {name: statistics.median(found) for name, found in values.items()}
 
 
 def main(

@@ -1,17 +1,23 @@
 """A stranger at every open port of ``examples/deployment``, with TLS and keys.
 
 It has no secret, but the authority's certificate, which is public. It sends bytes that
-are no message, and calls each method that Flower's services and the edge have.
+are no message, asks for each path that Flower's services have over HTTP, and calls each
+method that Flower has over gRPC; of the edge, also what strategies and clients ask.
 """
 
 import re
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from importlib import import_module, resources
+from importlib.metadata import version
 from pathlib import Path
+from ssl import create_default_context
 from typing import Any
 
 import grpc
@@ -34,8 +40,20 @@ _NO_MESSAGES = {
     "4 KiB of 0xff": b"\xff" * 4096,
     "a TLS record that never ends": b"\x16\x03\x01\xff\xff" + b"\0" * 64,
 }
-_METHOD = re.compile(r"channel\.(unary|stream)_(unary|stream)\(\s*'(/flwr\.[^']+)'")
-FLOWERS_OWN = "/flwr.proto.Control/"
+_METHOD = re.compile(r"channel\.\w+\(\s*'(/flwr\.[^']+)'")
+_ROUTERS = (
+    "superlink.routers.control.router",
+    "superlink.routers.fleet.router",
+    "supercore.routers.runtime.router",
+    "supercore.routers.runtime.responses",
+)
+_HEADERS = {
+    "content-type": "application/protobuf",
+    "flwr-package-name": "flwr",
+    "flwr-package-version": version("flwr"),
+    "flwr-component-name": "SuperNode",
+}
+FLOWERS_OWN = ("/v1/control/", "/v1/runtime/acquire-task")
 """What a SuperLink without accounts does for everybody: Flower's, not ours."""
 
 
@@ -93,6 +111,9 @@ def _calls(port: int, roots: bytes, process: str) -> Iterator[tuple[str, str, bo
             for method in _flowers_methods():
                 answer, came = _called(channel, method)
                 yield f"{how}{method}", answer, came
+            for path in _flowers_paths():
+                answer, came = _posted(port, path, roots if not how else None)
+                yield f"{how}{path}", answer, came
             check = health_pb2.HealthCheckRequest().SerializeToString()
             answer, _ = _called(channel, "/grpc.health.v1.Health/Check", check)
             yield f"{how}health", answer, False  # Whoever asks may know it.
@@ -106,8 +127,31 @@ def _flowers_methods() -> Iterator[str]:
     """List the methods of Flower's services."""
     for file in sorted(resources.files("flwr.proto").iterdir(), key=str):
         if file.name.endswith("_pb2_grpc.py"):
-            for _, _, method in _METHOD.findall(file.read_text("utf-8")):
-                yield method
+            yield from _METHOD.findall(file.read_text("utf-8"))
+
+
+def _flowers_paths() -> Iterator[str]:
+    """List the paths of Flower's services over HTTP, which are as new as flwr 1.42."""
+    for name in _ROUTERS:
+        with suppress(ImportError):
+            for route in import_module(f"flwr.{name}").router.routes:
+                yield route.path
+
+
+def _posted(port: int, path: str, roots: bytes | None) -> tuple[str, bool]:
+    """Ask for a path, with nothing; return the status, and whether it was done."""
+    made: HTTPConnection = HTTPConnection("localhost", port, timeout=_SECONDS)
+    if roots is not None:
+        trust = create_default_context(cadata=roots.decode())
+        made = HTTPSConnection("localhost", port, timeout=_SECONDS, context=trust)
+    with closing(made):
+        try:
+            made.request("POST", path, b"", _HEADERS)
+            answer = made.getresponse()
+            text = answer.read().decode(errors="replace")
+        except (OSError, HTTPException) as error:
+            return type(error).__name__, False
+    return f"{answer.status} {text:.60}", answer.status == HTTPStatus.OK
 
 
 def _called(channel: Any, method: str, data: bytes = b"") -> tuple[str, bool]:
@@ -178,8 +222,12 @@ def problems(found: list[Try]) -> list[str]:
     return [
         f"{each.process}: {each.what}: {each.answer}"
         for each in found
-        if each.is_let_in and FLOWERS_OWN not in each.what
+        if each.is_let_in and not _is_flowers(each)
     ]
+
+
+def _is_flowers(each: Try) -> bool:
+    return any(path in each.what for path in FLOWERS_OWN)
 
 
 def shown(found: list[Try]) -> Table:
@@ -191,9 +239,9 @@ def shown(found: list[Try]) -> Table:
     for port in dict.fromkeys(each.port for each in found):
         mine = [each for each in found if each.port == port]
         inside = [each for each in mine if each.is_let_in]
-        flowers = [each for each in inside if FLOWERS_OWN in each.what]
+        flowers = [each for each in inside if _is_flowers(each)]
         others = [each.what for each in inside if each not in flowers]
-        what = [f"{len(flowers)} methods of Flower's Control API"] if flowers else []
+        what = [f"{len(flowers)} that Flower gives to all"] if flowers else []
         table.add_row(
             mine[0].process,
             mine[0].address,

@@ -73,6 +73,7 @@ def test_the_lines_are_the_profiles_numbers(small):
     assert work.containers[0][-1].get_height() == 1.0
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("num_units", [1, 45, 150])
 def test_names_do_not_overlap_and_legends_stay_off_the_data(small, num_units):
     first, *_ = small.profile.units

@@ -141,6 +141,7 @@ def joined(message: Any) -> bytes:
 # --- there and back -------------------------------------------------------------------
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15)
 @given(data=st.data())

@@ -45,6 +45,7 @@ def run_with(kind: Kind, **changes: Any) -> Any:
     return run_legacy(apps(kind), legacy, num_rounds=NUM_ROUNDS)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("learns", [True, False])
 def test_a_slow_client_leaves_more_to_the_edge_once_it_was_seen(

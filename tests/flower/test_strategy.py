@@ -244,7 +244,7 @@ def spoil_first_array(content: RecordDict) -> None:
     record[name] = type(record[name])(values)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("mishap", MISHAPS)
 @pytest.mark.parametrize("make", [message_app, legacy_app])
 def test_a_reply_that_does_not_count_leaves_no_trace(make: App, mishap: str) -> None:

@@ -185,6 +185,7 @@ ALLOCATORS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.every(3)
 @linux
 @pytest.mark.usefixtures("_same_limits_afterwards")
 @pytest.mark.parametrize("allocator", ALLOCATORS)
@@ -216,6 +217,7 @@ def test_the_fence_counts_the_sum_of_what_is_held() -> None:
     assert 2 < len(held) < 64
 
 
+@pytest.mark.every(3)
 @linux
 @pytest.mark.usefixtures("_same_limits_afterwards")
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), OSError("x")])
@@ -226,6 +228,7 @@ def test_other_errors_come_through(error: Exception) -> None:
     assert found.value is error
 
 
+@pytest.mark.every(4)
 @linux
 @pytest.mark.usefixtures("_same_limits_afterwards")
 @pytest.mark.parametrize(

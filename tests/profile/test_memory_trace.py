@@ -139,6 +139,7 @@ def dead_side(use: str) -> Task:
     return replace(task, loss_fn=loss, max_boundary_tensors=3)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("use", USES)
 def test_a_graph_that_no_gradient_comes_to_is_held_where_the_device_ends(use):
     """Behind that cut it waits for backward; elsewhere it dies with its value."""

@@ -135,7 +135,7 @@ def errors(each: Task) -> list[int]:
     return found
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", CASES)
 def test_peaks_are_predicted_to_the_byte(name: str) -> None:
     assert set(errors(task(name))) == {0}

@@ -50,7 +50,7 @@ def check_routes(architecture: Architecture, shapes: list[tuple[int, int]]) -> N
             assert check.measured_peak_bytes == predicted_peak_bytes(profile, route)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", daily(DAILY.__contains__, ((each,) for each in ALL)))
 def test_every_cut_is_exact_and_takes_what_is_predicted(name: str) -> None:
     """Loss, gradients and state are the stock model's; one u-shape, too."""

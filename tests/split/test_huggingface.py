@@ -57,7 +57,7 @@ def check_routes(architecture: Architecture, routes: list[Route]) -> None:
             assert check.measured_peak_bytes == predicted_peak_bytes(profile, route)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -88,7 +88,7 @@ def test_every_cut_of_every_supported_class_is_exact(kind, form, attention):
     check_routes(architecture, [Route.whole(), *map(Route.split, range(1, 4))])
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

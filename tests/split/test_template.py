@@ -473,6 +473,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_lost_is_refused_at_the_start(name: str) -> None:

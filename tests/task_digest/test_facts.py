@@ -155,6 +155,7 @@ def test_the_same_code_gives_the_same_digest_twice_and_as_a_copy(name):
     assert differing(task, cloudpickle.loads(cloudpickle.dumps(task))) == []
 
 
+@pytest.mark.slow
 def test_another_process_and_folder_give_the_same_digests(tmp_path):
     """Another hash seed, another folder with the same code, other line numbers."""
     (tmp_path / "tests" / "task_digest").mkdir(parents=True)

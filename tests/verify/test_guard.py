@@ -62,6 +62,7 @@ def verify(task: Task) -> bool:
     return compare(task, trials_of(task), config={}, place="a test")
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "task",
     [

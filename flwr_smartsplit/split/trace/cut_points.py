@@ -9,6 +9,7 @@ functional and user-written operations.
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from itertools import combinations
 from types import FunctionType
 from typing import Any
 
@@ -128,9 +129,8 @@ def _refusal(
         for given in inputs:
             if storages_of(facts[given].value) & storages_of(facts[node].value):
                 return f"the input {given.name} is needed after it, and must not leave"
-    later = {other.name: facts[other] for other in after if other.op != "output"}
     return (
-        overwritten(values, later)
+        overwritten(values, _named(after, facts))
         or _shared_state(facts, before, after)
         or _shared_gradients(place, facts, set(after))
     )
@@ -228,17 +228,19 @@ def _one_in_evaluation(facts: Mapping[fx.Node, NodeFacts], place: Place) -> str 
     """
     if not facts:
         return None
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for node in place.tensors:
-        storages = storages_of(facts[node].value)
-        shared |= seen & storages
-        seen |= storages
+    values = [facts[node].value for node in place.tensors]
+    pairs = combinations(values, 2)
+    twins = [two for one, two in pairs if storages_of(one) & storages_of(two)]
     _, after = _sides(place.node)
-    for node in after:
-        if node.op != "output" and facts[node].written & shared:
-            return f"{node.name} writes into two of its tensors at once in evaluation"
-    return None
+    reason = overwritten(twins, _named(after, facts))
+    return reason and f"two of its tensors are one in evaluation, and {reason}"
+
+
+def _named(
+    nodes: Iterable[fx.Node], facts: Mapping[fx.Node, NodeFacts]
+) -> dict[str, NodeFacts]:
+    """Find what is known of operations, by their names."""
+    return {node.name: facts[node] for node in nodes if node.op != "output"}
 
 
 def _sides(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

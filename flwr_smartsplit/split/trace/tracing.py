@@ -214,9 +214,9 @@ def trace_units(
         _refuse_lost_writes(train_graph, facts)
         is_other = bool(eval_kept) or not _is_same(model, train_graph, eval_graph)
         # A dropout may be an alias in evaluation only.
-        writes = any(AUGMENTED in node.meta for node in eval_graph.nodes)
-        if max_boundary_tensors > 1:
-            writes = writes or any(fact.written for fact in facts.values())
+        writes = any(AUGMENTED in node.meta for node in eval_graph.nodes) or (
+            max_boundary_tensors > 1 and any(fact.written for fact in facts.values())
+        )
         eval_facts = {}
         if is_other or writes:
             eval_facts = find_facts(

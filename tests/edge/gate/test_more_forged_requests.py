@@ -350,6 +350,7 @@ MORE: dict[str, tuple[Ask, tuple[type[Exception], str]]] = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", MORE)
 def test_another_forged_request_is_refused(federation: Federation, kind: str) -> None:
     """And harms nobody: the victim trains on, seals and is merged."""

@@ -40,6 +40,7 @@ def kill_and_wait(transport: wire.Transport, address: str, access: str) -> None:
         time.sleep(0.05)  # The old process may answer for a moment, then none does.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_tails_sealed_before_the_process_was_killed_still_count(
     whole: Mapping[str, ClientReply], tmp_path: Path

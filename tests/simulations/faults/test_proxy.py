@@ -105,3 +105,21 @@ def test_it_closes_what_it_opened(proxy: Proxy) -> None:
     assert [str(each.message) for each in found] == []
     for one in (used, *late):
         one.close()
+
+
+def test_it_closes_what_was_silent_when_both_sides_left() -> None:
+    """Nobody was told then, and nobody asks again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        proxy = Proxy(server.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", proxy.port)) as near:
+            far, _ = server.accept()
+            near.sendall(b"hello")
+            assert far.recv(5) == b"hello"
+            proxy.swallow()
+            far.close()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", ResourceWarning)
+            time.sleep(0.2)
+            proxy.close()
+            gc.collect()
+    assert [str(each.message) for each in found] == []

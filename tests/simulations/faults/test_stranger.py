@@ -51,9 +51,9 @@ def test_what_flower_gives_to_everybody_is_shown_and_no_problem() -> None:
         process="superlink",
         port=1,
         address="127.0.0.1",
-        what=f"{FLOWERS_OWN}ListRuns",
+        what=f"{FLOWERS_OWN[0]}list-runs",
         answer="OK, 10 bytes",
         is_let_in=True,
     )
     assert problems([made]) == []
-    assert [*shown([made]).columns[-1].cells] == ["1 methods of Flower's Control API"]
+    assert [*shown([made]).columns[-1].cells] == ["1 that Flower gives to all"]

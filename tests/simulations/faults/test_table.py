@@ -41,6 +41,7 @@ def check(name: str, api: str, shared: Path, folder: Path) -> None:
         assert row.weights.startswith("bit-equal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_DAY)
 def test_a_fault_costs_what_the_table_says(
     name: str, shared: Path, tmp_path: Path

@@ -211,6 +211,7 @@ def test_bfloat16_is_refused_before_it_is_sent():
         build_chain(task)
 
 
+@pytest.mark.slow
 def test_what_another_thread_draws_is_not_the_models() -> None:
     """Ray and Flower draw from the same generators while a model is read."""
     stop = threading.Event()

@@ -227,6 +227,7 @@ def measured_steps(chain: Chain, plan: RecomputePlan) -> list[StepBytes]:
     return [replace(step, rerun_flops=0) for step in steps]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("picked", [(1,), (2,), (2, 3), (1, 3)])
 def test_a_units_costs_do_not_depend_on_its_neighbours(picked):
     """Any units may be selective: the profile has the numbers of each, to the byte."""
@@ -357,6 +358,7 @@ def test_a_region_ends_with_the_convolution_that_needs_it(regions):
     ]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "layer",
     [
