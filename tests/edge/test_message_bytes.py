@@ -25,7 +25,7 @@ from flwr_smartsplit.edge import message_bytes
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.edge import BytesTransport, answered
 from flwr_smartsplit.edge.message_bytes import MESSAGE_TYPES, decode, encode
-from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.edge.tensors import Coded, WireTensor
 from flwr_smartsplit.errors import (
     EdgeError,
     EdgeFull,
@@ -34,7 +34,7 @@ from flwr_smartsplit.errors import (
     RefusedMessage,
     TailLost,
 )
-from flwr_smartsplit.types import Cohort
+from flwr_smartsplit.types import Cohort, Integer, TopK
 
 PREFIX = message_bytes._PREFIX
 NAMES = sorted(MESSAGE_TYPES)
@@ -65,6 +65,33 @@ PLAIN = st.recursive(
 )
 
 
+CODED = st.builds(
+    Coded,
+    data=hnp.arrays(np.uint8, st.integers(0, 23)),
+    dtype=st.sampled_from(["float32", "float64"]),
+    shape=st.just((2, 3)),
+    strides=st.sampled_from([(3, 1), (1, 2)]),
+    offset=st.integers(0, 63),
+    blocks=st.booleans(),
+)
+OURS: Mapping[Any, st.SearchStrategy[Any]] = {
+    WireTensor: TENSORS,
+    Coded: CODED,
+    Cohort: st.just(
+        Cohort(median_step_seconds=1.5, median_importance=0.5, low_importance=0.25)
+    ),
+    Integer: st.builds(
+        Integer, st.sampled_from([4, 8]), st.sampled_from([None, 4, 8, 16])
+    ),
+    TopK: st.builds(
+        TopK,
+        st.floats(0, 1, exclude_min=True),
+        st.floats(0, 1, exclude_max=True),
+        st.sampled_from(["float32", "float16"]),
+    ),
+}
+
+
 def forward(**parts: Any) -> wire.Forward:
     """Make a request whose targets are as many as it says."""
     if isinstance(parts["targets"], WireTensor):
@@ -79,16 +106,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - a list of ca
     simple = {int: NUMBERS, float: FLOATS, str: st.text(max_size=9)}
     if hint is Any:
         return PLAIN | ARRAYS | TENSORS
-    if hint in (WireTensor, Cohort):
-        return (
-            TENSORS
-            if hint is WireTensor
-            else st.just(
-                Cohort(
-                    median_step_seconds=1.5, median_importance=0.5, low_importance=0.25
-                )
-            )
-        )
+    if hint in OURS:
+        return OURS[hint]
     if hint in simple:
         return simple[hint]
     if origin in (Union, UnionType):

@@ -14,7 +14,6 @@ from flwr_smartsplit import (
     Link,
     Packed,
     Raw,
-    RayEdge,
     Route,
     TopK,
     codec_by_rate,
@@ -160,13 +159,8 @@ def test_what_is_no_codec_is_refused_at_once() -> None:
         smart_split(codec=Packed)
 
 
-@pytest.mark.parametrize(
-    "edge", [ServedEdge(), pytest.param(RayEdge(), marks=[pytest.mark.ray])]
-)
-def test_edges_elsewhere_code_alike(edge: Any, request: pytest.FixtureRequest) -> None:
-    """Over gRPC, and in another process."""
-    if "ray" in type(edge.host).__name__.lower():
-        request.getfixturevalue("ray_cluster")
+def differences_over(edge: Any) -> list[str]:
+    """Train with a codec in this process and over an edge, and compare."""
     codec, route = TopK(fraction=0.2, random_share=0.2), Route.u_shape(2, 6)
     found = [
         run(
@@ -176,4 +170,9 @@ def test_edges_elsewhere_code_alike(edge: Any, request: pytest.FixtureRequest) -
         for edges in ((LocalEdge(),), (edge,))
     ]
     assert [made.kinds() for made in found] == [[], []]
-    assert differences(found[0].state, found[1].state) == []
+    return differences(found[0].state, found[1].state)
+
+
+def test_it_is_the_same_over_a_network() -> None:
+    """The bits of gRPC's edge; Ray's are in tests/edge/hosts/test_ray.py."""
+    assert differences_over(ServedEdge()) == []

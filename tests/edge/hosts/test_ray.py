@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import ray
@@ -12,10 +13,11 @@ from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts import ray as ray_edge
 from flwr_smartsplit.errors import EdgeUnreachable, StaleSession
 from flwr_smartsplit.types import EDGE, ClientReply
+from tests import test_defence
 from tests.faults import tail_files
+from tests.flower import test_codecs
 from tests.server.one_round import ROUND, fedavg, settle, start
 from tests.tasks import differences
-from tests.test_defence import differences_over
 
 pytestmark = pytest.mark.ray
 
@@ -82,6 +84,7 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_defended_run_is_the_same_over_ray() -> None:
-    """Its noise comes from the devices, whichever process the edge is."""
-    assert differences_over(RayEdge()) == []
+@pytest.mark.parametrize("run", [test_defence, test_codecs])
+def test_a_run_is_the_same_over_ray(run: ModuleType) -> None:
+    """What is drawn comes from the devices, whichever process the edge is."""
+    assert run.differences_over(RayEdge()) == []
