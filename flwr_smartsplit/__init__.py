@@ -34,8 +34,8 @@ if TYPE_CHECKING:
         predicted_peak_bytes as predicted_peak_bytes,
     )
     from flwr_smartsplit.plan.checkpointing.plan import plan_recompute as plan_recompute
-    from flwr_smartsplit.plan.coding import CodecRequest as CodecRequest
-    from flwr_smartsplit.plan.coding import codec_by_rate as codec_by_rate
+    from flwr_smartsplit.plan.codec_choice import CodecRequest as CodecRequest
+    from flwr_smartsplit.plan.codec_choice import codec_by_rate as codec_by_rate
     from flwr_smartsplit.plan.routes import RouteRequest as RouteRequest
     from flwr_smartsplit.plan.routes import cut_at_gate as cut_at_gate
     from flwr_smartsplit.plan.routes import deepest_split as deepest_split
@@ -88,7 +88,7 @@ _NAMES_BY_MODULE = {
     "plan.advisor": "StragglerAdvisor",
     "plan.checkpointing.peak_memory": "predicted_peak_bytes",
     "plan.checkpointing.plan": "plan_recompute",
-    "plan.coding": "CodecRequest codec_by_rate",
+    "plan.codec_choice": "CodecRequest codec_by_rate",
     "plan.routes": (
         "RouteRequest cut_at_gate deepest_split deepest_u_shape first_that_fits"
     ),

@@ -28,7 +28,7 @@ from flwr_smartsplit.flower.round_manager import (
     Phase,
     Settings,
 )
-from flwr_smartsplit.plan.coding import CodecChoice, check_choice
+from flwr_smartsplit.plan.codec_choice import CodecChoice, check_choice
 from flwr_smartsplit.server.aggregation import (
     Mixing,
     Replace,
@@ -37,7 +37,7 @@ from flwr_smartsplit.server.aggregation import (
 )
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import settings_facts
-from flwr_smartsplit.types import RAW, Failure, RoundPlan
+from flwr_smartsplit.types import Failure, RoundPlan
 from flwr_smartsplit.types.sizes import whole
 from flwr_smartsplit.verify.guard import Guard
 from flwr_smartsplit.verify.start import StartChecks
@@ -60,7 +60,7 @@ class SplitStrategy(Generic[StrategyT]):
         *,
         strategy: StrategyT | None = None,
         planning: Planning = Planning(),
-        codec: CodecChoice = RAW,
+        codec: CodecChoice = None,
         mixing: Mixing = Replace(),
         server_steps: Sequence[ServerStep] = (),
         seed: int = 0,
@@ -213,7 +213,7 @@ class SplitStrategy(Generic[StrategyT]):
             "between_rounds": settings.between_rounds,
             "seed": settings.seed,
         }
-        if settings.codec != RAW:
+        if settings.codec is not None:
             values["codec"] = settings.codec
         return settings_facts(task, values)
 

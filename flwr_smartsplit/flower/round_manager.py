@@ -30,7 +30,7 @@ from flwr_smartsplit.flower.round_exchange import (
 )
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
-from flwr_smartsplit.plan.coding import CodecChoice
+from flwr_smartsplit.plan.codec_choice import CodecChoice
 from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY

@@ -63,10 +63,12 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         the like). One that needs single clients' whole models is refused.
     planning : Planning
         How clients and routes are chosen.
-    codec : Codec or Callable[[CodecRequest], Codec]
-        What crosses the cuts, and how: ``Raw()``, ``Packed()``, ``Float16()``,
-        ``BFloat16()``, ``Integer()``, ``TopK()``, or a function of device, link and
-        route, such as ``codec_by_rate({1e6: Packed(), 0: Integer()})``.
+    codec : Codec, tuple[Codec, ...] or Callable[[CodecRequest], ...], optional
+        How tensors cross the cuts: ``Raw()``, ``Packed()``, ``Float16()``,
+        ``BFloat16()``, ``Integer()``, ``TopK()``; several, of which each client gets
+        the one that makes its round shortest; or a function of device, link and route
+        that returns either, such as ``codec_by_rate({1e6: Packed(), 0: Integer()})``.
+        By default ``Packed`` where that saves time, else ``Raw``: both are exact.
     mixing : Mixing
         How much the clients' mean counts against the present state.
     server_steps : Sequence[ServerStep]

@@ -196,12 +196,12 @@ def followed(  # noqa: PLR0913 - what bounds a move
                 return _changed(option, route, plan)
         return None
     room = _room(budget_bytes)
-    flops = work_of(profile, option.route).device_flops
+    flops = work_of(profile, option.route).model_flops
     for route in later_routes(option.route, len(profile.units)):
         if not can_move(profile, option.route, route):
             break
         fits_plainly = room is None or predicted_peak_bytes(profile, route) <= room
-        does_more = work_of(profile, route).device_flops > flops
+        does_more = work_of(profile, route).model_flops > flops
         if fits_plainly and does_more:
             is_quick = seconds_of(route, KEEP_ALL) <= cohort.median_step_seconds
             return _changed(option, route, KEEP_ALL) if is_quick else None

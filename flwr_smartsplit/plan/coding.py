@@ -1,28 +1,24 @@
-"""What a codec at a cut costs: bytes on the wire, and memory, to the byte.
+"""What a codec at a cut costs: bytes on the wire, memory to the byte, and time.
 
 The numbers are those of ``edge/coding/``, which codes a few rows at a time by torch
 operators. ``coded_profile`` puts them into a profile, so that all planning counts them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import lru_cache
 from math import ceil
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.types import (
-    CODEC_TYPES,
     NO_CODING,
     RAW,
     BFloat16,
     ChainProfile,
     Codec,
     Coding,
-    DeviceProfile,
-    EdgeProfile,
     Float16,
     Integer,
-    Link,
     Packed,
     Raw,
     Route,
@@ -35,139 +31,6 @@ from flwr_smartsplit.types import (
     value_row,
     wire_bytes,
 )
-
-# --- choosing -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodecRequest:
-    """What is known when the codec of one cut of a client is chosen.
-
-    Parameters
-    ----------
-    device : DeviceProfile
-        The client.
-    link : Link or None
-        The fastest of its links to the edges; None if none is known.
-    route : Route
-        A route that may be taken.
-    crossing_index : int
-        Which of the route's cuts, from 0.
-    profile : ChainProfile
-        Exact costs at the client's batch size.
-    """
-
-    device: DeviceProfile
-    link: Link | None
-    route: Route
-    crossing_index: int
-    profile: ChainProfile
-
-
-ChooseCodec = Callable[[CodecRequest], Codec]
-"""Chooses the codec of one cut."""
-
-CodecChoice = Codec | ChooseCodec
-"""One codec for all cuts, or a function that chooses."""
-
-
-@dataclass(frozen=True, slots=True)
-class CodecByRate:
-    """The first codec whose rate a link reaches; see ``codec_by_rate``."""
-
-    rates: tuple[tuple[float, Codec], ...]  # The highest first
-
-    def __call__(self, request: CodecRequest) -> Codec:
-        """Choose by the slower direction; the first for a link that is not known."""
-        if request.link is None:
-            return self.rates[0][1]
-        slower = min(
-            request.link.up_bytes_per_second, request.link.down_bytes_per_second
-        )
-        found = (codec for rate, codec in self.rates if slower >= rate)
-        return next(found, self.rates[-1][1])
-
-
-def codec_by_rate(codecs: Mapping[float, Codec]) -> ChooseCodec:
-    """Choose codecs by the rates of links.
-
-    Parameters
-    ----------
-    codecs : Mapping[float, Codec]
-        For each rate in bytes per second the codec from there on. Slower links take
-        that of the lowest rate; those of unknown rate that of the highest.
-
-    Raises
-    ------
-    ValueError
-        If there is none, or a rate is below 0.
-    TypeError
-        If something is no codec.
-
-    Examples
-    --------
-    >>> from flwr_smartsplit import Integer, Packed, TopK
-    >>> choose = codec_by_rate({1e6: Packed(), 1e5: Integer(), 0: TopK(fraction=0.1)})
-    """
-    if not codecs or not all(rate >= 0 for rate in codecs):
-        raise ValueError(
-            f"codec_by_rate has the rates {list(codecs)}: give at least one, in bytes "
-            "per second, from 0 on."
-        )
-    for codec in codecs.values():
-        check_codec(codec)
-    return CodecByRate(tuple(sorted(codecs.items(), key=lambda each: -each[0])))
-
-
-def check_codec(codec: object) -> None:
-    """Raise ``TypeError`` for what is no codec."""
-    if not isinstance(codec, tuple(CODEC_TYPES.values())):
-        raise TypeError(
-            f"{codec!r:.99} is no codec: give Raw(), Packed(), Float16(), BFloat16(), "
-            "Integer() or TopK()."
-        )
-
-
-def check_choice(codec: object) -> None:
-    """Raise ``TypeError`` for what is neither a codec nor a function."""
-    if isinstance(codec, type) or not callable(codec):
-        check_codec(codec)
-
-
-def chosen_codecs(
-    choose: CodecChoice,
-    device: DeviceProfile,
-    profile: ChainProfile,
-    edges: Sequence[EdgeProfile],
-    *,
-    route: Route | None = None,
-) -> tuple[Codec, ...]:
-    """Choose the codec at each cut of a chain, for a split there, or of one route."""
-    size = len(profile.units)
-    if isinstance(choose, Codec):
-        return (choose,) * (size - 1)
-    found: list[Codec] = [RAW] * (size - 1)
-    links = [device.traits.link_to(edge.name) for edge in edges]
-    known = [link for link in links if link is not None]
-    fastest = max(known, key=lambda link: link.up_bytes_per_second, default=None)
-    routes = map(Route.split, range(1, size)) if route is None else [route]
-    for each in routes:
-        for index, cut in enumerate(each.cuts):
-            codec = choose(
-                CodecRequest(
-                    device=device,
-                    link=fastest,
-                    route=each,
-                    crossing_index=index,
-                    profile=profile,
-                )
-            )
-            check_codec(codec)
-            found[cut - 1] = codec
-    return tuple(found)
-
-
-# --- what it costs --------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)
@@ -256,20 +119,60 @@ def coding_of(codec: Codec, unit: UnitCost) -> Coding:
 
 def _joined(one: Coding, other: Coding) -> Coding:
     """Add a tensor that is coded after others, whose results are still there."""
-    return Coding(
-        saved_bytes=one.saved_bytes + other.saved_bytes,
-        saved_back_bytes=one.saved_back_bytes + other.saved_back_bytes,
-        send_bytes=one.send_bytes + other.send_bytes,
-        kept_bytes=one.kept_bytes + other.kept_bytes,
-        receive_bytes=one.receive_bytes + other.receive_bytes,
-        send_back_bytes=one.send_back_bytes + other.send_back_bytes,
-        receive_back_bytes=one.receive_back_bytes + other.receive_back_bytes,
-        grown_bytes=one.grown_bytes + other.grown_bytes,
-        grown_back_bytes=one.grown_back_bytes + other.grown_back_bytes,
-    )
+    names = [field.name for field in fields(Coding)]
+    return Coding(**{name: getattr(one, name) + getattr(other, name) for name in names})
 
 
 def _coding(codec: Codec, tensor: TensorCost) -> Coding:
+    """Say what coding one tensor takes, in memory and in time."""
+    found = _coding_bytes(codec, tensor)
+    if isinstance(codec, Packed) and not (tensor.blocks or tensor.dtype == "bool"):
+        counted = _COUNT_FLOPS * tensor.num_values
+        back = counted * tensor.has_gradient
+        return replace(found, send_flops=counted, send_back_flops=back)
+    there = tensor.num_values * (found.send_bytes > 0)
+    back = tensor.num_values * (found.send_back_bytes > 0)
+    flops, back_flops = _flops_per_value(codec), _flops_per_value(back_codec(codec))
+    return replace(
+        found,
+        send_flops=there * flops[0],
+        receive_flops=there * flops[1],
+        send_back_flops=back * back_flops[2],
+        receive_back_flops=back * back_flops[3],
+    )
+
+
+_COUNT_FLOPS = 40  # Of ``Packed``, for a value of what it then sends as it is
+
+
+def _flops_per_value(codec: Codec) -> tuple[int, int, int, int]:
+    """Count the FLOPs of training that take as long as coding one value.
+
+    Of the boundary where it is made and where it arrives, then of its gradient. They
+    are what ``simulations/benchmarks/wires/codec_time.py`` measured on one core of an
+    AMD EPYC. How fast other processors code, compared with how fast they train, may be
+    otherwise.
+    """
+    match codec:
+        case Integer():
+            return _FLOPS[f"integer:{codec.bits}"]
+        case TopK(random_share=share) if share:
+            return _FLOPS["topk at random"]
+    return _FLOPS[codec.kind]
+
+
+_FLOPS: Mapping[str, tuple[int, int, int, int]] = {
+    "packed": (790, 580, 680, 520),
+    "float16": (340, 200, 280, 180),
+    "bfloat16": (100, 100, 100, 100),
+    "integer:8": (370, 170, 360, 160),
+    "integer:4": (500, 300, 550, 300),
+    "topk": (1600, 380, 380, 310),
+    "topk at random": (3600, 390, 360, 340),
+}
+
+
+def _coding_bytes(codec: Codec, tensor: TensorCost) -> Coding:
     sent, back = wire_bytes(codec, tensor)
     plain = tensor.num_bytes
     spans = tensor.spanned_bytes
@@ -304,19 +207,24 @@ def _as_it_is(tensor: TensorCost) -> Coding:
 
 
 def _packed(tensor: TensorCost) -> Coding:
-    """Bound ``Packed``: how many values are +0 is not known."""
+    """Bound ``Packed``: how many values are +0 is not known; likely, half."""
     plain, is_back = tensor.num_bytes, tensor.has_gradient
     rows, width = _block(tensor)
     bits, values = ceil(width / 8), rows * width * tensor.item_bytes
     kept = tensor.num_rows * bits
     mask = 8 * rows * bits
-    coded = values + rows * width + max(values, mask + rows * bits + 8)
+    coded = values + rows * width + max(values, mask + rows * bits)
     read = rows * bits + mask + 2 * values + 8
+    likely = 0
+    if tensor.blocks:
+        likely = max(0, plain // 2 - kept)
     return Coding(
+        likely_saved_bytes=likely,
+        likely_saved_back_bytes=plain // 2 * (tensor.blocks and is_back),
         send_bytes=plain + max(coded, kept),
         kept_bytes=kept * is_back,
         receive_bytes=plain + kept + read,
-        send_back_bytes=(plain + mask + 2 * values + 8) * is_back,
+        send_back_bytes=(plain + max(coded, mask + 2 * values + 8)) * is_back,
         receive_back_bytes=(plain + read) * is_back,
     )
 
@@ -353,7 +261,7 @@ def _mask(codec: TopK, rows: int, width: int) -> int:
     if codec.random_share and width > kept:
         found = 5 * mask + max(found, 4 * mask)
     _, is_bits = place_bytes(codec, width)
-    written = 9 * rows * ceil(width / 8) + 8 if is_bits else 20 * rows * kept
+    written = 9 * rows * ceil(width / 8) if is_bits else 20 * rows * kept
     return max(found, mask + written, mask + 4 * rows * kept)
 
 
@@ -365,8 +273,8 @@ def _receive_rows(codec: Codec, tensor: TensorCost) -> int:
     held = _values_read(codec, rows, kept) + rows * place
     bits, mask = ceil(width / 8), rows * width
     if is_bits:
-        return held + 8 * rows * bits + max(8, 4 * mask)
-    making = max(12 * rows * kept + mask, mask + 9 * rows * bits + 8)
+        return held + 8 * rows * bits + 4 * mask
+    making = max(12 * rows * kept + mask, mask + 9 * rows * bits)
     return held + max(making, mask + 4 * mask)
 
 
@@ -375,7 +283,7 @@ def _send_back_rows(codec: Codec, tensor: TensorCost) -> int:
     if not isinstance(codec, TopK):
         return 4 * rows * width + _write(back_codec(codec), rows, width)
     kept, bits = codec.num_kept(width), ceil(width / 8)
-    picked = 4 * rows * width + 8 * rows * bits + max(8, 4 * rows * kept)
+    picked = 4 * rows * width + 8 * rows * bits + 4 * rows * kept
     return max(picked, 4 * rows * kept + _write(codec, rows, kept))
 
 
@@ -384,7 +292,7 @@ def _receive_back_rows(codec: Codec, tensor: TensorCost) -> int:
     if not isinstance(codec, TopK):
         return _read(back_codec(codec), rows, width)
     held = _values_read(codec, rows, codec.num_kept(width))
-    return held + 8 * rows * ceil(width / 8) + max(8, 4 * rows * width)
+    return held + 8 * rows * ceil(width / 8) + 4 * rows * width
 
 
 def _write(codec: Codec, rows: int, width: int) -> int:

@@ -9,9 +9,10 @@ from random import Random
 import numpy as np
 
 from flwr_smartsplit.errors import NoFeasibleRoute
-from flwr_smartsplit.plan.coding import CodecChoice, chosen_codecs, coded_profile
+from flwr_smartsplit.plan.codec_choice import CodecChoice, chosen_codecs
+from flwr_smartsplit.plan.coding import coded_profile
 from flwr_smartsplit.plan.routes import ChooseRoute, RouteRequest, chosen_option
-from flwr_smartsplit.plan.search_space import SearchSpace, search_space
+from flwr_smartsplit.plan.search_space import SearchSpace, joined, search_space
 from flwr_smartsplit.plan.selection.candidates import Candidate, candidates_of
 from flwr_smartsplit.plan.selection.history import NO_HISTORY, History
 from flwr_smartsplit.plan.selection.selection import Select, SelectionRequest
@@ -40,13 +41,16 @@ Profiles = Mapping[BatchKind, ChainProfile]
 Found = tuple[list[Candidate], dict[str, str]]
 """Who has a route, and for all others, by client_key, why not."""
 
+Codings = tuple[tuple[Codec, ...], ...]
+"""Choices of the codec at each cut of a chain, the most wanted first."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
     """How clients and routes are chosen in a round.
 
-    ``select`` chooses clients, and one option for each. ``codec`` is that of every cut,
-    or chooses them. ``choose_route`` leaves one
+    ``select`` chooses clients, and one option for each. ``codec`` says what each cut
+    may have, and of several the fastest is best. ``choose_route`` leaves one
     route to each client; without it, ``select`` sees all that fit. ``costs``
     returns those of a batch size in so many micro-batches under a variant; without it,
     nobody accumulates more than the profiles do, and everybody trains the whole model.
@@ -109,15 +113,16 @@ def _free(
     """List everybody with all options within its budget."""
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
-    groups: dict[tuple[BatchKind, tuple[Codec, ...]], list[DeviceProfile]] = {}
+    groups: dict[tuple[BatchKind, Codings], list[DeviceProfile]] = {}
     for device in devices:
-        codecs = _codecs(device, profiles, routing)
-        groups.setdefault((device.batch_kind, codecs), []).append(device)
-    for (kind, codecs), group in groups.items():
+        codings = _codings(device, profiles, routing)
+        groups.setdefault((device.batch_kind, codings), []).append(device)
+    for (kind, codings), group in groups.items():
         waiting, left_out = group, dict[str, str]()
         for variant, accumulate, plain in _profiles(kind, profiles, routing):
-            profile = coded_profile(plain, codecs)
-            space = _space(profile, (variant, accumulate), waiting, routing)
+            how = variant, accumulate
+            coded = (coded_profile(plain, codecs) for codecs in codings)
+            space = joined([_space(each, how, waiting, routing) for each in coded])
             found, left_out = candidates_of(waiting, space, routing.edges)
             candidates += found
             waiting = [each for each in waiting if each.client_key in left_out]
@@ -127,14 +132,14 @@ def _free(
     return sorted(candidates, key=lambda each: each.client_key), unfit
 
 
-def _codecs(
+def _codings(
     device: DeviceProfile,
     profiles: Profiles,
     routing: Routing,
     *,
     route: Route | None = None,
-) -> tuple[Codec, ...]:
-    """Choose the codec of each cut for a device, or those of a route's cuts."""
+) -> Codings:
+    """Choose what each cut may have for a device, or those of a route."""
     profile = profiles[device.batch_kind]
     return chosen_codecs(routing.codec, device, profile, routing.edges, route=route)
 
@@ -194,23 +199,28 @@ def _routed(
             constraints=routing.constraints,
         )
         costs = _profiles(device.batch_kind, profiles, routing)
-        codecs = partial(_codecs, device, profiles, routing)
+        codings = partial(_codings, device, profiles, routing)
         try:
-            option = _chosen(request, costs, choose_route, codecs)
+            options = _chosen(request, costs, choose_route, codings)
         except NoFeasibleRoute as error:
             unfit[device.client_key] = str(error)
             continue
-        edge = edges[option.route.edges()[0]] if option.route.edges() else None
-        over = over_limit(option.work, device, [] if edge is None else [edge])
-        if over is not None:
-            unfit[device.client_key] = why_over_limit(*over)
+        at = options[0].route.edges()
+        edge = edges[at[0]] if at else None
+        near = [] if edge is None else [edge]
+        over = [over_limit(option.work, device, near) for option in options]
+        if None not in over:
+            unfit[device.client_key] = why_over_limit(*min(filter(None, over)))
             continue
-        known = round_seconds(option.work, device, edge)
-        seconds = nan if known is None else known
-        space, only = SearchSpace(request.profile, (option,)), np.zeros(1, np.int64)
-        candidates.append(
-            Candidate(device, space, only, np.array([seconds]), 0, seconds)
+        options = [o for o, limit in zip(options, over, strict=True) if limit is None]
+        known = [round_seconds(option.work, device, edge) for option in options]
+        seconds = np.array([nan if each is None else each for each in known])
+        best = 0 if None in known else int(seconds.argmin())
+        space, fits = SearchSpace(request.profile, tuple(options)), len(options)
+        found = Candidate(
+            device, space, np.arange(fits), seconds, best, float(seconds[best])
         )
+        candidates.append(found)
     return candidates, unfit
 
 
@@ -223,23 +233,34 @@ def _chosen(
     request: RouteRequest,
     profiles: Iterator[tuple[Variant, int, ChainProfile]],
     choose_route: ChooseRoute,
-    codecs: Callable[..., tuple[Codec, ...]],
-) -> RouteOption:
+    codings: Callable[..., Codings],
+) -> list[RouteOption]:
     """Let a route be chosen; if none fits, in more micro-batches, or a variant.
 
-    It is chosen with the codecs of split routes, and priced with its own.
+    It is chosen with the first codecs of split routes, and priced with each of its own.
     """
     problem = NoFeasibleRoute("there are no costs to choose by.")
     for variant, accumulate, plain in profiles:
         try:
-            profile = coded_profile(plain, codecs())
+            profile = coded_profile(plain, codings()[0])
             option = chosen_option(replace(request, profile=profile), choose_route)
-            route = option.route
-            own = coded_profile(plain, codecs(route=route))
-            if own != profile and route.cuts:
-                option = _priced(replace(request, profile=own), route)
         except NoFeasibleRoute as error:
             problem = error
-        else:
-            return replace(option, accumulate=accumulate, variant=variant)
+            continue
+        found: list[RouteOption] = []
+        route = option.route
+        for codecs in codings(route=route):
+            own = coded_profile(plain, codecs)
+            is_same = own == profile or not route.cuts
+            try:
+                found.append(
+                    option if is_same else _priced(replace(request, profile=own), route)
+                )
+            except NoFeasibleRoute as error:
+                problem = error
+        if found:
+            return [
+                replace(each, accumulate=accumulate, variant=variant)
+                for each in dict.fromkeys(found)
+            ]
     raise problem

@@ -4,7 +4,7 @@ Routes are enumerated here. Peaks are not monotonic in depth, so every cut count
 Without recomputation the deepest route is wanted most: its boundary leaks the least.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
@@ -202,6 +202,21 @@ def search_space(
         for each in (*plain, *planned)
     )
     return SearchSpace(profile, tuple(options))
+
+
+def joined(spaces: Sequence[SearchSpace]) -> SearchSpace:
+    """List the options of one chain under several choices of codecs.
+
+    They keep their order, and each route has those of the first choice first.
+    """
+    if len(spaces) == 1:
+        return spaces[0]
+    options = list(dict.fromkeys(each for space in spaces for each in space.options))
+    order: dict[Route, int] = {}
+    for each in options:
+        order.setdefault(each.route, len(order))
+    options.sort(key=lambda each: (not each.recompute.is_empty, order[each.route]))
+    return SearchSpace(spaces[0].profile, tuple(options))
 
 
 # --- the Pareto front -------------------------------------------------------------

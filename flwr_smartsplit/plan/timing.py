@@ -6,6 +6,7 @@ long a round would have taken on a fleet.
 
 from collections.abc import Sequence
 from math import inf
+from typing import NamedTuple
 
 from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.plan.checkpointing.plan import extra_flops
@@ -39,20 +40,18 @@ def work_of(
     extra = 0 if recompute.is_empty else extra_flops(profile, route, recompute)
     crossed = [route.cuts[0], route.cuts[-1]] if route.returns else route.cuts[:1]
     sizes = [profile.num_micro_batches * units[c - 1].boundary_bytes for c in crossed]
-    # Whether nothing before a cut is trained, so that no gradient crosses it. Else a
-    # codec may make it smaller, as it does the boundary.
-    parts, codings = profile.num_micro_batches, [units[c - 1].coding for c in crossed]
-    saved = [parts * each.saved_bytes for each in codings]
-    idle = [
-        size if _is_frozen(units[:c]) else parts * each.saved_back_bytes
-        for c, size, each in zip(crossed, sizes, codings, strict=True)
-    ]
+    coded = [_coded_work(profile, cut) for cut in crossed]
+    here = sum(each.here_flops for each in coded[:1])
+    here += sum(each.there_flops for each in coded[1:])
+    there = sum(each.here_flops + each.there_flops for each in coded) - here
     return Work(
-        device_flops=device_flops + extra,
-        edge_flops=sum(flops) - device_flops,
+        device_flops=device_flops + extra + here,
+        edge_flops=sum(flops) - device_flops + there,
         boundary_bytes=sum(sizes),
-        unreturned_bytes=sum(idle[:1]) + sum(saved[1:]),
-        unsent_bytes=sum(saved[:1]) + sum(idle[1:]),
+        unreturned_bytes=sum(each.idle_bytes for each in coded[:1])
+        + sum(each.saved_bytes for each in coded[1:]),
+        unsent_bytes=sum(each.saved_bytes for each in coded[:1])
+        + sum(each.idle_bytes for each in coded[1:]),
         num_exchanges=profile.num_micro_batches * len(crossed),
         state_bytes=sum(
             units[index].parameter_bytes
@@ -61,6 +60,33 @@ def work_of(
             for index in own
         ),
         extra_flops=extra,
+        coding_flops=here,
+        edge_coding_flops=there,
+        doubtful_bytes=sum(each.doubtful_bytes for each in coded),
+    )
+
+
+class _CodedWork(NamedTuple):
+    """What the codec of a cut saves and takes, in all micro-batches of a step."""
+
+    saved_bytes: int  # Of the boundary
+    idle_bytes: int  # Of its gradient; all of it where nothing before is trained
+    doubtful_bytes: int  # Of both
+    here_flops: int  # Where the boundary is made
+    there_flops: int  # Where it arrives
+
+
+def _coded_work(profile: ChainProfile, cut: int) -> _CodedWork:
+    unit, parts = profile.units[cut - 1], profile.num_micro_batches
+    coding, returns = unit.coding, not _is_frozen(profile.units[:cut])
+    likely_back = coding.likely_saved_back_bytes
+    back = coding.saved_back_bytes + likely_back if returns else unit.boundary_bytes
+    return _CodedWork(
+        parts * (coding.saved_bytes + coding.likely_saved_bytes),
+        parts * back,
+        parts * (coding.likely_saved_bytes + likely_back * returns),
+        parts * (coding.send_flops + coding.receive_back_flops * returns),
+        parts * (coding.receive_flops + coding.send_back_flops * returns),
     )
 
 
@@ -136,8 +162,7 @@ def over_limit(
 
     None if all of the device's links may, to whichever of the edges it goes.
     """
-    both_ways = 2 * work.boundary_bytes - work.unsent_bytes - work.unreturned_bytes
-    stepped, state = device.num_steps * both_ways, 2 * work.state_bytes
+    stepped, state = device.num_steps * work.most_bytes, 2 * work.state_bytes
     traits = device.traits
     shares_home = any(edge.name not in traits.edge_links for edge in edges)
     asked = [(traits.link, state + stepped * shares_home)]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from flwr_smartsplit.split.layout import ALIGNMENT, is_dense, num_spanned
+from flwr_smartsplit.train.segment_runner import blocks_gradient
 from flwr_smartsplit.types import TensorCost
 
 
@@ -23,6 +24,7 @@ def crossing_cost(tensor: Tensor) -> TensorCost:
         dtype=str(tensor.dtype).removeprefix("torch."),
         item_bytes=tensor.element_size(),
         spanned_bytes=spanned_bytes(tensor) if has_gaps else None,
+        blocks=blocks_gradient(tensor),
     )
 
 

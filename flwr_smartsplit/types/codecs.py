@@ -273,6 +273,7 @@ class TensorCost:
     item_bytes: int = 4
     is_context: bool = False  # Whether it goes along as it is, and is never rounded
     has_gradient: bool = True  # Whether its gradient comes back
+    blocks: bool = False  # Whether none passes where it is +0, as behind a ReLU
     # What it and its gradient span in memory, if that has gaps or repetitions
     spanned_bytes: int | None = None
     spanned_gradient_bytes: int | None = None
@@ -291,9 +292,14 @@ class TensorCost:
         return count
 
     @property
+    def num_values(self) -> int:
+        """How many values it has."""
+        return self.num_rows * self.row_values if self.shape else 1
+
+    @property
     def num_bytes(self) -> int:
         """Size of its plain bytes."""
-        return (self.num_rows * self.row_values if self.shape else 1) * self.item_bytes
+        return self.num_values * self.item_bytes
 
 
 def sent_row_bytes(codec: Codec, tensor: TensorCost) -> int | None:
@@ -335,7 +341,7 @@ def wire_bytes(codec: Codec, tensor: TensorCost) -> tuple[int, int]:
     )
 
 
-BLOCK_VALUES = 2**13
+BLOCK_VALUES = 2**15
 
 
 def block_rows(num_values: int) -> int:
@@ -361,6 +367,15 @@ class Coding:
     # By which what arrives is larger in memory than where it was made
     grown_bytes: int = 0
     grown_back_bytes: int = 0
+    # What is saved besides if as many values are +0 as usual
+    likely_saved_bytes: int = 0
+    likely_saved_back_bytes: int = 0
+    # FLOPs of training that take as long as coding: the boundary where it is made and
+    # where it arrives, and its gradient
+    send_flops: int = 0
+    receive_flops: int = 0
+    send_back_flops: int = 0
+    receive_back_flops: int = 0
 
 
 NO_CODING = Coding()

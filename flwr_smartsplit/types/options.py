@@ -28,6 +28,10 @@ class Work:
     num_exchanges: int = 0  # round trips over the device's link
     state_bytes: int = 0  # the device's state, moved once a round; not the frozen
     extra_flops: int = 0  # the part of device_flops that recomputation adds
+    # The parts of device_flops and edge_flops that coding takes
+    coding_flops: int = 0
+    edge_coding_flops: int = 0
+    doubtful_bytes: int = 0  # Of all that is not sent: only likely, not sure
 
     @property
     def up_bytes(self) -> int:
@@ -40,16 +44,26 @@ class Work:
         return self.boundary_bytes - self.unreturned_bytes
 
     @property
+    def model_flops(self) -> float:
+        """The device's part of the model's FLOPs: nothing recomputed, nothing coded."""
+        return self.device_flops - self.extra_flops - self.coding_flops
+
+    @property
+    def most_bytes(self) -> int:
+        """What crosses both ways if nothing is saved but what is sure to be."""
+        return self.up_bytes + self.down_bytes + self.doubtful_bytes
+
+    @property
     def device_fraction(self) -> float:
-        """The device's share of the model's FLOPs, without recomputation."""
-        own = self.device_flops - self.extra_flops
-        total = own + self.edge_flops
+        """The device's share of the model's FLOPs."""
+        own = self.model_flops
+        total = own + self.edge_flops - self.edge_coding_flops
         return own / total if total else 1.0
 
     @property
     def extra_fraction(self) -> float:
         """The recomputed FLOPs over those of the device's forward."""
-        own = self.device_flops - self.extra_flops
+        own = self.model_flops
         return STEP_OVER_FORWARD * self.extra_flops / own if own else 0.0
 
 

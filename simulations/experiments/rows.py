@@ -31,6 +31,7 @@ class ClientRow:
     cause: str = ""
     route: str = ""
     recompute: str = "none"
+    codecs: tuple[str, ...] = ()  # one per cut; empty for raw at all of them
     num_steps: int = 0
     step_flops: float | None = None
     moves: tuple[dict[str, Any], ...] = ()

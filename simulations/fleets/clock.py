@@ -5,9 +5,10 @@ costs of the model's units; speeds, links and watts are the fleet's. So the same
 gives the same seconds on any machine, and they are never those of the simulation
 itself, which are called wall-clock.
 
-Added up, since nothing overlaps: the device's work, the edge's work, what crosses the
-device's links, and a latency for each message. A round takes as long as the slowest
-of its clients; what the server does, and what passes between edges, takes no time.
+Added up, since nothing overlaps: the device's work and the edge's, coding included,
+what crosses the device's links, and a latency for each message. A round takes as long
+as the slowest of its clients; what the server does, and what passes between edges,
+takes no time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,13 @@ from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,
     ClientPlan,
+    Codec,
     Link,
     RecomputePlan,
     Route,
     StepReport,
     Work,
+    codec_from_text,
 )
 from simulations.experiments.rows import ClientRow
 from simulations.fleets.devices import Devices, FleetDevice
@@ -52,6 +55,7 @@ class Stretch:
     num_steps: int
     route: Route
     recompute: RecomputePlan
+    codecs: tuple[Codec, ...] = ()  # one per cut; empty for RAW at all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +99,7 @@ class Clock:
     # What an edge does for one client, however many it has, and takes for it
     edge_flops_per_second: float = EDGE_FLOPS_PER_SECOND
     edge_watts: float = EDGE_WATTS
-    _works: dict[tuple[Route, RecomputePlan], Work] = field(
+    _works: dict[tuple[Route, RecomputePlan, tuple[Codec, ...]], Work] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -114,7 +118,10 @@ class Clock:
         )
         stretches = stretches_of(
             Stretch(
-                num_steps=report.num_steps, route=plan.route, recompute=plan.recompute
+                num_steps=report.num_steps,
+                route=plan.route,
+                recompute=plan.recompute,
+                codecs=plan.codecs,
             ),
             moves=[asdict(move) for move in report.moves],
             replans=[asdict(replan) for replan in report.replans],
@@ -132,11 +139,8 @@ class Clock:
     ) -> float:
         """Say how long a step takes on a route, from the costs of the units alone."""
         device = self.devices[int(plan.client_key)]
-        coded = route_profile(self.profile, plan.route, plan.codecs)
         return step_seconds(
-            work_of(coded, route, recompute)
-            if plan.codecs
-            else self._work(route, recompute),
+            self._work(route, recompute, plan.codecs),
             flops_per_second=true_flops_per_second(device, plan.round_number),
             link=link_to(device, _first_edge(route), plan.round_number),
             edge_flops_per_second=self.edge_flops_per_second,
@@ -152,6 +156,7 @@ class Clock:
             num_steps=row.num_steps,
             route=Route.whole() if is_submodel else route_of(row.route),
             recompute=recompute_of(row.recompute),
+            codecs=tuple(map(codec_from_text, row.codecs)),
         )
         traffic = Traffic(
             server_down=row.bytes_down,
@@ -173,7 +178,9 @@ class Clock:
         )
 
     def _works_of(self, stretches: Sequence[Stretch]) -> list[tuple[int, Work]]:
-        return [(s.num_steps, self._work(s.route, s.recompute)) for s in stretches]
+        return [
+            (s.num_steps, self._work(s.route, s.recompute, s.codecs)) for s in stretches
+        ]
 
     def _spent(
         self,
@@ -211,10 +218,13 @@ class Clock:
             edge_joules=edge_seconds * self.edge_watts,
         )
 
-    def _work(self, route: Route, recompute: RecomputePlan) -> Work:
-        key = route, recompute
+    def _work(
+        self, route: Route, recompute: RecomputePlan, codecs: tuple[Codec, ...] = ()
+    ) -> Work:
+        key = route, recompute, codecs
         if key not in self._works:
-            self._works[key] = work_of(self.profile, route, recompute)
+            coded = route_profile(self.profile, route, codecs)
+            self._works[key] = work_of(coded, route, recompute)
         return self._works[key]
 
 

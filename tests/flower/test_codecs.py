@@ -1,6 +1,7 @@
 """Whole federated runs whose boundaries are coded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from flwr_smartsplit import (
     Integer,
     Link,
     Packed,
+    PruneSchedule,
     Raw,
     Route,
     TopK,
     codec_by_rate,
+    cut_at_gate,
+    gated,
 )
 from flwr_smartsplit.edge.hosts.local import LocalEdge
-from flwr_smartsplit.flower.serde.records import plan_from_config
+from flwr_smartsplit.flower.serde.records import plan_from_config, to_array_record
+from flwr_smartsplit.split.build import state_of
 from flwr_smartsplit.types import Codec
 from tests.edge.hosts.served import ServedEdge
 from tests.flower.apps import (
@@ -32,7 +37,7 @@ from tests.flower.apps import (
     smart_split,
 )
 from tests.flower.legacy import legacy_smart_split, run_legacy
-from tests.tasks import differences
+from tests.tasks import TASK, differences, tiny_cnn
 
 EDGES = (LocalEdge(name="near"), LocalEdge(name="far"))
 ROUTES = {
@@ -176,3 +181,80 @@ def differences_over(edge: Any) -> list[str]:
 def test_it_is_the_same_over_a_network() -> None:
     """The bits of gRPC's edge; Ray's are in tests/edge/hosts/test_ray.py."""
     assert differences_over(ServedEdge()) == []
+
+
+def linked(kind: Any, flops: float = 1e6) -> list[Any]:
+    """Make clients behind a slow link, a fast one, and one that nobody knows."""
+    rates = 1e3, 1e9
+    links = [Link(up_bytes_per_second=r, down_bytes_per_second=r) for r in rates]
+    return [
+        kind(index, traits=DeviceTraits(flops_per_second=flops, link=link))
+        for index, link in enumerate([*links, None])
+    ]
+
+
+def plans_of(grid: Any) -> dict[str, Any]:
+    """Return the last plan of each client."""
+    found = {}
+    for message in messages(grid, "train"):
+        for config in message.content.config_records.values():
+            plan = plan_from_config(config)
+            if plan is not None:
+                found[plan.client_key] = plan
+    return found
+
+
+def test_by_default_a_slow_link_gets_what_is_exact_and_smaller(tmp_path: Path) -> None:
+    """The others send what they always sent; the journal says why."""
+    path = tmp_path / "journal.jsonl"
+    route = {"choose_route": lambda _: Route.split(3)}
+    made = run(linked(message_app), smart_split(journal=path, **route))
+    raw = run(linked(message_app), smart_split(codec=Raw(), **route))
+    assert made.kinds() == raw.kinds() == []
+    assert differences(made.state, raw.state) == []
+    codecs = {key: plan.codecs for key, plan in plans_of(made.grid).items()}
+    assert codecs == {"c0": (Packed(),), "c1": (), "c2": ()}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    why = {r["client_key"]: r["why"] for r in rows if r["kind"] == "client"}
+    assert [key for key in why if "codecs for this cut: raw" in why[key]] == [
+        "c0",
+        "c1",
+    ]
+
+
+def test_route_and_codec_are_chosen_together_in_both_apis() -> None:
+    """The legacy API's choices are those of the Message API, to the bit."""
+    codecs = Raw(), Integer(), TopK(fraction=0.3)
+    made = run(linked(message_app), smart_split(codec=codecs))
+    other = run_legacy(linked(legacy_app), legacy_smart_split(codec=codecs))
+    assert made.kinds() == other.kinds() == []
+    assert differences(made.state, other.state) == []
+    chosen = {key: plan.codecs for key, plan in plans_of(made.grid).items()}
+    assert chosen == {key: plan.codecs for key, plan in plans_of(other.grid).items()}
+    with pytest.raises(TypeError, match="'int8' is no codec"):
+        smart_split(codec=(Raw(), "int8"))
+
+
+def test_packed_finds_a_gates_zeros_both_ways(tmp_path: Path) -> None:
+    """The bits of a run without it, while few channels are open and while all are."""
+    task = replace(TASK, model_fn=gated(tiny_cnn, "6", encoder=False))
+    arrays = to_array_record(state_of(task.model_fn()))
+    found, path = [], tmp_path / "journal.jsonl"
+    for codec in (Raw(), Packed()):
+        strategy = smart_split(
+            task=task,
+            choose_route=cut_at_gate,
+            between_rounds=PruneSchedule.deprune(budget=2, rounds=3, full_rounds=1),
+            codec=codec,
+            journal=path if codec == Packed() else None,
+        )
+        members = apps([None] * 2, task=task)
+        found.append(run(members, strategy, num_rounds=3, arrays=arrays))
+    assert [made.kinds() for made in found] == [[], []]
+    assert differences(found[0].state, found[1].state) == []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    few = [row for row in rows if row["kind"] == "client" and row["round"] < 3]
+    assert len(few) == 4
+    for row in few:
+        assert row["edge_bytes_up"] < 0.6 * row["edge_bytes_raw_up"]
+        assert row["edge_bytes_down"] < 0.6 * row["edge_bytes_raw_down"]

@@ -29,7 +29,7 @@ from flwr_smartsplit.edge.coding.tensor_codes import (
     wrong,
 )
 from flwr_smartsplit.edge.protocol import Forward, OpenSession
-from flwr_smartsplit.edge.tensors import WireTensor
+from flwr_smartsplit.edge.tensors import Coded, WireTensor
 from flwr_smartsplit.errors import RefusedMessage
 from flwr_smartsplit.split.segment import Boundary
 from flwr_smartsplit.train.rng import derived_seed
@@ -213,6 +213,8 @@ class Crossing:
     def _encoded_back(self, gradient: Tensor, places: Places | None) -> Sent:
         gradient, codec = gradient.detach(), self.codec
         cost = cost_of(gradient)
+        if isinstance(codec, Packed) and places is None:
+            return packed(gradient, False)[0]  # Behind a gate, it has zeros of its own.
         if isinstance(codec, Packed | TopK):
             if places is None or not cost.num_bytes:
                 return WireTensor.pack(gradient)
@@ -228,20 +230,29 @@ class Crossing:
         if not cost.num_bytes:  # It stands for none.
             return self._plain(sent)
         if isinstance(codec, Packed | TopK):
-            is_plain = isinstance(codec, Packed) and isinstance(sent, WireTensor)
-            if places is None or is_plain:
-                return self._plain(sent)
-            if (len(places.bits), places.width) != (cost.num_rows, cost.row_values):
-                raise wrong(codec, f"a gradient of shape {cost.shape} came back")
-            if isinstance(codec, TopK):
-                return untop_back(codec, sent, cost, places)
-            return unpacked_back(sent, cost, places)
+            return self._decoded_at(sent, cost, places)
         row_bytes = back_row_bytes(codec, cost)
         if row_bytes is None:
             return self._plain(sent)
         back = back_codec(codec)
         coded = coded_in(sent, back, cost.num_rows * row_bytes)
         return read(back, coded, cost, self.device)
+
+    def _decoded_at(
+        self, sent: Sent, cost: TensorCost, places: Places | None
+    ) -> Tensor:
+        """Decode a gradient of which only some values came, or all as they are."""
+        codec = self.codec
+        if isinstance(codec, Packed) and isinstance(sent, Coded) and places is None:
+            return unpacked(sent, cost, self.device)[0]
+        is_plain = isinstance(codec, Packed) and isinstance(sent, WireTensor)
+        if places is None or is_plain:
+            return self._plain(sent)
+        if (len(places.bits), places.width) != (cost.num_rows, cost.row_values):
+            raise wrong(codec, f"a gradient of shape {cost.shape} came back")
+        if isinstance(codec, TopK):
+            return untop_back(codec, sent, cost, places)
+        return unpacked_back(sent, cost, places)
 
 
 def _flags(gradients: Sequence[bool], boundary: Sequence[object]) -> tuple[bool, ...]:

@@ -14,6 +14,12 @@ LEAST_EXPONENT, MOST_EXPONENT = -112, 127  # Of a row's power of two
 _PLAIN_EXPONENT = 14  # Of a row that is not finite: it is not scaled
 _BIAS, _MANTISSA_BITS = 127, 23
 _LEVELS = {8: 255, 4: 15}
+# For eight bytes of 0 or 1 as one whole number, the first one lowest. Times the first
+# constant, their bits are the highest byte. A byte times the second is in each of
+# eight, and the third leaves one bit of each. All wraps around, as int64 does.
+_GATHER = 0x0102040810204080
+_REPEAT = 0x0101010101010101
+_ONE_EACH = 0x8040201008040201 - 2**64
 
 
 def write_values(codec: Codec, rows: Tensor, headers: Tensor, codes: Tensor) -> None:
@@ -99,23 +105,25 @@ def _nibbles(codes: Tensor) -> Tensor:
 def bits_of(mask: Tensor) -> Tensor:
     """Write a mask with rows as bits, the lowest first."""
     rows, width = mask.shape
-    bits = mask.new_zeros(rows, -(-width // 8), 8, dtype=torch.uint8)
-    bits.flatten(1)[:, :width].copy_(mask)
-    bits.bitwise_left_shift_(torch.arange(8, dtype=torch.uint8, device=mask.device))
-    return bits.sum(-1, dtype=torch.uint8)
+    if width % 8:
+        padded = mask.new_zeros(rows, -(-width // 8) * 8)
+        padded[:, :width].copy_(mask)
+        eights = padded.view(torch.int64).mul_(_GATHER)
+    else:
+        eights = mask.view(torch.int64).mul(_GATHER)
+    return eights.bitwise_right_shift_(56).to(torch.uint8)
 
 
 def mask_of(bits: Tensor, width: int) -> Tensor:
     """Read what ``bits_of`` wrote."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    found = torch.bitwise_right_shift(bits.unsqueeze(-1), places).bitwise_and_(1)
-    return found.view(torch.bool).flatten(1)[:, :width]
+    eights = bits.to(torch.int64).mul_(_REPEAT).bitwise_and_(_ONE_EACH)
+    return eights.view(torch.uint8).clamp_(max=1).view(torch.bool)[:, :width]
 
 
 def largest(rows: Tensor, count: int) -> Tensor:
     """Mark the values of largest magnitude in each row; of equal ones, the first."""
     sizes = rows.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    least = sizes.topk(count, dim=1).values.amin(1, keepdim=True)
+    least = sizes.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, equal = sizes > least, sizes == least
     del sizes
     wanted = above.sum(1, keepdim=True, dtype=torch.int32).neg_().add_(count)

@@ -11,6 +11,7 @@ from flwr_smartsplit.errors import bytes_text
 from flwr_smartsplit.plan.search_space import SearchSpace
 from flwr_smartsplit.plan.timing import NO_WAIT, over_limit, why_over_limit
 from flwr_smartsplit.types import (
+    RAW,
     Assignment,
     DeviceProfile,
     EdgeProfile,
@@ -59,8 +60,24 @@ class Candidate:
             client_key=self.client_key,
             option=option,
             budget_bytes=self.device.budget_bytes,
-            why=why,
+            why="; ".join(filter(None, (why, self._why_codecs(option)))),
         )
+
+    def _why_codecs(self, option: RouteOption) -> str:
+        """Say what its route would take with each of the codecs that it may have."""
+        others = [
+            each
+            for each in self.options
+            if each.route.cuts == option.route.cuts and each.recompute.is_empty
+        ]
+        if len(others) < 2 or not option.route.cuts:  # noqa: PLR2004
+            return ""
+        parts = [
+            "+".join(map(str, each.codecs or (RAW,)))
+            + ("" if each.seconds is None else f" {each.seconds:.3g} s")
+            for each in others
+        ]
+        return f"codecs for this cut: {', '.join(parts)}"
 
     def _option(self, index: int) -> RouteOption:
         seconds = float(self.seconds[index])

@@ -18,7 +18,7 @@ from flwr_smartsplit.edge.message_bytes import decode, encode
 from flwr_smartsplit.edge.protocol import Stepped
 from flwr_smartsplit.edge.tensors import Coded, WireTensor
 from flwr_smartsplit.errors import RefusedMessage
-from flwr_smartsplit.types import Codec, wire_bytes
+from flwr_smartsplit.types import Codec, codecs, wire_bytes
 
 LOSSY: list[Codec] = [
     Float16(),
@@ -32,6 +32,12 @@ LOSSY: list[Codec] = [
     TopK(fraction=0.1, random_share=0.1),
 ]
 ALL: list[Codec] = [Raw(), Packed(), *LOSSY]
+
+
+@pytest.fixture(autouse=True)
+def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tensors as small as these take several blocks of rows."""
+    monkeypatch.setattr(codecs, "BLOCK_VALUES", 2**12)
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,6 +87,16 @@ def test_bytes_and_layout(codec: Codec, dtype: torch.dtype) -> None:
             other.shape,
             other.stride(),
         )
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 1001])
+def test_bits_are_the_mask_in_eights(width: int) -> None:
+    """The lowest bit first, as NumPy packs them; and back."""
+    mask = drawn(5, width) > 0
+    bits = row_codes.bits_of(mask)
+    expected = np.packbits(mask.numpy(), axis=1, bitorder="little")
+    assert np.array_equal(bits.numpy(), expected)
+    assert torch.equal(row_codes.mask_of(bits, width), mask)
 
 
 @pytest.mark.parametrize("codec", LOSSY[:-1], ids=str)
@@ -168,6 +184,25 @@ def test_packed_is_never_larger_than_raw() -> None:
     far.decode(near.encode((value,), blocks=(False,)))  # Behind no ReLU
     (back,) = near.decode_gradients(far.encode_gradients((dense,)))
     assert same(back, dense)
+
+
+def test_a_gradient_with_zeros_of_its_own_is_packed() -> None:
+    """As behind a gate, whose closed channels get none; forged bytes are refused."""
+    value, gradient = torch.randn(4, 8, 6), torch.randn(4, 8, 6)
+    value[:, 1:], gradient[:, 1:] = 0.0, 0.0
+    gradient[0, 0, 0] = -0.0
+    near, far = Crossing(Packed()), Crossing(Packed())
+    far.decode(near.encode((value,), blocks=(False,)))
+    (sent,) = far.encode_gradients((gradient,))
+    assert isinstance(sent, Coded)
+    assert sent.data.size == 4 * 6 + 4 * 6 * 4
+    near.encode((value,), blocks=(False,))
+    for wrong in (sent.data[:-1], sent.data[:20], np.append(sent.data, np.uint8(1))):
+        with pytest.raises(RefusedMessage, match="bytes came"):
+            near.decode_gradients((replace(sent, data=wrong),))
+        near.encode((value,), blocks=(False,))
+    (back,) = near.decode_gradients((sent,))
+    assert same(back, gradient)
 
 
 def test_of_equal_values_the_first_count() -> None:

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from flwr_smartsplit.plan.coding import route_profile
 from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,
     ClientPlan,
     DeviceTraits,
+    Integer,
     Link,
     Move,
     RecomputePlan,
@@ -17,6 +19,7 @@ from flwr_smartsplit.types import (
     Route,
     StepBytes,
     StepReport,
+    TensorCost,
     UnitCost,
 )
 from simulations.experiments.rows import ClientRow
@@ -292,3 +295,29 @@ def test_who_made_no_step_took_nothing(status):
 def test_whatever_a_row_says_changes_its_time(change):
     """Else the numbers above could be right by accident."""
     assert CLOCK.spent(replace(SPLIT, **change)).seconds != pytest.approx(8.1)
+
+
+def test_coding_takes_time_on_the_device_and_on_its_edge():
+    """As the same work of training does, in a plan and in the journal."""
+    tensor = TensorCost(shape=(4, 100), dtype="float32")
+    first = replace(PROFILE.units[0], boundary_bytes=1600, crossing=(tensor,))
+    profile = replace(PROFILE, units=(first, *PROFILE.units[1:]))
+    clock, route = replace(CLOCK, profile=profile), Route.split(1, edge="near")
+    coding = route_profile(profile, route, (Integer(),)).units[0].coding
+    here = coding.send_flops + coding.receive_back_flops
+    there = coding.receive_flops + coding.send_back_flops
+
+    plain, coded = (
+        clock.spent(SPLIT),
+        clock.spent(replace(SPLIT, codecs=("integer:8",))),
+    )
+
+    assert here > 0
+    assert there > 0
+    assert coded.device_seconds == pytest.approx(plain.device_seconds + 2 * here / 1000)
+    assert coded.edge_seconds == pytest.approx(plain.edge_seconds + 2 * there / 3000)
+    assert coded.radio_seconds == plain.radio_seconds
+    report = StepReport(num_steps=2, sent_bytes=80, received_bytes=80, metrics={})
+    plans = plan(route), replace(plan(route), codecs=(Integer(),))
+    raw, rounded = (clock.client_seconds(each, report) for each in plans)
+    assert rounded - raw == pytest.approx(coded.seconds - plain.seconds)

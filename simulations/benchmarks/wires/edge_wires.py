@@ -1,4 +1,4 @@
-"""What an edge's wire costs: ``python -m simulations.benchmarks.edge_wires``.
+"""What an edge's wire costs: ``python -m simulations.benchmarks.wires.edge_wires``.
 
 Clients train over a boundary of 0.1, 1 and 8 MB with the edge in this process, as a
 Ray actor, and as ``smartsplit edge`` without and with TLS. The model does next to
@@ -40,7 +40,7 @@ from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.types import ClientPlan, DeviceProfile
 from simulations.benchmarks.step_time import TimedTransport
 
-CERTIFICATES = Path(__file__).parents[2] / "examples/deployment/certificates.py"
+CERTIFICATES = Path(__file__).parents[3] / "examples/deployment/certificates.py"
 BATCH_SIZE = 16
 WIDTHS = {"0.1 MB": 1600, "1 MB": 16_384, "8 MB": 131_072}
 CUT = 2

@@ -1,0 +1,1 @@
+"""What crosses a cut costs in time: ``python -m simulations.benchmarks.wires.NAME``."""
