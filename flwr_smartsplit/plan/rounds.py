@@ -218,7 +218,12 @@ def _routed(
         best = 0 if None in known else int(seconds.argmin())
         space, fits = SearchSpace(request.profile, tuple(options)), len(options)
         found = Candidate(
-            device, space, np.arange(fits), seconds, best, float(seconds[best])
+            device,
+            space,
+            np.arange(fits, dtype=np.int64),
+            seconds,
+            best,
+            float(seconds[best]),
         )
         candidates.append(found)
     return candidates, unfit
