@@ -31,7 +31,7 @@ from simulations.studies.study import StudyOptions, chosen_cases
 from simulations.studies.suites import MEASUREMENTS, SINGLE_CLAIMS, STUDIES, SUITES
 
 DIFFERS, MISUSE, INTERRUPTED = 1, 2, 130
-_NO_STUDY = {"data", "model", "models", "seed", "library", "sample"}
+_NO_STUDY = {"data", "model", "models", "seed", "library", "sample", "codec"}
 
 Run = Callable[[Path, bool], bool]
 """``run(folder, verbose)`` runs a suite and returns False if it was interrupted."""
@@ -80,6 +80,7 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
         str | None, _option("zoo: torchvision (if not given), timm or transformers.")
     ] = None,
     sample: Annotated[int | None, _option("zoo: how many models of it.")] = None,
+    codec: Annotated[str | None, _option("zoo: at each cut, such as packed.")] = None,
     cases: Annotated[
         str | None, _option("Suites of cases: some of them, with commas.")
     ] = None,
@@ -192,6 +193,7 @@ def _measurement(suite: str, given: dict[str, Any]) -> Run:
         is_small="small" in given,
         library=given.get("library"),
         num_models=given.get("sample"),
+        codec=given.get("codec", "raw"),
         seed=given.get("seed", 0),
         num_workers=given.get("workers", 1),
         provenance=_provenance(),
@@ -210,7 +212,9 @@ def _experiment(suite: str, given: dict[str, Any]) -> Run:
     data = str(Path(data).resolve()) if data.endswith(".npz") else data
     experiment = SUITES[suite](data)
     _refuse(
-        suite, given, {"models", "cases", "seeds", "library", "sample"} & set(given)
+        suite,
+        given,
+        {"models", "cases", "seeds", "library", "sample", "codec"} & set(given),
     )
     changes = _changes(given)
     if "methods" in given:

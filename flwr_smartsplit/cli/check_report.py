@@ -12,7 +12,7 @@ from flwr_smartsplit.cli.subject import Subject, empty_table
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError, bytes_text
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.plan.coding import codecs_of
-from flwr_smartsplit.types import RAW, Packed, Route
+from flwr_smartsplit.types import RAW, Packed, Route, is_lossless
 from flwr_smartsplit.verify.equivalence import CutCheck, RouteChecker, example_batches
 from flwr_smartsplit.verify.guard import route_trials
 
@@ -151,15 +151,14 @@ def check_routes(
 def _checked(subject: Subject, route: Route, checker: RouteChecker) -> CutCheck:
     """Check a route as it is; then with recomputation, and with a cut that moves.
 
-    The stock model has the codec, if any, at the route's cut, which then cannot move
-    unless it is lossless.
+    The stock model has the codec, if it rounds, at the route's cut, which then cannot
+    move.
     """
     codecs = codecs_of(subject.profile, route)
     check = checker.check(route, codecs=codecs)
     differences = [*check.differences]
     for trial in route_trials(subject.profile, route):
-        is_other_model = codecs and not isinstance(subject.codec, Packed)
-        if is_other_model and trial.move_to is not None:
+        if not is_lossless(subject.codec) and trial.move_to is not None:
             continue
         found = trial.run(checker, codecs).differences
         differences += [f"{trial.change()}: {each}" for each in found]

@@ -30,6 +30,7 @@ from flwr_smartsplit.types.codecs import codec_at as codec_at
 from flwr_smartsplit.types.codecs import codec_from as codec_from
 from flwr_smartsplit.types.codecs import codec_from_text as codec_from_text
 from flwr_smartsplit.types.codecs import codec_values as codec_values
+from flwr_smartsplit.types.codecs import is_lossless as is_lossless
 from flwr_smartsplit.types.codecs import place_bytes as place_bytes
 from flwr_smartsplit.types.codecs import sent_row_bytes as sent_row_bytes
 from flwr_smartsplit.types.codecs import value_row as value_row

@@ -302,13 +302,18 @@ class TensorCost:
         return self.num_values * self.item_bytes
 
 
+def is_lossless(codec: Codec) -> bool:
+    """Say whether what a codec sends arrives with all bits."""
+    return isinstance(codec, Raw | Packed)
+
+
 def sent_row_bytes(codec: Codec, tensor: TensorCost) -> int | None:
     """Return the bytes of one coded row on its way forward; None if sent as it is.
 
     ``Packed`` is None, too: how small it becomes is seen when it is done.
     """
     width = tensor.row_values
-    if isinstance(codec, Raw | Packed) or tensor.dtype not in LOSSY:
+    if is_lossless(codec) or tensor.dtype not in LOSSY:
         return None
     if tensor.is_context or not tensor.num_rows * width:
         return None

@@ -47,6 +47,7 @@ from flwr_smartsplit.types import (
     RecomputePlan,
     Route,
     Status,
+    is_lossless,
 )
 from flwr_smartsplit.verify.crossed import let_cross
 from flwr_smartsplit.verify.merging import merge_differences
@@ -73,6 +74,8 @@ class CutCheck:
     route: Route
     differences: tuple[str, ...]
     measured_peak_bytes: int
+    edge_bytes: int = 0  # Of all messages to and from the edges
+    plain_edge_bytes: int = 0  # What these would be without a codec
 
 
 class RouteChecker:
@@ -166,12 +169,14 @@ class RouteChecker:
     ) -> CutCheck:
         """Train and evaluate along one route, and compare with the stock model.
 
-        With ``codecs`` at the route's cuts, the stock model has them at the same units.
+        With ``codecs`` at the route's cuts, the stock model has them at the same units,
+        unless all are lossless: these must give the numbers of the stock model alone.
         ``recompute`` has the plan of the first step and that of all others. Between the
         two, the first cut moves to ``move_to``, unless an exact move is refused.
         """
-        if codecs or self._codecs:
-            self._train_stock(route, codecs)
+        rounding = () if all(map(is_lossless, codecs)) else codecs
+        if rounding or self._codecs:
+            self._train_stock(route, rounding)
         self._changes = _Changes(recompute[1], move_to)
         self._is_evaluated = is_evaluated
         plan = ClientPlan(
@@ -186,16 +191,18 @@ class RouteChecker:
             codecs=codecs,
         )
         differences: list[str] = []
-        peak_bytes = 0
+        check = CutCheck(route, (), measured_peak_bytes=0)
         try:
-            outcome = self._run(plan, differences)
-            peak_bytes = outcome.report.peak_bytes
+            report = self._run(plan, differences).report
+            sent = report.sent_bytes + report.received_bytes
+            plain = report.plain_sent_bytes + report.plain_received_bytes
+            check = CutCheck(route, (), report.peak_bytes, sent, plain or sent)
         except Exception as error:
             differences.append(f"{type(error).__name__}: {error}")
         self._gradients.clear()
         self._outputs.take()
         self._send(wire.Release(_ROUND, self._digest))
-        return CutCheck(route, tuple(differences), measured_peak_bytes=peak_bytes)
+        return replace(check, differences=tuple(differences))
 
     def merge_differences(self) -> list[str]:
         """Merge a trained client and an untrained one, and load the result."""

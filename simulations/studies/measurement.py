@@ -43,6 +43,7 @@ class MeasurementOptions:
     seed: int = 0  # Root of all chance
     library: str | None = None  # Where the models come from, if one can choose
     num_models: int | None = None  # How many of them; the suite's own number if None
+    codec: str = "raw"  # At each cut, if one can choose
     num_workers: int = 1  # Processes, where the items are measured in their own
     provenance: Provenance  # Which program on which machine; stored with the results
 

@@ -25,6 +25,7 @@ OPTIONS = [
     "models",
     "library",
     "sample",
+    "codec",
     "cases",
     "seeds",
     "small",

@@ -13,6 +13,8 @@ from torchvision import models
 from flwr_smartsplit import Route, Task, predicted_peak_bytes, profile_chain
 from flwr_smartsplit.cli.specs import TORCHVISION, task_of
 from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.plan.coding import codecs_of, coded_profile
+from flwr_smartsplit.types.codecs import codec_from_text
 from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 from flwr_smartsplit.verify.reference import Batches
 from simulations.studies.zoo import timm_models, transformers_models
@@ -51,11 +53,13 @@ class Case:
     is_every_cut: bool
     seed: int
     library: str = "torchvision"
+    codec: str = "raw"
 
     @property
     def key(self) -> str:
         """What it is called in a results folder."""
-        return f"{self.model}, {self.optimizer}, seed {self.seed}"
+        codec = "" if self.codec == "raw" else f", {self.codec}"
+        return f"{self.model}, {self.optimizer}, seed {self.seed}{codec}"
 
     def task(self) -> Task:
         """Make the task of training the model on the smallest inputs."""
@@ -95,6 +99,8 @@ class Outcome:
     shortfalls: list[str] = field(default_factory=list)  # Predictions that are too low
     refusal: str = ""  # Why it is not cut
     failure: str = ""  # What went wrong before anything was compared
+    edge_bytes: int = 0  # That crossed in all cuts compared, at the wire
+    plain_edge_bytes: int = 0  # What that would be without a codec
 
     @property
     def kind(self) -> str:
@@ -138,39 +144,41 @@ def run_case(case: Case) -> Outcome:
 
 
 def _compared(case: Case, outcome: Outcome) -> Outcome:
-    task = case.task()
-    differences: list[str] = []
-    shortfalls: list[str] = []
-    errors, peaks = [], []
+    task, codec = case.task(), codec_from_text(case.codec)
     with RouteChecker(task, _batches(task, case.seed)) as checker:
         chain = checker.chain
-        profile = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
-        cuts = case.cuts(len(chain))
-        for cut in cuts:
-            route = Route.split(cut) if cut else Route.whole()
-            found = checker.check(route)
-            differences += [f"{route}: {text}" for text in found.differences]
-            measured = found.measured_peak_bytes
-            peaks.append(measured)
-            predicted = predicted_peak_bytes(profile, route)
-            errors.append(abs(predicted - measured) / max(measured, 1))
-            if predicted < measured:
-                shortfalls.append(f"{route}: {predicted} bytes, but {measured} needed")
+        plain = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
+        profile = coded_profile(plain, (codec,) * (len(chain) - 1))
+        routes = [
+            Route.split(cut) if cut else Route.whole() for cut in case.cuts(len(chain))
+        ]
+        checks = [
+            checker.check(route, codecs=codecs_of(profile, route)) for route in routes
+        ]
     try:
         refusal = ""
         chain.require_cuts()
     except SmartSplitError as error:
         refusal = str(error)
+    peaks = [check.measured_peak_bytes for check in checks]
+    predicted = [predicted_peak_bytes(profile, route) for route in routes]
+    pairs = list(zip(peaks, predicted, strict=True))
     return replace(
         outcome,
         num_units=len(chain),
         num_parameters=sum(p.numel() for p in chain.model.parameters()),
-        num_cuts=len(cuts),
-        differences=differences,
-        worst_error=max(errors),
+        num_cuts=len(checks),
+        differences=[f"{c.route}: {text}" for c in checks for text in c.differences],
+        worst_error=max(abs(most - peak) / max(peak, 1) for peak, most in pairs),
         least_peak_bytes=min(peaks),
-        shortfalls=shortfalls,
+        shortfalls=[
+            f"{route}: {most} bytes, but {peak} needed"
+            for route, (peak, most) in zip(routes, pairs, strict=True)
+            if most < peak
+        ],
         refusal=refusal,
+        edge_bytes=sum(check.edge_bytes for check in checks),
+        plain_edge_bytes=sum(check.plain_edge_bytes for check in checks),
     )
 
 

@@ -5,9 +5,11 @@ Predicted peaks are set against measured ones.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
+from flwr_smartsplit.types.codecs import codec_from_text
 from simulations.experiments.errors import ExperimentError
 from simulations.studies.measurement import (
     Item,
@@ -28,7 +30,10 @@ from simulations.studies.zoo.cases import (
     sampled_cases,
 )
 
-COLUMNS = ("model", "optimizer", "cuts compared", "differ", "worst prediction", "is")
+COLUMNS = (
+    *("model", "optimizer", "cuts compared", "differ", "worst prediction"),
+    *("times less crosses", "is"),
+)
 MOST_PROBLEMS = 5
 
 
@@ -44,16 +49,28 @@ def _cases(options: MeasurementOptions) -> Sequence[Case]:
     library, num_models = options.library or "torchvision", options.num_models
     if library in SAMPLED:
         num_models = len(SUBSET) if options.is_small else num_models or SAMPLE_SIZE
-        return sampled_cases(
+        sample = sampled_cases(
             library, options.models, num_models=num_models, seed=options.seed
         )
+        return _coded(sample, options.codec)
     if library != "torchvision":
         raise ExperimentError(
             f"--library {library!r} is not known: choose one of "
             f"{', '.join(['torchvision', *SAMPLED])}."
         )
     names = options.models or (SUBSET if options.is_small else classifiers())
-    return list(all_cases(names[:num_models], seed=options.seed))
+    return _coded(all_cases(names[:num_models], seed=options.seed), options.codec)
+
+
+def _coded(cases: Iterable[Case], codec: str) -> list[Case]:
+    """Have a codec at each cut, with one optimizer, of which it does not know."""
+    try:
+        codec_from_text(codec)
+    except ValueError as error:
+        raise ExperimentError(f"--codec {error}") from None
+    if codec == "raw":
+        return list(cases)
+    return [replace(c, codec=codec) for c in cases if c.optimizer == "momentum"]
 
 
 def report_of(rows: Sequence[Row]) -> Report:
@@ -68,6 +85,7 @@ def report_of(rows: Sequence[Row]) -> Report:
             f"{outcome.num_cuts} of {outcome.num_units}",
             str(len(outcome.differences)),
             f"{outcome.worst_error:.3%}",
+            times_less([outcome]),
             outcome.kind,
         )
         for outcome in outcomes
@@ -76,14 +94,17 @@ def report_of(rows: Sequence[Row]) -> Report:
     differ = sum(len(outcome.differences) for outcome in outcomes)
     worst = max((outcome.worst_error for outcome in outcomes), default=0.0)
     models = f"{len({outcome.model for outcome in outcomes})} models"
-    kinds = Counter(outcome.kind for outcome in outcomes)
+    less, kinds = times_less(outcomes), Counter(o.kind for o in outcomes)
     result = ", ".join(
         f"{kinds[kind]} {kind}" for kind in ("exact", "refused", "failed")
     )
     return Report(
         headline=f"zoo: {models}, {cuts} cuts compared, {differ} differ ({result})",
         columns=COLUMNS,
-        cells=[*cells, (models, "", str(cuts), str(differ), f"{worst:.3%}", result)],
+        cells=[
+            *cells,
+            (models, "", str(cuts), str(differ), f"{worst:.3%}", less, result),
+        ],
         caption=_reasons(outcomes),
         problems=[
             f"{outcome.model}, {outcome.optimizer}: {text}"
@@ -91,6 +112,13 @@ def report_of(rows: Sequence[Row]) -> Report:
             for text in _problems(outcome)[:MOST_PROBLEMS]
         ],
     )
+
+
+def times_less(outcomes: Sequence[Outcome]) -> str:
+    """Say how many times less crosses all cuts with the codec than without."""
+    sent = sum(outcome.edge_bytes for outcome in outcomes)
+    plain = sum(outcome.plain_edge_bytes for outcome in outcomes)
+    return f"{plain / sent:.2f}" if sent else ""
 
 
 def _problems(outcome: Outcome) -> list[str]:
@@ -123,7 +151,9 @@ ZOO = Measurement(
     items_fn=items,
     report_fn=report_of,
     figures_fn=figures,
-    options=frozenset({"models", "small", "seed", "workers", "library", "sample"}),
+    options=frozenset(
+        {"models", "small", "seed", "workers", "library", "sample", "codec"}
+    ),
     in_processes=True,
     preload=("simulations.studies.zoo.cases", "timm", "transformers"),
 )

@@ -14,10 +14,12 @@ from torch import nn
 from torchvision import models
 from typer.testing import CliRunner
 
-from flwr_smartsplit.cli.specs import torchvision_fn
+from flwr_smartsplit.cli.specs import task_of, torchvision_fn
+from flwr_smartsplit.edge.coding import tensor_codes
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.split.chain import Chain
 from simulations.__main__ import app
+from simulations.experiments.errors import ExperimentError
 from simulations.experiments.provenance import Provenance
 from simulations.studies.folder import MEASUREMENT, begin_folder
 from simulations.studies.measurement import ROWS, MeasurementOptions
@@ -150,6 +152,34 @@ def test_the_suite_compares_all_models_or_some_or_a_quick_few():
     assert models_of(is_small=True) == set(SUBSET)
     assert models_of(models=("resnet18",)) == {"resnet18"}
     assert ZOO.in_processes
+    coded = items(replace(plain, models=("resnet18",), codec="packed"))
+    assert [item.key for item in coded] == ["resnet18, momentum, seed 0, packed"]
+    with pytest.raises(ExperimentError, match=r"--codec .*nope"):
+        items(replace(plain, codec="nope"))
+
+
+def small_relu_net() -> nn.Module:
+    """Build a model with a ReLU that most cuts lie behind."""
+    layers = nn.Conv2d(3, 4, 8, stride=8), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(256, 10))
+
+
+def test_a_lossless_codec_is_compared_with_the_stock_model(monkeypatch):
+    """Less crosses, and nothing differs; a bit that gets lost is seen."""
+    name = f"{__name__}:small_relu_net"
+    task = task_of(name, input_shape=(3, 64, 64), optimizer="momentum")
+    monkeypatch.setattr(Case, "task", lambda self: task)
+    case = replace(CASE, is_every_cut=True, codec="packed")
+    found = run_case(case)
+    assert (found.kind, found.differences, found.shortfalls) == ("exact", [], [])
+    assert 0 < found.edge_bytes < found.plain_edge_bytes
+    scattered = tensor_codes._scattered
+
+    def bent(*args: Any, **named: Any) -> torch.Tensor:
+        return scattered(*args, **named) * (1 + 1e-6)
+
+    monkeypatch.setattr(tensor_codes, "_scattered", bent)
+    assert run_case(case).differences != []
 
 
 # --- samples of other libraries -------------------------------------------------------
