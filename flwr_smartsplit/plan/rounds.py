@@ -206,27 +206,32 @@ def _routed(
             unfit[device.client_key] = str(error)
             continue
         at = options[0].route.edges()
-        edge = edges[at[0]] if at else None
-        near = [] if edge is None else [edge]
-        over = [over_limit(option.work, device, near) for option in options]
-        if None not in over:
-            unfit[device.client_key] = why_over_limit(*min(filter(None, over)))
-            continue
-        options = [o for o, limit in zip(options, over, strict=True) if limit is None]
-        known = [round_seconds(option.work, device, edge) for option in options]
-        seconds = np.array([nan if each is None else each for each in known])
-        best = 0 if None in known else int(seconds.argmin())
-        space, fits = SearchSpace(request.profile, tuple(options)), len(options)
-        found = Candidate(
-            device,
-            space,
-            np.arange(fits, dtype=np.int64),
-            seconds,
-            best,
-            float(seconds[best]),
-        )
-        candidates.append(found)
+        found = _fastest(device, request.profile, options, edges[at[0]] if at else None)
+        if isinstance(found, str):
+            unfit[device.client_key] = found
+        else:
+            candidates.append(found)
     return candidates, unfit
+
+
+def _fastest(
+    device: DeviceProfile,
+    profile: ChainProfile,
+    options: Sequence[RouteOption],
+    edge: EdgeProfile | None,
+) -> Candidate | str:
+    """Make a candidate of one route under several codecs, or say why it is none."""
+    near = [] if edge is None else [edge]
+    over = [over_limit(option.work, device, near) for option in options]
+    kept = [o for o, limit in zip(options, over, strict=True) if limit is None]
+    if not kept:
+        return why_over_limit(*min(filter(None, over)))
+    known = [round_seconds(option.work, device, edge) for option in kept]
+    seconds = np.array([nan if each is None else each for each in known])
+    best = 0 if None in known else int(seconds.argmin())
+    fits = np.arange(len(kept), dtype=np.int64)
+    space = SearchSpace(profile, tuple(kept))
+    return Candidate(device, space, fits, seconds, best, float(seconds[best]))
 
 
 def _priced(request: RouteRequest, route: Route) -> RouteOption:

@@ -222,19 +222,15 @@ def test_by_default_a_slow_link_gets_what_is_exact_and_smaller(tmp_path: Path) -
     ]
 
 
-def test_of_several_codecs_both_apis_take_the_fastest() -> None:
-    """To the bit alike; of a link that nobody knows, no codec is faster than none."""
-    rules: Any = {
-        "codec": (Raw(), Integer()),
-        "choose_route": lambda _: Route.split(3),
-    }
-    made = run(linked(message_app), smart_split(**rules))
-    other = run_legacy(linked(legacy_app), legacy_smart_split(**rules))
+def test_route_and_codec_are_chosen_together_in_both_apis() -> None:
+    """The legacy API's choices are those of the Message API, to the bit."""
+    codecs = Raw(), Integer(), TopK(fraction=0.3)
+    made = run(linked(message_app), smart_split(codec=codecs))
+    other = run_legacy(linked(legacy_app), legacy_smart_split(codec=codecs))
     assert made.kinds() == other.kinds() == []
     assert differences(made.state, other.state) == []
-    for each in (made, other):
-        codecs = {key: plan.codecs for key, plan in plans_of(each.grid).items()}
-        assert codecs == {"c0": (Integer(),), "c1": (), "c2": ()}
+    chosen = {key: plan.codecs for key, plan in plans_of(made.grid).items()}
+    assert chosen == {key: plan.codecs for key, plan in plans_of(other.grid).items()}
     with pytest.raises(TypeError, match="'int8' is no codec"):
         smart_split(codec=(Raw(), "int8"))
 
