@@ -17,9 +17,18 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit import Constraints
+from flwr_smartsplit import (
+    CodecRequest,
+    Constraints,
+    Integer,
+    Packed,
+    TopK,
+    codec_by_rate,
+)
 from flwr_smartsplit.plan.advisor import StragglerAdvisor
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
+from flwr_smartsplit.types import Codec
+from simulations.fleets.clock import NOMINAL_LINK
 from simulations.methods.method import NO_RECOMPUTE, Method, Setting, split_strategy
 from simulations.methods.splitfed import one_cut_for_all
 
@@ -44,10 +53,29 @@ def _keep(share: float) -> Change:
     }
 
 
+BY_RATE = codec_by_rate({1e6: Packed(), 5e5: Integer(), 0: TopK(fraction=0.1)})
+
+
+def by_rate(request: CodecRequest) -> Codec:
+    """Choose by the link's rate; a device that tells none has the clock's."""
+    return BY_RATE(replace(request, link=request.link or NOMINAL_LINK))
+
+
+def coded_strategy(setting: Setting) -> Strategy:
+    """Build the strategy that codes what crosses a slow link."""
+    return split_strategy(setting, more={"codec": by_rate})
+
+
 SMARTSPLIT = Method(
     name="smartsplit",
     summary="who cannot hold the model trains its front, an edge the rest",
     strategy_fn=build_strategy,
+)
+
+CODED = Method(
+    name="smartsplit_by_rate",
+    summary="smartsplit, and the slower the link, the smaller what crosses",
+    strategy_fn=coded_strategy,
 )
 
 VARIANTS = tuple(
