@@ -1,7 +1,8 @@
-"""What crosses each cut of a model with each codec, measured, as a picture.
+"""What crosses each cut of a model with each codec, as a picture.
 
-``python -m simulations.benchmarks.traffic_by_cut docs/images/traffic_by_cut.svg``: two
-clients train the quickstart's network for a round on every cut, and the journal says
+``python -m simulations.benchmarks.traffic_by_cut docs/images/traffic_by_cut.svg``: what
+the planner counts, exactly, but for ``Packed``, which depends on the values. There two
+clients train the quickstart's network for a round on each cut, and the journal says
 what crossed.
 """
 
@@ -23,7 +24,9 @@ from flwr_smartsplit import (
     RouteRequest,
     TopK,
 )
-from flwr_smartsplit.types import Codec
+from flwr_smartsplit.plan.coding import route_profile
+from flwr_smartsplit.plan.timing import work_of
+from flwr_smartsplit.types import ChainProfile, Codec
 from simulations.experiments.clients import build_task
 from simulations.experiments.experiment import Experiment
 from simulations.experiments.local_grid import LocalGrid
@@ -70,7 +73,14 @@ def cut_at(cut: int) -> Callable[[RouteRequest], Route]:
     return lambda request: Route.split(cut, edge=request.edge or "")
 
 
-def bytes_per_example(prepared: Prepared, cut: int, codec: Codec, out: Path) -> float:
+def priced(profile: ChainProfile, cut: int, codec: Codec) -> float:
+    """Return the bytes that the planner counts for each example."""
+    route = Route.split(cut)
+    work = work_of(route_profile(profile, route, (codec,)), route)
+    return (work.up_bytes + work.down_bytes) / profile.batch_size
+
+
+def measured(prepared: Prepared, cut: int, codec: Codec, out: Path) -> float:
     """Train a round with one cut, and return what crossed it for each example."""
     setting = Setting(
         experiment=EXPERIMENT,
@@ -93,19 +103,20 @@ def bytes_per_example(prepared: Prepared, cut: int, codec: Codec, out: Path) -> 
     return num_bytes / sum(row.num_examples for row in rows)
 
 
-def measured() -> tuple[list[str], ByCut]:
+def bytes_by_cut() -> tuple[list[str], ByCut]:
     """Return the names of the units before each cut, and what crosses there."""
     prepared = prepared_fleet(EXPERIMENT)
-    units = [unit.name for unit in prepared.clock.profile.units]
+    profile = prepared.clock.profile
+    cuts = range(1, len(profile.units))
+    found = {
+        name: [priced(profile, cut, codec) for cut in cuts]
+        for name, codec in CODECS.items()
+    }
     with TemporaryDirectory() as folder, quiet_libraries(verbose=False):
-        found = {
-            name: [
-                bytes_per_example(prepared, cut, codec, Path(folder))
-                for cut in range(1, len(units))
-            ]
-            for name, codec in CODECS.items()
-        }
-    return units[:-1], found
+        found["Packed"] = [
+            measured(prepared, cut, Packed(), Path(folder)) for cut in cuts
+        ]
+    return [unit.name for unit in profile.units[:-1]], found
 
 
 def drawn(found: tuple[list[str], ByCut]) -> Figure:
@@ -133,7 +144,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="where the SVG file goes")
     picture: Path = parser.parse_args().picture
     torch.set_num_threads(1)
-    units, by_codec = measured()
+    units, by_codec = bytes_by_cut()
     lines = [" | ".join(["cut behind", *by_codec])]
     for index, unit in enumerate(units):
         cells = [f"{values[index]:,.0f}" for values in by_codec.values()]

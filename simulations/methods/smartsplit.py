@@ -21,11 +21,13 @@ from flwr_smartsplit import (
     CodecRequest,
     Constraints,
     Integer,
-    Packed,
+    Raw,
     TopK,
     codec_by_rate,
+    predicted_peak_bytes,
 )
 from flwr_smartsplit.plan.advisor import StragglerAdvisor
+from flwr_smartsplit.plan.coding import route_profile
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from flwr_smartsplit.types import Codec
 from simulations.fleets.clock import NOMINAL_LINK
@@ -53,12 +55,25 @@ def _keep(share: float) -> Change:
     }
 
 
-BY_RATE = codec_by_rate({1e6: Packed(), 5e5: Integer(), 0: TopK(fraction=0.1)})
+BY_RATE = codec_by_rate(
+    {2e6: Raw(), 5e5: Integer(), 0: TopK(fraction=0.1, values="float16")}
+)
 
 
 def by_rate(request: CodecRequest) -> Codec:
-    """Choose by the link's rate; a device that tells none has the clock's."""
-    return BY_RATE(replace(request, link=request.link or NOMINAL_LINK))
+    """Choose by the link's rate, and none where the device has no memory for coding.
+
+    A device that tells no rate has the clock's. ``Integer`` with 4 bits takes the least
+    memory, so it is tried before a boundary is sent as it is.
+    """
+    budget_bytes = request.device.budget_bytes
+    wanted = BY_RATE(replace(request, link=request.link or NOMINAL_LINK))
+    for codec in (wanted, Integer(bits=4)):
+        coded = route_profile(request.profile, request.route, (codec,))
+        peak_bytes = predicted_peak_bytes(coded, request.route)
+        if budget_bytes is None or peak_bytes <= budget_bytes:
+            return codec
+    return Raw()
 
 
 def coded_strategy(setting: Setting) -> Strategy:

@@ -16,17 +16,19 @@ def prepared():
     return prepared_fleet(traffic_by_cut.EXPERIMENT)
 
 
-def test_bytes_are_those_of_the_formulas(prepared, tmp_path):
+def test_what_is_priced_crosses_and_packed_finds_zeros(prepared, tmp_path):
     """Planted: the cut before has as many values, but no zeros for ``Packed``."""
+    profile = prepared.clock.profile
+    raw = traffic_by_cut.priced(profile, RELU, Raw())
+    coded = traffic_by_cut.priced(profile, RELU, Integer())
+    packed, before = (
+        traffic_by_cut.measured(prepared, cut, Packed(), tmp_path)
+        for cut in (RELU, RELU - 1)
+    )
 
-    def found(codec, cut=RELU):
-        return traffic_by_cut.bytes_per_example(prepared, cut, codec, tmp_path)
-
-    raw = found(Raw())
-    assert raw == pytest.approx(2 * 4 * VALUES, rel=0.01)
-    assert found(Integer()) == pytest.approx(2 * (VALUES + 8), rel=0.03)
-    assert found(Packed()) < 0.7 * raw
-    assert found(Packed(), RELU - 1) == pytest.approx(raw, rel=0.01)
+    assert (raw, coded) == (2 * 4 * VALUES, 2 * (VALUES + 8))
+    assert packed < 0.7 * raw
+    assert before == pytest.approx(raw, rel=0.01)
 
 
 def test_the_picture_names_codecs_and_cuts():

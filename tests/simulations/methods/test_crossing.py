@@ -21,7 +21,7 @@ from simulations.methods.method import split_strategy
 from simulations.studies.traffic import CIFAR
 from tests.simulations.in_process import EXPERIMENT, run_here
 
-GATED = {"model": "gated"}
+GATED = {"model": "gated", "in_process": True}
 ROWS, VALUES = 32, 40 * 8 * 8
 """Examples of a client, and values of each at the gate."""
 
