@@ -68,7 +68,8 @@ def by_rate(request: CodecRequest) -> Codec:
     """
     budget_bytes = request.device.budget_bytes
     wanted = BY_RATE(replace(request, link=request.link or NOMINAL_LINK))
-    for codec in (wanted, Integer(bits=4)):
+    tried: tuple[Codec, ...] = (wanted, Integer(bits=4))
+    for codec in tried:
         coded = route_profile(request.profile, request.route, (codec,))
         peak_bytes = predicted_peak_bytes(coded, request.route)
         if budget_bytes is None or peak_bytes <= budget_bytes:

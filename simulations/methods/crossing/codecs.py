@@ -65,6 +65,17 @@ def crossed_model_fn(
     return partial(with_crossing, task, gate_index(build_chain(task).unit_names), codec)
 
 
+CHOICES: dict[str, Codec] = {
+    "raw": Raw(),
+    "packed": Packed(),
+    "float16": Float16(),
+    "integer8": Integer(),
+    "integer4": Integer(bits=4),
+    "top10": TopK(fraction=0.1),
+    "top2": TopK(fraction=0.02),
+}
+"""What is written of a boundary: all of it, first, and less and less."""
+
 CODECS = tuple(
     Method(
         name=name,
@@ -72,14 +83,6 @@ CODECS = tuple(
         strategy_fn=partial(build_strategy, codec=codec),
         model_fn=partial(crossed_model_fn, codec=codec),
     )
-    for name, codec in (
-        ("raw", Raw()),
-        ("packed", Packed()),
-        ("float16", Float16()),
-        ("integer8", Integer()),
-        ("integer4", Integer(bits=4)),
-        ("top10", TopK(fraction=0.1)),
-        ("top2", TopK(fraction=0.02)),
-    )
+    for name, codec in CHOICES.items()
 )
-"""What is written of a boundary: all of it, first, and less and less."""
+"""A method for each."""

@@ -1,14 +1,25 @@
 """One crossing in many ways: bytes by formula, the bits of gates, what is judged."""
 
+import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord
 
 from flwr_smartsplit import Raw, TopK, cut_at_gate
 from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.flower.serde.records import from_array_record
+from simulations.experiments.clients import build_task
 from simulations.experiments.errors import ExperimentError
+from simulations.experiments.local_grid import LocalGrid
+from simulations.experiments.runner import (
+    client_app_of,
+    initial_model,
+    prepared_fleet,
+)
 from simulations.methods import METHODS
 from simulations.methods.crossing import CROSSINGS
 from simulations.methods.crossing.gates import (
@@ -17,17 +28,42 @@ from simulations.methods.crossing.gates import (
     always_few,
     few_then_all,
 )
-from simulations.methods.method import split_strategy
+from simulations.methods.method import Setting, split_strategy
 from simulations.studies.traffic import CIFAR
-from tests.simulations.in_process import EXPERIMENT, run_here
+from tests.simulations.in_process import EXPERIMENT, Ended
 
-GATED = {"model": "gated", "in_process": True}
+GATED = replace(EXPERIMENT, model="gated", in_process=True)
 ROWS, VALUES = 32, 40 * 8 * 8
 """Examples of a client, and values of each at the gate."""
 
 
-def trained(method, folder, **changes):
-    return run_here(method, folder, **GATED, **changes)
+prepared = cache(prepared_fleet)
+
+
+def trained(method, folder, experiment=GATED, **changes):
+    """Run a method, without evaluation."""
+    experiment = replace(experiment, **changes)
+    fleet = prepared(replace(experiment, num_rounds=1))
+    journal = folder / f"{method.name}.jsonl"
+    setting = Setting(
+        experiment=experiment,
+        task=build_task(experiment),
+        journal=journal,
+        devices=fleet.devices,
+        clock=fleet.clock,
+    )
+    model = initial_model(method.model_fn(experiment), experiment.seed)
+    before = ArrayRecord(model.state_dict())
+    result = method.strategy_fn(setting).start(
+        grid=LocalGrid([client_app_of(experiment, fleet)] * experiment.num_clients),
+        initial_arrays=before,
+        num_rounds=experiment.num_rounds,
+    )
+    return Ended(
+        before=from_array_record(before),
+        after=from_array_record(result.arrays),
+        rows=[json.loads(line) for line in journal.read_text().splitlines()],
+    )
 
 
 def crossed(ended, direction):
@@ -132,11 +168,11 @@ def test_phases_are_those_of_the_paper_in_22_rounds():
 
 
 def test_accuracy_is_that_of_the_model_with_the_codec_in_it():
-    experiment, inputs = replace(EXPERIMENT, **GATED), torch.randn(4, 1, 8, 8)
+    inputs = torch.randn(4, 1, 8, 8)
 
     def built(name):
         torch.manual_seed(0)
-        return METHODS[name].model_fn(experiment)().eval()
+        return METHODS[name].model_fn(GATED)().eval()
 
     plain, same, other = built("gates"), built("raw"), built("top2")
     for model in (same, other):
@@ -149,9 +185,9 @@ def test_accuracy_is_that_of_the_model_with_the_codec_in_it():
 
 def test_a_model_without_a_gate_and_too_few_rounds_are_refused(tmp_path):
     with pytest.raises(ExperimentError, match="has none: take --model gated"):
-        run_here(METHODS["raw"], tmp_path)
+        trained(METHODS["raw"], tmp_path, EXPERIMENT, in_process=True)
     with pytest.raises(InvalidTask, match="no gate"):
-        run_here(METHODS["gates"], tmp_path)
+        trained(METHODS["gates"], tmp_path, EXPERIMENT, in_process=True)
     with pytest.raises(ExperimentError, match="1 --rounds are too few"):
         trained(METHODS["deprune"], tmp_path)
     with pytest.raises(ExperimentError, match="2 --rounds are too few"):

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from simulations.report.studies.cells import study_figures
 from simulations.report.studies.claims import CLAIMS
-from simulations.report.studies.reading import read_case
+from simulations.report.studies.reading import read_case, read_study
 from simulations.report.style import svg_of
+from simulations.report.summary import methods_object
 from simulations.studies.folder import STUDY, begin_folder
 from simulations.studies.running import run_unfinished, units_of
 from simulations.studies.study import StudyOptions, chosen_cases
@@ -17,8 +19,8 @@ NAMES = ("raw", "integer8")
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    """Two of its methods, two clients, one round."""
+def folder(tmp_path_factory):
+    """Run two of its methods, with two clients, for a round."""
     folder = tmp_path_factory.mktemp("traffic")
     few = {"num_rounds": 1, "num_clients": 2, "max_train_examples": 64}
     options = StudyOptions(
@@ -30,7 +32,20 @@ def case(tmp_path_factory):
     )
     for unit in units_of(folder, cases):
         run_unfinished(unit, PROVENANCE, lambda method, row: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def case(folder):
     return read_case(folder, "digits")
+
+
+def test_the_object_has_all_figures_of_each_method(folder):
+    methods = methods_object(study_figures(read_study(folder)))["methods"]
+
+    assert tuple(methods) == NAMES
+    assert all(None not in figures.values() for figures in methods.values())
+    assert methods["integer8"]["bytes_up"] < methods["raw"]["bytes_up"] / 2
 
 
 def test_the_table_has_bytes_each_way_and_how_many_times_less(case):
