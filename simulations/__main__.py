@@ -64,7 +64,7 @@ def run(  # noqa: PLR0913 - one argument per option of the command line
     data_dir: Annotated[
         Path | None, _option("Where torchvision's data sets are; data if not given.")
     ] = None,
-    model: Annotated[str | None, _option("small or torchvision:NAME.")] = None,
+    model: Annotated[str | None, _option("small, gated or torchvision:NAME.")] = None,
     rounds: Annotated[int | None, _option("Rounds of training.")] = None,
     clients: Annotated[int | None, _option("Clients in the fleet.")] = None,
     train_examples: Annotated[

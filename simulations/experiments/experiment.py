@@ -45,7 +45,7 @@ class Experiment:
     # Take at most so many examples, drawn by the seed; None takes all
     max_train_examples: int | None = None
     max_test_examples: int | None = None
-    model: str = "small"  # ``"small"`` or ``"torchvision:NAME"``
+    model: str = "small"  # Or ``"gated"``, or ``"torchvision:NAME"``
     num_clients: int = 20
     num_rounds: int = 15
     fraction_train: float = 1.0  # Share of the clients asked to train in a round

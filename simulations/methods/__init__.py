@@ -1,6 +1,7 @@
 """The methods that experiments compare, one file each."""
 
 from simulations.methods.chance import RANDOM
+from simulations.methods.crossing import CROSSINGS
 from simulations.methods.depthfl import DEPTHFL
 from simulations.methods.drop_weak import DROP_WEAK
 from simulations.methods.fedavg import FEDAVG
@@ -8,7 +9,7 @@ from simulations.methods.heterofl import HETEROFL
 from simulations.methods.method import Method
 from simulations.methods.oort import OORT
 from simulations.methods.power_of_choice import POWER_OF_CHOICE
-from simulations.methods.smartsplit import SMARTSPLIT, VARIANTS
+from simulations.methods.smartsplit import CODED, SMARTSPLIT, VARIANTS
 from simulations.methods.splitfed import SPLITFED
 from simulations.methods.stock import STOCK
 
@@ -25,7 +26,9 @@ METHODS: dict[str, Method] = {
         SPLITFED,
         RANDOM,
         SMARTSPLIT,
+        CODED,
         *VARIANTS,
+        *CROSSINGS,
     )
 }
 """Every method by its name, in the order of reports."""

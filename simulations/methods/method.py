@@ -84,9 +84,13 @@ NO_RECOMPUTE = Constraints(recompute=False)
 
 
 def split_strategy(
-    setting: Setting, *, has_edges: bool = True, **planning: Any
+    setting: Setting,
+    *,
+    has_edges: bool = True,
+    more: Mapping[str, Any] | None = None,
+    **planning: Any,
 ) -> SmartSplit:
-    """Build SmartSplit's strategy for a setting."""
+    """Build SmartSplit's strategy for a setting, with ``more`` arguments of its own."""
     experiment = setting.experiment
     if any(device.traits.flops_per_second for device in setting.devices):
         planning.setdefault("client_seconds", setting.clock.client_seconds)
@@ -103,4 +107,5 @@ def split_strategy(
         seed=experiment.seed,
         journal=setting.journal,
         checkpoints=setting.checkpoints,
+        **(more or {}),
     )

@@ -17,9 +17,20 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit import Constraints
+from flwr_smartsplit import (
+    CodecRequest,
+    Constraints,
+    Integer,
+    Raw,
+    TopK,
+    codec_by_rate,
+    predicted_peak_bytes,
+)
 from flwr_smartsplit.plan.advisor import StragglerAdvisor
+from flwr_smartsplit.plan.coding import route_profile
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
+from flwr_smartsplit.types import Codec
+from simulations.fleets.clock import NOMINAL_LINK
 from simulations.methods.method import NO_RECOMPUTE, Method, Setting, split_strategy
 from simulations.methods.splitfed import one_cut_for_all
 
@@ -44,10 +55,43 @@ def _keep(share: float) -> Change:
     }
 
 
+BY_RATE = codec_by_rate(
+    {2e6: Raw(), 5e5: Integer(), 0: TopK(fraction=0.1, values="float16")}
+)
+
+
+def by_rate(request: CodecRequest) -> Codec:
+    """Choose by the link's rate, and none where the device has no memory for coding.
+
+    A device that tells no rate has the clock's. ``Integer`` with 4 bits takes the least
+    memory, so it is tried before a boundary is sent as it is.
+    """
+    budget_bytes = request.device.budget_bytes
+    wanted = BY_RATE(replace(request, link=request.link or NOMINAL_LINK))
+    tried: tuple[Codec, ...] = (wanted, Integer(bits=4))
+    for codec in tried:
+        coded = route_profile(request.profile, request.route, (codec,))
+        peak_bytes = predicted_peak_bytes(coded, request.route)
+        if budget_bytes is None or peak_bytes <= budget_bytes:
+            return codec
+    return Raw()
+
+
+def coded_strategy(setting: Setting) -> Strategy:
+    """Build the strategy that codes what crosses a slow link."""
+    return split_strategy(setting, more={"codec": by_rate})
+
+
 SMARTSPLIT = Method(
     name="smartsplit",
     summary="who cannot hold the model trains its front, an edge the rest",
     strategy_fn=build_strategy,
+)
+
+CODED = Method(
+    name="smartsplit_by_rate",
+    summary="smartsplit, and the slower the link, the smaller what crosses",
+    strategy_fn=coded_strategy,
 )
 
 VARIANTS = tuple(

@@ -144,6 +144,8 @@ class Figures:
     smallest_served_budget_bytes: int | None  # Of clients that kept within it
     bytes_down: int  # To devices, from the server and the edges
     bytes_up: int
+    edge_bytes_down: int  # Of these, from edges: gradients, or what came back
+    edge_bytes_up: int
     comm_bytes_total: int  # On any link, those between server and edges included
     # Wall-clock time: median without the first round, in which workers warm up
     seconds_per_round: float | None
@@ -216,6 +218,8 @@ def figures_of(
         smallest_served_budget_bytes=min(served, default=None),
         bytes_down=sum(row.bytes_down + row.edge_bytes_down for row in run.clients),
         bytes_up=sum(row.bytes_up + row.edge_bytes_up for row in run.clients),
+        edge_bytes_down=sum(row.edge_bytes_down for row in run.clients),
+        edge_bytes_up=sum(row.edge_bytes_up for row in run.clients),
         comm_bytes_total=sum(row.comm_bytes_total for row in run.rounds),
         seconds_per_round=median(wall_clock[1:] or wall_clock) if wall_clock else None,
         first_round_seconds=wall_clock[0] if wall_clock else None,

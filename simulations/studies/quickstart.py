@@ -19,7 +19,7 @@ def quickstart(data: str = "digits") -> Experiment:
     """
     return Experiment(
         name="quickstart",
-        methods=("fedavg", "drop_weak", "smartsplit"),
+        methods=("fedavg", "drop_weak", "smartsplit", "smartsplit_by_rate"),
         data=data,
         num_rounds=20,
         fleet=half_weak,

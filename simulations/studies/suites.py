@@ -12,12 +12,13 @@ from simulations.studies.memory.suite import MEMORY
 from simulations.studies.quickstart import quickstart
 from simulations.studies.scale.suite import SCALE
 from simulations.studies.study import LEARNING_CLAIMS, Study
+from simulations.studies.traffic import TRAFFIC
 from simulations.studies.zoo.suite import ZOO
 
 SUITES: dict[str, Callable[[str], Experiment]] = {"quickstart": quickstart}
 """Suites that train in rounds, each on a data set."""
 
-STUDIES: dict[str, Study] = {s.name: s for s in (ACCURACY, LATENCY, ABLATION)}
+STUDIES: dict[str, Study] = {s.name: s for s in (ACCURACY, LATENCY, ABLATION, TRAFFIC)}
 """Suites of several cases and seeds."""
 
 MEASUREMENTS: dict[str, Measurement] = {

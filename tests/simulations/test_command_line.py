@@ -45,7 +45,7 @@ def call(*arguments):
         (["nope"], "suite 'nope' is unknown: choose one of quickstart"),
         (["quickstart", "--data", "nope"], "choose one of digits, fashion_mnist"),
         (["quickstart", "--data", "nowhere.npz"], "cannot be read"),
-        (["quickstart", "--model", "nope"], "choose small or torchvision:NAME"),
+        (["quickstart", "--model", "nope"], "choose small, gated or torchvision:NAME"),
         (["quickstart", "--model", "torchvision:nope"], "no classification model"),
         (
             ["quickstart", "--methods", "fedavg,nope"],

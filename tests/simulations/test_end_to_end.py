@@ -19,6 +19,7 @@ from simulations.studies.quickstart import quickstart
 
 ROOT = Path(__file__).parents[2]
 NUM_CLIENTS, NUM_ROUNDS = 6, 2
+CENTRAL, CODED = ("fedavg", "drop_weak"), "smartsplit_by_rate"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_standard_output_is_one_json_object(tiny):
     stdout, out = tiny
 
     methods, summary = json.loads(stdout)["methods"], summary_of(out)
-    assert list(methods) == list(summary) == ["fedavg", "drop_weak", "smartsplit"]
+    assert list(methods) == list(summary) == [*CENTRAL, "smartsplit", CODED]
     for name, figures in methods.items():
         assert set(figures) == set(COMPARED)
         assert figures == {figure: summary[name][figure] for figure in COMPARED}
@@ -63,10 +64,20 @@ def test_each_method_trains_whom_it_can(tiny):
         "fedavg": 6,
         "drop_weak": 3,
         "smartsplit": 5,
+        CODED: 5,
     }
     assert all(figures["num_rounds"] == NUM_ROUNDS for figures in methods.values())
     assert methods["drop_weak"]["per_class_accuracy"][:5] == [0.0] * 5
     assert methods["smartsplit"]["accuracy"] > methods["drop_weak"]["accuracy"] + 0.1
+
+
+@pytest.mark.ray
+def test_a_codec_sends_less_in_no_more_time(tiny):
+    """The least device has memory for no codec, and the round waits for it."""
+    plain, coded = (summary_of(tiny[1])[name] for name in ("smartsplit", CODED))
+
+    assert coded["edge_bytes_up"] < plain["edge_bytes_up"]
+    assert coded["simulated_seconds"] <= plain["simulated_seconds"]
 
 
 @pytest.mark.ray
@@ -75,7 +86,7 @@ def test_devices_keep_within_their_budgets_unless_the_method_ignores_them(tiny):
 
     assert methods["fedavg"]["devices_over_budget"] == NUM_CLIENTS // 2
     assert methods["fedavg"]["peak_over_budget"] > 1
-    for capped in ("drop_weak", "smartsplit"):
+    for capped in ("drop_weak", "smartsplit", CODED):
         assert methods[capped]["devices_over_budget"] == 0
         assert 0.9 < methods[capped]["peak_over_budget"] <= 1
 
@@ -85,17 +96,17 @@ def test_measured_peaks_are_the_predicted_ones(tiny):
     _, out = tiny
     rows = [
         json.loads(line)
-        for method in ("drop_weak", "smartsplit")
+        for method in ("drop_weak", "smartsplit", CODED)
         for line in (out / f"{method}.jsonl").read_text().splitlines()
     ]
     trained = [row for row in rows if row.get("status") == "accepted"]
 
-    assert len(trained) == NUM_ROUNDS * (3 + 5)
+    assert len(trained) == NUM_ROUNDS * (3 + 5 + 5)
     assert all(r["peak_bytes"] == r["predicted_peak_bytes"] for r in trained)
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("method", ["fedavg", "drop_weak"])
+@pytest.mark.parametrize("method", CENTRAL)
 def test_without_an_edge_all_traffic_is_the_messages(tiny, method):
     runs = {run.method: run for run in read_results(tiny[1]).runs}
     for number in range(1, NUM_ROUNDS + 1):
@@ -119,7 +130,7 @@ def test_in_one_process_the_same_methods_end_at_the_same_bits(tiny, tmp_path):
 
     run_methods(experiment, tmp_path, prepared=prepared, on_round=lambda *_: None)
 
-    assert len(read_marks(tmp_path)) == 3
+    assert len(read_marks(tmp_path)) == 4
     assert read_marks(tmp_path) == read_marks(tiny[1])
 
 

@@ -66,6 +66,9 @@ def geometric_mean_ratio(
 OURS, BOUND, CEILING = "smartsplit", "drop_weak", "fedavg"
 """Our method; what is usually done; the bound that ignores memory."""
 
+UNCODED = "raw"
+"""The method whose boundary crosses as it is."""
+
 FINAL, TAIL = "accuracy", "accuracy_last5"
 NOTHING = "–"
 
@@ -83,6 +86,15 @@ def mean_of(case: CaseLines, method: str, figure: str) -> float | None:
     """Average a figure over the seeds that know it."""
     values = case.values(method, figure)
     return fmean(values.values()) if values else None
+
+
+def crossed_bytes(case: CaseLines, method: str, *directions: str) -> float | None:
+    """Average what crossed a cut over all updates; both ways if none is named."""
+    names = directions or ("edge_bytes_up", "edge_bytes_down")
+    total = [sum(case.values(method, name).values()) for name in names]
+    lines = case.finished.get(method, {}).values()
+    num_updates = sum(sum(line.figures["routes"].values()) for line in lines)
+    return sum(total) / num_updates if num_updates and any(total) else None
 
 
 def per_class(case: CaseLines, method: str) -> list[float | None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from simulations.report.studies import curves, fleet_plots
+from simulations.report.studies import crossing_plots, curves, fleet_plots
 from simulations.report.studies.cells import (
     BOUND,
     CEILING,
@@ -16,7 +16,9 @@ from simulations.report.studies.cells import (
     NOTHING,
     OURS,
     TAIL,
+    UNCODED,
     bare_percent,
+    crossed_bytes,
     depth_of,
     estimate,
     gain,
@@ -112,6 +114,17 @@ def ceiling_cell(figure: str) -> Cell:
     return lambda case, method: ratio_text(
         geometric_mean_ratio(case.values(method, figure), case.values(CEILING, figure))
     )
+
+
+def crossed_cell(direction: str) -> Cell:
+    """Return the cell that prints what a client's cut carries in a round."""
+    return lambda case, method: bytes_text(crossed_bytes(case, method, direction))
+
+
+def _times_less_cell(case: CaseLines, method: str) -> str:
+    """Divide what crosses uncoded by what the method's cut carries."""
+    most, found = (crossed_bytes(case, name) for name in (UNCODED, method))
+    return ratio_text(most / found if most and found else None)
 
 
 def _rounds_cell(case: CaseLines, method: str) -> str:
@@ -237,6 +250,23 @@ CLAIMS: dict[str, Claim] = {
             "to the target / fedavg": ceiling_cell("simulated_seconds_to_target"),
         },
         needs="simulated_seconds_per_round",
+    ),
+    "crossing": Claim(
+        title="What crosses the cut, and what that costs",
+        text="Bytes between device and edge, of an average client and round, without "
+        "what passes between devices and server. Accuracy is that of the model that "
+        "was trained, with the codec in it.",
+        picture=crossing_plots.accuracy_over_bytes,
+        cells={
+            "mean of last 5": accuracy_cell(TAIL),
+            f"points against {UNCODED}": gain_cell(None, UNCODED, TAIL),
+            "up": crossed_cell("edge_bytes_up"),
+            "down": crossed_cell("edge_bytes_down"),
+            f"times less than {UNCODED}": _times_less_cell,
+            "a round takes": of_seeds("simulated_seconds_per_round", seconds_text),
+            "largest peak": of_seeds("device_peak_bytes", bytes_text, max),
+        },
+        needs="edge_bytes_up",
     ),
     "energy": Claim(
         title="What energy it takes",

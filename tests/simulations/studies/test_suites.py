@@ -10,6 +10,7 @@ from simulations.__main__ import app
 from simulations.experiments.marks import Mark, write_mark
 from simulations.report.summary import COMPARED, methods_object
 from simulations.studies.suites import MEASUREMENTS, STUDIES, SUITES
+from tests.simulations.folders import write_study
 from tests.simulations.journals import FEDAVG_ROWS, write_results
 
 RESULTS = Path(__file__).parents[3] / "simulations" / "results"
@@ -36,7 +37,8 @@ def object_of(suite, folder):
         write_mark(write_results(folder, fedavg=FEDAVG_ROWS), mark)
         return printed(folder)
     if suite in STUDIES:
-        return printed(max(RESULTS.glob(f"{suite}_*.jsonl")))
+        kept = max(RESULTS.glob(f"{suite}_*.jsonl"), default=None)
+        return printed(kept or write_study(folder))
     by_hand = {
         "scale": [
             {"key": "training", "figures": {"accuracy": 0.5}},
