@@ -231,8 +231,7 @@ def _packed(tensor: TensorCost) -> Coding:
 
 def _block(tensor: TensorCost) -> tuple[int, int]:
     """Return how many rows are coded at a time, and their length."""
-    width = tensor.row_values
-    return min(tensor.num_rows, block_rows(width)), width
+    return min(tensor.num_rows, block_rows(tensor)), tensor.row_values
 
 
 def _kept(codec: Codec, tensor: TensorCost) -> int:

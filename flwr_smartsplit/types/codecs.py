@@ -346,12 +346,18 @@ def wire_bytes(codec: Codec, tensor: TensorCost) -> tuple[int, int]:
     )
 
 
-BLOCK_VALUES = 2**15
+BLOCK_VALUES, LEAST_BLOCK_VALUES = 2**15, 2**12
+_BLOCKS = 8
 
 
-def block_rows(num_values: int) -> int:
-    """Return how many rows of so many values are coded at a time."""
-    return max(1, BLOCK_VALUES // max(num_values, 1))
+def block_rows(tensor: TensorCost) -> int:
+    """Return how many rows are coded at a time.
+
+    An eighth of the tensor's, so that coding takes little memory beside it; but blocks
+    of a few values are slow, and large ones no faster.
+    """
+    values = max(tensor.num_values // _BLOCKS, LEAST_BLOCK_VALUES)
+    return max(1, min(values, BLOCK_VALUES) // max(tensor.row_values, 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

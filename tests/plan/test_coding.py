@@ -36,6 +36,8 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     DeviceTraits,
     EdgeProfile,
+    TensorCost,
+    block_rows,
     codecs,
     wire_bytes,
 )
@@ -120,6 +122,7 @@ def _block_values(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """Let the boundaries of this network take several blocks of rows, or one."""
     size = getattr(request, "param", 2**13)
     monkeypatch.setattr(codecs, "BLOCK_VALUES", size)
+    monkeypatch.setattr(codecs, "LEAST_BLOCK_VALUES", size)
     coded_profile.cache_clear()
     yield
     coded_profile.cache_clear()
@@ -152,6 +155,17 @@ def test_so_they_are_at_every_cut(optimizer: str) -> None:
     """With each optimizer."""
     routes = [*map(Route.split, range(1, 8)), *ROUTES[3:], Route.u_shape(1, 7)]
     assert_predicted(peaks(optimizer, CODECS, routes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((32, 16, 8, 8), 4), ((2, 100), 40), ((64, 512, 56, 56), 1), ((8, 0), 4096)],
+)
+def test_coding_takes_an_eighth_of_a_tensor_at_a_time(
+    shape: tuple[int, ...], rows: int
+) -> None:
+    """Or 4,096 values of a small one, and a row of one whose rows are large."""
+    assert block_rows(TensorCost(shape=shape, dtype="float32")) == rows
 
 
 def test_a_byte_too_few_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

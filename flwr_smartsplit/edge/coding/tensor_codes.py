@@ -56,7 +56,7 @@ def cost_of(tensor: Tensor | Sent, *, is_context: bool = False) -> TensorCost:
 
 def _spans(cost: TensorCost) -> Iterator[slice]:
     """Divide the rows into blocks that are coded at a time."""
-    size = block_rows(cost.row_values)
+    size = block_rows(cost)
     for start in range(0, cost.num_rows, size):
         yield slice(start, min(start + size, cost.num_rows))
 
