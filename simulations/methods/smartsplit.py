@@ -27,6 +27,7 @@ from flwr_smartsplit import (
     predicted_peak_bytes,
 )
 from flwr_smartsplit.plan.advisor import StragglerAdvisor
+from flwr_smartsplit.plan.codec_choice import accepted
 from flwr_smartsplit.plan.coding import route_profile
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
 from flwr_smartsplit.types import Codec
@@ -68,8 +69,7 @@ def by_rate(request: CodecRequest) -> Codec:
     """
     budget_bytes = request.device.budget_bytes
     wanted = BY_RATE(replace(request, link=request.link or NOMINAL_LINK))
-    tried: tuple[Codec, ...] = (wanted, Integer(bits=4))
-    for codec in tried:
+    for codec in (*accepted(wanted), Integer(bits=4)):
         coded = route_profile(request.profile, request.route, (codec,))
         peak_bytes = predicted_peak_bytes(coded, request.route)
         if budget_bytes is None or peak_bytes <= budget_bytes:
