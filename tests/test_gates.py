@@ -157,6 +157,7 @@ def test_the_same_under_the_legacy_api() -> None:
         run_legacy(members, legacy_smart_split(EDGES, **rules))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_has_the_same_phases(tmp_path: Any) -> None:
     """The state has all; a schedule remembers nothing."""
     saved = Checkpoints(tmp_path)

@@ -17,13 +17,13 @@ def prepared():
 
 
 def test_what_is_priced_crosses_and_packed_finds_zeros(prepared, tmp_path):
-    """Planted: the cut before has as many values, but no zeros for ``Packed``."""
+    """Planted: the cut two before has as many values, but no zeros for ``Packed``."""
     profile = prepared.clock.profile
     raw = traffic_by_cut.priced(profile, RELU, Raw())
     coded = traffic_by_cut.priced(profile, RELU, Integer())
     packed, before = (
         traffic_by_cut.measured(prepared, cut, Packed(), tmp_path)
-        for cut in (RELU, RELU - 1)
+        for cut in (RELU, RELU - 2)
     )
 
     assert (raw, coded) == (2 * 4 * VALUES, 2 * (VALUES + 8))

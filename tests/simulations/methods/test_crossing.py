@@ -81,6 +81,7 @@ def raw(tmp_path_factory):
     return trained(METHODS["raw"], tmp_path_factory.mktemp("raw"))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("name", "up", "down"),
     [
@@ -123,6 +124,7 @@ def with_codec(phases, codec):
     return replace(METHODS["gates"], name="by_hand", strategy_fn=strategy_fn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "phases", "num_rounds"),
     [
