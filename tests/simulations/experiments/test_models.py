@@ -52,7 +52,7 @@ def test_images_of_28_pixels_get_the_larger_network():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("large", "choose small or torchvision:NAME"),
+        ("large", "choose small, gated or torchvision:NAME"),
         ("torchvision:resnet81", "resnet18"),
     ],
 )
