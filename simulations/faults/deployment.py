@@ -30,6 +30,7 @@ ROUNDS, KILLED_IN = 3, 2
 _RUN_SECONDS = 1800.0
 _BACK_SECONDS = 3.0
 _CHILD_SECONDS = 120.0
+_FRAME = "─│╭╮╰╯"  # That Flower draws around an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ class _Play:
         try:
             is_good = self.deployment.run(config)
         except (SystemExit, Exception) as error:
-            self.ends.append(f"flwr run: {' '.join(str(error).split())[-80:]}")
+            words = str(error).translate(dict.fromkeys(map(ord, _FRAME), " ")).split()
+            self.ends.append(f"flwr run: {' '.join(words)[-80:]}")
         else:
             self.ends.append("completed" if is_good else "failed")
 
