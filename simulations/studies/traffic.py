@@ -65,5 +65,5 @@ TRAFFIC = Study(
     summary="What crosses a cut: accuracy, bytes, seconds and peaks by codec.",
     cases_fn=traffic_cases,
     claims=("crossing", "accuracy", "traffic", "time", "memory"),
-    cost="Small: 5 to 10 minutes on 2 cores; in full: 5 CPU-hours. Both are estimates.",
+    cost="Small: some 10 minutes on 2 cores; in full: 5 CPU-hours, an estimate.",
 )
