@@ -215,12 +215,10 @@ def _packed(tensor: TensorCost) -> Coding:
     mask = 8 * rows * bits
     coded = values + rows * width + max(values, mask + rows * bits)
     read = rows * bits + mask + 2 * values + 8
-    likely = 0
-    if tensor.blocks:
-        likely = max(0, plain // 2 - kept)
+    half = plain // 2 * tensor.blocks
     return Coding(
-        likely_saved_bytes=likely,
-        likely_saved_back_bytes=plain // 2 * (tensor.blocks and is_back),
+        likely_saved_bytes=max(0, half - kept),
+        likely_saved_back_bytes=half * is_back,
         send_bytes=plain + max(coded, kept),
         kept_bytes=kept * is_back,
         receive_bytes=plain + kept + read,
