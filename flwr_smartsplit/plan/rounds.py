@@ -81,7 +81,7 @@ def plan_round(  # noqa: PLR0913 - all that a plan hangs on
     ``InvalidRoute`` is raised if ``choose_route`` returns one that this chain lacks.
     """
     devices = [
-        with_speeds(device, history.speeds.get(device.client_key), routing.edges)
+        with_speeds(device, history.steps.get(device.client_key, ()), routing.edges)
         for device in sorted(fleet, key=lambda each: each.client_key)
     ]
     if routing.choose_route is None:

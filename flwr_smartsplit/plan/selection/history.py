@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Self
 
-from flwr_smartsplit.plan.selection.speed_estimates import Speeds, learned
+from flwr_smartsplit.plan.selection.speed_estimates import Steps, learned
 from flwr_smartsplit.types import Work
 
 KEPT_FRACTION = 0.7  # What a moving average keeps of what it was
@@ -50,23 +50,24 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What a strategy remembers, by client_key: last rounds, importance, speeds.
+    """What a strategy remembers, by client_key: last rounds, importance, steps.
 
     It is frozen, so that a plan can be made again from it.
     """
 
     latest: Mapping[str, Observation] = field(default_factory=dict)
     importance: Mapping[str, float] = field(default_factory=dict)
-    speeds: Mapping[str, Speeds] = field(default_factory=dict)
+    steps: Mapping[str, Steps] = field(default_factory=dict)  # Speeds are in them
 
     def after(self, observations: Iterable[Observation]) -> Self:
         """Add what a round brought."""
         seen = list(observations)
-        importance, speeds = dict(self.importance), dict(self.speeds)
+        importance, steps = dict(self.importance), dict(self.steps)
         for each in seen:
-            now = learned(speeds.get(each.client_key), each.work, each.step_seconds)
-            if now is not None:
-                speeds[each.client_key] = now
+            before = steps.get(each.client_key, ())
+            now = learned(before, each.work, each.step_seconds, each.edge)
+            if now:
+                steps[each.client_key] = now
             importance[each.client_key] = importance_of(
                 each.num_examples,
                 each.loss_rms,
@@ -75,7 +76,7 @@ class History:
         return type(self)(
             latest={**self.latest, **{each.client_key: each for each in seen}},
             importance=importance,
-            speeds=speeds,
+            steps=steps,
         )
 
 
