@@ -106,7 +106,9 @@ def planned(
         {BATCH_SIZE: PROFILE},
         round_number=1,
         num_clients=1,
-        routing=Routing(edges=EDGES, codec=codec, constraints=AS_IT_IS, **changes),
+        routing=Routing(
+            **{"edges": EDGES, "codec": codec, "constraints": AS_IT_IS, **changes}
+        ),
         rng=Random(0),
         history=history,
     )
@@ -169,6 +171,41 @@ def test_rates_that_are_none_are_refused(given: dict[float, Codec]) -> None:
         codec_by_rate(given)
     with pytest.raises(TypeError, match="is no codec"):
         codec_by_rate({1.0: "int8"})  # type: ignore[dict-item]
+
+
+NEAR = EdgeProfile(
+    name="near",
+    links={"far": Link(up_bytes_per_second=1e4, down_bytes_per_second=1e9)},
+)
+FAR = EdgeProfile(name="far")
+HOPS = Route.hops((1, 2), edges=("near", "far"))
+
+
+def test_a_hop_gets_the_codec_of_the_link_between_its_edges() -> None:
+    """That of the device's link, if nobody knows it."""
+    given = partial(chosen_codecs, BY_RATE, device(1e7), PROFILE, route=HOPS)
+    assert given((NEAR, FAR)) == ((Packed(), TopK(), Raw()),)
+    assert given((replace(NEAR, links={}), FAR)) == ((Packed(), Packed(), Raw()),)
+
+
+def test_a_slow_link_between_edges_gets_a_smaller_code() -> None:
+    """Of several codecs; each edge may be the one that tells of the link."""
+    link = NEAR.links["far"]
+    fast = replace(link, up_bytes_per_second=1e9)
+    flipped = Link(up_bytes_per_second=1e9, down_bytes_per_second=1e4)
+    cases = [
+        ({"far": link}, {}, ["integer:8", "integer:8"]),
+        ({}, {"near": flipped}, ["integer:8", "integer:8"]),
+        ({"far": fast}, {}, []),
+        ({}, {}, []),
+    ]
+    for near, far, codecs in cases:
+        edges = (replace(NEAR, links=near), replace(FAR, links=far))
+        plan = planned(
+            device(1e9), (Raw(), Integer()), edges=edges, choose_route=lambda _: HOPS
+        )
+        (assignment,) = plan.assignments
+        assert [str(codec) for codec in assignment.option.codecs][:2] == codecs
 
 
 # --- by default -----------------------------------------------------------------------

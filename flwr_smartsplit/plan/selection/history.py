@@ -38,6 +38,7 @@ class Observation:
     step_seconds: float | None = None  # What one of its steps took at the end
     work: Work | None = None  # What such a step asked for
     edge: str | None = None  # The first edge on its route
+    beyond: tuple[str, ...] = ()  # The others
 
     @property
     def importance(self) -> float:
@@ -65,7 +66,8 @@ class History:
         importance, steps = dict(self.importance), dict(self.steps)
         for each in seen:
             before = steps.get(each.client_key, ())
-            now = learned(before, each.work, each.step_seconds, each.edge)
+            edges = () if each.edge is None else (each.edge, *each.beyond)
+            now = learned(before, each.work, each.step_seconds, *edges)
             if now:
                 steps[each.client_key] = now
             importance[each.client_key] = importance_of(

@@ -1,16 +1,17 @@
 """Speeds and links that devices do not tell, learned from the steps that they made.
 
 A step's seconds are work over the device's speed, and bytes over that of its way to the
-edge. What the device tells of them is taken off first. Of what is left, one route
-leaves open which of them took the time; two tell them apart.
+edge. What the device tells of them is taken off first, and what edges tell of links
+between them. Of what is left, one route leaves open which of them took the time; two
+tell them apart.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
-from flwr_smartsplit.plan.timing import NO_WAIT, step_seconds
+from flwr_smartsplit.plan.timing import NO_WAIT, links_along, step_seconds
 from flwr_smartsplit.types import DeviceProfile, DeviceTraits, EdgeProfile, Link, Work
 from flwr_smartsplit.types.devices import LEAST_RATE, MOST_FLOPS_PER_SECOND
 
@@ -21,10 +22,10 @@ _LEAST_DETERMINANT = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The shortest step that a device made on one route at one edge."""
+    """The shortest step that a device made on one route over the same edges."""
 
     work: Work
-    edge: str | None  # The first on the route
+    edges: tuple[str, ...]
     seconds: float
 
     @property
@@ -38,17 +39,17 @@ Steps = tuple[Step, ...]
 
 
 def learned(
-    before: Steps, work: Work | None, seconds: float | None, edge: str | None = None
+    before: Steps, work: Work | None, seconds: float | None, *edges: str
 ) -> Steps:
     """Learn from one more round; numbers that mean nothing teach nothing."""
     if work is None or seconds is None or not LEAST_SECONDS <= seconds < inf:
         return before
-    new = Step(work=work, edge=edge, seconds=seconds)
+    new = Step(work=work, edges=edges, seconds=seconds)
     if not any(new.asked):
         return before
     others = []
     for step in before:
-        if (step.work, step.edge) != (work, edge):
+        if (step.work, step.edges) != (work, edges):
             others.append(step)
         elif step.seconds < new.seconds:
             new = step
@@ -59,14 +60,14 @@ def learned(
 
 
 def with_speeds(
-    device: DeviceProfile, steps: Steps, edges: Iterable[EdgeProfile]
+    device: DeviceProfile, steps: Steps, edges: Sequence[EdgeProfile]
 ) -> DeviceProfile:
     """Fill in what a device does not say of itself; what it says stands.
 
     Its way is taken to be the same to all edges of which it says nothing.
     """
     traits = device.traits
-    speed, rate = _fitted(_untold(steps, traits))
+    speed, rate = _fitted(_untold(steps, traits, edges))
     if speed is not None:
         traits = replace(traits, flops_per_second=speed)
     if rate is not None:
@@ -85,18 +86,21 @@ class _Untold(NamedTuple):
     all_seconds: float  # That the step took
 
 
-def _untold(steps: Steps, traits: DeviceTraits) -> list[_Untold]:
-    """Take off what a device tells; of what is alike then, the shortest counts."""
+def _untold(
+    steps: Steps, traits: DeviceTraits, edges: Sequence[EdgeProfile]
+) -> list[_Untold]:
+    """Take off what is told; of what is alike then, the shortest counts."""
     found: dict[tuple[float, float], _Untold] = {}
     speed = traits.flops_per_second
     for step in steps:
-        (flops, num_bytes), edge = step.asked, step.edge
-        link = (None if edge is None else traits.link_to(edge)) or NO_WAIT
+        flops, num_bytes = step.asked
+        link = (traits.link_to(step.edges[0]) if step.edges else None) or NO_WAIT
         told = step_seconds(
             step.work,
             flops_per_second=speed or inf,
             link=link,
             edge_flops_per_second=inf,
+            edge_links=links_along(step.edges, edges),
         )
         has_rate = min(link.up_bytes_per_second, link.down_bytes_per_second) < inf
         new = _Untold(

@@ -166,6 +166,19 @@ def test_a_known_link_leaves_its_speed_to_be_learned() -> None:
     )
 
 
+def test_what_edges_tell_of_links_between_them_is_taken_off() -> None:
+    """80 FLOPs take 4 s, 10 bytes and back 2, those from edge to edge 10 more."""
+    asked = replace(work(80, 10), hops=((20, 30),))
+    steps = learned((), asked, 16.0, "edge", "other")
+    between = Link(up_bytes_per_second=4.0, down_bytes_per_second=10.0)
+    edges = [replace(EDGES[0], links={"other": replace(between, latency_seconds=1.0)})]
+    fast = replace(SILENT, traits=DeviceTraits(flops_per_second=20.0))
+    traits = with_speeds(fast, steps, [*edges, EDGES[1]]).traits
+    assert rate_of(traits.link_to("edge")) == 10.0
+    # Nobody tells of it: then all of it is the device's way, as the edge's work is.
+    assert rate_of(with_speeds(fast, steps, EDGES).traits.link_to("edge")) == 20 / 12
+
+
 def test_several_steps_are_met_with_the_least_relative_error() -> None:
     """20 bytes in 4 s, 20 in 1 of 2 s: per byte, (1/5 + 1/20) / (1/25 + 1/100) / 20."""
     steps = of((work(20, 10), 5.0), (work(20, 20), 2.0))
@@ -228,7 +241,7 @@ def check_what_is_found(
             link=link,
             edge_flops_per_second=inf,
         )
-        steps = learned(steps, work(flops, size), seconds, edge)
+        steps = learned(steps, work(flops, size), seconds, *filter(None, [edge]))
     traits = with_speeds(replace(SILENT, traits=declared), steps, EDGES).traits
     assert traits.flops_per_second == pytest.approx(speed)
     for edge in ("edge", "other"):
