@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flwr_smartsplit import (
     Checkpoints,
     GatePhase,
+    Packed,
     PruneSchedule,
     Route,
     Task,
@@ -29,9 +30,12 @@ from flwr_smartsplit.errors import InvalidRoute, InvalidTask, SmartSplitError
 from flwr_smartsplit.flower.serde.records import to_array_record
 from flwr_smartsplit.gates import ChannelGate, GateEnd
 from flwr_smartsplit.loss_terms import loss_divided_by
+from flwr_smartsplit.plan.coding import route_profile
+from flwr_smartsplit.profile.profile import profile_chain
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.train.rng import UnitStreams
+from flwr_smartsplit.verify.equivalence import RouteChecker, example_batches
 from flwr_smartsplit.verify.reference import train_stock
 from tests.flower.apps import Run, apps, message_app, run, smart_split
 from tests.flower.legacy import legacy_smart_split, run_legacy
@@ -169,6 +173,21 @@ def test_a_run_that_is_resumed_has_the_same_phases(tmp_path: Any) -> None:
     strategy = smart_split((), task=GATED, between_rounds=SCHEDULE, checkpoints=saved)
     made = run(members, strategy, num_rounds=3, arrays=arrays)
     assert differences(made.state, whole.state) == []
+
+
+@pytest.mark.parametrize("after", ["6", "2"])
+def test_packed_never_takes_more_than_is_predicted_behind_a_gate(after: str) -> None:
+    """At every cut, also where whole channels stay on the device."""
+    task = replace(TASK, model_fn=partial(closed, after=after, budget=2))
+    batches = example_batches(task, batch_size=4)
+    with RouteChecker(task, batches, ends=batches[:1]) as checker:
+        costs = profile_chain(checker.chain, batch_size=4, task=task)
+        for route in map(Route.split, range(1, len(checker.chain))):
+            check = checker.check(route, codecs=(Packed(),))
+            assert check.differences == (), route
+            coded = route_profile(costs, route, (Packed(),))
+            measured = check.measured_peak_bytes
+            assert predicted_peak_bytes(coded, route) >= measured, route
 
 
 @pytest.mark.parametrize("budget", [2, pytest.param(0, marks=pytest.mark.slow)])

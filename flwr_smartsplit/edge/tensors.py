@@ -71,6 +71,7 @@ class Coded:
     strides: tuple[int, ...]  # In elements; without gaps
     offset: int = 0  # In bytes, of its first value from an aligned address
     blocks: bool = False  # Whether no gradient passes where it is +0
+    has_channels: bool = False  # Whether whole channels are left out, not values
 
     def __post_init__(self) -> None:
         check_layout(self.dtype, self.shape, self.strides, self.offset)

@@ -44,8 +44,10 @@ class Packed(_Named):
     """Send a bit for each value, and the values that are not +0: lossless.
 
     Behind a ReLU, ReLU6 or a max-pool of one, most values are +0, and the gradient
-    comes back for the others only, since nothing passes there. What would not become
-    smaller is sent as it is.
+    comes back for the others only, since nothing passes there. Where most channels are
+    +0, as behind a gate, a bit says for each channel whether its values are sent; then
+    they are float16 if that keeps all their bits. What would not become smaller is sent
+    as it is.
     """
 
     kind = "packed"

@@ -11,22 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flwr_smartsplit.edge.coding.tensor_codes import (
+from flwr_smartsplit.edge.coding.coded_rows import (
     Places,
     Sent,
     coded_in,
     cost_of,
+    wrong,
+)
+from flwr_smartsplit.edge.coding.packed_codes import (
     packed,
     packed_back,
+    unpacked,
+    unpacked_back,
+)
+from flwr_smartsplit.edge.coding.tensor_codes import (
     read,
     top,
     top_back,
-    unpacked,
-    unpacked_back,
     untop,
     untop_back,
     written,
-    wrong,
 )
 from flwr_smartsplit.edge.protocol import Forward, OpenSession
 from flwr_smartsplit.edge.tensors import Coded, WireTensor

@@ -1,7 +1,7 @@
 """Gates: every client is cut behind the gate, and few channels are open, by phases.
 
-A phase with few open channels sends them as ``TopK`` of that share in float16, which
-changes no number there (``CodedGates``); one with all of them as ``Packed``.
+``Packed`` writes what crosses: the open channels as float16, and of all channels the
+values that are not +0. It changes no number.
 
 References
 ----------
@@ -16,52 +16,13 @@ from functools import partial
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_smartsplit import CodecRequest, Packed, PruneSchedule, TopK, cut_at_gate
-from flwr_smartsplit.edge.protocol import State
-from flwr_smartsplit.gates import OPEN
-from flwr_smartsplit.server.aggregation import RoundSummary
+from flwr_smartsplit import Packed, PruneSchedule, cut_at_gate
 from flwr_smartsplit.server.gate_schedule import GatePhase
-from flwr_smartsplit.types import GATE, Codec
 from simulations.experiments.errors import ExperimentError
 from simulations.methods.method import Method, Setting, split_strategy
 
 FEW, SOME = 4, 16
 """How many channels are open: VCCprune's 4, and as many on prune's way there."""
-
-
-class CodedGates:
-    """A ``PruneSchedule``, and the codec that suits each of its phases.
-
-    What a gate behind a ReLU lets through are float16 values, none of them outside the
-    open channels. ``TopK`` of that share sends them all, and the gradient at the same
-    places; elsewhere in the open channels the value is +0, and the ReLU passes no
-    gradient. So no number changes. With all channels open, ``Packed`` changes none.
-    """
-
-    def __init__(self, schedule: PruneSchedule) -> None:
-        self.schedule = schedule
-        self.share = 1.0  # Of the channels: those open in the next round
-
-    def first_state(self, state: State) -> State:
-        """Return a run's first state with the gate as round 1 has it."""
-        return self._seen(self.schedule.first_state(state))
-
-    def __call__(self, round_number: int, state: State, summary: RoundSummary) -> State:
-        """Return the state of the round after this one."""
-        return self._seen(self.schedule(round_number, state, summary))
-
-    def codec(self, request: CodecRequest) -> Codec:
-        """Choose by what is open in this round."""
-        del request
-        if self.share == 1:
-            return Packed()
-        return TopK(fraction=self.share, values="float16")
-
-    def _seen(self, state: State) -> State:
-        """Note how many channels are open."""
-        (is_open,) = (v for k, v in state.items() if k.endswith(f"{GATE}.{OPEN}"))
-        self.share = float(is_open.mean())
-        return state
 
 
 Phases = Callable[[int], PruneSchedule]
@@ -93,13 +54,13 @@ def all_then_few(num_rounds: int) -> PruneSchedule:
 def build_strategy(setting: Setting, *, phases: Phases) -> Strategy:
     """Build the strategy that cuts behind the gate and opens it in phases."""
     try:
-        coded = CodedGates(phases(setting.experiment.num_rounds))
+        schedule = phases(setting.experiment.num_rounds)
     except ValueError as error:
         raise ExperimentError(
             f"{setting.experiment.num_rounds} --rounds are too few for the phases of "
             "a gate, of which deprune has 2 and prune 3."
         ) from error
-    more = {"between_rounds": coded, "codec": coded.codec}
+    more = {"between_rounds": schedule, "codec": Packed()}
     return split_strategy(setting, more=more, choose_route=cut_at_gate)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flwr_smartsplit import BFloat16, Float16, Integer, Packed, Raw, TopK
 from flwr_smartsplit.edge.coding import crossing, row_codes, tensor_codes
+from flwr_smartsplit.edge.coding.coded_rows import cost_of
 from flwr_smartsplit.edge.coding.crossing import Crossing
-from flwr_smartsplit.edge.coding.tensor_codes import cost_of
 from flwr_smartsplit.edge.message_bytes import decode, encode
 from flwr_smartsplit.edge.protocol import Stepped
 from flwr_smartsplit.edge.tensors import Coded, WireTensor
@@ -159,50 +159,6 @@ def test_what_is_not_finite_stays_in_its_row_and_is_not_hidden(
     if not (isinstance(codec, TopK) and codec.random_share):
         assert not came[1].isfinite().all()
     assert same(came[::2].contiguous(), clean[::2].contiguous())
-
-
-def test_packed_is_lossless_to_the_sign_of_zero() -> None:
-    """-0.0 is a value; the bits of NaN stay; masks take a bit."""
-    value = drawn(5, 33)
-    value[0, :3] = torch.tensor([-0.0, torch.nan, -torch.inf])
-    gradient = torch.randn(5, 33)
-    came, back, _ = crossed(Packed(), value, gradient)
-    assert same(came, value)
-    is_value = value.view(torch.int32) != 0
-    assert same(back, torch.where(is_value, gradient, torch.zeros(())))
-    mask = drawn(5, 33) > 0
-    assert same(crossed(Packed(), mask, mask)[0], mask)
-    assert crossed(Packed(), mask, mask)[2][0] == 5 * 5
-
-
-def test_packed_is_never_larger_than_raw() -> None:
-    """Where nothing is zero, the plain bytes are sent, and all of the gradient."""
-    dense = torch.randn(4, 40)
-    assert crossed(Packed(), dense, dense)[2] == (dense.nbytes, dense.nbytes)
-    near, far = Crossing(Packed()), Crossing(Packed())
-    value = drawn(4, 40)
-    far.decode(near.encode((value,), blocks=(False,)))  # Behind no ReLU
-    (back,) = near.decode_gradients(far.encode_gradients((dense,)))
-    assert same(back, dense)
-
-
-def test_a_gradient_with_zeros_of_its_own_is_packed() -> None:
-    """As behind a gate, whose closed channels get none; forged bytes are refused."""
-    value, gradient = torch.randn(4, 8, 6), torch.randn(4, 8, 6)
-    value[:, 1:], gradient[:, 1:] = 0.0, 0.0
-    gradient[0, 0, 0] = -0.0
-    near, far = Crossing(Packed()), Crossing(Packed())
-    far.decode(near.encode((value,), blocks=(False,)))
-    (sent,) = far.encode_gradients((gradient,))
-    assert isinstance(sent, Coded)
-    assert sent.data.size == 4 * 6 + 4 * 6 * 4
-    near.encode((value,), blocks=(False,))
-    for wrong in (sent.data[:-1], sent.data[:20], np.append(sent.data, np.uint8(1))):
-        with pytest.raises(RefusedMessage, match="bytes came"):
-            near.decode_gradients((replace(sent, data=wrong),))
-        near.encode((value,), blocks=(False,))
-    (back,) = near.decode_gradients((sent,))
-    assert same(back, gradient)
 
 
 def test_of_equal_values_the_first_count() -> None:

@@ -15,7 +15,7 @@ from torchvision import models
 from typer.testing import CliRunner
 
 from flwr_smartsplit.cli.specs import task_of, torchvision_fn
-from flwr_smartsplit.edge.coding import tensor_codes
+from flwr_smartsplit.edge.coding import packed_codes
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.split.chain import Chain
 from simulations.__main__ import app
@@ -173,12 +173,12 @@ def test_a_lossless_codec_is_compared_with_the_stock_model(monkeypatch):
     found = run_case(case)
     assert (found.kind, found.differences, found.shortfalls) == ("exact", [], [])
     assert 0 < found.edge_bytes < found.plain_edge_bytes
-    scattered = tensor_codes._scattered
+    scattered = packed_codes._scattered
 
     def bent(*args: Any, **named: Any) -> torch.Tensor:
         return scattered(*args, **named) * (1 + 1e-6)
 
-    monkeypatch.setattr(tensor_codes, "_scattered", bent)
+    monkeypatch.setattr(packed_codes, "_scattered", bent)
     assert run_case(case).differences != []
 
 
