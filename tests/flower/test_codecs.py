@@ -126,10 +126,11 @@ def test_a_link_between_edges_chooses_the_codec_and_is_priced() -> None:
             on_row=(found.append,),
         )
         traits = DeviceTraits(flops_per_second=1e9, link=fast)
-        run([message_app(0, edges=edges, traits=traits)], strategy, num_rounds=1)
-        (rows[name],) = [
+        clients = [message_app(i, edges=edges, traits=traits) for i in range(2)]
+        run(clients, strategy, num_rounds=1)
+        rows[name], _ = (
             row for row in found if row["kind"] == "client" and row["phase"] == "train"
-        ]
+        )
     assert rows["known"]["codecs"] == ["raw", "integer:8", "raw"]
     assert "codecs" not in rows["unknown"]
     # A batch of 4: 144 values forward in cut 4 and 8 bytes for each row; 24 return
