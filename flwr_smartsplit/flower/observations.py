@@ -59,6 +59,7 @@ def observed(
             step_seconds=report.step_seconds if client_seconds is not None else None,
             work=_work(sent, report),
             edge=edges[0] if edges else None,
+            beyond=edges[1:],
         )
 
 

@@ -29,7 +29,8 @@ class CodecRequest:
     device : DeviceProfile
         The client.
     link : Link or None
-        The fastest of its links to the edges; None if none is known.
+        Where the cut is between two edges, their link, if it is known; else the fastest
+        of the client's links to the edges; None if none is known.
     route : Route
         A route that may be taken.
     crossing_index : int
@@ -159,12 +160,15 @@ def chosen_codecs(
         links = [device.traits.link_to(edge.name) for edge in edges]
         known = [link for link in links if link is not None]
         fastest = max(known, key=lambda link: link.up_bytes_per_second, default=None)
+        named = {edge.name: edge for edge in edges}
         routes = map(Route.split, range(1, size)) if route is None else [route]
         for each in routes:
             for index, cut in enumerate(each.cuts):
+                here, there = map(named.get, each.places[index : index + 2])
+                link = None if here is None or there is None else here.link_to(there)
                 request = CodecRequest(
                     device=device,
-                    link=fastest,
+                    link=link or fastest,
                     route=each,
                     crossing_index=index,
                     profile=profile,

@@ -81,7 +81,7 @@ def plan_round(  # noqa: PLR0913 - all that a plan hangs on
     ``InvalidRoute`` is raised if ``choose_route`` returns one that this chain lacks.
     """
     devices = [
-        with_speeds(device, history.speeds.get(device.client_key), routing.edges)
+        with_speeds(device, history.steps.get(device.client_key, ()), routing.edges)
         for device in sorted(fleet, key=lambda each: each.client_key)
     ]
     if routing.choose_route is None:
@@ -205,8 +205,8 @@ def _routed(
         except NoFeasibleRoute as error:
             unfit[device.client_key] = str(error)
             continue
-        at = options[0].route.edges()
-        found = _fastest(device, request.profile, options, edges[at[0]] if at else None)
+        at = [edges[name] for name in options[0].route.edges()]
+        found = _fastest(device, request.profile, options, at)
         if isinstance(found, str):
             unfit[device.client_key] = found
         else:
@@ -218,15 +218,14 @@ def _fastest(
     device: DeviceProfile,
     profile: ChainProfile,
     options: Sequence[RouteOption],
-    edge: EdgeProfile | None,
+    edges: Sequence[EdgeProfile],
 ) -> Candidate | str:
     """Make a candidate of one route under several codecs, or say why it is none."""
-    near = [] if edge is None else [edge]
-    over = [over_limit(option.work, device, near) for option in options]
+    over = [over_limit(option.work, device, edges[:1]) for option in options]
     kept = [o for o, limit in zip(options, over, strict=True) if limit is None]
     if not kept:
         return why_over_limit(*min(filter(None, over)))
-    known = [round_seconds(option.work, device, edge) for option in kept]
+    known = [round_seconds(option.work, device, *edges) for option in kept]
     seconds = np.array([nan if each is None else each for each in known])
     best = 0 if None in known else int(seconds.argmin())
     fits = np.arange(len(kept), dtype=np.int64)

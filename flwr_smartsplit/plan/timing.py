@@ -4,7 +4,8 @@ The planner compares routes by these sums, and the simulations' clock says by th
 long a round would have taken on a fleet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ def work_of(
     device_flops = sum(flops[index] for index in own)
     extra = 0 if recompute.is_empty else extra_flops(profile, route, recompute)
     crossed = [route.cuts[0], route.cuts[-1]] if route.returns else route.cuts[:1]
+    between = route.cuts[1:-1] if route.returns else route.cuts[1:]
     sizes = [profile.num_micro_batches * units[c - 1].boundary_bytes for c in crossed]
     coded = [_coded_work(profile, cut) for cut in crossed]
     here = sum(each.here_flops for each in coded[:1])
@@ -53,6 +55,7 @@ def work_of(
         unsent_bytes=sum(each.saved_bytes for each in coded[:1])
         + sum(each.idle_bytes for each in coded[1:]),
         num_exchanges=profile.num_micro_batches * len(crossed),
+        hops=tuple(_hop(profile, cut, *crossed[1:]) for cut in between),
         state_bytes=sum(
             units[index].parameter_bytes
             - units[index].frozen_bytes
@@ -64,6 +67,21 @@ def work_of(
         edge_coding_flops=there,
         doubtful_bytes=sum(each.doubtful_bytes for each in coded),
     )
+
+
+def _hop(profile: ChainProfile, cut: int, *returning: int) -> tuple[int, int]:
+    """Say what a link from edge to edge carries on, and back.
+
+    What returns to the device comes back over it, and its gradient goes on over it.
+    """
+    there = back = 0
+    for index, each in enumerate((cut, *returning)):
+        size = profile.num_micro_batches * profile.units[each - 1].boundary_bytes
+        coded = _coded_work(profile, each)
+        sent, returned = size - coded.saved_bytes, size - coded.idle_bytes
+        there += returned if index else sent
+        back += sent if index else returned
+    return there, back
 
 
 class _CodedWork(NamedTuple):
@@ -112,16 +130,42 @@ def _is_frozen(units: Sequence[UnitCost]) -> bool:
 
 
 def step_seconds(
-    work: Work, *, flops_per_second: float, link: Link, edge_flops_per_second: float
+    work: Work,
+    *,
+    flops_per_second: float,
+    link: Link,
+    edge_flops_per_second: float,
+    edge_links: Sequence[Link] = (),
 ) -> float:
-    """Add up the seconds of one training step; nothing overlaps."""
+    """Add up the seconds of one training step; nothing overlaps.
+
+    ``edge_links`` are those from edge to edge, in route order.
+    """
     return (
         work.device_flops / flops_per_second
         + work.edge_flops / edge_flops_per_second
         + work.up_bytes / link.up_bytes_per_second
         + work.down_bytes / link.down_bytes_per_second
         + 2 * link.latency_seconds * work.num_exchanges
+        + hop_seconds(work, edge_links)
     )
+
+
+def hop_seconds(work: Work, links: Sequence[Link]) -> float:
+    """Return what crossing from edge to edge takes in a step; nothing without links."""
+    return sum(
+        there / link.up_bytes_per_second
+        + back / link.down_bytes_per_second
+        + 2 * link.latency_seconds * work.num_exchanges
+        for (there, back), link in zip(work.hops, links, strict=False)
+    )
+
+
+def links_along(route: Sequence[str], edges: Iterable[EdgeProfile]) -> list[Link]:
+    """Return the links from each edge of a route to the next; unknown ones are free."""
+    named = {name: EdgeProfile(name=name) for name in route}
+    named |= {edge.name: edge for edge in edges}
+    return [named[one].link_to(named[to]) or NO_WAIT for one, to in pairwise(route)]
 
 
 def transfer_seconds(num_bytes: float, link: Link) -> float:
@@ -134,23 +178,29 @@ def transfer_seconds(num_bytes: float, link: Link) -> float:
 
 
 def round_seconds(
-    work: Work, device: DeviceProfile, edge: EdgeProfile | None = None
+    work: Work,
+    device: DeviceProfile,
+    edge: EdgeProfile | None = None,
+    *beyond: EdgeProfile,
 ) -> float | None:
     """Say how long a client's part of a round takes; None if nobody knows its speed.
 
-    A link or an edge of unknown speed takes no time.
+    ``beyond`` are the edges that the route goes on to. A link or an edge of unknown
+    speed takes no time.
     """
     flops_per_second = device.traits.flops_per_second
     if flops_per_second is None:
         return None
     home = device.traits.link or NO_WAIT
     near = home if edge is None else device.traits.link_to(edge.name) or NO_WAIT
+    on_route = () if edge is None else (edge, *beyond)
     edge_flops = inf if edge is None else edge.flops_per_second or inf
     each = step_seconds(
         work,
         flops_per_second=flops_per_second,
         link=near,
         edge_flops_per_second=edge_flops,
+        edge_links=links_along([each.name for each in on_route], on_route),
     )
     return device.num_steps * each + transfer_seconds(work.state_bytes, home)
 

@@ -51,6 +51,13 @@ class EdgePool:
         names = [edge.name for edge in edges]
         if len(set(names)) != len(names):
             raise ValueError(f"edges must have different names, not {names}.")
+        for edge in edges:
+            unknown = [name for name in edge.profile.links if name not in names]
+            if unknown:
+                raise ValueError(
+                    f"edge {edge.name!r} has a link to {unknown[0]!r}, and the edges "
+                    f"are {names}: name one of them, or leave the link out."
+                )
         self._edges = {edge.name: edge for edge in edges}
         self._task = task
         self._keys = RunKeys()

@@ -1,8 +1,9 @@
 """What devices, links and edges can do, as far as they say so."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Self
 
 from flwr_smartsplit.types.routes import DEVICE
 from flwr_smartsplit.types.sizes import own_numbers, whole_bytes
@@ -15,17 +16,18 @@ MOST_LABELS = 2**53
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A connection of a device.
+    """A connection of a device, or of an edge to another.
 
     Parameters
     ----------
     up_bytes_per_second, down_bytes_per_second : float
-        From the device, and to it.
+        From the device, and to it; or from the edge that names it, and to it.
     latency_seconds : float
         One way, for each message.
     most_bytes_per_round : int, optional
         What it may carry while a round trains, or evaluates, both ways together, as
-        predicted: no route is chosen that sends more. None is no limit.
+        predicted: no route is chosen that sends more. None is no limit. Only of a
+        device's link.
 
     Raises
     ------
@@ -114,6 +116,7 @@ class EdgeProfile:
     memory_bytes: int | None = None  # for its replicas; None is no limit
     disk_bytes: int | None = None  # for sealed tails; None is no limit
     flops_per_second: float | None = None  # for one client; None if unknown
+    links: Mapping[str, Link] = field(default_factory=dict)  # to other edges, by name
 
     def __post_init__(self) -> None:
         own_numbers(self)
@@ -126,3 +129,36 @@ class EdgeProfile:
             limit = getattr(self, name)
             if limit is not None:
                 object.__setattr__(self, name, whole_bytes(limit, name))
+        self._check_links()
+
+    def _check_links(self) -> None:
+        if not isinstance(self.links, Mapping) or not all(
+            isinstance(link, Link) for link in self.links.values()
+        ):
+            raise TypeError(
+                f"the links of edge {self.name!r} are {self.links!r:.200}: give the "
+                'Link to each other edge by its name, such as {"far": Link(...)}.'
+            )
+        for other, link in self.links.items():
+            if other in {self.name, DEVICE}:
+                raise ValueError(
+                    f"edge {self.name!r} has a link to {other!r}: name another edge. "
+                    "A device's links are in its DeviceTraits."
+                )
+            if link.most_bytes_per_round is not None:
+                raise ValueError(
+                    f"the link of edge {self.name!r} to {other!r} has "
+                    f"most_bytes_per_round={link.most_bytes_per_round}: only a "
+                    "device's link may have a limit. Leave it out."
+                )
+
+    def link_to(self, other: Self) -> Link | None:
+        """Return the link to another edge, as either of them says; None if unknown."""
+        if other.name in self.links or self.name not in other.links:
+            return self.links.get(other.name)
+        back = other.links[self.name]
+        return replace(
+            back,
+            up_bytes_per_second=back.down_bytes_per_second,
+            down_bytes_per_second=back.up_bytes_per_second,
+        )

@@ -15,7 +15,7 @@ STEP_OVER_FORWARD = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a route asks of a device, its link and its edges in one training step."""
+    """What a route asks of a device, its edges and their links in a training step."""
 
     device_flops: float = 0
     edge_flops: float = 0
@@ -25,7 +25,9 @@ class Work:
     # nothing before a cut needs, and what codecs save
     unsent_bytes: int = 0
     unreturned_bytes: int = 0
-    num_exchanges: int = 0  # round trips over the device's link
+    num_exchanges: int = 0  # round trips over the device's link, and each of hops
+    # What is sent over each link from edge to edge, and comes back, in route order
+    hops: tuple[tuple[int, int], ...] = ()
     state_bytes: int = 0  # the device's state, moved once a round; not the frozen
     extra_flops: int = 0  # the part of device_flops that recomputation adds
     # The parts of device_flops and edge_flops that coding takes

@@ -6,9 +6,9 @@ gives the same seconds on any machine, and they are never those of the simulatio
 itself, which are called wall-clock.
 
 Added up, since nothing overlaps: the device's work and the edge's, coding included,
-what crosses the device's links, and a latency for each message. A round takes as long
-as the slowest of its clients; what the server does, and what passes between edges,
-takes no time.
+what crosses the device's links and those between edges, and a latency for each message.
+A round takes as long as the slowest of its clients; what the server does takes no time,
+nor what crosses a link between edges that is not given.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from flwr_smartsplit.plan.coding import route_profile
-from flwr_smartsplit.plan.timing import step_seconds, work_of
+from flwr_smartsplit.plan.timing import (
+    hop_seconds,
+    links_along,
+    step_seconds,
+    work_of,
+)
 from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,
     ClientPlan,
     Codec,
+    EdgeProfile,
     Link,
     RecomputePlan,
     Route,
@@ -75,7 +81,8 @@ class Spent:
     device_seconds: float = 0.0
     edge_seconds: float = 0.0
     radio_seconds: float = 0.0  # Sending and receiving, latencies not counted
-    waiting_seconds: float = 0.0  # Latencies of all messages
+    waiting_seconds: float = 0.0  # Latencies of all its messages
+    hop_seconds: float = 0.0  # From edge to edge and back, by the costs of the units
     # device_joules, edge_joules: above idle. A device that waits takes nothing.
     device_joules: float = 0.0
     edge_joules: float = 0.0
@@ -84,7 +91,7 @@ class Spent:
     def seconds(self) -> float:
         """All of it, one after the other."""
         work = self.device_seconds + self.edge_seconds
-        return work + self.radio_seconds + self.waiting_seconds
+        return work + self.radio_seconds + self.waiting_seconds + self.hop_seconds
 
 
 NOTHING = Spent()
@@ -99,6 +106,7 @@ class Clock:
     # What an edge does for one client, however many it has, and takes for it
     edge_flops_per_second: float = EDGE_FLOPS_PER_SECOND
     edge_watts: float = EDGE_WATTS
+    edges: tuple[EdgeProfile, ...] = ()  # Those with links to each other
     _works: dict[tuple[Route, RecomputePlan, tuple[Codec, ...]], Work] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -131,7 +139,7 @@ class Clock:
             plan.round_number,
             self._works_of(stretches),
             traffic=traffic,
-            edge=_first_edge(plan.route),
+            edges=plan.route.edges(),
         ).seconds
 
     def step_seconds(
@@ -144,6 +152,7 @@ class Clock:
             flops_per_second=true_flops_per_second(device, plan.round_number),
             link=link_to(device, _first_edge(route), plan.round_number),
             edge_flops_per_second=self.edge_flops_per_second,
+            edge_links=links_along(route.edges(), self.edges),
         )
 
     def spent(self, row: ClientRow) -> Spent:
@@ -174,7 +183,7 @@ class Clock:
             row.round,
             works,
             traffic=traffic,
-            edge=_first_edge(planned.route),
+            edges=planned.route.edges(),
         )
 
     def _works_of(self, stretches: Sequence[Stretch]) -> list[tuple[int, Work]]:
@@ -189,10 +198,12 @@ class Clock:
         works: Sequence[tuple[int, Work]],
         *,
         traffic: Traffic,
-        edge: str | None,
+        edges: Sequence[str],
     ) -> Spent:
         """Add up a client's part of a round."""
+        edge = edges[0] if edges else None
         far, near = (link_to(device, at, round_number) for at in (None, edge))
+        links = links_along(edges, self.edges)
         device_seconds = sum(
             num_steps * work.device_flops for num_steps, work in works
         ) / true_flops_per_second(device, round_number)
@@ -213,6 +224,7 @@ class Clock:
             radio_seconds=radio_seconds,
             waiting_seconds=2 * far.latency_seconds
             + 2 * near.latency_seconds * num_exchanges,
+            hop_seconds=sum(n * hop_seconds(work, links) for n, work in works),
             device_joules=device_seconds * device.watts.compute
             + radio_seconds * device.watts.radio,
             edge_joules=edge_seconds * self.edge_watts,

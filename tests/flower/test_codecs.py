@@ -110,6 +110,37 @@ def test_every_codec_trains(codec: Codec, plain: Run) -> None:
     assert differences(made.state, plain.state) != []
 
 
+def test_a_link_between_edges_chooses_the_codec_and_is_priced() -> None:
+    """A slow one gets the smallest code, and its time is in the predicted seconds."""
+    slow = Link(up_bytes_per_second=1e3, down_bytes_per_second=2e3, latency_seconds=0.1)
+    fast = Link(up_bytes_per_second=1e9, down_bytes_per_second=1e9)
+    choose = codec_by_rate({1e6: Raw(), 0.0: Integer()})
+    rows: dict[str, Any] = {}
+    for name, links in (("known", {"far": slow}), ("unknown", {})):
+        edges = (LocalEdge(name="near", links=links), LocalEdge(name="far"))
+        found: list[Any] = []
+        strategy = smart_split(
+            edges,
+            choose_route=lambda _: ROUTES["c3"],
+            codec=choose,
+            on_row=(found.append,),
+        )
+        traits = DeviceTraits(flops_per_second=1e9, link=fast)
+        clients = [message_app(i, edges=edges, traits=traits) for i in range(2)]
+        run(clients, strategy, num_rounds=1)
+        rows[name], _ = (
+            row for row in found if row["kind"] == "client" and row["phase"] == "train"
+        )
+    assert rows["known"]["codecs"] == ["raw", "integer:8", "raw"]
+    assert "codecs" not in rows["unknown"]
+    # A batch of 4: 144 values forward in cut 4 and 8 bytes for each row; 24 return
+    # through both edges in cut 8, and so do their gradients.
+    coded, returned = 4 * (144 + 8), 4 * 24 * 4
+    each = (coded + returned) * (1 / 1e3 + 1 / 2e3) + 2 * 2 * 0.1
+    more = rows["known"]["predicted_seconds"] - rows["unknown"]["predicted_seconds"]
+    assert more / rows["known"]["num_steps"] == pytest.approx(each, rel=1e-4)
+
+
 def test_both_apis_round_alike() -> None:
     """The same bits, and what is drawn is the same."""
     codec = LOSSY[-1]

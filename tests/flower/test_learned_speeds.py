@@ -6,7 +6,12 @@ import pytest
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
-from flwr_smartsplit import RecomputePlan, Route, SmartSplitNumPyClient
+from flwr_smartsplit import (
+    DeviceTraits,
+    RecomputePlan,
+    Route,
+    SmartSplitNumPyClient,
+)
 from flwr_smartsplit.flower.observations import measured_seconds
 from flwr_smartsplit.types import ClientPlan
 from tests.flower.apps import make_client, run, smart_split
@@ -26,10 +31,15 @@ def paced(plan: ClientPlan, route: Route, recompute: RecomputePlan) -> float:
 
 def apps(kind: Kind) -> list[ClientApp]:
     """Make two clients with room for the whole model."""
+    return clients(kind, step_seconds=paced)
+
+
+def clients(kind: Kind, **changes: Any) -> list[ClientApp]:
+    """Make two clients."""
 
     def app(index: int) -> ClientApp:
         def client_fn(context: Context) -> SmartSplitNumPyClient:
-            return make_client(index, edges=EDGES, context=context, step_seconds=paced)
+            return make_client(index, edges=EDGES, context=context, **changes)
 
         return kind(client_fn)
 
@@ -63,3 +73,38 @@ def test_a_slow_client_leaves_more_to_the_edge_once_it_was_seen(
     assert (routes["c0"][-1] != "whole") == learns
     plain = run_with(kind)
     assert differences(ended.state, plain.state) == []
+
+
+@pytest.mark.every(4)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_link_that_nobody_tells_gets_its_codec_once_it_was_seen(
+    kind: Kind, *, learns: bool
+) -> None:
+    """Each client tells its speed only; c0's way takes a second a step, c1's none."""
+
+    def at_a_relu(plan: ClientPlan, route: Route, recompute: RecomputePlan) -> float:
+        del route, recompute
+        return 1.0 if plan.client_key == "c0" else 1e-8
+
+    rows: list[Any] = []
+    made = clients(
+        kind, step_seconds=at_a_relu, traits=DeviceTraits(flops_per_second=1e12)
+    )
+    seconds = {"client_seconds": measured_seconds} if learns else {}
+    options: dict[str, Any] = {
+        "choose_route": lambda _: Route.split(3, edge="near"),
+        "on_row": (rows.append,),
+        **seconds,
+    }
+    if kind is KINDS[0]:
+        run(made, smart_split(EDGES, **options), num_rounds=NUM_ROUNDS)
+    else:
+        legacy = legacy_smart_split(EDGES, **options)
+        run_legacy(made, legacy, num_rounds=NUM_ROUNDS)
+    codecs: dict[str, list[Any]] = {"c0": [], "c1": []}
+    for row in rows:
+        if row["kind"] == "client" and row["phase"] == "train":
+            codecs[row["client_key"]].append(row.get("codecs", []))
+    packed = [["packed"]] * (NUM_ROUNDS - 1) if learns else [[]] * (NUM_ROUNDS - 1)
+    assert codecs == {"c0": [[], *packed], "c1": [[]] * NUM_ROUNDS}

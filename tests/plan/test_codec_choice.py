@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from math import inf
 from random import Random
 from typing import Any
 
@@ -22,6 +23,8 @@ from flwr_smartsplit.plan.codec_choice import CodecChoice, chosen_codecs
 from flwr_smartsplit.plan.coding import coded_profile
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.routes import deepest_split
+from flwr_smartsplit.plan.selection.history import NO_HISTORY, History
+from flwr_smartsplit.plan.timing import step_seconds
 from flwr_smartsplit.types import (
     ChainProfile,
     Codec,
@@ -32,6 +35,7 @@ from flwr_smartsplit.types import (
     TensorCost,
     UnitCost,
 )
+from tests.plan.fleets import seen
 
 BATCH_SIZE = 4
 AS_IT_IS = Constraints(recompute=False)
@@ -90,7 +94,11 @@ def device(
 
 
 def planned(
-    client: DeviceProfile, codec: CodecChoice = None, **changes: Any
+    client: DeviceProfile,
+    codec: CodecChoice = None,
+    *,
+    history: History = NO_HISTORY,
+    **changes: Any,
 ) -> RoundPlan:
     """Plan a round of one client."""
     return plan_round(
@@ -98,8 +106,11 @@ def planned(
         {BATCH_SIZE: PROFILE},
         round_number=1,
         num_clients=1,
-        routing=Routing(edges=EDGES, codec=codec, constraints=AS_IT_IS, **changes),
+        routing=Routing(
+            **{"edges": EDGES, "codec": codec, "constraints": AS_IT_IS, **changes}
+        ),
         rng=Random(0),
+        history=history,
     )
 
 
@@ -162,6 +173,41 @@ def test_rates_that_are_none_are_refused(given: dict[float, Codec]) -> None:
         codec_by_rate({1.0: "int8"})  # type: ignore[dict-item]
 
 
+NEAR = EdgeProfile(
+    name="near",
+    links={"far": Link(up_bytes_per_second=1e4, down_bytes_per_second=1e9)},
+)
+FAR = EdgeProfile(name="far")
+HOPS = Route.hops((1, 2), edges=("near", "far"))
+
+
+def test_a_hop_gets_the_codec_of_the_link_between_its_edges() -> None:
+    """That of the device's link, if nobody knows it."""
+    given = partial(chosen_codecs, BY_RATE, device(1e7), PROFILE, route=HOPS)
+    assert given((NEAR, FAR)) == ((Packed(), TopK(), Raw()),)
+    assert given((replace(NEAR, links={}), FAR)) == ((Packed(), Packed(), Raw()),)
+
+
+def test_a_slow_link_between_edges_gets_a_smaller_code() -> None:
+    """Of several codecs; each edge may be the one that tells of the link."""
+    link = NEAR.links["far"]
+    fast = replace(link, up_bytes_per_second=1e9)
+    flipped = Link(up_bytes_per_second=1e9, down_bytes_per_second=1e4)
+    cases = [
+        ({"far": link}, {}, ["integer:8", "integer:8"]),
+        ({}, {"near": flipped}, ["integer:8", "integer:8"]),
+        ({"far": fast}, {}, []),
+        ({}, {}, []),
+    ]
+    for near, far, codecs in cases:
+        edges = (replace(NEAR, links=near), replace(FAR, links=far))
+        plan = planned(
+            device(1e9), (Raw(), Integer()), edges=edges, choose_route=lambda _: HOPS
+        )
+        (assignment,) = plan.assignments
+        assert [str(codec) for codec in assignment.option.codecs][:2] == codecs
+
+
 # --- by default -----------------------------------------------------------------------
 
 AT_RELU: dict[str, Any] = {"choose_route": lambda _: Route.split(1, edge="edge")}
@@ -175,6 +221,31 @@ def test_packed_is_taken_where_it_saves_time() -> None:
     assert taken(device(1e4), **AT_CONV) == ((2,), [])
     assert taken(device(None), **AT_RELU) == ((1,), [])
     assert taken(device(1e4, flops_per_second=None), **AT_RELU) == ((1,), [])
+
+
+@pytest.mark.parametrize("codec", [None, codec_by_rate({1e9: Raw(), 0: Integer()})])
+def test_a_device_that_tells_its_speed_only_gets_a_code_once_its_link_was_learned(
+    codec: CodecChoice,
+) -> None:
+    """And so it does for the link that its steps had."""
+    client, link = (
+        device(None),
+        Link(up_bytes_per_second=1e4, down_bytes_per_second=1e4),
+    )
+    assert taken(client, codec, **AT_RELU) == ((1,), [])
+    (assignment,) = planned(client, codec, **AT_RELU).assignments
+    work = assignment.option.work
+    seconds = step_seconds(
+        work, flops_per_second=1e9, link=link, edge_flops_per_second=inf
+    )
+    history = NO_HISTORY.after(
+        [seen("a", step_seconds=seconds, work=work, edge="edge")]
+    )
+    (later,) = planned(client, codec, history=history, **AT_RELU).assignments
+    told = replace(client, traits=replace(client.traits, link=link))
+    (wanted,) = planned(told, codec, **AT_RELU).assignments
+    assert later.option.codecs == wanted.option.codecs != ()
+    assert later.option.route == wanted.option.route
 
 
 def test_the_journal_hears_why() -> None:

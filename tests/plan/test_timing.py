@@ -9,6 +9,8 @@ from flwr_smartsplit.plan.search_space import search_space
 from flwr_smartsplit.plan.selection.candidates import candidates_of
 from flwr_smartsplit.plan.timing import (
     Work,
+    hop_seconds,
+    links_along,
     over_limit,
     round_seconds,
     step_seconds,
@@ -63,6 +65,34 @@ def test_hops_between_edges_are_none_of_the_devices_link() -> None:
     assert (work.boundary_bytes, work.num_exchanges) == (16, 1)
 
 
+UNEVEN = replace(
+    CHAIN,
+    units=tuple(
+        replace(unit, boundary_bytes=size)
+        for unit, size in zip(CHAIN.units, (16, 24, 40, 0), strict=True)
+    ),
+)
+OVER_TWO = Route((1, 2, 3), ("device", "a", "b", "device"))
+
+
+def test_a_hop_carries_its_boundary_on_and_the_gradient_back() -> None:
+    """As many bytes, unless nothing before is trained, in every micro-batch."""
+    route = Route.hops((1, 2, 3), edges=("a", "b", "c"))
+    assert work_of(UNEVEN, route).hops == ((24, 24), (40, 40))
+    assert work_of(frozen(UNEVEN, 0, 1), route).hops == ((24, 0), (40, 40))
+    parts = replace(UNEVEN, num_micro_batches=3)
+    assert work_of(parts, route).hops == ((72, 72), (120, 120))
+    for other in (Route.whole(), Route.split(1), Route.u_shape(1, 3)):
+        assert work_of(UNEVEN, other).hops == ()
+
+
+def test_what_returns_to_the_device_comes_over_every_hop() -> None:
+    """40 bytes more each way; 24 on only, if units 0 and 1 are frozen."""
+    assert work_of(UNEVEN, OVER_TWO).hops == ((64, 64),)
+    assert work_of(frozen(UNEVEN, 0, 1), OVER_TWO).hops == ((64, 40),)
+    assert work_of(frozen(UNEVEN, 0, 1, 2), OVER_TWO).hops == ((24, 40),)
+
+
 def test_what_runs_twice_is_work() -> None:
     """A plan adds its FLOPs to those of the device."""
     plan = RecomputePlan(reruns=(Rerun(0, 2),))
@@ -102,6 +132,70 @@ def test_a_link_to_an_edge_is_that_edges() -> None:
     work = work_of(CHAIN, Route.split(1))
     assert round_seconds(work, device, EdgeProfile(name="x")) == 2 + 2 + 2.5
     assert round_seconds(work, device, EdgeProfile(name="y")) == 2 + 3 + 1 + 2.5
+
+
+FORTH = Link(up_bytes_per_second=8, down_bytes_per_second=4, latency_seconds=0.25)
+BACK = replace(FORTH, up_bytes_per_second=4, down_bytes_per_second=8)
+
+
+@pytest.mark.parametrize(
+    ("links", "each_step"),
+    [
+        (({"b": FORTH}, {}), 3 + 6 + 0.5),  # 24 B on at 8 B/s, 24 back at 4
+        (({}, {"a": BACK}), 3 + 6 + 0.5),  # The other edge says the same
+        (({"b": FORTH}, {"a": FORTH}), 3 + 6 + 0.5),  # Its own counts first
+        (({}, {"a": FORTH}), 6 + 3 + 0.5),
+        (({}, {}), 0),
+        (({"c": FORTH}, {"c": FORTH}), 0),  # Of another
+    ],
+)
+def test_a_hop_takes_the_time_of_the_link_between_its_edges(
+    links: tuple[dict[str, Link], dict[str, Link]], each_step: float
+) -> None:
+    """Added to three steps of 6 s, and 2.5 s for the model."""
+    traits = DeviceTraits(flops_per_second=48, link=LINK)
+    client = replace(device("x"), traits=traits)
+    a, b = (
+        EdgeProfile(name=name, links=own) for name, own in zip("ab", links, strict=True)
+    )
+    work = work_of(UNEVEN, Route.hops((1, 2), edges=("a", "b")))
+    assert round_seconds(work, client, a) == 3 * 6 + 2.5
+    assert round_seconds(work, client, a, b) == 3 * (6 + each_step) + 2.5
+
+
+def test_every_hop_and_every_exchange_waits() -> None:
+    """Over three edges, two hops; a route that returns exchanges twice in a step."""
+    first = Link(latency_seconds=1.0)
+    a = EdgeProfile(name="a", links={"b": first})
+    b = EdgeProfile(name="b", links={"c": replace(first, latency_seconds=100.0)})
+    along = links_along("abc", [a, b])
+    work = work_of(UNEVEN, Route.hops((1, 2, 3), edges=("a", "b", "c")))
+    assert hop_seconds(work, along) == 2 * 1 + 2 * 100
+    assert hop_seconds(work_of(UNEVEN, OVER_TWO), along) == 2 * 2 * 1
+    parts = work_of(replace(UNEVEN, num_micro_batches=3), OVER_TWO)
+    assert hop_seconds(parts, along) == 3 * 2 * 2 * 1
+
+
+@pytest.mark.parametrize(
+    ("error", "links", "words"),
+    [
+        (ValueError, {"a": FORTH}, "has a link to 'a': name another edge"),
+        (ValueError, {"device": FORTH}, "has a link to 'device': name another edge"),
+        (
+            ValueError,
+            {"b": Link(most_bytes_per_round=5)},
+            "'a' to 'b' has most_bytes_per_round=5: only a device's link",
+        ),
+        (TypeError, {"b": 1e6}, "the links of edge 'a' are {'b': 1000000.0}: give"),
+        (TypeError, ("b",), "the links of edge 'a' are"),
+    ],
+)
+def test_links_that_an_edge_cannot_have_are_refused(
+    error: type[Exception], links: Any, words: str
+) -> None:
+    """Where they are given."""
+    with pytest.raises(error, match=words):
+        EdgeProfile(name="a", links=links)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,16 @@ import pytest
 
 from flwr_smartsplit import Route
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.hosts.grpc import GrpcEdge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
+from flwr_smartsplit.edge.hosts.ray import RayEdge
 from flwr_smartsplit.edge.message_bytes import decode
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable, RefusedRequest
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.server.global_state import GlobalState
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import EDGE, EdgeProfile
+from flwr_smartsplit.types import EDGE, EdgeProfile, Link
 from tests.faults import Deliver, MortalEdge
 from tests.server.one_round import ROUND, signed, start, train
 from tests.tasks import TASK, State, client_plan, initial_state, state_bytes
@@ -287,12 +289,26 @@ def test_edges_keep_their_order_after_a_restart(
 
 def test_a_pool_says_what_its_edges_offer() -> None:
     """In the order asked for."""
-    near = LocalEdge(name="near", memory_bytes=3, disk_bytes=4, flops_per_second=5.0)
-    pool = EdgePool([near, LocalEdge(name="plain")], TASK)
-    assert pool.profiles(("plain", "near")) == (
-        EdgeProfile(name="plain"),
-        EdgeProfile(name="near", memory_bytes=3, disk_bytes=4, flops_per_second=5.0),
-    )
+    facts: dict[str, Any] = {
+        "name": "near",
+        "memory_bytes": 3,
+        "disk_bytes": 4,
+        "flops_per_second": 5.0,
+        "links": {"plain": Link(latency_seconds=1.0)},
+    }
+    for kind in (LocalEdge, RayEdge, GrpcEdge):
+        pool = EdgePool([kind(**facts), LocalEdge(name="plain")], TASK)
+        assert pool.profiles(("plain", "near")) == (
+            EdgeProfile(name="plain"),
+            EdgeProfile(**facts),
+        )
+
+
+def test_a_link_leads_to_another_edge_of_the_run() -> None:
+    """A name with an error in it would make it free."""
+    near = LocalEdge(name="near", links={"fra": Link()})
+    with pytest.raises(ValueError, match=r"'near' has a link to 'fra', and the edges"):
+        EdgePool([near, LocalEdge(name="far")], TASK)
 
 
 def test_an_edge_that_runs_out_of_memory_is_that_edges_trouble(

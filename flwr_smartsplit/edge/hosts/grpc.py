@@ -7,7 +7,7 @@ of every host: gRPC carries them, and knows nothing of them.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -31,7 +31,7 @@ from flwr_smartsplit.errors import (
     SmartSplitError,
 )
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import EDGE, EdgeProfile
+from flwr_smartsplit.types import EDGE, EdgeProfile, Link
 
 
 class _Grpc:
@@ -89,6 +89,7 @@ def GrpcEdge(  # noqa: PLR0913 - where it is, who vouches for it, and who we are
     memory_bytes: int | None = None,
     disk_bytes: int | None = None,
     flops_per_second: float | None = None,
+    links: Mapping[str, Link] | None = None,
     room_patience_seconds: float = 600.0,
     patience_seconds: float = 60.0,
     timeout_seconds: float = 600.0,
@@ -117,6 +118,9 @@ def GrpcEdge(  # noqa: PLR0913 - where it is, who vouches for it, and who we are
         What the strategy plans with; by default, what the edge says it has.
     flops_per_second : float, optional
         Its speed with one client; unknown by default.
+    links : Mapping[str, Link], optional
+        Its links to other edges, by their names; what crosses a link of which neither
+        edge says anything takes no time.
     room_patience_seconds : float
         How long a client waits while the edge is full.
     patience_seconds : float
@@ -147,6 +151,7 @@ def GrpcEdge(  # noqa: PLR0913 - where it is, who vouches for it, and who we are
         memory_bytes=memory_bytes,
         disk_bytes=disk_bytes,
         flops_per_second=flops_per_second,
+        links=links or {},
     )
     secret = "" if admin_secret_file is None else _read(admin_secret_file).decode()
     return Edge(profile, host, room_patience_seconds, secret.strip())

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,17 +15,18 @@ from flwr_smartsplit.edge.protocol import LocalTransport
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.torch_device import as_device
-from flwr_smartsplit.types import EDGE, EdgeProfile
+from flwr_smartsplit.types import EDGE, EdgeProfile, Link
 
 _edges: dict[str, tuple[EdgeGate, BinaryIO]] = {}
 
 
-def LocalEdge(
+def LocalEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
     *,
     name: str = EDGE,
     memory_bytes: int | None = None,
     disk_bytes: int | None = None,
     flops_per_second: float | None = None,
+    links: Mapping[str, Link] | None = None,
     room_patience_seconds: float = 60.0,
     device: str = "cpu",
 ) -> Edge:
@@ -34,6 +36,7 @@ def LocalEdge(
         memory_bytes=memory_bytes,
         disk_bytes=disk_bytes,
         flops_per_second=flops_per_second,
+        links=links or {},
     )
     return Edge(profile, LocalHost(device), room_patience_seconds)
 

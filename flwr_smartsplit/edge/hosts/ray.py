@@ -34,7 +34,7 @@ from flwr_smartsplit.task_digest.torch_settings import (
     torch_settings,
 )
 from flwr_smartsplit.train.torch_device import as_device
-from flwr_smartsplit.types import EDGE, EdgeProfile
+from flwr_smartsplit.types import EDGE, EdgeProfile, Link
 
 
 class _Ray:
@@ -62,6 +62,7 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
     memory_bytes: int | None = None,
     disk_bytes: int | None = None,
     flops_per_second: float | None = None,
+    links: Mapping[str, Link] | None = None,
     resources: Mapping[str, float] | None = None,
     device: str = "cpu",
     num_gpus: float = 0,
@@ -86,6 +87,9 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
         Disk for sealed tails; unlimited by default.
     flops_per_second : float, optional
         Its speed with one client; unknown by default.
+    links : Mapping[str, Link], optional
+        Its links to other edges, by their names; what crosses a link of which neither
+        edge says anything takes no time.
     resources : Mapping[str, float], optional
         Custom Ray resources that the actor needs, such as ``{"berlin": 0.001}``; it
         runs on a machine that has them.
@@ -112,6 +116,7 @@ def RayEdge(  # noqa: PLR0913 - what an edge offers, and where it runs
         memory_bytes=memory_bytes,
         disk_bytes=disk_bytes,
         flops_per_second=flops_per_second,
+        links=links or {},
     )
     host = RayHost(
         max_concurrency=max_concurrency,

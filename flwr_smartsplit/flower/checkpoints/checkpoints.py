@@ -12,7 +12,7 @@ from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower.checkpoints import files
 from flwr_smartsplit.types.sizes import whole
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_SHOWN = 3
 _log = getLogger("flwr")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Self
 
-from flwr_smartsplit.plan.selection.speed_estimates import Speeds, learned
+from flwr_smartsplit.plan.selection.speed_estimates import Steps, learned
 from flwr_smartsplit.types import Work
 
 KEPT_FRACTION = 0.7  # What a moving average keeps of what it was
@@ -38,6 +38,7 @@ class Observation:
     step_seconds: float | None = None  # What one of its steps took at the end
     work: Work | None = None  # What such a step asked for
     edge: str | None = None  # The first edge on its route
+    beyond: tuple[str, ...] = ()  # The others
 
     @property
     def importance(self) -> float:
@@ -50,23 +51,25 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What a strategy remembers, by client_key: last rounds, importance, speeds.
+    """What a strategy remembers, by client_key: last rounds, importance, steps.
 
     It is frozen, so that a plan can be made again from it.
     """
 
     latest: Mapping[str, Observation] = field(default_factory=dict)
     importance: Mapping[str, float] = field(default_factory=dict)
-    speeds: Mapping[str, Speeds] = field(default_factory=dict)
+    steps: Mapping[str, Steps] = field(default_factory=dict)  # Speeds are in them
 
     def after(self, observations: Iterable[Observation]) -> Self:
         """Add what a round brought."""
         seen = list(observations)
-        importance, speeds = dict(self.importance), dict(self.speeds)
+        importance, steps = dict(self.importance), dict(self.steps)
         for each in seen:
-            now = learned(speeds.get(each.client_key), each.work, each.step_seconds)
-            if now is not None:
-                speeds[each.client_key] = now
+            before = steps.get(each.client_key, ())
+            edges = () if each.edge is None else (each.edge, *each.beyond)
+            now = learned(before, each.work, each.step_seconds, *edges)
+            if now:
+                steps[each.client_key] = now
             importance[each.client_key] = importance_of(
                 each.num_examples,
                 each.loss_rms,
@@ -75,7 +78,7 @@ class History:
         return type(self)(
             latest={**self.latest, **{each.client_key: each for each in seen}},
             importance=importance,
-            speeds=speeds,
+            steps=steps,
         )
 
 

@@ -208,7 +208,7 @@ SPOILED = {
         lambda path: rewrite(path.parent, lambda run: run.update(task="other"))
     ],
     "was written by another release": [
-        lambda path: rewrite(path.parent, lambda run: run.update(format=0))
+        lambda path: rewrite(path.parent, lambda run: run.update(format=1))
     ],
 }
 

@@ -10,6 +10,7 @@ from flwr_smartsplit.types import (
     ChainProfile,
     ClientPlan,
     DeviceTraits,
+    EdgeProfile,
     Integer,
     Link,
     Move,
@@ -160,6 +161,35 @@ def test_a_u_shape_exchanges_twice_in_each_step():
 
     assert spent.waiting_seconds == pytest.approx(2 * 0.5 + 2 * 2 * 2 * 0.25)
     assert spent.device_seconds == pytest.approx(2 * 3 * 400 / 1000)
+
+
+HOPS = Route.hops((1, 2), edges=("near", "far"))
+BETWEEN = EdgeProfile(
+    name="far",
+    links={
+        "near": Link(
+            up_bytes_per_second=2, down_bytes_per_second=4, latency_seconds=0.125
+        )
+    },
+)
+
+
+def test_what_passes_between_edges_takes_the_time_of_their_link():
+    """In each of 2 steps 8 B at 4 B/s and back at 2, and twice 0.125 s."""
+    row = replace(SPLIT, route=str(HOPS))
+    clock = replace(CLOCK, edges=(BETWEEN,))
+    plain, spent = CLOCK.spent(row), clock.spent(row)
+
+    assert plain.hop_seconds == 0
+    assert spent.hop_seconds == 2 * (2 + 4 + 0.25)
+    assert replace(spent, hop_seconds=0) == plain
+    assert spent.seconds == plain.seconds + spent.hop_seconds
+    assert clock.spent(SPLIT) == CLOCK.spent(SPLIT)
+    steps = [each.step_seconds(plan(HOPS), HOPS, KEEP_ALL) for each in (CLOCK, clock)]
+    assert steps[1] - steps[0] == pytest.approx(6.25)
+    report = StepReport(num_steps=2, sent_bytes=80, received_bytes=80, metrics={})
+    told = [each.client_seconds(plan(HOPS), report) for each in (CLOCK, clock)]
+    assert told[1] - told[0] == pytest.approx(12.5)
 
 
 def test_an_edge_without_a_link_of_its_own_is_as_far_as_the_server():
