@@ -29,6 +29,11 @@ def loss_divided_by(divisor: float) -> Iterator[None]:
         _divisor.reset(token)
 
 
+def loss_divisor_now() -> float:
+    """Return by what the terms are divided here."""
+    return _divisor.get()
+
+
 def with_loss(tensor: Tensor, term: Tensor, weight: float = 1.0) -> Tensor:
     """Pass a tensor on; in backward, ``weight`` times a term of the loss begins here.
 

@@ -24,6 +24,7 @@ from flwr_smartsplit.edge.hosts.door import Door, Patience
 from flwr_smartsplit.edge.hosts.grpc import GrpcHost
 from flwr_smartsplit.edge.hosts.grpc_server import Certificates, GrpcServer
 from flwr_smartsplit.edge.hosts.spill_folders import claim_alone
+from flwr_smartsplit.memory.allocator import keep_freed_memory
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.train.torch_device import as_device
 from flwr_smartsplit.types import EdgeProfile
@@ -63,6 +64,7 @@ class EdgeOptions:
 
 def serve(options: EdgeOptions) -> int:
     """Serve until a signal comes; return the exit code."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     certificates = _certificates(options)
     secret = _admin_secret(options)

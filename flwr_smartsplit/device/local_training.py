@@ -21,7 +21,8 @@ from flwr_smartsplit.errors import (
     NoFeasiblePlan,
     SmartSplitError,
 )
-from flwr_smartsplit.memory.cap import CapMode, MemoryCap
+from flwr_smartsplit.memory.allocator import keep_freed_memory
+from flwr_smartsplit.memory.cap import CapMode, KindsOfSteps, MemoryCap, known_steps
 from flwr_smartsplit.memory.process import (
     MemoryGrowth,
     process_fence,
@@ -90,6 +91,8 @@ def train_locally(
     growth: AbstractContextManager[MemoryGrowth] = nullcontext(MemoryGrowth())
     if conditions.owns_process:
         growth = process_growth(conditions.device)
+    else:
+        keep_freed_memory()
     with torch_threads(plan.num_threads), growth as resident:
         runner = _route_runner(plan, conditions, is_trained=True)
         try:
@@ -172,6 +175,7 @@ def _route_runner(
         every=conditions.meter_every,
         device=conditions.device,
         spare_bytes=conditions.spare_bytes,
+        known=_known_steps(plan, conditions, is_trained=is_trained),
     )
     return RouteRunner(
         plan,
@@ -183,6 +187,17 @@ def _route_runner(
         ratings=conditions.ratings,
         noise_seed=conditions.noise_seed,
     )
+
+
+def _known_steps(
+    plan: ClientPlan, conditions: Conditions, *, is_trained: bool
+) -> KindsOfSteps | None:
+    """Return what this process knows of such steps; None if the task has no digest."""
+    if not plan.task_digest:
+        return None
+    place = conditions.device, conditions.ratings is not None, is_trained
+    how = plan.route, plan.recompute, plan.variant, plan.codecs, plan.accumulate
+    return known_steps(plan.task_digest, *place, *how)
 
 
 def _failure(runner: RouteRunner, error: SmartSplitError, task: Task) -> StepReport:

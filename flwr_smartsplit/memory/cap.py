@@ -3,13 +3,16 @@
 Metering slows down each operator, and what a step holds depends on the kind of its
 batch (shapes, dtypes, layouts), not on its values. So a sampled cap meters the first
 two steps of each kind, in which the optimizer allocates its state, and then one step in
-``every``.
+``every``. What these two held is remembered where the caller says of which steps it
+holds: then later rounds of the same kind are metered one step in ``every`` only.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +38,30 @@ class CapMode(StrEnum):
         raise ValueError(f"the cap's mode is {value!r}: choose one of {names}.")
 
 
+@dataclass(slots=True)
+class KindOfStep:
+    """What is known of the steps with one kind of batch."""
+
+    num_steps: int = 0
+    peak_bytes: int | None = None  # Once two of them in a row were metered
+
+
+KindsOfSteps = dict[Hashable, KindOfStep]
+
+
+@lru_cache(maxsize=256)
+def known_steps(*where: Hashable) -> KindsOfSteps:
+    """Return what this process knows of the steps of one place.
+
+    Parameters
+    ----------
+    *where : Hashable
+        All that their memory depends on besides the batch: what is trained, and how.
+    """
+    del where
+    return {}
+
+
 class MemoryCap:
     """A meter, and the choice of steps that it meters.
 
@@ -53,9 +80,11 @@ class MemoryCap:
         Counts the memory of this device only; of all devices by default.
     spare_bytes : int
         What the cap allows beyond every budget: see ``accelerator_overhead``.
+    known : KindsOfSteps, optional
+        What was metered of the same steps before, see ``known_steps``; extended here.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what is metered, and when
         self,
         budget_bytes: int | None,
         *,
@@ -64,6 +93,7 @@ class MemoryCap:
         every: int = 50,
         device: torch.device | None = None,
         spare_bytes: int = 0,
+        known: KindsOfSteps | None = None,
     ) -> None:
         if budget_bytes is not None:
             budget_bytes = whole_bytes(budget_bytes, "budget_bytes")
@@ -74,7 +104,9 @@ class MemoryCap:
         self.spare_bytes = spare_bytes
         self.meter = MemoryMeter(name=name, device=device)
         self.limit(budget_bytes)
-        self._steps_by_kind: dict[tuple[Any, ...], int] = {}
+        self._known: KindsOfSteps = {} if known is None else known
+        self._steps_by_kind: dict[Hashable, int] = {}
+        self._most: dict[int, int] = {}  # Bytes, of the steps of each kind
         self._metered_threads: set[int] = set()
 
     @property
@@ -99,7 +131,9 @@ class MemoryCap:
 
     def start_over(self) -> None:
         """Meter the next steps like the first ones: what is trained has changed."""
+        self._known = {}
         self._steps_by_kind.clear()
+        self._most.clear()
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -123,15 +157,34 @@ class MemoryCap:
         MemoryCapExceeded
             At the operator that exceeds the cap.
         """
-        if not self._is_due(batch):
+        kind, seen = self._counted(batch)
+        if not self._is_due(kind, seen):
             yield
+            if kind is not None and seen < _FIRST_STEPS:
+                self.meter.track(*owners)  # By now the optimizer has its state.
+                self.meter.peak_bytes = max(self.peak_bytes, kind.peak_bytes or 0)
             return
+        with self._noting(kind, seen):
+            try:
+                with self._metered():
+                    self.meter.track(*owners, batch)
+                    yield
+            finally:
+                self.meter.forget(batch)
+
+    @contextmanager
+    def _noting(self, kind: KindOfStep | None, seen: int) -> Iterator[None]:
+        """Note what a step holds; of a kind it is known after the first two."""
+        before, self.meter.peak_bytes = self.peak_bytes, self.live_bytes
         try:
-            with self._metered():
-                self.meter.track(*owners, batch)
-                yield
+            yield
+            if kind is not None:
+                most = max(self.peak_bytes, self._most.get(id(kind), 0))
+                self._most[id(kind)] = most
+                if seen == _FIRST_STEPS - 1 or kind.peak_bytes is not None:
+                    kind.peak_bytes = max(kind.peak_bytes or 0, most)
         finally:
-            self.meter.forget(batch)
+            self.meter.peak_bytes = max(before, self.peak_bytes)
 
     @contextmanager
     def _metered(self) -> Iterator[None]:
@@ -147,13 +200,24 @@ class MemoryCap:
         finally:
             self._metered_threads.discard(thread)
 
-    def _is_due(self, batch: Any) -> bool:
+    def _counted(self, batch: Any) -> tuple[KindOfStep | None, int]:
+        """Count a step; return its kind, and how many came before it here."""
         if self.mode is not CapMode.SAMPLED:
-            return self.mode is CapMode.STRICT
+            return None, 0
         leaves, nesting = tree_flatten(batch)
-        kind = str(nesting), *map(_kind_of, leaves)
-        seen = self._steps_by_kind.get(kind, 0)
-        self._steps_by_kind[kind] = seen + 1
+        name = str(nesting), *map(_kind_of, leaves)
+        kind = self._known.setdefault(name, KindOfStep())
+        kind.num_steps += 1
+        seen = self._steps_by_kind.get(name, 0)
+        self._steps_by_kind[name] = seen + 1
+        return kind, seen
+
+    def _is_due(self, kind: KindOfStep | None, seen: int) -> bool:
+        if kind is None:
+            return self.mode is CapMode.STRICT
+        limit = self.meter.budget_bytes
+        if kind.peak_bytes is not None and (limit is None or kind.peak_bytes <= limit):
+            return (kind.num_steps - 1) % self.every == 0
         return seen < _FIRST_STEPS or seen % self.every == 0
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def _values(targets: Any) -> list[str]:
     return [hashlib.sha256(repr(leaf.tolist()).encode()).hexdigest() for leaf in leaves]
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

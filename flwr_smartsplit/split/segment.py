@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from flwr_smartsplit.loss_terms import loss_divided_by
+from flwr_smartsplit.loss_terms import loss_divided_by, loss_divisor_now
 from flwr_smartsplit.split.activation_checkpointing import (
     Observer,
     UnitRunner,
@@ -163,6 +163,9 @@ class Segment(nn.Module):
             unit = self.__units[index - first]
             do = unit.forward_in(training, is_selective=index in plan.selective)
             draws = unit.is_defence or (training and unit.is_random)
+            if not draws and loss_divisor == loss_divisor_now():
+                # Contexts take longer than a small unit.
+                return run_unit(do, self, value)
             stream = streams(step, index) if draws else nullcontext()
             with loss_divided_by(loss_divisor), stream:
                 if unit.is_defence:

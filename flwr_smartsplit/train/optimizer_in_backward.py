@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from flwr_smartsplit.memory.meter import phase
 
@@ -138,8 +142,11 @@ def stepping_in_backward(
     end of the step.
     """
     waiting = {id(parameter) for parameter in late}
+    step = _bare_step(optimizer)
     hooks = [
-        parameter.register_post_accumulate_grad_hook(partial(_update, optimizer, group))
+        parameter.register_post_accumulate_grad_hook(
+            partial(_update, optimizer, step, group)
+        )
         for group in optimizer.param_groups
         for parameter in stepped_in_backward(group["params"])
         if id(parameter) not in waiting
@@ -151,7 +158,30 @@ def stepping_in_backward(
             hook.remove()
 
 
-def _update(optimizer: Optimizer, own: dict[str, Any], parameter: Tensor) -> None:
+def _bare_step(optimizer: Optimizer) -> Callable[[], object]:
+    """Return an optimizer's step without torch's record of it for its profiler.
+
+    Backward calls it for one parameter after the other, where that record takes longer
+    than the update of a small one. Hooks are run by the same wrapper, so it stays where
+    there are some.
+    """
+    step = getattr(type(optimizer).step, "__wrapped__", None)
+    if step is None or any(
+        (
+            *(optimizer._optimizer_step_pre_hooks, _global_optimizer_pre_hooks),
+            *(optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks),
+        )
+    ):
+        return optimizer.step
+    return partial(step, optimizer)
+
+
+def _update(
+    optimizer: Optimizer,
+    step: Callable[[], object],
+    own: dict[str, Any],
+    parameter: Tensor,
+) -> None:
     """Step the optimizer with this parameter only."""
     groups = optimizer.param_groups
     whole = [group["params"] for group in groups]
@@ -159,7 +189,7 @@ def _update(optimizer: Optimizer, own: dict[str, Any], parameter: Tensor) -> Non
         for group in groups:
             group["params"] = [parameter] if group is own else []
         with phase("optimizer"):
-            optimizer.step()
+            step()
     finally:
         for group, parameters in zip(groups, whole, strict=True):
             group["params"] = parameters

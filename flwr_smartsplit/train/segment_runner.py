@@ -79,6 +79,7 @@ class SegmentRunner:
             and steps_one_by_one(self.optimizer)
         )
         self._reread = reread_ones(segment)
+        self._is_in_training = False  # The segment's mode, as it was set here
         self._part = WHOLE_BATCH
         self._num_evaluated = 0
         self._entry: GradientEntry | None = None
@@ -199,6 +200,7 @@ class SegmentRunner:
     def evaluate(self, inputs: Batch) -> Any:
         """Run the segment forward in evaluation mode, without a graph."""
         self.segment.eval()
+        self._is_in_training = False
         self.blocks = ()
         with phase("forward"), autocast_of(self.task, self.device):
             self._num_evaluated += 1
@@ -219,7 +221,9 @@ class SegmentRunner:
     def _run(
         self, inputs: Batch, step: int, inputs_are_boundary: bool, part: MicroBatch
     ) -> Any:
-        self.segment.train()
+        if not self._is_in_training:
+            self.segment.train()
+            self._is_in_training = True
         self._entry, self._part = None, part
         if part.is_first:
             self.release_gradients()

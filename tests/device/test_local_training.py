@@ -27,6 +27,7 @@ from flwr_smartsplit.errors import (
     InvalidTask,
     bytes_text,
 )
+from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.plan.checkpointing.peak_memory import predicted_peak_bytes
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.types import EDGE, ClientPlan, Status, StepReport
@@ -164,6 +165,36 @@ def test_the_peak_is_the_predicted_one(
     outcome = client.train(route, budget_bytes=peak, task=task)
     assert outcome.report.status is Status.OK
     assert outcome.report.peak_bytes == peak
+
+
+def test_a_later_round_is_metered_less_and_reports_the_same_peak(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a task that is known by its digest; another task, or cut, begins anew."""
+    entered: list[Any] = []
+    enter = MemoryMeter.__enter__
+
+    def note(self: MemoryMeter) -> Any:
+        entered.append(self)
+        return enter(self)
+
+    monkeypatch.setattr(MemoryMeter, "__enter__", note)
+
+    def metered(digest: str, route: Route) -> tuple[int, int]:
+        entered.clear()
+        plan = replace(client.plan(route), task_digest=digest)
+        state = device_part(initial_state(), route)
+        conditions = client.conditions(local_epochs=2)
+        outcome = train_locally(plan, state, loader(0), conditions)
+        return len(entered), outcome.report.peak_bytes
+
+    known, other = f"one of {client.folder}", f"other of {client.folder}"
+    first = metered(known, Route.split(3))
+    assert first[1] == peak_of(Route.split(3))
+    assert metered(known, Route.split(3)) == (first[0] - 4, first[1])  # Of two kinds
+    assert metered(other, Route.split(3)) == first
+    assert metered(known, Route.split(2))[0] == first[0]
+    assert metered("", Route.split(3)) == metered("", Route.split(3)) == first
 
 
 def test_traffic_is_boundaries_and_targets(client: Client) -> None:

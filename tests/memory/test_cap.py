@@ -17,7 +17,7 @@ from flwr_smartsplit import Route
 from flwr_smartsplit.device.local_training import Conditions, Outcome, train_locally
 from flwr_smartsplit.errors import MemoryCapExceeded
 from flwr_smartsplit.memory import cap as cap_module
-from flwr_smartsplit.memory.cap import CapMode, MemoryCap, memory_cap
+from flwr_smartsplit.memory.cap import CapMode, MemoryCap, known_steps, memory_cap
 from flwr_smartsplit.memory.meter import ACTIVATIONS, MemoryMeter, phase
 from flwr_smartsplit.split.build import state_of
 from flwr_smartsplit.types import Status
@@ -396,3 +396,78 @@ def test_a_cap_that_knows_steps_by_their_shapes_would_be_seen(monkeypatch):
         seen[kind] = [num_metered(cap, batch) for batch in KINDS[kind]]
     old = [2, 0]
     assert seen == {"shape": [2, 2], "dtype": old, "layout": old, "gaps": old}
+
+
+# --- what is known from earlier rounds ------------------------------------------------
+
+
+def held(cap, sizes):
+    """Take steps that hold their batch twice; return which of them were metered."""
+    steps = []
+    for step, size in enumerate(sizes):
+        batch = torch.zeros(size)
+        with cap.step(batch):
+            if _get_current_dispatch_mode_stack():
+                steps.append(step)
+            kept = batch + 1
+            del kept
+    return steps
+
+
+def test_steps_that_are_known_are_metered_one_in_so_many():
+    """Whichever round they are in; the peak is the one of before."""
+    known = {}
+    first = MemoryCap(None, mode="sampled", every=10, known=known)
+    assert held(first, [5] * 6) == [0, 1]
+    second = MemoryCap(None, mode="sampled", every=10, known=known)
+    assert held(second, [5] * 6) == [4]  # The eleventh of all
+    third = MemoryCap(None, mode="sampled", every=10, known=known)
+    assert held(third, [5] * 2) == []
+    assert first.peak_bytes == second.peak_bytes == third.peak_bytes == 10 * FLOAT
+
+
+def test_only_kinds_that_were_metered_twice_in_a_row_are_known():
+    """The second step finds what the optimizer made in the first."""
+    known = {}
+    assert held(MemoryCap(None, mode="sampled", known=known), [5]) == [0]
+    assert held(MemoryCap(None, mode="sampled", known=known), [5, 5, 7]) == [0, 1, 2]
+    last = MemoryCap(None, mode="sampled", known=known)
+    assert held(last, [5, 5, 7, 7]) == [2, 3]
+    assert last.peak_bytes == 14 * FLOAT
+
+
+def test_a_larger_kind_does_not_count_for_a_smaller_one():
+    """Planted in a peak that is the cap's own: 14 numbers for batches of 5."""
+    known = {}
+    held(MemoryCap(None, mode="sampled", known=known), [7, 7, 5, 5])
+    last = MemoryCap(None, mode="sampled", known=known)
+    assert held(last, [5, 5]) == []
+    assert last.peak_bytes == 10 * FLOAT
+
+
+def test_what_is_known_to_exceed_the_cap_is_metered_again():
+    """So the error names the operator, and comes where the memory is taken."""
+    known = {}
+    held(MemoryCap(None, mode="sampled", known=known), [5, 5])
+    tight = MemoryCap(9 * FLOAT, mode="sampled", known=known)
+    with pytest.raises(MemoryCapExceeded, match="add"):
+        held(tight, [5])
+    tight.limit(10 * FLOAT)
+    assert held(tight, [5]) == []
+
+
+def test_a_cap_that_starts_over_knows_nothing():
+    """What is trained has changed; the others' knowledge stays."""
+    known = {}
+    held(MemoryCap(None, mode="sampled", known=known), [5, 5])
+    cap = MemoryCap(None, mode="sampled", known=known)
+    cap.start_over()
+    assert held(cap, [5, 5, 5]) == [0, 1]
+    assert held(MemoryCap(None, mode="sampled", known=known), [5, 5]) == []
+
+
+def test_what_is_known_goes_by_task_and_route():
+    """Each set of facts has its own."""
+    one = known_steps("task", 1, True)
+    assert known_steps("task", 1, True) is one
+    assert known_steps("task", 2, True) is not one

@@ -28,6 +28,7 @@ from flwr_smartsplit.edge.hosts.edge import (
 from flwr_smartsplit.edge.hosts.spill_folders import PREFIX, claim, delete_abandoned
 from flwr_smartsplit.edge.message_bytes import Piece
 from flwr_smartsplit.errors import EdgeUnreachable
+from flwr_smartsplit.memory.allocator import keep_freed_memory
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.torch_settings import (
     apply_torch_settings,
@@ -287,6 +288,7 @@ class _EdgeActor:
         host: RayHost,
         settings: Mapping[str, Any],  # Of torch, in the strategy's process
     ) -> None:
+        keep_freed_memory()
         apply_torch_settings(settings)
         device = as_device(host.device)
         self._folder = _folder(host.spill_dir, address)

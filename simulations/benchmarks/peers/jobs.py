@@ -1,0 +1,174 @@
+"""The same work for all: a network, batches of noise, and clients that train on them.
+
+One app holds our client and a plain one, as Flower's own examples have it; each message
+says which of them it is for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from flwr_smartsplit import RayEdge, SmartSplitNumPyClient, Task, build_client_app
+from flwr_smartsplit.split.build import state_of
+from simulations.experiments.clients import build_task
+from simulations.studies.quickstart import quickstart
+
+EDGES = (RayEdge(),)
+PLAIN = "plain-client"
+"""A config with this key is for the plain client."""
+NUM_CLASSES = 10
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What each client does in a round."""
+
+    model: str  # As an experiment names it
+    data: str  # Sets the optimizer's learning rate
+    input_shape: tuple[int, ...]
+    batch_size: int
+    num_batches: int
+    is_adam: bool = False
+    cut_share: float = 0.25  # Of the units: those that a split client keeps
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of a client."""
+        return self.batch_size * self.num_batches
+
+    def state(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Draw the state that every run starts from."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return state_of(task_of(self).model_fn())
+
+
+JOBS = {
+    "resnet18": Job(
+        model="torchvision:resnet18",
+        data="cifar10",
+        input_shape=(3, 32, 32),
+        batch_size=32,
+        num_batches=16,
+        is_adam=True,
+    ),
+    "digits": Job(
+        model="small",
+        data="digits",
+        input_shape=(1, 8, 8),
+        batch_size=16,
+        num_batches=18,
+    ),
+}
+"""ResNet-18 at 32 x 32 with 500 images a client, and the quickstart's small network."""
+
+
+@lru_cache(maxsize=4)
+def task_of(job: Job) -> Task:
+    """Build a job's task, once in each process."""
+    small = quickstart("digits")
+    task = build_task(replace(small, model="small", batch_size=job.batch_size))
+    if job.model != "small":
+        task = replace(
+            task,
+            model_fn=partial(_torchvision, job.model.partition(":")[2]),
+            example_inputs=torch.zeros(1, *job.input_shape),
+        )
+    if job.is_adam:
+        task = replace(task, optimizer_fn=partial(torch.optim.Adam, lr=1e-3))
+    return task
+
+
+def _torchvision(name: str) -> torch.nn.Module:
+    from simulations.experiments.models import torchvision_model  # noqa: PLC0415
+
+    return torchvision_model(name, num_classes=NUM_CLASSES)
+
+
+@lru_cache(maxsize=2)
+def batches_of(job: Job) -> Batches:
+    """Draw the batches that every client has."""
+    chance = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(job.batch_size, *job.input_shape, generator=chance),
+            torch.randint(NUM_CLASSES, (job.batch_size,), generator=chance),
+        )
+        for _ in range(job.num_batches)
+    ]
+
+
+def build_app(job: Job) -> ClientApp:
+    """Make the app of both kinds of clients."""
+    return EitherClient(build_client_app(partial(build_client, job=job)), job)
+
+
+def build_client(context: Context, *, job: Job) -> SmartSplitNumPyClient:
+    """Build our client of one partition; it has no budget."""
+    return SmartSplitNumPyClient(
+        task_of(job),
+        batches_of(job),
+        client_key=str(context.node_config["partition-id"]),
+        edges=EDGES,
+        num_examples=job.num_examples,
+        batch_size=job.batch_size,
+    )
+
+
+class EitherClient(ClientApp):
+    """Hand each message to our client or to the plain one."""
+
+    def __init__(self, ours: ClientApp, job: Job) -> None:
+        super().__init__()
+        self._ours = ours
+        self._job = job
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message."""
+        records = message.content.values()
+        configs = [record for record in records if isinstance(record, ConfigRecord)]
+        if not any(PLAIN in config for config in configs):
+            return self._ours(message, context)
+        return plain_reply(message, self._job)
+
+
+def plain_reply(message: Message, job: Job) -> Message:
+    """Train as a Message-API client of Flower's examples does."""
+    torch.set_num_threads(1)
+    model = task_of(job).model_fn()
+    (arrays,) = message.content.array_records.values()
+    model.load_state_dict(arrays.to_torch_state_dict())
+    loss = train_plainly(model, job)
+    metrics = MetricRecord({"loss": loss, "num-examples": job.num_examples})
+    state = ArrayRecord(model.state_dict())
+    return Message(RecordDict({"arrays": state, "metrics": metrics}), reply_to=message)
+
+
+def train_plainly(model: torch.nn.Module, job: Job) -> float:
+    """Train a model on the batches; return the mean loss."""
+    task = task_of(job)
+    optimizer = task.optimizer_fn(model.parameters())
+    model.train()
+    total = 0.0
+    for inputs, targets in batches_of(job):
+        optimizer.zero_grad()
+        loss = task.loss_fn(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total / job.num_batches
