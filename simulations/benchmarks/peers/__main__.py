@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
@@ -85,7 +86,7 @@ def tree_times() -> tuple[float, float, float]:
     for process in (own, *own.children(recursive=True)):
         try:
             times, faults = process.cpu_times(), faults + _page_faults(process.pid)
-        except (psutil.NoSuchProcess, OSError):
+        except psutil.NoSuchProcess:
             continue
         user += times.user + times.children_user
         system += times.system + times.children_system
@@ -93,9 +94,12 @@ def tree_times() -> tuple[float, float, float]:
 
 
 def _page_faults(pid: int) -> float:
-    """Read how often the system had to give a process a page."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-        return float(file.read().rpartition(")")[2].split()[7])
+    """Read how often the system had to give a process a page; 0 if it does not say."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return 0.0
+    return float(text.rpartition(")")[2].split()[7])
 
 
 def measure(way: str, plan: Plan) -> Spent:
@@ -171,6 +175,7 @@ def _rounds(way: str, job: Job, grid: Grid, num_clients: int) -> MessageRounds:
         EDGES if is_split else (),
         strategy=flower,
         planning=Planning(choose_route=partial(_cut, job) if is_split else None),
+        journal=None,
     )
     return MessageRounds(strategy, grid, job.state(), {})
 

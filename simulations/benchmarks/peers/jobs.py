@@ -53,9 +53,10 @@ class Job:
 
     def state(self) -> Mapping[str, npt.NDArray[Any]]:
         """Draw the state that every run starts from."""
+        model_fn = task_of(self).model_fn  # Made first: that may draw, too.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return state_of(task_of(self).model_fn())
+            return state_of(model_fn())
 
 
 JOBS = {
