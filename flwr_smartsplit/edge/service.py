@@ -201,9 +201,7 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.Commit) -> wire.Committed:
-        self.store.verify({e.session: e.digest for e in request.entries})
-        weights = {entry.session: entry.weight for entry in request.entries}
-        return wire.Committed(add_states(self.store.read_tails(weights)))
+        return wire.Committed(add_states(self.store.read_tails(request.entries)))
 
     @_answer.register
     def _(self, request: wire.Release) -> None:

@@ -168,7 +168,8 @@ class CentralManager:
     ) -> Dispatch:
         """Plan a phase: what each chosen client is sent."""
         self.chain.check_aliases(state)
-        self._state, self._sent = state, GlobalState.of(state, self._changing)
+        if not self._sent.is_still(state):
+            self._state, self._sent = state, GlobalState.of(state, self._changing)
         dispatch = Dispatch(
             phase.round_number,
             phase.is_train,
@@ -276,8 +277,8 @@ class CentralManager:
         if state is not None:
             state = self.chain.with_aliases(state)
             self._state = state
-            if self.edges.names:
-                self._sent = GlobalState.of(state, self._changing)
+            # Nobody holds it yet; the phase that sends it names it.
+            self._sent = GlobalState(rest=self._sent.rest)
         return state
 
     def _prepare_edges(self, round_number: int) -> Mapping[str, str]:
