@@ -178,8 +178,13 @@ class CentralManager:
             digest=self._sent.digest,
         )
         clients = self._with_shapes(self._begun(phase, clients))
-        addresses = self._prepare_edges(phase.round_number)
-        plan = self._plan(phase, clients, tuple(addresses))
+        fleet = self._priced(phase.round_number, clients)
+        plan, addresses, unready = self.edges.planned(
+            self._sent, lambda edges: self._plan(phase, fleet, edges)
+        )
+        self.rounds.write_failures(unready, phase.round_number, phase="edge")
+        if phase.is_train:
+            self.round_plans.append(plan)
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
@@ -281,14 +286,6 @@ class CentralManager:
             self._sent = GlobalState(rest=self._sent.rest)
         return state
 
-    def _prepare_edges(self, round_number: int) -> Mapping[str, str]:
-        """Have the edges hold the global state; return the addresses of those ready."""
-        state = self._sent
-        rest = {state.rest: state.frozen} if state.rest else {}
-        addresses, unready = self.edges.prepare(state.digest, state.changing, rest=rest)
-        self.rounds.write_failures(unready, round_number, phase="edge")
-        return addresses
-
     def _without_kept(self, sent: Sent) -> Sent:
         """Leave out the frozen arrays that a client's node has kept."""
         names = frozen_names(sent.plan, self.chain)
@@ -370,12 +367,11 @@ class CentralManager:
     # --- planning -----------------------------------------------------------------
 
     def _plan(
-        self, phase: Phase, clients: Mapping[str, DeviceProfile], edges: Sequence[str]
+        self, phase: Phase, fleet: Sequence[DeviceProfile], edges: Sequence[str]
     ) -> RoundPlan:
         planning = self.settings.planning
-        fleet = self._priced(phase.round_number, clients)
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
-        plan = plan_round(
+        return plan_round(
             fleet,
             {each.batch_kind: self._costs(each.batch_kind) for each in fleet},
             round_number=phase.round_number,
@@ -392,9 +388,6 @@ class CentralManager:
             rng=Random(seed),
             history=self.history,
         )
-        if phase.is_train:
-            self.round_plans.append(plan)
-        return plan
 
     def _priced(
         self, round_number: int, clients: Mapping[str, DeviceProfile]
