@@ -14,6 +14,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from flwr_smartsplit.edge import protocol as wire
@@ -201,7 +202,14 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.Commit) -> wire.Committed:
-        return wire.Committed(add_states(self.store.read_tails(request.entries)))
+        sums = dict(add_states(self.store.read_tails(request.entries)))
+        kinds = self.chain.kinds
+        means = {
+            name: sums.pop(name).mean(np.dtype(kinds[name][1]))
+            for name in request.alone
+            if name in sums
+        }
+        return wire.Committed(sums, means)
 
     @_answer.register
     def _(self, request: wire.Release) -> None:

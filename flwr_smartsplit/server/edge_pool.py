@@ -6,13 +6,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 
+import numpy as np
+
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import opening_of
+from flwr_smartsplit.edge.gate.rules import kind_of
 from flwr_smartsplit.edge.gate.run_keys import RunKeys
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.message_bytes import encode
 from flwr_smartsplit.edge.protocol import State
-from flwr_smartsplit.edge.weighted_mean import Sums
+from flwr_smartsplit.edge.weighted_mean import Array
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable, RefusedRequest
 from flwr_smartsplit.server.global_state import GlobalState
 from flwr_smartsplit.server.limits import limits_of
@@ -190,23 +193,29 @@ class EdgePool:
         return replace(plan, opening=b"".join(encode(request)))
 
     def commit(
-        self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
-    ) -> Sums:
+        self,
+        place: str,
+        round_number: int,
+        entries: tuple[wire.Entry, ...],
+        alone: Mapping[str, Array] = MappingProxyType({}),
+    ) -> wire.Committed:
         """Have one edge merge exactly these sessions.
 
-        Raises ``TailLost`` with the sessions that it cannot merge, or another
-        ``EdgeError``.
+        ``alone`` are arrays like the means that it shall send instead of sums. Raises
+        ``TailLost`` with the sessions that it cannot merge, or another ``EdgeError``.
         """
         if place not in self._links:
             raise EdgeUnreachable(f"edge {place!r} is not running.")
         try:
-            return _asked(self._links[place], wire.Commit(round_number, entries)).sums
+            request = wire.Commit(round_number, entries, tuple(alone))
+            committed = _asked(self._links[place], request)
         except RefusedRequest as error:
             raise EdgeError(
                 f"edge {place!r} does not know this run any more: it was started again "
                 "on another disk, or heard nothing of the run for its --lease. What "
                 "it trained in this round is lost; the next one begins there anew."
             ) from error
+        return replace(committed, means=checked_means(place, committed, alone))
 
     def release(self, round_number: int, keep_digest: str, keep_rest: str = "") -> None:
         """Have the edges delete a round's files; ignore dead edges.
@@ -299,6 +308,22 @@ def _asked(link: _Link, request: wire.StrategyRequest[wire.ReplyT]) -> wire.Repl
             f"edge {link.name!r} fails at {type(request).__name__} "
             f"({type(error).__name__}: {error}): its clients sit the round out."
         ) from error
+
+
+def checked_means(
+    place: str, committed: wire.Committed, alone: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return an edge's means, to be written to, if they are those it was asked for."""
+    means, both = committed.means, committed.sums.keys() & alone.keys()
+    if both or {n: kind_of(a) for n, a in means.items()} != {
+        n: kind_of(a) for n, a in alone.items()
+    }:
+        raise EdgeError(
+            f"edge {place!r} merged other names, shapes or dtypes than the "
+            f"{len(alone)} that it alone had to merge: use one release of "
+            "flwr_smartsplit and one task everywhere."
+        )
+    return {n: np.require(a, requirements=["A", "W"]) for n, a in means.items()}
 
 
 def _traffic_bytes(link: _Link) -> int:

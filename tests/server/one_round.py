@@ -10,7 +10,6 @@ from flwr_smartsplit.device.local_training import Conditions, train_locally
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.server.aggregation import Settled, settle_round
 from flwr_smartsplit.server.edge_pool import EdgePool
@@ -152,8 +151,12 @@ class Committer(Protocol):
     """The one thing that settling asks of an edge pool."""
 
     def commit(
-        self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
-    ) -> Sums:
+        self,
+        place: str,
+        round_number: int,
+        entries: tuple[wire.Entry, ...],
+        alone: State,
+    ) -> wire.Committed:
         """Merge sealed tails."""
 
 
