@@ -93,15 +93,12 @@ class StateStore:
         """
         lost: list[str] = []
         for entry in entries:
-            try:
-                state = self.read_tail(entry.session)
-            except TailLost:
-                lost.append(entry.session)
-                continue
-            if state_digest(state) != entry.digest:
+            state = self._proved(entry)
+            if state is None:
                 lost.append(entry.session)
             elif not lost:  # Else nothing is merged.
                 yield state, entry.weight
+            del state  # Before the next one is read
         if lost:
             raise TailLost(
                 f"sealed tails of {', '.join(lost)} are missing or changed: "
@@ -118,6 +115,14 @@ class StateStore:
                 f"the sealed tail of {session} cannot be read: {error}",
                 sessions=(session,),
             ) from error
+
+    def _proved(self, entry: Entry) -> State | None:
+        """Read a tail, if it is there and fits its digest."""
+        try:
+            state = self.read_tail(entry.session)
+        except TailLost:
+            return None
+        return state if state_digest(state) == entry.digest else None
 
     def drop_tail(self, session: str) -> None:
         """Delete a sealed tail, if there is one."""

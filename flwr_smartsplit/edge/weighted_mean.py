@@ -124,6 +124,7 @@ def add_states(states: Iterable[tuple[Mapping[str, Array], int]]) -> Sums:
                 total[name] += WeightedSum.of(array, weight)
             else:
                 total[name] = _grown(total[name], array, weight)
+        del state  # Before the next one is read
     return total
 
 

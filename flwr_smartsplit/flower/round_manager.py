@@ -6,6 +6,7 @@ them, so the same replies give the same bits.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from logging import INFO, getLogger
 from pathlib import Path
 from random import Random
@@ -178,13 +179,7 @@ class CentralManager:
             digest=self._sent.digest,
         )
         clients = self._with_shapes(self._begun(phase, clients))
-        fleet = self._priced(phase.round_number, clients)
-        plan, addresses, unready = self.edges.planned(
-            self._sent, lambda edges: self._plan(phase, fleet, edges)
-        )
-        self.rounds.write_failures(unready, phase.round_number, phase="edge")
-        if phase.is_train:
-            self.round_plans.append(plan)
+        plan, addresses = self._planned(phase, clients)
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
@@ -365,6 +360,17 @@ class CentralManager:
         )
 
     # --- planning -----------------------------------------------------------------
+
+    def _planned(
+        self, phase: Phase, clients: Mapping[str, DeviceProfile]
+    ) -> tuple[RoundPlan, Mapping[str, str]]:
+        """Plan, have the edges in use hold the state, and return all addresses."""
+        make = partial(self._plan, phase, self._priced(phase.round_number, clients))
+        plan, addresses, unready = self.edges.planned(self._sent, make)
+        self.rounds.write_failures(unready, phase.round_number, phase="edge")
+        if phase.is_train:
+            self.round_plans.append(plan)
+        return plan, addresses
 
     def _plan(
         self, phase: Phase, fleet: Sequence[DeviceProfile], edges: Sequence[str]

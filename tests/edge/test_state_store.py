@@ -1,5 +1,6 @@
 """The spill: tails and states on disk, whole or not at all, and only if they fit."""
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from flwr_smartsplit.edge import state_store
 from flwr_smartsplit.edge.protocol import Entry
 from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.edge.weighted_mean import add_states
 from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
 from flwr_smartsplit.server.global_state import GlobalState
 from tests.faults import tail_files
@@ -257,3 +259,31 @@ def test_what_is_merged_is_what_was_proved(
     assert state["w"].tolist() == [1.0] * 3
     with pytest.raises(TailLost):
         list(spill.read_tails([Entry("s", digest, 1)]))
+
+
+def test_a_tail_is_gone_before_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are added, too: an edge has room for one."""
+    spill = StateStore(tmp_path)
+    entries = [
+        Entry(name, spill.put_tail(name, 1, {"v": np.ones(9), "w": np.ones(9)}), 1)
+        for name in ("1", "2", "3")
+    ]
+    alive: list[weakref.ref[Any]] = []
+    counts: list[int] = []
+    read = StateStore.read_tail
+
+    def noting(store: StateStore, session: str) -> Any:
+        counts.append(sum(array() is not None for array in alive))
+        state = read(store, session)
+        alive.append(weakref.ref(state["v"]))
+        return state
+
+    monkeypatch.setattr(StateStore, "read_tail", noting)
+    sums = add_states(spill.read_tails(entries))
+    assert sums["v"].high.tolist() == [3.0] * 9
+    assert counts == [0, 0, 0]
+    kept = list(spill.read_tails(entries))  # Planted: somebody keeps them.
+    assert counts[3:] == [0, 1, 2]
+    del kept
