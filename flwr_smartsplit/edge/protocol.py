@@ -250,17 +250,23 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The weighted sums of exactly the requested sessions."""
+    """What the requested sessions come to: weighted sums, and means if asked for."""
 
     sums: Mapping[str, WeightedSum]
+    means: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Commit(StrategyRequest[Committed]):
-    """Merge exactly these sealed sessions, in this order; repeating it is safe."""
+    """Merge exactly these sealed sessions, in this order; repeating it is safe.
+
+    A sum is four times as large as its mean: of names that nobody else has, only the
+    means are sent.
+    """
 
     round_number: int
     entries: tuple[Entry, ...]
+    alone: tuple[str, ...] = ()  # Names that no other edge or device adds to
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from flwr_smartsplit.edge import protocol as wire
@@ -201,9 +202,14 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.Commit) -> wire.Committed:
-        self.store.verify({e.session: e.digest for e in request.entries})
-        weights = {entry.session: entry.weight for entry in request.entries}
-        return wire.Committed(add_states(self.store.read_tails(weights)))
+        sums = dict(add_states(self.store.read_tails(request.entries)))
+        kinds = self.chain.kinds
+        means = {
+            name: sums.pop(name).mean(np.dtype(kinds[name][1]))
+            for name in request.alone
+            if name in sums
+        }
+        return wire.Committed(sums, means)
 
     @_answer.register
     def _(self, request: wire.Release) -> None:

@@ -5,14 +5,14 @@ merged only if its digest is still the same.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flwr_smartsplit.edge.protocol import State
+from flwr_smartsplit.edge.protocol import Entry, State
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
 
@@ -85,14 +85,25 @@ class StateStore:
         _write(self._tail_path(session), state, about)
         return digest
 
-    def verify(self, digests: Mapping[str, str]) -> None:
-        """Raise ``TailLost`` with every session whose tail is missing or changed."""
-        lost = tuple(s for s, digest in digests.items() if not self._fits(s, digest))
+    def read_tails(self, entries: Iterable[Entry]) -> Iterator[tuple[State, int]]:
+        """Read tails with their weights, in order, one in memory at a time.
+
+        Each is the very bytes that fit its digest. Raises ``TailLost`` at the end, with
+        every session whose tail is missing or changed.
+        """
+        lost: list[str] = []
+        for entry in entries:
+            state = self._proved(entry)
+            if state is None:
+                lost.append(entry.session)
+            elif not lost:  # Else nothing is merged.
+                yield state, entry.weight
+            del state  # Before the next one is read
         if lost:
             raise TailLost(
                 f"sealed tails of {', '.join(lost)} are missing or changed: "
                 "drop these clients from the round.",
-                sessions=lost,
+                sessions=tuple(lost),
             )
 
     def read_tail(self, session: str) -> State:
@@ -105,10 +116,13 @@ class StateStore:
                 sessions=(session,),
             ) from error
 
-    def read_tails(self, weights: Mapping[str, int]) -> Iterator[tuple[State, int]]:
-        """Read tails with their weights by session, one in memory at a time."""
-        for session, weight in weights.items():
-            yield self.read_tail(session), weight
+    def _proved(self, entry: Entry) -> State | None:
+        """Read a tail, if it is there and fits its digest."""
+        try:
+            state = self.read_tail(entry.session)
+        except TailLost:
+            return None
+        return state if state_digest(state) == entry.digest else None
 
     def drop_tail(self, session: str) -> None:
         """Delete a sealed tail, if there is one."""
@@ -128,12 +142,6 @@ class StateStore:
         states = [path for path in find(f"*{_STATE}") if path not in kept]
         for path in (*tails, *find(f"*{_UNFINISHED}"), *states):
             path.unlink(missing_ok=True)
-
-    def _fits(self, session: str, digest: str) -> bool:
-        try:
-            return state_digest(self.read_tail(session)) == digest
-        except TailLost:
-            return False
 
     def _state_path(self, digest: str) -> Path:
         return self._folder / f"{_file_name(digest)}{_STATE}"

@@ -17,6 +17,7 @@ References
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ _BLOCK = 2**16  # Values added at a time
 _LOW_BITS = 2**22 - 1
 _HALF_RANGE = 2.0**62
 _INTEGERS = np.frompyfunc(int, 1, 1)
+_NONE: Mapping[str, Array] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def add_states(states: Iterable[tuple[Mapping[str, Array], int]]) -> Sums:
                 total[name] += WeightedSum.of(array, weight)
             else:
                 total[name] = _grown(total[name], array, weight)
+        del state  # Before the next one is read
     return total
 
 
@@ -200,9 +203,14 @@ def add_sums(parts: Iterable[Sums]) -> Sums:
     return total
 
 
-def merge(current: Mapping[str, Array], sums: Sums) -> dict[str, Array]:
-    """Replace each summed name of a state by its weighted mean, and keep the others."""
+def merge(
+    current: Mapping[str, Array], sums: Sums, means: Mapping[str, Array] = _NONE
+) -> dict[str, Array]:
+    """Replace the names of a state that were summed by their weighted means.
+
+    ``means`` are those that were divided where they were summed; no name is in both.
+    """
     return {
-        name: sums[name].mean(array.dtype) if name in sums else array
+        name: sums[name].mean(array.dtype) if name in sums else means.get(name, array)
         for name, array in current.items()
     }

@@ -6,6 +6,7 @@ them, so the same replies give the same bits.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from logging import INFO, getLogger
 from pathlib import Path
 from random import Random
@@ -168,7 +169,8 @@ class CentralManager:
     ) -> Dispatch:
         """Plan a phase: what each chosen client is sent."""
         self.chain.check_aliases(state)
-        self._state, self._sent = state, GlobalState.of(state, self._changing)
+        if not self._sent.is_still(state):
+            self._state, self._sent = state, GlobalState.of(state, self._changing)
         dispatch = Dispatch(
             phase.round_number,
             phase.is_train,
@@ -177,8 +179,7 @@ class CentralManager:
             digest=self._sent.digest,
         )
         clients = self._with_shapes(self._begun(phase, clients))
-        addresses = self._prepare_edges(phase.round_number)
-        plan = self._plan(phase, clients, tuple(addresses))
+        plan, addresses = self._planned(phase, clients)
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
@@ -276,17 +277,9 @@ class CentralManager:
         if state is not None:
             state = self.chain.with_aliases(state)
             self._state = state
-            if self.edges.names:
-                self._sent = GlobalState.of(state, self._changing)
+            # Nobody holds it yet; the phase that sends it names it.
+            self._sent = GlobalState(rest=self._sent.rest)
         return state
-
-    def _prepare_edges(self, round_number: int) -> Mapping[str, str]:
-        """Have the edges hold the global state; return the addresses of those ready."""
-        state = self._sent
-        rest = {state.rest: state.frozen} if state.rest else {}
-        addresses, unready = self.edges.prepare(state.digest, state.changing, rest=rest)
-        self.rounds.write_failures(unready, round_number, phase="edge")
-        return addresses
 
     def _without_kept(self, sent: Sent) -> Sent:
         """Leave out the frozen arrays that a client's node has kept."""
@@ -368,13 +361,23 @@ class CentralManager:
 
     # --- planning -----------------------------------------------------------------
 
+    def _planned(
+        self, phase: Phase, clients: Mapping[str, DeviceProfile]
+    ) -> tuple[RoundPlan, Mapping[str, str]]:
+        """Plan, have the edges in use hold the state, and return all addresses."""
+        make = partial(self._plan, phase, self._priced(phase.round_number, clients))
+        plan, addresses, unready = self.edges.planned(self._sent, make)
+        self.rounds.write_failures(unready, phase.round_number, phase="edge")
+        if phase.is_train:
+            self.round_plans.append(plan)
+        return plan, addresses
+
     def _plan(
-        self, phase: Phase, clients: Mapping[str, DeviceProfile], edges: Sequence[str]
+        self, phase: Phase, fleet: Sequence[DeviceProfile], edges: Sequence[str]
     ) -> RoundPlan:
         planning = self.settings.planning
-        fleet = self._priced(phase.round_number, clients)
         seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
-        plan = plan_round(
+        return plan_round(
             fleet,
             {each.batch_kind: self._costs(each.batch_kind) for each in fleet},
             round_number=phase.round_number,
@@ -391,9 +394,6 @@ class CentralManager:
             rng=Random(seed),
             history=self.history,
         )
-        if phase.is_train:
-            self.round_plans.append(plan)
-        return plan
 
     def _priced(
         self, round_number: int, clients: Mapping[str, DeviceProfile]

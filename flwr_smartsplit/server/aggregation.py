@@ -4,14 +4,15 @@ Whatever fails, the mean is that of exactly the clients that were accepted every
 Both strategies call these functions, so the same replies give the same bits.
 """
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from flwr_smartsplit.edge.protocol import Entry, State
-from flwr_smartsplit.edge.weighted_mean import Sums, add_states, add_sums, merge
+from flwr_smartsplit.edge.protocol import Committed, Entry, State
+from flwr_smartsplit.edge.weighted_mean import add_states, add_sums, merge
 from flwr_smartsplit.errors import EdgeError, RefusedReply, SmartSplitError, TailLost
 from flwr_smartsplit.server.acceptance import check_reply, refusal
 from flwr_smartsplit.server.edge_pool import EdgePool
@@ -147,7 +148,7 @@ def settle_round(
         else:
             accepted[reply.client_key] = reply
     accepted = dict(sorted(accepted.items()))
-    tail_sums, dropped = _commit(accepted, round_number, edges)
+    committed, dropped = _commit(accepted, round_number, current, edges)
     failures += dropped
     for failure in dropped:
         del accepted[failure.client_key]
@@ -156,29 +157,36 @@ def settle_round(
     device_sums = add_states(
         (reply.state, reply.report.num_examples) for reply in accepted.values()
     )
-    mean: State = merge(current, add_sums([device_sums, *tail_sums]))
+    sums = add_sums([device_sums, *(each.sums for each in committed)])
+    mean: State = merge(current, sums, ChainMap(*(dict(c.means) for c in committed)))
     return Settled(state=mean, accepted=accepted, failures=tuple(failures))
 
 
 def _commit(
-    accepted: Mapping[str, ClientReply], round_number: int, edges: EdgePool
-) -> tuple[list[Sums], list[Failure]]:
+    accepted: Mapping[str, ClientReply],
+    round_number: int,
+    current: State,
+    edges: EdgePool,
+) -> tuple[list[Committed], list[Failure]]:
     """Commit at every edge; drop a client everywhere if one edge cannot commit it."""
     remaining = dict(accepted)
     dropped: list[Failure] = []
     while True:
-        sums: list[Sums] = []
+        committed: list[Committed] = []
+        owner = _owners(remaining)
         lost: dict[str, str] = {}
         for place, entries in _entries_by_place(remaining).items():
+            asked = place, round_number, tuple(entries.values())
+            alone = {name: current[name] for name in owner if owner[name] == place}
             try:
-                sums.append(edges.commit(place, round_number, tuple(entries.values())))
+                committed.append(edges.commit(*asked, alone))
             except TailLost as error:
                 named = [k for k, e in entries.items() if e.session in error.sessions]
                 lost |= dict.fromkeys(named or entries, str(error))
             except EdgeError as error:
                 lost |= dict.fromkeys(entries, str(error))
         if not lost:
-            return sums, dropped
+            return committed, dropped
         for key, cause in lost.items():
             del remaining[key]
             dropped.append(
@@ -189,6 +197,18 @@ def _commit(
                     report=accepted[key].report,
                 )
             )
+
+
+def _owners(replies: Mapping[str, ClientReply]) -> dict[str, str | None]:
+    """Name the one edge that sums a name; None if others or a device add to it."""
+    owners: dict[str, str | None] = {}
+    for reply in replies.values():
+        owners |= dict.fromkeys(reply.state)
+        for receipt in reply.receipts:
+            for name in receipt.names:
+                known = owners.setdefault(name, receipt.place)
+                owners[name] = receipt.place if known == receipt.place else None
+    return owners
 
 
 def _entries_by_place(

@@ -1,19 +1,23 @@
 """EdgePool: the strategy's connections to all edges of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 
+import numpy as np
+
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import opening_of
+from flwr_smartsplit.edge.gate.rules import kind_of
 from flwr_smartsplit.edge.gate.run_keys import RunKeys
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.message_bytes import encode
 from flwr_smartsplit.edge.protocol import State
-from flwr_smartsplit.edge.weighted_mean import Sums
+from flwr_smartsplit.edge.weighted_mean import Array
 from flwr_smartsplit.errors import EdgeError, EdgeUnreachable, RefusedRequest
+from flwr_smartsplit.server.global_state import GlobalState
 from flwr_smartsplit.server.limits import limits_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
@@ -28,6 +32,7 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     EdgeProfile,
     Failure,
+    RoundPlan,
 )
 
 _UNLIMITED = wire.Welcome()
@@ -39,11 +44,13 @@ class _Link:
     address: str
     transport: wire.CountingTransport
     access: str
+    started_in: int  # Which phase
     offer: wire.Welcome = _UNLIMITED
+    held: str = ""  # The digest of a state that it holds
 
 
 class EdgePool:
-    """Start edges, send them each round's state, commit at them, and stop them."""
+    """Start edges, send them the states they need, commit at them, and stop them."""
 
     def __init__(self, edges: Sequence[Edge], task: Task) -> None:
         if not isinstance(edges, list | tuple):
@@ -88,25 +95,67 @@ class EdgePool:
             profile = replace(profile, disk_bytes=offer.disk_bytes)
         return profile
 
-    def prepare(
-        self,
-        digest: str,
-        state: State,
-        *,
-        rest: Mapping[str, State] = MappingProxyType({}),
-    ) -> tuple[dict[str, str], list[Failure]]:
-        """Start edges that do not run, and have all hold a state.
+    def prepare(self, digest: str) -> tuple[dict[str, str], list[Failure]]:
+        """Begin a phase: start edges that do not run; ask who holds its state.
 
-        ``rest`` is its frozen part by digest, if there is one. It is sent once.
         Returns the addresses of the edges that are ready, by name and in order, and the
         failures of the others, which get no client this round. Raises
         ``EdgeUnreachable`` if no edge was ever ready: the set-up is wrong.
         """
         self._phase += 1
+        self._was_ready = self._was_ready or bool(self._links)
+        failures = self._tried(self._edges, lambda link: self._ask_held(link, digest))
+        return self._addresses(), failures
+
+    def hold(
+        self,
+        names: Collection[str],
+        digest: str,
+        state: State,
+        *,
+        rest: Mapping[str, State] = MappingProxyType({}),
+    ) -> tuple[dict[str, str], list[Failure]]:
+        """Have some edges hold the phase's state; return what ``prepare`` returns.
+
+        ``rest`` is its frozen part by digest, if there is one. It is sent once. An edge
+        that fails is started again; then its address is another one.
+        """
+        parts = {**rest, digest: state}
+        lacking = [n for n, link in self._links.items() if link.held != digest]
+        names = [n for n in self._edges if n in names and n in lacking]
+        failures = self._tried(names, lambda link: self._send_state(link, parts))
+        return self._addresses(), failures
+
+    def planned(
+        self, state: GlobalState, plan: Callable[[Sequence[str]], RoundPlan]
+    ) -> tuple[RoundPlan, dict[str, str], list[Failure]]:
+        """Plan a phase with the edges that are ready; have those in use hold its state.
+
+        Without one that fails to hold it, or with its new address, ``plan`` is called
+        again. Returns the plan, and what ``prepare`` returns.
+        """
+        addresses, failures = self.prepare(state.digest)
+        rest = {state.rest: state.frozen} if state.rest else {}
+        while True:
+            made, before = plan(tuple(addresses)), addresses
+            used = {e for each in made.assignments for e in each.option.route.edges()}
+            addresses, more = self.hold(used, state.digest, state.changing, rest=rest)
+            failures += more
+            if addresses == before:
+                return made, addresses, failures
+
+    def _addresses(self) -> dict[str, str]:
+        links = self._links
+        return {name: links[name].address for name in self._edges if name in links}
+
+    def _tried(
+        self, names: Iterable[str], do: Callable[[_Link], None]
+    ) -> list[Failure]:
+        """Do something at some edges; drop those where it fails after a new start."""
         failures = []
-        for name in self._edges:
+        for name in names:
             try:
-                self._hold(name, {**rest, digest: state})
+                self._do(name, do)
             except EdgeError as error:
                 self._drop(name)
                 failures.append(
@@ -114,12 +163,10 @@ class EdgePool:
                         client_key=f"edge {name}", kind="edge_failed", cause=str(error)
                     )
                 )
-        self._was_ready = self._was_ready or bool(self._links)
-        if self._edges and not self._was_ready:
+        if failures and not self._links and not self._was_ready:
             causes = " ".join(failure.cause for failure in failures)
             raise EdgeUnreachable(f"no edge could be started: {causes}")
-        ready = [name for name in self._edges if name in self._links]
-        return {name: self._links[name].address for name in ready}, failures
+        return failures
 
     def signed(
         self,
@@ -153,23 +200,29 @@ class EdgePool:
         return replace(plan, opening=b"".join(encode(request)))
 
     def commit(
-        self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
-    ) -> Sums:
+        self,
+        place: str,
+        round_number: int,
+        entries: tuple[wire.Entry, ...],
+        alone: Mapping[str, Array] = MappingProxyType({}),
+    ) -> wire.Committed:
         """Have one edge merge exactly these sessions.
 
-        Raises ``TailLost`` with the sessions that it cannot merge, or another
-        ``EdgeError``.
+        ``alone`` are arrays like the means that it shall send instead of sums. Raises
+        ``TailLost`` with the sessions that it cannot merge, or another ``EdgeError``.
         """
         if place not in self._links:
             raise EdgeUnreachable(f"edge {place!r} is not running.")
         try:
-            return _asked(self._links[place], wire.Commit(round_number, entries)).sums
+            request = wire.Commit(round_number, entries, tuple(alone))
+            committed = _asked(self._links[place], request)
         except RefusedRequest as error:
             raise EdgeError(
                 f"edge {place!r} does not know this run any more: it was started again "
                 "on another disk, or heard nothing of the run for its --lease. What "
                 "it trained in this round is lost; the next one begins there anew."
             ) from error
+        return replace(committed, means=checked_means(place, committed, alone))
 
     def release(self, round_number: int, keep_digest: str, keep_rest: str = "") -> None:
         """Have the edges delete a round's files; ignore dead edges.
@@ -195,13 +248,15 @@ class EdgePool:
         """Return the bytes sent between the strategy and its edges so far."""
         return self._past_bytes + sum(map(_traffic_bytes, self._links.values()))
 
-    def _hold(self, name: str, parts: Mapping[str, State]) -> None:
+    def _do(self, name: str, do: Callable[[_Link], None]) -> None:
         link = self._links.get(name)
         if link is not None:
             try:
-                self._send_state(link, parts)
+                do(link)
                 return
             except EdgeError:
+                if link.started_in == self._phase:
+                    raise
                 self._drop(name)
         address = self._edges[name].start(self._task)
         try:
@@ -209,21 +264,27 @@ class EdgePool:
         except EdgeError:
             self._edges[name].stop(address)
             raise
-        link = _Link(name, address, transport, self._keys.access(address))
+        access = self._keys.access(address)
+        link = _Link(name, address, transport, access, self._phase)
         self._links[name] = link
         secret = self._edges[name].admin_secret
         link.offer = _asked(link, self._keys.hello(address, admin=secret))
-        self._send_state(link, parts)
+        do(link)
+
+    def _ask_held(self, link: _Link, digest: str) -> None:
+        held = _asked(link, wire.IsHeld(digest))
+        self._compare_task(link, held.task_digest)
+        link.held = digest if held.is_held else ""
 
     def _send_state(self, link: _Link, parts: Mapping[str, State]) -> None:
         """Send what the edge does not hold: the rest, if any, and then the state."""
         *rest, digest = parts
-        held = _asked(link, wire.IsHeld(digest))
-        self._compare_task(link, held.task_digest)
-        if not held.is_held:
+        self._ask_held(link, digest)
+        if link.held != digest:
             for each in rest:
                 self._send_state(link, {each: parts[each]})
             _asked(link, wire.HoldState(digest, parts[digest], *rest))
+            link.held = digest
 
     def _compare_task(self, link: _Link, digest: str) -> None:
         """Raise ``InvalidTask`` if the edge builds another task than this process."""
@@ -254,6 +315,22 @@ def _asked(link: _Link, request: wire.StrategyRequest[wire.ReplyT]) -> wire.Repl
             f"edge {link.name!r} fails at {type(request).__name__} "
             f"({type(error).__name__}: {error}): its clients sit the round out."
         ) from error
+
+
+def checked_means(
+    place: str, committed: wire.Committed, alone: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return an edge's means, to be written to, if they are those it was asked for."""
+    means, both = committed.means, committed.sums.keys() & alone.keys()
+    if both or {n: kind_of(a) for n, a in means.items()} != {
+        n: kind_of(a) for n, a in alone.items()
+    }:
+        raise EdgeError(
+            f"edge {place!r} merged other names, shapes or dtypes than the "
+            f"{len(alone)} that it alone had to merge: use one release of "
+            "flwr_smartsplit and one task everywhere."
+        )
+    return {n: np.require(a, requirements=["A", "W"]) for n, a in means.items()}
 
 
 def _traffic_bytes(link: _Link) -> int:

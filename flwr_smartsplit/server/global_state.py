@@ -6,7 +6,10 @@ is sent it again; a digest says so before anything is trained.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.tensors import (
@@ -37,6 +40,18 @@ class GlobalState:
         digest = joined_digest(rest, state_digest(mine))
         return cls(mine, frozen, digest, rest, digests)
 
+    def is_still(self, state: State) -> bool:
+        """Say whether a state, read anew, is this one in every bit.
+
+        To compare takes a fraction of what a digest takes.
+        """
+        mine = {**self.changing, **self.frozen}
+        return (
+            bool(self.digest)
+            and mine.keys() == state.keys()
+            and all(_are_same(mine[name], array) for name, array in state.items())
+        )
+
 
 class KeptByNodes:
     """What each client's node keeps of the frozen state, as far as its replies say.
@@ -60,3 +75,17 @@ class KeptByNodes:
             self._kept[client_key] = {**self._kept.get(client_key, {}), **sent}
         elif sent:
             self._kept.pop(client_key, None)
+
+
+def _are_same(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    """Compare bits; an array that is the other one may have changed with it."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return not np.may_share_memory(one, other) and np.array_equal(
+        _bits(one), _bits(other)
+    )
+
+
+def _bits(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(f"u{min(array.itemsize, 8)}")

@@ -8,6 +8,7 @@ for none.
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -135,7 +136,17 @@ def materialise(
     with unmetered():
         for tensor in wanted.values():
             vars(made[id(tensor)]).update(copy.deepcopy(vars(tensor), made))
-        return copy.deepcopy(template, made)
+        return copy.deepcopy(template, made | _empty_ones(template))
+
+
+def _empty_ones(template: nn.Module) -> dict[int, Any]:
+    """Copy what is empty in a module, by identity; most of a module is empty hooks.
+
+    ``copy.deepcopy`` does the same in twice the time.
+    """
+    values = (value for module in template.modules() for value in vars(module).values())
+    kinds = OrderedDict, dict, set
+    return {id(v): type(v)() for v in values if type(v) in kinds and not v}
 
 
 def _frozen_in(chain: Chain, segment: nn.Module) -> dict[int, Tensor]:

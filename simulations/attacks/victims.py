@@ -102,7 +102,8 @@ class Victim:
         used = LocalEdge() if edge is None else edge
         pool = EdgePool([used] if route.cuts else [], self.task)
         digest = state_digest(state)
-        addresses, _ = pool.prepare(digest, state)
+        pool.prepare(digest)
+        addresses, _ = pool.hold(pool.names, digest, state)
         plan = ClientPlan(
             client_key="victim",
             round_number=1,

@@ -85,7 +85,8 @@ class Setting:
         """
         chain = build_chain(self.task)
         digest = state_digest(self.state)
-        addresses, _ = pool.prepare(digest, self.state)
+        pool.prepare(digest)
+        addresses, _ = pool.hold(pool.names, digest, self.state)
         timed: list[TimedTransport] = []
 
         def connect(place: str, address: str) -> Transport:

@@ -42,6 +42,7 @@ def step() -> wire.Forward:
         (wire.Stepped(values={"loss": 0.5, "accuracy": 0.5}), 0),
         (wire.Backward(step=0, gradients=(PACKED, PACKED)), 48),
         (wire.Committed({"a": WeightedSum.of(FOUR, 2)}), 64),
+        (wire.Committed({}, {"a": FOUR}), 16),
         (wire.Commit(1, (wire.Entry("s", "d", 1),)), 0),
     ],
 )

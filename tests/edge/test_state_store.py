@@ -1,13 +1,18 @@
 """The spill: tails and states on disk, whole or not at all, and only if they fit."""
 
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flwr_smartsplit.edge import state_store
+from flwr_smartsplit.edge.protocol import Entry
 from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.edge.weighted_mean import add_states
 from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
 from flwr_smartsplit.server.global_state import GlobalState
 from tests.faults import tail_files
@@ -28,7 +33,8 @@ def test_a_tail_comes_back_in_every_bit(tmp_path: Path) -> None:
     assert digest == state_digest(STATE)
     spill = StateStore(tmp_path)
     assert differences(spill.read_tail(SESSION), STATE) == []
-    spill.verify({SESSION: digest})
+    ((state, weight),) = spill.read_tails([Entry(SESSION, digest, 3)])
+    assert (differences(state, STATE), weight) == ([], 3)
 
 
 def test_a_session_name_cannot_leave_the_folder(tmp_path: Path) -> None:
@@ -150,10 +156,10 @@ def test_arrays_of_any_layout_keep_their_values(tmp_path: Path) -> None:
     state = {"t": np.arange(6.0).reshape(2, 3).T, "s": np.arange(10.0)[::2]}
     digest = spill.put_tail("s", 1, state)
     assert differences(spill.read_tail("s"), state) == []
-    spill.verify({"s": digest})
+    assert len(list(spill.read_tails([Entry("s", digest, 1)]))) == 1
 
 
-def test_verify_names_every_tail_that_does_not_fit(tmp_path: Path) -> None:
+def test_every_tail_that_does_not_fit_is_named(tmp_path: Path) -> None:
     """Missing, changed, cut short, emptied, replaced by another."""
     spill = StateStore(tmp_path)
     cases = ("good", "missing", "changed", "short", "emptied", "replaced")
@@ -168,10 +174,11 @@ def test_verify_names_every_tail_that_does_not_fit(tmp_path: Path) -> None:
     files["short"].write_bytes(files["short"].read_bytes()[:-1])
     files["emptied"].write_bytes(b"")
     files["replaced"].write_bytes(files["good"].read_bytes())
+    entries = [Entry(case, digest, 1) for case, digest in digests.items()]
     with pytest.raises(TailLost) as raised:
-        spill.verify(digests)
+        list(spill.read_tails(entries))
     assert raised.value.sessions == cases[1:]
-    spill.verify({"good": digests["good"]})
+    assert len(list(spill.read_tails(entries[:1]))) == 1
 
 
 def test_dropping_a_tail_twice_is_no_error(tmp_path: Path) -> None:
@@ -212,19 +219,71 @@ def test_an_unfinished_file_is_not_a_tail(tmp_path: Path) -> None:
     (path,) = tail_files(tmp_path)
     path.rename(path.with_suffix(".unfinished"))
     with pytest.raises(TailLost):
-        spill.verify({"s": digest})
+        list(spill.read_tails([Entry("s", digest, 1)]))
 
 
 def test_tails_are_read_one_at_a_time(tmp_path: Path) -> None:
     """In the order asked for; a later file is not opened before its turn."""
     spill = StateStore(tmp_path)
-    for value in range(3):
-        spill.put_tail(str(value), 1, {"w": np.array([float(value)])})
-    tails = spill.read_tails({"2": 5, "0": 7, "1": 9})
+    digests = {
+        str(value): spill.put_tail(str(value), 1, {"w": np.array([float(value)])})
+        for value in range(3)
+    }
+    weights = {"2": 5, "0": 7, "1": 9}
+    tails = spill.read_tails(Entry(s, digests[s], w) for s, w in weights.items())
     state, weight = next(tails)
     assert (state["w"].tolist(), weight) == ([2.0], 5)
     spill.drop_tail("1")
     assert next(tails)[1] == 7
-    with pytest.raises(TailLost, match="tail of 1 ") as lost:
+    with pytest.raises(TailLost, match="tails of 1 ") as lost:
         next(tails)
     assert lost.value.sessions == ("1",)
+
+
+def test_what_is_merged_is_what_was_proved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that changes after its bytes were read changes nothing that is merged."""
+    spill = StateStore(tmp_path)
+    digest = spill.put_tail("s", 1, {"w": np.ones(3)})
+    (path,) = tail_files(tmp_path)
+    content = path.read_bytes()
+
+    def changing(state: Mapping[str, Any]) -> str:
+        found = state_digest(state)
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return found
+
+    monkeypatch.setattr(state_store, "state_digest", changing)
+    ((state, _),) = spill.read_tails([Entry("s", digest, 1)])
+    assert state["w"].tolist() == [1.0] * 3
+    with pytest.raises(TailLost):
+        list(spill.read_tails([Entry("s", digest, 1)]))
+
+
+def test_a_tail_is_gone_before_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are added, too: an edge has room for one."""
+    spill = StateStore(tmp_path)
+    entries = [
+        Entry(name, spill.put_tail(name, 1, {"v": np.ones(9), "w": np.ones(9)}), 1)
+        for name in ("1", "2", "3")
+    ]
+    alive: list[weakref.ref[Any]] = []
+    counts: list[int] = []
+    read = StateStore.read_tail
+
+    def noting(store: StateStore, session: str) -> Any:
+        counts.append(sum(array() is not None for array in alive))
+        state = read(store, session)
+        alive.append(weakref.ref(state["v"]))
+        return state
+
+    monkeypatch.setattr(StateStore, "read_tail", noting)
+    sums = add_states(spill.read_tails(entries))
+    assert sums["v"].high.tolist() == [3.0] * 9
+    assert counts == [0, 0, 0]
+    kept = list(spill.read_tails(entries))  # Planted: somebody keeps them.
+    assert counts[3:] == [0, 1, 2]
+    del kept

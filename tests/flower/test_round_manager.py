@@ -1,6 +1,7 @@
 """The seams of a round: mixing, server steps, the hook between rounds, versions."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from flwr_smartsplit import Route, deepest_split
-from flwr_smartsplit.errors import SmartSplitError
+from flwr_smartsplit.edge.protocol import HoldState, IsHeld
+from flwr_smartsplit.errors import EdgeUnreachable, SmartSplitError
 from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
@@ -17,6 +19,7 @@ from flwr_smartsplit.flower.serde.records import (
     to_array_record,
 )
 from flwr_smartsplit.server.aggregation import Replace, RoundSummary
+from tests.faults import Deliver, MortalEdge
 from tests.flower.apps import apps, budgets_of, initial_arrays, run, smart_split
 from tests.flower.legacy import legacy_smart_split, run_legacy
 from tests.in_process_grid import InProcessGrid
@@ -201,3 +204,60 @@ def test_a_second_attempt_has_sessions_of_its_own() -> None:
     dispatch.sent["c0"] = Sent(again, names, names, None)  # type: ignore[arg-type]
     tail = dispatch.expectations(chain)["c0"].tails["edge"]
     assert tail.session == again.session("edge")
+
+
+# --- edges ----------------------------------------------------------------------------
+
+
+def by_name(name: str) -> Any:
+    """Route every client over one edge, if it is there; else over the other one."""
+
+    def choose(request: Any) -> Route:
+        names = request.edges
+        if not names:
+            return Route.whole()
+        return Route.split(2, edge=name if name in names else names[0])
+
+    return choose
+
+
+def states_sent(edge: MortalEdge) -> int:
+    """Count the states that an edge was sent."""
+    return sum(isinstance(request, HoldState) for request in edge.requests)
+
+
+@pytest.mark.parametrize("kind", [(run, smart_split), (run_legacy, legacy_smart_split)])
+def test_an_edge_that_no_route_goes_to_is_not_sent_the_state(
+    kind: Any, tmp_path: Path
+) -> None:
+    """It is asked whether it holds it; the weights are those of a run without it."""
+    run_it, make = kind
+    pair = [MortalEdge(tmp_path / name, name=name) for name in ("a", "b")]
+    ran = run_it(apps(MIXED, edges=pair), make(pair, choose_route=by_name("b")))
+    assert [states_sent(edge) for edge in pair] == [0, 2]
+    assert all(any(isinstance(r, IsHeld) for r in edge.requests) for edge in pair)
+    alone = [MortalEdge(tmp_path / "c", name="b")]
+    truth = run_it(apps(MIXED, edges=alone), make(alone, choose_route=by_name("b")))
+    assert differences(ran.state, truth.state) == []
+
+
+def test_an_edge_that_cannot_be_sent_the_state_is_planned_without(
+    tmp_path: Path,
+) -> None:
+    """The round is the one of a run without it; the journal says why it is missing."""
+    pair = [MortalEdge(tmp_path / name, name=name) for name in ("a", "b")]
+
+    def refuse(request: Any, deliver: Deliver) -> Any:
+        if isinstance(request, HoldState):
+            raise EdgeUnreachable("no room")
+        return deliver(request)
+
+    pair[0].hook = refuse
+    strategy = smart_split(pair, choose_route=by_name("a"))
+    ran = run(apps(MIXED, edges=pair), strategy)
+    assert ran.kinds() == [("edge a", "edge_failed")] * 2
+    assert states_sent(pair[1]) == 2
+    assert len(strategy.round_plans) == 2
+    alone = [MortalEdge(tmp_path / "c", name="b")]
+    truth = run(apps(MIXED, edges=alone), smart_split(alone, choose_route=by_name("b")))
+    assert differences(ran.state, truth.state) == []

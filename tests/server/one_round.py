@@ -1,7 +1,7 @@
 """One round on four clients, and the truth about it in plain numpy."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from flwr_smartsplit.device.local_training import Conditions, train_locally
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.server.aggregation import Settled, settle_round
 from flwr_smartsplit.server.edge_pool import EdgePool
@@ -20,6 +19,7 @@ from flwr_smartsplit.types import (
     ClientReply,
     DeviceProfile,
     Expectation,
+    Failure,
     TailExpectation,
 )
 from tests.tasks import (
@@ -127,13 +127,22 @@ def expectations(routes: Iterable[Route]) -> dict[str, Expectation]:
     return expected
 
 
+def prepared(
+    pool: EdgePool, digest: str, state: State, **rest: Any
+) -> tuple[dict[str, str], list[Failure]]:
+    """Begin a phase, and have every edge hold its state."""
+    _, failures = pool.prepare(digest)
+    addresses, more = pool.hold(pool.names, digest, state, **rest)
+    return addresses, [*failures, *more]
+
+
 def start(
     edges: Sequence[Edge], routes: Iterable[Route]
 ) -> tuple[EdgePool, list[ClientReply]]:
     """Bring edges up, give them the state, and let everybody train."""
     state = initial_state()
     pool = EdgePool(edges, TASK)
-    addresses, _ = pool.prepare(state_digest(state), state)
+    addresses, _ = prepared(pool, state_digest(state), state)
     by_name = {edge.name: edge for edge in edges}
     return pool, train(routes, state, edges=by_name, addresses=addresses, pool=pool)
 
@@ -142,8 +151,12 @@ class Committer(Protocol):
     """The one thing that settling asks of an edge pool."""
 
     def commit(
-        self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
-    ) -> Sums:
+        self,
+        place: str,
+        round_number: int,
+        entries: tuple[wire.Entry, ...],
+        alone: State,
+    ) -> wire.Committed:
         """Merge sealed tails."""
 
 

@@ -16,7 +16,6 @@ import pytest
 from flwr_smartsplit import Route
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.tensors import state_digest
-from flwr_smartsplit.edge.weighted_mean import Sums
 from flwr_smartsplit.server.aggregation import Settled
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.types import EDGE, ClientReply, Receipt
@@ -31,7 +30,7 @@ from tests.faults import (
     tail_files,
 )
 from tests.server.one_round import NUM_CLIENTS, ROUND, fedavg, settle, start
-from tests.tasks import TASK, differences, tiny_chain
+from tests.tasks import TASK, State, differences, tiny_chain
 
 ROUTES = (Route.split(2), Route.split(4), Route.whole(), Route.split(7))
 FAULTY = 1
@@ -248,11 +247,15 @@ class GreedyPool:
     sealed: tuple[wire.Entry, ...]
 
     def commit(
-        self, place: str, round_number: int, entries: tuple[wire.Entry, ...]
-    ) -> Sums:
+        self,
+        place: str,
+        round_number: int,
+        entries: tuple[wire.Entry, ...],
+        alone: State,
+    ) -> wire.Committed:
         """Ignore who was asked for."""
         del entries
-        return self.inner.commit(place, round_number, self.sealed)
+        return self.inner.commit(place, round_number, self.sealed, alone)
 
 
 def test_the_truth_sees_a_dropped_client_whose_tail_was_merged(

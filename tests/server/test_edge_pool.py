@@ -18,7 +18,7 @@ from flwr_smartsplit.server.global_state import GlobalState
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import EDGE, EdgeProfile, Link
 from tests.faults import Deliver, MortalEdge
-from tests.server.one_round import ROUND, signed, start, train
+from tests.server.one_round import ROUND, prepared, signed, start, train
 from tests.tasks import TASK, State, client_plan, initial_state, state_bytes
 
 STATE = initial_state()
@@ -64,16 +64,16 @@ def test_a_state_is_sent_to_each_edge_once(
 ) -> None:
     """A second phase with the same state costs a question and no more."""
     pool = EdgePool(edges, TASK)
-    addresses, failures = pool.prepare(DIGEST, STATE)
+    addresses, failures = prepared(pool, DIGEST, STATE)
     assert list(addresses) == ["a", "b"]
     assert failures == []
-    assert pool.prepare(DIGEST, STATE)[0] == addresses
+    assert prepared(pool, DIGEST, STATE)[0] == addresses
     for edge in edges:
         assert held(edge) == [DIGEST]
         assert edge.num_starts == 1
     assert pool.traffic_bytes() == 2 * state_bytes(STATE)
     newer = other_state()
-    pool.prepare(state_digest(newer), newer)
+    prepared(pool, state_digest(newer), newer)
     assert held(edges[0]) == [DIGEST, state_digest(newer)]
 
 
@@ -84,12 +84,41 @@ def two_parts(state: State) -> GlobalState:
     return GlobalState.of(state, changing)
 
 
-def prepared(pool: EdgePool, parts: GlobalState) -> None:
+def both_held(pool: EdgePool, parts: GlobalState) -> None:
     """Have all edges hold both parts."""
-    _, failures = pool.prepare(
-        parts.digest, parts.changing, rest={parts.rest: parts.frozen}
-    )
+    rest = {parts.rest: parts.frozen}
+    _, failures = prepared(pool, parts.digest, parts.changing, rest=rest)
     assert failures == []
+
+
+def test_a_state_is_sent_to_the_edges_in_use_only(
+    edges: tuple[MortalEdge, MortalEdge],
+) -> None:
+    """All are asked, in the order of the pool; those that no route has are not sent."""
+    pool = EdgePool(edges, TASK)
+    addresses, failures = pool.prepare(DIGEST)
+    assert (list(addresses), failures) == (["a", "b"], [])
+    assert [held(edge) for edge in edges] == [[], []]
+    assert pool.hold(["b"], DIGEST, STATE) == (addresses, [])
+    assert [held(edge) for edge in edges] == [[], [DIGEST]]
+    pool.prepare(DIGEST)
+    assert pool.hold(["b", "a"], DIGEST, STATE) == (addresses, [])
+    assert [held(edge) for edge in edges] == [[DIGEST], [DIGEST]]
+    assert pool.hold([], state_digest(other_state()), other_state()) == (addresses, [])
+
+
+def test_an_edge_that_dies_before_it_is_sent_the_state_is_started_again(
+    edges: tuple[MortalEdge, MortalEdge],
+) -> None:
+    """Its new address is returned; if it cannot be had, it is left out."""
+    pool = EdgePool(edges, TASK)
+    pool.prepare(DIGEST)
+    before, _ = pool.prepare(DIGEST)
+    edges[1].kill()
+    after, failures = pool.hold(["b"], DIGEST, STATE)
+    assert (after["a"], failures) == (before["a"], [])
+    assert after["b"] != before["b"]
+    assert held(edges[1]) == [DIGEST]
 
 
 def test_the_frozen_part_of_a_state_is_sent_to_each_edge_once(
@@ -98,21 +127,21 @@ def test_the_frozen_part_of_a_state_is_sent_to_each_edge_once(
     """Also over rounds, until an edge has lost it; another one is sent."""
     pool = EdgePool(edges, TASK)
     first = two_parts(STATE)
-    prepared(pool, first)
+    both_held(pool, first)
     name = next(iter(STATE))
     second = two_parts({**other_state(), name: STATE[name]})
     assert first.rest == second.rest
     pool.release(1, second.digest, second.rest)
-    prepared(pool, second)
+    both_held(pool, second)
     assert [held(edge) for edge in edges] == [
         [first.rest, first.digest, second.digest]
     ] * 2
     edges[0].kill()
-    prepared(pool, second)
+    both_held(pool, second)
     assert held(edges[0])[3:] == [second.rest, second.digest]
     third = two_parts(other_state())
     assert third.rest != second.rest
-    prepared(pool, third)
+    both_held(pool, third)
     assert held(edges[1])[3:] == [third.rest, third.digest]
 
 
@@ -125,7 +154,7 @@ def test_a_frozen_part_under_a_wrong_digest_is_refused(
     other = two_parts(other_state())
     rest = {other.rest: other.frozen}
     with pytest.raises(EdgeUnreachable, match="has another digest: it changed on the"):
-        pool.prepare(parts.digest, parts.changing, rest=rest)
+        prepared(pool, parts.digest, parts.changing, rest=rest)
 
 
 def test_a_dead_edge_is_restarted_and_given_the_state_again(
@@ -133,9 +162,9 @@ def test_a_dead_edge_is_restarted_and_given_the_state_again(
 ) -> None:
     """The other one is not even asked to hold it twice."""
     pool = EdgePool(edges, TASK)
-    before, _ = pool.prepare(DIGEST, STATE)
+    before, _ = prepared(pool, DIGEST, STATE)
     edges[1].kill()
-    after, failures = pool.prepare(DIGEST, STATE)
+    after, failures = prepared(pool, DIGEST, STATE)
     assert failures == []
     assert after["a"] == before["a"]
     assert after["b"] != before["b"]
@@ -150,9 +179,9 @@ def test_an_edge_that_restarted_by_itself_keeps_what_is_on_its_disk(
 ) -> None:
     """Its address stays, and the state is not sent again."""
     pool = EdgePool(edges, TASK)
-    before, _ = pool.prepare(DIGEST, STATE)
+    before, _ = prepared(pool, DIGEST, STATE)
     edges[1].restart()
-    assert pool.prepare(DIGEST, STATE) == (before, [])
+    assert prepared(pool, DIGEST, STATE) == (before, [])
     assert held(edges[1]) == [DIGEST]
 
 
@@ -165,7 +194,7 @@ def test_an_edge_that_cannot_be_had_is_left_out_and_tried_again(
         Stillborn(tmp_path / "b", name="b"),
     )
     pool = EdgePool([bad, good], TASK)
-    addresses, failures = pool.prepare(DIGEST, STATE)
+    addresses, failures = prepared(pool, DIGEST, STATE)
     assert list(addresses) == ["a"]
     (failure,) = failures
     assert (failure.client_key, failure.kind) == ("edge b", "edge_failed")
@@ -173,7 +202,7 @@ def test_an_edge_that_cannot_be_had_is_left_out_and_tried_again(
     with pytest.raises(EdgeUnreachable, match="'b' is not running"):
         pool.commit("b", 1, ())
     bad.broken = False
-    addresses, failures = pool.prepare(DIGEST, STATE)
+    addresses, failures = prepared(pool, DIGEST, STATE)
     assert sorted(addresses) == ["a", "b"]
     assert failures == []
 
@@ -182,7 +211,7 @@ def test_no_edge_from_the_start_is_an_error(tmp_path: Path) -> None:
     """Something is set up wrongly, and the cause is in the message."""
     pool = EdgePool([Stillborn(tmp_path, name="b")], TASK)
     with pytest.raises(EdgeUnreachable, match=r"no edge could be started.*no such"):
-        pool.prepare(DIGEST, STATE)
+        prepared(pool, DIGEST, STATE)
 
 
 def test_losing_every_edge_later_is_not(tmp_path: Path) -> None:
@@ -190,10 +219,10 @@ def test_losing_every_edge_later_is_not(tmp_path: Path) -> None:
     edge = Stillborn(tmp_path, name="b")
     edge.broken = False
     pool = EdgePool([edge], TASK)
-    pool.prepare(DIGEST, STATE)
+    prepared(pool, DIGEST, STATE)
     edge.kill()
     edge.broken = True
-    addresses, failures = pool.prepare(DIGEST, STATE)
+    addresses, failures = prepared(pool, DIGEST, STATE)
     assert addresses == {}
     assert [failure.client_key for failure in failures] == ["edge b"]
 
@@ -201,7 +230,7 @@ def test_losing_every_edge_later_is_not(tmp_path: Path) -> None:
 def test_no_edges_are_no_trouble() -> None:
     """A pool of none prepares, releases and stops."""
     pool = EdgePool([], TASK)
-    assert pool.prepare(DIGEST, STATE) == ({}, [])
+    assert prepared(pool, DIGEST, STATE) == ({}, [])
     pool.release(1, DIGEST)
     pool.stop()
     assert pool.traffic_bytes() == 0
@@ -212,7 +241,7 @@ def test_releasing_passes_over_dead_edges(
 ) -> None:
     """Those that live are told, whatever their order."""
     pool = EdgePool(edges, TASK)
-    pool.prepare(DIGEST, STATE)
+    prepared(pool, DIGEST, STATE)
     edges[0].kill()
     pool.release(1, "another digest")
     assert any(isinstance(request, wire.Release) for request in edges[1].requests)
@@ -222,7 +251,7 @@ def test_releasing_passes_over_dead_edges(
 def test_stopping_ends_every_edge(edges: tuple[MortalEdge, MortalEdge]) -> None:
     """Their files go too, and stopping twice is no error."""
     pool = EdgePool(edges, TASK)
-    pool.prepare(DIGEST, STATE)
+    prepared(pool, DIGEST, STATE)
     edges[0].kill()
     pool.stop()
     pool.stop()
@@ -234,10 +263,10 @@ def test_stopping_ends_every_edge(edges: tuple[MortalEdge, MortalEdge]) -> None:
 def test_traffic_never_becomes_less(edges: tuple[MortalEdge, MortalEdge]) -> None:
     """What was sent to an edge that died was sent; journals hold differences."""
     pool = EdgePool(edges, TASK)
-    pool.prepare(DIGEST, STATE)
+    prepared(pool, DIGEST, STATE)
     before = pool.traffic_bytes()
     edges[0].kill()
-    pool.prepare(DIGEST, STATE)
+    prepared(pool, DIGEST, STATE)
     assert pool.traffic_bytes() == before + state_bytes(STATE)
 
 
@@ -253,7 +282,7 @@ def test_an_edge_whose_disk_fails_costs_itself_only(
         return deliver(request)
 
     edges[0].hook = full
-    addresses, failures = EdgePool(edges, TASK).prepare(DIGEST, STATE)
+    addresses, failures = prepared(EdgePool(edges, TASK), DIGEST, STATE)
     assert list(addresses) == ["b"]
     assert [failure.client_key for failure in failures] == ["edge a"]
 
@@ -270,7 +299,7 @@ def test_an_edge_that_cannot_take_the_state_is_stopped(
 
     edges[0].hook = refuse
     pool = EdgePool(edges, TASK)
-    pool.prepare(DIGEST, STATE)
+    prepared(pool, DIGEST, STATE)
     assert not edges[0].folder.exists()
 
 
@@ -279,10 +308,10 @@ def test_edges_keep_their_order_after_a_restart(
 ) -> None:
     """Clients are dealt out by it, and edges feed one another along it."""
     pool = EdgePool(edges, TASK)
-    pool.prepare(DIGEST, STATE)
+    prepared(pool, DIGEST, STATE)
     edges[0].kill()
     newer = other_state()
-    addresses, failures = pool.prepare(state_digest(newer), newer)
+    addresses, failures = prepared(pool, state_digest(newer), newer)
     assert failures == []
     assert list(addresses) == ["a", "b"]
 
@@ -316,7 +345,7 @@ def test_an_edge_that_runs_out_of_memory_is_that_edges_trouble(
 ) -> None:
     """Its clients are dropped; the round, and the run, go on."""
     pool = EdgePool(edges, TASK)
-    pool.prepare(DIGEST, STATE)
+    prepared(pool, DIGEST, STATE)
 
     def fails(request: Any, deliver: Deliver) -> Any:
         if isinstance(request, wire.Commit | wire.HoldState):
@@ -327,7 +356,7 @@ def test_an_edge_that_runs_out_of_memory_is_that_edges_trouble(
     with pytest.raises(EdgeError, match=r"fails at Commit \(MemoryError: cannot sum\)"):
         pool.commit("a", 1, ())
     newer = other_state()
-    addresses, failures = pool.prepare(state_digest(newer), newer)
+    addresses, failures = prepared(pool, state_digest(newer), newer)
     assert list(addresses) == ["b"]
     assert [failure.client_key for failure in failures] == ["edge a"]
 
@@ -337,11 +366,11 @@ def test_what_was_signed_opens_nothing_after_the_release() -> None:
     edge, routes = LocalEdge(), [Route.split(2)]
     pool, first = start([edge], routes)
     try:
-        addresses, _ = pool.prepare(DIGEST, STATE)
+        addresses, _ = prepared(pool, DIGEST, STATE)
         plan = client_plan(0, routes[0], STATE, addresses=addresses)
         old = signed(plan, pool, num_examples=9)
         pool.release(ROUND, DIGEST)
-        addresses, _ = pool.prepare(DIGEST, STATE)
+        addresses, _ = prepared(pool, DIGEST, STATE)
         again = train(routes, STATE, edges={EDGE: edge}, addresses=addresses, pool=pool)
         assert again[0].receipts[0].digest == first[0].receipts[0].digest
         with pytest.raises(RefusedRequest, match="round 1 is over"):

@@ -126,7 +126,9 @@ def round_of(
     """Train some clients at once; return the mean seconds of a request of a step."""
     state = state_of(task.model_fn())
     width = tree_leaves(task.example_inputs)[0].shape[1]
-    addresses, failures = pool.prepare(state_digest(state), state)
+    digest = state_digest(state)
+    pool.prepare(digest)
+    addresses, failures = pool.hold(pool.names, digest, state)
     assert not failures, failures
     batches = [
         (
@@ -144,7 +146,7 @@ def round_of(
             round_number=1,
             route=Route.split(CUT),
             seed=0,
-            state_digest=state_digest(state),
+            state_digest=digest,
             edge_addresses=addresses,
         )
         device = DeviceProfile(
@@ -165,7 +167,7 @@ def round_of(
 
     with ThreadPoolExecutor(num_clients) as threads:
         seconds = list(threads.map(train, range(num_clients)))
-    pool.release(1, state_digest(state))
+    pool.release(1, digest)
     return statistics.mean(seconds) / num_steps
 
 

@@ -11,7 +11,7 @@ from flwr_smartsplit import RayEdge, Route
 from flwr_smartsplit.edge.hosts import ray as ray_edge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.types import ClientReply, Status
-from tests.server.one_round import ROUND, fedavg, settle, start, train
+from tests.server.one_round import ROUND, fedavg, prepared, settle, start, train
 from tests.tasks import differences, initial_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -78,7 +78,7 @@ def test_edges_run_where_their_resources_are_and_one_nodes_end_costs_its_clients
 
         state = initial_state()
         pool.release(ROUND, state_digest(state))
-        pool.prepare(state_digest(state), state)
+        prepared(pool, state_digest(state), state)
         (far,) = (n for n in cluster.worker_nodes if n.node_id == nodes["far"])
         cluster.remove_node(far)
         where = {"edges": EDGES, "addresses": addresses, "pool": pool}
