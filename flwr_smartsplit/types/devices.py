@@ -116,7 +116,8 @@ class EdgeProfile:
     memory_bytes: int | None = None  # for its replicas; None is no limit
     disk_bytes: int | None = None  # for sealed tails; None is no limit
     flops_per_second: float | None = None  # for one client; None if unknown
-    links: Mapping[str, Link] = field(default_factory=dict)  # to other edges, by name
+    # To other edges, by name
+    links: Mapping[str, Link] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         own_numbers(self)
