@@ -162,10 +162,15 @@ def test_one_value_in_the_last_row_opens_its_channel(
     value[4, 9, 2, 6] = 1.0
     came, _, up, _ = there_and_back(value, value)
     assert up.has_channels and same(came, value)
-    # Planted: only the first block is.
-    monkeypatch.setattr(
-        packed_codes, "spans_of", lambda cost: iter([slice(0, cost.num_rows - 1)])
-    )
+    # Planted: the last row is not.
+    found = packed_codes._open_channels
+
+    def without_the_last(tensor: Tensor, cost: Any) -> Any:
+        seen = tensor.clone()
+        seen[-1] = 0
+        return found(seen, cost)
+
+    monkeypatch.setattr(packed_codes, "_open_channels", without_the_last)
     assert not same(there_and_back(value, value)[0], value)
 
 
