@@ -16,8 +16,9 @@ from simulations.faults.run import RunOptions
 from simulations.faults.stage import Ended, Rules, Stage
 from simulations.faults.table import differences
 
-# The edge keeps what a killed process began there for the lease; nobody waits for it.
+_ATTEMPTS, _TOO_LATE = 5, "it was over before"
 _STRUCK = 2  # Moments: when it was due, and when it was done
+# The edge keeps what a killed process began there for the lease; nobody waits for it.
 _RULES = Rules(
     strategy_is_back=True, most_seconds=120.0, lease_seconds=600.0, tidy_seconds=0.0
 )
@@ -65,10 +66,15 @@ def kills(
     seconds = _seconds_of_a_round(whole)
     found = []
     for index in range(num_moments):
-        moment = chance.randrange(num_rounds), chance.uniform(0, seconds)
-        options = options_of(folder / str(index), api, num_rounds)
-        found.append(_killed(options, moment, whole))
-        on_kill(found[-1])
+        after_round, late = chance.randrange(num_rounds), chance.uniform(0, seconds)
+        for attempt in range(_ATTEMPTS):  # The last round may be shorter than others.
+            at = folder / f"{index}-{attempt}"
+            options = options_of(at, api, num_rounds)
+            kill = _killed(options, (after_round, late / 2**attempt), whole)
+            if kill.problems != [_TOO_LATE]:
+                break
+        found.append(kill)
+        on_kill(kill)
     if all(each.is_same and not each.problems for each in found):
         shutil.rmtree(folder)
     return found
@@ -90,7 +96,7 @@ def _killed(options: RunOptions, moment: tuple[int, float], whole: Ended) -> Kil
     ended = Stage(options, _RULES).play(during=strike)
     resumed = re.findall(r"Resumed from .*/(\d+):", ended.log)
     problems = ["it hangs"] if ended.was_hung else []
-    problems += ["it was over before"] if len(due) < _STRUCK else []
+    problems += [_TOO_LATE] if len(due) < _STRUCK else []
     if ended.state is None:
         problems.append(f"it does not end: {ended.log[-500:]}")
     is_same = ended.state is not None and not differences(

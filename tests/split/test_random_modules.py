@@ -107,6 +107,7 @@ TORCH_REFUSES = (
     "modified by an inplace operation",
     "a function that returns multiple views",
     "more than one element of the written-to tensor",
+    "the written-to tensor refer to a single memory location",
 )
 """What torch says of stock models that cannot be trained."""
 

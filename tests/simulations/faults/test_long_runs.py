@@ -1,12 +1,15 @@
 """Runs that are killed at random moments, and runs that are long."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from simulations.faults.killed import kills
-from simulations.faults.run import APIS
+from simulations.faults import killed as killed_runs
+from simulations.faults.killed import Kill, kills
+from simulations.faults.run import APIS, RunOptions
 from simulations.faults.soak import EVERY, PICTURE, problems_of, soak
+from simulations.faults.stage import Ended, Stage
 
 
 @pytest.mark.slow
@@ -16,6 +19,34 @@ def test_twenty_kills_change_no_bit(api: str) -> None:
     found = kills(api, num_moments=20, num_rounds=10, seed=0, on_kill=lambda each: None)
     assert [each for each in found if each.problems or not each.is_same] == []
     assert len({each.resumed_after for each in found}) > 3
+
+
+@pytest.mark.parametrize("num_late", [0, 2, 9])
+def test_a_kill_that_comes_too_late_is_tried_earlier(
+    monkeypatch: pytest.MonkeyPatch, num_late: int
+) -> None:
+    """At half of the time, and not for ever."""
+    tried: list[float] = []
+
+    def killed(options: RunOptions, moment: tuple[int, float], whole: Ended) -> Kill:
+        tried.append(moment[1])
+        is_late = len(tried) <= num_late
+        return Kill(
+            api=options.api,
+            in_round=moment[0],
+            after_seconds=moment[1],
+            resumed_after=0,
+            is_same=whole.state is not None,
+            problems=["it was over before"] if is_late else [],
+        )
+
+    whole = SimpleNamespace(state={}, left_out=[], log="")
+    monkeypatch.setattr(killed_runs, "_killed", killed)
+    monkeypatch.setattr(killed_runs, "_seconds_of_a_round", lambda _: 8.0)
+    monkeypatch.setattr(Stage, "play", lambda self, **how: whole)
+    found = kills(APIS[0], num_moments=1, num_rounds=2, seed=0, on_kill=tried.count)
+    assert tried == [tried[0] / 2**i for i in range(min(num_late, 4) + 1)]
+    assert bool(found[0].problems) == (num_late > 4)
 
 
 @pytest.mark.slow
