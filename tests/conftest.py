@@ -36,6 +36,8 @@ _PRIVATE = tempfile.mkdtemp(prefix="fs-", dir=_SHORT if _SHORT.is_dir() else Non
 atexit.register(shutil.rmtree, _PRIVATE, ignore_errors=True)
 
 os.environ.update(
+    # Else what one test has freed is kept, and another's fence does not see it.
+    GLIBC_TUNABLES="",
     RAY_ADDRESS="local",  # without it, ray.init() joins any cluster on this machine
     RAY_TMPDIR=_PRIVATE,
     RAY_USAGE_STATS_ENABLED="0",
