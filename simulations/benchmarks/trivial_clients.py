@@ -89,6 +89,12 @@ def build_client(context: Context, *, num_hidden: int) -> SmartSplitNumPyClient:
     )
 
 
+def is_for_plain(message: Message) -> bool:
+    """Say whether a message's config sends it to the plain client."""
+    records = message.content.values()
+    return any(PLAIN in each for each in records if isinstance(each, ConfigRecord))
+
+
 class EitherClient(ClientApp):
     """Hand each message to our client or to the plain one."""
 
@@ -99,9 +105,7 @@ class EitherClient(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message."""
-        records = message.content.values()
-        configs = [record for record in records if isinstance(record, ConfigRecord)]
-        if not any(PLAIN in config for config in configs):
+        if not is_for_plain(message):
             return self._ours(message, context)
         if "fitins.parameters" in message.content:
             client = PlainNumPyClient(self._num_hidden).to_client()

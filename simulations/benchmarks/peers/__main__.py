@@ -32,12 +32,12 @@ from simulations.benchmarks.driven_rounds import MessageRounds, close, timed_rou
 from simulations.benchmarks.peers.jobs import (
     EDGES,
     JOBS,
-    PLAIN,
     Job,
     build_app,
     task_of,
     train_plainly,
 )
+from simulations.benchmarks.trivial_clients import PLAIN
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.runner import quiet_libraries, simulate_app
 from simulations.report.progress import progress_bar

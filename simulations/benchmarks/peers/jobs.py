@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from flwr.app import (
     ArrayRecord,
-    ConfigRecord,
     Context,
     Message,
     MetricRecord,
@@ -24,12 +23,11 @@ from torch import Tensor
 
 from flwr_smartsplit import RayEdge, SmartSplitNumPyClient, Task, build_client_app
 from flwr_smartsplit.split.build import state_of
+from simulations.benchmarks.trivial_clients import is_for_plain
 from simulations.experiments.clients import build_task
 from simulations.studies.quickstart import quickstart
 
 EDGES = (RayEdge(),)
-PLAIN = "plain-client"
-"""A config with this key is for the plain client."""
 NUM_CLASSES = 10
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -39,7 +37,6 @@ class Job:
     """What each client does in a round."""
 
     model: str  # As an experiment names it
-    data: str  # Sets the optimizer's learning rate
     input_shape: tuple[int, ...]
     batch_size: int
     num_batches: int
@@ -62,7 +59,6 @@ class Job:
 JOBS = {
     "resnet18": Job(
         model="torchvision:resnet18",
-        data="cifar10",
         input_shape=(3, 32, 32),
         batch_size=32,
         num_batches=16,
@@ -70,7 +66,6 @@ JOBS = {
     ),
     "digits": Job(
         model="small",
-        data="digits",
         input_shape=(1, 8, 8),
         batch_size=16,
         num_batches=18,
@@ -141,11 +136,9 @@ class EitherClient(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message."""
-        records = message.content.values()
-        configs = [record for record in records if isinstance(record, ConfigRecord)]
-        if not any(PLAIN in config for config in configs):
-            return self._ours(message, context)
-        return plain_reply(message, self._job)
+        if is_for_plain(message):
+            return plain_reply(message, self._job)
+        return self._ours(message, context)
 
 
 def plain_reply(message: Message, job: Job) -> Message:

@@ -11,9 +11,7 @@ from simulations.benchmarks.peers import __main__ as peers
 from simulations.benchmarks.peers import jobs
 from simulations.experiments.local_grid import LocalGrid
 
-JOB = jobs.Job(
-    model="small", data="digits", input_shape=(1, 8, 8), batch_size=4, num_batches=2
-)
+JOB = jobs.Job(model="small", input_shape=(1, 8, 8), batch_size=4, num_batches=2)
 
 
 @pytest.fixture(autouse=True)
