@@ -5,6 +5,7 @@ Where that would change what it builds, it runs as ever, and its parameters are 
 when it is done: the whole model then takes its memory for that moment.
 """
 
+import copy
 import hashlib
 import random
 import threading
@@ -16,6 +17,7 @@ from functools import cache
 from itertools import combinations, zip_longest
 from logging import getLogger
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.errors import InvalidTask, NotSplittable
-from flwr_smartsplit.split.description import Describer, layout_of, values_of
+from flwr_smartsplit.split.description import PartDescriber, layout_of, values_of
 from flwr_smartsplit.split.layout import num_spanned
 from flwr_smartsplit.task import Task
 
@@ -148,7 +150,7 @@ def _built_on_meta(
     model, findings, drew = build()
     is_new = findings.mark != known
     for turn in range(1, _NUM_OTHER_DRAWS + 1) if drew and is_new else ():
-        if build(turn)[1].mark != findings.mark:
+        if not build(turn)[1].equals(findings):
             raise _NeedsValues("it draws constants")
     return model, findings
 
@@ -267,22 +269,6 @@ class _Draws(TorchDispatchMode):
         return result
 
 
-class _PartDescriber(Describer):
-    """Also describes modules that are held by other things than modules."""
-
-    def __init__(
-        self, tensor: Callable[[Tensor], Any], module: Callable[[nn.Module], Any]
-    ) -> None:
-        super().__init__(tensor)
-        self._module = module
-
-    def _object(self, value: Any) -> Any:
-        described = super()._object(value)
-        if isinstance(value, nn.Module) and not self.in_global:
-            return described, self._module(value)
-        return described
-
-
 class _Findings:
     """What a built model consists of, besides the values of its state.
 
@@ -301,8 +287,8 @@ class _Findings:
             "parameter to both attributes"
             for one, two in emptier.shared_memory(self._state)
         ]
-        self._where = ""
-        self._describe = _PartDescriber(self._described, self._held)
+        self._where = self._unique = ""
+        self._describe = PartDescriber(self._described, self._held, self._opaque)
         facts: list[tuple[str, Any]] = []
         for prefix, module in model.named_modules():
             self._where = prefix
@@ -320,7 +306,7 @@ class _Findings:
             if not is_lazy(tensor)
         ]
         self._facts = [(name, _digest(fact)) for name, fact in facts]
-        self.mark = _digest(self._facts)
+        self.mark = _digest((self._facts, self._unique))
 
     def _described(self, tensor: Tensor) -> Any:
         """Describe a tensor that an attribute holds, and note what is wrong with it."""
@@ -359,6 +345,22 @@ class _Findings:
             self.on_meta.append(self._where)
             return "without values"
         return [values_of(tensor) for tensor in tensors]
+
+    def _opaque(self, value: Any) -> str:
+        """Take each build's own for the same; no two models have one mark then."""
+        self._unique = uuid4().hex
+        try:
+            copy.deepcopy(value)
+        except Exception as error:
+            self._problems.append(
+                f"{self._where} cannot be copied ({str(error).rstrip('.')}): let "
+                "forward make it, or keep it in a global variable"
+            )
+        return type(value).__qualname__
+
+    def equals(self, other: "_Findings") -> bool:
+        """Say whether another call of ``model_fn`` built the same."""
+        return self._facts == other._facts
 
     def compare(self, other: "_Findings") -> None:
         """Raise ``InvalidTask`` if another call of ``model_fn`` built another model."""

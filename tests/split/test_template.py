@@ -4,7 +4,9 @@ import copy
 import logging
 import random
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,15 @@ def through(model: Any, x: Tensor) -> Tensor:
     return x + x @ model.p
 
 
+_lock, _scale = Lock(), ContextVar("scale", default=2.0)
+
+
+def locked(model: Any, x: Tensor) -> Tensor:
+    """Use things that cannot be looked into."""
+    with _lock:
+        return through(model, x) * _scale.get()
+
+
 KINDS: dict[str, tuple[Any, Any]] = {
     "a constant drawn after parameters": (
         setting(p=lambda m: torch.randn(WIDTH, WIDTH) / 4),
@@ -109,6 +120,14 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "a layer that is no submodule": (
         setting(hidden=lambda m: [nn.Linear(WIDTH, WIDTH).requires_grad_(False)]),
         lambda m, x: x + F.linear(x, m.weights()),
+    ),
+    "an object of its own, and a constant drawn": (
+        setting(own=lambda m: iter((1,)), p=lambda m: torch.rand(WIDTH, WIDTH)),
+        through,
+    ),
+    "a lock and a setting of a module, and a constant drawn": (
+        setting(p=lambda m: torch.rand(WIDTH, WIDTH)),
+        locked,
     ),
     "its own generator": (
         setting(
@@ -151,6 +170,16 @@ def test_constants_are_those_of_the_stock_model(name: str, warned: Any) -> None:
     assert bool(told) == (name in VALUES_NEEDED)
 
 
+def test_what_cannot_be_looked_into_is_no_reason_to_trace_anew() -> None:
+    """A module's lock is the same for all models; one of the model's own is not."""
+    marks = [
+        [template.template_of(task_of(partial(net, name), shape=(8,)))[1] for _ in "ab"]
+        for name in KINDS
+        if "lock" in name or "object" in name
+    ]
+    assert [len(set(each)) for each in marks] == [2, 1]
+
+
 def test_constants_that_miss_draws_are_seen(monkeypatch: Any) -> None:
     """Without the comparison of builds with other draws, the check above fails."""
     monkeypatch.setattr(template, "_NUM_OTHER_DRAWS", 0)
@@ -179,6 +208,13 @@ def test_constants_that_differ_at_each_place_are_refused(attribute: str) -> None
     kind = (setting(**{attribute: others.get(attribute)}), lambda m, x: x)
     kind = KINDS[UNSEEDED[attribute]] if attribute in UNSEEDED else kind
     with pytest.raises(InvalidTask, match=f"{attribute} is another one each time"):
+        build_chain(task_of(lambda: Net(*kind), shape=(8,)))
+
+
+def test_what_cannot_be_copied_is_refused() -> None:
+    """Each place has a copy; the error names the attribute."""
+    kind = setting(lock=lambda m: Lock()), lambda m, x: x
+    with pytest.raises(InvalidTask, match=r"lock cannot be copied .*global variable"):
         build_chain(task_of(lambda: Net(*kind), shape=(8,)))
 
 

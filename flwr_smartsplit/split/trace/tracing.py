@@ -9,6 +9,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from traceback import walk_tb
 from typing import Any
@@ -134,6 +135,12 @@ class _Tracer(fx.Tracer):
         """Make a node, unless fx would lose a switched-on context around it."""
         refuse_switches(f"{args[0]}" if args else kind)
         return super().create_proxy(kind, *args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Keep an output of transformers, which fx takes for a plain dict."""
+        if isinstance(a, dict) and is_dataclass(a):
+            a = self.create_proxy("call_function", type(a), (), dict(a))
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Make a proxy that notes augmented assignments."""
