@@ -1,7 +1,8 @@
 """What a step costs in all: ``python -m simulations.benchmarks.peers``.
 
 Five clients train the same batches in a plain loop, as clients of Flower's FedAvg, and
-with SmartSplit, all whole and all split over Ray: each in processes of its own, one
+with SmartSplit, all whole and all split over Ray; and, from copies that are named, with
+SplitFed V1 and slower. Each runs in processes of its own, one
 after the other, several times. CPU time is that of the whole process tree in the rounds
 after the first, so start-up is left out. Only ratios within one run mean anything.
 """
@@ -18,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 import typer
 from flwr.serverapp import Grid
@@ -26,42 +26,36 @@ from flwr.serverapp.strategy import FedAvg
 from rich.console import Console
 from rich.table import Table
 
-from flwr_smartsplit import Planning, Route, SmartSplit
-from flwr_smartsplit.plan.routes import RouteRequest
-from simulations.benchmarks.driven_rounds import MessageRounds, close, timed_round
+from flwr_smartsplit import Planning, RayEdge, SmartSplit
 from simulations.benchmarks.peers.jobs import (
-    EDGES,
     JOBS,
     Job,
+    batches_of,
     build_app,
+    split_at,
     task_of,
     train_plainly,
 )
-from simulations.benchmarks.trivial_clients import PLAIN
+from simulations.benchmarks.peers.splitfed import SplitFed
+from simulations.benchmarks.peers.work import Marks, Spent
+from simulations.benchmarks.rounds.driven_rounds import (
+    MessageRounds,
+    close,
+    timed_round,
+)
+from simulations.benchmarks.rounds.trivial_clients import PLAIN
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.runner import quiet_libraries, simulate_app
 from simulations.report.progress import progress_bar
 
+EDGES = (RayEdge(),)
 LOOP = "plain loop"
 FEDAVG = "FedAvg"
 WHOLE = "SmartSplit, all whole"
 SPLIT = "SmartSplit, all split"
-WAYS = (LOOP, FEDAVG, WHOLE, SPLIT)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spent:
-    """What some rounds took a step, in all processes."""
-
-    wall_ms: float
-    user_ms: float
-    system_ms: float
-    page_faults: float
-
-    @property
-    def cpu_ms(self) -> float:
-        """All processor time."""
-        return self.user_ms + self.system_ms
+SPLITFED = "SplitFed V1"
+SLOWER = "slower"
+SLOWER_MODULE = f"{__package__}.slower"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +66,15 @@ class Plan:
     num_clients: int
     num_rounds: int  # After the first
     num_workers: int
+    splitfed: Path | None = None
+    slower: Path | None = None
+
+    @property
+    def ways(self) -> list[str]:
+        """What is compared: the copies only if there are some."""
+        copies = {SPLITFED: self.splitfed, SLOWER: self.slower}
+        named = [way for way, path in copies.items() if path is not None]
+        return [LOOP, *named, FEDAVG, WHOLE, SPLIT]
 
     @property
     def num_steps(self) -> int:
@@ -79,41 +82,14 @@ class Plan:
         return self.num_rounds * self.num_clients * JOBS[self.job].num_batches
 
 
-def tree_times() -> tuple[float, float, float]:
-    """Add up seconds and page faults of this process and of all that it started."""
-    own = psutil.Process()
-    user, system, faults = 0.0, 0.0, 0.0
-    for process in (own, *own.children(recursive=True)):
-        try:
-            times, faults = process.cpu_times(), faults + _page_faults(process.pid)
-        except psutil.NoSuchProcess:
-            continue
-        user += times.user + times.children_user
-        system += times.system + times.children_system
-    return user, system, faults
-
-
-def _page_faults(pid: int) -> float:
-    """Read how often the system had to give a process a page; 0 if it does not say."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return 0.0
-    return float(text.rpartition(")")[2].split()[7])
-
-
 def measure(way: str, plan: Plan) -> Spent:
     """Run the rounds of one way, and say what those after the first took a step."""
-    job, marks = JOBS[plan.job], []
-
-    def mark() -> None:
-        marks.append((time.perf_counter(), *tree_times()))
+    job, marks = JOBS[plan.job], Marks(plan.num_rounds)
 
     def rounds(run: Callable[[int], Any]) -> None:
         for number in range(1, plan.num_rounds + 2):
             run(number)
-            if number in {1, plan.num_rounds + 1}:
-                mark()
+            marks.ended(number)
 
     def main(grid: Grid) -> None:
         while len(list(grid.get_node_ids())) < plan.num_clients:
@@ -126,30 +102,33 @@ def measure(way: str, plan: Plan) -> Spent:
 
     if way == LOOP:
         rounds(lambda _: _loop(job, plan.num_clients))
+    elif way == SPLITFED and plan.splitfed is not None:
+        splitfed = SplitFed(plan.splitfed, plan.num_clients, batches_of(job))
+        rounds(lambda _: splitfed.round())
     else:
         simulate_app(
-            build_app(job),
+            build_app(job, EDGES),
             main,
             num_clients=plan.num_clients,
             num_workers=plan.num_workers,
         )
-    each = [(b - a) / plan.num_steps for a, b in zip(*marks, strict=True)]
-    return Spent(
-        wall_ms=1e3 * each[0],
-        user_ms=1e3 * each[1],
-        system_ms=1e3 * each[2],
-        page_faults=each[3],
-    )
+    return marks.spent(plan.num_steps)
 
 
 def measure_apart(way: str, plan: Plan) -> Spent:
-    """Measure one way in a process of its own."""
-    arguments = (
-        *("--job", plan.job, "--clients", str(plan.num_clients)),
-        *("--rounds", str(plan.num_rounds), "--workers", str(plan.num_workers)),
-    )
+    """Measure one way in processes of its own."""
+    job, python = JOBS[plan.job], sys.executable
+    arguments = ["--clients", plan.num_clients, "--rounds", plan.num_rounds]
+    if way == SLOWER:
+        python, module = str(plan.slower), SLOWER_MODULE
+        arguments += ["--batch-size", job.batch_size, "--batches", job.num_batches]
+        arguments += ["--side", job.input_shape[-1]]
+    else:
+        module = str(__package__)
+        arguments += ["--only", way, "--job", plan.job, "--workers", plan.num_workers]
+        arguments += ["--splitfed", plan.splitfed] if way == SPLITFED else []
     done = subprocess.run(
-        [sys.executable, "-m", __package__, "--only", way, *arguments],
+        [python, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -174,18 +153,22 @@ def _rounds(way: str, job: Job, grid: Grid, num_clients: int) -> MessageRounds:
         task_of(job),
         EDGES if is_split else (),
         strategy=flower,
-        planning=Planning(choose_route=partial(_cut, job) if is_split else None),
+        planning=Planning(choose_route=partial(split_at, job) if is_split else None),
         journal=None,
     )
     return MessageRounds(strategy, grid, job.state(), {})
 
 
-def _cut(job: Job, request: RouteRequest) -> Route:
-    """Split every client at the same unit."""
-    if request.edge is None:
-        return Route.whole()
-    cut = max(1, round(job.cut_share * len(request.profile.units)))
-    return Route.split(cut, edge=request.edge)
+def in_turn(plan: Plan, repeats: int) -> dict[str, list[Spent]]:
+    """Measure all ways, one after the other, several times."""
+    found: dict[str, list[Spent]] = {way: [] for way in plan.ways}
+    with progress_bar() as progress:
+        bar = progress.add_task(plan.job, total=len(found) * repeats)
+        for _ in range(repeats):
+            for way, each in found.items():
+                each.append(measure_apart(way, plan))
+                progress.advance(bar)
+    return found
 
 
 def table_of(job: str, found: dict[str, list[Spent]]) -> Table:
@@ -223,29 +206,32 @@ def main(  # noqa: PLR0913 - one argument per option of the command line
     repeats: Annotated[int, typer.Option(min=1, help="Of each way, in turn.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 1,
     only: Annotated[str, typer.Option(help="Measure this way here, as JSON.")] = "",
+    splitfed: Annotated[
+        Path | None, typer.Option(help="A copy of SFLV1_ResNet_HAM10000.py.")
+    ] = None,
+    slower: Annotated[
+        Path | None, typer.Option(help="A Python with Flower 1.9, and slower.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Compare the CPU time of a training step in all processes."""
     if job not in JOBS:
         raise typer.BadParameter(f"--job is {job!r}: choose {' or '.join(JOBS)}.")
+    if (splitfed or slower) and job != "resnet18":
+        raise typer.BadParameter("the copies train --job resnet18 only.")
     torch.set_num_threads(1)
-    plan = Plan(job=job, num_clients=clients, num_rounds=rounds, num_workers=workers)
+    counts = {"num_clients": clients, "num_rounds": rounds, "num_workers": workers}
+    plan = Plan(job=job, splitfed=splitfed, slower=slower, **counts)
     if only:
         with quiet_libraries(verbose=False):
             spent = measure(only, plan)
         sys.stdout.write(json.dumps(asdict(spent)) + "\n")
         return
-    found: dict[str, list[Spent]] = {way: [] for way in WAYS}
-    with progress_bar() as progress:
-        bar = progress.add_task(job, total=len(WAYS) * repeats)
-        for _ in range(repeats):
-            for way in WAYS:
-                found[way].append(measure_apart(way, plan))
-                progress.advance(bar)
+    found = in_turn(plan, repeats)
     if as_json:
         rows = {way: list(map(asdict, spent)) for way, spent in found.items()}
-        load = os.getloadavg()[0]
-        sys.stdout.write(json.dumps({"load": load, "ways": rows}) + "\n")
+        report = {"load": os.getloadavg()[0], "ways": rows}
+        sys.stdout.write(json.dumps(report) + "\n")
         return
     Console().print(table_of(job, found))
 

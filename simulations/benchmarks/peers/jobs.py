@@ -4,7 +4,7 @@ One app holds our client and a plain one, as Flower's own examples have it; each
 says which of them it is for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -19,17 +19,20 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
-from flwr_smartsplit import RayEdge, SmartSplitNumPyClient, Task, build_client_app
+from flwr_smartsplit import Route, SmartSplitNumPyClient, Task, build_client_app
+from flwr_smartsplit.edge.hosts.edge import Edge
+from flwr_smartsplit.plan.routes import RouteRequest
 from flwr_smartsplit.split.build import state_of
-from simulations.benchmarks.trivial_clients import is_for_plain
+from simulations.benchmarks.peers.work import (
+    LEARNING_RATE,
+    NUM_CLASSES,
+    Batches,
+    noise,
+)
+from simulations.benchmarks.rounds.trivial_clients import is_for_plain
 from simulations.experiments.clients import build_task
 from simulations.studies.quickstart import quickstart
-
-EDGES = (RayEdge(),)
-NUM_CLASSES = 10
-Batches = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,7 @@ def task_of(job: Job) -> Task:
             example_inputs=torch.zeros(1, *job.input_shape),
         )
     if job.is_adam:
-        task = replace(task, optimizer_fn=partial(torch.optim.Adam, lr=1e-3))
+        task = replace(task, optimizer_fn=partial(torch.optim.Adam, lr=LEARNING_RATE))
     return task
 
 
@@ -99,28 +102,33 @@ def _torchvision(name: str) -> torch.nn.Module:
 @lru_cache(maxsize=2)
 def batches_of(job: Job) -> Batches:
     """Draw the batches that every client has."""
-    chance = torch.Generator().manual_seed(0)
-    return [
-        (
-            torch.randn(job.batch_size, *job.input_shape, generator=chance),
-            torch.randint(NUM_CLASSES, (job.batch_size,), generator=chance),
-        )
-        for _ in range(job.num_batches)
-    ]
+    shape, count = job.input_shape, job.num_batches
+    return noise(shape, batch_size=job.batch_size, count=count)
 
 
-def build_app(job: Job) -> ClientApp:
+def split_at(job: Job, request: RouteRequest) -> Route:
+    """Split every client at the same unit."""
+    if request.edge is None:
+        return Route.whole()
+    cut = max(1, round(job.cut_share * len(request.profile.units)))
+    return Route.split(cut, edge=request.edge)
+
+
+def build_app(job: Job, edges: Sequence[Edge]) -> ClientApp:
     """Make the app of both kinds of clients."""
-    return EitherClient(build_client_app(partial(build_client, job=job)), job)
+    client_fn = partial(build_client, job=job, edges=edges)
+    return EitherClient(build_client_app(client_fn), job)
 
 
-def build_client(context: Context, *, job: Job) -> SmartSplitNumPyClient:
+def build_client(
+    context: Context, *, job: Job, edges: Sequence[Edge]
+) -> SmartSplitNumPyClient:
     """Build our client of one partition; it has no budget."""
     return SmartSplitNumPyClient(
         task_of(job),
         batches_of(job),
         client_key=str(context.node_config["partition-id"]),
-        edges=EDGES,
+        edges=edges,
         num_examples=job.num_examples,
         batch_size=job.batch_size,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simulations.benchmarks.round_overhead import (
+from simulations.benchmarks.rounds.round_overhead import (
     FEDAVG,
     PLAIN_FEDAVG,
     SMARTSPLIT,

@@ -15,9 +15,9 @@ from flwr.common import parameters_to_ndarrays
 from flwr.server.server import fit_clients
 from typer.testing import CliRunner
 
-from simulations.benchmarks import driven_rounds, round_overhead
-from simulations.benchmarks.driven_rounds import RoundTime, timed_round
-from simulations.benchmarks.round_overhead import (
+from simulations.benchmarks.rounds import driven_rounds, round_overhead
+from simulations.benchmarks.rounds.driven_rounds import RoundTime, timed_round
+from simulations.benchmarks.rounds.round_overhead import (
     ALL_SPLIT,
     FEDAVG,
     PLAIN_FEDAVG,
@@ -27,13 +27,17 @@ from simulations.benchmarks.round_overhead import (
     Setting,
     measure,
 )
-from simulations.benchmarks.trivial_clients import build_app, initial_state, tiny_model
+from simulations.benchmarks.rounds.trivial_clients import (
+    build_app,
+    initial_state,
+    tiny_model,
+)
 from simulations.experiments.errors import ExperimentError
 from tests.in_process_grid import InProcessGrid
 from tests.tasks import differences
 
 NUM_CLIENTS, NUM_HIDDEN = 3, 8
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 WHOLE_WAYS = [PLAIN_FEDAVG, FEDAVG, SMARTSPLIT]
 
 
@@ -297,7 +301,12 @@ def test_it_measures_under_flowers_simulation():
     """Both APIs and all ways, those over Ray too, with two clients for a round."""
     options = ["--clients", "2", "--rounds", "1", "--workers", "1", "--json"]
     finished = subprocess.run(
-        [sys.executable, "-m", "simulations.benchmarks.round_overhead", *options],
+        [
+            sys.executable,
+            "-m",
+            "simulations.benchmarks.rounds.round_overhead",
+            *options,
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,6 +1,6 @@
 """What a round costs besides training.
 
-``python -m simulations.benchmarks.round_overhead``.
+``python -m simulations.benchmarks.rounds.round_overhead``.
 
 Clients with next to nothing to do take part in rounds of Flower's FedAvg and of
 SmartSplit, in turn: the same clients, none with a budget, so that all train the whole
@@ -32,7 +32,7 @@ from rich.table import Table
 
 from flwr_smartsplit import LegacySmartSplit, Planning, Route, SmartSplit
 from flwr_smartsplit.plan.routes import RouteRequest
-from simulations.benchmarks.driven_rounds import (
+from simulations.benchmarks.rounds.driven_rounds import (
     LegacyRounds,
     MessageRounds,
     Rounds,
@@ -40,7 +40,7 @@ from simulations.benchmarks.driven_rounds import (
     close,
     timed_round,
 )
-from simulations.benchmarks.trivial_clients import (
+from simulations.benchmarks.rounds.trivial_clients import (
     EDGES,
     PLAIN,
     build_app,

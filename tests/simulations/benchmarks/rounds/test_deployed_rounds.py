@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from simulations.benchmarks.deployed_rounds import (
+from simulations.benchmarks.rounds.deployed_rounds import (
     AFTER,
     BEFORE,
     Deployment,

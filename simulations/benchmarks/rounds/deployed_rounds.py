@@ -1,6 +1,6 @@
 """What a round costs in a deployment.
 
-``python -m simulations.benchmarks.deployed_rounds``.
+``python -m simulations.benchmarks.rounds.deployed_rounds``.
 
 ``examples/existing_fedavg_app``, ``before`` and ``after`` in turn, on the same
 SuperLink and SuperNodes, with an edge, all of which ``examples/deployment`` starts.
