@@ -3,8 +3,9 @@
 Metering slows down each operator, and what a step holds depends on the kind of its
 batch (shapes, dtypes, layouts), not on its values. So a sampled cap meters the first
 two steps of each kind, in which the optimizer allocates its state, and then one step in
-``every``. What these two held is remembered where the caller says of which steps it
-holds: then later rounds of the same kind are metered one step in ``every`` only.
+``every``. What a first and what a second step held is remembered where the caller says
+of which steps it holds: later rounds of the same kind are metered one step in ``every``
+only.
 """
 
 import threading
@@ -43,7 +44,20 @@ class KindOfStep:
     """What is known of the steps with one kind of batch."""
 
     num_steps: int = 0
-    peak_bytes: int | None = None  # Once two of them in a row were metered
+    first_bytes: int | None = None  # The peak of a round's first steps, once metered
+    later_bytes: int | None = None  # That of all others
+
+    def peak_bytes(self, seen: int) -> int | None:
+        """Return what a step holds that comes after so many of its round."""
+        return self.later_bytes if seen else self.first_bytes
+
+    def note(self, seen: int, peak_bytes: int) -> None:
+        """Note what such a step held."""
+        most = max(self.peak_bytes(seen) or 0, peak_bytes)
+        if seen:
+            self.later_bytes = most
+        else:
+            self.first_bytes = most
 
 
 KindsOfSteps = dict[Hashable, KindOfStep]
@@ -106,7 +120,6 @@ class MemoryCap:
         self.limit(budget_bytes)
         self._known: KindsOfSteps = {} if known is None else known
         self._steps_by_kind: dict[Hashable, int] = {}
-        self._most: dict[int, int] = {}  # Bytes, of the steps of each kind
         self._metered_threads: set[int] = set()
 
     @property
@@ -133,7 +146,6 @@ class MemoryCap:
         """Meter the next steps like the first ones: what is trained has changed."""
         self._known = {}
         self._steps_by_kind.clear()
-        self._most.clear()
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -162,7 +174,8 @@ class MemoryCap:
             yield
             if kind is not None and seen < _FIRST_STEPS:
                 self.meter.track(*owners)  # By now the optimizer has its state.
-                self.meter.peak_bytes = max(self.peak_bytes, kind.peak_bytes or 0)
+                known = kind.peak_bytes(seen) or 0
+                self.meter.peak_bytes = max(self.peak_bytes, known)
             return
         with self._noting(kind, seen):
             try:
@@ -174,15 +187,12 @@ class MemoryCap:
 
     @contextmanager
     def _noting(self, kind: KindOfStep | None, seen: int) -> Iterator[None]:
-        """Note what a step holds; of a kind it is known after the first two."""
+        """Note what a step holds."""
         before, self.meter.peak_bytes = self.peak_bytes, self.live_bytes
         try:
             yield
             if kind is not None:
-                most = max(self.peak_bytes, self._most.get(id(kind), 0))
-                self._most[id(kind)] = most
-                if seen == _FIRST_STEPS - 1 or kind.peak_bytes is not None:
-                    kind.peak_bytes = max(kind.peak_bytes or 0, most)
+                kind.note(seen, self.peak_bytes)
         finally:
             self.meter.peak_bytes = max(before, self.peak_bytes)
 
@@ -206,17 +216,17 @@ class MemoryCap:
             return None, 0
         leaves, nesting = tree_flatten(batch)
         name = str(nesting), *map(_kind_of, leaves)
-        kind = self._known.setdefault(name, KindOfStep())
-        kind.num_steps += 1
         seen = self._steps_by_kind.get(name, 0)
         self._steps_by_kind[name] = seen + 1
+        kind = self._known.setdefault(name, KindOfStep())
+        kind.num_steps += 1
         return kind, seen
 
     def _is_due(self, kind: KindOfStep | None, seen: int) -> bool:
         if kind is None:
             return self.mode is CapMode.STRICT
-        limit = self.meter.budget_bytes
-        if kind.peak_bytes is not None and (limit is None or kind.peak_bytes <= limit):
+        limit, peak = self.meter.budget_bytes, kind.peak_bytes(seen)
+        if peak is not None and (limit is None or peak <= limit):
             return (kind.num_steps - 1) % self.every == 0
         return seen < _FIRST_STEPS or seen % self.every == 0
 

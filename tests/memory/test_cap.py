@@ -426,14 +426,22 @@ def test_steps_that_are_known_are_metered_one_in_so_many():
     assert first.peak_bytes == second.peak_bytes == third.peak_bytes == 10 * FLOAT
 
 
-def test_only_kinds_that_were_metered_twice_in_a_row_are_known():
+def test_first_steps_and_later_ones_are_known_apart():
     """The second step finds what the optimizer made in the first."""
     known = {}
     assert held(MemoryCap(None, mode="sampled", known=known), [5]) == [0]
-    assert held(MemoryCap(None, mode="sampled", known=known), [5, 5, 7]) == [0, 1, 2]
+    assert held(MemoryCap(None, mode="sampled", known=known), [5, 5, 7]) == [1, 2]
     last = MemoryCap(None, mode="sampled", known=known)
-    assert held(last, [5, 5, 7, 7]) == [2, 3]
+    assert held(last, [5, 5, 7, 7]) == [3]
     assert last.peak_bytes == 14 * FLOAT
+
+
+def test_rounds_of_one_step_are_metered_once():
+    """A round after the other, each with a cap of its own."""
+    known = {}
+    rounds = [MemoryCap(None, mode="sampled", known=known) for _ in range(3)]
+    assert [held(cap, [5]) for cap in rounds] == [[0], [], []]
+    assert [cap.peak_bytes for cap in rounds] == [10 * FLOAT] * 3
 
 
 def test_a_larger_kind_does_not_count_for_a_smaller_one():

@@ -2,8 +2,9 @@
 
 Five clients train the same batches in a plain loop, as clients of Flower's FedAvg, and
 with SmartSplit, all whole and all split over Ray; and, from copies that are named, with
-SplitFed V1 and slower. Each runs in processes of its own, one
-after the other, several times. CPU time is that of the whole process tree in the rounds
+SplitFed V1 and slower. The plain loop also runs with pauses: a core that waits between
+two steps comes back slower. Each runs in processes of its own, one after the other,
+several times. CPU time is that of the whole process tree in the rounds
 after the first, so start-up is left out. Only ratios within one run mean anything.
 """
 
@@ -50,6 +51,7 @@ from simulations.report.progress import progress_bar
 
 EDGES = (RayEdge(),)
 LOOP = "plain loop"
+PAUSING = "plain loop, pausing"
 FEDAVG = "FedAvg"
 WHOLE = "SmartSplit, all whole"
 SPLIT = "SmartSplit, all split"
@@ -74,7 +76,7 @@ class Plan:
         """What is compared: the copies only if there are some."""
         copies = {SPLITFED: self.splitfed, SLOWER: self.slower}
         named = [way for way, path in copies.items() if path is not None]
-        return [LOOP, *named, FEDAVG, WHOLE, SPLIT]
+        return [LOOP, PAUSING, *named, FEDAVG, WHOLE, SPLIT]
 
     @property
     def num_steps(self) -> int:
@@ -100,8 +102,8 @@ def measure(way: str, plan: Plan) -> Spent:
         finally:
             close(driven.strategy)
 
-    if way == LOOP:
-        rounds(lambda _: _loop(job, plan.num_clients))
+    if way in {LOOP, PAUSING}:
+        rounds(lambda _: _loop(job, plan.num_clients, pauses=way == PAUSING))
     elif way == SPLITFED and plan.splitfed is not None:
         splitfed = SplitFed(plan.splitfed, plan.num_clients, batches_of(job))
         rounds(lambda _: splitfed.round())
@@ -138,10 +140,10 @@ def measure_apart(way: str, plan: Plan) -> Spent:
     return Spent(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _loop(job: Job, num_clients: int) -> None:
+def _loop(job: Job, num_clients: int, *, pauses: bool = False) -> None:
     """Train as many steps as a round has, in this process."""
     for _ in range(num_clients):
-        train_plainly(task_of(job).model_fn(), job)
+        train_plainly(task_of(job).model_fn(), job, pauses=pauses)
 
 
 def _rounds(way: str, job: Job, grid: Grid, num_clients: int) -> MessageRounds:

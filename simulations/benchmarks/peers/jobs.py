@@ -4,6 +4,7 @@ One app holds our client and a plain one, as Flower's own examples have it; each
 says which of them it is for.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -161,16 +162,23 @@ def plain_reply(message: Message, job: Job) -> Message:
     return Message(RecordDict({"arrays": state, "metrics": metrics}), reply_to=message)
 
 
-def train_plainly(model: torch.nn.Module, job: Job) -> float:
-    """Train a model on the batches; return the mean loss."""
+def train_plainly(model: torch.nn.Module, job: Job, *, pauses: bool = False) -> float:
+    """Train a model on the batches; return the mean loss.
+
+    With ``pauses`` it sleeps after each step as long as that took, as a device does
+    that waits for its edge.
+    """
     task = task_of(job)
     optimizer = task.optimizer_fn(model.parameters())
     model.train()
     total = 0.0
     for inputs, targets in batches_of(job):
+        started = time.perf_counter()
         optimizer.zero_grad()
         loss = task.loss_fn(model(inputs), targets)
         loss.backward()
         optimizer.step()
         total += loss.item()
+        if pauses:
+            time.sleep(time.perf_counter() - started)
     return total / job.num_batches

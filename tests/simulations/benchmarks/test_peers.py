@@ -72,6 +72,16 @@ def test_what_is_counted_grows_with_work():
     assert columns[5] == ["0.50", "1.00", "1.00"]
 
 
+def test_a_pause_is_as_long_as_a_step(monkeypatch):
+    slept = []
+    monkeypatch.setattr(jobs.time, "sleep", slept.append)
+    peers._loop(JOB, 2)
+    assert slept == []
+    peers._loop(JOB, 2, pauses=True)
+    assert len(slept) == 2 * JOB.num_batches
+    assert all(seconds > 0 for seconds in slept)
+
+
 SCRIPT = """
 import no_such_package  # As the real one needs data and more
 count = 0
@@ -139,6 +149,7 @@ def test_the_halves_are_those_of_the_split_client():
 def test_copies_are_compared_only_if_they_are_named(tmp_path):
     facts = {"job": "resnet18", "num_clients": 2, "num_rounds": 1, "num_workers": 1}
     ours = [peers.FEDAVG, peers.WHOLE, peers.SPLIT]
-    assert peers.Plan(**facts).ways == [peers.LOOP, *ours]
+    loops = [peers.LOOP, peers.PAUSING]
+    assert peers.Plan(**facts).ways == [*loops, *ours]
     both = peers.Plan(**facts, splitfed=tmp_path, slower=tmp_path).ways
-    assert both == [peers.LOOP, peers.SPLITFED, peers.SLOWER, *ours]
+    assert both == [*loops, peers.SPLITFED, peers.SLOWER, *ours]
