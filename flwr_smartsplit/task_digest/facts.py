@@ -15,6 +15,7 @@ from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -31,6 +32,7 @@ _COPY = "copy of "
 _OF_A_PLACE = (_COPY, "torch.cud")  # Of a machine, or its accelerator
 _EXAMPLES = ("example_inputs", "example_targets")
 _MOST_SHOWN = 3
+_known_models: "WeakKeyDictionary[nn.Module, Describer]" = WeakKeyDictionary()
 
 
 def task_facts(
@@ -49,12 +51,24 @@ def task_facts(
         if field.name in _EXAMPLES:
             value = tree_map(_example_text, value)
         describe(field.name, value)
-    describe.model(model)
+    found = _model_facts(task, model, is_anew=is_anew)
     return {
-        **_versions(describe.libraries),
+        **_versions(describe.libraries | found.libraries),
         **{f"torch.{name}": str(value) for name, value in torch_settings().items()},
         **describe.facts,
+        **found.facts,
     }
+
+
+def _model_facts(task: Task, model: nn.Module, *, is_anew: bool) -> Describer:
+    """Describe a model: once, since it is a template, unless ``is_anew``."""
+    if is_anew or model not in _known_models:
+        describe = Describer(_own_packages(task), is_anew=is_anew)
+        describe.model(model)
+        if is_anew:
+            return describe
+        _known_models[model] = describe
+    return _known_models[model]
 
 
 def all_facts(task: Task, model: nn.Module, *, is_anew: bool = False) -> dict[str, str]:

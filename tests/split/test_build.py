@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
+from flwr_smartsplit.split.segment import Unit
 from flwr_smartsplit.split.template import parameters_on_meta
 from tests.models import channels_last_cnn, resnet18, small_cnn, task_of
 from tests.oracle import compare
@@ -264,3 +265,35 @@ def test_the_state_of_a_module_is_a_contiguous_copy():
         for parameter in model.parameters():
             parameter.zero_()
     assert compare(as_tensors(before), as_tensors(state)) == []
+
+
+class Counted:
+    """A unit's method, of an object that changes."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, root: nn.Module, x: Tensor) -> Tensor:
+        """Count, and run."""
+        self.calls.append(1)
+        return root.get_submodule("0")(x)
+
+
+def counted_units(model: nn.Module) -> list[Unit]:
+    """List two units, of which one counts."""
+    last = Unit("last", lambda root, x: root.get_submodule("1")(x), ("1",))
+    return [Unit("first", Counted().__call__, ("0",)), last]
+
+
+def test_each_part_has_its_own_of_what_a_unit_changes():
+    """What never changes is shared: functions, and tuples of numbers."""
+    task = task_of(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), shape=(4,))
+    chain = build_chain(replace(task, units_fn=counted_units))
+    state = state_of(chain.model.to_empty(device="cpu"))
+    one, other = (materialise(chain, 0, 2, state) for _ in "ab")
+    one(torch.zeros(1, 4))
+    calls = [
+        len(part._Segment__units[0].forward.__self__.calls) for part in (one, other)
+    ]
+    assert calls[0] == calls[1] + 1
+    assert one._Segment__units[1] == other._Segment__units[1]
