@@ -131,6 +131,8 @@ def measure_apart(way: str, plan: Plan) -> Spent:
         arguments += ["--splitfed", plan.splitfed] if way == SPLITFED else []
     done = subprocess.run(
         [python, "-m", module, *map(str, arguments)],
+        # Else an error takes minutes: all tensors around it are printed.
+        env=os.environ | {"TYPER_STANDARD_TRACEBACK": "1"},
         capture_output=True,
         text=True,
         check=False,
