@@ -312,7 +312,8 @@ class _EdgeActor:
             profile=profile,
             device=device,
         )
-        with suppress(OSError):  # Who is near asks over Ray, as all others do.
+        self._near: UnixServer | None = None
+        with suppress(OSError):  # Else who is near asks over Ray, as all others do.
             self._near = UnixServer(
                 _socket(self._folder),
                 partial(answered, self._gate.handle),
@@ -332,6 +333,8 @@ class _EdgeActor:
         return _divide(b"".join(reply), len(parts))
 
     def clean_up(self) -> None:
+        if self._near is not None:
+            self._near.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -39,6 +39,8 @@ class UnixServer:
             raise OSError("this system has no Unix sockets.")
         self._answer = answer
         self._turns = BoundedSemaphore(max_at_once)
+        self._lock = Lock()
+        self._open: set[socket.socket] | None = set()  # None: it was closed.
         self._listening = socket.socket(_family, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)  # Of a process that was killed.
@@ -51,9 +53,12 @@ class UnixServer:
         Thread(target=self._accept, name=f"accept {path.name}", daemon=True).start()
 
     def close(self) -> None:
-        """Take no new connections."""
-        with suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)  # It wakes who waits there.
+        """End all connections, and take no new ones."""
+        with self._lock:
+            ends, self._open = [self._listening, *(self._open or ())], None
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # It wakes who waits there.
         self._listening.close()
 
     def _accept(self) -> None:
@@ -66,6 +71,10 @@ class UnixServer:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):  # The other end has gone.
+            with self._lock:
+                if self._open is None:
+                    return
+                self._open.add(connection)
             while True:
                 message = _received(connection)
                 with self._turns:
@@ -73,6 +82,9 @@ class UnixServer:
                 del message
                 _send(connection, reply)
                 del reply
+        with self._lock:
+            if self._open is not None:
+                self._open.discard(connection)
 
 
 class UnixClient:

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import ray
@@ -11,13 +13,14 @@ import ray
 from flwr_smartsplit import RayEdge, Route
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts import ray as ray_edge
+from flwr_smartsplit.edge.hosts.edge import BytesTransport
 from flwr_smartsplit.errors import EdgeUnreachable, StaleSession
 from flwr_smartsplit.types import EDGE, ClientReply
 from tests import test_defence
 from tests.faults import tail_files
 from tests.flower import test_codecs
 from tests.server.one_round import ROUND, fedavg, settle, start
-from tests.tasks import differences
+from tests.tasks import TASK, differences
 
 pytestmark = pytest.mark.ray
 
@@ -88,3 +91,34 @@ def test_tails_sealed_before_the_process_was_killed_still_count(
 def test_a_run_is_the_same_over_ray(run: ModuleType) -> None:
     """What is drawn comes from the devices, whichever process the edge is."""
     assert run.differences_over(RayEdge()) == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("is_near", [True, False])
+def test_who_is_near_talks_over_a_socket(
+    is_near: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """All others over Ray; here, since the socket's path would be too long."""
+    parent = tmp_path_factory.mktemp("n") / ("" if is_near else "x" * 120)
+    edge = RayEdge(spill_dir=str(parent))
+    address = edge.start(TASK)
+    try:
+        transport: Any = edge.connect(address)
+        carrier = transport.inner.carry.__self__
+        assert carrier.near._path.exists() == is_near
+        asked = []
+
+        class Handle:
+            """Note what is asked over Ray."""
+
+            def __getattr__(self, name: str) -> Any:
+                asked.append(name)
+                return getattr(carrier.actor, name)
+
+        noting = BytesTransport(replace(carrier, actor=Handle()).carry)
+        assert not noting.send(wire.IsHeld("nothing")).is_held
+        assert asked == ([] if is_near else ["handle"])
+    finally:
+        edge.stop(address)
+    with pytest.raises(EdgeUnreachable, match="does not answer"):
+        transport.send(wire.IsHeld("nothing"))
