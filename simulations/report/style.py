@@ -21,7 +21,10 @@ COLOURS = {
     "fedprox": "#a0a7b3",
     "fedadam": "#c9a27e",
 }
-OTHER_COLOURS = ("#7a3e9d", "#2f7d4f", "#b03060", "#2f9e8f", "#a3862a", "#8c564b")
+OTHER_COLOURS = (
+    *("#7a3e9d", "#2f7d4f", "#b03060", "#2f9e8f", "#a3862a", "#8c564b"),
+    *("#3b5bdb", "#e0559f", "#7cb518", "#343a40", "#c2410c", "#38bdf8"),
+)
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
