@@ -37,6 +37,7 @@ from simulations.studies.quickstart import quickstart
 
 Batches = list[tuple[Tensor, Tensor]]
 PLAIN = "plain PyTorch loop"
+OVER_RAY = "split, edge over Ray"
 
 
 @dataclass
@@ -133,8 +134,13 @@ def make_setting(data: str, model: str, *, batch_size: int, num_steps: int) -> S
     return Setting(task, batches, state_of(task.model_fn()), cut)
 
 
-def measure(setting: Setting, *, repeats: int) -> dict[str, dict[str, float]]:
-    """Time every way in turn, several times; return medians per step."""
+def measure(
+    setting: Setting, *, repeats: int, only: str = ""
+) -> dict[str, dict[str, float]]:
+    """Time every way in turn, several times; return medians per step.
+
+    ``only`` is a part of the names of some ways.
+    """
     split = Route.split(setting.cut)
     here, over_ray = LocalEdge(), RayEdge()
     pools = [EdgePool(edges, setting.task) for edges in ([], [here], [over_ray])]
@@ -143,8 +149,9 @@ def measure(setting: Setting, *, repeats: int) -> dict[str, dict[str, float]]:
         PLAIN: setting.plain_seconds,
         "whole route": lambda: run(Route.whole(), None, pools[0]),
         "split, edge in process": lambda: run(split, here, pools[1]),
-        "split, edge over Ray": lambda: run(split, over_ray, pools[2]),
+        OVER_RAY: lambda: run(split, over_ray, pools[2]),
     }
+    ways = {name: way for name, way in ways.items() if only in name}
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
@@ -162,21 +169,24 @@ def measure(setting: Setting, *, repeats: int) -> dict[str, dict[str, float]]:
     }
 
 
-def main(
+def main(  # noqa: PLR0913 - one argument per option of the command line
     *,
     data: Annotated[str, typer.Option(help="Sets the shape of the inputs.")] = "digits",
     model: Annotated[str, typer.Option(help="small or torchvision:NAME.")] = "small",
     batch_size: int = 16,
     num_steps: int = 50,
     repeats: int = 5,
+    only: Annotated[str, typer.Option(help="A part of some ways' names.")] = "",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Time one client's steps along each route, and say where the time goes."""
     torch.set_num_threads(1)
     setting = make_setting(data, model, batch_size=batch_size, num_steps=num_steps)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    if only in OVER_RAY:
+        options = {"include_dashboard": False, "log_to_driver": False}
+        ray.init(address="local", num_cpus=1, **options)
     try:
-        medians = measure(setting, repeats=repeats)
+        medians = measure(setting, repeats=repeats, only=only)
     finally:
         ray.shutdown()
     if as_json:
@@ -187,8 +197,9 @@ def main(
         waiting = ", ".join(
             f"{key} {1e3 * value:.2f}" for key, value in parts.items() if key != "total"
         )
-        ratio = parts["total"] / medians[PLAIN]["total"]
-        table.add_row(name, f"{1e3 * parts['total']:.2f}", f"{ratio:.2f}", waiting)
+        base = medians.get(PLAIN, parts)["total"]
+        ratio = f"{parts['total'] / base:.2f}" if PLAIN in medians else ""
+        table.add_row(name, f"{1e3 * parts['total']:.2f}", ratio, waiting)
     Console().print(table)
 
 
