@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from flwr_smartsplit.profile.profile import profile_chain as profile_chain
     from flwr_smartsplit.server.gate_schedule import GatePhase as GatePhase
     from flwr_smartsplit.server.gate_schedule import PruneSchedule as PruneSchedule
+    from flwr_smartsplit.server.hybrid import HybridFL as HybridFL
+    from flwr_smartsplit.server.momentum import Momentum as Momentum
+    from flwr_smartsplit.server.server_data import ServerData as ServerData
     from flwr_smartsplit.split.chain import Chain as Chain
     from flwr_smartsplit.split.segment import Unit as Unit
     from flwr_smartsplit.task import Task as Task
@@ -96,6 +99,9 @@ _NAMES_BY_MODULE = {
     "plan.selection.utility": "SelectByUtility",
     "profile.profile": "profile_chain",
     "server.gate_schedule": "GatePhase PruneSchedule",
+    "server.hybrid": "HybridFL",
+    "server.momentum": "Momentum",
+    "server.server_data": "ServerData",
     "split.chain": "Chain",
     "split.segment": "Unit",
     "task": "Task",

@@ -21,15 +21,14 @@ from flwr_smartsplit.flower.inner_strategy import (
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.planning import Planning
 from flwr_smartsplit.flower.registry import ClientKeys, ClientT, Owners
-from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.flower.round_exchange import Dispatch, Phase
 from flwr_smartsplit.flower.round_manager import (
-    BetweenRounds,
     CentralManager,
-    Phase,
     Settings,
 )
 from flwr_smartsplit.plan.codec_choice import CodecChoice, check_choice
 from flwr_smartsplit.server.aggregation import (
+    BetweenRounds,
     Mixing,
     Replace,
     ServerStep,
@@ -213,6 +212,10 @@ class SplitStrategy(Generic[StrategyT]):
             "between_rounds": settings.between_rounds,
             "seed": settings.seed,
         }
+        steps = settings.server_steps
+        firsts = [next(i for i, s in enumerate(steps) if s is step) for step in steps]
+        if len({*firsts}) < len(steps):
+            values["server_steps that are one object"] = firsts
         if settings.codec is not None:
             values["codec"] = settings.codec
         return settings_facts(task, values)

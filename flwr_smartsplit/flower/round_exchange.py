@@ -1,4 +1,4 @@
-"""Dispatch: one phase of a round, in either of Flower's APIs."""
+"""Phase and Dispatch: what is asked in a round, in either of Flower's APIs."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,6 +73,19 @@ class Answer:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One phase of one round, as Flower asks for it.
+
+    ``sample_size(available)`` is how many clients to choose; ``config`` is the user's.
+    """
+
+    round_number: int
+    is_train: bool
+    sample_size: Callable[[int], int]
+    config: Mapping[str, Any]
+
+
 @dataclass
 class Dispatch:
     """One phase of one round: what each client is sent, and the size of the replies.
@@ -85,6 +98,9 @@ class Dispatch:
     started_seconds: float
     version: int = 0  # of the global state that was sent: the round, if synchronous
     digest: str = ""  # under which the edges hold that state
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the round
+    # Of all clients there, chosen or not; None where a client does not share them
+    label_counts: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
     contacts: Mapping[str, Any] = field(default_factory=dict)  # Member or LegacyClient
     messages: dict[str, Any] = field(default_factory=dict)  # Metadata of those sent
     sent: dict[str, Sent] = field(default_factory=dict)

@@ -4,17 +4,15 @@ It knows clients by client_key and states by name, whichever of Flower's APIs ca
 them, so the same replies give the same bits.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import INFO, getLogger
 from pathlib import Path
 from random import Random
-from typing import Any
-
-import numpy.typing as npt
 
 from flwr_smartsplit.edge.hosts.edge import Edge
+from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.tensors import digest_of
 from flwr_smartsplit.errors import InvalidTask, RefusedReply
 from flwr_smartsplit.flower.journal.journal import Journal, OnRow
@@ -23,6 +21,7 @@ from flwr_smartsplit.flower.observations import cohort_in, observed
 from flwr_smartsplit.flower.planning import Planning
 from flwr_smartsplit.flower.round_exchange import (
     Dispatch,
+    Phase,
     Sent,
     changed_names,
     device_names,
@@ -44,11 +43,14 @@ from flwr_smartsplit.profile.example_shapes import (
 from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
+    BetweenRounds,
     Mixing,
+    RoundStart,
     RoundSummary,
     ServerStep,
     Settled,
     next_state,
+    prepare,
     settle_round,
     state_like,
 )
@@ -74,9 +76,6 @@ from flwr_smartsplit.types import (
     Variant,
 )
 
-State = Mapping[str, npt.NDArray[Any]]
-BetweenRounds = Callable[[int, State, RoundSummary], State | None]
-"""Called with each settled round's number, state and summary; may replace the state."""
 _log = getLogger("flwr")
 
 
@@ -92,19 +91,6 @@ class Settings:
     on_row: Sequence[OnRow]
     between_rounds: BetweenRounds | None
     codec: CodecChoice
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """One phase of one round, as Flower asks for it.
-
-    ``sample_size(available)`` is how many clients to choose; ``config`` is the user's.
-    """
-
-    round_number: int
-    is_train: bool
-    sample_size: Callable[[int], int]
-    config: Mapping[str, Any]
 
 
 class CentralManager:
@@ -137,10 +123,7 @@ class CentralManager:
         self._constraints = replace(constraints, kept_units=kept)
         self.server_steps = settings.server_steps
         if take_step is not None:
-            first = self.chain.first_names
-            named = self.chain.model.named_parameters()
-            trained = frozenset(first[name] for name, _ in named)
-            step = ServerOptimizer(take_step, trained)
+            step = ServerOptimizer(take_step, self.chain.parameter_names)
             self.server_steps = (step, *settings.server_steps)
         self._profiles: dict[tuple[BatchKind, int, Variant], ChainProfile] = {}
         self.shapes: dict[str, Shapes] = {}  # Of the longest examples, by client
@@ -171,13 +154,7 @@ class CentralManager:
         self.chain.check_aliases(state)
         if not self._sent.is_still(state):
             self._state, self._sent = state, GlobalState.of(state, self._changing)
-        dispatch = Dispatch(
-            phase.round_number,
-            phase.is_train,
-            self.settings.planning.clock(),
-            version=phase.round_number,
-            digest=self._sent.digest,
-        )
+        dispatch = self._started(phase, clients)
         clients = self._with_shapes(self._begun(phase, clients))
         plan, addresses = self._planned(phase, clients)
         if self.task.schedule_fn is None:
@@ -208,8 +185,7 @@ class CentralManager:
     def why_nothing_merged(self) -> str:
         """Say why all rounds so far left the model as it was."""
         causes = [failure.cause for failure in self.rounds.failures]
-        for plan in self.round_plans[-1:]:
-            causes += [plan.skipped[key] for key in sorted(plan.unfit)]
+        causes += [why for plan in self.round_plans[-1:] for why in plan.unfit_causes]
         return (
             "nobody's training was merged in any round, so the model is still the "
             f"initial one: {most_common(causes)}"
@@ -244,9 +220,8 @@ class CentralManager:
         self._end(dispatch, settled.accepted, failures, received)
         self.has_merged = self.has_merged or settled.state is not None
         if not settled.accepted:
-            plan = self.round_plans[-1]
-            skipped = [plan.skipped[key] for key in sorted(plan.unfit)]
-            causes = [*(failure.cause for failure in failures), *skipped]
+            unfit = self.round_plans[-1].unfit_causes
+            causes = [*(failure.cause for failure in failures), *unfit]
             self.rounds.write_unmerged(dispatch.round_number, causes)
         return settled
 
@@ -260,6 +235,8 @@ class CentralManager:
             staleness=self._newest - dispatch.version,
             reports={key: reply.report for key, reply in settled.accepted.items()},
             failures=tuple(failures),
+            config=dispatch.config,
+            label_counts=dispatch.label_counts,
         )
         if state is not None:
             state = next_state(
@@ -280,6 +257,29 @@ class CentralManager:
             # Nobody holds it yet; the phase that sends it names it.
             self._sent = GlobalState(rest=self._sent.rest)
         return state
+
+    def _started(self, phase: Phase, clients: Mapping[str, DeviceProfile]) -> Dispatch:
+        """Begin a phase, and tell the server's steps of a round to train."""
+        dispatch = Dispatch(
+            phase.round_number,
+            phase.is_train,
+            self.settings.planning.clock(),
+            version=phase.round_number,
+            digest=self._sent.digest,
+            config=config_values(phase.config),
+            label_counts={k: c.traits.label_counts for k, c in clients.items()},
+        )
+        if phase.is_train:
+            start = RoundStart(
+                round_number=dispatch.round_number,
+                task=self.task,
+                seed=self.settings.seed,
+                state=self._state,
+                parameter_names=self.chain.parameter_names,
+                label_counts=dispatch.label_counts,
+            )
+            prepare(self.server_steps, start)
+        return dispatch
 
     def _without_kept(self, sent: Sent) -> Sent:
         """Leave out the frozen arrays that a client's node has kept."""

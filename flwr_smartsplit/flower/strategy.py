@@ -28,8 +28,7 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import Fleet
-from flwr_smartsplit.flower.round_exchange import Dispatch
-from flwr_smartsplit.flower.round_manager import Phase
+from flwr_smartsplit.flower.round_exchange import Dispatch, Phase
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     message_layout,
@@ -72,7 +71,8 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
     mixing : Mixing
         How much the clients' mean counts against the present state.
     server_steps : Sequence[ServerStep]
-        What the server adds after the inner strategy's step, in this order.
+        What the server adds after the inner strategy's step, in this order, such as
+        ``Momentum()`` and ``ServerData(loader)``.
     seed : int
         Seed of the sampling and of the clients' random streams.
     journal : str or Path, optional

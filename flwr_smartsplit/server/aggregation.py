@@ -5,9 +5,9 @@ Both strategies call these functions, so the same replies give the same bits.
 """
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from flwr_smartsplit.edge.weighted_mean import add_states, add_sums, merge
 from flwr_smartsplit.errors import EdgeError, RefusedReply, SmartSplitError, TailLost
 from flwr_smartsplit.server.acceptance import check_reply, refusal
 from flwr_smartsplit.server.edge_pool import EdgePool
+from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import ClientReply, Expectation, Failure, StepReport
 
 
@@ -43,12 +44,23 @@ class RoundSummary:
         The merged clients' measurements, in client_key order.
     failures : tuple[Failure, ...]
         The clients and edges that failed.
+    config : Mapping[str, Any]
+        What the clients were told of the round, such as its number and learning rate.
+    label_counts : Mapping[str, tuple[int, ...] or None]
+        Examples of each class, of all clients that were there, merged or not, by
+        client_key; None where a client does not share them.
     """
 
     round_number: int
     staleness: int = 0
     reports: Mapping[str, StepReport]
     failures: tuple[Failure, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    label_counts: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
+
+
+BetweenRounds = Callable[[int, State, RoundSummary], State | None]
+"""Called with each settled round's number, state and summary; may replace the state."""
 
 
 class Mixing(Protocol):
@@ -89,6 +101,53 @@ class ServerStep(Protocol):
         summary : RoundSummary
             What was merged.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStart:
+    """A training round that is about to begin, for steps that prepare for it.
+
+    Parameters
+    ----------
+    round_number : int
+        The round, counted from 1, with which a run begins.
+    task : Task
+        What the clients train.
+    seed : int
+        Root of the run's random streams.
+    state : Mapping[str, ndarray]
+        The global state that the clients begin with.
+    parameter_names : frozenset[str]
+        Which arrays are parameters; the others are buffers.
+    label_counts : Mapping[str, tuple[int, ...] or None]
+        Examples of each class, of all clients that are there, by client_key; None
+        where a client does not share them.
+    """
+
+    round_number: int
+    task: Task
+    seed: int
+    state: State
+    parameter_names: frozenset[str]
+    label_counts: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
+
+
+@runtime_checkable
+class PreparedStep(ServerStep, Protocol):
+    """A server step that is told of each training round before anything is sent."""
+
+    def prepare(self, start: RoundStart) -> None:
+        """Prepare for a round; raise a ``SmartSplitError`` if the step cannot work.
+
+        A step that stands in ``server_steps`` twice is told once.
+        """
+
+
+def prepare(server_steps: Sequence[ServerStep], start: RoundStart) -> None:
+    """Tell the steps that want to know of a round that is about to begin."""
+    for each in {id(step): step for step in server_steps}.values():
+        if isinstance(each, PreparedStep):
+            each.prepare(start)
 
 
 def next_state(

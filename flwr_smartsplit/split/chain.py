@@ -239,6 +239,12 @@ class Chain:
             for name in names
         }
 
+    @cached_property
+    def parameter_names(self) -> frozenset[str]:
+        """Name all parameters as they are trained; the rest of a state is buffers."""
+        first = self.first_names
+        return frozenset(first[name] for name, _ in self.model.named_parameters())
+
     def with_aliases(self, state: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
         """Give all names of one tensor in a state the value that was trained."""
         first = self.first_names

@@ -88,6 +88,11 @@ class RoundPlan:
     skipped: Mapping[str, str]
     unfit: frozenset[str] = frozenset()
 
+    @property
+    def unfit_causes(self) -> list[str]:
+        """Why each of those has no route, in client_key order."""
+        return [self.skipped[key] for key in sorted(self.unfit)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientPlan:
