@@ -84,6 +84,7 @@ def build_client(
         budget_bytes=budget_of(devices[client]),
         edges=edges_of(experiment),
         traits=traits_of(experiment, client, devices[client]),
+        local_epochs=experiment.local_epochs,
         step_seconds=clock.step_seconds,
         seed=experiment.seed,
     )

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simulations.experiments.errors import ExperimentError
 from simulations.experiments.experiment import TORCHVISION, Experiment
+from simulations.experiments.partitions import WithServer
 
 NAMES = ("digits", "fashion_mnist", "cifar10")
 DIGITS_TEST_EXAMPLES = 360
@@ -193,6 +194,24 @@ def train_loader(experiment: Experiment, client: int) -> DataLoader[Batch]:
     A last batch of a single example is dropped: batch normalisation cannot use it.
     """
     images, indices = load_images(experiment), client_indices(experiment)[client]
+    return _loader(
+        experiment,
+        _Examples(images.x_train[indices], images.y_train[indices]),
+        shuffle=True,
+        drop_last=len(indices) % experiment.batch_size == 1,
+    )
+
+
+def server_loader(experiment: Experiment) -> DataLoader[Batch]:
+    """Batch the examples that the server holds, shuffled anew in every pass."""
+    partition = experiment.partition
+    if not isinstance(partition, WithServer):
+        raise ExperimentError(
+            f"the server has no examples in the partition {partition}: take "
+            "WithServer(clients=...), as the suite server_data does."
+        )
+    images = load_images(experiment)
+    indices = partition.server_indices(images.y_train, seed=experiment.seed)
     return _loader(
         experiment,
         _Examples(images.x_train[indices], images.y_train[indices]),

@@ -18,6 +18,7 @@ LEAST = {
     "num_clients": 2,
     "num_rounds": 1,
     "batch_size": 2,
+    "local_epochs": 1,
     "num_workers": 1,
     "seed": 0,
     "max_train_examples": 1,
@@ -52,6 +53,7 @@ class Experiment:
     batch_size: int = 16  # Examples per training step
     learning_rate: float = 0.03  # Of SGD, restarted every round as in FedAvg
     momentum: float = 0.9
+    local_epochs: int = 1  # Passes of a client over its examples in a round
     seed: int = 0  # Root of every random choice
     num_workers: int = 2  # Clients that train at once, a process and a CPU each
     in_process: bool = False  # Clients and edges, one by one, without Flower's engine

@@ -32,7 +32,10 @@ class Partition(Protocol):
     """A way to divide examples by their labels; frozen, so it can be a cache key."""
 
     def divide(self, labels: Labels, *, num_clients: int, seed: int) -> list[Indices]:
-        """Return each client's indices into ``labels``, every index exactly once."""
+        """Return each client's indices into ``labels``, every index exactly once.
+
+        Those that ``WithServer`` gives to the server are nobody else's.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,63 @@ class OwnLabels:
         return [
             np.concatenate(parts) for parts in zip([*own, *strong], shared, strict=True)
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Examples are sorted by class and cut into equal shards, some for each client.
+
+    The division of McMahan et al., 2017: with 2 shards, most clients have 2 classes.
+    """
+
+    per_client: int = 2
+
+    def divide(self, labels: Labels, *, num_clients: int, seed: int) -> list[Indices]:
+        """Return each client's indices into ``labels``, every index exactly once."""
+        num_shards = num_clients * self.per_client
+        if not 0 < num_shards <= len(labels):
+            raise ExperimentError(
+                f"{len(labels)} examples cannot be cut into {self.per_client} shards "
+                f"for each of {num_clients} clients: take more examples, fewer "
+                "clients, and at least 1 shard each."
+            )
+        rng = np.random.default_rng(seed)
+        deck = rng.permutation(len(labels))
+        by_class = deck[np.argsort(labels[deck], kind="stable")]
+        shards = np.array_split(by_class, num_shards)
+        dealt = rng.permutation(num_shards).reshape(num_clients, self.per_client)
+        return [np.concatenate([shards[shard] for shard in hand]) for hand in dealt]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithServer:
+    """The server holds a share of the examples, of some classes; clients the rest."""
+
+    clients: Partition  # How the rest is divided
+    fraction: float = 0.1  # The server's share of all examples
+    num_classes: int = 5  # How many classes it has, drawn by the seed
+
+    def divide(self, labels: Labels, *, num_clients: int, seed: int) -> list[Indices]:
+        """Return each client's indices into ``labels``, without the server's."""
+        servers = self.server_indices(labels, seed=seed)
+        rest = np.setdiff1d(np.arange(len(labels)), servers)
+        shares = self.clients.divide(labels[rest], num_clients=num_clients, seed=seed)
+        return [rest[share] for share in shares]
+
+    def server_indices(self, labels: Labels, *, seed: int) -> Indices:
+        """Return the server's indices into ``labels``."""
+        rng, known = np.random.default_rng((seed, 1)), np.unique(labels)
+        classes = rng.permutation(known)[: self.num_classes]
+        deck = rng.permutation(len(labels))
+        held = deck[np.isin(labels[deck], classes)]
+        wanted = round(self.fraction * len(labels))
+        if not 0 < wanted <= len(held) or not 0 < self.num_classes <= len(known):
+            raise ExperimentError(
+                f"the server cannot hold {self.fraction} of {len(labels)} examples, "
+                f"from {self.num_classes} of {len(known)} classes: these have "
+                f"{len(held)}. Take another share, or more classes."
+            )
+        return held[:wanted]
 
 
 def topped_up(shares: Iterable[Indices], *, min_examples: int) -> list[Indices]:

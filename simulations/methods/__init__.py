@@ -9,6 +9,7 @@ from simulations.methods.heterofl import HETEROFL
 from simulations.methods.method import Method
 from simulations.methods.oort import OORT
 from simulations.methods.power_of_choice import POWER_OF_CHOICE
+from simulations.methods.server_steps import SERVER_STEPS
 from simulations.methods.smartsplit import CODED, SMARTSPLIT, VARIANTS
 from simulations.methods.splitfed import SPLITFED
 from simulations.methods.stock import STOCK
@@ -29,6 +30,7 @@ METHODS: dict[str, Method] = {
         CODED,
         *VARIANTS,
         *CROSSINGS,
+        *SERVER_STEPS,
     )
 }
 """Every method by its name, in the order of reports."""

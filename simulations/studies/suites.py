@@ -11,6 +11,7 @@ from simulations.studies.measurement import Measurement
 from simulations.studies.memory.suite import MEMORY
 from simulations.studies.quickstart import quickstart
 from simulations.studies.scale.suite import SCALE
+from simulations.studies.server_data import SERVER_DATA
 from simulations.studies.study import LEARNING_CLAIMS, Study
 from simulations.studies.traffic import TRAFFIC
 from simulations.studies.zoo.suite import ZOO
@@ -18,7 +19,9 @@ from simulations.studies.zoo.suite import ZOO
 SUITES: dict[str, Callable[[str], Experiment]] = {"quickstart": quickstart}
 """Suites that train in rounds, each on a data set."""
 
-STUDIES: dict[str, Study] = {s.name: s for s in (ACCURACY, LATENCY, ABLATION, TRAFFIC)}
+STUDIES: dict[str, Study] = {
+    s.name: s for s in (ACCURACY, LATENCY, ABLATION, TRAFFIC, SERVER_DATA)
+}
 """Suites of several cases and seeds."""
 
 MEASUREMENTS: dict[str, Measurement] = {

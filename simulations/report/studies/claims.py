@@ -268,6 +268,20 @@ CLAIMS: dict[str, Claim] = {
         },
         needs="edge_bytes_up",
     ),
+    "server": Claim(
+        title="What the server adds",
+        text="Points and rounds against fedavg, which leaves the server's data unused. "
+        "Of the rounds to the target, the ratio is the geometric mean over the seeds "
+        "that both reach. Simulated seconds do not count what the server trains.",
+        cells={
+            "mean of last 5": accuracy_cell(TAIL),
+            f"points against {CEILING}": gain_cell(None, CEILING, TAIL),
+            "final, points": gain_cell(None, CEILING, FINAL),
+            "rounds to target (seeds that reach it)": _rounds_cell,
+            f"rounds / {CEILING}": ceiling_cell("rounds_to_target"),
+            "a round takes here": of_seeds("seconds_per_round", seconds_text),
+        },
+    ),
     "energy": Claim(
         title="What energy it takes",
         text="Simulated joules above idle of a whole run, all devices together, mean "

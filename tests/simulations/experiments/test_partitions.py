@@ -15,6 +15,8 @@ from simulations.experiments.partitions import (
     Iid,
     OwnLabels,
     Pathological,
+    Shards,
+    WithServer,
     topped_up,
 )
 from simulations.fleets.presets import weak_clients
@@ -29,6 +31,7 @@ PARTITIONS = [
     Pathological(classes_per_client=2),
     OwnLabels(num_own=5),
     OwnLabels(num_own=1),
+    Shards(2),
 ]
 
 
@@ -125,6 +128,28 @@ def test_pathological_clients_hold_so_many_classes_at_most():
     assert max(held) == 2
 
 
+def test_two_shards_are_two_classes_or_a_border_between_two():
+    """600 examples in 24 shards of 25: a class has 60, so two borders each."""
+    shares = divide(Shards(2))
+    held = [len(set(LABELS[share].tolist())) for share in shares]
+
+    assert {len(share) for share in shares} == {50}
+    assert max(held) <= 4 and np.mean(held) < 3
+    assert np.mean([len(set(LABELS[s].tolist())) for s in divide(Iid())]) > 9
+
+
+def test_what_the_server_holds_is_nobody_elses():
+    partition = WithServer(clients=Shards(2), fraction=0.1, num_classes=5)
+    servers, shares = partition.server_indices(LABELS, seed=3), divide(partition)
+
+    assert len(servers) == 60
+    assert len(set(LABELS[servers].tolist())) == 5
+    assert coverage_problems([*shares, servers], len(LABELS)) == []
+    assert coverage_problems(shares, len(LABELS)) == sorted(servers.tolist())
+    others = partition.server_indices(LABELS, seed=4)
+    assert set(others.tolist()) != set(servers.tolist())
+
+
 def test_a_small_alpha_makes_clients_less_even_than_a_large_one():
     def spread(alpha):
         return np.std([len(share) for share in divide(Dirichlet(alpha=alpha))])
@@ -155,6 +180,10 @@ def test_topping_up_takes_from_the_largest():
     [
         (OwnLabels(num_own=10), "choose 1..9"),
         (Pathological(classes_per_client=11), "at most 10 classes each"),
+        (Shards(51), "51 shards for each of 12 clients"),
+        (Shards(0), "at least 1 shard each"),
+        (WithServer(clients=Iid(), fraction=0.6), "the server cannot hold 0.6"),
+        (WithServer(clients=Iid(), num_classes=11), "from 11 of 10 classes"),
     ],
 )
 def test_an_impossible_division_says_what_would_be_possible(partition, words):
