@@ -49,13 +49,13 @@ CIFAR = replace(
 )
 
 CLAIM = (
-    "feddu should be above fedavg in every seed, and above hybrid, which has the same "
-    "data. It has not seen more of the clients' data."
+    "feddu should be above fedavg in every seed, most so in the first rounds. hybrid "
+    "has the same data and counts them in each round, feddu less and less: which of "
+    "them ends above the other is what there is to see."
 )
 MOMENTUM_CLAIM = (
-    "Momentum on the devices and on the server each add to that: feddu_momentum should "
-    "be above fedavgm, which has no data. feddum, as published, averages the changes "
-    "and lags ten rounds behind, so that it needs many more rounds."
+    "feddu_momentum should be above fedavgm, which has no data. feddum, as published, "
+    "averages the changes and lags behind them, so that it should need more rounds."
 )
 
 

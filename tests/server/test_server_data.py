@@ -16,8 +16,10 @@ from flwr_smartsplit.server import own_data
 from flwr_smartsplit.server.aggregation import RoundStart, RoundSummary
 from flwr_smartsplit.server.own_data import between
 from flwr_smartsplit.server.server_data import ServerTraining
+from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.types import StepReport
-from tests.tasks import SHAPE, TASK, State, differences, initial_state
+from flwr_smartsplit.verify.reference import train_stock
+from tests.tasks import SHAPE, TASK, State, differences, initial_state, tiny_chain
 
 COUNTS = {"a": (4, 0, 0), "b": (0, 3, 0), "c": (1, 1, 6)}
 LABELS = (2, 6, 2)
@@ -105,8 +107,7 @@ def test_the_accuracy_is_that_of_the_merged_model() -> None:
     """Found here by the stock module; the loss, too."""
     made = prepared()
     after(made)
-    model = TASK.model_fn()
-    model.load_state_dict({n: torch.tensor(a) for n, a in initial_state().items()})
+    model = stock(initial_state())
     inputs, targets = server_loader().dataset.tensors  # type: ignore[attr-defined]
     with torch.no_grad():
         outputs = model.eval()(inputs)
@@ -155,6 +156,27 @@ def test_at_most_a_thousandth_changes_no_bit() -> None:
     assert differences(after(near), initial_state()) == []
     assert 0 < near.trainings[0].weight <= 0.001
     assert differences(after(prepared(strength=0.01)), initial_state()) != []
+
+
+def stock(state: State) -> Any:
+    """Build the stock module with a state."""
+    model = TASK.model_fn()
+    model.load_state_dict({n: torch.tensor(a) for n, a in state.items()})
+    return model
+
+
+def test_the_server_trains_as_the_stock_module_in_a_plain_loop_does() -> None:
+    """Bit for bit, in two passes; planted: random streams of another name."""
+    made = ServerData(server_loader(), epochs=2)
+    made.prepare(start())
+    found = dict(made._run.data.trained(initial_state(), 2, {}))
+    for name, is_same in (("<server>", True), ("c0", False)):
+        streams, model = UnitStreams(3, 2, name), stock(initial_state())
+        batches = [b for e in range(2) for b in streams.batches(server_loader(), e)]
+        how = {"chain": tiny_chain(), "streams": streams, "ends": batches[:1]}
+        train_stock(model, TASK, batches, **how)
+        trained = {n: v.numpy() for n, v in model.state_dict().items()}
+        assert (differences(found, trained) == []) is is_same
 
 
 # --- undoing --------------------------------------------------------------------------
