@@ -3,16 +3,15 @@
 Metering slows down each operator, and what a step holds depends on the kind of its
 batch (shapes, dtypes, layouts), not on its values. So a sampled cap meters the first
 two steps of each kind, in which the optimizer allocates its state, and then one step in
-``every``. What a first and what a second step held is remembered where the caller says
-of which steps it holds: later rounds of the same kind are metered one step in ``every``
-only.
+``every``. What they held is remembered, by their place in the round, where the caller
+says of which steps it holds: then later rounds are metered one step in ``every`` only.
 """
 
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
 from functools import lru_cache
 from typing import Any
 
@@ -39,25 +38,24 @@ class CapMode(StrEnum):
         raise ValueError(f"the cap's mode is {value!r}: choose one of {names}.")
 
 
+class Place(Enum):
+    """Where a step is in its round: the optimizer has its state after the first."""
+
+    FIRST = "first"
+    FIRST_OF_ITS_KIND = "first of its kind"
+    LATER = "later"
+
+
 @dataclass(slots=True)
 class KindOfStep:
     """What is known of the steps with one kind of batch."""
 
     num_steps: int = 0
-    first_bytes: int | None = None  # The peak of a round's first steps, once metered
-    later_bytes: int | None = None  # That of all others
+    peak_bytes: dict[Place, int] = field(default_factory=dict)  # Once it was metered
 
-    def peak_bytes(self, seen: int) -> int | None:
-        """Return what a step holds that comes after so many of its round."""
-        return self.later_bytes if seen else self.first_bytes
-
-    def note(self, seen: int, peak_bytes: int) -> None:
-        """Note what such a step held."""
-        most = max(self.peak_bytes(seen) or 0, peak_bytes)
-        if seen:
-            self.later_bytes = most
-        else:
-            self.first_bytes = most
+    def note(self, place: Place, peak_bytes: int) -> None:
+        """Note what a step held."""
+        self.peak_bytes[place] = max(self.peak_bytes.get(place, 0), peak_bytes)
 
 
 KindsOfSteps = dict[Hashable, KindOfStep]
@@ -169,15 +167,18 @@ class MemoryCap:
         MemoryCapExceeded
             At the operator that exceeds the cap.
         """
+        is_first = not self._steps_by_kind
         kind, seen = self._counted(batch)
-        if not self._is_due(kind, seen):
+        place = Place.LATER if seen else Place.FIRST_OF_ITS_KIND
+        place = Place.FIRST if is_first else place
+        peak = None if kind is None else kind.peak_bytes.get(place)
+        if not self._is_due(kind, seen, peak):
             yield
             if kind is not None and seen < _FIRST_STEPS:
                 self.meter.track(*owners)  # By now the optimizer has its state.
-                known = kind.peak_bytes(seen) or 0
-                self.meter.peak_bytes = max(self.peak_bytes, known)
+                self.meter.peak_bytes = max(self.peak_bytes, peak or 0)
             return
-        with self._noting(kind, seen):
+        with self._noting(kind, place):
             try:
                 with self._metered():
                     self.meter.track(*owners, batch)
@@ -186,13 +187,13 @@ class MemoryCap:
                 self.meter.forget(batch)
 
     @contextmanager
-    def _noting(self, kind: KindOfStep | None, seen: int) -> Iterator[None]:
+    def _noting(self, kind: KindOfStep | None, place: Place) -> Iterator[None]:
         """Note what a step holds."""
         before, self.meter.peak_bytes = self.peak_bytes, self.live_bytes
         try:
             yield
             if kind is not None:
-                kind.note(seen, self.peak_bytes)
+                kind.note(place, self.peak_bytes)
         finally:
             self.meter.peak_bytes = max(before, self.peak_bytes)
 
@@ -222,10 +223,10 @@ class MemoryCap:
         kind.num_steps += 1
         return kind, seen
 
-    def _is_due(self, kind: KindOfStep | None, seen: int) -> bool:
+    def _is_due(self, kind: KindOfStep | None, seen: int, peak: int | None) -> bool:
         if kind is None:
             return self.mode is CapMode.STRICT
-        limit, peak = self.meter.budget_bytes, kind.peak_bytes(seen)
+        limit = self.meter.budget_bytes
         if peak is not None and (limit is None or peak <= limit):
             return (kind.num_steps - 1) % self.every == 0
         return seen < _FIRST_STEPS or seen % self.every == 0

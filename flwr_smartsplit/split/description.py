@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
+from threading import Lock, RLock
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -25,8 +26,7 @@ _PLAIN = (
 )
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "numpy")
 _LIBRARIES = {*PACKAGES, *sys.stdlib_module_names}
-_numbers: dict[int, tuple[Any, str]] = {}
-"""By an object's identity: the object, which is so kept alive, and its number."""
+LOCKS = (type(Lock()), type(RLock()))
 
 
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -45,8 +45,7 @@ class Describer:
     """Reduce functions, objects and containers to values with a stable ``repr``.
 
     What cannot be described becomes a unique number, so that what depends on it is
-    made again and never mistaken for another; a global variable keeps its number as
-    long as this process lives. ``tensor`` describes tensors;
+    made again and never mistaken for another. ``tensor`` describes tensors;
     ``in_function`` and ``in_global`` say whether one was found in a function, or in a
     global variable that a function reads.
     """
@@ -89,20 +88,15 @@ class Describer:
         kind = type(value)
         has_settings = hasattr(value, "__dict__")
         if not has_settings or kind.__module__ in sys.stdlib_module_names:
-            if isinstance(value, ContextVar):  # What it holds is no part of the code.
-                return kind.__name__, value.name
+            if isinstance(value, ContextVar):
+                return kind.__name__, value.name, self(_held_now(value))
+            if kind in LOCKS:  # They compute nothing.
+                return kind.__name__
             text = repr(value)
-            return self._opaque(value) if " at 0x" in text else text
+            return uuid.uuid4().hex if " at 0x" in text else text
         skipped = ("training", "_parameters", "_buffers", "_modules")
         settings = {k: v for k, v in vars(value).items() if k not in skipped}
         return self._class(kind), self(settings)
-
-    def _opaque(self, value: Any) -> str:
-        """Give a number to what cannot be looked into."""
-        number = uuid.uuid4().hex
-        if self.in_global:
-            return _numbers.setdefault(id(value), (value, number))[1]
-        return number
 
     def _function(self, function: FunctionType) -> Any:
         outside = self.in_function, self.in_global
@@ -140,20 +134,26 @@ class PartDescriber(Describer):
         self,
         tensor: Callable[[Tensor], Any],
         module: Callable[[nn.Module], Any],
-        opaque: Callable[[Any], str],
+        lock: Callable[[], None],
     ) -> None:
         super().__init__(tensor)
         self._module = module
-        self._own = opaque
-
-    def _opaque(self, value: Any) -> str:
-        return super()._opaque(value) if self.in_global else self._own(value)
+        self._lock = lock
 
     def _object(self, value: Any) -> Any:
+        if type(value) in LOCKS and not self.in_global:
+            self._lock()
         described = super()._object(value)
         if isinstance(value, nn.Module) and not self.in_global:
             return described, self._module(value)
         return described
+
+
+def _held_now(variable: ContextVar[Any]) -> Any:
+    try:
+        return variable.get()
+    except LookupError:
+        return None
 
 
 def _wrapped(value: Any) -> tuple[Any, ...]:

@@ -5,7 +5,6 @@ Where that would change what it builds, it runs as ever, and its parameters are 
 when it is done: the whole model then takes its memory for that moment.
 """
 
-import copy
 import hashlib
 import random
 import threading
@@ -17,7 +16,6 @@ from functools import cache
 from itertools import combinations, zip_longest
 from logging import getLogger
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -150,7 +148,7 @@ def _built_on_meta(
     model, findings, drew = build()
     is_new = findings.mark != known
     for turn in range(1, _NUM_OTHER_DRAWS + 1) if drew and is_new else ():
-        if not build(turn)[1].equals(findings):
+        if build(turn)[1].mark != findings.mark:
             raise _NeedsValues("it draws constants")
     return model, findings
 
@@ -287,8 +285,8 @@ class _Findings:
             "parameter to both attributes"
             for one, two in emptier.shared_memory(self._state)
         ]
-        self._where = self._unique = ""
-        self._describe = PartDescriber(self._described, self._held, self._opaque)
+        self._where = ""
+        self._describe = PartDescriber(self._described, self._held, self._lock)
         facts: list[tuple[str, Any]] = []
         for prefix, module in model.named_modules():
             self._where = prefix
@@ -306,7 +304,7 @@ class _Findings:
             if not is_lazy(tensor)
         ]
         self._facts = [(name, _digest(fact)) for name, fact in facts]
-        self.mark = _digest((self._facts, self._unique))
+        self.mark = _digest(self._facts)
 
     def _described(self, tensor: Tensor) -> Any:
         """Describe a tensor that an attribute holds, and note what is wrong with it."""
@@ -346,21 +344,11 @@ class _Findings:
             return "without values"
         return [values_of(tensor) for tensor in tensors]
 
-    def _opaque(self, value: Any) -> str:
-        """Take each build's own for the same; no two models have one mark then."""
-        self._unique = uuid4().hex
-        try:
-            copy.deepcopy(value)
-        except Exception as error:
-            self._problems.append(
-                f"{self._where} cannot be copied ({str(error).rstrip('.')}): let "
-                "forward make it, or keep it in a global variable"
-            )
-        return type(value).__qualname__
-
-    def equals(self, other: "_Findings") -> bool:
-        """Say whether another call of ``model_fn`` built the same."""
-        return self._facts == other._facts
+    def _lock(self) -> None:
+        self._problems.append(
+            f"{self._where} is a lock, which cannot be copied: keep it in a global "
+            "variable"
+        )
 
     def compare(self, other: "_Findings") -> None:
         """Raise ``InvalidTask`` if another call of ``model_fn`` built another model."""

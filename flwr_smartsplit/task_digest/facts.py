@@ -32,7 +32,8 @@ _COPY = "copy of "
 _OF_A_PLACE = (_COPY, "torch.cud")  # Of a machine, or its accelerator
 _EXAMPLES = ("example_inputs", "example_targets")
 _MOST_SHOWN = 3
-_known_models: "WeakKeyDictionary[nn.Module, Describer]" = WeakKeyDictionary()
+_ByPackages = dict[frozenset[str], Describer]
+_known_models: "WeakKeyDictionary[nn.Module, _ByPackages]" = WeakKeyDictionary()
 
 
 def task_facts(
@@ -61,14 +62,16 @@ def task_facts(
 
 
 def _model_facts(task: Task, model: nn.Module, *, is_anew: bool) -> Describer:
-    """Describe a model: once, since it is a template, unless ``is_anew``."""
-    if is_anew or model not in _known_models:
-        describe = Describer(_own_packages(task), is_anew=is_anew)
-        describe.model(model)
-        if is_anew:
-            return describe
-        _known_models[model] = describe
-    return _known_models[model]
+    """Describe a model: once, since it is a template, unless ``is_anew``.
+
+    Tasks that share it may have other packages of their own.
+    """
+    own = _own_packages(task)
+    known = {} if is_anew else _known_models.setdefault(model, {})
+    if own not in known:
+        known[own] = Describer(own, is_anew=is_anew)
+        known[own].model(model)
+    return known[own]
 
 
 def all_facts(task: Task, model: nn.Module, *, is_anew: bool = False) -> dict[str, str]:

@@ -37,7 +37,10 @@ from simulations.studies.quickstart import quickstart
 
 Batches = list[tuple[Tensor, Tensor]]
 PLAIN = "plain PyTorch loop"
+WHOLE_ROUTE = "whole route"
+IN_PROCESS = "split, edge in process"
 OVER_RAY = "split, edge over Ray"
+WAYS = (PLAIN, WHOLE_ROUTE, IN_PROCESS, OVER_RAY)
 
 
 @dataclass
@@ -147,8 +150,8 @@ def measure(
     run = setting.route_seconds
     ways: dict[str, Callable[[], dict[str, float]]] = {
         PLAIN: setting.plain_seconds,
-        "whole route": lambda: run(Route.whole(), None, pools[0]),
-        "split, edge in process": lambda: run(split, here, pools[1]),
+        WHOLE_ROUTE: lambda: run(Route.whole(), None, pools[0]),
+        IN_PROCESS: lambda: run(split, here, pools[1]),
         OVER_RAY: lambda: run(split, over_ray, pools[2]),
     }
     ways = {name: way for name, way in ways.items() if only in name}
@@ -182,6 +185,8 @@ def main(  # noqa: PLR0913 - one argument per option of the command line
     """Time one client's steps along each route, and say where the time goes."""
     torch.set_num_threads(1)
     setting = make_setting(data, model, batch_size=batch_size, num_steps=num_steps)
+    if not any(only in name for name in WAYS):
+        raise typer.BadParameter(f"--only is {only!r}: a part of {', '.join(WAYS)}.")
     if only in OVER_RAY:
         options = {"include_dashboard": False, "log_to_driver": False}
         ray.init(address="local", num_cpus=1, **options)

@@ -19,6 +19,7 @@ from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -40,7 +41,7 @@ from flwr_smartsplit.task_digest.torch_settings import (
     apply_torch_settings,
     torch_settings,
 )
-from flwr_smartsplit.train.torch_device import as_device
+from flwr_smartsplit.train.torch_device import CPU, as_device
 from flwr_smartsplit.types import EDGE, EdgeProfile, Link
 
 
@@ -312,24 +313,26 @@ class _EdgeActor:
             profile=profile,
             device=device,
         )
+        self._turns = BoundedSemaphore(host.max_concurrency)
         self._near: UnixServer | None = None
-        with suppress(OSError):  # Else who is near asks over Ray, as all others do.
-            self._near = UnixServer(
-                _socket(self._folder),
-                partial(answered, self._gate.handle),
-                max_at_once=host.max_concurrency,
-            )
+        if device == CPU:  # On a GPU, each thread that computes keeps memory there.
+            answer = partial(answered, self._gate.handle)
+            with suppress(OSError):  # Else who is near asks over Ray, as others do.
+                near = _socket(self._folder)
+                self._near = UnixServer(near, answer, turns=self._turns)
 
     def ready(self) -> Path:
         return self._folder
 
     def handle(self, request: Any) -> Any:
         pieces = request if isinstance(request, list) else [request]
-        return _one_object(answered(self._gate.handle, *pieces))
+        with self._turns:
+            return _one_object(answered(self._gate.handle, *pieces))
 
     def handle_parts(self, *parts: bytes) -> tuple[bytes, ...]:
         """Answer a request in parts by as many parts."""
-        reply = answered(self._gate.handle, _joined(parts))
+        with self._turns:
+            reply = answered(self._gate.handle, _joined(parts))
         return _divide(b"".join(reply), len(parts))
 
     def clean_up(self) -> None:

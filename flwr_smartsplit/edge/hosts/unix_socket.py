@@ -6,17 +6,21 @@ fraction of what Ray or gRPC take: no thread wakes up but the two that talk.
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from struct import Struct
-from threading import BoundedSemaphore, Lock, Thread
+from threading import Lock, Thread
+from typing import Any
 
 import numpy as np
 
 from flwr_smartsplit.edge.message_bytes import Piece
 
 _LENGTH = Struct("<Q")
+_PAUSE_SECONDS = 0.05
 _JOINED_BYTES = 2**16  # Below it, one system call is faster than no copy.
 _family = getattr(socket, "AF_UNIX", None)  # Windows has none.
 
@@ -29,16 +33,19 @@ class UnixServer:
         path: Path,
         answer: Callable[[Piece], Iterable[Piece]],
         *,
-        max_at_once: int,  # Messages that are answered at the same time
+        turns: AbstractContextManager[Any],  # Entered around each answer
     ) -> None:
         """Begin to listen.
 
-        Raises ``OSError`` where there are no such sockets, or the path is too long.
+        Raises ``OSError`` where there are no such sockets, the path is too long, or
+        others may write into its folder.
         """
         if _family is None:
             raise OSError("this system has no Unix sockets.")
+        _require_own(path.parent)
+        self._path = path
         self._answer = answer
-        self._turns = BoundedSemaphore(max_at_once)
+        self._turns = turns
         self._lock = Lock()
         self._open: set[socket.socket] | None = set()  # None: it was closed.
         self._listening = socket.socket(_family, socket.SOCK_STREAM)
@@ -46,6 +53,7 @@ class UnixServer:
             path.unlink(missing_ok=True)  # Of a process that was killed.
             self._listening.bind(str(path))
             path.chmod(0o600)
+            self._listening.settimeout(None)
             self._listening.listen()
         except BaseException:
             self._listening.close()
@@ -60,31 +68,41 @@ class UnixServer:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)  # It wakes who waits there.
         self._listening.close()
+        self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
-        while True:
+        """Take connections; where the system has no room for one, try again."""
+        while self._open is not None:
+            connection = None
             try:
                 connection, _ = self._listening.accept()
-            except OSError:  # It was closed.
-                return
-            Thread(target=self._serve, args=(connection,), daemon=True).start()
+                connection.settimeout(None)
+                Thread(target=self._serve, args=(connection,), daemon=True).start()
+            except (OSError, RuntimeError):
+                if connection is not None:
+                    connection.close()  # Its client asks in another way.
+                time.sleep(_PAUSE_SECONDS)
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError):  # The other end has gone.
+        with connection:
             with self._lock:
                 if self._open is None:
                     return
                 self._open.add(connection)
-            while True:
-                message = _received(connection)
-                with self._turns:
-                    reply = self._answer(message)
-                del message
-                _send(connection, reply)
-                del reply
-        with self._lock:
-            if self._open is not None:
-                self._open.discard(connection)
+            try:
+                while True:
+                    message = _received(connection)
+                    with self._turns:
+                        reply = self._answer(message)
+                    del message
+                    _send(connection, reply)
+                    del reply
+            except OSError:
+                pass  # The other end has gone.
+            finally:
+                with self._lock:
+                    if self._open is not None:
+                        self._open.discard(connection)
 
 
 class UnixClient:
@@ -102,11 +120,11 @@ class UnixClient:
         """Send a message, and return the reply.
 
         Raises ``OSError`` if there is no server here, or the connection breaks; then
-        the message may have been answered. ``TimeoutError`` is one of them.
+        the message may have been answered. ``TimeoutError``, if nothing comes for so
+        long, is one of them.
         """
-        connection = self._connection()
+        connection = self._connection(timeout_seconds)
         try:
-            connection.settimeout(timeout_seconds)
             _send(connection, pieces)
             reply = _received(connection)
         except BaseException:
@@ -121,19 +139,29 @@ class UnixClient:
         for connection in self._idle:
             connection.close()
 
-    def _connection(self) -> socket.socket:
+    def _connection(self, timeout_seconds: float) -> socket.socket:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        if _family is None or self._path.stat().st_uid != os.geteuid():
-            raise OSError(f"{self._path} is not a socket of this user.")
+        if _family is None:
+            raise OSError("this system has no Unix sockets.")
+        _require_own(self._path.parent)
         connection = socket.socket(_family, socket.SOCK_STREAM)
         try:
+            connection.settimeout(timeout_seconds)
             connection.connect(str(self._path))
         except BaseException:
             connection.close()
             raise
         return connection
+
+
+def _require_own(folder: Path) -> None:
+    """Raise ``OSError`` if another user could put a socket there."""
+    found = folder.lstat()
+    is_private = S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+    if not is_private or found.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} is not a folder of this user alone.")
 
 
 def _send(connection: socket.socket, pieces: Iterable[Piece]) -> None:

@@ -121,6 +121,13 @@ class Strategy(PlainSlStrategy):  # type: ignore[misc]
             common_server_model=False,
         )
         self._ended = ended
+        self._num_clients = num_clients
+
+    def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+        """Average the fronts; without a client, a step's figures would be wrong."""
+        if failures or len(results) != self._num_clients:
+            raise RuntimeError(f"{len(results)} clients trained; failures: {failures}")
+        return super().aggregate_fit(server_round, results, failures)
 
     def evaluate(self, server_round: int, *_: Any, **__: Any) -> None:
         """Note a round's end: that is when this is called."""
@@ -166,6 +173,7 @@ def main() -> None:
         for client in clients:
             client.kill()  # They would wait for another server.
             client.wait()
+    # The server only logs what fails in a round; then there is no last mark.
     spent = marks.spent(options.rounds * options.clients * options.batches)
     sys.stdout.write(json.dumps(asdict(spent)) + "\n")
 

@@ -75,6 +75,11 @@ def strategy_of(job: Job, edges: tuple[Edge, ...], share: float) -> SmartSplit:
     )
 
 
+def share_of(size: int, most: int) -> float:
+    """Return a fraction of which Flower, which rounds down, makes so many."""
+    return min(1.0, (size + 0.5) / most)
+
+
 def measure(
     job: Job,
     sizes: list[int],
@@ -91,7 +96,7 @@ def measure(
             time.sleep(0.1)
         for size in sizes:
             strategies = [
-                strategy_of(job, EDGES[:count], size / max(sizes))
+                strategy_of(job, EDGES[:count], share_of(size, max(sizes)))
                 for count in range(1, len(EDGES) + 1)
             ]
             ways = [MessageRounds(s, grid, job.state(), {}) for s in strategies]

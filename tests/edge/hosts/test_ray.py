@@ -14,6 +14,7 @@ from flwr_smartsplit import RayEdge, Route
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts import ray as ray_edge
 from flwr_smartsplit.edge.hosts.edge import BytesTransport
+from flwr_smartsplit.edge.hosts.unix_socket import UnixClient
 from flwr_smartsplit.errors import EdgeUnreachable, StaleSession
 from flwr_smartsplit.types import EDGE, ClientReply
 from tests import test_defence
@@ -122,3 +123,27 @@ def test_who_is_near_talks_over_a_socket(
         edge.stop(address)
     with pytest.raises(EdgeUnreachable, match="does not answer"):
         transport.send(wire.IsHeld("nothing"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_answer_that_is_lost_is_given_again_over_ray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every third connection breaks when the edge has answered: each step counts once.
+
+    The edge lives on, and repeats its answers.
+    """
+    ask, asked, lost = UnixClient.ask, [0], []
+
+    def losing(self: UnixClient, pieces: Any, *, timeout_seconds: float) -> Any:
+        reply = ask(self, pieces, timeout_seconds=timeout_seconds)
+        asked[0] += 1
+        if asked[0] % 3 == 0:
+            lost.append(reply)
+            raise ConnectionResetError("planted")
+        return reply
+
+    monkeypatch.setattr(UnixClient, "ask", losing)
+    assert test_codecs.differences_over(RayEdge()) == []
+    assert len(lost) > 5

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(path: Path) -> Iterator[UnixServer]:
     """Send each message back, in two pieces."""
-    with_halves = UnixServer(path, halves, max_at_once=2)
+    with_halves = UnixServer(path, halves, turns=BoundedSemaphore(2))
     yield with_halves
     with_halves.close()
 
@@ -76,7 +77,10 @@ def test_threads_share_a_client_and_wait_for_the_servers_turns(path: Path) -> No
             inside[0] -= 1
         return [message]
 
-    server, client = UnixServer(path, answer, max_at_once=2), UnixClient(path)
+    server, client = (
+        UnixServer(path, answer, turns=BoundedSemaphore(2)),
+        UnixClient(path),
+    )
     found: dict[int, bytes] = {}
 
     def ask(index: int) -> None:
@@ -104,7 +108,10 @@ def test_a_slow_answer_is_a_timeout_and_its_connection_is_not_used_again(
             late.wait(SECONDS)
         return [message]
 
-    server, client = UnixServer(path, answer, max_at_once=2), UnixClient(path)
+    server, client = (
+        UnixServer(path, answer, turns=BoundedSemaphore(2)),
+        UnixClient(path),
+    )
     with pytest.raises(TimeoutError):
         client.ask([b"slow"], timeout_seconds=0.1)
     late.set()
@@ -121,9 +128,14 @@ def test_there_may_be_no_server(path: Path, server: UnixServer) -> None:
     server.close()
     with pytest.raises(OSError, match=r"closed|Broken"):  # In the same connection
         client.ask([b"abc"], timeout_seconds=SECONDS)
+    with pytest.raises(OSError, match="No such file"):
+        UnixClient(path).ask([b""], timeout_seconds=SECONDS)
+    path.touch()  # As a process that was killed leaves it
     with pytest.raises(OSError, match="refused"):
         UnixClient(path).ask([b""], timeout_seconds=SECONDS)
-    other = UnixServer(path, halves, max_at_once=1)  # Where the old one's file lies
+    other = UnixServer(
+        path, halves, turns=BoundedSemaphore(1)
+    )  # Where the old one's file lies
     assert bytes(UnixClient(path).ask([b"abc"], timeout_seconds=SECONDS)) == b"abc"
     other.close()
 
@@ -149,20 +161,54 @@ def test_a_server_that_ends_in_the_middle_of_an_answer_is_an_error(path: Path) -
 
 
 @pytest.mark.usefixtures("server")
-def test_another_users_socket_is_not_trusted(
+def test_nobody_else_may_be_where_the_socket_is(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nobody else may open ours."""
+    """Whoever may write into its folder could put another one there."""
     assert path.stat().st_mode & 0o777 == 0o600
-    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
-    with pytest.raises(OSError, match="not a socket of this user"):
+    path.parent.chmod(0o770)
+    refused = pytest.raises(PermissionError, match="not a folder of this user alone")
+    with refused:
         UnixClient(path).ask([b""], timeout_seconds=SECONDS)
+    with refused:
+        UnixServer(path, halves, turns=BoundedSemaphore(1))
+    path.parent.chmod(0o700)
+    link = path.parent.with_name("link")
+    link.symlink_to(path.parent)
+    with refused:
+        UnixClient(link / path.name).ask([b""], timeout_seconds=SECONDS)
+    link.unlink()
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with refused:
+        UnixClient(path).ask([b""], timeout_seconds=SECONDS)
+
+
+def test_a_connection_that_finds_no_room_is_closed_and_others_are_taken(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the system has no thread for the first, and no socket for the second."""
+    starts, start = [0], threading.Thread.start
+
+    def fails(thread: threading.Thread) -> None:
+        if thread._target is not None and thread._target.__name__ == "_serve":
+            starts[0] += 1
+            if starts[0] <= 2:
+                raise (RuntimeError, OSError)[starts[0] - 1]("no room")
+        start(thread)
+
+    server = UnixServer(path, halves, turns=BoundedSemaphore(1))
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"closed|reset|Broken"):
+            UnixClient(path).ask([b"abc"], timeout_seconds=SECONDS)
+    assert bytes(UnixClient(path).ask([b"abc"], timeout_seconds=SECONDS)) == b"abc"
+    server.close()
 
 
 def test_a_path_that_is_too_long_is_an_error(tmp_path: Path) -> None:
     """An edge goes on without; see ``test_ray.py``."""
     with pytest.raises(OSError, match="too long"):
-        UnixServer(tmp_path / ("x" * 120), halves, max_at_once=1)
+        UnixServer(tmp_path / ("x" * 120), halves, turns=BoundedSemaphore(1))
 
 
 def test_connections_end_with_their_client(path: Path, server: UnixServer) -> None:

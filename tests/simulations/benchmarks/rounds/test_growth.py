@@ -52,6 +52,14 @@ def edges_of(messages):
     return {place for plan in plans for place in plan.route.places[1:]}
 
 
+@pytest.mark.parametrize("most", [10, 100, 300])
+def test_as_many_take_part_as_the_table_says(most):
+    """Flower rounds a fraction down."""
+    assert [int(most * growth.share_of(n, most)) for n in range(1, most + 1)] == list(
+        range(1, most + 1)
+    )
+
+
 def test_a_table_says_how_much_faster_two_edges_are():
     facts = {"num_clients": 10, "num_workers": 2}
     found = [
