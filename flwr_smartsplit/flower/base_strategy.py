@@ -21,11 +21,10 @@ from flwr_smartsplit.flower.inner_strategy import (
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.planning import Planning
 from flwr_smartsplit.flower.registry import ClientKeys, ClientT, Owners
-from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.flower.round_exchange import Dispatch, Phase
 from flwr_smartsplit.flower.round_manager import (
     BetweenRounds,
     CentralManager,
-    Phase,
     Settings,
 )
 from flwr_smartsplit.plan.codec_choice import CodecChoice, check_choice

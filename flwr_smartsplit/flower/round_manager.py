@@ -20,9 +20,10 @@ from flwr_smartsplit.errors import InvalidTask, RefusedReply
 from flwr_smartsplit.flower.journal.journal import Journal, OnRow
 from flwr_smartsplit.flower.journal.round_log import RoundLog, most_common
 from flwr_smartsplit.flower.observations import cohort_in, observed
-from flwr_smartsplit.flower.planning import Planning
+from flwr_smartsplit.flower.planning import WHOLE_MODEL, Planning
 from flwr_smartsplit.flower.round_exchange import (
     Dispatch,
+    Phase,
     Sent,
     changed_names,
     device_names,
@@ -54,6 +55,7 @@ from flwr_smartsplit.server.aggregation import (
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.server.global_state import GlobalState, KeptByNodes
+from flwr_smartsplit.server.offers import check_narrowable, offered
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.metric_names import check_metrics
@@ -94,19 +96,6 @@ class Settings:
     codec: CodecChoice
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """One phase of one round, as Flower asks for it.
-
-    ``sample_size(available)`` is how many clients to choose; ``config`` is the user's.
-    """
-
-    round_number: int
-    is_train: bool
-    sample_size: Callable[[int], int]
-    config: Mapping[str, Any]
-
-
 class CentralManager:
     """Give each chosen client its route, and merge the replies.
 
@@ -132,6 +121,7 @@ class CentralManager:
         if edges:
             self.chain.require_cuts()
         check_metrics(self.chain, task)
+        check_narrowable(self.chain, task, settings.planning.variants)
         constraints = settings.planning.constraints
         kept = constraints.kept_units | kept_units(self.chain, task)
         self._constraints = replace(constraints, kept_units=kept)
@@ -198,7 +188,8 @@ class CentralManager:
             profile = self._costs(kind, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = returned(changed_names(client_plan, self.chain), self.task.is_local)
-            sent = Sent(client_plan, names, back, assignment, profile)
+            regions = self.chain.regions(option.variant)
+            sent = Sent(client_plan, names, back, assignment, profile, regions=regions)
             dispatch.add(self._without_kept(sent), clients[key], self.edges)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
@@ -283,6 +274,8 @@ class CentralManager:
 
     def _without_kept(self, sent: Sent) -> Sent:
         """Leave out the frozen arrays that a client's node has kept."""
+        if sent.plan.variant != WHOLE:  # What it had of them may be another part.
+            return sent
         names = frozen_names(sent.plan, self.chain)
         frozen = {name: self._sent.frozen_digests[name] for name in names}
         if not frozen:
@@ -388,12 +381,17 @@ class CentralManager:
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
                 codec=self.settings.codec,
-                variants=planning.variants,
+                variants=partial(self._offered, phase),
                 costs=self._costs,
             ),
             rng=Random(seed),
             history=self.history,
         )
+
+    def _offered(self, phase: Phase, device: DeviceProfile) -> tuple[Variant, ...]:
+        """List what a device may train; the whole model is what is evaluated."""
+        rule = self.settings.planning.variants if phase.is_train else WHOLE_MODEL
+        return offered(rule, device, phase.round_number, self.chain)
 
     def _priced(
         self, round_number: int, clients: Mapping[str, DeviceProfile]
@@ -418,7 +416,7 @@ class CentralManager:
         self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
     ) -> ChainProfile:
         """Profile the chain, once for each kind of batch, micro-batches and variant."""
-        kind = batch, max(accumulate, self.task.accumulate), variant
+        kind = batch, max(accumulate, self.task.accumulate), variant.leading()
         if kind not in self._profiles:
             batch_size, shapes = (batch, ()) if isinstance(batch, int) else batch
             chain, task = with_example_shapes(self.chain, self.task, shapes)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from flwr_smartsplit.types.costs import Shapes
-from flwr_smartsplit.types.variants import WHOLE, Variant
+from flwr_smartsplit.types.variants import WHOLE, Regions, Variant
 
 ROW_FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
@@ -126,6 +126,8 @@ class Expectation:
     client_key: str
     device_names: frozenset[str]
     tails: Mapping[str, TailExpectation]
+    variant: Variant = WHOLE
+    regions: Regions = field(default_factory=dict)  # What it has of the global state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,7 +113,7 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
 def _unusual(plan: ClientPlan) -> Row:
     """List what few plans have."""
     found: Row = {
-        "variant": "" if plan.variant == WHOLE else asdict(plan.variant),
+        "variant": "" if plan.variant == WHOLE else plan.variant.name,
         "codecs": list(map(str, plan.codecs)) if set(plan.codecs) - {RAW} else [],
         "accumulate": 0 if plan.accumulate == 1 else plan.accumulate,
     }
