@@ -68,7 +68,7 @@ def _placed(part: WeightedSum, region: Region | None, array: Array) -> _Placed:
         weights[...] = part.weight
         return part.high, part.low, weights
     at = _index(array.shape, region)
-    high, low = np.full(shape, -0.0), np.zeros(shape)  # -0.0 changes no sum's sign.
+    high, low = np.zeros(shape), np.zeros(shape)
     high[at], low[at], weights[at] = part.high, part.low, part.weight
     return high, low, weights
 

@@ -264,12 +264,10 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         tensors = dict(zip(self._names, parameters.tensors, strict=True))
         written = []
         for key, sent in dispatch.sent.items():
-            own = [
-                _tensor(cut_array(state[name], sent.regions[name]))
-                if name in sent.regions
-                else tensors[name]
-                for name in sent.sent_names
-            ]
+            own = [tensors[name] for name in sent.sent_names]
+            for index, name in enumerate(sent.sent_names):
+                if name in sent.regions:
+                    own[index] = _tensor(cut_array(state[name], sent.regions[name]))
             share = Parameters(own, parameters.tensor_type)
             scalars = {**legacy_scalars(phase.config), **plan_to_scalars(sent.plan)}
             dispatch.sent_bytes[key] = _size(share, scalars)

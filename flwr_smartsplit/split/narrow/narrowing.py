@@ -39,17 +39,16 @@ def narrowed_module(
             f"variant {variant.name!r} is not known here: {problem}. Use one version "
             "and one task everywhere."
         )
-    small = copy.deepcopy(model)
     regions = regions_of(groups, variant)
+    state = model.state_dict(keep_vars=True)
     made: dict[int, Any] = {}  # One tensor under two names stays one.
-    for path, module in small.named_modules(remove_duplicate=False):
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                region = regions.get(f"{path}.{name}".lstrip("."))
-                if tensor is not None and region is not None:
-                    if id(tensor) not in made:
-                        made[id(tensor)] = tensor, _sliced(tensor, region)
-                    store[name] = made[id(tensor)][1]
+    for name, region in regions.items():
+        if id(state[name]) not in made:
+            made[id(state[name])] = _sliced(state[name], region)
+    small = copy.deepcopy(model, made)
+    parameters = zip(model.parameters(), small.parameters(), strict=True)
+    for before, after in parameters:  # An optimizer_fn may look at attributes.
+        vars(after).update(vars(before))
     _say_sizes(small, regions.keys())
     if variant.is_scaled:
         _scale(small, groups, variant)
@@ -69,7 +68,6 @@ def _sliced(tensor: Tensor, region: Region) -> Tensor:
     values = values.contiguous().permute(back)
     if isinstance(tensor, nn.Parameter):
         values = nn.Parameter(values, requires_grad=tensor.requires_grad)
-    vars(values).update(vars(tensor))  # An optimizer_fn may look at its attributes.
     return values
 
 
