@@ -1,20 +1,18 @@
 """The methods that experiments compare, one file each."""
 
-from simulations.methods.allsmall import ALLSMALL
 from simulations.methods.chance import RANDOM
 from simulations.methods.crossing import CROSSINGS
 from simulations.methods.depthfl import DEPTHFL
 from simulations.methods.drop_weak import DROP_WEAK
 from simulations.methods.fedavg import FEDAVG
-from simulations.methods.fedrolex import FEDROLEX
 from simulations.methods.heterofl import HETEROFL
-from simulations.methods.heterofl_widths import HETEROFL_WIDTHS
 from simulations.methods.method import Method
 from simulations.methods.oort import OORT
 from simulations.methods.power_of_choice import POWER_OF_CHOICE
 from simulations.methods.smartsplit import CODED, SMARTSPLIT, VARIANTS
 from simulations.methods.splitfed import SPLITFED
 from simulations.methods.stock import STOCK
+from simulations.methods.widths import BY_WIDTH
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -25,9 +23,7 @@ METHODS: dict[str, Method] = {
         OORT,
         POWER_OF_CHOICE,
         HETEROFL,
-        HETEROFL_WIDTHS,
-        FEDROLEX,
-        ALLSMALL,
+        *BY_WIDTH,
         DEPTHFL,
         SPLITFED,
         RANDOM,

@@ -95,6 +95,10 @@ def test_scaled_outputs_are_the_same_on_every_route() -> None:
             check = compared.check(route)
             assert check.differences == (), route
             assert check.measured_peak_bytes == predicted_peak_bytes(profile, route)
+        plan, route = RecomputePlan((Rerun(0, 2),)), Route.split(4)
+        check = compared.check(route, recompute=(plan, plan))
+    assert check.differences == ()
+    assert check.measured_peak_bytes == predicted_peak_bytes(profile, route, plan)
 
 
 @pytest.mark.parametrize("move_to", [2, 6])

@@ -10,13 +10,14 @@ from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.types import width_of
 from simulations.experiments.clients import build_task
 from simulations.experiments.models import digits_network
-from simulations.methods.allsmall import ALLSMALL
 from simulations.methods.drop_weak import DROP_WEAK
-from simulations.methods.fedrolex import FEDROLEX
-from simulations.methods.heterofl_widths import HETEROFL_WIDTHS
+from simulations.methods.widths import (
+    ALLSMALL,
+    BY_WIDTH,
+    FEDROLEX,
+    HETEROFL_WIDTHS,
+)
 from tests.simulations.in_process import EXPERIMENT, run_here
-
-METHODS = (HETEROFL_WIDTHS, FEDROLEX, ALLSMALL)
 
 
 def budget_of(rate: float) -> int:
@@ -27,7 +28,7 @@ def budget_of(rate: float) -> int:
     return predicted_peak_bytes(profile, Route.whole())
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", BY_WIDTH, ids=lambda method: method.name)
 def test_where_nobody_is_weak_it_is_federated_averaging(method, tmp_path):
     """Bit for bit; another seed is seen."""
     truth, other = (run_here(DROP_WEAK, tmp_path, seed=seed).after for seed in (0, 1))

@@ -1,8 +1,8 @@
 """FedRolex: weak devices train a slice of the channels that moves on in each round.
 
 As ``heterofl_widths``, but the slice begins one channel later in each round, in every
-layer alike, as in the authors' code. Their clients count alike; here each counts by its
-number of examples.
+layer alike. In the authors' code it begins one channel earlier, which is the same but
+for the names of channels, and clients count alike; here by their number of examples.
 
 References
 ----------
@@ -12,8 +12,8 @@ Sub-Model Extraction. NeurIPS 2022. arXiv:2212.01548.
 
 from functools import partial
 
-from simulations.methods.heterofl_widths import width_strategy
 from simulations.methods.method import Method
+from simulations.methods.widths.heterofl_widths import width_strategy
 
 FEDROLEX = Method(
     name="fedrolex",
