@@ -238,6 +238,12 @@ class Chain:
             is_declared=self.is_declared,
         )
 
+    def given(self, example_inputs: Batch) -> "Chain":
+        """Return this chain with other example inputs; it shares model and units."""
+        chain = copy.copy(self)
+        chain.example_inputs, chain._narrower = example_inputs, {}
+        return chain
+
     @property
     def unit_names(self) -> tuple[str, ...]:
         """The units' names, in order; each is used once."""

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.serverapp.strategy import FedAdam, FedAvgM
 from torch import nn
 
 from flwr_smartsplit import (
+    Checkpoints,
     Integer,
+    MemoryBudget,
     Planning,
     Route,
+    StragglerAdvisor,
     Task,
     Unit,
     Variant,
@@ -222,6 +226,60 @@ def test_codecs_and_accumulation_go_with_widths() -> None:
     made = run(clients(message_app, task=task), strategy_of(EDGES, task=task, **rules))
     assert made.kinds() == []
     assert all(np.isfinite(array).all() for array in made.state.values())
+
+
+@pytest.mark.parametrize("inner", [FedAdam, FedAvgM])
+def test_a_server_step_leaves_what_nobody_trained(inner: Any) -> None:
+    """There is no difference to step by; what was trained is stepped."""
+    inside = inner(min_available_nodes=6, fraction_evaluate=0.0)
+    strategy = strategy_of((), strategy=inside, variants=Widths((0.5,)))
+    made = run(clients(message_app), strategy, num_rounds=3)
+    before, after = initial_state()["4.weight"], made.state["4.weight"]
+    assert np.array_equal(after[3:], before[3:])
+    assert np.array_equal(after[:, 2:], before[:, 2:])
+    assert (after[:3, :2] != before[:3, :2]).any(axis=(2, 3)).all()
+    plain = run(
+        clients(message_app), strategy_of((), variants=Widths((0.5,))), num_rounds=3
+    )
+    assert differences(made.state, plain.state)
+
+
+def test_a_resumed_run_goes_on_with_the_windows_of_its_rounds(tmp_path: Path) -> None:
+    """Rolling windows depend on the round alone."""
+
+    def rolled(num_rounds: int, **checkpoints: Any) -> State:
+        rule = Widths((0.5,), roll=True)
+        strategy = strategy_of((), variants=rule, **checkpoints)
+        return run(clients(message_app), strategy, num_rounds=num_rounds).state
+
+    truth = rolled(4)
+    rolled(2, checkpoints=Checkpoints(tmp_path))
+    again = rolled(4, checkpoints=Checkpoints(tmp_path, resume=True))
+    assert differences(again, truth) == []
+
+
+def test_a_moving_budget_and_an_advisor_go_with_widths() -> None:
+    """Narrow devices adapt as whole ones do, and the bits stay."""
+    least = peak(0.5, Route.split(2))
+
+    class Shrinking(MemoryBudget):
+        def read(self, *, step: int, live_bytes: int) -> int:
+            return 10**6 if step < 1 else least
+
+    apps = [
+        message_app(i, Shrinking(), edges=EDGES)
+        if i == 1
+        else message_app(i, edges=EDGES)
+        for i in range(6)
+    ]
+    rules: dict[str, Any] = {
+        "variants": Widths((0.5,)),
+        "choose_route": lambda r: Route.split(6, edge="near"),
+    }
+    made = run(apps, strategy_of(EDGES, advisor=StragglerAdvisor(), **rules))
+    truth = run(clients(message_app), strategy_of((), variants=Widths((0.5,))))
+    assert made.kinds() == []
+    assert differences(made.state, truth.state) == []
 
 
 # --- who is offered what --------------------------------------------------------------

@@ -326,6 +326,16 @@ def test_a_variant_that_nobody_knows_is_named() -> None:
             ask(unknown)
 
 
+def test_a_narrow_chain_has_the_example_inputs_of_its_whole() -> None:
+    """Also where larger ones were given later: it is priced at those."""
+    chain = CHAINS["small"]()
+    variant = width_of(chain.channels.groups, 0.5)
+    assert chain.under(variant).example_inputs is chain.example_inputs
+    larger = torch.zeros(1, 3, 12, 12)
+    assert chain.given(larger).under(variant).example_inputs is larger
+    assert chain.under(variant).example_inputs is chain.example_inputs
+
+
 def test_variants_of_one_size_share_a_chain() -> None:
     """Of few sizes: what is old is forgotten."""
     chain = CHAINS["small"]()
