@@ -15,7 +15,8 @@ ROW_FACTS = frozenset(
     predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
     num_steps num_threads loss loss_rms seconds bytes_down bytes_up
     edge_bytes_up edge_bytes_down edge_bytes_raw_up edge_bytes_raw_down moves replans
-    released recompute variant codecs accumulate metric_examples""".split()
+    released recompute variant step_flops edge_step_flops codecs accumulate
+    metric_examples""".split()
 )
 """The keys of a client's row in the journal; all others are the task's metrics."""
 

@@ -55,6 +55,9 @@ def test_each_device_trains_the_widest_slice_it_can_hold(tmp_path):
     assert rows["3"]["status"] != "accepted"
     for key in "012":
         assert rows[key]["peak_bytes"] == rows[key]["predicted_peak_bytes"]
+    flops = [rows[key].get("step_flops") for key in "012"]
+    assert flops[0] is None  # It is the model's.
+    assert flops[1] > 2 * flops[2] > 0
 
 
 def test_a_fixed_slice_trains_the_first_channels_and_a_rolling_one_others(tmp_path):
