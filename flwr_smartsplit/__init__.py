@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from flwr_smartsplit.plan.selection.utility import (
         SelectByUtility as SelectByUtility,
     )
+    from flwr_smartsplit.plan.variants.variants import VariantRequest as VariantRequest
+    from flwr_smartsplit.plan.variants.variants import Whole as Whole
+    from flwr_smartsplit.plan.variants.widths import Widths as Widths
     from flwr_smartsplit.profile.profile import profile_chain as profile_chain
     from flwr_smartsplit.server.gate_schedule import GatePhase as GatePhase
     from flwr_smartsplit.server.gate_schedule import PruneSchedule as PruneSchedule
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.server.momentum import Momentum as Momentum
     from flwr_smartsplit.server.server_data import ServerData as ServerData
     from flwr_smartsplit.split.chain import Chain as Chain
+    from flwr_smartsplit.split.narrow.narrowed import narrowed as narrowed
     from flwr_smartsplit.split.segment import Unit as Unit
     from flwr_smartsplit.task import Task as Task
     from flwr_smartsplit.train.fedprox import proximal as proximal
@@ -72,6 +76,7 @@ if TYPE_CHECKING:
     from flwr_smartsplit.types import RecomputePlan as RecomputePlan
     from flwr_smartsplit.types import Route as Route
     from flwr_smartsplit.types import TopK as TopK
+    from flwr_smartsplit.types import Variant as Variant
     from flwr_smartsplit.verify.crossed import with_crossing as with_crossing
 
 _NAMES_BY_MODULE = {
@@ -97,17 +102,20 @@ _NAMES_BY_MODULE = {
     ),
     "plan.selection.selection": "Selection SelectionRequest select_at_random",
     "plan.selection.utility": "SelectByUtility",
+    "plan.variants.variants": "VariantRequest Whole",
+    "plan.variants.widths": "Widths",
     "profile.profile": "profile_chain",
     "server.gate_schedule": "GatePhase PruneSchedule",
     "server.hybrid": "HybridFL",
     "server.momentum": "Momentum",
     "server.server_data": "ServerData",
     "split.chain": "Chain",
+    "split.narrow.narrowed": "narrowed",
     "split.segment": "Unit",
     "task": "Task",
     "train.fedprox": "proximal",
     "types": "BFloat16 Constraints DeviceTraits Float16 Integer Link Packed Raw "
-    "RecomputePlan Route TopK",
+    "RecomputePlan Route TopK Variant",
     "verify.crossed": "with_crossing",
 }
 _MODULES = {

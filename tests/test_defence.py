@@ -13,7 +13,7 @@ import torch
 from flwr.app import Context
 from torch import Tensor, nn
 
-from flwr_smartsplit import Defence, Route, Task, build_client_app
+from flwr_smartsplit import Defence, Route, Task, Widths, build_client_app
 from flwr_smartsplit.defence import distance_correlation
 from flwr_smartsplit.device.local_training import Conditions, train_locally
 from flwr_smartsplit.device.route_runner import RouteRunner
@@ -118,6 +118,17 @@ def test_every_route_gives_the_bits_of_whole_models(
     assert differences(found.state, truth.state) == []
     plain = whole(replace(task, defence=None))
     assert len(differences(plain.state, truth.state)) > 10
+
+
+def test_narrow_clients_are_defended_alike() -> None:
+    """Their cuts move, too; and edges admit units of the narrow model only."""
+    task = replace(TASK, defence=BOTH)
+    rule = Widths((0.5,), roll=True)
+    truth = whole(task, variants=rule)
+    found = trained(task, choose_route=by_key, between=moving, variants=rule)
+    assert found.kinds() == truth.kinds() == []
+    assert differences(found.state, truth.state) == []
+    assert differences(found.state, whole(task).state)
 
 
 def build_defended_task() -> Task:

@@ -2,13 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from flwr_smartsplit import Planning, RayEdge, Route, SmartSplit, predicted_peak_bytes
+from flwr_smartsplit import (
+    Planning,
+    RayEdge,
+    Route,
+    SmartSplit,
+    Widths,
+    predicted_peak_bytes,
+)
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.routes import deepest_route
 from flwr_smartsplit.profile.profile import profile_chain
@@ -129,6 +137,26 @@ def test_all_kinds_of_route_in_one_round_equal_the_whole_model(
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     assert len({row["route"] for row in rows if row["kind"] == "client"}) == NUM_CLIENTS
     assert differences(mixed.arrays, whole_run) == []
+
+
+@pytest.mark.slow
+def test_widths_over_ray_edges_are_widths_on_devices() -> None:
+    """Narrow clients on all kinds of route, in processes of their own."""
+
+    def strategy(edges: tuple[RayEdge, ...], **planning: Any) -> SmartSplit:
+        rules = Planning(variants=Widths((0.5,), roll=True), **planning)
+        return SmartSplit(
+            TASK, edges, seed=7, strategy=fedavg(), planning=rules, journal=None
+        )
+
+    split = strategy(EDGES, choose_route=all_kinds)
+    mixed = simulate(split, [None] * NUM_CLIENTS, num_rounds=2, num_workers=2)
+    here = run_here(strategy(()), num_clients=NUM_CLIENTS, num_rounds=2)
+    assert split.failures == []
+    assert {a.option.variant.name for a in split.round_plans[-1].assignments} == {
+        "width 0.5"
+    }
+    assert differences(mixed.arrays, here.arrays) == []
 
 
 @pytest.mark.slow

@@ -196,7 +196,8 @@ def _known_steps(
     if not plan.task_digest:
         return None
     place = conditions.device, conditions.ratings is not None, is_trained
-    how = plan.route, plan.recompute, plan.variant, plan.codecs, plan.accumulate
+    variant = plan.variant.leading()  # Those of one size hold as much.
+    how = plan.route, plan.recompute, variant, plan.codecs, plan.accumulate
     return known_steps(plan.task_digest, *place, *how)
 
 

@@ -105,7 +105,7 @@ class Admission:
     def _need(self, opened: wire.OpenSession, needed: _Needed) -> TailBytes:
         """Predict what a session needs, by a dry run of the task."""
         batch_size, start = needed
-        kind = batch_size, opened.accumulate, opened.variant
+        kind = batch_size, opened.accumulate, opened.variant.leading()
         if kind not in self._profiles:
             task = replace(self._task, accumulate=opened.accumulate)
             self._profiles[kind] = profile_of(

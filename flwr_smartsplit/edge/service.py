@@ -22,6 +22,7 @@ from flwr_smartsplit.edge.admission import Admission, Ledger
 from flwr_smartsplit.edge.client import Connect, EdgeClient, nowhere, opening_in
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved
 from flwr_smartsplit.edge.gate.labels import LabelCheck
+from flwr_smartsplit.edge.regions import cut_state
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.session_table import SessionTable
 from flwr_smartsplit.edge.state_store import StateStore
@@ -123,7 +124,7 @@ class EdgeService:
         try:
             with self.sessions.held(request) as session:
                 with self.sessions.void_on_error(session):
-                    return self.sessions.seal(session, request, self._chain_of(session))
+                    return self.sessions.seal(session, request, self.chain)
         except StaleSession:
             # It may have been sealed before, or while this request waited.
             receipts = self.sessions.sealed_by(request)
@@ -144,7 +145,10 @@ class EdgeService:
         with unmetered():  # The template's buffers belong to no session.
             chain = self.chain.under(request.variant)
             names = chain.state_names(request.start, request.stop)
-        state = self.store.read_state(request.state_digest, names)
+            regions = self.chain.regions(request.variant)
+        held = self.store.read_state(request.state_digest, names)
+        state = cut_state(held, regions)
+        del held
         segment = materialise(chain, request.start, request.stop, state)
         del state
         runner, onward = self._runner(request, segment), None

@@ -12,6 +12,7 @@ from flwr_smartsplit.edge.admission import Admission
 from flwr_smartsplit.edge.client import EdgeClient
 from flwr_smartsplit.edge.cut_moves import MoveCut
 from flwr_smartsplit.edge.protocol import State
+from flwr_smartsplit.edge.regions import cut_state
 from flwr_smartsplit.edge.session import Session, StepRequest
 from flwr_smartsplit.edge.state_store import StateStore
 from flwr_smartsplit.edge.weighted_mean import has_diverged
@@ -133,9 +134,9 @@ class SessionTable:
     ) -> tuple[Receipt, ...]:
         """Finish a session here and at later edges, write its tail, and close it.
 
-        The tail is what training can change of the session's units.
-        Raises ``RefusedTail`` if the tail is not finite or the steps do not agree with
-        the device's, and ``StaleSession`` if the session was ended meanwhile.
+        ``chain`` is the whole model's. The tail is what training can change of the
+        session's units. Raises ``RefusedTail`` if it is not finite or the steps do not
+        agree with the device's, and ``StaleSession`` if the session ended meanwhile.
         """
         name, opened = request.session, session.opened
         if session.num_steps != request.num_steps:
@@ -171,12 +172,14 @@ class SessionTable:
         """Show what training can change of a session's units, if it is finite."""
         # Views suffice: nothing changes the segment any more.
         views = state_views(session.runner.segment)
-        changed = chain.changed_names(session.start, session.opened.stop)
+        variant = session.opened.variant
+        changed = chain.under(variant).changed_names(session.start, session.opened.stop)
         check_unsent(session.runner.segment, changed)
         state = {name: views[name] for name in changed}
         broken = tuple(name for name, a in state.items() if not np.isfinite(a).all())
         if broken:  # An infinite constant may have been so before.
-            before = self._store.read_state(session.opened.state_digest, broken)
+            held = self._store.read_state(session.opened.state_digest, broken)
+            before = cut_state(held, chain.regions(variant))
             broken = tuple(n for n in broken if has_diverged(state[n], before[n]))
         if broken:
             raise RefusedTail(

@@ -25,6 +25,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
+from flwr_smartsplit.edge.regions import cut_array
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from flwr_smartsplit.flower.base_strategy import SplitStrategy
 from flwr_smartsplit.flower.inner_strategy import (
@@ -35,12 +36,7 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
-from flwr_smartsplit.flower.round_exchange import (
-    Answer,
-    Dispatch,
-    Phase,
-    names_after,
-)
+from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, Phase, names_after
 from flwr_smartsplit.flower.serde.records import (
     legacy_scalars,
     plan_to_scalars,
@@ -257,9 +253,10 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         )
         client_manager.wait_for(self.strategy.min_available_clients, _A_DAY_SECONDS)
         proxies = list(client_manager.all().values())
+        state = self._state(parameters)
         dispatch = self._begin(
             phase,
-            self._state(parameters),
+            state,
             *self._fleet.clients(proxies),
             asked=f"{len(proxies)} clients",
         )
@@ -268,6 +265,9 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
         written = []
         for key, sent in dispatch.sent.items():
             own = [tensors[name] for name in sent.sent_names]
+            for index, name in enumerate(sent.sent_names):
+                if name in sent.regions:
+                    own[index] = _tensor(cut_array(state[name], sent.regions[name]))
             share = Parameters(own, parameters.tensor_type)
             scalars = {**legacy_scalars(phase.config), **plan_to_scalars(sent.plan)}
             dispatch.sent_bytes[key] = _size(share, scalars)
@@ -356,6 +356,11 @@ def _in_callers(name: str) -> Iterator[Any]:
         if name in frame.f_locals:
             yield frame.f_locals[name]
         frame = frame.f_back
+
+
+def _tensor(array: npt.NDArray[Any]) -> bytes:
+    (tensor,) = ndarrays_to_parameters([array]).tensors
+    return tensor
 
 
 def _size(parameters: Parameters, scalars: Mapping[str, Any]) -> int:

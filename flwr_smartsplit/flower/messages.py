@@ -5,9 +5,10 @@ from functools import partial
 from logging import INFO, getLogger
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
+from flwr_smartsplit.edge.regions import cut_array
 from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.serde.records import (
     LEGACY,
@@ -22,7 +23,7 @@ from flwr_smartsplit.flower.serde.replies import (
     reply_from_content,
 )
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.types import RESERVED_METRICS, ClientReply, Failure
+from flwr_smartsplit.types import RESERVED_METRICS, ClientReply, Failure, Variant
 
 _log = getLogger("flwr")
 
@@ -33,11 +34,21 @@ def written(
     """Write each chosen client's message: its segments' state, and its plan."""
     kind = MessageType.TRAIN if dispatch.is_train else MessageType.EVALUATE
     messages = []
+    parts: dict[tuple[Variant, str], Array] = {}  # Of arrays, each cut once
     for key, sent in dispatch.sent.items():
         member = dispatch.contacts[key]
+        for name in sent.sent_names:
+            part, region = (sent.plan.variant, name), sent.regions.get(name)
+            if region is not None and part not in parts:
+                parts[part] = Array(cut_array(arrays[name].numpy(), region))
         content = instruction(
             member.layout,
-            ArrayRecord({name: arrays[name] for name in sent.sent_names}),
+            ArrayRecord(
+                {
+                    name: parts.get((sent.plan.variant, name), arrays[name])
+                    for name in sent.sent_names
+                }
+            ),
             {**config, **plan_to_scalars(sent.plan)},
             is_train=dispatch.is_train,
         )

@@ -1,16 +1,23 @@
 """Planning: how clients and their routes are chosen, for both strategies."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from flwr_smartsplit.flower.journal.journal import OnRow
 from flwr_smartsplit.flower.observations import ClientSeconds
 from flwr_smartsplit.plan.advisor import Advisor
+from flwr_smartsplit.plan.codec_choice import CodecChoice
 from flwr_smartsplit.plan.routes import ChooseRoute
 from flwr_smartsplit.plan.selection.selection import Select
 from flwr_smartsplit.plan.selection.utility import BY_UTILITY
-from flwr_smartsplit.types import NO_CONSTRAINTS, Constraints, Variant
+from flwr_smartsplit.plan.variants.variants import Variants, Whole
+from flwr_smartsplit.server.aggregation import BetweenRounds, Mixing, ServerStep
+from flwr_smartsplit.types import NO_CONSTRAINTS, Constraints
 from flwr_smartsplit.types.sizes import whole
+
+WHOLE_MODEL = Whole()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +34,10 @@ class Planning:
         ``deepest_u_shape`` if labels must stay on the devices.
     constraints : Constraints
         What every route must respect, such as ``Constraints(min_device_units=2)``.
-    variants : tuple[Variant, ...]
-        What clients train instead of the whole model if nothing else fits; the first
-        under which something does.
+    variants : Variants
+        What a client is offered to train, the most wanted first, such as
+        ``Widths((1.0, 0.5, 0.25))``: a narrower model only where no route of a wider
+        one fits. By default, the whole model.
     advisor : Advisor, optional
         Lets edges move cuts and release slow, unimportant clients in a round, such as
         ``StragglerAdvisor()``; ``docs/results.md`` says why it is off by default.
@@ -52,7 +60,7 @@ class Planning:
     select: Select = BY_UTILITY
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
-    variants: tuple[Variant, ...] = ()
+    variants: Variants = WHOLE_MODEL
     advisor: Advisor | None = None
     client_seconds: ClientSeconds | None = None
     num_threads: int = 1
@@ -71,8 +79,27 @@ class Planning:
                 f"select is {self.select!r}; give a function of a "
                 "SelectionRequest, such as SelectByUtility() or select_at_random."
             )
+        if not callable(getattr(self.variants, "offered", None)):
+            raise TypeError(
+                f"variants is {self.variants!r:.80}; give something that offers them, "
+                "such as Widths((1.0, 0.5, 0.25)) or Whole()."
+            )
         if not isinstance(self.constraints, Constraints):
             raise TypeError(
                 f"constraints is {self.constraints!r}; give a Constraints, such as "
                 "Constraints(min_device_units=2)."
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The arguments of both strategies that ``SmartSplit`` explains."""
+
+    planning: Planning
+    mixing: Mixing
+    server_steps: tuple[ServerStep, ...]
+    seed: int
+    journal: str | Path | None
+    on_row: Sequence[OnRow]
+    between_rounds: BetweenRounds | None
+    codec: CodecChoice

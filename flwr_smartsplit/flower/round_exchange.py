@@ -18,8 +18,22 @@ from flwr_smartsplit.types import (
     Expectation,
     Failure,
     Move,
+    Regions,
     TailExpectation,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One phase of one round, as Flower asks for it.
+
+    ``sample_size(available)`` is how many clients to choose; ``config`` is the user's.
+    """
+
+    round_number: int
+    is_train: bool
+    sample_size: Callable[[int], int]
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +47,7 @@ class Sent:
     assignment: Assignment
     profile: ChainProfile | None = None  # at its batch size
     frozen: Mapping[str, str] = field(default_factory=dict)  # their digests, by name
+    regions: Regions = field(default_factory=dict)  # of the arrays that are not whole
 
     @property
     def sent_names(self) -> tuple[str, ...]:
@@ -71,19 +86,6 @@ class Answer:
     read: Callable[[], ClientReply] | None = None
     num_bytes: int = 0
     error: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """One phase of one round, as Flower asks for it.
-
-    ``sample_size(available)`` is how many clients to choose; ``config`` is the user's.
-    """
-
-    round_number: int
-    is_train: bool
-    sample_size: Callable[[int], int]
-    config: Mapping[str, Any]
 
 
 @dataclass
@@ -140,6 +142,8 @@ class Dispatch:
                     )
                     for leg in sent.plan.route.edge_legs(len(chain))
                 },
+                variant=sent.plan.variant,
+                regions=sent.regions,
             )
             for key, sent in ended.items()
         }

@@ -5,20 +5,19 @@ them, so the same replies give the same bits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from logging import INFO, getLogger
-from pathlib import Path
 from random import Random
 
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.edge.tensors import digest_of
 from flwr_smartsplit.errors import InvalidTask, RefusedReply
-from flwr_smartsplit.flower.journal.journal import Journal, OnRow
+from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.journal.round_log import RoundLog, most_common
 from flwr_smartsplit.flower.observations import cohort_in, observed
-from flwr_smartsplit.flower.planning import Planning
+from flwr_smartsplit.flower.planning import WHOLE_MODEL, Settings
 from flwr_smartsplit.flower.round_exchange import (
     Dispatch,
     Phase,
@@ -30,7 +29,6 @@ from flwr_smartsplit.flower.round_exchange import (
 )
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
-from flwr_smartsplit.plan.codec_choice import CodecChoice
 from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
@@ -43,11 +41,8 @@ from flwr_smartsplit.profile.example_shapes import (
 from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
-    BetweenRounds,
-    Mixing,
     RoundStart,
     RoundSummary,
-    ServerStep,
     Settled,
     next_state,
     prepare,
@@ -56,6 +51,7 @@ from flwr_smartsplit.server.aggregation import (
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.server.global_state import GlobalState, KeptByNodes
+from flwr_smartsplit.server.offers import check_narrowable, offered
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.metric_names import check_metrics
@@ -77,20 +73,6 @@ from flwr_smartsplit.types import (
 )
 
 _log = getLogger("flwr")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The arguments of both strategies that ``SmartSplit`` explains."""
-
-    planning: Planning
-    mixing: Mixing
-    server_steps: tuple[ServerStep, ...]
-    seed: int
-    journal: str | Path | None
-    on_row: Sequence[OnRow]
-    between_rounds: BetweenRounds | None
-    codec: CodecChoice
 
 
 class CentralManager:
@@ -118,6 +100,7 @@ class CentralManager:
         if edges:
             self.chain.require_cuts()
         check_metrics(self.chain, task)
+        check_narrowable(self.chain, task, settings.planning.variants)
         constraints = settings.planning.constraints
         kept = constraints.kept_units | kept_units(self.chain, task)
         self._constraints = replace(constraints, kept_units=kept)
@@ -175,7 +158,8 @@ class CentralManager:
             profile = self._costs(kind, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = returned(changed_names(client_plan, self.chain), self.task.is_local)
-            sent = Sent(client_plan, names, back, assignment, profile)
+            regions = self.chain.regions(option.variant)
+            sent = Sent(client_plan, names, back, assignment, profile, regions=regions)
             dispatch.add(self._without_kept(sent), clients[key], self.edges)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
@@ -283,6 +267,8 @@ class CentralManager:
 
     def _without_kept(self, sent: Sent) -> Sent:
         """Leave out the frozen arrays that a client's node has kept."""
+        if sent.plan.variant != WHOLE:  # What it had of them may be another part.
+            return sent
         names = frozen_names(sent.plan, self.chain)
         frozen = {name: self._sent.frozen_digests[name] for name in names}
         if not frozen:
@@ -388,12 +374,17 @@ class CentralManager:
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
                 codec=self.settings.codec,
-                variants=planning.variants,
+                variants=partial(self._offered, phase),
                 costs=self._costs,
             ),
             rng=Random(seed),
             history=self.history,
         )
+
+    def _offered(self, phase: Phase, device: DeviceProfile) -> tuple[Variant, ...]:
+        """List what a device may train; the whole model is what is evaluated."""
+        rule = self.settings.planning.variants if phase.is_train else WHOLE_MODEL
+        return offered(rule, device, phase.round_number, self.chain)
 
     def _priced(
         self, round_number: int, clients: Mapping[str, DeviceProfile]
@@ -418,7 +409,7 @@ class CentralManager:
         self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
     ) -> ChainProfile:
         """Profile the chain, once for each kind of batch, micro-batches and variant."""
-        kind = batch, max(accumulate, self.task.accumulate), variant
+        kind = batch, max(accumulate, self.task.accumulate), variant.leading()
         if kind not in self._profiles:
             batch_size, shapes = (batch, ()) if isinstance(batch, int) else batch
             chain, task = with_example_shapes(self.chain, self.task, shapes)

@@ -44,6 +44,13 @@ Found = tuple[list[Candidate], dict[str, str]]
 Codings = tuple[tuple[Codec, ...], ...]
 """Choices of the codec at each cut of a chain, the most wanted first."""
 
+Offers = Callable[[DeviceProfile], tuple[Variant, ...]]
+
+
+def _whole(device: DeviceProfile) -> tuple[Variant, ...]:
+    del device
+    return (WHOLE,)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
@@ -54,6 +61,7 @@ class Routing:
     route to each client; without it, ``select`` sees all that fit. ``costs``
     returns those of a batch size in so many micro-batches under a variant; without it,
     nobody accumulates more than the profiles do, and everybody trains the whole model.
+    ``variants`` says which a device is offered, the most wanted first.
     """
 
     edges: tuple[EdgeProfile, ...] = ()
@@ -61,7 +69,7 @@ class Routing:
     choose_route: ChooseRoute | None = None
     constraints: Constraints = NO_CONSTRAINTS
     codec: CodecChoice = RAW
-    variants: tuple[Variant, ...] = ()
+    variants: Offers = _whole
     costs: Callable[[BatchKind, int, Variant], ChainProfile] | None = None
 
 
@@ -107,19 +115,24 @@ def plan_round(  # noqa: PLR0913 - all that a plan hangs on
     )
 
 
+_Alike = tuple[BatchKind, Codings, tuple[Variant, ...]]
+"""What devices have in common that see the same options."""
+
+
 def _free(
     devices: Sequence[DeviceProfile], profiles: Profiles, routing: Routing
 ) -> Found:
     """List everybody with all options within its budget."""
     candidates: list[Candidate] = []
     unfit: dict[str, str] = {}
-    groups: dict[tuple[BatchKind, Codings], list[DeviceProfile]] = {}
+    groups: dict[_Alike, list[DeviceProfile]] = {}
     for device in devices:
         codings = _codings(device, profiles, routing)
-        groups.setdefault((device.batch_kind, codings), []).append(device)
-    for (kind, codings), group in groups.items():
+        alike = device.batch_kind, codings, routing.variants(device)
+        groups.setdefault(alike, []).append(device)
+    for (kind, codings, variants), group in groups.items():
         waiting, left_out = group, dict[str, str]()
-        for variant, accumulate, plain in _profiles(kind, profiles, routing):
+        for variant, accumulate, plain in _profiles(kind, variants, profiles, routing):
             how = variant, accumulate
             coded = (coded_profile(plain, codecs) for codecs in codings)
             space = joined([_space(each, how, waiting, routing) for each in coded])
@@ -145,17 +158,20 @@ def _codings(
 
 
 def _profiles(
-    kind: BatchKind, profiles: Profiles, routing: Routing
+    kind: BatchKind,
+    variants: Sequence[Variant],
+    profiles: Profiles,
+    routing: Routing,
 ) -> Iterator[tuple[Variant, int, ChainProfile]]:
-    """Yield the costs in 1, 2, 4, 8... micro-batches, then those under variants."""
-    yield WHOLE, 1, profiles[kind]
-    if routing.costs is None:
-        return
+    """Yield the costs under each variant in 1, 2, 4, 8... micro-batches."""
     most = min(routing.constraints.max_accumulate, profiles[kind].batch_size)
-    for variant in (WHOLE, *routing.variants):
-        accumulate = 2 if variant == WHOLE else 1
+    for variant in variants:
+        accumulate = 1
         while accumulate <= most:
-            yield variant, accumulate, routing.costs(kind, accumulate, variant)
+            if (variant, accumulate) == (WHOLE, 1):
+                yield WHOLE, 1, profiles[kind]
+            elif routing.costs is not None:
+                yield variant, accumulate, routing.costs(kind, accumulate, variant)
             accumulate *= 2
 
 
@@ -198,7 +214,8 @@ def _routed(
             index=index,
             constraints=routing.constraints,
         )
-        costs = _profiles(device.batch_kind, profiles, routing)
+        variants = routing.variants(device)
+        costs = _profiles(device.batch_kind, variants, profiles, routing)
         codings = partial(_codings, device, profiles, routing)
         try:
             options = _chosen(request, costs, choose_route, codings)

@@ -4,7 +4,6 @@ A prediction is for the task's example. Where sequences vary in length, a client
 the largest sizes it saw, and is priced at these from then on.
 """
 
-import copy
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -58,8 +57,7 @@ def with_example_shapes(chain: Chain, task: Task, shapes: Shapes) -> tuple[Chain
     targets = tree_map_only(
         Tensor, lambda x: _stretched(x, next(wanted)), task.example_targets
     )
-    stretched = copy.copy(chain)
-    stretched.example_inputs = inputs
+    stretched = chain.given(inputs)
     return stretched, replace(task, example_inputs=inputs, example_targets=targets)
 
 

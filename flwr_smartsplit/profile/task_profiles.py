@@ -27,8 +27,9 @@ def profile_once(
     """Find a chain's costs, once per process for all chains with the same digest.
 
     The dry run has its own thread: meters and modes are per thread, and the caller may
-    be inside a metered step.
+    be inside a metered step. Variants of one size cost the same.
     """
+    variant = variant.leading()
     chain = chain.under(variant)
     digest = profile_digest(chain, batch_size=batch_size, task=task, variant=variant)
     with _lock:

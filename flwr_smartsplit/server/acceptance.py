@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 
 from flwr_smartsplit.edge.protocol import State
+from flwr_smartsplit.edge.regions import cut_array
 from flwr_smartsplit.edge.weighted_mean import has_diverged
 from flwr_smartsplit.errors import RefusedReply
-from flwr_smartsplit.types import ClientReply, Expectation, Failure, Status, StepReport
+from flwr_smartsplit.types import (
+    WHOLE,
+    ClientReply,
+    Expectation,
+    Failure,
+    Status,
+    StepReport,
+)
 
 _TOO_MANY = 2**29  # From it on, weight times float32 is not exact in float64
 
@@ -80,16 +88,21 @@ def _check_state(reply: ClientReply, expectation: Expectation, current: State) -
             f"else: missing {missing}, surplus {surplus}."
         )
     for name, array in state.items():
-        wanted = current[name]
+        wanted = cut_array(current[name], expectation.regions.get(name))
         if array.shape != wanted.shape or array.dtype != wanted.dtype:
             raise _refused(
                 f"client {key!r} sends {name} as {array.dtype}{array.shape}, the "
-                f"model has {wanted.dtype}{wanted.shape}."
+                f"{_model(expectation)} has {wanted.dtype}{wanted.shape}."
             )
         if has_diverged(array, wanted):
             raise _refused(
                 f"client {key!r} sends values of {name} that are not finite."
             )
+
+
+def _model(expectation: Expectation) -> str:
+    name = expectation.variant.name
+    return "model" if expectation.variant == WHOLE else f"model of variant {name!r}"
 
 
 def _check_receipts(reply: ClientReply, expectation: Expectation) -> None:

@@ -12,12 +12,20 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from flwr_smartsplit.edge.protocol import Committed, Entry, State
+from flwr_smartsplit.edge.regions import Part, merge_parts
 from flwr_smartsplit.edge.weighted_mean import add_states, add_sums, merge
 from flwr_smartsplit.errors import EdgeError, RefusedReply, SmartSplitError, TailLost
 from flwr_smartsplit.server.acceptance import check_reply, refusal
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ClientReply, Expectation, Failure, StepReport
+from flwr_smartsplit.types import (
+    WHOLE,
+    ClientReply,
+    Expectation,
+    Failure,
+    StepReport,
+    Variant,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,18 +215,40 @@ def settle_round(
         else:
             accepted[reply.client_key] = reply
     accepted = dict(sorted(accepted.items()))
-    committed, dropped = _commit(accepted, round_number, current, edges)
+    variants = {key: expected[key].variant for key in accepted}
+    committed, dropped = _commit(
+        accepted, round_number, current, edges, variants=variants
+    )
     failures += dropped
     for failure in dropped:
         del accepted[failure.client_key]
     if not accepted:
         return Settled(state=None, accepted={}, failures=tuple(failures))
-    device_sums = add_states(
-        (reply.state, reply.report.num_examples) for reply in accepted.values()
-    )
-    sums = add_sums([device_sums, *(each.sums for each in committed)])
-    mean: State = merge(current, sums, ChainMap(*(dict(c.means) for c in committed)))
+    mean = _mean(accepted, committed, current, expected)
     return Settled(state=mean, accepted=accepted, failures=tuple(failures))
+
+
+def _mean(
+    accepted: Mapping[str, ClientReply],
+    committed: Sequence[tuple[Variant, Committed]],
+    current: State,
+    expected: Mapping[str, Expectation],
+) -> State:
+    """Merge the states of devices and edges, by variant where there are several."""
+    asked = {expected[key].variant: expected[key].regions for key in accepted}
+    parts: list[Part] = []
+    for variant, regions in asked.items():
+        device_sums = add_states(
+            (reply.state, reply.report.num_examples)
+            for key, reply in accepted.items()
+            if expected[key].variant == variant
+        )
+        tails = (each.sums for which, each in committed if which == variant)
+        parts.append((add_sums([device_sums, *tails]), regions))
+    means = ChainMap(*(dict(each.means) for _, each in committed))
+    if asked.keys() == {WHOLE}:
+        return merge(current, parts[0][0], means)
+    return {**merge_parts(current, parts), **means}
 
 
 def _commit(
@@ -226,19 +256,25 @@ def _commit(
     round_number: int,
     current: State,
     edges: EdgePool,
-) -> tuple[list[Committed], list[Failure]]:
-    """Commit at every edge; drop a client everywhere if one edge cannot commit it."""
+    *,
+    variants: Mapping[str, Variant],
+) -> tuple[list[tuple[Variant, Committed]], list[Failure]]:
+    """Commit at every edge; drop a client everywhere if one edge cannot commit it.
+
+    An edge is asked once for each variant: it adds arrays of one shape.
+    """
     remaining = dict(accepted)
     dropped: list[Failure] = []
     while True:
-        committed: list[Committed] = []
-        owner = _owners(remaining)
+        committed: list[tuple[Variant, Committed]] = []
+        owner = _owners(remaining, variants)
         lost: dict[str, str] = {}
-        for place, entries in _entries_by_place(remaining).items():
+        for at, entries in _entries_by_place(remaining, variants).items():
+            place, variant = at
             asked = place, round_number, tuple(entries.values())
-            alone = {name: current[name] for name in owner if owner[name] == place}
+            alone = {name: current[name] for name in owner if owner[name] == at}
             try:
-                committed.append(edges.commit(*asked, alone))
+                committed.append((variant, edges.commit(*asked, alone)))
             except TailLost as error:
                 named = [k for k, e in entries.items() if e.session in error.sessions]
                 lost |= dict.fromkeys(named or entries, str(error))
@@ -258,26 +294,37 @@ def _commit(
             )
 
 
-def _owners(replies: Mapping[str, ClientReply]) -> dict[str, str | None]:
-    """Name the one edge that sums a name; None if others or a device add to it."""
-    owners: dict[str, str | None] = {}
-    for reply in replies.values():
+_Place = tuple[str, Variant]
+"""An edge, and what it trained a part of."""
+
+
+def _owners(
+    replies: Mapping[str, ClientReply], variants: Mapping[str, Variant]
+) -> dict[str, _Place | None]:
+    """Name the one edge that sums all of a name; None if others or a device add to it.
+
+    Of a variant, it sums only a part of the global array.
+    """
+    owners: dict[str, _Place | None] = {}
+    for key, reply in replies.items():
+        variant = variants[key]
         owners |= dict.fromkeys(reply.state)
         for receipt in reply.receipts:
+            mine = (receipt.place, variant) if variant == WHOLE else None
             for name in receipt.names:
-                known = owners.setdefault(name, receipt.place)
-                owners[name] = receipt.place if known == receipt.place else None
+                owners[name] = mine if owners.setdefault(name, mine) == mine else None
     return owners
 
 
 def _entries_by_place(
-    replies: Mapping[str, ClientReply],
-) -> dict[str, dict[str, Entry]]:
+    replies: Mapping[str, ClientReply], variants: Mapping[str, Variant]
+) -> dict[_Place, dict[str, Entry]]:
     """List each edge's sealed sessions by client_key, in client_key order."""
-    places: dict[str, dict[str, Entry]] = {}
+    places: dict[_Place, dict[str, Entry]] = {}
     for key, reply in replies.items():
         for receipt in reply.receipts:
-            places.setdefault(receipt.place, {})[key] = Entry(
+            at = receipt.place, variants[key]
+            places.setdefault(at, {})[key] = Entry(
                 receipt.session, receipt.digest, reply.report.num_examples
             )
     return places

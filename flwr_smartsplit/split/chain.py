@@ -12,10 +12,21 @@ from torch import Tensor, nn
 from flwr_smartsplit.defence import Defence
 from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
 from flwr_smartsplit.split.manual_units import declared_units, with_defence
+from flwr_smartsplit.split.narrow.channels import Channels, find_channels
+from flwr_smartsplit.split.narrow.narrowing import narrowed_module
 from flwr_smartsplit.split.segment import Batch, Segment, Unit
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.tracing import trace_units
-from flwr_smartsplit.types import WHOLE, Variant
+from flwr_smartsplit.types import (
+    WHOLE,
+    Regions,
+    Variant,
+    kept_problem,
+    regions_of,
+)
+
+MAX_VARIANTS = 32
+"""Of which a chain remembers what follows from them."""
 
 ArrayT = TypeVar("ArrayT")
 _Kind = tuple[tuple[int, ...], str]
@@ -35,6 +46,8 @@ class Chain:
     refusals : dict[str, str]
         For each place that looks like a cut and must not be one, the reason and the
         nearest place that can be cut.
+    is_declared : bool
+        Whether the units were listed by hand.
 
     Examples
     --------
@@ -54,14 +67,18 @@ class Chain:
         example_inputs: Batch,
         *,
         refusals: dict[str, str],
+        is_declared: bool = False,
     ) -> None:
         self.model = model
         self.units = tuple(units)
         self.example_inputs = example_inputs
         self.refusals = refusals
+        self.is_declared = is_declared
         self._odd_modes = odd_modes(model)
         self._state_names: dict[tuple[int, int], tuple[str, ...]] = {}
         self._changed_names: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._narrower: dict[Variant, Chain] = {}
+        self._regions: dict[Variant, Regions] = {}
 
     @classmethod
     def from_module(
@@ -124,22 +141,86 @@ class Chain:
         ('first', 'last')
         """
         checked, refusals = declared_units(model, units, example_inputs)
-        return cls(model, checked, example_inputs, refusals=refusals)
+        return cls(model, checked, example_inputs, refusals=refusals, is_declared=True)
+
+    @cached_property
+    def channels(self) -> Channels:
+        """The groups of channels that may be left out of this model.
+
+        Raises
+        ------
+        NotSplittable
+            If its units were listed by hand, or torch.fx cannot trace it.
+        """
+        if self.is_declared:
+            raise NotSplittable(
+                f"the units of {type(self.model).__name__} were listed by hand, so it "
+                "is not known which channels they share: only a model that torch.fx "
+                "traces can be narrowed. Leave out Task(units_fn=...), or variants."
+            )
+        return find_channels(self.model, self.example_inputs)
 
     def under(self, variant: Variant) -> "Chain":
         """Return the chain as a variant has it: the same units, of a model of its own.
 
+        Variants of one size share it: their models differ in values only.
+
         Raises
         ------
         InvalidTask
-            If the variant is not one that this version knows.
+            If the variant is not one of this model.
+        NotSplittable
+            If this model cannot be narrowed.
         """
         if variant == WHOLE:
             return self
-        raise InvalidTask(
-            f"variant {variant.name!r} is not known here; this version knows "
-            f"{WHOLE.name!r}. Use one version everywhere."
-        )
+        if not variant.kept:
+            raise InvalidTask(
+                f"variant {variant.name!r} is not known here: it leaves nothing out, "
+                f"and is not {WHOLE.name!r}. Use one version everywhere."
+            )
+        alike = variant.leading()
+        if alike not in self._narrower:
+            chain = Chain(
+                self.narrowed(self.model, alike),
+                self.units,
+                self.example_inputs,
+                refusals=self.refusals,
+                is_declared=self.is_declared,
+            )
+            self._narrower = _remembered(self._narrower, alike, chain)
+        return self._narrower[alike]
+
+    def narrowed(self, model: nn.Module, variant: Variant) -> nn.Module:
+        """Make the module of a variant from one of this chain's, with its values.
+
+        Raises
+        ------
+        InvalidTask, NotSplittable
+            As ``under`` does.
+        """
+        if variant == WHOLE:
+            return model
+        return narrowed_module(model, self.channels.groups, variant)
+
+    def regions(self, variant: Variant) -> Regions:
+        """Find which values of the whole state a variant's state has, by name.
+
+        Raises
+        ------
+        InvalidTask, NotSplittable
+            As ``under`` does.
+        """
+        if variant == WHOLE:
+            return {}
+        if variant not in self._regions:
+            groups = self.channels.groups
+            problem = kept_problem(variant, groups)
+            if problem:
+                raise InvalidTask(f"variant {variant.name!r}: {problem}.")
+            found = regions_of(groups, variant)
+            self._regions = _remembered(self._regions, variant, found)
+        return self._regions[variant]
 
     @cached_property
     def num_defended(self) -> int:
@@ -149,7 +230,19 @@ class Chain:
     def defended(self, defence: Defence) -> "Chain":
         """Add a defence as a unit; raise ``InvalidTask`` if it cannot stand there."""
         units = with_defence(self.model, self.units, defence, self.example_inputs)
-        return Chain(self.model, units, self.example_inputs, refusals=self.refusals)
+        return Chain(
+            self.model,
+            units,
+            self.example_inputs,
+            refusals=self.refusals,
+            is_declared=self.is_declared,
+        )
+
+    def given(self, example_inputs: Batch) -> "Chain":
+        """Return this chain with other example inputs; it shares model and units."""
+        chain = copy.copy(self)
+        chain.example_inputs, chain._narrower = example_inputs, {}
+        return chain
 
     @property
     def unit_names(self) -> tuple[str, ...]:
@@ -311,6 +404,12 @@ class Chain:
             f"{reasons or 'it is a single operation'}. Where that helps, let several "
             "tensors cross a cut: Task(max_boundary_tensors=...)."
         )
+
+
+def _remembered(known: dict[Any, Any], key: Any, value: Any) -> dict[Any, Any]:
+    """Add to what is known; the oldest is forgotten where it is too much."""
+    newest = list(known.items())[-MAX_VARIANTS + 1 :]
+    return {**dict(newest), key: value}
 
 
 def _kind_of(tensor: Tensor) -> _Kind:

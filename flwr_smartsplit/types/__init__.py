@@ -74,4 +74,11 @@ from flwr_smartsplit.types.routes import EDGE as EDGE
 from flwr_smartsplit.types.routes import Leg as Leg
 from flwr_smartsplit.types.routes import Route as Route
 from flwr_smartsplit.types.variants import WHOLE as WHOLE
+from flwr_smartsplit.types.variants import Axis as Axis
+from flwr_smartsplit.types.variants import ChannelGroup as ChannelGroup
+from flwr_smartsplit.types.variants import Region as Region
+from flwr_smartsplit.types.variants import Regions as Regions
 from flwr_smartsplit.types.variants import Variant as Variant
+from flwr_smartsplit.types.variants import kept_problem as kept_problem
+from flwr_smartsplit.types.variants import regions_of as regions_of
+from flwr_smartsplit.types.variants import width_of as width_of

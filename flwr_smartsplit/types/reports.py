@@ -8,14 +8,15 @@ from typing import Any
 import numpy.typing as npt
 
 from flwr_smartsplit.types.costs import Shapes
-from flwr_smartsplit.types.variants import WHOLE, Variant
+from flwr_smartsplit.types.variants import WHOLE, Regions, Variant
 
 ROW_FACTS = frozenset(
     """kind phase round client_key status cause route budget_bytes num_examples
     predicted_peak_bytes predicted_seconds why peak_bytes resident_growth_bytes
     num_steps num_threads loss loss_rms seconds bytes_down bytes_up
     edge_bytes_up edge_bytes_down edge_bytes_raw_up edge_bytes_raw_down moves replans
-    released recompute variant codecs accumulate metric_examples""".split()
+    released recompute variant step_flops edge_step_flops codecs accumulate
+    metric_examples""".split()
 )
 """The keys of a client's row in the journal; all others are the task's metrics."""
 
@@ -126,6 +127,8 @@ class Expectation:
     client_key: str
     device_names: frozenset[str]
     tails: Mapping[str, TailExpectation]
+    variant: Variant = WHOLE
+    regions: Regions = field(default_factory=dict)  # What it has of the global state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

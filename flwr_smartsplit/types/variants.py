@@ -1,18 +1,201 @@
-"""Variants: what part of the global model a client trains."""
+"""Variants: what part of the global model a client trains.
 
-from dataclasses import dataclass
+Channels that must be kept or left out together are a group. A variant names those that
+it keeps of each; which values of the state these are follows from the model alone.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import ceil
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+Region = tuple[npt.NDArray[np.int64] | None, ...]
+"""For each axis of an array, which indices; None for all."""
+
+Regions = Mapping[str, Region]
+"""By name of the state; an array without one is there whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """An axis of the state along which a group's channels lie, in order."""
+
+    name: str  # Of the array
+    axis: int
+    repeat: int = 1  # Entries for each channel: more than one behind a flattening
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelGroup:
+    """Channels that are kept or left out together, wherever they are stored.
+
+    Parameters
+    ----------
+    name : str
+        The array of the state that makes them, such as ``"conv1.weight"``.
+    size : int
+        How many there are.
+    multiple : int
+        They are kept in runs of so many: a GroupNorm's groups stay whole.
+    axes : tuple[Axis, ...]
+        Where they are stored.
+    unscaled : tuple[str, ...]
+        The modules that make them and that no normalisation follows.
+    """
+
+    name: str
+    size: int
+    multiple: int = 1
+    axes: tuple[Axis, ...]
+    unscaled: tuple[str, ...] = ()
+
+    def share(self, rate: float, *, shift: int = 0) -> tuple[int, ...]:
+        """List at least a share of the channels, in whole runs, from a run of them on.
+
+        Examples
+        --------
+        >>> group = ChannelGroup(name="a.weight", size=8, multiple=2, axes=())
+        >>> group.share(0.5), group.share(0.5, shift=3)
+        ((0, 1, 2, 3), (0, 1, 6, 7))
+        """
+        each, num_runs = self.multiple, self.size // self.multiple
+        num_kept = ceil(rate * num_runs)
+        runs = sorted((shift + index) % num_runs for index in range(num_kept))
+        return tuple(run * each + channel for run in runs for channel in range(each))
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What part of the global model a client trains; today, all of it.
+    """What part of the global model a client trains.
 
-    A variant that freezes part of the model gets its fields here, and ``Chain.under``
-    makes its chain. Plans, sessions, receipts and profiles carry it; a merge is per
-    name, over the clients that trained it.
+    A smaller model has the global one's units and names, and fewer channels in them. A
+    merge is value by value, over the clients that trained it.
+
+    Parameters
+    ----------
+    name : str
+        What the journal calls it, such as ``"width 0.5"``.
+    kept : Mapping[str, tuple[int, ...]]
+        For each channel group by name, the channels kept, in increasing order; a group
+        that is not named keeps all.
+    is_scaled : bool
+        Whether, in training, outputs are divided by the share of their channels that is
+        kept, where no normalisation does so anyway: HeteroFL's scaler.
+
+    Raises
+    ------
+    ValueError
+        If a group keeps nothing, or its channels are not increasing from 0.
+
+    Examples
+    --------
+    >>> Variant("half", {"conv1.weight": (0, 1)}).kept
+    {'conv1.weight': (0, 1)}
     """
 
     name: str = "whole"
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    is_scaled: bool = False
+
+    def __post_init__(self) -> None:
+        kept = {name: tuple(self.kept[name]) for name in sorted(self.kept)}
+        for name, channels in kept.items():
+            if not channels or not _are_increasing(channels):
+                raise ValueError(
+                    f"variant {self.name!r} keeps channels {channels!r:.80} of "
+                    f"{name!r}: name at least one, in increasing order from 0."
+                )
+        object.__setattr__(self, "kept", kept)
+
+    def __hash__(self) -> int:
+        """Hash what is compared."""
+        return hash((self.name, *self.kept.items(), self.is_scaled))
+
+    def leading(self) -> Self:
+        """Return the variant of this size that keeps each group's first channels.
+
+        Both cost the same, and their models differ in values only.
+        """
+        first = {name: tuple(range(len(each))) for name, each in self.kept.items()}
+        sizes = ",".join(str(len(each)) for each in first.values())
+        return replace(self, name=f"of {sizes}" if first else self.name, kept=first)
 
 
 WHOLE = Variant()
+
+
+def _are_increasing(channels: tuple[int, ...]) -> bool:
+    is_index = all(type(channel) is int for channel in channels)
+    return is_index and channels[0] >= 0 and all(a < b for a, b in pairwise(channels))
+
+
+def width_of(
+    groups: Iterable[ChannelGroup],
+    rate: float,
+    *,
+    shift: int = 0,
+    is_scaled: bool = False,
+) -> Variant:
+    """Make the variant that keeps a share of every group's channels.
+
+    Raises
+    ------
+    ValueError
+        If the share is not in ``(0, 1]``.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"a width is {rate!r:.40}: give a share in (0, 1].")
+    groups = tuple(groups)
+    kept = {group.name: group.share(rate, shift=shift) for group in groups}
+    if all(len(kept[group.name]) == group.size for group in groups):
+        return WHOLE
+    return Variant(f"width {rate:g}", kept, is_scaled=is_scaled)
+
+
+def kept_problem(variant: Variant, groups: Iterable[ChannelGroup]) -> str:
+    """Say what a model's groups lack of what a variant keeps; ``""`` if nothing."""
+    by_name = {group.name: group for group in groups}
+    for name, channels in variant.kept.items():
+        group = by_name.get(name)
+        if group is None:
+            known = ", ".join(by_name) or "none"
+            return f"the model has no channel group {name!r}; its groups are {known}"
+        if channels[-1] >= group.size:
+            return f"{name!r} has {group.size} channels, so none is {channels[-1]}"
+        runs = np.array(channels) // group.multiple
+        counts = np.unique(runs, return_counts=True)[1]
+        if (counts != group.multiple).any():
+            return (
+                f"a GroupNorm normalises the channels of {name!r} by {group.multiple}, "
+                "so they are kept in whole runs of as many"
+            )
+    return ""
+
+
+def regions_of(groups: Iterable[ChannelGroup], variant: Variant) -> Regions:
+    """Find which values of the state a variant has; whole arrays are left out.
+
+    Examples
+    --------
+    >>> group = ChannelGroup(name="a.weight", size=3, axes=(Axis("a.weight", 0),))
+    >>> regions = regions_of([group], Variant("two", {"a.weight": (0, 2)}))
+    >>> regions["a.weight"][0].tolist()
+    [0, 2]
+    """
+    found: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
+    for group in groups:
+        channels = variant.kept.get(group.name, ())
+        if len(channels) in (0, group.size):
+            continue
+        first = np.array(channels, dtype=np.int64)
+        for axis in group.axes:
+            entries = first[:, None] * axis.repeat + np.arange(axis.repeat)
+            found.setdefault(axis.name, {})[axis.axis] = entries.reshape(-1)
+    return {
+        name: tuple(axes.get(index) for index in range(max(axes) + 1))
+        for name, axes in found.items()
+    }

@@ -5,10 +5,9 @@ then trains the same batches through ``train_locally`` and an edge in this proce
 the bytes of the wire, and everything is compared to the last bit.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -32,7 +31,6 @@ from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import RefusedMove
 from flwr_smartsplit.memory.cap import CapMode
-from flwr_smartsplit.memory.meter import unmetered
 from flwr_smartsplit.split.build import build_chain, materialise, state_of
 from flwr_smartsplit.split.fake_tensors import rows_of_targets
 from flwr_smartsplit.split.segment import Batch
@@ -42,14 +40,17 @@ from flwr_smartsplit.train.rng import UnitStreams
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.types import (
     KEEP_ALL,
+    WHOLE,
     ClientPlan,
     Codec,
     RecomputePlan,
     Route,
     Status,
+    Variant,
     is_lossless,
 )
 from flwr_smartsplit.verify.crossed import let_cross
+from flwr_smartsplit.verify.listener import Listener, digest_of
 from flwr_smartsplit.verify.merging import merge_differences
 from flwr_smartsplit.verify.reference import (
     Batches,
@@ -79,7 +80,7 @@ class CutCheck:
 
 
 class RouteChecker:
-    """Train a task whole and along routes, and compare.
+    """Train a task whole and along routes, and compare; or a variant of its model.
 
     Use it as a context manager: it hosts an edge in this process. Give at least two
     batches of one size, so that the optimizer's state counts.
@@ -93,8 +94,11 @@ class RouteChecker:
         cap_mode: CapMode = CapMode.STRICT,
         config: Mapping[str, Any] | None = None,
         ends: Batches | None = None,
+        variant: Variant = WHOLE,
     ) -> None:
-        self.chain = build_chain(task)
+        self._variant = variant
+        self._whole = build_chain(task)
+        self.chain = self._whole.under(variant)
         self._batches = batches
         # To evaluate; the last batch may be smaller.
         self._ends = (batches[0], batches[-1]) if ends is None else ends
@@ -121,8 +125,10 @@ class RouteChecker:
         with torch.random.fork_rng():
             torch.manual_seed(_SEED)
             model = self._task.model_fn()
+        self._held = state_of(model)
+        self._digest = state_digest(self._held)
+        model = self._whole.narrowed(model, self._variant)
         self._state = state_of(model)
-        self._digest = state_digest(self._state)
         self._codecs = codecs
         named: dict[str, Any] = {}
         if codecs:
@@ -149,7 +155,7 @@ class RouteChecker:
     def __enter__(self) -> Self:
         self._address = self._edge.start(self._task)
         try:
-            self._send(wire.HoldState(self._digest, self._state))
+            self._send(wire.HoldState(self._digest, self._held))
         except BaseException:
             self._edge.stop(self._address)
             raise
@@ -189,6 +195,7 @@ class RouteChecker:
             recompute=recompute[0],
             config=self._config,
             codecs=codecs,
+            variant=self._variant,
         )
         differences: list[str] = []
         check = CutCheck(route, (), measured_peak_bytes=0)
@@ -220,9 +227,9 @@ class RouteChecker:
             segment = materialise(self.chain, 0, len(self.chain), self._state).train()
             firsts = first_draws(self.chain, inputs)
             draws = seeded_draws(firsts, streams, 0) if firsts else nullcontext()
-            with _Listener(stock, stock) as wanted, draws:
+            with Listener(stock, stock) as wanted, draws:
                 call(stock, tree_map(torch.clone, inputs))
-            with _Listener(segment, stock) as found:
+            with Listener(segment, stock) as found:
                 segment(tree_map(torch.clone, inputs), streams=streams)
         for one, other in zip(wanted, found, strict=False):
             if one != other:
@@ -371,7 +378,7 @@ class _GradientLog:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        seen[id(parameter)].append(_digest(parameter.grad))
+                        seen[id(parameter)].append(digest_of(parameter.grad))
 
         optimizer.register_step_pre_hook(one_by_one(write))
         return optimizer
@@ -440,7 +447,7 @@ class _OutputLog:
         if not torch.is_grad_enabled():
             leaves = tree_leaves(outputs)
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            self._digests.append([_digest(tensor) for tensor in tensors])
+            self._digests.append([digest_of(tensor) for tensor in tensors])
         return self._loss_fn(outputs, targets)
 
     def take(self) -> list[list[str]]:
@@ -449,41 +456,8 @@ class _OutputLog:
         return digests
 
 
-@unmetered()
-def _digest(tensor: Tensor) -> str:
-    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-    values = dense.resolve_conj().resolve_neg().contiguous().flatten()
-    digest = hashlib.sha256(repr((tuple(tensor.shape), tensor.dtype)).encode())
-    digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _bits(values: npt.NDArray[Any]) -> tuple[str, tuple[int, ...], bytes]:
     return values.dtype.str, values.shape, values.tobytes()
-
-
-class _Listener(ExitStack):
-    """List digests of what enters and leaves each inner module of ``named``."""
-
-    def __init__(self, model: nn.Module, named: nn.Module) -> None:
-        super().__init__()
-        self._found: list[tuple[str, list[str], list[str]]] = []
-        inner = {name for name, m in named.named_modules() if not any(m.children())}
-        for name, module in model.named_modules():
-            if name in inner:
-                hook = module.register_forward_hook(partial(self._look, name))
-                self.callback(hook.remove)
-
-    def __iter__(self) -> Iterator[tuple[str, list[str], list[str]]]:
-        return iter(self._found)
-
-    def _look(self, name: str, module: nn.Module, given: Any, value: Any) -> None:
-        del module
-        self._found.append((name, _digests(given), _digests(value)))
-
-
-def _digests(values: Any) -> list[str]:
-    return [_digest(x) for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def _loss_differences(name: str, found: float, expected: float) -> list[str]:

@@ -21,7 +21,8 @@ class ClientRow:
     """What happened to one client in one round.
 
     ``step_flops`` is for methods that train other models than the task's: the
-    floating-point operations of a training step on the device.
+    floating-point operations of a training step on the device. Where it is a variant
+    of the task's, along a route, ``edge_step_flops`` are those at edges.
     """
 
     round: int
@@ -34,6 +35,8 @@ class ClientRow:
     codecs: tuple[str, ...] = ()  # one per cut; empty for raw at all of them
     num_steps: int = 0
     step_flops: float | None = None
+    edge_step_flops: float = 0.0
+    variant: str = ""
     moves: tuple[dict[str, Any], ...] = ()
     replans: tuple[dict[str, Any], ...] = ()
     budget_bytes: int | None = None

@@ -31,6 +31,7 @@ from flwr_smartsplit.flower.serde.records import message_layout
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.train.threads import torch_threads
+from flwr_smartsplit.types import ChainProfile, Variant
 from simulations.experiments.client_app import MethodApp
 from simulations.experiments.clients import build_client, build_task, edges_of
 from simulations.experiments.data import client_indices, evaluation_loader, load_images
@@ -121,9 +122,15 @@ def prepared_fleet(experiment: Experiment) -> Prepared:
         edges=tuple(edge.name for edge in edges_of(experiment)),
     )
     devices = experiment.fleet(needs, experiment.num_clients, experiment.seed)
-    return Prepared(
-        needs=needs, devices=devices, clock=Clock(profile=profile, devices=devices)
-    )
+    costs = partial(variant_costs, experiment)
+    clock = Clock(profile=profile, devices=devices, costs=costs)
+    return Prepared(needs=needs, devices=devices, clock=clock)
+
+
+def variant_costs(experiment: Experiment, variant: Variant) -> ChainProfile:
+    """Find what a variant of the experiment's model costs, once in a process."""
+    task, size = build_task(experiment), experiment.batch_size
+    return profile_of(task, batch_size=size, variant=variant)
 
 
 def describe(experiment: Experiment, prepared: Prepared) -> dict[str, Any]:

@@ -11,7 +11,7 @@ A round takes as long as the slowest of its clients; what the server does takes 
 nor what crosses a link between edges that is not given.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from flwr_smartsplit.plan.timing import (
 )
 from flwr_smartsplit.types import (
     KEEP_ALL,
+    WHOLE,
     ChainProfile,
     ClientPlan,
     Codec,
@@ -32,9 +33,11 @@ from flwr_smartsplit.types import (
     RecomputePlan,
     Route,
     StepReport,
+    Variant,
     Work,
     codec_from_text,
 )
+from simulations.experiments.errors import ExperimentError
 from simulations.experiments.rows import ClientRow
 from simulations.fleets.devices import Devices, FleetDevice
 from simulations.report.plan_text import recompute_of, route_of
@@ -62,6 +65,10 @@ class Stretch:
     route: Route
     recompute: RecomputePlan
     codecs: tuple[Codec, ...] = ()  # one per cut; empty for RAW at all of them
+    variant: Variant = WHOLE
+
+
+_Way = tuple[Route, RecomputePlan, tuple[Codec, ...], Variant]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +114,9 @@ class Clock:
     edge_flops_per_second: float = EDGE_FLOPS_PER_SECOND
     edge_watts: float = EDGE_WATTS
     edges: tuple[EdgeProfile, ...] = ()  # Those with links to each other
-    _works: dict[tuple[Route, RecomputePlan, tuple[Codec, ...]], Work] = field(
+    # What a variant costs, for whoever runs one; a journal has its FLOPs
+    costs: Callable[[Variant], ChainProfile] | None = field(default=None, compare=False)
+    _works: dict[_Way, Work] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -119,8 +128,8 @@ class Clock:
         cuts = [move.after for move in report.moves]
         last = plan.route.with_first_cut(cuts[-1]) if cuts else plan.route
         traffic = Traffic(
-            server_down=self._work(plan.route, KEEP_ALL).state_bytes,
-            server_up=self._work(last, KEEP_ALL).state_bytes,
+            server_down=self._work(plan.route, variant=plan.variant).state_bytes,
+            server_up=self._work(last, variant=plan.variant).state_bytes,
             edge_down=report.received_bytes,
             edge_up=report.sent_bytes,
         )
@@ -130,6 +139,7 @@ class Clock:
                 route=plan.route,
                 recompute=plan.recompute,
                 codecs=plan.codecs,
+                variant=plan.variant,
             ),
             moves=[asdict(move) for move in report.moves],
             replans=[asdict(replan) for replan in report.replans],
@@ -148,7 +158,7 @@ class Clock:
         """Say how long a step takes on a route, from the costs of the units alone."""
         device = self.devices[int(plan.client_key)]
         return step_seconds(
-            self._work(route, recompute, plan.codecs),
+            self._work(route, recompute, plan.codecs, variant=plan.variant),
             flops_per_second=true_flops_per_second(device, plan.round_number),
             link=link_to(device, _first_edge(route), plan.round_number),
             edge_flops_per_second=self.edge_flops_per_second,
@@ -156,11 +166,15 @@ class Clock:
         )
 
     def spent(self, row: ClientRow) -> Spent:
-        """Say what a row of a journal took; nothing if no step was made."""
+        """Say what a row of a journal took; nothing if no step was made.
+
+        Of a variant, what crosses between edges counts as the whole model's.
+        """
         if row.num_steps == 0:
             return NOTHING
-        # A row with FLOPs of its own is of a smaller model, all of it at the device.
-        is_submodel = row.step_flops is not None
+        # A row with FLOPs of its own is of a smaller model: a variant along a route,
+        # or else all of it at the device.
+        is_submodel = row.step_flops is not None and not row.variant
         planned = Stretch(
             num_steps=row.num_steps,
             route=Route.whole() if is_submodel else route_of(row.route),
@@ -176,8 +190,11 @@ class Clock:
         stretches = stretches_of(planned, moves=row.moves, replans=row.replans)
         works = self._works_of(stretches)
         if row.step_flops is not None:
-            flops = row.step_flops
-            works = [(n, replace(work, device_flops=flops)) for n, work in works]
+            own, edges = row.step_flops, row.edge_step_flops
+            works = [
+                (n, replace(work, device_flops=own, edge_flops=edges))
+                for n, work in works
+            ]
         return self._spent(
             self.devices[int(row.client_key)],
             row.round,
@@ -188,7 +205,11 @@ class Clock:
 
     def _works_of(self, stretches: Sequence[Stretch]) -> list[tuple[int, Work]]:
         return [
-            (s.num_steps, self._work(s.route, s.recompute, s.codecs)) for s in stretches
+            (
+                s.num_steps,
+                self._work(s.route, s.recompute, s.codecs, variant=s.variant),
+            )
+            for s in stretches
         ]
 
     def _spent(
@@ -231,13 +252,27 @@ class Clock:
         )
 
     def _work(
-        self, route: Route, recompute: RecomputePlan, codecs: tuple[Codec, ...] = ()
+        self,
+        route: Route,
+        recompute: RecomputePlan = KEEP_ALL,
+        codecs: tuple[Codec, ...] = (),
+        *,
+        variant: Variant = WHOLE,
     ) -> Work:
-        key = route, recompute, codecs
+        key = route, recompute, codecs, variant.leading()
         if key not in self._works:
-            coded = route_profile(self.profile, route, codecs)
+            coded = route_profile(self._profile_of(variant), route, codecs)
             self._works[key] = work_of(coded, route, recompute)
         return self._works[key]
+
+    def _profile_of(self, variant: Variant) -> ChainProfile:
+        if variant == WHOLE:
+            return self.profile
+        if self.costs is None:
+            raise ExperimentError(
+                f"this clock does not know what {variant.name!r} costs: give it costs."
+            )
+        return self.costs(variant)
 
 
 def stretches_of(

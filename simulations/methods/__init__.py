@@ -13,6 +13,7 @@ from simulations.methods.server_steps import SERVER_STEPS
 from simulations.methods.smartsplit import CODED, SMARTSPLIT, VARIANTS
 from simulations.methods.splitfed import SPLITFED
 from simulations.methods.stock import STOCK
+from simulations.methods.widths import BY_WIDTH
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
         OORT,
         POWER_OF_CHOICE,
         HETEROFL,
+        *BY_WIDTH,
         DEPTHFL,
         SPLITFED,
         RANDOM,

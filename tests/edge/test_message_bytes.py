@@ -34,7 +34,7 @@ from flwr_smartsplit.errors import (
     RefusedMessage,
     TailLost,
 )
-from flwr_smartsplit.types import Cohort, Integer, TopK
+from flwr_smartsplit.types import Cohort, Integer, TopK, Variant
 
 PREFIX = message_bytes._PREFIX
 NAMES = sorted(MESSAGE_TYPES)
@@ -74,7 +74,14 @@ CODED = st.builds(
     offset=st.integers(0, 63),
     blocks=st.booleans(),
 )
+KEPT = st.sets(st.integers(0, 2**40), min_size=1, max_size=4).map(sorted).map(tuple)
 OURS: Mapping[Any, st.SearchStrategy[Any]] = {
+    Variant: st.builds(
+        Variant,
+        st.text(max_size=9),
+        st.dictionaries(st.text(max_size=9), KEPT, max_size=3),
+        st.booleans(),
+    ),
     WireTensor: TENSORS,
     Coded: CODED,
     Cohort: st.just(

@@ -12,6 +12,7 @@ from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.routes import deepest_split
 from flwr_smartsplit.plan.selection.selection import NOT_SAMPLED, select_at_random
 from flwr_smartsplit.types import (
+    WHOLE,
     ChainProfile,
     Constraints,
     DeviceProfile,
@@ -199,7 +200,7 @@ def test_a_variant_is_for_who_fits_nothing_else(choose_route: Any) -> None:
         edges=EDGE_X,
         choose_route=choose_route,
         constraints=Constraints(recompute=False),
-        variants=tuple(map(Variant, parts)),
+        variants=lambda _: (WHOLE, *map(Variant, parts)),
         costs=lambda size, _, variant: parts_of(size, parts[variant.name], variant),
     )
     made = plan([*FLEET, device("f", 2)], routing=routing)

@@ -19,6 +19,7 @@ from flwr_smartsplit.errors import EdgeError
 from flwr_smartsplit.server import aggregation, edge_pool
 from flwr_smartsplit.server.aggregation import settle_round
 from flwr_smartsplit.types import (
+    WHOLE,
     ClientReply,
     Expectation,
     Receipt,
@@ -234,8 +235,8 @@ def test_the_comparison_sees_a_name_that_was_divided_too_early(
     truth = settled(MIXED, Pool(services))
     owners = aggregation._owners
 
-    def careless(replies: Any) -> Any:
-        return {**owners(replies), "2.value": "a"}
+    def careless(*replies: Any) -> Any:
+        return {**owners(*replies), "2.value": ("a", WHOLE)}
 
     monkeypatch.setattr(aggregation, "_owners", careless)
     found = settled(MIXED, Pool(services, bend=lambda committed: committed))

@@ -73,7 +73,8 @@ def clock_of(budgets_bytes: Budgets) -> Clock:
     """Make a clock for which no work takes any time."""
     unit = UnitCost(name="0", **dict.fromkeys(COSTS, 0))
     profile = ChainProfile(batch_size=16, batch_bytes=1, units=(unit,))
-    return Clock(profile=profile, devices=devices_of(budgets_bytes))
+    devices = devices_of(budgets_bytes)
+    return Clock(profile=profile, devices=devices, costs=lambda variant: profile)
 
 
 def grid_of(experiment: Experiment, budgets_bytes: Budgets) -> InProcessGrid:

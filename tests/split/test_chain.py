@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from flwr_smartsplit.errors import InvalidRoute, InvalidTask, NotSplittable
 from flwr_smartsplit.split.build import build_chain
-from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.split.chain import MAX_VARIANTS, Chain
 from flwr_smartsplit.split.template import parameters_on_meta
-from flwr_smartsplit.types import WHOLE, Variant
+from flwr_smartsplit.types import WHOLE, Variant, width_of
 from tests.models import resnet18, small_cnn, task_of
 from tests.oracle import compare
 
@@ -320,3 +320,30 @@ def test_a_variant_that_nobody_knows_is_named() -> None:
     assert chain.under(WHOLE) is chain
     with pytest.raises(InvalidTask, match="variant 'front' is not known"):
         chain.under(Variant("front"))
+    unknown = Variant("front", {"nowhere": (0,)})
+    for ask in (chain.under, chain.regions):
+        with pytest.raises(InvalidTask, match="no channel group 'nowhere'"):
+            ask(unknown)
+
+
+def test_a_narrow_chain_has_the_example_inputs_of_its_whole() -> None:
+    """Also where larger ones were given later: it is priced at those."""
+    chain = CHAINS["small"]()
+    variant = width_of(chain.channels.groups, 0.5)
+    assert chain.under(variant).example_inputs is chain.example_inputs
+    larger = torch.zeros(1, 3, 12, 12)
+    assert chain.given(larger).under(variant).example_inputs is larger
+    assert chain.under(variant).example_inputs is chain.example_inputs
+
+
+def test_variants_of_one_size_share_a_chain() -> None:
+    """Of few sizes: what is old is forgotten."""
+    chain = CHAINS["small"]()
+    groups = chain.channels.groups
+    half = [width_of(groups, 0.5, shift=shift) for shift in range(2)]
+    assert chain.under(half[0]) is chain.under(half[1])
+    assert chain.under(half[0]).unit_names == chain.unit_names
+    assert chain.regions(half[0]) is chain.regions(half[0])
+    for shift in range(MAX_VARIANTS + 2):
+        chain.regions(Variant(f"{shift}", half[0].kept))
+    assert len(chain._regions) == MAX_VARIANTS

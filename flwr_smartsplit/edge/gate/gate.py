@@ -257,7 +257,8 @@ class EdgeGate:
             if isinstance(request, wire.Forward | wire.Backward):
                 check_step(request, opening, session.num_examples)
             elif isinstance(request, MoveCut):
-                coming = arriving(service.chain, request.start, session.start)
+                chain = service.chain.under(opening.variant)
+                coming = arriving(chain, request.start, session.start)
                 check_move(request, opening, session.start, coming)
         return ask(request)
 
@@ -309,7 +310,8 @@ class EdgeGate:
             return STRANGERS_BYTES
         most = limits.step_bytes
         if session.opened.is_trained and limits.least_start < session.start:
-            coming = arriving(held.service.chain, limits.least_start, session.start)
+            chain = held.service.chain.under(session.opened.variant)
+            coming = arriving(chain, limits.least_start, session.start)
             most = max(most, most_move_bytes(coming))
         return most + STRANGERS_BYTES
 

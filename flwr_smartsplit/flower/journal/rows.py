@@ -107,13 +107,17 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
             row["predicted_peak_bytes"] = sent.assignment.option.peak_bytes
             row["predicted_seconds"] = sent.assignment.option.seconds
             row["why"] = sent.assignment.why
+            if sent.plan.variant != WHOLE:  # Whoever reads it has the model's costs.
+                work = sent.assignment.option.work
+                row["step_flops"] = work.device_flops
+                row["edge_step_flops"] = work.edge_flops
     return row
 
 
 def _unusual(plan: ClientPlan) -> Row:
     """List what few plans have."""
     found: Row = {
-        "variant": "" if plan.variant == WHOLE else asdict(plan.variant),
+        "variant": "" if plan.variant == WHOLE else plan.variant.name,
         "codecs": list(map(str, plan.codecs)) if set(plan.codecs) - {RAW} else [],
         "accumulate": 0 if plan.accumulate == 1 else plan.accumulate,
     }

@@ -205,7 +205,8 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return {key: _typed(f"{name} {key}", args[1], v) for key, v in value.items()}
     if origin is UnionType:  # int | None
         return None if value is None else _typed(name, args[0], value)
-    if kind in (int, float) and _is_number(value, kind):
+    is_right = kind is bool and isinstance(value, bool)
+    if is_right or (kind in (int, float) and _is_number(value, kind)):
         return value
     if kind in (str, Status) and isinstance(value, str):
         return kind(value)

@@ -306,6 +306,11 @@ def _needed_everywhere(graph: fx.Graph, num_cuts: int) -> dict[int, tuple[str, s
     return {index: (name, f"it is still needed next to {count} later values; {advice}")}
 
 
+def trace_graph(model: nn.Module, inputs: Batch) -> fx.Graph:
+    """Trace a model in its present mode; raise ``NotSplittable`` if that fails."""
+    return _trace(model, inputs)[0]
+
+
 @warnings_ignored()
 def _trace(model: nn.Module, inputs: Batch) -> tuple[fx.Graph, frozenset[str]]:
     """Trace a model, and name what its forward assigns besides."""

@@ -88,6 +88,7 @@ REPORT = StepReport(
     released="slow",
 )
 COHORT = Cohort(median_step_seconds=0.7, median_importance=1 / 3, low_importance=0.2)
+FRONT = Variant("front", {"a": (0, 2)}, is_scaled=True)
 CONSTRAINTS = Constraints(min_device_units=2, kept_units=frozenset({3, 1}))
 OUTCOME = Outcome(state=STATE, receipts=(RECEIPT,), report=REPORT)
 
@@ -234,7 +235,7 @@ def test_each_layout_is_asked_as_it_expects() -> None:
             edge_addresses={"x": "y"},
         ),
         replace(PLAN, cohort=COHORT, importance=0.1 + 0.2, num_examples=9),
-        replace(PLAN, constraints=CONSTRAINTS, variant=Variant("front"), accumulate=4),
+        replace(PLAN, constraints=CONSTRAINTS, variant=FRONT, accumulate=4),
         replace(PLAN, codecs=(Integer(bits=4),)),
     ],
 )

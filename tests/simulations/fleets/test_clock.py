@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flwr_smartsplit.plan.coding import route_profile
+from flwr_smartsplit.plan.timing import work_of
 from flwr_smartsplit.types import (
     KEEP_ALL,
     ChainProfile,
@@ -22,7 +23,9 @@ from flwr_smartsplit.types import (
     StepReport,
     TensorCost,
     UnitCost,
+    Variant,
 )
+from simulations.experiments.errors import ExperimentError
 from simulations.experiments.rows import ClientRow
 from simulations.fleets.clock import (
     NOMINAL_FLOPS_PER_SECOND,
@@ -298,6 +301,35 @@ def test_a_model_of_the_methods_own_takes_the_work_that_it_says():
 
     assert spent.device_seconds == 0.5
     assert spent.seconds == pytest.approx(13.6 - 3.6 + 0.5)
+
+
+def test_a_variant_takes_what_its_own_chain_costs():
+    """In a plan by its costs, in a journal by its FLOPs; another clock would guess."""
+    units = (replace(u, forward_flops=u.forward_flops // 2) for u in PROFILE.units)
+    half = replace(PROFILE, units=tuple(units))
+    clock = replace(CLOCK, costs=lambda variant: half)
+    route = Route.split(1, edge="near")
+    narrow = replace(plan(route), variant=Variant("half", {"a": (0,)}))
+    report = StepReport(num_steps=2, sent_bytes=80, received_bytes=80, metrics={})
+
+    truth = replace(CLOCK, profile=half)
+    work = work_of(half, route)
+    row = replace(
+        SPLIT,
+        variant="half",
+        step_flops=work.device_flops,
+        edge_step_flops=work.edge_flops,
+    )
+
+    assert clock.client_seconds(narrow, report) == truth.client_seconds(
+        plan(route), report
+    )
+    assert clock.step_seconds(narrow, route, KEEP_ALL) == truth.step_seconds(
+        plan(route), route, KEEP_ALL
+    )
+    assert CLOCK.spent(row) == truth.spent(SPLIT) != CLOCK.spent(SPLIT)
+    with pytest.raises(ExperimentError, match="does not know what 'half' costs"):
+        CLOCK.client_seconds(narrow, report)
 
 
 @pytest.mark.parametrize("status", ["sat_out", "not_sampled", "lost"])

@@ -1,0 +1,1 @@
+"""Which variants a client is offered, as pure functions."""

@@ -1,0 +1,49 @@
+"""What the strategy offers devices to train, checked against its task."""
+
+from flwr_smartsplit.errors import InvalidTask
+from flwr_smartsplit.plan.variants.variants import VariantRequest, Variants, Whole
+from flwr_smartsplit.split.chain import Chain
+from flwr_smartsplit.task import Task
+from flwr_smartsplit.types import WHOLE, DeviceProfile, Variant
+
+
+def check_narrowable(chain: Chain, task: Task, rule: Variants) -> None:
+    """Check that a task's model may be narrowed, if a rule may offer that.
+
+    Raises
+    ------
+    NotSplittable
+        If no channels of the model may be left out, with the reasons.
+    InvalidTask
+        If state that stays on the devices has channels that may be.
+    """
+    if isinstance(rule, Whole):
+        return
+    chain.channels.require_groups(chain.model)
+    axes = (axis for group in chain.channels.groups for axis in group.axes)
+    names = dict.fromkeys(axis.name for axis in axes)
+    local = [] if task.is_local is None else list(filter(task.is_local, names))
+    if local:
+        raise InvalidTask(
+            f"is_local keeps {', '.join(local[:3])} ({len(local)} in all) on the "
+            "devices, where a narrower model would find another shape than it left: "
+            "keep layers local that are not narrowed, or leave out variants."
+        )
+
+
+def offered(
+    rule: Variants, device: DeviceProfile, round_number: int, chain: Chain
+) -> tuple[Variant, ...]:
+    """Ask a rule what to offer a device; raise ``InvalidTask`` if it offers nothing."""
+    if isinstance(rule, Whole):  # Nobody need know the model's channels.
+        return (WHOLE,)
+    request = VariantRequest(
+        device=device, round_number=round_number, groups=chain.channels.groups
+    )
+    variants = tuple(rule.offered(request))
+    if not variants or not all(isinstance(each, Variant) for each in variants):
+        raise InvalidTask(
+            f"{rule!r:.80} offers client {device.client_key!r} {variants!r:.80}: "
+            "return at least one Variant, such as WHOLE, the most wanted first."
+        )
+    return variants

@@ -1,0 +1,1 @@
+"""Narrower models: groups of channels, and real smaller modules."""

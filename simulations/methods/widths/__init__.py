@@ -1,0 +1,8 @@
+"""Methods in which clients train slices of the channels, on the package's variants."""
+
+from simulations.methods.widths.allsmall import ALLSMALL
+from simulations.methods.widths.fedrolex import FEDROLEX
+from simulations.methods.widths.heterofl_widths import HETEROFL_WIDTHS
+
+BY_WIDTH = (HETEROFL_WIDTHS, FEDROLEX, ALLSMALL)
+"""In the order of reports."""
