@@ -3,6 +3,7 @@
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flwr_smartsplit import Variant
@@ -47,6 +48,13 @@ def test_channels_are_increasing_numbers(channels: Any) -> None:
     """A repetition would count a value twice in a merge."""
     with pytest.raises(ValueError, match=r"variant 'v' keeps channels .* of 'a'"):
         Variant("v", {"a": channels})
+
+
+def test_channels_may_be_numpys_numbers() -> None:
+    """As a rule finds them that ranks filters."""
+    one = Variant("v", {"a": tuple(np.array([1, 3]))})
+    assert one == Variant("v", {"a": (1, 3)})
+    assert all(type(channel) is int for channel in one.kept["a"])
 
 
 def test_variants_of_one_size_have_one_leading_variant() -> None:

@@ -5,13 +5,15 @@ stays. Sums are made and divided as in ``weighted_mean.py``, so where everybody 
 of an array the bits are the same.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flwr_smartsplit.edge.weighted_mean import Sums, WeightedSum, add_sums
+from flwr_smartsplit.errors import EdgeError
 from flwr_smartsplit.types import Region, Regions
 
 Array = npt.NDArray[Any]
@@ -32,6 +34,30 @@ def cut_state(state: State, regions: Regions) -> State:
     return {name: cut_array(a, regions.get(name)) for name, a in state.items()}
 
 
+def check_sums(
+    sums: Sums, current: State, regions: Regions, *, most_weight: int
+) -> None:
+    """Raise ``EdgeError`` for sums that cannot be of clients with these regions.
+
+    NumPy would stretch an array of another shape over a region.
+    """
+    for name, each in sums.items():
+        shape: tuple[int, ...] | None = None
+        if name in current:
+            array, region = current[name], regions.get(name, ())
+            kept = [None if axis is None else len(axis) for axis in region]
+            sizes = zip_longest(kept, array.shape)
+            shape = tuple(own if part is None else part for part, own in sizes)
+            shape += (2,) * np.iscomplexobj(array)  # Complex ones are pairs.
+        shapes = {np.shape(each.high), np.shape(each.low)}
+        if shapes != {shape} or not 0 < each.weight <= most_weight:
+            raise EdgeError(
+                f"an edge's sum of {name!r} has shape {np.shape(each.high)} and weight "
+                f"{each.weight}, where {shape} and up to {most_weight} can be: its "
+                "clients are dropped from the round. Use one version everywhere."
+            )
+
+
 def merge_parts(current: State, parts: Iterable[Part]) -> dict[str, Array]:
     """Replace the values of a state that were summed by their weighted means."""
     parts = list(parts)
@@ -49,11 +75,20 @@ def _merged(name: str, array: Array, parts: list[Part]) -> Array:
         total = _both(total, _placed(each, region, array))
     high, low, weights = total
     merged = array.copy()
-    for weight in map(int, np.unique(weights)):
-        at = weights == weight
-        if weight:
-            merged[at] = WeightedSum(high[at], low[at], weight).mean(array.dtype)
+    for weight, at in _by_weight(weights):
+        merged[at] = WeightedSum(high[at], low[at], weight).mean(array.dtype)
     return merged
+
+
+def _by_weight(weights: npt.NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+    """Index the values of each weight; those of weight 0 are nobody's."""
+    flat = weights.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    starts = np.flatnonzero(np.diff(flat[order], prepend=-1))
+    for start, stop in pairwise([*starts, len(order)]):
+        weight = int(flat[order[start]])
+        if weight:
+            yield weight, np.unravel_index(order[start:stop], weights.shape)
 
 
 _Placed = tuple[Array, Array, npt.NDArray[np.int64]]

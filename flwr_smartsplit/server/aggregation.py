@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from flwr_smartsplit.edge.protocol import Committed, Entry, State
-from flwr_smartsplit.edge.regions import Part, merge_parts
+from flwr_smartsplit.edge.regions import Part, check_sums, merge_parts
 from flwr_smartsplit.edge.weighted_mean import add_states, add_sums, merge
 from flwr_smartsplit.errors import EdgeError, RefusedReply, SmartSplitError, TailLost
 from flwr_smartsplit.server.acceptance import check_reply, refusal
@@ -23,6 +23,7 @@ from flwr_smartsplit.types import (
     ClientReply,
     Expectation,
     Failure,
+    Regions,
     StepReport,
     Variant,
 )
@@ -215,10 +216,8 @@ def settle_round(
         else:
             accepted[reply.client_key] = reply
     accepted = dict(sorted(accepted.items()))
-    variants = {key: expected[key].variant for key in accepted}
-    committed, dropped = _commit(
-        accepted, round_number, current, edges, variants=variants
-    )
+    asked = {key: (expected[key].variant, expected[key].regions) for key in accepted}
+    committed, dropped = _commit(accepted, round_number, current, edges, asked=asked)
     failures += dropped
     for failure in dropped:
         del accepted[failure.client_key]
@@ -257,7 +256,7 @@ def _commit(
     current: State,
     edges: EdgePool,
     *,
-    variants: Mapping[str, Variant],
+    asked: Mapping[str, tuple[Variant, Regions]],  # What each client trained
 ) -> tuple[list[tuple[Variant, Committed]], list[Failure]]:
     """Commit at every edge; drop a client everywhere if one edge cannot commit it.
 
@@ -265,16 +264,20 @@ def _commit(
     """
     remaining = dict(accepted)
     dropped: list[Failure] = []
+    variants, regions = {k: v for k, (v, _) in asked.items()}, dict(asked.values())
     while True:
         committed: list[tuple[Variant, Committed]] = []
         owner = _owners(remaining, variants)
         lost: dict[str, str] = {}
         for at, entries in _entries_by_place(remaining, variants).items():
             place, variant = at
-            asked = place, round_number, tuple(entries.values())
             alone = {name: current[name] for name in owner if owner[name] == at}
+            given = tuple(entries.values())
             try:
-                committed.append((variant, edges.commit(*asked, alone)))
+                found = edges.commit(place, round_number, given, alone)
+                most = sum(entry.weight for entry in given)
+                check_sums(found.sums, current, regions[variant], most_weight=most)
+                committed.append((variant, found))
             except TailLost as error:
                 named = [k for k, e in entries.items() if e.session in error.sessions]
                 lost |= dict.fromkeys(named or entries, str(error))

@@ -42,14 +42,15 @@ class HybridFL:
         self.num_examples, _ = self._data.counted()
 
     def prepare(self, start: RoundStart) -> None:
-        """Take the task before a run's first round."""
-        if start.round_number == 1 or not self._data.has_begun:
-            self._data.begin(
-                start.task,
-                seed=start.seed,
-                epochs=self.epochs,
-                optimizer_fn=self.optimizer_fn,
-            )
+        """Take the task; before a run's first round, see whether the examples fit."""
+        goes_on = start.round_number > 1 and self._data.has_begun
+        self._data.begin(
+            start.task,
+            seed=start.seed,
+            epochs=self.epochs,
+            optimizer_fn=self.optimizer_fn,
+        )
+        if not goes_on:
             self._data.check(start.state)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.plan.variants.variants import VariantRequest, Variants, Whole
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import WHOLE, DeviceProfile, Variant
+from flwr_smartsplit.types import WHOLE, DeviceProfile, Variant, kept_problem
 
 
 def check_narrowable(chain: Chain, task: Task, rule: Variants) -> None:
@@ -46,4 +46,19 @@ def offered(
             f"{rule!r:.80} offers client {device.client_key!r} {variants!r:.80}: "
             "return at least one Variant, such as WHOLE, the most wanted first."
         )
+    for variant in variants:
+        problem = _problem_of(variant, chain)
+        if problem:
+            raise InvalidTask(
+                f"{rule!r:.80} offers client {device.client_key!r} variant "
+                f"{variant.name!r}, which is none of this model: {problem}."
+            )
     return variants
+
+
+def _problem_of(variant: Variant, chain: Chain) -> str:
+    if variant == WHOLE:
+        return ""
+    if not variant.kept:
+        return f"it leaves nothing out, and is not {WHOLE.name!r}"
+    return kept_problem(variant, chain.channels.groups)

@@ -52,6 +52,14 @@ class OwnData:
 
     def __init__(self, loader: Loader, *, holdout: float = 0.0) -> None:
         self._loader, self._held_out = loader, loader
+        sampler = getattr(loader, "sampler", None)
+        for owner in (loader, sampler, getattr(loader, "batch_sampler", None)):
+            if getattr(owner, "generator", None) is not None:
+                raise ValueError(
+                    "the server's loader has a generator of its own, which goes on "
+                    "from pass to pass: a resumed run would draw other numbers. Leave "
+                    "out generator=; each pass has a seed of its own anyway."
+                )
         if not 0 <= holdout < 1:
             raise ValueError(
                 f"holdout is {holdout}: give a share from 0 to below 1, such as 0.1."
@@ -179,7 +187,8 @@ def between(state: State, other: State, weight: float) -> dict[str, Any]:
         if near.dtype.kind in "fc":
             wide = np.complex128 if near.dtype.kind == "c" else np.float64
             start = near.astype(wide)
-            mixed[name] = (start + weight * (far - start)).astype(near.dtype)
+            moved = (start + weight * (far - start)).astype(near.dtype)
+            mixed[name] = np.where(far == near, near, moved)  # Also a negative zero
     return mixed
 
 

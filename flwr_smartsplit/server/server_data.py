@@ -171,7 +171,14 @@ class ServerData:
     def prepare(self, start: RoundStart) -> None:
         """Before a run's first round, see whether task, examples and labels fit."""
         run = self._run
-        if start.round_number > 1 and run.data.has_begun:
+        goes_on = start.round_number > 1 and run.data.has_begun
+        run.data.begin(
+            start.task,
+            seed=start.seed,
+            epochs=self.epochs,
+            optimizer_fn=self.optimizer_fn,
+        )
+        if goes_on:
             return
         silent = [key for key, each in start.label_counts.items() if each is None]
         if silent and self.noniid is None:
@@ -183,12 +190,6 @@ class ServerData:
                 "the strategy, or give ServerData(noniid=(D_clients, D_server)), each "
                 "from 0 (as all clients' labels) to 1 (no class in common)."
             )
-        run.data.begin(
-            start.task,
-            seed=start.seed,
-            epochs=self.epochs,
-            optimizer_fn=self.optimizer_fn,
-        )
         run.data.check(start.state)
         if start.round_number == 1:
             run.trainings = []

@@ -170,7 +170,7 @@ class Chain:
         InvalidTask
             If the variant is not one of this model.
         NotSplittable
-            If this model cannot be narrowed.
+            If this model cannot be narrowed, or computes otherwise with fewer channels.
         """
         if variant == WHOLE:
             return self
@@ -180,16 +180,19 @@ class Chain:
                 f"and is not {WHOLE.name!r}. Use one version everywhere."
             )
         alike = variant.leading()
-        if alike not in self._narrower:
-            chain = Chain(
-                self.narrowed(self.model, alike),
+        known = self._narrower.get(alike)
+        if known is None:
+            small = self.narrowed(self.model, alike)
+            self.channels.require_same_steps(small, self.example_inputs)
+            known = Chain(
+                small,
                 self.units,
                 self.example_inputs,
                 refusals=self.refusals,
                 is_declared=self.is_declared,
             )
-            self._narrower = _remembered(self._narrower, alike, chain)
-        return self._narrower[alike]
+            self._narrower = _remembered(self._narrower, alike, known)
+        return known
 
     def narrowed(self, model: nn.Module, variant: Variant) -> nn.Module:
         """Make the module of a variant from one of this chain's, with its values.
@@ -213,14 +216,15 @@ class Chain:
         """
         if variant == WHOLE:
             return {}
-        if variant not in self._regions:
+        found = self._regions.get(variant)
+        if found is None:
             groups = self.channels.groups
             problem = kept_problem(variant, groups)
             if problem:
                 raise InvalidTask(f"variant {variant.name!r}: {problem}.")
             found = regions_of(groups, variant)
             self._regions = _remembered(self._regions, variant, found)
-        return self._regions[variant]
+        return found
 
     @cached_property
     def num_defended(self) -> int:

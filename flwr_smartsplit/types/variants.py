@@ -13,6 +13,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from flwr_smartsplit.types.sizes import plain
+
 Region = tuple[npt.NDArray[np.int64] | None, ...]
 """For each axis of an array, which indices; None for all."""
 
@@ -102,7 +104,7 @@ class Variant:
     is_scaled: bool = False
 
     def __post_init__(self) -> None:
-        kept = {name: tuple(self.kept[name]) for name in sorted(self.kept)}
+        kept = {name: tuple(map(plain, self.kept[name])) for name in sorted(self.kept)}
         for name, channels in kept.items():
             if not channels or not _are_increasing(channels):
                 raise ValueError(

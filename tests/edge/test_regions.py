@@ -7,8 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from flwr_smartsplit.edge.regions import cut_array, cut_state, merge_parts
-from flwr_smartsplit.edge.weighted_mean import add_states, merge
+from flwr_smartsplit.edge.regions import check_sums, cut_array, cut_state, merge_parts
+from flwr_smartsplit.edge.weighted_mean import WeightedSum, add_states, merge
+from flwr_smartsplit.errors import EdgeError
 
 Array = npt.NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -152,3 +153,49 @@ def test_a_sum_of_another_shape_than_its_region_is_an_error() -> None:
         merge_parts(
             CURRENT, [share(0, region(ROWS[:4])), (share(1, {})[0], region(ROWS[:4]))]
         )
+
+
+def test_what_no_edge_can_have_summed_is_refused() -> None:
+    """Another shape, even one that NumPy would stretch; no weight, or too much."""
+    regions = region(ROWS[:4], np.arange(2))
+    sums, _ = share(0, regions)
+    weight = CLIENTS[0][1]
+    check_sums(sums, CURRENT, regions, most_weight=weight)
+    check_sums(share(0, {})[0], CURRENT, {}, most_weight=weight)
+    for name, each in sums.items():
+        high, low = each.high, each.low
+        wrongs = [WeightedSum(high, low, 0), WeightedSum(high, low, weight + 1)]
+        if high.ndim:  # NumPy would stretch one row over all.
+            wrongs += [WeightedSum(high[:1], low[:1], weight)]
+            wrongs += [WeightedSum(high, low[:1], weight)]
+        for wrong in wrongs:
+            with pytest.raises(EdgeError, match=f"an edge's sum of '{name}'"):
+                check_sums({name: wrong}, CURRENT, regions, most_weight=weight)
+    with pytest.raises(EdgeError, match="'other'"):
+        check_sums({"other": sums["b"]}, CURRENT, regions, most_weight=weight)
+
+
+def test_many_weights_are_divided_by_each() -> None:
+    """Each client keeps rows of its own, so that nearly all weights differ."""
+    size = 40
+    current = {"w": RNG.normal(size=(size, 3))}
+    parts, held = [], []
+    for index in range(9):
+        rows = np.sort(RNG.choice(size, 20, replace=False))
+        state = {"w": RNG.normal(size=(size, 3))}
+        weight = 2**index
+        parts.append(
+            (
+                {n: WeightedSum.of(a[rows], weight) for n, a in state.items()},
+                {"w": (rows,)},
+            )
+        )
+        held.append((rows, state["w"], weight))
+    merged = merge_parts(current, parts)["w"]
+    for row in range(size):
+        own = [(w[row], weight) for rows, w, weight in held if row in rows]
+        total = sum(weight for _, weight in own)
+        wanted = (
+            sum(w * weight for w, weight in own) / total if own else current["w"][row]
+        )
+        np.testing.assert_allclose(merged[row], wanted, rtol=1e-14)

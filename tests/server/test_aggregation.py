@@ -16,6 +16,7 @@ import pytest
 from flwr_smartsplit import Route
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.tensors import state_digest
+from flwr_smartsplit.server import aggregation
 from flwr_smartsplit.server.aggregation import Settled
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.types import EDGE, ClientReply, Receipt
@@ -259,9 +260,12 @@ class GreedyPool:
 
 
 def test_the_truth_sees_a_dropped_client_whose_tail_was_merged(
-    whole: Mapping[str, ClientReply], tmp_path: Path
+    whole: Mapping[str, ClientReply], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A settlement that merges the tail of a lost front differs in that tail only."""
+    """A settlement that merges the tail of a lost front differs in that tail only.
+
+    Such a sum has too much weight, and is refused.
+    """
     pool, replies = start([MortalEdge(tmp_path)], ROUTES)
     sealed = tuple(
         wire.Entry(receipt.session, receipt.digest, reply.report.num_examples)
@@ -269,6 +273,10 @@ def test_the_truth_sees_a_dropped_client_whose_tail_was_merged(
         for receipt in reply.receipts
     )
     del replies[FAULTY]
+    refused = settle(replies, GreedyPool(pool, sealed), ROUTES)
+    assert {f.kind for f in refused.failures} == {"edge_failed"}
+    assert all("an edge's sum of" in f.cause for f in refused.failures)
+    monkeypatch.setattr(aggregation, "check_sums", lambda *_, **__: None)
     settled = settle(replies, GreedyPool(pool, sealed), ROUTES)
     assert settled.state is not None
     truth = fedavg({key: whole[key] for key in OTHERS})

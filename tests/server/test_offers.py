@@ -45,6 +45,20 @@ def test_what_is_no_variant_is_refused(thing: Any) -> None:
         offered(Returning(thing), device("a"), 1, tiny_chain())
 
 
+@pytest.mark.parametrize(
+    ("variant", "problem"),
+    [
+        (Variant("mine"), "leaves nothing out"),
+        (Variant("mine", {"0.weight": (0, 99)}), "has 4 channels"),
+        (Variant("mine", {"other": (0,)}), "no channel group 'other'"),
+    ],
+)
+def test_a_variant_of_another_model_is_refused(variant: Variant, problem: str) -> None:
+    """By the rule, the client and the variant."""
+    with pytest.raises(InvalidTask, match=f"client 'a' variant 'mine', .*{problem}"):
+        offered(Returning([WHOLE, variant]), device("a"), 1, tiny_chain())
+
+
 def test_whole_models_need_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody traces a model for channels that nobody leaves out."""
 

@@ -26,6 +26,9 @@ LABELS = (2, 6, 2)
 """Of the server's ten examples."""
 
 
+SLOW = partial(torch.optim.SGD, lr=1e-4)
+
+
 def server_loader(labels: Any = None, **how: Any) -> DataLoader[Any]:
     """Make the server's loader: by default, ten examples."""
     if labels is None:
@@ -365,12 +368,23 @@ def test_another_input_shape_is_refused() -> None:
         (Endless(), {"epochs": 0}, "epochs is 0"),
         (Endless(), {"noniid": (0.1, 1.5)}, "noniid is"),
         (Endless(), {"noniid": 0.3}, "noniid is"),
+        (server_loader(generator=torch.Generator()), {}, "a generator of its own"),
     ],
 )
 def test_senseless_arguments_are_refused(loader: Any, how: Any, why: str) -> None:
     """Where they are given."""
     with pytest.raises(ValueError, match=why):
         ServerData(loader, **how)
+
+
+@pytest.mark.parametrize("kind", [ServerData, HybridFL])
+def test_a_run_that_goes_on_has_its_own_task_and_seed(kind: Any) -> None:
+    """Whatever run the object was in before, in this process."""
+    used, fresh = kind(server_loader(), epochs=1), kind(server_loader(), epochs=1)
+    used.prepare(start(seed=99, task=replace(TASK, optimizer_fn=SLOW)))
+    for each in (used, fresh):
+        each.prepare(start(4))
+    assert differences(after(used, 4), after(fresh, 4)) == []
 
 
 def test_a_step_that_nobody_prepared_is_refused() -> None:
@@ -400,6 +414,7 @@ def test_between_is_rounded_once_and_leaves_whole_numbers() -> None:
     """A share of 0 changes no bit, a share of 1 is the other."""
     one = {"a": np.array([1.0, -0.0], np.float32), "n": np.array(3)}
     other = {"a": np.array([2.0, 1e-30], np.float32), "n": np.array(9)}
-    assert differences(between(one, {}, 0.5), one) == []
+    for same in ({}, one):
+        assert differences(between(one, same, 0.5), one) == []
     assert between(one, other, 0.5)["a"].tolist() == pytest.approx([1.5, 5e-31])
     assert between(one, other, 0.5)["n"] == 3

@@ -10,10 +10,11 @@ References
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from flwr_smartsplit.plan.variants.variants import VariantRequest
-from flwr_smartsplit.types import Variant, width_of
+from flwr_smartsplit.types import ChannelGroup, Variant, width_of
 from flwr_smartsplit.types.sizes import plain
 
 
@@ -68,11 +69,22 @@ class Widths:
     def offered(self, request: VariantRequest) -> Sequence[Variant]:
         """Return the widths, the widest first."""
         shift = request.round_number - 1 if self.roll else 0
-        found: dict[tuple[tuple[str, tuple[int, ...]], ...], Variant] = {}
-        for rate in self.rates:
-            variant = width_of(request.groups, rate, shift=shift, is_scaled=self.scale)
-            found.setdefault(tuple(variant.kept.items()), variant)
-        return tuple(found.values())
+        return _ladder(request.groups, self.rates, shift, self.scale)
+
+
+@lru_cache(maxsize=64)
+def _ladder(
+    groups: tuple[ChannelGroup, ...],
+    rates: tuple[float, ...],
+    shift: int,
+    is_scaled: bool,
+) -> tuple[Variant, ...]:
+    """Make the widths, which all devices of a round share."""
+    found: dict[tuple[tuple[str, tuple[int, ...]], ...], Variant] = {}
+    for rate in rates:
+        variant = width_of(groups, rate, shift=shift, is_scaled=is_scaled)
+        found.setdefault(tuple(variant.kept.items()), variant)
+    return tuple(found.values())
 
 
 def _number(rate: object) -> float:

@@ -36,6 +36,7 @@ class Channels:
 
     groups: tuple[ChannelGroup, ...]
     reasons: Mapping[str, str]
+    steps: Mapping[bool, str]  # What the whole model computes, by mode
 
     def require_groups(self, model: nn.Module) -> None:
         """Raise ``NotSplittable`` if no channel of a model may be left out."""
@@ -49,6 +50,28 @@ class Channels:
             "Train it whole or split: leave out Planning(variants=...)."
         )
 
+    @warnings_ignored()
+    def require_same_steps(self, small: nn.Module, example_inputs: Batch) -> None:
+        """Raise ``NotSplittable`` if a narrower model computes otherwise.
+
+        So it does where forward reads how large a layer is: the number is that of the
+        whole model in one, and its own in the other.
+        """
+        for mode, steps in self.steps.items():
+            with building:
+                own = copy.deepcopy(small).train(mode)
+                found = str(trace_graph(own, example_inputs))
+            pairs = zip(steps.splitlines(), found.splitlines(), strict=False)
+            other = next((pair for pair in pairs if pair[0] != pair[1]), None)
+            if found != steps:
+                where = f"{other[0].strip()} became {other[1].strip()}" if other else ""
+                raise NotSplittable(
+                    f"{type(small).__name__} cannot be narrowed: with fewer channels "
+                    f"its forward does other things ({where:.200}). It reads the size "
+                    "of a layer, such as out_features: use a number or a shape of what "
+                    "the layer returns, or leave out Planning(variants=...)."
+                )
+
 
 @warnings_ignored()
 def find_channels(model: nn.Module, example_inputs: Batch) -> Channels:
@@ -58,12 +81,13 @@ def find_channels(model: nn.Module, example_inputs: Batch) -> Channels:
     """
     with building:  # A trace changes torch for all threads.
         own = copy.deepcopy(model)
-        sets = ChannelSets(_aliases(own))
+        sets, steps = ChannelSets(_aliases(own)), {}
         for mode in (True, False):
             graph = trace_graph(own.train(mode), example_inputs)
+            steps[mode] = str(graph)
             values = _values(own, graph, example_inputs)
             _Reader(sets, own, values).read(graph)
-    return Channels(sets.groups(), sets.reasons())
+    return Channels(sets.groups(), sets.reasons(), steps)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -29,7 +29,8 @@ def narrowed(
     Raises
     ------
     NotSplittable
-        If torch.fx cannot trace the model, or no channels of it may be left out.
+        If torch.fx cannot trace the model, no channels of it may be left out, or its
+        forward reads how large a layer is.
     InvalidTask
         If the variant is not one of this model.
     ValueError
@@ -46,4 +47,6 @@ def narrowed(
     channels.require_groups(model)
     if not isinstance(variant, Variant):
         variant = width_of(channels.groups, variant)
-    return narrowed_module(model, channels.groups, variant)
+    small = narrowed_module(model, channels.groups, variant)
+    channels.require_same_steps(small, example_inputs)
+    return small

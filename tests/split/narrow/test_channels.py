@@ -10,7 +10,9 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from flwr_smartsplit.errors import NotSplittable
+from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.split.narrow.channels import find_channels
+from flwr_smartsplit.split.narrow.narrowed import narrowed
 from flwr_smartsplit.split.narrow.narrowing import narrowed_module
 from flwr_smartsplit.types import width_of
 from tests.split.narrow.masks import is_masked
@@ -255,3 +257,35 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.training
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class ReadsASize(nn.Module):
+    """Scale by how large a layer is, as attention in plain torch often does."""
+
+    def __init__(self, *, from_shape: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.from_shape = from_shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(self.a(x)))
+        if self.from_shape:
+            return self.c(x / 8**0.5)
+        return self.c(x / self.b.out_features**0.5)
+
+
+def test_a_forward_that_reads_the_size_of_a_layer_is_refused() -> None:
+    """The narrow module would divide by another number than the chain's units.
+
+    A number in the code is the same in both.
+    """
+    inputs = torch.zeros(1, 6)
+    narrowed(ReadsASize(from_shape=False).eval(), 1.0, inputs)
+    with pytest.raises(NotSplittable, match="reads the size of a layer"):
+        narrowed(ReadsASize(from_shape=False), 0.5, inputs)
+    chain = Chain.from_module(ReadsASize(from_shape=False), inputs)
+    half = width_of(chain.channels.groups, 0.5)
+    with pytest.raises(NotSplittable, match=r"use a number or a shape"):
+        chain.under(half)
+    small = narrowed(ReadsASize(from_shape=True), 0.5, inputs)
+    assert small.b.out_features == 4
