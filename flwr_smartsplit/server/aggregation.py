@@ -275,8 +275,8 @@ def _commit(
             given = tuple(entries.values())
             try:
                 found = edges.commit(place, round_number, given, alone)
-                most = sum(entry.weight for entry in given)
-                check_sums(found.sums, current, regions[variant], most_weight=most)
+                weight = sum(entry.weight for entry in given)
+                check_sums(found.sums, current, regions[variant], most_weight=weight)
                 committed.append((variant, found))
             except TailLost as error:
                 named = [k for k, e in entries.items() if e.session in error.sessions]
@@ -286,15 +286,9 @@ def _commit(
         if not lost:
             return committed, dropped
         for key, cause in lost.items():
-            del remaining[key]
-            dropped.append(
-                Failure(
-                    client_key=key,
-                    kind="edge_failed",
-                    cause=cause,
-                    report=accepted[key].report,
-                )
-            )
+            report = remaining.pop(key).report
+            failure = {"client_key": key, "kind": "edge_failed", "cause": cause}
+            dropped.append(Failure(**failure, report=report))
 
 
 _Place = tuple[str, Variant]
