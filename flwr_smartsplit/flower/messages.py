@@ -34,20 +34,18 @@ def written(
     """Write each chosen client's message: its segments' state, and its plan."""
     kind = MessageType.TRAIN if dispatch.is_train else MessageType.EVALUATE
     messages = []
-    parts: dict[tuple[Variant, str], Array] = {}  # Of arrays, each cut once
+    parts: dict[Variant, dict[str, Array]] = {}  # Of arrays, each cut once
     for key, sent in dispatch.sent.items():
         member = dispatch.contacts[key]
+        cut = parts.setdefault(sent.plan.variant, {})
         for name in sent.sent_names:
-            part, region = (sent.plan.variant, name), sent.regions.get(name)
-            if region is not None and part not in parts:
-                parts[part] = Array(cut_array(arrays[name].numpy(), region))
+            if name in sent.regions and name not in cut:
+                part = cut_array(arrays[name].numpy(), sent.regions[name])
+                cut[name] = Array(part)
         content = instruction(
             member.layout,
             ArrayRecord(
-                {
-                    name: parts.get((sent.plan.variant, name), arrays[name])
-                    for name in sent.sent_names
-                }
+                {name: cut.get(name, arrays[name]) for name in sent.sent_names}
             ),
             {**config, **plan_to_scalars(sent.plan)},
             is_train=dispatch.is_train,

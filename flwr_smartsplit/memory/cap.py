@@ -169,8 +169,8 @@ class MemoryCap:
         """
         is_first = not self._steps_by_kind
         kind, seen = self._counted(batch)
-        place = Place.LATER if seen else Place.FIRST_OF_ITS_KIND
-        place = Place.FIRST if is_first else place
+        later = Place.LATER if seen else Place.FIRST_OF_ITS_KIND
+        place = Place.FIRST if is_first else later
         peak = None if kind is None else kind.peak_bytes.get(place)
         if not self._is_due(kind, seen, peak):
             yield

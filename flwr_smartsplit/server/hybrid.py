@@ -43,14 +43,8 @@ class HybridFL:
 
     def prepare(self, start: RoundStart) -> None:
         """Take the task; before a run's first round, see whether the examples fit."""
-        goes_on = start.round_number > 1 and self._data.has_begun
-        self._data.begin(
-            start.task,
-            seed=start.seed,
-            epochs=self.epochs,
-            optimizer_fn=self.optimizer_fn,
-        )
-        if not goes_on:
+        fn = self.optimizer_fn
+        if self._data.begin(start, epochs=self.epochs, optimizer_fn=fn):
             self._data.check(start.state)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from flwr_smartsplit.edge.protocol import State
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from flwr_smartsplit.memory.cap import CapMode
 from flwr_smartsplit.plan.divergence import pooled
-from flwr_smartsplit.task import Task
+from flwr_smartsplit.server.aggregation import RoundStart
 from flwr_smartsplit.train.micro_batches import num_examples
 from flwr_smartsplit.train.rng import UnitStreams, derived_seed
 from flwr_smartsplit.types import ClientPlan, Route, StepReport
@@ -90,15 +90,19 @@ class OwnData:
         return total, counts if has_classes else None
 
     def begin(
-        self, task: Task, *, seed: int, epochs: int, optimizer_fn: OptimizerFn | None
-    ) -> None:
-        """Take the task and the seed of a run.
+        self, start: RoundStart, *, epochs: int, optimizer_fn: OptimizerFn | None
+    ) -> bool:
+        """Take the task and the seed of a run; say whether the run is new here.
+
+        It is in its first round, and where it is resumed with an object that has not
+        been in a run.
 
         Raises
         ------
         InvalidTask
             If the task keeps state on the devices.
         """
+        is_new, task = start.round_number == 1 or not self.has_begun, start.task
         if task.is_local is not None:
             raise InvalidTask(
                 "the server cannot train the whole model: the task's is_local keeps "
@@ -107,17 +111,18 @@ class OwnData:
             )
         if optimizer_fn is not None:
             task = replace(task, optimizer_fn=optimizer_fn)
-        self._seed = seed
+        self._seed = start.seed
         self._conditions = Conditions(
             task=task,
             connect=_no_edge,
             cap_mode=CapMode.OFF,
             local_epochs=epochs,
-            noise_seed=derived_seed(seed, _SERVER, "noise"),
+            noise_seed=derived_seed(start.seed, _SERVER, "noise"),
         )
         judged = partial(_judged, metrics_fn=task.metrics_fn)
         task = replace(task, metrics_fn=judged)
         self._measure = replace(self._conditions, task=task)
+        return is_new
 
     @property
     def has_begun(self) -> bool:

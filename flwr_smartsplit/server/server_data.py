@@ -171,14 +171,8 @@ class ServerData:
     def prepare(self, start: RoundStart) -> None:
         """Before a run's first round, see whether task, examples and labels fit."""
         run = self._run
-        goes_on = start.round_number > 1 and run.data.has_begun
-        run.data.begin(
-            start.task,
-            seed=start.seed,
-            epochs=self.epochs,
-            optimizer_fn=self.optimizer_fn,
-        )
-        if goes_on:
+        fn = self.optimizer_fn
+        if not run.data.begin(start, epochs=self.epochs, optimizer_fn=fn):
             return
         silent = [key for key, each in start.label_counts.items() if each is None]
         if silent and self.noniid is None:

@@ -184,13 +184,7 @@ class Chain:
         if known is None:
             small = self.narrowed(self.model, alike)
             self.channels.require_same_steps(small, self.example_inputs)
-            known = Chain(
-                small,
-                self.units,
-                self.example_inputs,
-                refusals=self.refusals,
-                is_declared=self.is_declared,
-            )
+            known = self._with(small, self.units)
             self._narrower = _remembered(self._narrower, alike, known)
         return known
 
@@ -234,8 +228,12 @@ class Chain:
     def defended(self, defence: Defence) -> "Chain":
         """Add a defence as a unit; raise ``InvalidTask`` if it cannot stand there."""
         units = with_defence(self.model, self.units, defence, self.example_inputs)
+        return self._with(self.model, units)
+
+    def _with(self, model: nn.Module, units: Sequence[Unit]) -> "Chain":
+        """Make the same chain of another model, or with other units."""
         return Chain(
-            self.model,
+            model,
             units,
             self.example_inputs,
             refusals=self.refusals,

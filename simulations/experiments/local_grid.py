@@ -6,6 +6,7 @@ engine, and so are the bits that come out; a test compares them.
 """
 
 import copy
+import time
 import traceback
 import uuid
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 CLIENT_APP_RAISED_EXCEPTION = 2
 """Flower's code for it."""
 
+_PAUSE_SECONDS = 0.1
 RUN_ID = 1
 FIRST_NODE_ID = 2
 """Nodes are numbered by client, so that strategies which draw from them draw the same
@@ -129,3 +131,10 @@ class LocalGrid(Grid):
             node.context = context
         reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         return [copy.deepcopy(reply)]
+
+
+def awaited_nodes(grid: Grid, num_clients: int) -> list[int]:
+    """Wait until a grid, of whatever kind, has so many nodes; return their ids."""
+    while len(nodes := list(grid.get_node_ids())) < num_clients:
+        time.sleep(_PAUSE_SECONDS)
+    return nodes

@@ -8,7 +8,6 @@ import json
 import logging
 import random
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from simulations.experiments.clients import build_client, build_task, edges_of
 from simulations.experiments.data import client_indices, evaluation_loader, load_images
 from simulations.experiments.errors import ExperimentError, writing_to
 from simulations.experiments.experiment import Experiment
-from simulations.experiments.local_grid import LocalGrid
+from simulations.experiments.local_grid import LocalGrid, awaited_nodes
 from simulations.experiments.marks import (
     Mark,
     mark_path,
@@ -246,8 +245,7 @@ def _wake_clients(grid: Grid, num_clients: int) -> None:
 
     Asking for profiles is enough: a client builds its task and its loader for that.
     """
-    while len(nodes := list(grid.get_node_ids())) < num_clients:
-        time.sleep(0.1)
+    nodes = awaited_nodes(grid, num_clients)
     fleet = Fleet(message_layout(), timeout_seconds=WAKING_TIMEOUT_SECONDS)
     _, failures = fleet.members(grid, nodes)
     if failures:

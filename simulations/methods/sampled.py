@@ -27,6 +27,7 @@ from flwr_smartsplit.plan.selection.selection import NOT_SAMPLED, sample_clients
 from flwr_smartsplit.train.rng import derived_seed
 from flwr_smartsplit.types import Failure
 from simulations.experiments.experiment import Experiment
+from simulations.experiments.local_grid import awaited_nodes
 from simulations.experiments.rows import ACCEPTED, LOST, TRAIN
 from simulations.methods.method import Setting
 
@@ -56,8 +57,7 @@ class Sampler:
     def draw(self, server_round: int, grid: Grid) -> Sample:
         """Wait until all clients are there, and draw among them."""
         experiment = self._experiment
-        while len(nodes := list(grid.get_node_ids())) < experiment.num_clients:
-            time.sleep(0.1)
+        nodes = awaited_nodes(grid, experiment.num_clients)
         members, failures = self._fleet.members(grid, nodes)
         self._key_of_node |= {m.node_id: key for key, m in members.items()}
         drawn = sample_clients(

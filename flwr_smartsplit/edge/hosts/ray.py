@@ -5,7 +5,7 @@ requests no CPU from Ray, because Flower's clients occupy all of them. It neithe
 nor joins a cluster: whoever runs the simulation or the deployment does.
 
 Ray places, finds and restarts the actor. Whoever is on its machine, as in simulations,
-talks to it over a Unix socket, which takes a third of Ray's time; others over Ray.
+talks to it over a Unix socket, which wakes fewer threads; others over Ray.
 """
 
 import shutil

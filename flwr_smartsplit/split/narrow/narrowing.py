@@ -1,4 +1,4 @@
-"""narrowed: a smaller module that keeps some of a model's channels.
+"""narrowed_module: a smaller module that keeps some of a model's channels.
 
 Its parameters are slices, its layers have fewer channels, and its names are the
 model's own. Values may be on meta.

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -46,6 +45,7 @@ from simulations.benchmarks.rounds.driven_rounds import (
 )
 from simulations.benchmarks.rounds.trivial_clients import PLAIN
 from simulations.experiments.errors import ExperimentError
+from simulations.experiments.local_grid import awaited_nodes
 from simulations.experiments.runner import quiet_libraries, simulate_app
 from simulations.report.progress import progress_bar
 
@@ -94,8 +94,7 @@ def measure(way: str, plan: Plan) -> Spent:
             marks.ended(number)
 
     def main(grid: Grid) -> None:
-        while len(list(grid.get_node_ids())) < plan.num_clients:
-            time.sleep(0.1)
+        awaited_nodes(grid, plan.num_clients)
         driven = _rounds(way, job, grid, plan.num_clients)
         try:
             rounds(partial(timed_round, driven))

@@ -8,7 +8,6 @@ there are cores. Rounds of one edge and of two take turns.
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +34,7 @@ from simulations.benchmarks.rounds.driven_rounds import (
     close,
     timed_round,
 )
+from simulations.experiments.local_grid import awaited_nodes
 from simulations.experiments.runner import quiet_libraries, simulate_app
 from simulations.report.progress import progress_bar
 
@@ -92,8 +92,7 @@ def measure(
     found: list[Grown] = []
 
     def main(grid: Grid) -> None:
-        while len(list(grid.get_node_ids())) < max(sizes):
-            time.sleep(0.1)
+        awaited_nodes(grid, max(sizes))
         for size in sizes:
             strategies = [
                 strategy_of(job, EDGES[:count], share_of(size, max(sizes)))

@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,6 +46,7 @@ from simulations.benchmarks.rounds.trivial_clients import (
     build_task,
     initial_state,
 )
+from simulations.experiments.local_grid import awaited_nodes
 from simulations.experiments.runner import quiet_libraries, simulate_app
 from simulations.report.progress import progress_bar
 
@@ -201,8 +201,7 @@ def simulate(setting: Setting, *, on_round: Callable[[], None]) -> list[Overhead
     found: list[Overhead] = []
 
     def main(grid: Grid) -> None:
-        while len(list(grid.get_node_ids())) < setting.num_clients:
-            time.sleep(0.1)
+        awaited_nodes(grid, setting.num_clients)
         for api in setting.apis:
             found.append(measure(api, setting, grid, on_round=on_round))
 
