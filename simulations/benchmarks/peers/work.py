@@ -1,16 +1,16 @@
 """Batches of noise, ResNet-18 in two halves, and the clock: what each peer needs.
 
-It imports nothing of ours, nor of Flower: a peer may run with another version of it.
+It imports nothing of the product, nor of Flower: a peer may run with another version.
 """
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 import torchvision
 from torch import Tensor, nn
+
+from simulations.benchmarks.process_tree import tree_times
 
 NUM_CLASSES = 10
 LEARNING_RATE = 1e-3
@@ -55,29 +55,6 @@ class Marks:
             system_ms=1e3 * system,
             page_faults=faults,
         )
-
-
-def tree_times() -> tuple[float, float, float]:
-    """Add up seconds and page faults of this process and of all that it started."""
-    own = psutil.Process()
-    user, system, faults = 0.0, 0.0, 0.0
-    for process in (own, *own.children(recursive=True)):
-        try:
-            times, faults = process.cpu_times(), faults + _page_faults(process.pid)
-        except psutil.NoSuchProcess:
-            continue
-        user += times.user + times.children_user
-        system += times.system + times.children_system
-    return user, system, faults
-
-
-def _page_faults(pid: int) -> float:
-    """Read how often the system had to give a process a page; 0 if it does not say."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return 0.0
-    return float(text.rpartition(")")[2].split()[7])
 
 
 def noise(input_shape: tuple[int, ...], *, batch_size: int, count: int) -> Batches:

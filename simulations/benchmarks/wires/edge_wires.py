@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import ray
 import torch
 import typer
@@ -38,6 +37,7 @@ from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.split.build import build_chain, state_of
 from flwr_smartsplit.types import ClientPlan, DeviceProfile
+from simulations.benchmarks.process_tree import cpu_seconds
 from simulations.benchmarks.step_time import TimedTransport
 
 CERTIFICATES = Path(__file__).parents[3] / "examples/deployment/certificates.py"
@@ -194,13 +194,6 @@ def all_ways(size: str) -> Iterator[dict[str, Edge]]:
                 admin_secret_file=folder / "secret",
             ),
         }
-
-
-def cpu_seconds() -> float:
-    """Read how long this process, and those that it started, computed so far."""
-    own = psutil.Process()
-    times = [each.cpu_times() for each in (own, *own.children(recursive=True))]
-    return float(sum(each.user + each.system for each in times))
 
 
 def measured(

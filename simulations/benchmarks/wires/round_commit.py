@@ -11,6 +11,7 @@ its share in a file that is mapped counts.
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections import defaultdict
@@ -18,9 +19,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import ray
 import torch
 import typer
@@ -45,6 +46,7 @@ from flwr_smartsplit.types import (
     Expectation,
     TailExpectation,
 )
+from simulations.benchmarks.process_tree import child_pid, cpu_seconds
 from simulations.experiments.models import image_task, torchvision_model
 
 CUT = 1
@@ -118,25 +120,11 @@ class Measured:
         return reply
 
 
-def processes() -> list[psutil.Process]:
-    """List this process and its children."""
-    me = psutil.Process()
-    return [me, *me.children(recursive=True)]
-
-
-def cpu_seconds() -> float:
-    """Add up the CPU time of all."""
-    own = time.process_time()
-    times = [each.cpu_times() for each in processes()[1:]]
-    return own + float(sum(each.user + each.system for each in times))
-
-
 def edge_peak_bytes() -> int:
     """Read the largest resident set so far of the process that has the edge."""
-    me, *others = processes()
-    actors = [each for each in others if "EdgeActor" in "".join(each.cmdline())]
-    with open(f"/proc/{(actors or [me])[0].pid}/status") as status:  # noqa: PTH123
-        (line,) = [line for line in status if line.startswith("VmHWM")]
+    pid = child_pid("EdgeActor") or os.getpid()
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 

@@ -11,6 +11,7 @@ from flwr_smartsplit.split.build import build_chain
 from simulations.benchmarks.peers import __main__ as peers
 from simulations.benchmarks.peers import jobs, work
 from simulations.benchmarks.peers.splitfed import SplitFed
+from simulations.benchmarks.process_tree import tree_times
 from simulations.benchmarks.rounds.driven_rounds import close, timed_round
 from simulations.experiments.local_grid import LocalGrid
 
@@ -59,9 +60,9 @@ def test_clients_are_cut_where_the_job_says(monkeypatch):
 
 
 def test_what_is_counted_grows_with_work():
-    before = work.tree_times()
+    before = tree_times()
     peers._loop(JOB, 40)
-    user, _, _ = (b - a for a, b in zip(before, work.tree_times(), strict=True))
+    user, _, _ = (b - a for a, b in zip(before, tree_times(), strict=True))
     assert user > 0
     spent = work.Spent(wall_ms=4.0, user_ms=2.0, system_ms=1.0, page_faults=3.0)
     twice = work.Spent(wall_ms=8.0, user_ms=4.0, system_ms=2.0, page_faults=0.0)
