@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from flwr_smartsplit.flower.legacy_strategy import (
         LegacySmartSplit as LegacySmartSplit,
     )
-    from flwr_smartsplit.flower.observations import measured_seconds as measured_seconds
     from flwr_smartsplit.flower.planning import Planning as Planning
+    from flwr_smartsplit.flower.rounds.observations import (
+        measured_seconds as measured_seconds,
+    )
     from flwr_smartsplit.flower.strategy import SmartSplit as SmartSplit
     from flwr_smartsplit.gates import gated as gated
     from flwr_smartsplit.memory.budget import MemoryBudget as MemoryBudget
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from flwr_smartsplit.plan.selection.utility import (
         SelectByUtility as SelectByUtility,
     )
+    from flwr_smartsplit.plan.variants.variants import ClientOutcome as ClientOutcome
+    from flwr_smartsplit.plan.variants.variants import RoundOutcome as RoundOutcome
     from flwr_smartsplit.plan.variants.variants import VariantRequest as VariantRequest
     from flwr_smartsplit.plan.variants.variants import Whole as Whole
     from flwr_smartsplit.plan.variants.widths import Widths as Widths
@@ -87,7 +91,7 @@ _NAMES_BY_MODULE = {
     "flower.client": "SmartSplitNumPyClient",
     "flower.client_app": "build_client_app",
     "flower.legacy_strategy": "LegacySmartSplit",
-    "flower.observations": "measured_seconds",
+    "flower.rounds.observations": "measured_seconds",
     "flower.planning": "Planning",
     "flower.strategy": "SmartSplit",
     "gates": "gated",
@@ -102,7 +106,7 @@ _NAMES_BY_MODULE = {
     ),
     "plan.selection.selection": "Selection SelectionRequest select_at_random",
     "plan.selection.utility": "SelectByUtility",
-    "plan.variants.variants": "VariantRequest Whole",
+    "plan.variants.variants": "ClientOutcome RoundOutcome VariantRequest Whole",
     "plan.variants.widths": "Widths",
     "profile.profile": "profile_chain",
     "server.gate_schedule": "GatePhase PruneSchedule",

@@ -21,8 +21,8 @@ from flwr_smartsplit.flower.inner_strategy import (
 from flwr_smartsplit.flower.journal.journal import DEFAULT_JOURNAL, OnRow
 from flwr_smartsplit.flower.planning import Planning, Settings
 from flwr_smartsplit.flower.registry import ClientKeys, ClientT, Owners
-from flwr_smartsplit.flower.round_exchange import Dispatch, Phase
-from flwr_smartsplit.flower.round_manager import CentralManager
+from flwr_smartsplit.flower.rounds.exchange import Dispatch, Phase
+from flwr_smartsplit.flower.rounds.manager import CentralManager
 from flwr_smartsplit.plan.codec_choice import CodecChoice, check_choice
 from flwr_smartsplit.server.aggregation import (
     BetweenRounds,

@@ -30,7 +30,7 @@ from flwr_smartsplit.edge.protocol import Transport
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable, InvalidTask
 from flwr_smartsplit.flower.checkpoints.local_states import LocalStates
-from flwr_smartsplit.flower.round_exchange import (
+from flwr_smartsplit.flower.rounds.exchange import (
     device_names,
     frozen_names,
     moved_plan,

@@ -36,7 +36,7 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import LegacyFleet, reason_of
-from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, Phase, names_after
+from flwr_smartsplit.flower.rounds.exchange import Answer, Dispatch, Phase, names_after
 from flwr_smartsplit.flower.serde.records import (
     legacy_scalars,
     plan_to_scalars,

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, Rec
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from flwr_smartsplit.edge.regions import cut_array
-from flwr_smartsplit.flower.round_exchange import Answer, Dispatch, names_after
+from flwr_smartsplit.flower.rounds.exchange import Answer, Dispatch, names_after
 from flwr_smartsplit.flower.serde.records import (
     LEGACY,
     instruction,

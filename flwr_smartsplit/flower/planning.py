@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr_smartsplit.flower.journal.journal import OnRow
-from flwr_smartsplit.flower.observations import ClientSeconds
+from flwr_smartsplit.flower.rounds.observations import ClientSeconds
 from flwr_smartsplit.plan.advisor import Advisor
 from flwr_smartsplit.plan.codec_choice import CodecChoice
 from flwr_smartsplit.plan.routes import ChooseRoute

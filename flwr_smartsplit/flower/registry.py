@@ -16,7 +16,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp import Grid
 
 from flwr_smartsplit.errors import RefusedReply, SmartSplitError
-from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.flower.rounds.exchange import Dispatch
 from flwr_smartsplit.flower.serde.records import (
     LEGACY,
     PARTITION,

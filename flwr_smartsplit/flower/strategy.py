@@ -28,7 +28,7 @@ from flwr_smartsplit.flower.inner_strategy import (
     without_fedavgs_log,
 )
 from flwr_smartsplit.flower.registry import Fleet
-from flwr_smartsplit.flower.round_exchange import Dispatch, Phase
+from flwr_smartsplit.flower.rounds.exchange import Dispatch, Phase
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     message_layout,

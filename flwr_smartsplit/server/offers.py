@@ -1,5 +1,7 @@
 """What the strategy offers devices to train, checked against its task."""
 
+from typing import Any
+
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.plan.variants.variants import VariantRequest, Variants, Whole
 from flwr_smartsplit.split.chain import Chain
@@ -32,13 +34,21 @@ def check_narrowable(chain: Chain, task: Task, rule: Variants) -> None:
 
 
 def offered(
-    rule: Variants, device: DeviceProfile, round_number: int, chain: Chain
+    rule: Variants,
+    device: DeviceProfile,
+    *,
+    round_number: int,
+    chain: Chain,
+    memory: Any = None,
 ) -> tuple[Variant, ...]:
     """Ask a rule what to offer a device; raise ``InvalidTask`` if it offers nothing."""
     if isinstance(rule, Whole):  # Nobody need know the model's channels.
         return (WHOLE,)
     request = VariantRequest(
-        device=device, round_number=round_number, groups=chain.channels.groups
+        device=device,
+        round_number=round_number,
+        groups=chain.channels.groups,
+        memory=memory,
     )
     variants = tuple(rule.offered(request))
     if not variants or not all(isinstance(each, Variant) for each in variants):

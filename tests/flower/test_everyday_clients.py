@@ -35,7 +35,8 @@ from flwr_smartsplit import (
 )
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
-from flwr_smartsplit.flower import messages, round_manager
+from flwr_smartsplit.flower import messages
+from flwr_smartsplit.flower.rounds import planner
 from flwr_smartsplit.flower.serde.records import to_array_record
 from flwr_smartsplit.plan import evaluation
 from flwr_smartsplit.split.build import build_chain, state_of
@@ -118,7 +119,7 @@ def test_a_config_without_its_lists_ends_the_run(
     def scalars(config: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in config.items() if not isinstance(v, list)}
 
-    monkeypatch.setattr(round_manager, "config_values", scalars)
+    monkeypatch.setattr(planner, "config_values", scalars)
     task = replace(TASK, schedule_fn=noting)
     with pytest.raises(SmartSplitError, match=r"still the initial.*2 x .*'milestones'"):
         run(

@@ -12,7 +12,7 @@ from flwr_smartsplit import (
     Route,
     SmartSplitNumPyClient,
 )
-from flwr_smartsplit.flower.observations import measured_seconds
+from flwr_smartsplit.flower.rounds.observations import measured_seconds
 from flwr_smartsplit.types import ClientPlan
 from tests.flower.apps import make_client, run, smart_split
 from tests.flower.legacy import legacy_smart_split, run_legacy

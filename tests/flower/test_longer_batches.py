@@ -16,7 +16,7 @@ from flwr_smartsplit import (
     predicted_peak_bytes,
     profile_chain,
 )
-from flwr_smartsplit.flower import round_manager
+from flwr_smartsplit.flower.rounds import manager
 from flwr_smartsplit.flower.serde.records import to_array_record
 from flwr_smartsplit.profile.example_shapes import (
     longer_than_example,
@@ -124,7 +124,7 @@ def test_who_can_take_no_route_then_sits_out() -> None:
 
 def test_a_strategy_that_forgets_would_be_seen(monkeypatch: Any) -> None:
     """Planted: the same route in every round, and out of memory in each."""
-    monkeypatch.setattr(round_manager, "longer_than_example", lambda *_: ())
+    monkeypatch.setattr(manager, "longer_than_example", lambda *_: ())
     budget = peak_of(SHORT, Route.whole())
     made = trained(app(budget, SHORT, LONG), app(budget, SHORT, key=1))
     assert made.kinds() == [("c0", "out_of_memory")] * 3

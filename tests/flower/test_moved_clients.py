@@ -12,7 +12,7 @@ from flwr_smartsplit import Route, SmartSplitNumPyClient, build_client_app
 from flwr_smartsplit.device.route_runner import RouteRunner
 from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.errors import InvalidRoute
-from flwr_smartsplit.flower.round_exchange import (
+from flwr_smartsplit.flower.rounds.exchange import (
     Sent,
     device_names,
     moved_plan,

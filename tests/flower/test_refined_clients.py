@@ -12,7 +12,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit import RecomputePlan, Route, SmartSplitNumPyClient
-from flwr_smartsplit.flower.round_manager import CentralManager
+from flwr_smartsplit.flower.rounds.manager import CentralManager
 from flwr_smartsplit.types import ClientPlan, Cohort
 from tests.flower.apps import make_client
 from tests.flower.test_moved_clients import (

@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit.flower.registry import Fleet, Member
-from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.flower.rounds.exchange import Dispatch
 from flwr_smartsplit.flower.serde.records import LEGACY, message_layout
 from flwr_smartsplit.types import DeviceProfile, Failure
 from tests.flower.apps import broken_app, legacy_app, message_app

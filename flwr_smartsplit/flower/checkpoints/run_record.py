@@ -27,11 +27,11 @@ from flwr_smartsplit.flower.checkpoints.values import (
     set_object,
     to_tree,
 )
-from flwr_smartsplit.flower.round_manager import CentralManager
+from flwr_smartsplit.flower.rounds.manager import CentralManager
 
 State = Mapping[str, npt.NDArray[Any]]
 Config = Any  # A ``ConfigRecord``, which Flower hands to every round
-_MANAGED = ("history", "shapes", "has_merged")
+_MANAGED = ("history", "shapes", "has_merged", "variants_memory")
 _FLOWERS_LOOPS = ("strategy", "server", "default_workflows")
 _log = getLogger("flwr")
 

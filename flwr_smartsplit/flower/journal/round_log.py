@@ -11,7 +11,7 @@ from flwr_smartsplit.flower.journal.rows import (
     round_row,
     skipped_row,
 )
-from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.flower.rounds.exchange import Dispatch
 from flwr_smartsplit.types import ClientReply, DeviceProfile, Failure, RoundPlan
 
 _log = getLogger("flwr")

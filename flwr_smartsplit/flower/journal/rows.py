@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from flwr_smartsplit.flower.round_exchange import Dispatch
+from flwr_smartsplit.flower.rounds.exchange import Dispatch
 from flwr_smartsplit.types import (
     RAW,
     WHOLE,

@@ -1,8 +1,10 @@
 """Variants: what a device is offered to train in a round, the most wanted first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy.typing as npt
 
 from flwr_smartsplit.types import WHOLE, ChannelGroup, DeviceProfile, Variant
 
@@ -19,21 +21,85 @@ class VariantRequest:
         The round, counted from 1.
     groups : tuple[ChannelGroup, ...]
         The channels of the model that may be left out, in the model's order.
+    memory : Any
+        What the rule has learned so far; None before it has, and for rules that do not.
     """
 
     device: DeviceProfile
     round_number: int
     groups: tuple[ChannelGroup, ...]
+    memory: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOutcome:
+    """How one client's part of a training round ended.
+
+    Parameters
+    ----------
+    variant : Variant
+        What it trained.
+    num_examples : int
+        Its weight in the mean.
+    loss : float
+        Mean over its examples.
+    seconds : float, optional
+        How long it took, or was predicted to take; None if nobody knows.
+    metrics : Mapping[str, float]
+        Of ``Task.metrics_fn``.
+    """
+
+    variant: Variant
+    num_examples: int
+    loss: float
+    seconds: float | None
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundOutcome:
+    """How a training round ended, for a rule that learns from it.
+
+    Parameters
+    ----------
+    round_number : int
+        The round, counted from 1.
+    clients : Mapping[str, ClientOutcome]
+        Those merged, in client_key order; at least one.
+    state : Mapping[str, ndarray]
+        The global state after the merge and the server's steps.
+    groups : tuple[ChannelGroup, ...]
+        The channels of the model that may be left out.
+    memory : Any
+        What the rule returned the last time; None at first.
+    """
+
+    round_number: int
+    clients: Mapping[str, ClientOutcome]
+    state: Mapping[str, npt.NDArray[Any]]
+    groups: tuple[ChannelGroup, ...]
+    memory: Any = None
 
 
 class Variants(Protocol):
-    """Offers each device variants of the global model in each round."""
+    """Offers each device variants of the global model in each round.
+
+    A rule stays as it was given. One that learns has a second method,
+    ``learned(outcome: RoundOutcome) -> memory``, called after each training round in
+    which somebody was merged. What it returns is in every later request: plain values
+    and arrays, which checkpoints hold.
+    """
 
     def offered(self, request: VariantRequest) -> Sequence[Variant]:
         """Return at least one variant, the most wanted first.
 
         A device trains the first of them under which any route fits it.
         """
+
+
+def learns(rule: Variants) -> bool:
+    """Say whether a rule is to be told how rounds end."""
+    return hasattr(rule, "learned")
 
 
 @dataclass(frozen=True, slots=True)

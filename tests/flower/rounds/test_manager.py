@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr_smartsplit import Route, deepest_split
 from flwr_smartsplit.edge.protocol import HoldState, IsHeld
 from flwr_smartsplit.errors import EdgeUnreachable, SmartSplitError
-from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names
+from flwr_smartsplit.flower.rounds.exchange import Dispatch, Sent, device_names
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
     plan_from_config,

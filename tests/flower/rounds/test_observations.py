@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from flwr_smartsplit.flower.observations import (
+from flwr_smartsplit.flower.rounds.exchange import Dispatch, Sent
+from flwr_smartsplit.flower.rounds.observations import (
     cohort_in,
     measured_seconds,
     observed,
 )
-from flwr_smartsplit.flower.round_exchange import Dispatch, Sent
 from flwr_smartsplit.plan.advisor import StragglerAdvisor
 from flwr_smartsplit.plan.selection.history import NO_HISTORY
 from flwr_smartsplit.plan.timing import work_of

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import inf, isfinite
 
-from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, moved_plan
+from flwr_smartsplit.flower.rounds.exchange import Dispatch, Sent, moved_plan
 from flwr_smartsplit.plan.advisor import Advisor
 from flwr_smartsplit.plan.coding import route_profile
 from flwr_smartsplit.plan.selection.history import History, Observation
 from flwr_smartsplit.plan.timing import work_of
+from flwr_smartsplit.plan.variants.variants import ClientOutcome
 from flwr_smartsplit.types import (
     KEEP_ALL,
     Assignment,
@@ -61,6 +62,25 @@ def observed(
             edge=edges[0] if edges else None,
             beyond=edges[1:],
         )
+
+
+def client_outcomes(
+    dispatch: Dispatch,
+    accepted: Mapping[str, ClientReply],
+    seen: Iterable[Observation],
+) -> dict[str, ClientOutcome]:
+    """Say what each client that was merged trained, and how that ended."""
+    seconds = {each.client_key: each.seconds for each in seen}
+    return {
+        key: ClientOutcome(
+            variant=dispatch.sent[key].plan.variant,
+            num_examples=reply.report.num_examples,
+            loss=reply.report.loss,
+            seconds=seconds[key],
+            metrics=reply.report.metrics,
+        )
+        for key, reply in sorted(accepted.items())
+    }
 
 
 def cohort_in(

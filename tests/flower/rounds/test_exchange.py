@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr_smartsplit import Route
 from flwr_smartsplit.flower.messages import read, written
 from flwr_smartsplit.flower.registry import Fleet
-from flwr_smartsplit.flower.round_exchange import Dispatch, Sent, device_names
+from flwr_smartsplit.flower.rounds.exchange import Dispatch, Sent, device_names
 from flwr_smartsplit.flower.serde.records import message_layout, plan_from_config
 from flwr_smartsplit.types import ClientReply, Failure, TailExpectation
 from tests.flower.apps import arrays_of, initial_arrays, legacy_app, message_app

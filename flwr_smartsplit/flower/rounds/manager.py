@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from logging import INFO, getLogger
-from random import Random
+from typing import Any
 
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.protocol import State
@@ -16,9 +16,8 @@ from flwr_smartsplit.edge.tensors import digest_of
 from flwr_smartsplit.errors import InvalidTask, RefusedReply
 from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.journal.round_log import RoundLog, most_common
-from flwr_smartsplit.flower.observations import cohort_in, observed
-from flwr_smartsplit.flower.planning import WHOLE_MODEL, Settings
-from flwr_smartsplit.flower.round_exchange import (
+from flwr_smartsplit.flower.planning import Settings
+from flwr_smartsplit.flower.rounds.exchange import (
     Dispatch,
     Phase,
     Sent,
@@ -27,18 +26,20 @@ from flwr_smartsplit.flower.round_exchange import (
     frozen_names,
     returned,
 )
+from flwr_smartsplit.flower.rounds.observations import (
+    client_outcomes,
+    cohort_in,
+    observed,
+)
+from flwr_smartsplit.flower.rounds.planner import PhasePlanner
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
-from flwr_smartsplit.plan.evaluation import evaluating, forward_only
-from flwr_smartsplit.plan.rounds import Routing, plan_round
-from flwr_smartsplit.plan.selection.history import NO_HISTORY
-from flwr_smartsplit.plan.selection.selection import select_at_random
+from flwr_smartsplit.plan.selection.history import NO_HISTORY, Observation
+from flwr_smartsplit.plan.variants.variants import RoundOutcome, learns
 from flwr_smartsplit.profile.example_shapes import (
     longer_than_example,
     longest,
-    with_example_shapes,
 )
-from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.acceptance import check_evaluation, refusal
 from flwr_smartsplit.server.aggregation import (
     RoundStart,
@@ -51,25 +52,18 @@ from flwr_smartsplit.server.aggregation import (
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.server.global_state import GlobalState, KeptByNodes
-from flwr_smartsplit.server.offers import check_narrowable, offered
+from flwr_smartsplit.server.offers import check_narrowable
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.metric_names import check_metrics
-from flwr_smartsplit.train.rng import derived_seed
-from flwr_smartsplit.train.unit_migration import kept_units
 from flwr_smartsplit.types import (
     WHOLE,
-    Assignment,
-    BatchKind,
-    ChainProfile,
-    ClientPlan,
     ClientReply,
     Cohort,
     DeviceProfile,
     Failure,
     RoundPlan,
     Shapes,
-    Variant,
 )
 
 _log = getLogger("flwr")
@@ -97,22 +91,19 @@ class CentralManager:
         self.rounds = RoundLog(journal, settings.planning.clock)
         self.round_plans: list[RoundPlan] = []
         self.history = NO_HISTORY
+        self.variants_memory: Any = None  # What the rule of variants has learned
         if edges:
             self.chain.require_cuts()
         check_metrics(self.chain, task)
         check_narrowable(self.chain, task, settings.planning.variants)
-        constraints = settings.planning.constraints
-        kept = constraints.kept_units | kept_units(self.chain, task)
-        self._constraints = replace(constraints, kept_units=kept)
+        self.planner = PhasePlanner(task, self.chain, settings, self.edges)
         self.server_steps = settings.server_steps
         if take_step is not None:
             step = ServerOptimizer(take_step, self.chain.parameter_names)
             self.server_steps = (step, *settings.server_steps)
-        self._profiles: dict[tuple[BatchKind, int, Variant], ChainProfile] = {}
         self.shapes: dict[str, Shapes] = {}  # Of the longest examples, by client
         self._outstanding: dict[tuple[int, bool], Dispatch] = {}
         self.has_merged = False
-        self._forward_only: frozenset[int] = frozenset()
         self._newest = 0
         self._state: State = {}
         self._changing = frozenset(self.chain.changed_names(0, len(self.chain)))
@@ -138,7 +129,9 @@ class CentralManager:
         if not self._sent.is_still(state):
             self._state, self._sent = state, GlobalState.of(state, self._changing)
         dispatch = self._started(phase, clients)
-        clients = self._with_shapes(self._begun(phase, clients))
+        if phase.is_train:
+            self._newest = phase.round_number
+        clients = self._with_shapes(self.planner.begun(phase, clients))
         plan, addresses = self._planned(phase, clients)
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
@@ -146,16 +139,20 @@ class CentralManager:
         cohort = self._cohort(phase, plan, clients, tuple(addresses))
         for assignment in plan.assignments:
             key = assignment.client_key
-            client_plan = self._client_plan(
+            client_plan = self.planner.client_plan(
                 assignment,
                 phase,
                 clients[key],
                 digest=dispatch.digest,
                 addresses=addresses,
-                cohort=cohort,
+            )
+            client_plan = replace(
+                client_plan,
+                cohort=cohort and cohort.for_steps(clients[key].num_steps),
+                importance=self.history.importance.get(key, 0.0),
             )
             kind, option = clients[key].batch_kind, assignment.option
-            profile = self._costs(kind, option.accumulate, option.variant)
+            profile = self.planner.costs(kind, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = returned(changed_names(client_plan, self.chain), self.task.is_local)
             regions = self.chain.regions(option.variant)
@@ -197,10 +194,11 @@ class CentralManager:
             edges=self.edges,
         )
         failures = [*failures, *settled.failures]
-        self.history = self.history.after(
-            observed(dispatch, settled.accepted, self.settings.planning.client_seconds)
-        )
+        client_seconds = self.settings.planning.client_seconds
+        seen = tuple(observed(dispatch, settled.accepted, client_seconds))
+        self.history = self.history.after(seen)
         settled = replace(settled, state=self._after(dispatch, settled, failures))
+        self._learn_variants(dispatch, settled.accepted, seen)
         self._end(dispatch, settled.accepted, failures, received)
         self.has_merged = self.has_merged or settled.state is not None
         if not settled.accepted:
@@ -241,6 +239,24 @@ class CentralManager:
             # Nobody holds it yet; the phase that sends it names it.
             self._sent = GlobalState(rest=self._sent.rest)
         return state
+
+    def _learn_variants(
+        self,
+        dispatch: Dispatch,
+        accepted: Mapping[str, ClientReply],
+        seen: Iterable[Observation],
+    ) -> None:
+        """Let a rule that learns see how a round ended."""
+        rule: Any = self.settings.planning.variants
+        if accepted and learns(rule):
+            outcome = RoundOutcome(
+                round_number=dispatch.round_number,
+                clients=client_outcomes(dispatch, accepted, seen),
+                state=self._state,
+                groups=self.chain.channels.groups,
+                memory=self.variants_memory,
+            )
+            self.variants_memory = rule.learned(outcome)
 
     def _started(self, phase: Phase, clients: Mapping[str, DeviceProfile]) -> Dispatch:
         """Begin a phase, and tell the server's steps of a round to train."""
@@ -351,93 +367,22 @@ class CentralManager:
         self, phase: Phase, clients: Mapping[str, DeviceProfile]
     ) -> tuple[RoundPlan, Mapping[str, str]]:
         """Plan, have the edges in use hold the state, and return all addresses."""
-        make = partial(self._plan, phase, self._priced(phase.round_number, clients))
+        fleet, unpriced = self.planner.priced(clients)
+        self.rounds.write_failures(unpriced, phase.round_number, phase="profile")
+        if unpriced and not fleet:
+            raise InvalidTask(unpriced[0].cause)
+        make = partial(
+            self.planner.plan,
+            phase,
+            fleet,
+            history=self.history,
+            memory=self.variants_memory,
+        )
         plan, addresses, unready = self.edges.planned(self._sent, make)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")
         if phase.is_train:
             self.round_plans.append(plan)
         return plan, addresses
-
-    def _plan(
-        self, phase: Phase, fleet: Sequence[DeviceProfile], edges: Sequence[str]
-    ) -> RoundPlan:
-        planning = self.settings.planning
-        seed = derived_seed(self.settings.seed, phase.round_number, int(phase.is_train))
-        return plan_round(
-            fleet,
-            {each.batch_kind: self._costs(each.batch_kind) for each in fleet},
-            round_number=phase.round_number,
-            num_clients=phase.sample_size(len(fleet)),
-            routing=Routing(
-                edges=self.edges.profiles(edges),
-                select=planning.select if phase.is_train else select_at_random,
-                choose_route=planning.choose_route,
-                constraints=self._constraints,
-                codec=self.settings.codec,
-                variants=partial(self._offered, phase),
-                costs=self._costs,
-            ),
-            rng=Random(seed),
-            history=self.history,
-        )
-
-    def _offered(self, phase: Phase, device: DeviceProfile) -> tuple[Variant, ...]:
-        """List what a device may train; the whole model is what is evaluated."""
-        rule = self.settings.planning.variants if phase.is_train else WHOLE_MODEL
-        return offered(rule, device, phase.round_number, self.chain)
-
-    def _priced(
-        self, round_number: int, clients: Mapping[str, DeviceProfile]
-    ) -> list[DeviceProfile]:
-        """List the clients whose batch size works; raise if none does."""
-        priced: list[DeviceProfile] = []
-        problems: list[InvalidTask] = []
-        for key, client in clients.items():
-            try:
-                self._profile(client.batch_kind)
-            except InvalidTask as error:
-                problems.append(error)
-                failure = Failure(client_key=key, kind="failed", cause=str(error))
-                self.rounds.write_failures([failure], round_number, phase="profile")
-            else:
-                priced.append(client)
-        if problems and not priced:
-            raise problems[0]
-        return priced
-
-    def _profile(
-        self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
-    ) -> ChainProfile:
-        """Profile the chain, once for each kind of batch, micro-batches and variant."""
-        kind = batch, max(accumulate, self.task.accumulate), variant.leading()
-        if kind not in self._profiles:
-            batch_size, shapes = (batch, ()) if isinstance(batch, int) else batch
-            chain, task = with_example_shapes(self.chain, self.task, shapes)
-            self._profiles[kind] = profile_once(
-                chain,
-                replace(task, accumulate=kind[1]),
-                batch_size=batch_size,
-                variant=variant,
-            )
-        return self._profiles[kind]
-
-    def _begun(
-        self, phase: Phase, clients: Mapping[str, DeviceProfile]
-    ) -> Mapping[str, DeviceProfile]:
-        """Note what a phase is priced at; return the clients at its batch sizes."""
-        if phase.is_train:
-            self._newest, self._forward_only = phase.round_number, frozenset()
-            return clients
-        self._forward_only, clients = evaluating(clients)
-        return clients
-
-    def _costs(
-        self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE
-    ) -> ChainProfile:
-        """Profile a step of this phase: of training, or forward only."""
-        profile = self._profile(batch, accumulate, variant)
-        is_forward = profile.batch_size in self._forward_only
-        return forward_only(profile) if is_forward else profile
 
     def _cohort(
         self,
@@ -456,36 +401,4 @@ class CentralManager:
             clients,
             self.history,
             edges=self.edges.profiles(edges),
-        )
-
-    def _client_plan(
-        self,
-        assignment: Assignment,
-        phase: Phase,
-        device: DeviceProfile,
-        *,
-        digest: str,
-        addresses: Mapping[str, str],
-        cohort: Cohort | None,
-    ) -> ClientPlan:
-        option = assignment.option
-        return ClientPlan(
-            client_key=assignment.client_key,
-            round_number=phase.round_number,
-            route=option.route,
-            seed=self.settings.seed,
-            num_threads=self.settings.planning.num_threads,
-            budget_bytes=assignment.budget_bytes,
-            recompute=option.recompute,
-            predicted_peak_bytes=option.peak_bytes,
-            variant=option.variant,
-            codecs=option.codecs,
-            accumulate=option.accumulate,
-            state_digest=digest,
-            edge_addresses={e: addresses[e] for e in option.route.edges()},
-            config=config_values(phase.config),
-            cohort=None if cohort is None else cohort.for_steps(device.num_steps),
-            importance=self.history.importance.get(device.client_key, 0.0),
-            num_examples=device.num_examples,
-            constraints=self._constraints,
         )
