@@ -96,7 +96,7 @@ def test_a_resumed_run_that_forgets_is_seen(
 
 
 def test_only_those_merged_count() -> None:
-    """Whom nothing fits is not told of; where nobody is merged, the rule is not asked."""
+    """Whom nothing fits is not told of; if nobody is merged, the rule is not asked."""
     seen: list[RoundOutcome] = []
     strategy = strategy_of((), variants=Narrowing(seen))
     run([message_app(0, 1), message_app(1)], strategy, num_rounds=1)
