@@ -5,6 +5,7 @@ The cohort is put into the plans here; who works it out is the strategy.
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from flwr_smartsplit import RecomputePlan, Route, SmartSplitNumPyClient
 from flwr_smartsplit.flower.rounds.manager import CentralManager
+from flwr_smartsplit.flower.rounds.planner import PhasePlanner
 from flwr_smartsplit.types import ClientPlan, Cohort
 from tests.flower.apps import make_client
 from tests.flower.test_moved_clients import (
@@ -57,13 +59,15 @@ def advised_apps(kind: Kind) -> list[ClientApp]:
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cohort], None]:
     """Give every client a cohort."""
-    plan_of = CentralManager._client_plan
+    plan_of = PhasePlanner.client_plan
+
+    def planned(self: PhasePlanner, *args: Any, **more: Any) -> ClientPlan:
+        return replace(plan_of(self, *args, **more), num_examples=9)
 
     def compare(cohort: Cohort) -> None:
-        def planned(self: CentralManager, *args: Any, **more: Any) -> ClientPlan:
-            return replace(plan_of(self, *args, **more), cohort=cohort, num_examples=9)
-
-        monkeypatch.setattr(CentralManager, "_client_plan", planned)
+        for_all = SimpleNamespace(for_steps=lambda _: cohort)
+        monkeypatch.setattr(PhasePlanner, "client_plan", planned)
+        monkeypatch.setattr(CentralManager, "_cohort", lambda *_: for_all)
 
     return compare
 
