@@ -3,7 +3,8 @@
 Five clients train the same batches in a plain loop, as clients of Flower's FedAvg, and
 with SmartSplit, all whole and all split over Ray; and, from copies that are named, with
 SplitFed V1 and slower. The plain loop also runs with pauses: a core that waits between
-two steps comes back slower. Each runs in processes of its own, one after the other,
+two steps comes back slower. "Two bare processes" are the least that a split step takes:
+torch and a socket. Each runs in processes of its own, one after the other,
 several times. CPU time is that of the whole process tree in the rounds
 after the first, so start-up is left out. Only ratios within one run mean anything.
 """
@@ -27,11 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flwr_smartsplit import Planning, RayEdge, SmartSplit
+from simulations.benchmarks.peers.bare_split import bare_split
 from simulations.benchmarks.peers.jobs import (
     JOBS,
     Job,
     batches_of,
     build_app,
+    halves_of,
     split_at,
     task_of,
     train_plainly,
@@ -52,6 +55,7 @@ from simulations.report.progress import progress_bar
 EDGES = (RayEdge(),)
 LOOP = "plain loop"
 PAUSING = "plain loop, pausing"
+BARE = "two bare processes"
 FEDAVG = "FedAvg"
 WHOLE = "SmartSplit, all whole"
 SPLIT = "SmartSplit, all split"
@@ -76,7 +80,7 @@ class Plan:
         """What is compared: the copies only if there are some."""
         copies = {SPLITFED: self.splitfed, SLOWER: self.slower}
         named = [way for way, path in copies.items() if path is not None]
-        return [LOOP, PAUSING, *named, FEDAVG, WHOLE, SPLIT]
+        return [LOOP, PAUSING, BARE, *named, FEDAVG, WHOLE, SPLIT]
 
     @property
     def num_steps(self) -> int:
@@ -103,6 +107,9 @@ def measure(way: str, plan: Plan) -> Spent:
 
     if way in {LOOP, PAUSING}:
         rounds(lambda _: _loop(job, plan.num_clients, pauses=way == PAUSING))
+    elif way == BARE:
+        with bare_split(halves_of(job), batches_of(job)) as train:
+            rounds(lambda _: [train() for _ in range(plan.num_clients)])
     elif way == SPLITFED and plan.splitfed is not None:
         splitfed = SplitFed(plan.splitfed, plan.num_clients, batches_of(job))
         rounds(lambda _: splitfed.round())

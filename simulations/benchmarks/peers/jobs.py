@@ -25,11 +25,13 @@ from flwr_smartsplit import Route, SmartSplitNumPyClient, Task, build_client_app
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.plan.routes import RouteRequest
 from flwr_smartsplit.split.build import state_of
+from simulations.benchmarks.peers.bare_split import Halves
 from simulations.benchmarks.peers.work import (
     LEARNING_RATE,
     NUM_CLASSES,
     Batches,
     noise,
+    resnet18_halves,
 )
 from simulations.benchmarks.rounds.trivial_clients import is_for_plain
 from simulations.experiments.clients import build_task
@@ -100,6 +102,21 @@ def _torchvision(name: str) -> torch.nn.Module:
     return torchvision_model(name, num_classes=NUM_CLASSES)
 
 
+def halves_of(job: Job) -> Halves:
+    """Cut a job's network where ``split_at`` cuts it, into plain modules."""
+    task = task_of(job)
+    if job.model == "small":
+        layers: Any = task.model_fn()
+        cut = cut_of(job, len(layers))
+        halves = layers[:cut], layers[cut:]
+    else:
+        halves = resnet18_halves()
+    front, tail = halves
+    return Halves(
+        front=front, tail=tail, optimizer_fn=task.optimizer_fn, loss_fn=task.loss_fn
+    )
+
+
 @lru_cache(maxsize=2)
 def batches_of(job: Job) -> Batches:
     """Draw the batches that every client has."""
@@ -111,8 +128,13 @@ def split_at(job: Job, request: RouteRequest) -> Route:
     """Split every client at the same unit."""
     if request.edge is None:
         return Route.whole()
-    cut = max(1, round(job.cut_share * len(request.profile.units)))
+    cut = cut_of(job, len(request.profile.units))
     return Route.split(cut, edge=request.edge)
+
+
+def cut_of(job: Job, num_units: int) -> int:
+    """Say how many units a split client keeps."""
+    return max(1, round(job.cut_share * num_units))
 
 
 def build_app(job: Job, edges: Sequence[Edge]) -> ClientApp:

@@ -1,5 +1,8 @@
 """The benchmark beside peers: the same work for all, and what is counted of it."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from flwr_smartsplit.flower.serde.records import from_array_record
 from flwr_smartsplit.split.build import build_chain
 from simulations.benchmarks.peers import __main__ as peers
 from simulations.benchmarks.peers import jobs, work
+from simulations.benchmarks.peers.bare_split import bare_split
 from simulations.benchmarks.peers.splitfed import SplitFed
 from simulations.benchmarks.process_tree import tree_times
 from simulations.benchmarks.rounds.driven_rounds import close, timed_round
@@ -154,3 +158,19 @@ def test_copies_are_compared_only_if_they_are_named(tmp_path):
     assert peers.Plan(**facts).ways == [*loops, *ours]
     both = peers.Plan(**facts, splitfed=tmp_path, slower=tmp_path).ways
     assert both == [*loops, peers.SPLITFED, peers.SLOWER, *ours]
+
+
+def test_two_bare_processes_train_what_the_loop_trains():
+    """The same losses, so that it is the same work that is timed."""
+    task = jobs.task_of(JOB)
+    torch.manual_seed(0)
+    halves = jobs.halves_of(JOB)
+    whole = torch.nn.Sequential(*deepcopy(halves.front), *deepcopy(halves.tail))
+    losses = [jobs.train_plainly(whole, JOB)]
+    losses.append(jobs.train_plainly(whole, JOB))
+    assert task.optimizer_fn([torch.zeros(1)]).defaults["momentum"] == 0
+    with bare_split(halves, jobs.batches_of(JOB)) as train:
+        assert [train(), train()] == losses
+    stale = replace(halves, front=deepcopy(halves.front))
+    with bare_split(stale, jobs.batches_of(JOB)) as train:  # Planted: an old tail
+        assert train() != losses[0]
