@@ -154,21 +154,20 @@ def test_the_halves_are_those_of_the_split_client():
 def test_copies_are_compared_only_if_they_are_named(tmp_path):
     facts = {"job": "resnet18", "num_clients": 2, "num_rounds": 1, "num_workers": 1}
     ours = [peers.FEDAVG, peers.WHOLE, peers.SPLIT]
-    loops = [peers.LOOP, peers.PAUSING]
+    loops = [peers.LOOP, peers.PAUSING, peers.BARE]
     assert peers.Plan(**facts).ways == [*loops, *ours]
     both = peers.Plan(**facts, splitfed=tmp_path, slower=tmp_path).ways
     assert both == [*loops, peers.SPLITFED, peers.SLOWER, *ours]
 
 
+@pytest.mark.slow
 def test_two_bare_processes_train_what_the_loop_trains():
     """The same losses, so that it is the same work that is timed."""
-    task = jobs.task_of(JOB)
     torch.manual_seed(0)
     halves = jobs.halves_of(JOB)
     whole = torch.nn.Sequential(*deepcopy(halves.front), *deepcopy(halves.tail))
     losses = [jobs.train_plainly(whole, JOB)]
     losses.append(jobs.train_plainly(whole, JOB))
-    assert task.optimizer_fn([torch.zeros(1)]).defaults["momentum"] == 0
     with bare_split(halves, jobs.batches_of(JOB)) as train:
         assert [train(), train()] == losses
     stale = replace(halves, front=deepcopy(halves.front))
