@@ -18,12 +18,17 @@ from flwr_smartsplit.flower.serde.records import (
     record_bytes,
 )
 from flwr_smartsplit.flower.serde.replies import (
-    OF_EXAMPLES,
     metrics_of,
     reply_from_content,
 )
 from flwr_smartsplit.split.chain import Chain
-from flwr_smartsplit.types import RESERVED_METRICS, ClientReply, Failure, Variant
+from flwr_smartsplit.types import (
+    OF_EXAMPLES,
+    RESERVED_METRICS,
+    ClientReply,
+    Failure,
+    Variant,
+)
 
 _log = getLogger("flwr")
 

@@ -24,7 +24,7 @@ from flwr_smartsplit.split.segment import (
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.grad_clipping import clip_gradients, gradient_norms
 from flwr_smartsplit.train.lr_schedule import scheduler_of
-from flwr_smartsplit.train.metric_names import check_metric_names
+from flwr_smartsplit.train.metric_names import metric_values
 from flwr_smartsplit.train.optimizer_in_backward import (
     GradientEntry,
     GradientExit,
@@ -32,7 +32,7 @@ from flwr_smartsplit.train.optimizer_in_backward import (
     steps_one_by_one,
 )
 from flwr_smartsplit.train.torch_device import CPU, function_on, in_this_thread
-from flwr_smartsplit.types import KEEP_ALL, RESERVED_METRICS, WHOLE_BATCH, MicroBatch
+from flwr_smartsplit.types import KEEP_ALL, WHOLE_BATCH, MicroBatch
 
 Gradients = tuple[Tensor, ...]
 
@@ -213,9 +213,7 @@ class SegmentRunner:
         with autocast_of(self.task, self.device):
             values = {"loss": float(self._loss_fn(outputs, targets))}
             if self._metrics_fn is not None:
-                metrics = self._metrics_fn(outputs, targets)
-                check_metric_names(metrics, RESERVED_METRICS)
-                values |= {name: float(value) for name, value in metrics.items()}
+                values |= metric_values(self._metrics_fn(outputs, targets))
         return values
 
     def _run(

@@ -30,6 +30,10 @@ RESERVED_METRICS = ROW_FACTS | {
 """Names of what is reported besides the task's metrics; none of these may have one."""
 
 
+OF_EXAMPLES = ".num-examples"
+"""Ends the name under which a partial metric's number of examples is reported."""
+
+
 class Status(StrEnum):
     """How one client's part of a round ended."""
 

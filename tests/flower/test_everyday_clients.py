@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -204,6 +205,38 @@ def test_a_metric_with_a_name_of_ours_is_refused_at_the_start(name: str) -> None
     for make in (smart_split, legacy_smart_split):
         with pytest.raises(InvalidTask, match=f"metrics_fn returns {name}, which"):
             make(task=replace(TASK, metrics_fn=lambda o, y: {name: 0.5, "good": 1.0}))
+
+
+@pytest.mark.parametrize("name", ["acc.num-examples", "loss.num-examples"])
+def test_a_metric_with_the_name_of_a_count_is_refused(name: str) -> None:
+    """Where some batches lack ``acc``, its count has that name."""
+    with pytest.raises(InvalidTask, match=f"{name}: so is reported .*-count'"):
+        smart_split(task=replace(TASK, metrics_fn=lambda o, y: {name: 7.0, "acc": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"good": "x"}, "returns 'x' as 'good': return a number"),
+        ({"good": None}, "returns None as 'good'"),
+        ({"good": torch.ones(2)}, r"returns tensor.* as 'good'"),
+        ([0.5], r"returns \[0.5\]: return a mapping"),
+    ],
+)
+def test_metrics_that_are_no_numbers_are_refused(found: Any, says: str) -> None:
+    """At the start, by the name of the function; also if only a real batch shows it."""
+    with pytest.raises(InvalidTask, match=f"metrics_fn {says}"):
+        smart_split(task=replace(TASK, metrics_fn=lambda o, y: found))
+
+    def picky(outputs: Tensor, targets: Tensor) -> Any:
+        if not outputs.any():
+            raise ValueError("all zero")
+        return found
+
+    task = replace(TASK, metrics_fn=picky)
+    strategy = smart_split(task=task, fraction_evaluate=1.0, verify=False)
+    made = run(apps([None] * 2, task=task), strategy, num_rounds=1)
+    assert re.search(f"metrics_fn {says}", made.strategy.failures[0].cause)
 
 
 def test_a_clash_that_zeros_do_not_show_is_named_at_the_first_batch() -> None:

@@ -24,6 +24,7 @@ from flwr_smartsplit.flower.serde.records import (
 )
 from flwr_smartsplit.train.metric_names import check_metric_names
 from flwr_smartsplit.types import (
+    OF_EXAMPLES,
     ClientPlan,
     ClientReply,
     Move,
@@ -36,9 +37,6 @@ from flwr_smartsplit.types.sizes import plain
 METRICS = "metrics"
 NamesOf = Callable[[tuple[Move, ...]], Sequence[str]]
 """Names the arrays of a legacy reply, given how its client moved its cut."""
-
-OF_EXAMPLES = ".num-examples"
-"""Ends the name under which a partial metric's number of examples is reported."""
 
 _REPLY = "smartsplit.reply"
 _TOO_LARGE = 2**63

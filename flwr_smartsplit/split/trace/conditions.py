@@ -30,6 +30,9 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
 """What Python asks, by names that can stand in the code of a graph."""
 
 
+_OF_AUTOGRAD = {"grad", "grad_fn", "is_leaf", "requires_grad", "retains_grad"}
+
+
 class Conditions:
     """Answer what a trace asks, by what its graph gives so far."""
 
@@ -46,6 +49,13 @@ class Conditions:
         name = type(self._model).__name__
         ask = QUESTIONS[question]
         does = "branch on" if question == "bool" else f"ask for {question}() of"
+        if about := _about_autograd(node):
+            raise NotSplittable(
+                f"torch.fx cannot trace {name}: its forward must not {does} {about}: "
+                "that is one thing in training and another in evaluation, and torch.fx "
+                "follows one. Ask self.training, or list the model's units by hand, "
+                "with Chain.from_units and Task(units_fn=...): it may be inside a unit."
+            )
         try:
             # While fx traces, it would see the modules that run here.
             with _symbolic_trace._maybe_revert_all_patches(), _disable_current_modes():
@@ -77,6 +87,7 @@ class _Run(fx.Interpreter):
         self._mode, self._model = DryRun(), model
         root = fake_copy(model, self._mode)
         super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # Of generated code, which says nobody anything.
         batch = fake_batch(inputs, self._mode, batch_size=batch_size)
         self.args_iter = iter(tree_leaves(batch))
 
@@ -105,6 +116,19 @@ def check_answer(value: Any, question: str, expected: Any, text: str) -> None:
             "former: give example_inputs as your loader yields them, and batches of "
             "one kind."
         )
+
+
+def _about_autograd(node: fx.Node) -> str:
+    """Name what of autograd's record a value depends on; ``""`` if nothing."""
+    left, seen = [node], {node}
+    while left:
+        each = left.pop()
+        if each.target is getattr and each.args[1] in _OF_AUTOGRAD:
+            return f"{each.args[0]}.{each.args[1]}"
+        new = set(each.all_input_nodes) - seen
+        seen |= new
+        left += new
+    return ""
 
 
 def condition_text(node: fx.Node) -> str:

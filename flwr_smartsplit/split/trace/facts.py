@@ -187,6 +187,7 @@ class _Runner(fx.Interpreter):
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # Of generated code, which says nobody anything.
 
     def fetch_args_kwargs_from_env(
         self, n: fx.Node

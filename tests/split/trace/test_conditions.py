@@ -152,6 +152,37 @@ def test_a_number_that_values_tell_is_refused() -> None:
         Chain.from_module(Conditional(by_a_value), torch.zeros(2, 10))
 
 
+def by_gradient(inputs: Tensor, values: Tensor) -> Tensor:
+    """Branch on whether a gradient is wanted."""
+    return values * 2 if values.requires_grad else values
+
+
+def by_leaf(inputs: Tensor, values: Tensor) -> Tensor:
+    """Branch on autograd's record and a shape."""
+    return values * 2 if not inputs.is_leaf or values.dim() > 9 else values
+
+
+@pytest.mark.parametrize(
+    ("ask", "names"),
+    [
+        (by_gradient, r"\w+\.requires_grad"),
+        (by_leaf, r"inputs\.is_leaf"),
+    ],
+)
+def test_a_condition_on_autograds_record_is_refused(ask: Any, names: str) -> None:
+    """Evaluation has none, so no example inputs could say what training asks."""
+    says = rf"not branch on {names}: .*self\.training"
+    with pytest.raises(NotSplittable, match=says):
+        Chain.from_module(Conditional(ask), torch.zeros(2, 10))
+
+
+def test_a_refusal_ends_with_our_words() -> None:
+    """Torch adds the node of its graph to errors, unless it is told not to."""
+    with pytest.raises(NotSplittable) as refused:
+        Chain.from_module(Conditional(by_a_value), torch.zeros(2, 10))
+    assert "While executing" not in f"{refused.value} {refused.value.__cause__}"
+
+
 def test_a_step_with_another_size_than_the_trace_asked_for_is_refused() -> None:
     model = nn.Sequential(Repeats())
     segment = Chain.from_module(model, torch.zeros(2, 3)).segment(0, 1)
