@@ -146,6 +146,9 @@ def run_case(case: Case) -> Outcome:
 def _compared(case: Case, outcome: Outcome) -> Outcome:
     task, codec = case.task(), codec_from_text(case.codec)
     with RouteChecker(task, _batches(task, case.seed)) as checker:
+        if not checker.is_finite:
+            text = "the stock model's own loss or state is not finite after its steps"
+            return replace(outcome, failure=text)
         chain = checker.chain
         plain = profile_chain(chain, batch_size=BATCH_SIZE, task=task)
         profile = coded_profile(plain, (codec,) * (len(chain) - 1))

@@ -356,3 +356,32 @@ def test_reasons_are_counted_by_kind():
     )
     chain = Chain.from_module(model, torch.zeros(1, 2))
     assert refusal_text(chain) == "2: written in place later"
+
+
+class Overflows(nn.Module):
+    """Its buffer becomes infinite in training, as a small batch's variance may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3 * 32 * 32, 10)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x):
+        """Forget all sense of proportion."""
+        if self.training:
+            self.scale.mul_(torch.inf)
+        return self.layer(x.flatten(1))
+
+
+def test_a_stock_model_that_diverges_is_no_difference(monkeypatch):
+    """Edges refuse what is not finite, as they should; nothing can be compared."""
+    task = replace(
+        task_of("torchvision:resnet18", input_shape=(3, 32, 32), optimizer="sgd"),
+        model_fn=Overflows,
+    )
+    monkeypatch.setattr(Case, "task", lambda self: task)
+    found = run_case(CASE)
+    assert found.failure == (
+        "the stock model's own loss or state is not finite after its steps"
+    )
+    assert (found.kind, found.differences, found.num_cuts) == ("failed", [], 0)
