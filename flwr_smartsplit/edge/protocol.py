@@ -89,6 +89,7 @@ class HoldState(StrategyRequest[Held]):
     digest: str
     state: State
     rest: str = ""  # The digest of a held state that has all other names
+    variant: Variant = WHOLE  # What it is the state of: less, once a model is pruned
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,8 @@ class EdgeService:
         with unmetered():  # The template's buffers belong to no session.
             chain = self.chain.under(request.variant)
             names = chain.state_names(request.start, request.stop)
-            regions = self.chain.regions(request.variant)
+            held_of = self.store.variant_of(request.state_digest)
+            regions = self.chain.regions(request.variant, of=held_of)
         held = self.store.read_state(request.state_digest, names)
         state = cut_state(held, regions)
         del held
@@ -201,7 +202,9 @@ class EdgeService:
                 f"the state sent as {request.digest[:12]} has another digest: "
                 "it changed on the way; send it again."
             )
-        self.store.hold(request.digest, request.state, rest=request.rest)
+        self.store.hold(
+            request.digest, request.state, rest=request.rest, variant=request.variant
+        )
         return wire.Held(self._incarnation, True)
 
     @_answer.register

@@ -178,8 +178,9 @@ class SessionTable:
         state = {name: views[name] for name in changed}
         broken = tuple(name for name, a in state.items() if not np.isfinite(a).all())
         if broken:  # An infinite constant may have been so before.
-            held = self._store.read_state(session.opened.state_digest, broken)
-            before = cut_state(held, chain.regions(variant))
+            digest = session.opened.state_digest
+            regions = chain.regions(variant, of=self._store.variant_of(digest))
+            before = cut_state(self._store.read_state(digest, broken), regions)
             broken = tuple(n for n in broken if has_diverged(state[n], before[n]))
         if broken:
             raise RefusedTail(

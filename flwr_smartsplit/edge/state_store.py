@@ -5,7 +5,9 @@ merged only if its digest is still the same.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,14 @@ from safetensors.numpy import save_file
 from flwr_smartsplit.edge.protocol import Entry, State
 from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeError, StateNotHeld, TailLost
+from flwr_smartsplit.types import WHOLE, Variant
 
 _STATE = ".state.safetensors"
 _TAIL = ".tail.safetensors"
 _UNFINISHED = ".unfinished"
 _ROUND = "round"
 _REST = "rest"
+_VARIANT = "variant"
 _SESSION = "session"
 
 
@@ -36,9 +40,17 @@ class StateStore:
         paths = set(self._folder.glob(f"*{_STATE}")) - {self._state_path(without)}
         return sum(path.stat().st_size for path in paths)
 
-    def hold(self, digest: str, state: State, *, rest: str = "") -> None:
-        """Write a global state under its digest; a held ``rest`` has other names."""
-        _write(self._state_path(digest), state, {_REST: rest} if rest else None)
+    def hold(
+        self, digest: str, state: State, *, rest: str = "", variant: Variant = WHOLE
+    ) -> None:
+        """Write a variant's state under its digest; a held ``rest`` has other names."""
+        about = {_REST: rest, _VARIANT: "" if variant == WHOLE else _text(variant)}
+        _write(self._state_path(digest), state, {k: v for k, v in about.items() if v})
+
+    def variant_of(self, digest: str) -> Variant:
+        """Say what a held state is the state of."""
+        text = _about(self._state_path(digest)).get(_VARIANT)
+        return Variant(**json.loads(text)) if text else WHOLE
 
     def holds(self, digest: str) -> bool:
         """Return whether a global state is held, with its rest."""
@@ -148,6 +160,10 @@ class StateStore:
 
     def _tail_path(self, session: str) -> Path:
         return self._folder / f"{_file_name(session)}{_TAIL}"
+
+
+def _text(variant: Variant) -> str:
+    return json.dumps(asdict(variant))
 
 
 def _file_name(text: str) -> str:

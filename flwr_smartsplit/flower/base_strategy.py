@@ -33,7 +33,7 @@ from flwr_smartsplit.server.aggregation import (
 )
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.task_digest.facts import settings_facts
-from flwr_smartsplit.types import Failure, RoundPlan
+from flwr_smartsplit.types import Failure, RoundPlan, Variant
 from flwr_smartsplit.types.sizes import whole
 from flwr_smartsplit.verify.guard import Guard
 from flwr_smartsplit.verify.start import StartChecks
@@ -128,6 +128,11 @@ class SplitStrategy(Generic[StrategyT]):
     def failures(self) -> list[Failure]:
         """Every client's part that was not merged so far, and why."""
         return self._central.rounds.failures
+
+    @property
+    def variant(self) -> Variant:
+        """What of the task's model is trained: less than all, once it is pruned."""
+        return self._central.base
 
     @property
     def round_plans(self) -> list[RoundPlan]:

@@ -287,7 +287,7 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
                 f"{len(self._names)}: give [v.numpy() for v in "
                 "model.state_dict().values()]."
             )
-        self._central.chain.check_state(kinds)
+        self._central.chain.under(self.variant).check_state(kinds)
         return dict(zip(self._names, arrays, strict=True))
 
     def _collect(

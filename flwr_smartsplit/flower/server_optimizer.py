@@ -10,7 +10,8 @@ References
    Federated Visual Classification", 2019, arXiv:1909.06335 (server momentum).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -28,13 +29,18 @@ from flwr.server import strategy as legacy
 from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 
+from flwr_smartsplit.edge.regions import cut_state
 from flwr_smartsplit.flower.inner_strategy import instead, without_fedavgs_log
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.server.aggregation import RoundSummary
+from flwr_smartsplit.types import Regions
 
 State = Mapping[str, npt.NDArray[Any]]
-TakeStep = Callable[[int, State, State], State]
-"""``take_step(round, state, mean)`` returns the next state."""
+TakeStep = partial[State]
+"""``take_step(round, state, mean)`` of a strategy returns the next state."""
+
+_MOMENTS = ("m_t", "v_t", "momentum_vector")
+"""What Flower's strategies call them: arrays by name, or in the order of parameters."""
 
 
 class ServerOptimizer:
@@ -49,14 +55,27 @@ class ServerOptimizer:
         self._take_step = take_step
         self._trained_names = trained_names
         self._taken: State = {}
+        self._names: list[str] = []  # Of the last step, in order
 
     def step(self, before: State, after: State, summary: RoundSummary) -> State:
         """Return the next state."""
         names = [name for name in before if name in self._trained_names]
+        self._names = names
         start = {name: self._unrounded(name, before[name]) for name in names}
         mean = {name: after[name] for name in names}
         self._taken = self._take_step(summary.round_number, start, mean)
         return {**after, **self._taken}
+
+    def cut(self, regions: Regions) -> None:
+        """Keep the moments of these values: the model has become smaller."""
+        held = vars(self._take_step.args[0])
+        for key in set(held) & set(_MOMENTS):
+            if isinstance(held[key], dict):
+                held[key] = dict(cut_state(held[key], regions))
+            elif isinstance(held[key], list):
+                named = zip(self._names, held[key], strict=True)
+                held[key] = list(cut_state(dict(named), regions).values())
+        self._taken = dict(cut_state(self._taken, regions))
 
     def _unrounded(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the last step's result, whose dtype may be finer than the model's."""

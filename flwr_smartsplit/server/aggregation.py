@@ -128,6 +128,8 @@ class RoundStart:
         The global state that the clients begin with.
     parameter_names : frozenset[str]
         Which arrays are parameters; the others are buffers.
+    variant : Variant
+        What of the task's model the state is of: less than all, once it is pruned.
     label_counts : Mapping[str, tuple[int, ...] or None]
         Examples of each class, of all clients that are there, by client_key; None
         where a client does not share them.
@@ -138,25 +140,36 @@ class RoundStart:
     seed: int
     state: State
     parameter_names: frozenset[str]
+    variant: Variant = WHOLE
     label_counts: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
 
 
 @runtime_checkable
-class PreparedStep(ServerStep, Protocol):
-    """A server step that is told of each training round before anything is sent."""
+class Prepared(Protocol):
+    """A server step, or a rule of variants, that is told of each round to train."""
 
     def prepare(self, start: RoundStart) -> None:
-        """Prepare for a round; raise a ``SmartSplitError`` if the step cannot work.
+        """Prepare for a round, before anything is sent.
 
-        A step that stands in ``server_steps`` twice is told once.
+        Raise a ``SmartSplitError`` if it cannot work. A step that stands in ``server_steps`` twice is told once.
         """
 
 
-def prepare(server_steps: Sequence[ServerStep], start: RoundStart) -> None:
-    """Tell the steps that want to know of a round that is about to begin."""
-    for each in {id(step): step for step in server_steps}.values():
-        if isinstance(each, PreparedStep):
+def prepare(told: Sequence[object], start: RoundStart) -> None:
+    """Tell those that want to know of a round that is about to begin."""
+    for each in {id(one): one for one in told}.values():
+        if isinstance(each, Prepared):
             each.prepare(start)
+
+
+def cut_steps(server_steps: Sequence[ServerStep], regions: Regions) -> None:
+    """Tell the steps that remember arrays that the model has become smaller.
+
+    Such a step has ``cut(regions)``, and goes on with these values of its arrays.
+    """
+    for each in {id(step): step for step in server_steps}.values():
+        if hasattr(each, "cut"):
+            each.cut(regions)
 
 
 def next_state(
@@ -245,7 +258,7 @@ def _mean(
         tails = (each.sums for which, each in committed if which == variant)
         parts.append((add_sums([device_sums, *tails]), regions))
     means = ChainMap(*(dict(each.means) for _, each in committed))
-    if asked.keys() == {WHOLE}:
+    if len(asked) == 1 and not parts[0][1]:  # They trained all of the state.
         return merge(current, parts[0][0], means)
     return {**merge_parts(current, parts), **means}
 
@@ -267,7 +280,7 @@ def _commit(
     variants, regions = {k: v for k, (v, _) in asked.items()}, dict(asked.values())
     while True:
         committed: list[tuple[Variant, Committed]] = []
-        owner = _owners(remaining, variants)
+        owner = _owners(remaining, variants, regions)
         lost: dict[str, str] = {}
         for at, entries in _entries_by_place(remaining, variants).items():
             place, variant = at
@@ -296,18 +309,20 @@ _Place = tuple[str, Variant]
 
 
 def _owners(
-    replies: Mapping[str, ClientReply], variants: Mapping[str, Variant]
+    replies: Mapping[str, ClientReply],
+    variants: Mapping[str, Variant],
+    regions: Mapping[Variant, Regions],
 ) -> dict[str, _Place | None]:
     """Name the one edge that sums all of a name; None if others or a device add to it.
 
-    Of a variant, it sums only a part of the global array.
+    Of a smaller variant, it sums only a part of the global array.
     """
     owners: dict[str, _Place | None] = {}
     for key, reply in replies.items():
         variant = variants[key]
         owners |= dict.fromkeys(reply.state)
         for receipt in reply.receipts:
-            mine = (receipt.place, variant) if variant == WHOLE else None
+            mine = None if regions[variant] else (receipt.place, variant)
             for name in receipt.names:
                 owners[name] = mine if owners.setdefault(name, mine) == mine else None
     return owners

@@ -27,12 +27,14 @@ from flwr_smartsplit.task_digest.facts import (
     task_facts,
 )
 from flwr_smartsplit.types import (
+    WHOLE,
     ChainProfile,
     ClientPlan,
     DeviceProfile,
     EdgeProfile,
     Failure,
     RoundPlan,
+    Variant,
 )
 
 _UNLIMITED = wire.Welcome()
@@ -114,8 +116,9 @@ class EdgePool:
         state: State,
         *,
         rest: Mapping[str, State] = MappingProxyType({}),
+        variant: Variant = WHOLE,
     ) -> tuple[dict[str, str], list[Failure]]:
-        """Have some edges hold the phase's state; return what ``prepare`` returns.
+        """Have some edges hold a variant's state; return what ``prepare`` returns.
 
         ``rest`` is its frozen part by digest, if there is one. It is sent once. An edge
         that fails is started again; then its address is another one.
@@ -123,7 +126,7 @@ class EdgePool:
         parts = {**rest, digest: state}
         lacking = [n for n, link in self._links.items() if link.held != digest]
         names = [n for n in self._edges if n in names and n in lacking]
-        failures = self._tried(names, lambda link: self._send_state(link, parts))
+        failures = self._tried(names, lambda link: self._send_state(link, parts, variant))
         return self._addresses(), failures
 
     def planned(
@@ -139,7 +142,8 @@ class EdgePool:
         while True:
             made, before = plan(tuple(addresses)), addresses
             used = {e for each in made.assignments for e in each.option.route.edges()}
-            addresses, more = self.hold(used, state.digest, state.changing, rest=rest)
+            held = state.digest, state.changing
+            addresses, more = self.hold(used, *held, rest=rest, variant=state.variant)
             failures += more
             if addresses == before:
                 return made, addresses, failures
@@ -276,14 +280,17 @@ class EdgePool:
         self._compare_task(link, held.task_digest)
         link.held = digest if held.is_held else ""
 
-    def _send_state(self, link: _Link, parts: Mapping[str, State]) -> None:
+    def _send_state(
+        self, link: _Link, parts: Mapping[str, State], variant: Variant
+    ) -> None:
         """Send what the edge does not hold: the rest, if any, and then the state."""
         *rest, digest = parts
         self._ask_held(link, digest)
         if link.held != digest:
             for each in rest:
-                self._send_state(link, {each: parts[each]})
-            _asked(link, wire.HoldState(digest, parts[digest], *rest))
+                self._send_state(link, {each: parts[each]}, variant)
+            others = "".join(rest)  # One or none
+            _asked(link, wire.HoldState(digest, parts[digest], others, variant))
             link.held = digest
 
     def _compare_task(self, link: _Link, digest: str) -> None:

@@ -19,6 +19,8 @@ from flwr_smartsplit.edge.tensors import (
     state_digest,
 )
 
+from flwr_smartsplit.types import WHOLE, Variant
+
 
 @dataclass(frozen=True, slots=True)
 class GlobalState:
@@ -29,16 +31,19 @@ class GlobalState:
     digest: str = ""  # Of all
     rest: str = ""  # Of the frozen part; "" if there is none
     frozen_digests: Mapping[str, str] = field(default_factory=dict)  # By name
+    variant: Variant = WHOLE  # What it is the state of
 
     @classmethod
-    def of(cls, state: State, changing: Collection[str]) -> Self:
-        """Divide a state by the names that training can change."""
+    def of(
+        cls, state: State, changing: Collection[str], variant: Variant = WHOLE
+    ) -> Self:
+        """Divide a variant's state by the names that training can change."""
         mine = {name: array for name, array in state.items() if name in changing}
         frozen = {name: array for name, array in state.items() if name not in changing}
         digests = array_digests(frozen)
         rest = digest_of(digests) if frozen else ""
         digest = joined_digest(rest, state_digest(mine))
-        return cls(mine, frozen, digest, rest, digests)
+        return cls(mine, frozen, digest, rest, digests, variant)
 
     def is_still(self, state: State) -> bool:
         """Say whether a state, read anew, is this one in every bit.

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from flwr_smartsplit.edge.protocol import State
+from flwr_smartsplit.edge.regions import cut_state
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.server.aggregation import RoundStart, RoundSummary
+from flwr_smartsplit.types import Regions
 from flwr_smartsplit.types.sizes import plain
 
 
@@ -88,6 +90,10 @@ class Momentum:
             memory.changes[name] = kept
         memory.left = stepped
         return stepped
+
+    def cut(self, regions: Regions) -> None:
+        """Keep the memory of these values: the model has become smaller."""
+        self._memory.changes = dict(cut_state(self._memory.changes, regions))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory, for a checkpoint."""

@@ -6,7 +6,15 @@ from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.plan.variants.variants import VariantRequest, Variants, Whole
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import WHOLE, DeviceProfile, Variant, kept_problem
+from flwr_smartsplit.types import (
+    WHOLE,
+    ChannelGroup,
+    DeviceProfile,
+    Variant,
+    groups_under,
+    kept_problem,
+    within,
+)
 
 
 def check_narrowable(chain: Chain, task: Task, rule: Variants) -> None:
@@ -39,15 +47,20 @@ def offered(
     *,
     round_number: int,
     chain: Chain,
+    base: Variant = WHOLE,
     memory: Any = None,
 ) -> tuple[Variant, ...]:
-    """Ask a rule what to offer a device; raise ``InvalidTask`` if it offers nothing."""
+    """Ask a rule what to offer a device; raise ``InvalidTask`` if it offers nothing.
+
+    ``base`` is what is left of a model that was pruned: all that the rule knows.
+    """
     if isinstance(rule, Whole):  # Nobody need know the model's channels.
-        return (WHOLE,)
+        return (base,)
+    groups = groups_under(chain.channels.groups, base)
     request = VariantRequest(
         device=device,
         round_number=round_number,
-        groups=chain.channels.groups,
+        groups=groups,
         memory=memory,
     )
     variants = tuple(rule.offered(request))
@@ -57,18 +70,18 @@ def offered(
             "return at least one Variant, such as WHOLE, the most wanted first."
         )
     for variant in variants:
-        problem = _problem_of(variant, chain)
+        problem = _problem_of(variant, groups)
         if problem:
             raise InvalidTask(
                 f"{rule!r:.80} offers client {device.client_key!r} variant "
                 f"{variant.name!r}, which is none of this model: {problem}."
             )
-    return variants
+    return tuple(within(base, variant) for variant in variants)
 
 
-def _problem_of(variant: Variant, chain: Chain) -> str:
+def _problem_of(variant: Variant, groups: tuple[ChannelGroup, ...]) -> str:
     if variant == WHOLE:
         return ""
     if not variant.kept:
         return f"it leaves nothing out, and is not {WHOLE.name!r}"
-    return kept_problem(variant, chain.channels.groups)
+    return kept_problem(variant, groups)

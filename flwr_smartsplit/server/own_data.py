@@ -5,7 +5,7 @@ streams of its own that are derived from the run's seed, on one thread of the CP
 round has the same bits wherever and however often it is done.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ from flwr_smartsplit.plan.divergence import pooled
 from flwr_smartsplit.server.aggregation import RoundStart
 from flwr_smartsplit.train.micro_batches import num_examples
 from flwr_smartsplit.train.rng import UnitStreams, derived_seed
-from flwr_smartsplit.types import ClientPlan, Route, StepReport
+from flwr_smartsplit.types import WHOLE, ClientPlan, Route, StepReport
 from flwr_smartsplit.types.sizes import whole
 
 OptimizerFn = Callable[..., torch.optim.Optimizer]
@@ -48,7 +48,9 @@ class OwnData:
     resumed. ``holdout`` is the share of the examples that is measured and not trained.
     """
 
-    __slots__ = ("_conditions", "_held_out", "_loader", "_measure", "_seed")
+    __slots__ = (
+        *("_conditions", "_held_out", "_loader", "_measure", "_seed", "_variant"),
+    )
 
     def __init__(self, loader: Loader, *, holdout: float = 0.0) -> None:
         self._loader, self._held_out = loader, loader
@@ -69,6 +71,7 @@ class OwnData:
         self._conditions: Conditions | None = None
         self._measure: Conditions | None = None
         self._seed = 0
+        self._variant = WHOLE
 
     def counted(self) -> tuple[int, tuple[int, ...] | None]:
         """Count the examples of one pass, and of each class if targets say it.
@@ -79,8 +82,7 @@ class OwnData:
             If there are none.
         """
         total, counts, has_classes = 0, pooled(()), True
-        streams = UnitStreams(0, 0, _SERVER)
-        for inputs, targets in streams.batches(self._loader, 0):
+        for inputs, targets in self.batches():
             total += num_examples(inputs, targets)
             found = _label_counts(targets)
             has_classes = has_classes and found is not None
@@ -88,6 +90,10 @@ class OwnData:
         if not total:
             raise ValueError("the server's loader yields nothing: give it examples.")
         return total, counts if has_classes else None
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Yield one pass over the examples, the same one each time."""
+        yield from UnitStreams(0, 0, _SERVER).batches(self._loader, 0)
 
     def begin(
         self, start: RoundStart, *, epochs: int, optimizer_fn: OptimizerFn | None
@@ -111,7 +117,7 @@ class OwnData:
             )
         if optimizer_fn is not None:
             task = replace(task, optimizer_fn=optimizer_fn)
-        self._seed = start.seed
+        self._seed, self._variant = start.seed, start.variant
         self._conditions = Conditions(
             task=task,
             connect=_no_edge,
@@ -176,6 +182,7 @@ class OwnData:
             round_number=round_number,
             route=Route.whole(),
             seed=self._seed,
+            variant=self._variant,
             edge_addresses={},
             config=config,
         )

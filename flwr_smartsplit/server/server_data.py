@@ -11,6 +11,7 @@ Liu et al.: Efficient Federated Learning Using Dynamic Update and Adaptive Pruni
 Momentum on Shared Server Data. ACM TIST 2024. arXiv:2408.05678.
 """
 
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, InitVar, asdict, dataclass, field, fields, replace
 from logging import INFO, WARNING, getLogger
 from math import isfinite
@@ -167,6 +168,10 @@ class ServerData:
     def trainings(self) -> tuple[ServerTraining, ...]:
         """What the server did, round by round."""
         return tuple(self._run.trainings)
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Yield one pass over the examples that are trained, the same one each time."""
+        return self._run.data.batches()
 
     def prepare(self, start: RoundStart) -> None:
         """Before a run's first round, see whether task, examples and labels fit."""

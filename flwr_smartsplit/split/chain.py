@@ -21,6 +21,8 @@ from flwr_smartsplit.types import (
     WHOLE,
     Regions,
     Variant,
+    groups_under,
+    inside,
     kept_problem,
     regions_of,
 )
@@ -78,7 +80,7 @@ class Chain:
         self._state_names: dict[tuple[int, int], tuple[str, ...]] = {}
         self._changed_names: dict[tuple[int, int], tuple[str, ...]] = {}
         self._narrower: dict[Variant, Chain] = {}
-        self._regions: dict[Variant, Regions] = {}
+        self._regions: dict[tuple[Variant, Variant], Regions] = {}
 
     @classmethod
     def from_module(
@@ -200,24 +202,30 @@ class Chain:
             return model
         return narrowed_module(model, self.channels.groups, variant)
 
-    def regions(self, variant: Variant) -> Regions:
-        """Find which values of the whole state a variant's state has, by name.
+    def regions(self, variant: Variant, *, of: Variant = WHOLE) -> Regions:
+        """Find which values of a state a variant's state has, by name.
+
+        The state is the whole model's, or ``of`` a variant that keeps more.
 
         Raises
         ------
         InvalidTask, NotSplittable
             As ``under`` does.
         """
-        if variant == WHOLE:
+        if variant == of:
             return {}
-        found = self._regions.get(variant)
+        found = self._regions.get((of, variant))
         if found is None:
             groups = self.channels.groups
             problem = kept_problem(variant, groups)
             if problem:
                 raise InvalidTask(f"variant {variant.name!r}: {problem}.")
-            found = regions_of(groups, variant)
-            self._regions = _remembered(self._regions, variant, found)
+            try:
+                part = inside(of, variant)
+            except ValueError as error:
+                raise InvalidTask(f"{error} Use one task everywhere.") from error
+            found = regions_of(groups_under(groups, of), part)
+            self._regions = _remembered(self._regions, (of, variant), found)
         return found
 
     @cached_property

@@ -80,6 +80,9 @@ from flwr_smartsplit.types.variants import ChannelGroup as ChannelGroup
 from flwr_smartsplit.types.variants import Region as Region
 from flwr_smartsplit.types.variants import Regions as Regions
 from flwr_smartsplit.types.variants import Variant as Variant
+from flwr_smartsplit.types.variants import groups_under as groups_under
+from flwr_smartsplit.types.variants import inside as inside
 from flwr_smartsplit.types.variants import kept_problem as kept_problem
 from flwr_smartsplit.types.variants import regions_of as regions_of
 from flwr_smartsplit.types.variants import width_of as width_of
+from flwr_smartsplit.types.variants import within as within

@@ -47,6 +47,8 @@ class ChannelGroup:
         Where they are stored.
     unscaled : tuple[str, ...]
         The modules that make them and that no normalisation follows.
+    makers : tuple[Axis, ...]
+        Where the weights lie that make them: several, where layers' outputs are added.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ChannelGroup:
     multiple: int = 1
     axes: tuple[Axis, ...]
     unscaled: tuple[str, ...] = ()
+    makers: tuple[Axis, ...] = ()
 
     def share(self, rate: float, *, shift: int = 0) -> tuple[int, ...]:
         """List at least a share of the channels, in whole runs, from a run of them on.
@@ -201,3 +204,70 @@ def regions_of(groups: Iterable[ChannelGroup], variant: Variant) -> Regions:
         name: tuple(axes.get(index) for index in range(max(axes) + 1))
         for name, axes in found.items()
     }
+
+
+# --- a variant of a variant -------------------------------------------------------------
+
+
+def groups_under(
+    groups: Iterable[ChannelGroup], base: Variant
+) -> tuple[ChannelGroup, ...]:
+    """Return the groups of the model that a variant keeps, which may be narrowed again.
+
+    Those of which one run is left are not among them.
+    """
+    sized = (
+        replace(group, size=len(base.kept.get(group.name, ())) or group.size)
+        for group in groups
+    )
+    return tuple(group for group in sized if group.size > group.multiple)
+
+
+def within(base: Variant, variant: Variant) -> Variant:
+    """Say what a variant of a smaller model keeps of the whole one.
+
+    Examples
+    --------
+    >>> within(Variant("pruned", {"a": (0, 2, 5)}), Variant("two", {"a": (0, 2)}))
+    Variant(name='two of pruned', kept={'a': (0, 5)}, is_scaled=False)
+    """
+    if variant == WHOLE or base == WHOLE:
+        return base if variant == WHOLE else variant
+    kept = dict(base.kept)
+    for name, channels in variant.kept.items():
+        there = base.kept.get(name)
+        kept[name] = channels if there is None else tuple(there[c] for c in channels)
+    name = f"{variant.name} of {base.name}"
+    return Variant(name, kept, is_scaled=variant.is_scaled)
+
+
+def inside(base: Variant, variant: Variant) -> Variant:
+    """Say what a variant of the whole model keeps of a smaller one: ``within``, undone.
+
+    Examples
+    --------
+    >>> inside(Variant("pruned", {"a": (0, 2, 5)}), Variant("two", {"a": (0, 5)})).kept
+    {'a': (0, 2)}
+
+    Raises
+    ------
+    ValueError
+        If it keeps channels that the smaller model has not.
+    """
+    if base == WHOLE:
+        return variant
+    kept = {}
+    for name in {**base.kept, **variant.kept}:
+        has, wants = base.kept.get(name), variant.kept.get(name)
+        if has is None and wants is not None:
+            kept[name] = wants
+        elif has is not None and wants != has:
+            at = {channel: index for index, channel in enumerate(has)}
+            missing = [c for c in wants or () if c not in at]
+            if wants is None or missing:
+                raise ValueError(
+                    f"variant {variant.name!r} keeps channels of {name!r} that "
+                    f"{base.name!r} has not: {missing or 'all'}."
+                )
+            kept[name] = tuple(at[channel] for channel in wants)
+    return replace(variant, kept=kept)

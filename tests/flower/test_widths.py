@@ -209,7 +209,7 @@ def test_indices_that_are_rolled_by_one_are_seen(
     regions = tiny_chain().regions(width_of(GROUPS, 0.5))
     rolled = tiny_chain().regions(width_of(GROUPS, 0.5, shift=1))
     truth = alone(0.5)
-    monkeypatch.setattr(chain_module.Chain, "regions", lambda *_: rolled)
+    monkeypatch.setattr(chain_module.Chain, "regions", lambda *_, **__: rolled)
     made = run(
         clients(message_app), strategy_of((), variants=Widths((0.5,), scale=False))
     )

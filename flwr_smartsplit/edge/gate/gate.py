@@ -207,7 +207,8 @@ class EdgeGate:
                 check_commit(request)
             case wire.HoldState():
                 others = store.held_bytes(without=request.digest)
-                check_state(request, chain.kinds, held_bytes=others)
+                kinds = chain.under(request.variant).kinds
+                check_state(request, kinds, held_bytes=others)
             case wire.Release():
                 self._end_phase(held, request.phase)
             case wire.EndRun():

@@ -12,6 +12,7 @@ from typing import Any
 
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.protocol import State
+from flwr_smartsplit.edge.regions import cut_state
 from flwr_smartsplit.edge.tensors import digest_of
 from flwr_smartsplit.errors import InvalidTask, RefusedReply
 from flwr_smartsplit.flower.journal.journal import Journal
@@ -45,6 +46,7 @@ from flwr_smartsplit.server.aggregation import (
     RoundStart,
     RoundSummary,
     Settled,
+    cut_steps,
     next_state,
     prepare,
     settle_round,
@@ -64,6 +66,8 @@ from flwr_smartsplit.types import (
     Failure,
     RoundPlan,
     Shapes,
+    Variant,
+    groups_under,
 )
 
 _log = getLogger("flwr")
@@ -110,6 +114,15 @@ class CentralManager:
         self._sent = GlobalState()
         self._kept = KeptByNodes()
 
+    @property
+    def base(self) -> Variant:
+        """What of the task's model is trained: less than all, once it is pruned."""
+        rule: Any = self.settings.planning.variants
+        base: Variant = WHOLE
+        if hasattr(rule, "base"):
+            base = rule.base(self.variants_memory)
+        return base
+
     def summary(self) -> None:
         """Log the settings in Flower's format."""
         _log.log(INFO, "\t├──> Splitting:")
@@ -127,7 +140,8 @@ class CentralManager:
         """Plan a phase: what each chosen client is sent."""
         self.chain.check_aliases(state)
         if not self._sent.is_still(state):
-            self._state, self._sent = state, GlobalState.of(state, self._changing)
+            self._state = state
+            self._sent = GlobalState.of(state, self._changing, self.base)
         dispatch = self._started(phase, clients)
         if phase.is_train:
             self._newest = phase.round_number
@@ -155,7 +169,7 @@ class CentralManager:
             profile = self.planner.costs(kind, option.accumulate, option.variant)
             names = device_names(client_plan, self.chain)
             back = returned(changed_names(client_plan, self.chain), self.task.is_local)
-            regions = self.chain.regions(option.variant)
+            regions = self.chain.regions(option.variant, of=self.base)
             sent = Sent(client_plan, names, back, assignment, profile, regions=regions)
             dispatch.add(self._without_kept(sent), clients[key], self.edges)
         # Flower's legacy server does not aggregate a phase without clients.
@@ -198,7 +212,8 @@ class CentralManager:
         seen = tuple(observed(dispatch, settled.accepted, client_seconds))
         self.history = self.history.after(seen)
         settled = replace(settled, state=self._after(dispatch, settled, failures))
-        self._learn_variants(dispatch, settled.accepted, seen)
+        if self._learn_variants(dispatch, settled.accepted, seen):
+            settled = replace(settled, state=self._state)
         self._end(dispatch, settled.accepted, failures, received)
         self.has_merged = self.has_merged or settled.state is not None
         if not settled.accepted:
@@ -245,18 +260,29 @@ class CentralManager:
         dispatch: Dispatch,
         accepted: Mapping[str, ClientReply],
         seen: Iterable[Observation],
-    ) -> None:
-        """Let a rule that learns see how a round ended."""
+    ) -> bool:
+        """Let a rule that learns see how a round ended; say if it made the model less.
+
+        Then the state is cut, and with it what the server's steps remember.
+        """
         rule: Any = self.settings.planning.variants
-        if accepted and learns(rule):
-            outcome = RoundOutcome(
-                round_number=dispatch.round_number,
-                clients=client_outcomes(dispatch, accepted, seen),
-                state=self._state,
-                groups=self.chain.channels.groups,
-                memory=self.variants_memory,
-            )
-            self.variants_memory = rule.learned(outcome)
+        if not accepted or not learns(rule):
+            return False
+        before = self.base
+        outcome = RoundOutcome(
+            round_number=dispatch.round_number,
+            clients=client_outcomes(dispatch, accepted, seen),
+            state=self._state,
+            groups=groups_under(self.chain.channels.groups, before),
+            memory=self.variants_memory,
+        )
+        self.variants_memory = rule.learned(outcome)
+        if self.base == before:
+            return False
+        regions = self.chain.regions(self.base, of=before)
+        self._state, self._sent = cut_state(self._state, regions), GlobalState()
+        cut_steps(self.server_steps, regions)
+        return True
 
     def _started(self, phase: Phase, clients: Mapping[str, DeviceProfile]) -> Dispatch:
         """Begin a phase, and tell the server's steps of a round to train."""
@@ -276,14 +302,16 @@ class CentralManager:
                 seed=self.settings.seed,
                 state=self._state,
                 parameter_names=self.chain.parameter_names,
+                variant=self.base,
                 label_counts=dispatch.label_counts,
             )
-            prepare(self.server_steps, start)
+            rule: Any = self.settings.planning.variants
+            prepare((*self.server_steps, rule), start)
         return dispatch
 
     def _without_kept(self, sent: Sent) -> Sent:
         """Leave out the frozen arrays that a client's node has kept."""
-        if sent.plan.variant != WHOLE:  # What it had of them may be another part.
+        if sent.plan.variant != self.base:  # What it had of them may be another part.
             return sent
         names = frozen_names(sent.plan, self.chain)
         frozen = {name: self._sent.frozen_digests[name] for name in names}
@@ -377,6 +405,7 @@ class CentralManager:
             fleet,
             history=self.history,
             memory=self.variants_memory,
+            base=self.base,
         )
         plan, addresses, unready = self.edges.planned(self._sent, make)
         self.rounds.write_failures(unready, phase.round_number, phase="edge")

@@ -85,6 +85,7 @@ class PhasePlanner:
         *,
         history: History,
         memory: Any,
+        base: Variant,
     ) -> RoundPlan:
         """Choose who takes part, and what each one trains along which route."""
         planning = self._settings.planning
@@ -94,7 +95,7 @@ class PhasePlanner:
         )
         return plan_round(
             fleet,
-            {each.batch_kind: self.costs(each.batch_kind) for each in fleet},
+            {b: self.costs(b, variant=base) for b in {d.batch_kind for d in fleet}},
             round_number=phase.round_number,
             num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
@@ -108,6 +109,7 @@ class PhasePlanner:
                     rule,
                     round_number=phase.round_number,
                     chain=self._chain,
+                    base=base,
                     memory=memory,
                 ),
                 costs=self.costs,

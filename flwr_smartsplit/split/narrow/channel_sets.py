@@ -27,6 +27,7 @@ class _Set:
     multiple: int = 1
     why_fixed: str = ""
     unscaled: dict[str, None] = field(default_factory=dict)
+    makers: dict[Axis, None] = field(default_factory=dict)
 
 
 class ChannelSets:
@@ -42,11 +43,13 @@ class ChannelSets:
         self._held: dict[tuple[str, int], Track] = {}
         self._whole: dict[tuple[str, int], str] = {}  # What stays whole, and why
 
-    def open(self, name: str, size: int) -> Track:
-        """Open a set of channels that an array makes."""
+    def open(self, name: str, axis: int, size: int) -> Track:
+        """Open a set of channels that an array makes, along one of its axes."""
         self._above.append(len(self._above))
-        self._sets.append(_Set(name, size))
-        return Track(len(self._above) - 1)
+        self._sets.append(_Set(name, size, makers={Axis(name, axis): None}))
+        made = Track(len(self._above) - 1)
+        self.hold(name, axis, made)
+        return made
 
     def join(self, one: Track, other: Track, why: str) -> Track:
         """Join the channels of two values, or fix both where they do not match."""
@@ -62,6 +65,7 @@ class ChannelSets:
         mine.multiple = math.lcm(mine.multiple, theirs.multiple)
         mine.why_fixed = mine.why_fixed or theirs.why_fixed
         mine.unscaled |= theirs.unscaled
+        mine.makers |= theirs.makers
         return one
 
     def fix(self, track: Track, why: str) -> None:
@@ -105,6 +109,7 @@ class ChannelSets:
                 multiple=own.multiple,
                 axes=(),
                 unscaled=tuple(own.unscaled),
+                makers=tuple(own.makers),
             )
             axes = (*group.axes, Axis(name, axis, track.repeat))
             found[root] = replace(group, axes=axes)

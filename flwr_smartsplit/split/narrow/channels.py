@@ -228,8 +228,7 @@ class _Reader:
             self._sets.keep_whole(weight, [into], "all of what it reads stays")
         else:
             self._sets.hold(weight, into, track)
-        made = self._sets.open(weight, self._dims(node)[1])
-        self._sets.hold(weight, out, made)
+        made = self._sets.open(weight, out, self._dims(node)[1])
         self._hold(name, made, ("bias",))
         users = (self._modules.get(str(u.target)) for u in node.users)
         if not all(type(user) in ops.NORMS for user in users):
