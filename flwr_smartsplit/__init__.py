@@ -63,8 +63,11 @@ if TYPE_CHECKING:
     from flwr_smartsplit.server.gate_schedule import PruneSchedule as PruneSchedule
     from flwr_smartsplit.server.hybrid import HybridFL as HybridFL
     from flwr_smartsplit.server.momentum import Momentum as Momentum
+    from flwr_smartsplit.server.pruning.prune_at import HessianRate as HessianRate
+    from flwr_smartsplit.server.pruning.prune_at import PruneAt as PruneAt
     from flwr_smartsplit.server.server_data import ServerData as ServerData
     from flwr_smartsplit.split.chain import Chain as Chain
+    from flwr_smartsplit.split.narrow.grown import grown as grown
     from flwr_smartsplit.split.narrow.narrowed import narrowed as narrowed
     from flwr_smartsplit.split.segment import Unit as Unit
     from flwr_smartsplit.task import Task as Task
@@ -112,8 +115,10 @@ _NAMES_BY_MODULE = {
     "server.gate_schedule": "GatePhase PruneSchedule",
     "server.hybrid": "HybridFL",
     "server.momentum": "Momentum",
+    "server.pruning.prune_at": "HessianRate PruneAt",
     "server.server_data": "ServerData",
     "split.chain": "Chain",
+    "split.narrow.grown": "grown",
     "split.narrow.narrowed": "narrowed",
     "split.segment": "Unit",
     "task": "Task",

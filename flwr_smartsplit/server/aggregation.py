@@ -151,7 +151,8 @@ class Prepared(Protocol):
     def prepare(self, start: RoundStart) -> None:
         """Prepare for a round, before anything is sent.
 
-        Raise a ``SmartSplitError`` if it cannot work. A step that stands in ``server_steps`` twice is told once.
+        Raise a ``SmartSplitError`` if it cannot work. A step that stands in
+        ``server_steps`` twice is told once.
         """
 
 

@@ -126,7 +126,9 @@ class EdgePool:
         parts = {**rest, digest: state}
         lacking = [n for n, link in self._links.items() if link.held != digest]
         names = [n for n in self._edges if n in names and n in lacking]
-        failures = self._tried(names, lambda link: self._send_state(link, parts, variant))
+        failures = self._tried(
+            names, lambda link: self._send_state(link, parts, variant)
+        )
         return self._addresses(), failures
 
     def planned(

@@ -18,7 +18,6 @@ from flwr_smartsplit.edge.tensors import (
     joined_digest,
     state_digest,
 )
-
 from flwr_smartsplit.types import WHOLE, Variant
 
 

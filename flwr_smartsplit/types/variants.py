@@ -206,7 +206,7 @@ def regions_of(groups: Iterable[ChannelGroup], variant: Variant) -> Regions:
     }
 
 
-# --- a variant of a variant -------------------------------------------------------------
+# --- a variant of a variant -----------------------------------------------------------
 
 
 def groups_under(
@@ -231,8 +231,10 @@ def within(base: Variant, variant: Variant) -> Variant:
     >>> within(Variant("pruned", {"a": (0, 2, 5)}), Variant("two", {"a": (0, 2)}))
     Variant(name='two of pruned', kept={'a': (0, 5)}, is_scaled=False)
     """
-    if variant == WHOLE or base == WHOLE:
-        return base if variant == WHOLE else variant
+    if variant == WHOLE:
+        return base
+    if base == WHOLE:
+        return variant
     kept = dict(base.kept)
     for name, channels in variant.kept.items():
         there = base.kept.get(name)

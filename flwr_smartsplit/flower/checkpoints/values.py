@@ -23,7 +23,7 @@ from flwr.common import Parameters
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower.serde.records import from_array_record, to_array_record
 from flwr_smartsplit.plan.selection.history import History
-from flwr_smartsplit.types import Failure
+from flwr_smartsplit.types import Failure, Variant
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -55,7 +55,7 @@ def _types_in(*hints: Any) -> dict[str, Any]:
     return found
 
 
-_TYPES = _types_in(History, Failure, Parameters)
+_TYPES = _types_in(History, Failure, Parameters, Variant)
 
 
 def to_tree(value: Any, arrays: Arrays, path: str) -> Any:

@@ -1,0 +1,1 @@
+"""Pruning on the server: how much, which channels, and when."""
