@@ -24,6 +24,7 @@ from flwr_smartsplit.flower.registry import ClientKeys, ClientT, Owners
 from flwr_smartsplit.flower.rounds.exchange import Dispatch, Phase
 from flwr_smartsplit.flower.rounds.manager import CentralManager
 from flwr_smartsplit.plan.codec_choice import CodecChoice, check_choice
+from flwr_smartsplit.plan.variants.variants import check_rounds
 from flwr_smartsplit.server.aggregation import (
     BetweenRounds,
     Mixing,
@@ -193,6 +194,7 @@ class SplitStrategy(Generic[StrategyT]):
         def settings() -> dict[str, str]:
             return {**self._settings, **settings_facts(self._central.task, configs)}
 
+        check_rounds(self._given[2].planning.variants, num_rounds)
         saved = self._record.begin(num_rounds, lambda: self._start.digest, settings)
         return self._first_state(first) if saved is None else saved
 

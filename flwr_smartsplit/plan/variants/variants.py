@@ -87,7 +87,8 @@ class Variants(Protocol):
     A rule stays as it was given. One that learns has a second method,
     ``learned(outcome: RoundOutcome) -> memory``, called after each training round in
     which somebody was merged. What it returns is in every later request: plain values
-    and arrays, which checkpoints hold.
+    and arrays, which checkpoints hold. One with a third method, ``base(memory)``, says
+    with it what is left of the model for good, as ``PruneAt`` does.
     """
 
     def offered(self, request: VariantRequest) -> Sequence[Variant]:
@@ -100,6 +101,16 @@ class Variants(Protocol):
 def learns(rule: Variants) -> bool:
     """Say whether a rule is to be told how rounds end."""
     return hasattr(rule, "learned")
+
+
+def check_rounds(rule: Variants, num_rounds: int | None) -> None:
+    """Raise ``ValueError`` for a rule that would act after a run's last round."""
+    number = getattr(rule, "round", 0) if hasattr(rule, "base") else 0
+    if num_rounds is not None and number > num_rounds:
+        raise ValueError(
+            f"{rule!r:.80} acts at the end of round {number}, and the run has "
+            f"{num_rounds} rounds: give an earlier round, or more rounds."
+        )
 
 
 @dataclass(frozen=True, slots=True)
