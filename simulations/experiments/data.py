@@ -20,7 +20,7 @@ from simulations.experiments.errors import ExperimentError
 from simulations.experiments.experiment import TORCHVISION, Experiment
 from simulations.experiments.partitions import WithServer
 
-NAMES = ("digits", "fashion_mnist", "cifar10")
+NAMES = ("digits", "digits_mixed", "fashion_mnist", "cifar10")
 DIGITS_TEST_EXAMPLES = 360
 MIN_CLIENT_EXAMPLES = 2
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -56,8 +56,8 @@ class Images:
 def load_images(experiment: Experiment) -> Images:
     """Load the experiment's data set, cut down to the size it asks for."""
     name = experiment.data
-    if name == "digits":
-        arrays = _digits()
+    if name in {"digits", "digits_mixed"}:
+        arrays = _digits(is_mixed=name == "digits_mixed")
     elif name in NAMES:
         kept = experiment.data_dir / f"{name}.npz"
         arrays = (
@@ -80,12 +80,18 @@ def load_images(experiment: Experiment) -> Images:
     return _with_statistics(arrays)
 
 
-def _digits() -> dict[str, NDArray[Any]]:
-    """1,797 images of 8 x 8 grey values 0..16, part of scikit-learn: no network."""
+def _digits(*, is_mixed: bool) -> dict[str, NDArray[Any]]:
+    """1,797 images of 8 x 8 grey values 0..16, part of scikit-learn: no network.
+
+    The last ones, of other writers, are the test set, unless all are mixed before.
+    """
     from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second
 
     digits = load_digits()
     x, y = digits.images.astype(np.float32), digits.target.astype(np.int64)
+    if is_mixed:
+        deck = np.random.default_rng(0).permutation(len(y))
+        x, y = x[deck], y[deck]
     split = len(y) - DIGITS_TEST_EXAMPLES
     return {
         "x_train": x[:split],

@@ -23,14 +23,14 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
-from flwr_smartsplit import Checkpoints, Route, predicted_peak_bytes
+from flwr_smartsplit import Checkpoints, Route, narrowed, predicted_peak_bytes
 from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.registry import Fleet
 from flwr_smartsplit.flower.serde.records import message_layout
 from flwr_smartsplit.profile.task_profiles import profile_of
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.train.threads import torch_threads
-from flwr_smartsplit.types import ChainProfile, Variant
+from flwr_smartsplit.types import WHOLE, ChainProfile, Variant
 from simulations.experiments.client_app import MethodApp
 from simulations.experiments.clients import build_client, build_task, edges_of
 from simulations.experiments.data import client_indices, evaluation_loader, load_images
@@ -260,6 +260,7 @@ def run_method(
 ) -> None:
     """Run one method from the common initial model; mark it once it has ended."""
     experiment, journal = setting.experiment, Journal(setting.journal)
+    strategy = method.strategy_fn(setting)
     model = initial_model(method.model_fn(experiment), experiment.seed)
     loader = evaluation_loader(experiment)
     num_classes = load_images(experiment).num_classes
@@ -268,16 +269,19 @@ def run_method(
     @torch.no_grad()
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate the global model, as Flower asks after every round."""
-        model.load_state_dict(arrays.to_torch_state_dict())
+        seen, variant = model, getattr(strategy, "variant", WHOLE)
+        if variant != WHOLE:  # It was pruned in this run.
+            seen = narrowed(model, variant, setting.task.example_inputs)
+        seen.load_state_dict(arrays.to_torch_state_dict())
         with torch_threads(1):
-            batches = [(method.outputs_fn(model.eval()(x)), y) for x, y in loader]
+            batches = [(method.outputs_fn(seen.eval()(x)), y) for x, y in loader]
         row = evaluation_row(server_round, batches, num_classes=num_classes)
         forget(server_round)
         journal.write({"kind": "evaluation", **asdict(row)})
         on_round(method.name, row)
         return MetricRecord({"accuracy": row.accuracy, "loss": row.loss})
 
-    result = method.strategy_fn(setting).start(
+    result = strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=experiment.num_rounds,
