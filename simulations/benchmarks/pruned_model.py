@@ -1,8 +1,9 @@
-"""What a pruned model costs, by rate: ``python -m simulations.benchmarks.pruned_model``.
+"""What a pruned model costs, by rate.
 
-ResNet-18 at 32 pixels with its first weights, pruned by their sizes: FLOPs of a training
-step, predicted peak, bytes of the state, and a round on a fleet of measured phones. No
-step is trained; all of it is counted, or simulated by the fleet's clock.
+``python -m simulations.benchmarks.pruned_model``: ResNet-18 at 32 pixels with its first
+weights, pruned by their sizes: FLOPs of a training step, predicted peak, bytes of the
+state, and a round on a fleet of measured phones. No step is trained; all of it is
+counted, or worked out from the phones' speeds and links.
 """
 
 import argparse
@@ -127,11 +128,9 @@ def measured(rates: Sequence[float] = RATES) -> list[Pruned]:
 
 def table_of(found: Sequence[Pruned]) -> str:
     """Write a Markdown table."""
-    lines = [
-        "| rate | FLOPs gone | predicted peak, MB | state, MB | phones that hold it, of "
-        f"{NUM_PHONES} | round, median phone, s | slowest, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = "| rate | FLOPs gone | peak, MB | state, MB | phones that hold it, of "
+    head += f"{NUM_PHONES} | round, median phone, s | slowest, s |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
     lines += [
         f"| {p.rate:g} | {100 * p.flops_gone:.0f} % | {p.peak_bytes / 1e6:.1f} | "
         f"{p.state_bytes / 1e6:.1f} | {p.phones_that_fit} | {p.median_seconds:.0f} | "

@@ -41,7 +41,9 @@ class Experiment:
     methods: tuple[str, ...]  # Names of the methods to compare, in order
     fleet: Fleet  # A function of a module or a frozen value: it is sent and compared
     partition: Partition  # Which client holds which examples
-    data: str = "digits"  # Or digits_mixed, fashion_mnist, cifar10, or the path of an ``.npz``
+    data: str = (
+        "digits"  # Or digits_mixed, fashion_mnist, cifar10, or the path of an ``.npz``
+    )
     data_dir: Path = Path("data")  # Where torchvision keeps the downloaded data sets
     # Take at most so many examples, drawn by the seed; None takes all
     max_train_examples: int | None = None

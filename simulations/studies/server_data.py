@@ -2,7 +2,7 @@
 
 Settings are those of the paper's code, made small: two shards a client, a fifth of the
 clients in a round, a server with half of the classes. The test set is drawn from all
-images, so that its writers are in the training set, too, as there. Everybody has memory for
+images, so that its writers are in the training set, too. Everybody has memory for
 everything, so that the methods differ in what the server does and in nothing else.
 """
 
@@ -56,9 +56,9 @@ CLAIM = (
     "them ends above the other is what there is to see."
 )
 MOMENTUM_CLAIM = (
-    "feddu_momentum should be above fedavgm, which has no data, and by some 6 points "
-    "above fedavg without momentum on the devices. feddumap is feddu_momentum that is "
-    "pruned after a third of the rounds: its rounds are shorter from then on. feddum, as published, "
+    "feddu_momentum should be above fedavgm, which has no data, and above fedavg "
+    "without momentum on the devices. feddumap is feddu_momentum that is pruned after a "
+    "third of the rounds: its rounds are shorter from then on. feddum, as published, "
     "averages the changes and lags behind them, so that it should need more rounds."
 )
 

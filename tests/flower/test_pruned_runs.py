@@ -89,8 +89,7 @@ def pruned_whole() -> Any:
 def by_hand(variant: Any) -> State:
     """Train a round whole, cut the state, and train the rest in the small model."""
     first = trained(whole=True, variants=Widths((1.0,)), num_rounds=1).state
-    small = dict(cut_state(first, tiny_chain().regions(variant)))
-    return small
+    return dict(cut_state(first, tiny_chain().regions(variant)))
 
 
 # --- the same numbers -----------------------------------------------------------------
@@ -382,4 +381,3 @@ def test_examples_that_do_not_fit_are_refused_before_a_round() -> None:
     with pytest.raises(InvalidTask, match="server's examples do not fit"):
         run([message_app(0), message_app(1)], strategy)
     assert strategy.round_plans == []
-

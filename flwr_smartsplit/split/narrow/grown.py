@@ -68,9 +68,7 @@ def grown(
     }
 
 
-def _placed(
-    name: str, array: Tensor, whole: Tensor, region: Region
-) -> Tensor:
+def _placed(name: str, array: Tensor, whole: Tensor, region: Region) -> Tensor:
     """Place values where they are in the whole array; elsewhere nothing comes of it."""
     at = [torch.arange(size) for size in whole.shape]
     for axis, indices in enumerate(region):
