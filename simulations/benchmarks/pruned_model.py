@@ -143,8 +143,7 @@ def table_of(found: Sequence[Pruned]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    rates = {"nargs": "*", "type": float, "default": RATES}
-    parser.add_argument("--rates", help="Shares of parameters below V.", **rates)
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES)
     print(table_of(measured(parser.parse_args(arguments).rates)))  # noqa: T201
 
 

@@ -57,8 +57,8 @@ CLAIM = (
 )
 MOMENTUM_CLAIM = (
     "feddu_momentum should be above fedavgm, which has no data, and above fedavg "
-    "without momentum on the devices. feddumap is feddu_momentum that is pruned after a "
-    "third of the rounds: its rounds are shorter from then on. feddum, as published, "
+    "without momentum on the devices. feddumap is feddu_momentum that is pruned after "
+    "a third of the rounds: its rounds are shorter from then on. feddum, as published, "
     "averages the changes and lags behind them, so that it should need more rounds."
 )
 

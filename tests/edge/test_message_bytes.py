@@ -252,7 +252,8 @@ def test_arrays_are_views_of_what_came() -> None:
 def test_the_bytes_are_these() -> None:
     """Whoever writes another host, in another language, finds them here."""
     head = b'{"HoldState":{"access":"","digest":"ab","state":{"map":[["w",'
-    head += b'{"array":["<f4",[2]]}]]},"rest":""}}'
+    head += b'{"array":["<f4",[2]]}]]},"rest":"","variant":{"Variant":{'
+    head += b'"name":"whole","kept":{"map":[]},"is_scaled":false}}}}'
     head += b" " * (-(16 + len(head)) % 16)
     start = b"SmSp" + b"".join(
         number.to_bytes(4, "little") for number in (1, len(head), crc32(head))

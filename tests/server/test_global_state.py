@@ -62,8 +62,8 @@ def test_a_run_names_each_state_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation and the next training have the state that was merged."""
     named, name_it = [], GlobalState.of
 
-    def noting(state: Any, changing: Any) -> GlobalState:
-        found = name_it(state, changing)
+    def noting(*given: Any) -> GlobalState:
+        found = name_it(*given)
         named.append(found.digest)
         return found
 
