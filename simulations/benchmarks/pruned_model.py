@@ -39,7 +39,7 @@ FLEET = Phones(is_steady=True)
 class Costs:
     """What training the whole of a model on one device costs."""
 
-    flops: int  # Of a step
+    flops: float  # Of a step
     peak_bytes: int
     state_bytes: int
 

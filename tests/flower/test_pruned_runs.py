@@ -201,6 +201,7 @@ def _sizes() -> list[tuple[str, int]]:
     return [(each.name, each.size) for each in tiny_chain().channels.groups]
 
 
+@pytest.mark.slow
 @APIS
 def test_clients_evaluate_the_pruned_model(api: str) -> None:
     """Along their routes, as if it were whole on each."""
@@ -215,6 +216,7 @@ def test_clients_evaluate_the_pruned_model(api: str) -> None:
     assert losses[:half] != sorted(losses[:half])
 
 
+@pytest.mark.slow
 def test_codecs_accumulation_and_advice_go_on() -> None:
     """A lossless codec changes no bit, a rounding one does; cuts may move."""
     task = {"task": replace(TASK, accumulate=2)}
@@ -225,6 +227,7 @@ def test_codecs_accumulation_and_advice_go_on() -> None:
     assert differences(advised.state, truth.state) == []
 
 
+@pytest.mark.slow
 @APIS
 def test_server_steps_go_on_with_the_smaller_model(api: str) -> None:
     """The server trains what is left, and momentum keeps its values of that."""
@@ -241,6 +244,7 @@ def test_server_steps_go_on_with_the_smaller_model(api: str) -> None:
     assert differences(made.state, plain.state)
 
 
+@pytest.mark.slow
 def test_a_momentum_that_is_dropped_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted error: what is left of the memory is forgotten."""
     options = {"server_steps": (Momentum(beta=0.5),), "whole": True}
@@ -260,6 +264,7 @@ MOMENTS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", MOMENTS)
 def test_moments_of_flowers_strategies_are_cut(
     inner: str, monkeypatch: pytest.MonkeyPatch
@@ -278,6 +283,7 @@ def test_moments_of_flowers_strategies_are_cut(
     assert differences(trained(whole=True, strategy=make()).state, whole.state)
 
 
+@pytest.mark.slow
 @APIS
 def test_a_run_killed_after_it_was_pruned_ends_as_one_that_was_not(
     api: str, tmp_path: Path
@@ -301,6 +307,7 @@ def test_a_run_killed_after_it_was_pruned_ends_as_one_that_was_not(
 # --- how much, and what was measured --------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_hessian_says_how_much() -> None:
     """The same in every run, and on any route."""
     how = {"rate": HessianRate(probes=2, iterations=10)}
@@ -311,6 +318,7 @@ def test_the_hessian_says_how_much() -> None:
     assert differences(made.state, again.state) == []
 
 
+@pytest.mark.slow
 def test_norms_need_no_data() -> None:
     """And choose others than ranks do."""
     made = trained(whole=True, variants=rule(score="norm", data=None))
@@ -318,11 +326,14 @@ def test_norms_need_no_data() -> None:
     assert made.strategy.variant.name == "pruned 0.5"
 
 
-def test_a_round_that_merges_nobody_is_pruned_after_the_next() -> None:
-    """The rule hears of a round only if somebody was merged."""
+@pytest.mark.slow
+def test_the_last_round_may_prune() -> None:
+    """What the run ends with is the smaller model."""
     variants = rule(round=2, score="norm", data=None)
     made = trained(whole=True, variants=variants, num_rounds=2)
     assert made.strategy.variant != WHOLE
+    kinds = tiny_chain().under(made.strategy.variant).kinds
+    assert all(a.shape == kinds[n][0] for n, a in made.state.items())
 
 
 # --- exported -------------------------------------------------------------------------
