@@ -1,12 +1,18 @@
 """What the strategy offers devices to train, checked against its task."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.plan.variants.variants import VariantRequest, Variants, Whole
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import WHOLE, DeviceProfile, Variant, kept_problem
+from flwr_smartsplit.types import WHOLE, DeviceProfile, Variant
+
+SecondsOf = Callable[[DeviceProfile, Variant], float | None]
+"""Predicts how long a round with a variant takes a device on its own."""
 
 
 def check_narrowable(chain: Chain, task: Task, rule: Variants) -> None:
@@ -40,6 +46,7 @@ def offered(
     round_number: int,
     chain: Chain,
     memory: Any = None,
+    seconds_of: SecondsOf | None = None,
 ) -> tuple[Variant, ...]:
     """Ask a rule what to offer a device; raise ``InvalidTask`` if it offers nothing."""
     if isinstance(rule, Whole):  # Nobody need know the model's channels.
@@ -50,6 +57,8 @@ def offered(
         groups=chain.channels.groups,
         memory=memory,
     )
+    if seconds_of is not None:
+        request = replace(request, seconds_of=partial(seconds_of, device))
     variants = tuple(rule.offered(request))
     if not variants or not all(isinstance(each, Variant) for each in variants):
         raise InvalidTask(
@@ -71,4 +80,4 @@ def _problem_of(variant: Variant, chain: Chain) -> str:
         return ""
     if not variant.kept:
         return f"it leaves nothing out, and is not {WHOLE.name!r}"
-    return kept_problem(variant, chain.channels.groups)
+    return chain.problem_of(variant)

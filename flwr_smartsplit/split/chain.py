@@ -212,13 +212,17 @@ class Chain:
             return {}
         found = self._regions.get(variant)
         if found is None:
-            groups = self.channels.groups
-            problem = kept_problem(variant, groups)
+            problem = self.problem_of(variant)
             if problem:
                 raise InvalidTask(f"variant {variant.name!r}: {problem}.")
-            found = regions_of(groups, variant)
+            found = regions_of(self.channels.groups, variant)
             self._regions = _remembered(self._regions, variant, found)
         return found
+
+    def problem_of(self, variant: Variant) -> str:
+        """Say what this model lacks of what a variant keeps; ``""`` if nothing."""
+        is_known = variant in self._regions
+        return "" if is_known else kept_problem(variant, self.channels.groups)
 
     @cached_property
     def num_defended(self) -> int:

@@ -32,7 +32,7 @@ class Returning:
 def test_a_rule_is_asked_for_a_device_and_a_round() -> None:
     """With the groups that it may take channels from."""
     rule = Returning([WHOLE])
-    assert offered(rule, device("a"), 7, tiny_chain()) == (WHOLE,)
+    assert offered(rule, device("a"), round_number=7, chain=tiny_chain()) == (WHOLE,)
     (request,) = rule.asked
     assert (request.device.client_key, request.round_number) == ("a", 7)
     assert [group.name for group in request.groups] == ["0.weight", "4.weight"]
@@ -42,7 +42,7 @@ def test_a_rule_is_asked_for_a_device_and_a_round() -> None:
 def test_what_is_no_variant_is_refused(thing: Any) -> None:
     """By the rule and the client."""
     with pytest.raises(InvalidTask, match=r"Returning.* offers client 'a'"):
-        offered(Returning(thing), device("a"), 1, tiny_chain())
+        offered(Returning(thing), device("a"), round_number=1, chain=tiny_chain())
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,9 @@ def test_what_is_no_variant_is_refused(thing: Any) -> None:
 def test_a_variant_of_another_model_is_refused(variant: Variant, problem: str) -> None:
     """By the rule, the client and the variant."""
     with pytest.raises(InvalidTask, match=f"client 'a' variant 'mine', .*{problem}"):
-        offered(Returning([WHOLE, variant]), device("a"), 1, tiny_chain())
+        offered(
+            Returning([WHOLE, variant]), device("a"), round_number=1, chain=tiny_chain()
+        )
 
 
 def test_whole_models_need_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +70,7 @@ def test_whole_models_need_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_module, "find_channels", refuse)
     chain = Chain.from_module(tiny_cnn(), TASK.example_inputs)
     check_narrowable(chain, TASK, Whole())
-    assert offered(Whole(), device("a"), 1, chain) == (WHOLE,)
+    assert offered(Whole(), device("a"), round_number=1, chain=chain) == (WHOLE,)
     assert chain.under(WHOLE) is chain
     assert chain.regions(WHOLE) == {}
     with pytest.raises(AssertionError, match="traced"):

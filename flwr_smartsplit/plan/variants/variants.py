@@ -1,12 +1,16 @@
 """Variants: what a device is offered to train in a round, the most wanted first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from flwr_smartsplit.types import WHOLE, ChannelGroup, DeviceProfile, Variant
+
+
+def _unknown(*_: Any) -> float | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +27,16 @@ class VariantRequest:
         The channels of the model that may be left out, in the model's order.
     memory : Any
         What the rule has learned so far; None before it has, and for rules that do not.
+    seconds_of : Callable[[Variant], float | None]
+        Predicts how long a round with a variant takes the device on its own, in
+        seconds; None if nobody knows its speed.
     """
 
     device: DeviceProfile
     round_number: int
     groups: tuple[ChannelGroup, ...]
     memory: Any = None
+    seconds_of: Callable[[Variant], float | None] = _unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +54,7 @@ class ClientOutcome:
     seconds : float, optional
         How long it took, or was predicted to take; None if nobody knows.
     metrics : Mapping[str, float]
-        Of ``Task.metrics_fn``.
+        What it reported besides, such as ``fisher``.
     """
 
     variant: Variant
@@ -72,6 +80,8 @@ class RoundOutcome:
         The channels of the model that may be left out.
     memory : Any
         What the rule returned the last time; None at first.
+    seconds_of : Callable[[str, Variant], float | None]
+        Predicts for one of the clients what ``VariantRequest.seconds_of`` does.
     """
 
     round_number: int
@@ -79,6 +89,7 @@ class RoundOutcome:
     state: Mapping[str, npt.NDArray[Any]]
     groups: tuple[ChannelGroup, ...]
     memory: Any = None
+    seconds_of: Callable[[str, Variant], float | None] = _unknown
 
 
 class Variants(Protocol):
@@ -87,7 +98,8 @@ class Variants(Protocol):
     A rule stays as it was given. One that learns has a second method,
     ``learned(outcome: RoundOutcome) -> memory``, called after each training round in
     which somebody was merged. What it returns is in every later request: plain values
-    and arrays, which checkpoints hold.
+    and arrays, which checkpoints hold. Clients report how large their gradients were,
+    in the metric ``fisher``, where a rule has a true attribute ``wants_fisher``.
     """
 
     def offered(self, request: VariantRequest) -> Sequence[Variant]:
@@ -100,6 +112,11 @@ class Variants(Protocol):
 def learns(rule: Variants) -> bool:
     """Say whether a rule is to be told how rounds end."""
     return hasattr(rule, "learned")
+
+
+def wants_fisher(rule: Variants) -> bool:
+    """Say whether a rule asks clients how large their gradients were."""
+    return bool(getattr(rule, "wants_fisher", False))
 
 
 @dataclass(frozen=True, slots=True)
