@@ -4,12 +4,12 @@ The truth looks at the gradients themselves, as autograd leaves them in the whol
 """
 
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from flwr_smartsplit import (
     RoundOutcome,
@@ -41,6 +41,8 @@ TASKS = {
     "clipped": replace(TASK, max_gradient_norm=0.1),
     "accumulated": replace(TASK, accumulate=2),
 }
+# Not in the task, whose content is compared from round to round.
+NOTED: ContextVar[list[list[float]]] = ContextVar("NOTED")
 ALONE = {"min_train_nodes": 1, "min_available_nodes": 1}
 BATCHES = (4, 4, 1)  # Of client 0
 
@@ -63,8 +65,6 @@ class Asking:
 class Seeing(torch.optim.Optimizer):
     """Note the mean square of each gradient before anybody clips it, then step."""
 
-    noted: ClassVar[list[list[float]]] = []
-
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         parameters = [p for group in inner.param_groups for p in group["params"]]
         super().__init__(parameters, {})
@@ -73,14 +73,14 @@ class Seeing(torch.optim.Optimizer):
         for index, parameter in enumerate(parameters):
 
             def see(p: torch.Tensor, index: int = index) -> None:
-                if not isinstance(p.grad, FakeTensor | None):  # Not a dry run's
+                if not hasattr(p.grad, "fake_mode"):  # Not a dry run's
                     self.now[index] = float((p.grad.double() ** 2).mean())
 
             parameter.register_post_accumulate_grad_hook(see)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.now:
-            self.noted.append([*self.now.values()])
+            NOTED.get().append([*self.now.values()])
         self.inner.step(closure)
 
 
@@ -88,7 +88,9 @@ class Seeing(torch.optim.Optimizer):
 def all_are_early(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Update small parameters in backward, too: those of this task are small."""
     monkeypatch.setattr(optimizer_in_backward, "LEAST_EARLY_BYTES", 1)
-    Seeing.noted = []
+    NOTED.set([])
+    # Torch changes the class when it is first used, and a task's classes are compared.
+    Seeing(torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1))
     yield
 
 
@@ -112,7 +114,7 @@ def truth(task: Task, rate: float) -> float:
     make = task.optimizer_fn
     watched = replace(task, optimizer_fn=lambda p: Seeing(make(p)))
     reported(watched, Route.whole(), rate)
-    steps = zip(Seeing.noted, BATCHES, strict=True)
+    steps = zip(NOTED.get(), BATCHES, strict=True)
     return max(max(squares) / size for squares, size in steps)
 
 
@@ -146,10 +148,7 @@ def test_both_apis_report_it() -> None:
     assert seen[0].clients["c0"].metrics == metrics
 
 
-@pytest.mark.parametrize("route", ROUTES[:2], ids=str)
-def test_a_gradient_that_is_left_out_is_seen(
-    route: Route, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gradient_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted error: only what is left at the end of backward is looked at."""
 
     class OnlyLate(segment_runner.NormsInBackward):
@@ -158,5 +157,5 @@ def test_a_gradient_that_is_left_out_is_seen(
 
     wanted = truth(TASK, 1.0)
     monkeypatch.setattr(segment_runner, "NormsInBackward", OnlyLate)
-    metrics, _ = reported(TASK, route)
+    metrics, _ = reported(TASK, Route.whole())
     assert metrics[FISHER] != pytest.approx(wanted, rel=1e-6)
