@@ -152,9 +152,13 @@ def test_forged_runs_are_refused(kept: Any) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"name": "v", "kept": {}}, {"name": 1, "kept": {}, "is_scaled": False}]
-    + [{"name": "v", "kept": {}, "is_scaled": 1}]
-    + [{"name": "v", "kept": {}, "is_scaled": False, "more": 1}],
+    [
+        {},
+        {"name": "v", "kept": {}},
+        {"name": 1, "kept": {}, "is_scaled": False},
+        {"name": "v", "kept": {}, "is_scaled": 1},
+        {"name": "v", "kept": {}, "is_scaled": False, "more": 1},
+    ],
 )
 def test_values_of_something_else_are_refused(values: dict[str, Any]) -> None:
     """A field too few, too many, or of another type."""
