@@ -51,5 +51,5 @@ WIDTHS = Study(
     summary="Which width by which rule: WHALE-FL, a deadline, a ladder by speed.",
     cases_fn=widths_cases,
     claims=("time", "accuracy", "participation"),
-    cost="",
+    cost="Small: about 5 minutes on 2 idle cores, an estimate; in full: about an hour.",
 )
