@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from flwr_smartsplit.plan.selection.utility import (
         SelectByUtility as SelectByUtility,
     )
+    from flwr_smartsplit.plan.variants.adaptive import AdaptiveWidths as AdaptiveWidths
+    from flwr_smartsplit.plan.variants.deadline import DeadlineWidths as DeadlineWidths
     from flwr_smartsplit.plan.variants.variants import ClientOutcome as ClientOutcome
     from flwr_smartsplit.plan.variants.variants import RoundOutcome as RoundOutcome
     from flwr_smartsplit.plan.variants.variants import VariantRequest as VariantRequest
@@ -110,6 +112,8 @@ _NAMES_BY_MODULE = {
     "plan.selection.selection": "Selection SelectionRequest select_at_random",
     "plan.selection.utility": "SelectByUtility",
     "plan.variants.variants": "ClientOutcome RoundOutcome VariantRequest Whole",
+    "plan.variants.adaptive": "AdaptiveWidths",
+    "plan.variants.deadline": "DeadlineWidths",
     "plan.variants.widths": "Widths",
     "profile.profile": "profile_chain",
     "server.gate_schedule": "GatePhase PruneSchedule",

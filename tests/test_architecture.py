@@ -23,12 +23,14 @@ import flwr_smartsplit
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
+    "AdaptiveWidths",
     "BFloat16",
     "Chain",
     "Checkpoints",
     "ClientOutcome",
     "CodecRequest",
     "Constraints",
+    "DeadlineWidths",
     "Defence",
     "DeviceTraits",
     "Float16",

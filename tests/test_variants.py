@@ -108,3 +108,67 @@ def test_a_width_keeps_at_least_its_share_in_whole_runs() -> None:
     assert rolled.kept == {"a.weight": (4, 5), "b.weight": (2,)}
     with pytest.raises(ValueError, match=r"a width is 1\.5"):
         width_of(GROUPS, 1.5)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        WHOLE,
+        Variant("one", {"a": (3,)}),
+        Variant("first", {"a": (0, 1, 2), "b": (0,)}, is_scaled=True),
+        Variant("rolled", {"a": (0, 1, 6, 7)}),
+        Variant("apart", {"a": (0, 2, 4, 9)}),
+    ],
+)
+def test_a_variant_travels_as_runs_of_channels(variant: Variant) -> None:
+    """And comes back the same, also with none next to another."""
+    assert Variant.from_lists(variant.to_lists()) == variant
+
+
+def test_a_window_is_two_numbers_however_wide() -> None:
+    """Four where it has come round."""
+    group = ChannelGroup(name="a", size=4096, axes=())
+    half = Variant("half", {"a": group.share(0.5)})
+    rolled = Variant("half", {"a": group.share(0.5, shift=3000)})
+    assert half.to_lists()["kept"] == {"a": [0, 2048]}
+    assert rolled.to_lists()["kept"] == {"a": [0, 952, 3000, 4096]}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *({"a": []}, {"a": [0]}, {"a": [0, 0]}, {"a": [2, 1]}, {"a": [0, 2, 1, 3]}),
+        *({"a": [0, 1, 1, 2]}, {"a": [-1, 2]}, {"a": [0, 2.0]}, {"a": [False, 1]}),
+        *({"a": (0, 1)}, {"a": "01"}, {"a": None}, [0, 1], None),
+        *({"a": [0, 2**62]}, {str(n): [0, 2**16] for n in range(17)}),
+    ],
+    ids=lambda kept: str(kept)[:30],
+)
+def test_forged_runs_are_refused(kept: Any) -> None:
+    """And take no memory, however far they say that they go."""
+    with pytest.raises(ValueError, match=r"runs of|not a variant's|channels, of"):
+        Variant.from_lists({"name": "v", "kept": kept, "is_scaled": False})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"name": "v", "kept": {}},
+        {"name": 1, "kept": {}, "is_scaled": False},
+        {"name": "v", "kept": {}, "is_scaled": 1},
+        {"name": "v", "kept": {}, "is_scaled": False, "more": 1},
+    ],
+)
+def test_values_of_something_else_are_refused(values: dict[str, Any]) -> None:
+    """A field too few, too many, or of another type."""
+    with pytest.raises(ValueError, match="not a variant's values"):
+        Variant.from_lists(values)
+
+
+def test_what_is_remembered_does_not_travel() -> None:
+    """A hash of text is another one in each process."""
+    variant = Variant("v", {"a": (0, 1)})
+    hash(variant), variant.leading(), variant.to_lists()
+    assert "_hash" in vars(variant)
+    assert "_hash" not in vars(pickle.loads(pickle.dumps(variant)))

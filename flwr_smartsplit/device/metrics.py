@@ -4,7 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 from flwr_smartsplit.profile.example_shapes import longest
-from flwr_smartsplit.types import Action, Advice, Move, Replan, Shapes, StepReport
+from flwr_smartsplit.types import (
+    FISHER,
+    Action,
+    Advice,
+    Move,
+    Replan,
+    Shapes,
+    StepReport,
+)
 
 
 class Metrics:
@@ -21,6 +29,7 @@ class Metrics:
         self._sums: dict[str, float] = {"loss": 0.0}
         self._counts: dict[str, int] = {}  # Of the examples behind each sum
         self._losses: list[tuple[float, int]] = []
+        self._fisher: float | None = None  # The largest so far, if asked for
 
     def begin_epoch(self) -> None:
         """Begin another pass over the examples."""
@@ -36,6 +45,10 @@ class Metrics:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * num_examples
             self._counts[name] = self._counts.get(name, 0) + num_examples
+
+    def learns(self, fisher: float) -> None:
+        """Note how large a step's gradients were."""
+        self._fisher = max(fisher, self._fisher or 0.0)
 
     def saw(self, shapes: Shapes) -> None:
         """Note the shapes of a batch's examples."""
@@ -78,7 +91,7 @@ class Metrics:
             num_steps=self.num_steps,
             loss=means.pop("loss"),
             loss_rms=rms(self._losses),
-            metrics=means,
+            metrics=means if self._fisher is None else {**means, FISHER: self._fisher},
             metric_examples={
                 name: self._counts[name]
                 for name in means

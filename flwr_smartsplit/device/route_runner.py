@@ -33,7 +33,7 @@ from flwr_smartsplit.split.build import (
 )
 from flwr_smartsplit.split.segment import Batch, Boundary, Segment, as_boundary
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.grad_clipping import total_norm
+from flwr_smartsplit.train.grad_clipping import fisher_proxy, total_norm
 from flwr_smartsplit.train.micro_batches import (
     mean_loss,
     micro_batches,
@@ -250,7 +250,7 @@ class RouteRunner:
         for part, (x, y) in micro_batches((inputs, targets), self.accumulate):
             loss, norms = self._forward_backward(x, y, part)
             losses.append((loss, num_examples(x, y)))
-        self._update(norms)
+        self._update(norms, sum(size for _, size in losses))
         return mean_loss(losses)
 
     def _forward_backward(
@@ -334,12 +334,21 @@ class RouteRunner:
             step_seconds=seconds,
         )
 
-    def _update(self, norms: Mapping[str, float]) -> None:
-        """Clip by the norm of all gradients, also those at edges, and update."""
-        if self._task.max_gradient_norm is None:
+    def _update(self, norms: Mapping[str, float], size: int) -> None:
+        """Clip by the norm of all gradients, also those at edges, and update.
+
+        ``size`` is that of the batch.
+        """
+        waits = self._task.max_gradient_norm is not None
+        if not waits and not self.plan.wants_fisher:
             return
         for runner in self._runners:
             norms = {**norms, **runner.gradient_norms()}
+        if self.plan.wants_fisher:
+            model = self._chain.model
+            self.metrics.learns(fisher_proxy(norms, model, num_examples=size))
+        if not waits:
+            return
         self._norm = total_norm(norms, self._chain.model, self._device)
         for runner in self._runners:
             runner.update(self._norm)
@@ -374,6 +383,7 @@ class RouteRunner:
             config=self.plan.config,
             is_trained=self._is_trained,
             steps_in_backward=True,
+            notes_norms=self.plan.wants_fisher and self._is_trained,
             device=self._device,
         )
         runner.recompute = self.recompute

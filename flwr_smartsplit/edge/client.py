@@ -93,6 +93,7 @@ def opening_of(  # noqa: PLR0913 - what a plan does not say
             batch_size=batch_size,
             variant=plan.variant,
             accumulate=accumulate,
+            wants_norms=plan.wants_fisher and is_trained,
             codecs=plan.codecs[cut_index:],
         )
         request = sign(opening)

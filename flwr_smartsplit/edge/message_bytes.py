@@ -28,6 +28,7 @@ from flwr_smartsplit import errors
 from flwr_smartsplit.edge import cut_moves, protocol
 from flwr_smartsplit.edge.protocol import Request, StrategyRequest
 from flwr_smartsplit.errors import EdgeError, RefusedMessage
+from flwr_smartsplit.types import Variant
 
 Piece = bytes | memoryview  # A message is one or several in a row
 
@@ -108,6 +109,9 @@ class _Writer:
         name, tree = type(value).__name__, self.tree
         written: Any
         match value:
+            case Variant():
+                parts = value.to_lists()
+                written = {name: {key: tree(item) for key, item in parts.items()}}
             case _ if MESSAGE_TYPES.get(name) is type(value):
                 hints = _hints(MESSAGE_TYPES[name])
                 written = {name: {key: tree(getattr(value, key)) for key in hints}}
@@ -232,6 +236,8 @@ class _Reader:
     def _tagged(self, tag: str, inner: Any) -> Any:
         value: Any
         match tag, inner:
+            case "Variant", dict():
+                value = self._variant(inner)
             case _, dict() if tag in MESSAGE_TYPES:
                 value = self._message(MESSAGE_TYPES[tag], inner)
             case "tuple", list():
@@ -252,6 +258,13 @@ class _Reader:
                     + _ONE_RELEASE
                 )
         return value
+
+    def _variant(self, given: Mapping[str, Any]) -> Variant:
+        try:
+            parts = {key: self.value(item) for key, item in given.items()}
+            return Variant.from_lists(parts)
+        except ValueError as error:
+            raise RefusedMessage(f"Variant: {error}") from error
 
     def _mapping(self, pairs: list[Any]) -> dict[Any, Any]:
         found: dict[Any, Any] = {}

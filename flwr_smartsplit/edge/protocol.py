@@ -149,6 +149,7 @@ class OpenSession(Request[Opened]):
     batch_size: int | None = None  # The largest that will come, if the device knows
     variant: Variant = WHOLE
     accumulate: int = 1  # Micro-batches per batch
+    wants_norms: bool = False  # Of its gradients, with each step's reply
     codecs: tuple[Codec, ...] = ()  # Of the cuts from this one on; empty for ``RAW``
     limits: Limits | None = None  # None where no strategy planned it
 
@@ -178,7 +179,7 @@ class Stepped:
     # Of the inputs that need one, in order
     gradients: tuple[WireTensor | Coded, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict)  # Mean loss; metrics
-    norms: Mapping[str, float] = field(default_factory=dict)  # Of clipped gradients
+    norms: Mapping[str, float] = field(default_factory=dict)  # If asked for
     advice: Advice | None = None  # What to change before the next step
 
 

@@ -175,6 +175,7 @@ class EdgeService:
             config=opened.config,
             is_trained=opened.is_trained,
             steps_in_backward=self._steps_in_backward,
+            notes_norms=opened.wants_norms,
             device=self._device,
         )
         if self._device != CPU:  # There, a label out of range ends the process.

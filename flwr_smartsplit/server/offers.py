@@ -1,5 +1,7 @@
 """What the strategy offers devices to train, checked against its task."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from flwr_smartsplit.errors import InvalidTask
@@ -8,13 +10,15 @@ from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import (
     WHOLE,
-    ChannelGroup,
     DeviceProfile,
     Variant,
     groups_under,
     kept_problem,
     within,
 )
+
+SecondsOf = Callable[[DeviceProfile, Variant], float | None]
+"""Predicts how long a round with a variant takes a device on its own."""
 
 
 def check_narrowable(chain: Chain, task: Task, rule: Variants) -> None:
@@ -41,7 +45,7 @@ def check_narrowable(chain: Chain, task: Task, rule: Variants) -> None:
         )
 
 
-def offered(
+def offered(  # noqa: PLR0913 - what a rule may know
     rule: Variants,
     device: DeviceProfile,
     *,
@@ -49,6 +53,7 @@ def offered(
     chain: Chain,
     base: Variant = WHOLE,
     memory: Any = None,
+    seconds_of: SecondsOf | None = None,
 ) -> tuple[Variant, ...]:
     """Ask a rule what to offer a device; raise ``InvalidTask`` if it offers nothing.
 
@@ -63,6 +68,10 @@ def offered(
         groups=groups,
         memory=memory,
     )
+    if seconds_of is not None:
+        request = replace(
+            request, seconds_of=lambda each: seconds_of(device, within(base, each))
+        )
     variants = tuple(rule.offered(request))
     if not variants or not all(isinstance(each, Variant) for each in variants):
         raise InvalidTask(
@@ -70,7 +79,7 @@ def offered(
             "return at least one Variant, such as WHOLE, the most wanted first."
         )
     for variant in variants:
-        problem = _problem_of(variant, groups)
+        problem = _problem_of(variant, chain, base)
         if problem:
             raise InvalidTask(
                 f"{rule!r:.80} offers client {device.client_key!r} variant "
@@ -79,9 +88,11 @@ def offered(
     return tuple(within(base, variant) for variant in variants)
 
 
-def _problem_of(variant: Variant, groups: tuple[ChannelGroup, ...]) -> str:
+def _problem_of(variant: Variant, chain: Chain, base: Variant) -> str:
     if variant == WHOLE:
         return ""
     if not variant.kept:
         return f"it leaves nothing out, and is not {WHOLE.name!r}"
-    return kept_problem(variant, groups)
+    if base == WHOLE:
+        return chain.problem_of(variant)
+    return kept_problem(variant, groups_under(chain.channels.groups, base))

@@ -216,10 +216,10 @@ class Chain:
             return {}
         found = self._regions.get((of, variant))
         if found is None:
-            groups = self.channels.groups
-            problem = kept_problem(variant, groups)
+            problem = self.problem_of(variant)
             if problem:
                 raise InvalidTask(f"variant {variant.name!r}: {problem}.")
+            groups = self.channels.groups
             try:
                 part = inside(of, variant)
             except ValueError as error:
@@ -227,6 +227,11 @@ class Chain:
             found = regions_of(groups_under(groups, of), part)
             self._regions = _remembered(self._regions, (of, variant), found)
         return found
+
+    def problem_of(self, variant: Variant) -> str:
+        """Say what this model lacks of what a variant keeps; ``""`` if nothing."""
+        is_known = (WHOLE, variant) in self._regions
+        return "" if is_known else kept_problem(variant, self.channels.groups)
 
     @cached_property
     def num_defended(self) -> int:

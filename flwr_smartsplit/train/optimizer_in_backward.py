@@ -134,18 +134,21 @@ def steps_one_by_one(optimizer: Optimizer) -> bool:
 
 @contextmanager
 def stepping_in_backward(
-    optimizer: Optimizer, late: Iterable[Tensor] = ()
+    optimizer: Optimizer,
+    late: Iterable[Tensor] = (),
+    *,
+    see: Callable[[Tensor], None] | None = None,
 ) -> Iterator[None]:
     """Update each large parameter inside backward, and free its gradient at once.
 
     The optimizer must be one that ``steps_one_by_one``. Those of ``late`` wait for the
-    end of the step.
+    end of the step. ``see`` is shown each before its update, with its gradient.
     """
     waiting = {id(parameter) for parameter in late}
     step = _bare_step(optimizer)
     hooks = [
         parameter.register_post_accumulate_grad_hook(
-            partial(_update, optimizer, step, group)
+            partial(_update, optimizer, step, group, see=see)
         )
         for group in optimizer.param_groups
         for parameter in stepped_in_backward(group["params"])
@@ -181,8 +184,12 @@ def _update(
     step: Callable[[], object],
     own: dict[str, Any],
     parameter: Tensor,
+    *,
+    see: Callable[[Tensor], None] | None,
 ) -> None:
     """Step the optimizer with this parameter only."""
+    if see is not None:
+        see(parameter)
     groups = optimizer.param_groups
     whole = [group["params"] for group in groups]
     try:

@@ -22,7 +22,11 @@ from flwr_smartsplit.split.segment import (
     no_streams,
 )
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.train.grad_clipping import clip_gradients, gradient_norms
+from flwr_smartsplit.train.grad_clipping import (
+    NormsInBackward,
+    clip_gradients,
+    gradient_norms,
+)
 from flwr_smartsplit.train.lr_schedule import scheduler_of
 from flwr_smartsplit.train.metric_names import metric_values
 from flwr_smartsplit.train.optimizer_in_backward import (
@@ -43,7 +47,8 @@ class SegmentRunner:
     The segment's parameters are updated in place; ``config`` goes to the task's
     ``schedule_fn``. ``steps_in_backward`` updates large parameters inside backward,
     which frees their gradients early, where that is exact. ``recompute`` may change
-    between two steps.
+    between two steps. ``notes_norms`` keeps the norm of each gradient of a step, which
+    ``gradient_norms`` then returns.
 
     A step ends with an update, after the last micro-batch if the task accumulates. If
     the task clips by the common norm, the caller calls ``update(norm)``, since part of
@@ -59,6 +64,7 @@ class SegmentRunner:
         config: Mapping[str, Any] | None = None,
         is_trained: bool = True,
         steps_in_backward: bool = False,
+        notes_norms: bool = False,
         device: torch.device = CPU,
     ) -> None:
         self.segment = segment if device == CPU else segment.to(device)
@@ -78,6 +84,7 @@ class SegmentRunner:
             and task.max_gradient_norm is None  # Clipping needs all gradients first.
             and steps_one_by_one(self.optimizer)
         )
+        self._norms = NormsInBackward(segment) if notes_norms else None
         self._reread = reread_ones(segment)
         self._is_in_training = False  # The segment's mode, as it was set here
         self._part = WHOLE_BATCH
@@ -172,9 +179,15 @@ class SegmentRunner:
         self._loss_fn = guarded
 
     def gradient_norms(self) -> dict[str, float]:
-        """Compute the norm of each gradient where the update waits for them."""
-        waits = self.task.max_gradient_norm is not None and self._part.is_last
-        return gradient_norms(self.segment) if waits else {}
+        """Return the norm of each gradient of a step, before they are clipped.
+
+        Only if the update waits for them, or if they are to be noted.
+        """
+        if not self._part.is_last:
+            return {}
+        if self.task.max_gradient_norm is not None:
+            return gradient_norms(self.segment)
+        return {} if self._norms is None else self._norms.taken()
 
     def update(self, norm: float | None = None) -> None:
         """Step the optimizer and its schedule; automatic unless the task clips.
@@ -243,7 +256,7 @@ class SegmentRunner:
         if self.optimizer is None or not self.steps_in_backward or is_part:
             return nullcontext()
         # Backward may still read these after their gradient has arrived.
-        return stepping_in_backward(self.optimizer, self._reread)
+        return stepping_in_backward(self.optimizer, self._reread, see=self._norms)
 
     def _leaf(self, inputs: Batch) -> Batch:
         """Start the graph at a boundary, and collect its gradients."""
@@ -264,6 +277,8 @@ class SegmentRunner:
     def _end(self) -> Gradients:
         """Update unless the task clips; return the gradients that go back."""
         if self.task.max_gradient_norm is None and self._part.is_last:
+            if self._norms is not None:
+                self._norms.rest()
             self.update()
         gradients = tuple(self._input_gradients)
         self._input_gradients.clear()

@@ -58,6 +58,7 @@ from flwr_smartsplit.types.plans import ClientPlan as ClientPlan
 from flwr_smartsplit.types.plans import DeviceProfile as DeviceProfile
 from flwr_smartsplit.types.plans import RoundPlan as RoundPlan
 from flwr_smartsplit.types.plans import Verify as Verify
+from flwr_smartsplit.types.reports import FISHER as FISHER
 from flwr_smartsplit.types.reports import OF_EXAMPLES as OF_EXAMPLES
 from flwr_smartsplit.types.reports import RESERVED_METRICS as RESERVED_METRICS
 from flwr_smartsplit.types.reports import ROW_FACTS as ROW_FACTS

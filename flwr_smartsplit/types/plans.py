@@ -116,6 +116,7 @@ class ClientPlan:
     variant: Variant = WHOLE
     codecs: tuple[Codec, ...] = ()  # one per cut; empty for RAW at all of them
     accumulate: int = 1  # micro-batches of a step
+    wants_fisher: bool = False  # reports how large gradients were
     cohort: Cohort | None = None  # lets the edge move its cut or release it
     importance: float = 0.0  # after its last round; 0 if unknown
     num_examples: int = 0  # as far as the strategy knows

@@ -33,6 +33,9 @@ RESERVED_METRICS = ROW_FACTS | {
 OF_EXAMPLES = ".num-examples"
 """Ends the name under which a partial metric's number of examples is reported."""
 
+FISHER = "fisher"
+"""The metric of a training report that says how large its gradients were."""
+
 
 class Status(StrEnum):
     """How one client's part of a round ended."""

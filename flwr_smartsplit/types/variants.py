@@ -4,11 +4,13 @@ Channels that must be kept or left out together are a group. A variant names tho
 it keeps of each; which values of the state these are follows from the model alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from functools import cached_property
+from itertools import chain, pairwise
 from math import ceil
-from typing import Self
+from operator import lt
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +75,11 @@ class ChannelGroup:
         return tuple(run * each + channel for run in runs for channel in range(each))
 
 
-@dataclass(frozen=True, slots=True)
+MAX_CHANNELS = 2**20
+"""The most that a variant that was read may keep: what is forged takes no memory."""
+
+
+@dataclass(frozen=True)  # Without slots: what follows from it is remembered in it.
 class Variant:
     """What part of the global model a client trains.
 
@@ -107,7 +113,7 @@ class Variant:
     is_scaled: bool = False
 
     def __post_init__(self) -> None:
-        kept = {name: tuple(map(plain, self.kept[name])) for name in sorted(self.kept)}
+        kept = {name: _plain_ones(self.kept[name]) for name in sorted(self.kept)}
         for name, channels in kept.items():
             if not channels or not _are_increasing(channels):
                 raise ValueError(
@@ -118,6 +124,14 @@ class Variant:
 
     def __hash__(self) -> int:
         """Hash what is compared."""
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out the hash, which is another one in each process."""
+        return type(self), (self.name, self.kept, self.is_scaled)
+
+    @cached_property
+    def _hash(self) -> int:
         return hash((self.name, *self.kept.items(), self.is_scaled))
 
     def leading(self) -> Self:
@@ -125,17 +139,91 @@ class Variant:
 
         Both cost the same, and their models differ in values only.
         """
+        return self._leading
+
+    @cached_property
+    def _leading(self) -> Self:
         first = {name: tuple(range(len(each))) for name, each in self.kept.items()}
         sizes = ",".join(str(len(each)) for each in first.values())
         return replace(self, name=f"of {sizes}" if first else self.name, kept=first)
 
+    def to_lists(self) -> dict[str, Any]:
+        """Write it as plain values: of each group where runs of channels begin and end.
 
+        Examples
+        --------
+        >>> Variant("some", {"conv1.weight": (0, 1, 2, 7)}).to_lists()["kept"]
+        {'conv1.weight': [0, 3, 7, 8]}
+        """
+        return dict(self._lists)
+
+    @cached_property
+    def _lists(self) -> dict[str, Any]:
+        runs = {name: _runs_of(channels) for name, channels in self.kept.items()}
+        return {"name": self.name, "kept": runs, "is_scaled": self.is_scaled}
+
+    @classmethod
+    def from_lists(cls, values: Mapping[str, Any]) -> Self:
+        """Read what ``to_lists`` wrote.
+
+        Raises
+        ------
+        ValueError
+            If these are not its values, or more than ``MAX_CHANNELS`` channels.
+        """
+        name, runs, is_scaled = map(values.get, _FIELDS)
+        is_form = isinstance(name, str) and isinstance(is_scaled, bool)
+        if not (is_form and isinstance(runs, Mapping) and len(values) == len(_FIELDS)):
+            raise ValueError(f"{sorted(values)!r:.80} are not a variant's values.")
+        _check_runs(runs)
+        kept = {
+            group: tuple(chain.from_iterable(map(range, ends[::2], ends[1::2])))
+            for group, ends in runs.items()
+        }
+        return cls(str(name), kept, is_scaled=bool(is_scaled))
+
+
+_FIELDS = ("name", "kept", "is_scaled")
 WHOLE = Variant()
 
 
+def _plain_ones(channels: Sequence[int]) -> tuple[int, ...]:
+    """Take numbers of other libraries as Python's; a large model has many channels."""
+    return tuple(
+        channels if set(map(type, channels)) == {int} else map(plain, channels)
+    )
+
+
 def _are_increasing(channels: tuple[int, ...]) -> bool:
-    is_index = all(type(channel) is int for channel in channels)
-    return is_index and channels[0] >= 0 and all(a < b for a, b in pairwise(channels))
+    is_index = set(map(type, channels)) == {int}
+    return is_index and channels[0] >= 0 and all(map(lt, channels, channels[1:]))
+
+
+def _runs_of(channels: Sequence[int]) -> list[int]:
+    """List where each run of neighbours begins, and where it has ended."""
+    here = np.asarray(channels)
+    gaps = np.flatnonzero(np.diff(here) > 1)
+    starts, stops = here[[0, *(gaps + 1)]], here[[*gaps, -1]] + 1
+    return [int(end) for end in np.column_stack((starts, stops)).reshape(-1)]
+
+
+def _check_runs(runs: Mapping[Any, Any]) -> None:
+    """Check that runs are increasing, apart, and together no more than allowed."""
+    num_channels = 0
+    for name, ends in runs.items():
+        is_list = isinstance(ends, list) and set(map(type, ends)) == {int}
+        if not is_list or len(ends) % 2 or not 0 <= ends[0] or not _rise(ends):
+            raise ValueError(
+                f"the runs of {name!r:.80} are {ends!r:.80}: give where each begins "
+                "and where it has ended, in increasing order from 0."
+            )
+        num_channels += sum(ends[1::2]) - sum(ends[::2])
+    if num_channels > MAX_CHANNELS:
+        raise ValueError(f"{num_channels} channels, of {MAX_CHANNELS} allowed.")
+
+
+def _rise(ends: list[int]) -> bool:
+    return all(one < other for one, other in pairwise(ends))
 
 
 def width_of(

@@ -125,6 +125,9 @@ class Clock:
 
         Messages count as the state that they carry; the journal has their exact size.
         """
+        device = self.devices[int(plan.client_key)]
+        if device.times is not None:
+            return self._measured(device, plan.variant.name, report.num_steps).seconds
         cuts = [move.after for move in report.moves]
         last = plan.route.with_first_cut(cuts[-1]) if cuts else plan.route
         traffic = Traffic(
@@ -145,7 +148,7 @@ class Clock:
             replans=[asdict(replan) for replan in report.replans],
         )
         return self._spent(
-            self.devices[int(plan.client_key)],
+            device,
             plan.round_number,
             self._works_of(stretches),
             traffic=traffic,
@@ -157,6 +160,9 @@ class Clock:
     ) -> float:
         """Say how long a step takes on a route, from the costs of the units alone."""
         device = self.devices[int(plan.client_key)]
+        if device.times is not None:
+            batch_size = self.profile.batch_size
+            return device.times.step_seconds(plan.variant.name, batch_size)
         return step_seconds(
             self._work(route, recompute, plan.codecs, variant=plan.variant),
             flops_per_second=true_flops_per_second(device, plan.round_number),
@@ -172,6 +178,9 @@ class Clock:
         """
         if row.num_steps == 0:
             return NOTHING
+        device = self.devices[int(row.client_key)]
+        if device.times is not None:
+            return self._measured(device, row.variant, row.num_steps)
         # A row with FLOPs of its own is of a smaller model: a variant along a route,
         # or else all of it at the device.
         is_submodel = row.step_flops is not None and not row.variant
@@ -196,12 +205,32 @@ class Clock:
                 for n, work in works
             ]
         return self._spent(
-            self.devices[int(row.client_key)],
+            device,
             row.round,
             works,
             traffic=traffic,
             edges=planned.route.edges(),
         )
+
+    def _measured(self, device: FleetDevice, variant: str, num_steps: int) -> Spent:
+        """Add up what was measured on a device, which trains without an edge."""
+        times = device.times
+        if times is None or (variant or WHOLE.name) not in times.example_seconds:
+            raise ExperimentError(
+                f"nobody measured how long {device.name} takes for {variant!r}."
+            )
+        each = times.step_seconds(variant, self.profile.batch_size)
+        seconds, radio = num_steps * each, times.transfer_seconds[variant or WHOLE.name]
+        return Spent(
+            device_seconds=seconds,
+            radio_seconds=radio,
+            device_joules=seconds * device.watts.compute + radio * device.watts.radio,
+        )
+
+    def round_seconds(self, client: int, variant: str, num_examples: int) -> float:
+        """Say how long a round would take a device whose times were measured."""
+        num_steps = -(-num_examples // self.profile.batch_size)
+        return self._measured(self.devices[client], variant, num_steps).seconds
 
     def _works_of(self, stretches: Sequence[Stretch]) -> list[tuple[int, Work]]:
         return [

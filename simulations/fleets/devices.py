@@ -1,10 +1,10 @@
 """Simulated devices: what a fleet is made of, and what it is made for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flwr_smartsplit.types import EDGE, NO_TRAITS, DeviceTraits, Link
+from flwr_smartsplit.types import EDGE, NO_TRAITS, WHOLE, DeviceTraits, Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,18 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """What was measured on a device, by the name of the variant that it trains."""
+
+    example_seconds: Mapping[str, float]  # Of training one example in one step
+    transfer_seconds: Mapping[str, float]  # Of a round's messages
+
+    def step_seconds(self, variant: str, batch_size: int) -> float:
+        """Say how long a step takes."""
+        return self.example_seconds[variant or WHOLE.name] * batch_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetDevice:
     """One simulated device."""
 
@@ -38,6 +50,7 @@ class FleetDevice:
     # The true rates of all its links over the declared ones, in the same way
     link_speed: tuple[float, ...] = ()
     watts: Watts = Watts()  # What it takes
+    times: Times | None = None  # Instead of speed and links, where those were measured
 
     def speed_in(self, round_number: int) -> float:
         """Return its true speed in a round, over the declared one."""
@@ -82,4 +95,5 @@ def device_from(values: dict[str, Any]) -> FleetDevice:
         speed=tuple(values["speed"]),
         link_speed=tuple(values.get("link_speed", ())),  # Older journals have none.
         watts=Watts(**values["watts"]),
+        times=Times(**values["times"]) if values.get("times") else None,
     )

@@ -14,6 +14,7 @@ import math
 from flwr_smartsplit.types import Link
 from simulations.fleets.devices import Devices, Fleet, FleetDevice, Needs
 from simulations.fleets.phones import Phones
+from simulations.fleets.whale import whale_devices
 
 HOPELESS_FRACTION = 0.5
 """Budget of the weakest client, as a share of the smallest possible peak."""
@@ -84,6 +85,7 @@ FLEETS: dict[str, Fleet] = {
     "phones_near_edge": phones_near_edge,
     "moving_phones": moving_phones,
     "heavy_phones": heavy_phones,
+    "whale_devices": whale_devices,
 }
 
 

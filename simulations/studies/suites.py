@@ -14,13 +14,14 @@ from simulations.studies.scale.suite import SCALE
 from simulations.studies.server_data import SERVER_DATA
 from simulations.studies.study import LEARNING_CLAIMS, Study
 from simulations.studies.traffic import TRAFFIC
+from simulations.studies.widths import WIDTHS
 from simulations.studies.zoo.suite import ZOO
 
 SUITES: dict[str, Callable[[str], Experiment]] = {"quickstart": quickstart}
 """Suites that train in rounds, each on a data set."""
 
 STUDIES: dict[str, Study] = {
-    s.name: s for s in (ACCURACY, LATENCY, ABLATION, TRAFFIC, SERVER_DATA)
+    s.name: s for s in (ACCURACY, LATENCY, ABLATION, TRAFFIC, SERVER_DATA, WIDTHS)
 }
 """Suites of several cases and seeds."""
 

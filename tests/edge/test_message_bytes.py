@@ -23,6 +23,7 @@ from typing_extensions import TypeAliasType
 import flwr_smartsplit.edge
 from flwr_smartsplit.edge import message_bytes
 from flwr_smartsplit.edge import protocol as wire
+from flwr_smartsplit.edge.gate.gate import STRANGERS_BYTES
 from flwr_smartsplit.edge.hosts.edge import BytesTransport, answered
 from flwr_smartsplit.edge.message_bytes import MESSAGE_TYPES, decode, encode
 from flwr_smartsplit.edge.tensors import Coded, WireTensor
@@ -34,7 +35,14 @@ from flwr_smartsplit.errors import (
     RefusedMessage,
     TailLost,
 )
-from flwr_smartsplit.types import Cohort, Integer, TopK, Variant
+from flwr_smartsplit.types import (
+    ChannelGroup,
+    Cohort,
+    Integer,
+    TopK,
+    Variant,
+    width_of,
+)
 
 PREFIX = message_bytes._PREFIX
 NAMES = sorted(MESSAGE_TYPES)
@@ -354,6 +362,11 @@ def test_a_forged_head_gives_a_message_or_is_refused(
         assert str(error)
 
 
+def variant_with(runs: Any) -> dict[str, Any]:
+    """Write a variant as a stranger may."""
+    return {"name": "v", "kept": {"map": [["a", runs]]}, "is_scaled": False}
+
+
 HELD = {"incarnation": "a", "is_held": True}
 FORGED: dict[str, tuple[bytes, str]] = {
     "another magic word": (b"PK\3\4" + STEP[4:], "begins with b'SmSp'"),
@@ -418,6 +431,22 @@ FORGED: dict[str, tuple[bytes, str]] = {
     "an error without its numbers": (
         framed({"error": ["TailLost", "x", {}]}),
         "TailLost.sessions is a NoneType",
+    ),
+    "runs that overlap": (
+        framed({"Variant": variant_with([0, 4, 2, 6])}),
+        "Variant: the runs of 'a'",
+    ),
+    "runs without an end": (
+        framed({"Variant": variant_with([0, 2**62])}),
+        "Variant: 4611686018427387904 channels, of 1048576 allowed",
+    ),
+    "channels by themselves": (
+        framed({"Variant": variant_with({"tuple": [0, 1, 2]})}),
+        "Variant: the runs of 'a'",
+    ),
+    "a variant without runs": (
+        framed({"Variant": {"name": "v"}}),
+        "Variant: .* not a variant's values",
     ),
     "numbers that mean nothing": (
         framed(
@@ -568,3 +597,30 @@ def test_an_edge_answers_what_it_cannot_read(caplog: pytest.LogCaptureFixture) -
     reply = decode(*answered(service, *encode(wire.IsHeld("a"))))
     assert isinstance(reply, RuntimeError)
     assert "in service" in caplog.text
+
+
+def test_an_opening_of_a_large_narrow_model_is_small() -> None:
+    """As many channels as EfficientNetV2-L has, in as many groups, at half width.
+
+    An edge reads 256 KiB of a stranger; each channel by its number would take more.
+    """
+    groups = [
+        ChannelGroup(name=f"features.{index}.weight", size=912, axes=())
+        for index in range(137)
+    ]
+    variant = width_of(groups, 0.5, shift=500)
+    opened = wire.OpenSession(
+        session="s",
+        place="edge",
+        round_number=1,
+        client_key="c",
+        start=1,
+        stop=2,
+        state_digest="d",
+        seed=0,
+        num_threads=1,
+        variant=variant,
+    )
+    assert len(joined(opened)) < STRANGERS_BYTES // 16
+    assert len(json.dumps(list(variant.kept.values()))) > STRANGERS_BYTES
+    assert decode(joined(opened)) == opened

@@ -199,3 +199,17 @@ def test_many_weights_are_divided_by_each() -> None:
             sum(w * weight for w, weight in own) / total if own else current["w"][row]
         )
         np.testing.assert_allclose(merged[row], wanted, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "rows", [ROWS[:3], ROWS[3:], ROWS[5:6], ROWS[[0, 1, 6, 7]], ROWS[::2]], ids=str
+)
+@pytest.mark.parametrize("columns", [None, np.arange(2), np.array([0, 5])], ids=str)
+def test_runs_of_neighbours_are_cut_as_all_others(rows: Array, columns: Any) -> None:
+    """By slices where they are runs: the values are NumPy's, and copies."""
+    array = CURRENT["a"]
+    at = np.arange(6) if columns is None else columns
+    cut = cut_array(array, (rows, columns))
+    assert cut.tobytes() == array[np.ix_(rows, at)].tobytes()
+    assert not np.shares_memory(cut, array)
+    assert cut.flags.c_contiguous

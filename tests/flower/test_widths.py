@@ -13,7 +13,9 @@ from flwr.serverapp.strategy import FedAdam, FedAvgM
 from torch import nn
 
 from flwr_smartsplit import (
+    AdaptiveWidths,
     Checkpoints,
+    DeadlineWidths,
     Integer,
     MemoryBudget,
     Packed,
@@ -109,7 +111,16 @@ def whole_routes() -> Any:
 # --- the same numbers -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [Widths((1.0,)), Widths((1.0, 0.5)), Whole()])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Widths((1.0,)),
+        Widths((1.0, 0.5)),
+        Whole(),
+        AdaptiveWidths(rates=(1.0,)),
+        DeadlineWidths(1e-9, (1.0,)),
+    ],
+)
 def test_whoever_fits_whole_makes_fedavg_bit_for_bit(rule: Any) -> None:
     """Under either API."""
     truth = run(clients(message_app), strategy_of(())).state

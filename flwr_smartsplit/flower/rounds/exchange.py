@@ -48,6 +48,7 @@ class Sent:
     profile: ChainProfile | None = None  # at its batch size
     frozen: Mapping[str, str] = field(default_factory=dict)  # their digests, by name
     regions: Regions = field(default_factory=dict)  # of the arrays that are not whole
+    device: DeviceProfile | None = None  # as it was when it was chosen
 
     @property
     def sent_names(self) -> tuple[str, ...]:

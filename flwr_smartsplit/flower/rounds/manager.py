@@ -36,6 +36,7 @@ from flwr_smartsplit.flower.rounds.planner import PhasePlanner
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.selection.history import NO_HISTORY, Observation
+from flwr_smartsplit.plan.selection.speed_estimates import with_speeds
 from flwr_smartsplit.plan.variants.variants import RoundOutcome, learns
 from flwr_smartsplit.profile.example_shapes import (
     longer_than_example,
@@ -60,6 +61,8 @@ from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.metric_names import check_metrics
 from flwr_smartsplit.types import (
     WHOLE,
+    Assignment,
+    ClientPlan,
     ClientReply,
     Cohort,
     DeviceProfile,
@@ -68,6 +71,7 @@ from flwr_smartsplit.types import (
     Shapes,
     Variant,
     groups_under,
+    within,
 )
 
 _log = getLogger("flwr")
@@ -165,17 +169,28 @@ class CentralManager:
                 cohort=cohort and cohort.for_steps(clients[key].num_steps),
                 importance=self.history.importance.get(key, 0.0),
             )
-            kind, option = clients[key].batch_kind, assignment.option
-            profile = self.planner.costs(kind, option.accumulate, option.variant)
-            names = device_names(client_plan, self.chain)
-            back = returned(changed_names(client_plan, self.chain), self.task.is_local)
-            regions = self.chain.regions(option.variant, of=self.base)
-            sent = Sent(client_plan, names, back, assignment, profile, regions=regions)
+            sent = self._sent_to(clients[key], client_plan, assignment)
             dispatch.add(self._without_kept(sent), clients[key], self.edges)
         # Flower's legacy server does not aggregate a phase without clients.
         waiting = {k: d for k, d in self._outstanding.items() if d.sent}
         self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}
         return dispatch
+
+    def _sent_to(
+        self, device: DeviceProfile, plan: ClientPlan, assignment: Assignment
+    ) -> Sent:
+        """Say what goes to a client by its plan, and what comes back."""
+        costs = self.planner.costs(device.batch_kind, plan.accumulate, plan.variant)
+        back = returned(changed_names(plan, self.chain), self.task.is_local)
+        return Sent(
+            plan,
+            device_names(plan, self.chain),
+            back,
+            assignment,
+            costs,
+            regions=self.chain.regions(plan.variant, of=self.base),
+            device=device,
+        )
 
     def why_nothing_merged(self) -> str:
         """Say why all rounds so far left the model as it was."""
@@ -275,6 +290,7 @@ class CentralManager:
             state=self._state,
             groups=groups_under(self.chain.channels.groups, before),
             memory=self.variants_memory,
+            seconds_of=partial(self._seconds, dispatch),
         )
         self.variants_memory = rule.learned(outcome)
         if self.base == before:
@@ -283,6 +299,17 @@ class CentralManager:
         self._state, self._sent = cut_state(self._state, regions), GlobalState()
         cut_steps(self.server_steps, regions)
         return True
+
+    def _seconds(
+        self, dispatch: Dispatch, client_key: str, variant: Variant
+    ) -> float | None:
+        """Predict a client's round, by what was learned of its speed."""
+        device = dispatch.sent[client_key].device
+        if device is None:
+            return None
+        steps = self.history.steps.get(client_key, ())
+        device = with_speeds(device, steps, ())
+        return self.planner.seconds(device, within(self.base, variant))
 
     def _started(self, phase: Phase, clients: Mapping[str, DeviceProfile]) -> Dispatch:
         """Begin a phase, and tell the server's steps of a round to train."""

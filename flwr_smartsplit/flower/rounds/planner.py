@@ -14,6 +14,8 @@ from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Routing, plan_round
 from flwr_smartsplit.plan.selection.history import History
 from flwr_smartsplit.plan.selection.selection import select_at_random
+from flwr_smartsplit.plan.timing import round_seconds, work_of
+from flwr_smartsplit.plan.variants.variants import wants_fisher
 from flwr_smartsplit.profile.example_shapes import with_example_shapes
 from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.edge_pool import EdgePool
@@ -31,7 +33,9 @@ from flwr_smartsplit.types import (
     DeviceProfile,
     Failure,
     RoundPlan,
+    Route,
     Variant,
+    Work,
 )
 
 
@@ -50,6 +54,7 @@ class PhasePlanner:
         kept = constraints.kept_units | kept_units(chain, task)
         self._constraints = replace(constraints, kept_units=kept)
         self._profiles: dict[tuple[BatchKind, int, Variant], ChainProfile] = {}
+        self._whole_work: dict[tuple[BatchKind, Variant], Work] = {}
         self._forward_only: frozenset[int] = frozenset()
 
     def begun(
@@ -111,6 +116,7 @@ class PhasePlanner:
                     chain=self._chain,
                     base=base,
                     memory=memory,
+                    seconds_of=self.seconds,
                 ),
                 costs=self.costs,
             ),
@@ -126,6 +132,16 @@ class PhasePlanner:
         is_forward = profile.batch_size in self._forward_only
         return forward_only(profile) if is_forward else profile
 
+    def seconds(self, device: DeviceProfile, variant: Variant) -> float | None:
+        """Predict how long a round takes a device on its own; None without a speed."""
+        if device.traits.flops_per_second is None:
+            return None
+        kind = device.batch_kind, variant.leading()
+        if kind not in self._whole_work:
+            profile = self._profile(device.batch_kind, variant=variant)
+            self._whole_work[kind] = work_of(profile, Route.whole())
+        return round_seconds(self._whole_work[kind], device)
+
     def client_plan(
         self,
         assignment: Assignment,
@@ -136,7 +152,7 @@ class PhasePlanner:
         addresses: Mapping[str, str],
     ) -> ClientPlan:
         """Write what a client is told, but for what edges' advice needs."""
-        option = assignment.option
+        option, rule = assignment.option, self._settings.planning.variants
         return ClientPlan(
             client_key=assignment.client_key,
             round_number=phase.round_number,
@@ -149,6 +165,7 @@ class PhasePlanner:
             variant=option.variant,
             codecs=option.codecs,
             accumulate=option.accumulate,
+            wants_fisher=phase.is_train and wants_fisher(rule),
             state_digest=digest,
             edge_addresses={e: addresses[e] for e in option.route.edges()},
             config=config_values(phase.config),

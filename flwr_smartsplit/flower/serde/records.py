@@ -273,7 +273,7 @@ _WRITE: Mapping[str, Callable[[Any], Any]] = {
     "route": asdict,
     "recompute": RecomputePlan.to_lists,
     "constraints": lambda c: {**asdict(c), "kept_units": sorted(c.kept_units)},
-    "variant": asdict,
+    "variant": Variant.to_lists,
     "codecs": lambda codecs: list(map(codec_values, codecs)),
     "cohort": asdict,
 }
@@ -283,7 +283,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "constraints": lambda v: Constraints(
         **{**v, "kept_units": frozenset(v["kept_units"])}
     ),
-    "variant": lambda v: Variant(**v),
+    "variant": Variant.from_lists,
     "codecs": lambda values: tuple(map(codec_from, values)),
     "cohort": lambda v: Cohort(**v),
 }

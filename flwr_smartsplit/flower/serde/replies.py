@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -31,6 +31,7 @@ from flwr_smartsplit.types import (
     Receipt,
     Status,
     StepReport,
+    Variant,
 )
 from flwr_smartsplit.types.sizes import plain
 
@@ -69,10 +70,16 @@ def reply_to_scalars(plan: ClientPlan, outcome: Outcome) -> Scalars:
         "round_number": plan.round_number,
         "digest": state_digest(outcome.state),
         "report": _written(report),
-        "receipts": [asdict(receipt) for receipt in receipts],
+        "receipts": list(map(_receipt, receipts)),
     }
     text = json.dumps(reply, default=plain)
     return {_REPLY: text, "client-key": plan.client_key}
+
+
+def _receipt(receipt: Receipt) -> dict[str, Any]:
+    """Write a receipt."""
+    written = {each.name: getattr(receipt, each.name) for each in fields(receipt)}
+    return {**written, "variant": receipt.variant.to_lists()}
 
 
 def _written(report: StepReport) -> dict[str, Any]:
@@ -196,7 +203,9 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     hints = get_type_hints(kind) if is_dataclass(kind) else {}
     if hints and isinstance(value, dict):
-        return kind(**{k: _typed(k, hints[k], each) for k, each in value.items()})
+        if kind is not Variant:  # Which reads itself.
+            value = {k: _typed(k, hints[k], each) for k, each in value.items()}
+        return Variant.from_lists(value) if kind is Variant else kind(**value)
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(name, args[0], each) for each in value)
     if origin is Mapping and isinstance(value, dict):

@@ -1,12 +1,16 @@
 """Variants: what a device is offered to train in a round, the most wanted first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from flwr_smartsplit.types import WHOLE, ChannelGroup, DeviceProfile, Variant
+
+
+def _unknown(*_: Any) -> float | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +27,16 @@ class VariantRequest:
         The channels of the model that may be left out, in the model's order.
     memory : Any
         What the rule has learned so far; None before it has, and for rules that do not.
+    seconds_of : Callable[[Variant], float | None]
+        Predicts how long a round with a variant takes the device on its own, in
+        seconds; None if nobody knows its speed.
     """
 
     device: DeviceProfile
     round_number: int
     groups: tuple[ChannelGroup, ...]
     memory: Any = None
+    seconds_of: Callable[[Variant], float | None] = _unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +54,7 @@ class ClientOutcome:
     seconds : float, optional
         How long it took, or was predicted to take; None if nobody knows.
     metrics : Mapping[str, float]
-        Of ``Task.metrics_fn``.
+        What it reported besides, such as ``fisher``.
     """
 
     variant: Variant
@@ -72,6 +80,8 @@ class RoundOutcome:
         The channels of the model that may be left out.
     memory : Any
         What the rule returned the last time; None at first.
+    seconds_of : Callable[[str, Variant], float | None]
+        Predicts for one of the clients what ``VariantRequest.seconds_of`` does.
     """
 
     round_number: int
@@ -79,6 +89,7 @@ class RoundOutcome:
     state: Mapping[str, npt.NDArray[Any]]
     groups: tuple[ChannelGroup, ...]
     memory: Any = None
+    seconds_of: Callable[[str, Variant], float | None] = _unknown
 
 
 class Variants(Protocol):
@@ -88,7 +99,9 @@ class Variants(Protocol):
     ``learned(outcome: RoundOutcome) -> memory``, called after each training round in
     which somebody was merged. What it returns is in every later request: plain values
     and arrays, which checkpoints hold. One with a third method, ``base(memory)``, says
-    with it what is left of the model for good, as ``PruneAt`` does.
+    with it what is left of the model for good, as ``PruneAt`` does. Clients report how
+    large their gradients were, in the metric ``fisher``, where a rule has a true
+    attribute ``wants_fisher``.
     """
 
     def offered(self, request: VariantRequest) -> Sequence[Variant]:
@@ -111,6 +124,11 @@ def check_rounds(rule: Variants, num_rounds: int | None) -> None:
             f"{rule!r:.80} acts at the end of round {number}, and the run has "
             f"{num_rounds} rounds: give an earlier round, or more rounds."
         )
+
+
+def wants_fisher(rule: Variants) -> bool:
+    """Say whether a rule asks clients how large their gradients were."""
+    return bool(getattr(rule, "wants_fisher", False))
 
 
 @dataclass(frozen=True, slots=True)

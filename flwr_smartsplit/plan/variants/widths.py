@@ -57,34 +57,44 @@ class Widths:
     scale: bool = True
 
     def __post_init__(self) -> None:
-        rates = tuple(_number(rate) for rate in self.rates)
-        are_falling = all(one > other for one, other in pairwise(rates))
-        if not rates or not are_falling or not all(0 < rate <= 1 for rate in rates):
-            raise ValueError(
-                f"rates is {self.rates!r:.80}: give falling shares of the channels in "
-                "(0, 1], such as (1.0, 0.5, 0.25)."
-            )
-        object.__setattr__(self, "rates", rates)
+        object.__setattr__(self, "rates", checked_rates(self.rates))
 
     def offered(self, request: VariantRequest) -> Sequence[Variant]:
         """Return the widths, the widest first."""
         shift = request.round_number - 1 if self.roll else 0
-        return _ladder(request.groups, self.rates, shift, self.scale)
+        widths = slices(request.groups, self.rates, shift, self.scale)
+        return tuple(dict.fromkeys(widths))
 
 
 @lru_cache(maxsize=64)
-def _ladder(
+def slices(
     groups: tuple[ChannelGroup, ...],
     rates: tuple[float, ...],
     shift: int,
     is_scaled: bool,
 ) -> tuple[Variant, ...]:
-    """Make the widths, which all devices of a round share."""
+    """Make the variant of each rate, which all devices of a round share.
+
+    Rates that keep the same channels have one, under the name of the largest.
+    """
     found: dict[tuple[tuple[str, tuple[int, ...]], ...], Variant] = {}
+    every: list[Variant] = []
     for rate in rates:
         variant = width_of(groups, rate, shift=shift, is_scaled=is_scaled)
-        found.setdefault(tuple(variant.kept.items()), variant)
-    return tuple(found.values())
+        every.append(found.setdefault(tuple(variant.kept.items()), variant))
+    return tuple(every)
+
+
+def checked_rates(given: Sequence[float]) -> tuple[float, ...]:
+    """Return rates as floats; ``ValueError`` if they do not fall in ``(0, 1]``."""
+    rates = tuple(_number(rate) for rate in given)
+    are_falling = all(one > other for one, other in pairwise(rates))
+    if not rates or not are_falling or not all(0 < rate <= 1 for rate in rates):
+        raise ValueError(
+            f"rates is {given!r:.80}: give falling shares of the channels in "
+            "(0, 1], such as (1.0, 0.5, 0.25)."
+        )
+    return rates
 
 
 def _number(rate: object) -> float:
