@@ -30,6 +30,7 @@ _ONE_BY_ONE = frozenset(
         *("Adadelta", "Adagrad", "RMSprop", "ASGD", "Rprop"),
     )
 )
+_WITH_RECORD = Optimizer.profile_hook_step(lambda _: None).__code__  # type: ignore[attr-defined, arg-type]
 _HOOK_MARK = "_treats_parameters_one_by_one"
 
 
@@ -145,7 +146,7 @@ def stepping_in_backward(
     end of the step. ``see`` is shown each before its update, with its gradient.
     """
     waiting = {id(parameter) for parameter in late}
-    step = _bare_step(optimizer)
+    step = bare_step(optimizer)
     hooks = [
         parameter.register_post_accumulate_grad_hook(
             partial(_update, optimizer, step, group, see=see)
@@ -161,22 +162,33 @@ def stepping_in_backward(
             hook.remove()
 
 
-def _bare_step(optimizer: Optimizer) -> Callable[[], object]:
+def bare_step(optimizer: Optimizer) -> Callable[[], object]:
     """Return an optimizer's step without torch's record of it for its profiler.
 
-    Backward calls it for one parameter after the other, where that record takes longer
-    than the update of a small one. Hooks are run by the same wrapper, so it stays where
-    there are some.
+    That record takes longer than the update of a small parameter. Hooks are run by the
+    same wrapper, so it stays where there are some, and where somebody else, such as a
+    scheduler, has wrapped the step.
     """
-    step = getattr(type(optimizer).step, "__wrapped__", None)
-    if step is None or any(
+    step: Any = type(optimizer).step
+    if getattr(step, "__code__", None) is not _WITH_RECORD or any(
         (
+            "step" in vars(optimizer),
             *(optimizer._optimizer_step_pre_hooks, _global_optimizer_pre_hooks),
             *(optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks),
         )
     ):
         return optimizer.step
-    return partial(step, optimizer)
+    return partial(step.__wrapped__, optimizer)
+
+
+def free_gradients(optimizer: Optimizer) -> None:
+    """Free the gradients as ``zero_grad`` does, without torch's record of it."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad:
+        optimizer.zero_grad(set_to_none=True)  # It may free more.
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _update(

@@ -32,6 +32,8 @@ from flwr_smartsplit.train.metric_names import metric_values
 from flwr_smartsplit.train.optimizer_in_backward import (
     GradientEntry,
     GradientExit,
+    bare_step,
+    free_gradients,
     stepping_in_backward,
     steps_one_by_one,
 )
@@ -200,14 +202,14 @@ class SegmentRunner:
             if norm is not None and self.task.max_gradient_norm is not None:
                 max_norm = self.task.max_gradient_norm
                 clip_gradients(self.segment, max_norm=max_norm, norm=norm)
-            self.optimizer.step()
+            bare_step(self.optimizer)()
             if self._scheduler is not None:
                 self._scheduler.step()
 
     def release_gradients(self) -> None:
         """Free the gradients when other work comes before the next step."""
         if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+            free_gradients(self.optimizer)
 
     @torch.no_grad()
     def evaluate(self, inputs: Batch) -> Any:

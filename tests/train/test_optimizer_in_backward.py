@@ -1,6 +1,6 @@
 """The lean step: nothing is held that need not be, and every number stays the same."""
 
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from flwr_smartsplit.train.fedprox import proximal
 from flwr_smartsplit.train.optimizer_in_backward import (
     GradientEntry,
     GradientExit,
+    bare_step,
     one_by_one,
     stepped_in_backward,
     stepping_in_backward,
@@ -129,6 +130,38 @@ def test_a_schedule_is_stepped_once_per_step():
         )
         == []
     )
+
+
+def test_an_optimizer_that_does_more_is_asked_as_in_the_stock_loop():
+    """Only torch's own record of a step is left out, and only its own ``zero_grad``."""
+    torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)  # Torch wraps SGD's step.
+
+    class Own(torch.optim.SGD):
+        num_steps = num_freed = 0
+
+        @wraps(torch.optim.SGD.step)  # Torch now believes that it wrapped this one.
+        def step(self, closure: object = None) -> None:
+            self.num_steps += 1
+            super().step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.num_freed += 1
+            super().zero_grad(set_to_none)
+
+    _, runner = trained(task_with(partial(Own, lr=0.1)), steps_in_backward=False)
+    assert (runner.optimizer.num_steps, runner.optimizer.num_freed) == (4, 4)
+
+
+def test_a_step_that_somebody_wrapped_stays_wrapped():
+    """On one optimizer, as a scheduler does; by a hook; or nobody."""
+    plain, wrapped, hooked = (
+        torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1) for _ in range(3)
+    )
+    assert bare_step(plain) != plain.step
+    wrapped.step = lambda: None
+    assert bare_step(wrapped) is wrapped.step
+    hooked.register_step_pre_hook(lambda *_: None)
+    assert bare_step(hooked) == hooked.step
 
 
 @pytest.mark.parametrize(
