@@ -52,7 +52,8 @@ class Metrics:
 
     def saw(self, shapes: Shapes) -> None:
         """Note the shapes of a batch's examples."""
-        self.example_shapes = longest(shapes, self.example_shapes)
+        if shapes != self.example_shapes:
+            self.example_shapes = longest(shapes, self.example_shapes)
 
     def move(self, before: int, after: int, reason: str) -> None:
         """Record a move of the cut."""

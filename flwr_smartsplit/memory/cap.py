@@ -215,8 +215,7 @@ class MemoryCap:
         """Count a step; return its kind, and how many came before it here."""
         if self.mode is not CapMode.SAMPLED:
             return None, 0
-        leaves, nesting = tree_flatten(batch)
-        name = str(nesting), *map(_kind_of, leaves)
+        name = _kind_of(batch)
         seen = self._steps_by_kind.get(name, 0)
         self._steps_by_kind[name] = seen + 1
         kind = self._known.setdefault(name, KindOfStep())
@@ -233,9 +232,17 @@ class MemoryCap:
 
 
 def _kind_of(leaf: Any) -> tuple[Any, ...]:
-    """Say all of a tensor that memory may depend on; of another value, its type."""
+    """Say all of nested tensors that memory may depend on; of another value, its type.
+
+    Every step asks, and batches are tuples: what torch says of a nesting takes longer.
+    """
+    if type(leaf) in (tuple, list):
+        return type(leaf), *map(_kind_of, leaf)
     if not isinstance(leaf, Tensor):
-        return (type(leaf),)
+        leaves, nesting = tree_flatten(leaf)
+        if nesting.is_leaf():
+            return (type(leaf),)
+        return str(nesting), *map(_kind_of, leaves)
     kind = type(leaf), tuple(leaf.shape), leaf.dtype, leaf.layout, leaf.requires_grad
     if leaf.layout is not torch.strided:
         return *kind, tuple(map(_kind_of, parts_of(leaf)))

@@ -36,15 +36,22 @@ _SEQUENCES = (tuple, list)  # A union type would be built at every use.
 _here = threading.local()  # this thread's phase, and how often it is unmetered
 
 
-@contextmanager
-def phase(name: str) -> Iterator[None]:
+class phase:
     """Name what this thread is doing, for a meter's error."""
-    before = getattr(_here, "phase", "")
-    _here.phase = name
-    try:
-        yield
-    finally:
-        _here.phase = before
+
+    __slots__ = ("_before", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Begin it."""
+        self._before = getattr(_here, "phase", "")
+        _here.phase = self._name
+
+    def __exit__(self, *_: object) -> None:
+        """Go back to what it was doing before."""
+        _here.phase = self._before
 
 
 @contextmanager

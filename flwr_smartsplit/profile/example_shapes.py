@@ -4,6 +4,7 @@ A prediction is for the task's example. Where sequences vary in length, a client
 the largest sizes it saw, and is priced at these from then on.
 """
 
+import itertools
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -21,6 +22,10 @@ _MOST_VALUES = 2**26  # Of one example; who reports more is not believed.
 
 def shapes_of(batch: Any) -> Shapes:
     """List the shapes of one example of a batch, tensor by tensor."""
+    if isinstance(batch, Tensor):
+        return (tuple(batch.shape[1:]),)
+    if type(batch) is tuple:  # Each step's batch is one.
+        return tuple(itertools.chain.from_iterable(map(shapes_of, batch)))
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     return tuple(tuple(leaf.shape[1:]) for leaf in leaves)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.types import MicroBatch
+from flwr_smartsplit.types import WHOLE_BATCH, MicroBatch
 
 BatchT = TypeVar("BatchT")
 
@@ -21,18 +21,10 @@ def micro_batches(
     There are fewer than ``accumulate`` parts if there are fewer examples; they share
     the batch's memory. Tensors of different lengths raise ``InvalidTask``.
     """
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    sizes = {_num_rows(tensor) for tensor in tensors}
-    if accumulate > 1 and len(sizes) != 1:
-        raise InvalidTask(
-            f"accumulate={accumulate} divides a batch by its examples, but its tensors "
-            f"have {sorted(sizes)} of them in dimension 0. Give every tensor of a "
-            "batch the examples in dimension 0, or do not accumulate."
-        )
-    (total, *_) = sizes
+    total = 1 if accumulate == 1 else _common_length(batch, accumulate)
     count = max(1, min(accumulate, total))
     if count == 1:
-        yield MicroBatch(), batch
+        yield WHOLE_BATCH, batch
         return
     size, num_larger = divmod(total, count)
     start = 0
@@ -64,6 +56,18 @@ def num_examples(inputs: Any, targets: Any) -> int:
         return int(targets.shape[0])
     leaves = tree_leaves(inputs)
     return next(int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim())
+
+
+def _common_length(batch: Any, accumulate: int) -> int:
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    sizes = {_num_rows(tensor) for tensor in tensors}
+    if len(sizes) != 1:
+        raise InvalidTask(
+            f"accumulate={accumulate} divides a batch by its examples, but its tensors "
+            f"have {sorted(sizes)} of them in dimension 0. Give every tensor of a "
+            "batch the examples in dimension 0, or do not accumulate."
+        )
+    return sizes.pop()
 
 
 def _rows(start: int, stop: int, tensor: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ class RecomputePlan:
         InvalidPlan
             If a part crosses one of the two ends.
         """
+        if self.is_empty:
+            return self
         for part in self.reruns:
             if any(part.start < end < part.stop for end in (start, stop)):
                 raise InvalidPlan(

@@ -364,6 +364,7 @@ KINDS = {
         (torch.ones(4), torch.ones(4)),
         {"a": torch.ones(4), "b": torch.ones(4)},
     ),
+    "a list": ((torch.ones(4), torch.ones(4)), [torch.ones(4), torch.ones(4)]),
     "keys": ({"a": torch.ones(4)}, {"b": torch.ones(4)}),
     "no targets": ((torch.ones(4), torch.ones(4)), (torch.ones(4), None)),
 }
