@@ -125,13 +125,19 @@ class EdgeClient:
     ) -> wire.Stepped:
         """Send a step's request on, with the boundary of this place's runner."""
         sent = self.outward.encode_for(runner, boundary, request)
-        return self.pass_on(replace(request, boundary=sent))
+        secret = self._incarnation
+        return self._send(
+            replace(request, boundary=sent, session=self._session, incarnation=secret)
+        )
 
     def pass_on(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
         """Send a request on with this session's name; its tensors stay encoded."""
-        reply = self._transport.send(
+        return self._send(
             replace(request, session=self._session, incarnation=self._incarnation)
         )
+
+    def _send(self, request: wire.Forward | wire.Backward) -> wire.Stepped:
+        reply = self._transport.send(request)
         if self._limits is not None:  # An edge may be dishonest, too.
             most = self._limits.step_bytes
             check_bytes(self._session, most, (reply.boundary, reply.gradients))

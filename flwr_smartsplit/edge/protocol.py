@@ -6,6 +6,8 @@ retrying, and losing messages in a test are transports that wrap another one.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
+from types import NoneType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -309,8 +311,18 @@ class CountingTransport:
         return reply
 
 
+_NO_ARRAYS = (str, int, float, NoneType, MicroBatch)
+
+
+@cache
+def _names(message: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(message))
+
+
 def payload_bytes(message: Any) -> int:
     """Add up the array bytes in a message; headers are not counted."""
+    if isinstance(message, _NO_ARRAYS):
+        return 0
     if isinstance(message, WireTensor | Coded):
         message = message.data
     if isinstance(message, np.ndarray):
@@ -320,7 +332,8 @@ def payload_bytes(message: Any) -> int:
     if isinstance(message, tuple | list):
         return sum(payload_bytes(value) for value in message)
     if hasattr(message, "__dataclass_fields__"):
-        return sum(payload_bytes(getattr(message, f.name)) for f in fields(message))
+        cls: Any = type(message)
+        return sum(payload_bytes(getattr(message, name)) for name in _names(cls))
     return 0
 
 

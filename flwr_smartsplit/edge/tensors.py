@@ -7,6 +7,7 @@ contiguous copies, ConvNeXt's results differed at 24 of its 29 cuts.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, Self
 
@@ -36,6 +37,7 @@ MAX_DIMS = 32
 MAX_SPREAD = 2**14
 
 
+@lru_cache(maxsize=1024)
 def check_layout(
     dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
 ) -> None:
@@ -164,7 +166,7 @@ def _aligned(
     """Make an empty tensor whose address lies ``offset`` bytes after an aligned one."""
     lead = offset // dtype.itemsize
     room = torch.empty(lead + num_elements, dtype=dtype, device=device)
-    return room.as_strided((num_elements,), (1,), lead)
+    return room[lead:] if lead else room
 
 
 def _spread(values: Tensor, result: Tensor) -> None:
@@ -178,7 +180,7 @@ def _spread(values: Tensor, result: Tensor) -> None:
 
 def on_cpu(flat: Tensor) -> Tensor:
     """Copy values to the CPU; they are there when this returns."""
-    if flat.device.type != "cuda":
+    if not flat.is_cuda:
         return flat.cpu()
     host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
     host.copy_(flat, non_blocking=True)

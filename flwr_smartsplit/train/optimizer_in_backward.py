@@ -30,7 +30,7 @@ _ONE_BY_ONE = frozenset(
         *("Adadelta", "Adagrad", "RMSprop", "ASGD", "Rprop"),
     )
 )
-_WITH_RECORD = Optimizer.profile_hook_step(lambda _: None).__code__  # type: ignore[attr-defined, arg-type]
+_WITH_RECORD = Optimizer.profile_hook_step(lambda _: None).__code__
 _HOOK_MARK = "_treats_parameters_one_by_one"
 
 

@@ -4,13 +4,12 @@ Each raises ``RefusedRequest`` before a byte of a tensor is copied. The session 
 as if the request had not come.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils._pytree import tree_leaves
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.cut_moves import MoveCut
@@ -81,23 +80,21 @@ def check_step(
             "nothing is trained.",
         )
         return
-    _refuse_if(
-        limits.ends_at_edge != (request.targets is not None),
-        f"session {name}: the plan has the loss "
-        + ("at the edge; send the labels." if limits.ends_at_edge else "elsewhere."),
-    )
+    if limits.ends_at_edge != (request.targets is not None):
+        there = "at the edge; send the labels." if limits.ends_at_edge else "elsewhere."
+        raise RefusedRequest(f"session {name}: the plan has the loss {there}")
     most = limits.step_examples
-    _refuse_if(
-        not 1 <= request.num_examples <= most,
-        f"session {name}: {request.num_examples} examples in one step, and the plan "
-        f"allows 1 to {most}: give the client its true batch_size.",
-    )
+    if not 1 <= request.num_examples <= most:
+        raise RefusedRequest(
+            f"session {name}: {request.num_examples} examples in one step, and the "
+            f"plan allows 1 to {most}: give the client its true batch_size."
+        )
     total, allowed = num_done + request.num_examples, limits.num_examples
-    _refuse_if(
-        opening.is_trained and allowed is not None and total > allowed,
-        f"session {name}: {total} examples so far, and the plan allows {allowed}: give "
-        "the client its true num_examples and local_epochs.",
-    )
+    if opening.is_trained and allowed is not None and total > allowed:
+        raise RefusedRequest(
+            f"session {name}: {total} examples so far, and the plan allows {allowed}: "
+            "give the client its true num_examples and local_epochs."
+        )
     check_bytes(name, limits.step_bytes, (request.boundary, request.targets))
 
 
@@ -105,12 +102,12 @@ def _check_part(
     part: MicroBatch, opening: wire.OpenSession, limits: wire.Limits
 ) -> None:
     is_part = 0 <= part.index < part.count <= opening.accumulate
-    _refuse_if(
-        not (is_part and 1 <= part.loss_divisor <= limits.step_examples),
-        f"session {opening.session}: micro-batch {part.index} of {part.count} with a "
-        f"loss over {part.loss_divisor}, and the plan has at most "
-        f"{opening.accumulate} of them.",
-    )
+    if not (is_part and 1 <= part.loss_divisor <= limits.step_examples):
+        raise RefusedRequest(
+            f"session {opening.session}: micro-batch {part.index} of {part.count} with "
+            f"a loss over {part.loss_divisor}, and the plan has at most "
+            f"{opening.accumulate} of them."
+        )
 
 
 def check_move(
@@ -200,24 +197,26 @@ def _kind_bytes(kind: Kind) -> int:
 
 def check_bytes(session: str, most: int, tensors: Any) -> None:
     """Check what the tensors of one request or reply take in memory."""
-    size = sum(_laid_out_bytes(leaf) for leaf in _wire_tensors(tensors))
-    _refuse_if(
-        size > most,
-        f"session {session}: the tensors of one message take {bytes_text(size)}, and "
-        f"the plan allows {bytes_text(most)}: give the task example_inputs of the "
-        "usual size.",
-    )
+    size = _laid_out_bytes(tensors)
+    if size > most:
+        raise RefusedRequest(
+            f"session {session}: the tensors of one message take {bytes_text(size)}, "
+            f"and the plan allows {bytes_text(most)}: give the task example_inputs of "
+            "the usual size."
+        )
 
 
-def _wire_tensors(tensors: Any) -> Iterable[WireTensor | Coded]:
-    leaves = tree_leaves(tensors)
-    return (leaf for leaf in leaves if isinstance(leaf, WireTensor | Coded))
-
-
-def _laid_out_bytes(tensor: WireTensor | Coded) -> int:
-    """Count the memory of a tensor with its gaps."""
-    spanned = num_spanned(tensor.shape, tensor.strides)
-    return max(int(tensor.data.nbytes), spanned * DTYPES[tensor.dtype].itemsize)
+def _laid_out_bytes(tensors: Any) -> int:
+    """Count the memory of nested tensors with their gaps."""
+    if isinstance(tensors, WireTensor | Coded):
+        spanned = num_spanned(tensors.shape, tensors.strides)
+        size = spanned * DTYPES[tensors.dtype].itemsize
+        return max(int(tensors.data.nbytes), size)
+    if isinstance(tensors, tuple | list):
+        return sum(map(_laid_out_bytes, tensors))
+    if isinstance(tensors, Mapping):
+        return sum(map(_laid_out_bytes, tensors.values()))
+    return 0
 
 
 def _named(names: list[str]) -> str:
