@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from math import isfinite, prod
 from struct import Struct
 from types import NoneType, UnionType
@@ -104,17 +104,20 @@ class _Writer:
         self.body: list[Piece] = []
 
     def tree(self, value: Any) -> Any:
-        if type(value) in _UNCHANGED:
+        cls: Any = type(value)
+        tree = self.tree
+        if cls in _UNCHANGED:
             return value
-        name, tree = type(value).__name__, self.tree
         written: Any
         match value:
+            case tuple():
+                written = {"tuple": list(map(tree, value))}
             case Variant():
                 parts = value.to_lists()
-                written = {name: {key: tree(item) for key, item in parts.items()}}
-            case _ if MESSAGE_TYPES.get(name) is type(value):
-                hints = _hints(MESSAGE_TYPES[name])
-                written = {name: {key: tree(getattr(value, key)) for key in hints}}
+                written = {cls.__name__: {key: tree(x) for key, x in parts.items()}}
+            case _ if cls in _MESSAGE_CLASSES:
+                parts = {key: tree(getattr(value, key)) for key in _hints(cls)}
+                written = {cls.__name__: parts}
             case np.ndarray() | np.generic():
                 written = {"array": self._array(np.asarray(value))}
             case float() if not isfinite(value):
@@ -125,15 +128,13 @@ class _Writer:
                 written = {"bytes": self._array(np.frombuffer(value, np.uint8))[1][0]}
             case list():
                 written = list(map(tree, value))
-            case tuple():
-                written = {"tuple": list(map(tree, value))}
-            case Mapping():
+            case dict() | Mapping():
                 written = {"map": [[tree(k), tree(item)] for k, item in value.items()]}
             case Exception():
                 written = {"error": self._error(value)}
             case _:
                 raise RefusedMessage(
-                    f"a {name} cannot be sent to or from an edge: use "
+                    f"a {cls.__name__} cannot be sent to or from an edge: use "
                     "tensors, numbers, texts, bytes, lists, tuples and mappings."
                 )
         return written
@@ -144,7 +145,7 @@ class _Writer:
                 f"an array of {array.dtype} cannot be sent: convert it to one of "
                 f"{', '.join(map(str, _DTYPES.values()))}."
             )
-        plain = np.require(array, requirements="C")
+        plain = array if array.flags.c_contiguous else array.copy()
         self.body.append(plain.reshape(-1).view(np.uint8).data)
         if plain.nbytes % _ALIGNMENT:
             self.body.append(bytes(-plain.nbytes % _ALIGNMENT))
@@ -214,10 +215,10 @@ class _Reader:
     def take(self, size: int) -> memoryview:
         """Return the next bytes as a view; they are in one piece."""
         first = self.pieces.pop(0) if size and self.pieces else memoryview(b"")
-        _refuse_if(
-            size > len(first),
-            f"{size} bytes should follow, and {len(first)} do: it was cut short.",
-        )
+        if size > len(first):
+            raise RefusedMessage(
+                f"{size} bytes should follow, and {len(first)} do: it was cut short."
+            )
         if size < len(first):
             self.pieces.insert(0, first[size:])
         return first[:size]
@@ -225,7 +226,8 @@ class _Reader:
     def value(self, tree: Any) -> Any:
         kind = type(tree)
         if kind is dict:
-            _refuse_if(len(tree) != 1, f"an object has one key, not {len(tree)}.")
+            if len(tree) != 1:
+                raise RefusedMessage(f"an object has one key, not {len(tree)}.")
             return self._tagged(*tree.popitem())
         if kind is list:
             return list(map(self.value, tree))
@@ -297,17 +299,13 @@ class _Reader:
     def _message(self, cls: type, given: Mapping[str, Any]) -> Any:
         name, hints = cls.__name__, _hints(cls)
         parts = {key: self.value(item) for key, item in given.items()}
-        unknown = sorted(parts.keys() - hints.keys())
-        missing = [
-            f.name
-            for f in fields(cls)
-            if f.name not in parts and f.default is f.default_factory is MISSING
-        ]
-        _refuse_if(
-            bool(unknown or missing),
-            f"{name} has fields {', '.join(hints)}; unknown: {unknown[:9]}, "
-            f"missing: {missing}: {_ONE_RELEASE}",
-        )
+        if not _required(cls) <= parts.keys() <= hints.keys():
+            unknown = sorted(parts.keys() - hints.keys())
+            missing = [key for key in hints if key in _required(cls) - parts.keys()]
+            raise RefusedMessage(
+                f"{name} has fields {', '.join(hints)}; unknown: {unknown[:9]}, "
+                f"missing: {missing}: {_ONE_RELEASE}"
+            )
         for key, part in parts.items():
             if type(part) is not hints[key]:
                 parts[key] = fitted(part, hints[key], f"{name}.{key}")
@@ -333,7 +331,7 @@ def fitted(value: Any, hint: Any, where: str) -> Any:  # noqa: PLR0911 - a list 
     kind = type(value)
     if hint is Any or kind is hint:
         return value
-    origin, args = get_origin(hint), get_args(hint)
+    origin, args = _parts_of(hint)
     if origin in (Union, UnionType):
         if kind in args:
             return value
@@ -341,7 +339,8 @@ def fitted(value: Any, hint: Any, where: str) -> Any:  # noqa: PLR0911 - a list 
             with suppress(RefusedMessage):
                 return fitted(value, option, where)
     elif kind is tuple and origin is tuple and args[1:] == (...,):
-        return tuple(fitted(item, args[0], where) for item in value)
+        item_hint = args[0]
+        return tuple([fitted(item, item_hint, where) for item in value])
     elif kind is dict and origin in (Mapping, dict):
         key, item = args
         return {fitted(k, key, where): fitted(v, item, where) for k, v in value.items()}
@@ -369,6 +368,19 @@ def scalar_type(hint: Any) -> Any:
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
+
+
+@cache
+def _required(cls: Any) -> frozenset[str]:
+    """Name the fields that have no default."""
+    all_fields = fields(cls)
+    has_none = (f.name for f in all_fields if f.default is f.default_factory is MISSING)
+    return frozenset(has_none)
+
+
+@lru_cache(maxsize=1024)
+def _parts_of(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(hint), get_args(hint)
 
 
 @cache
@@ -402,6 +414,8 @@ def _message_types() -> dict[str, Any]:
 
 MESSAGE_TYPES: Mapping[str, Any] = _message_types()
 """Every type that ``decode`` may build, by its name in the head."""
+
+_MESSAGE_CLASSES = frozenset(MESSAGE_TYPES.values())
 
 _ERRORS: Mapping[str, type[Exception]] = {
     cls.__name__: cls
