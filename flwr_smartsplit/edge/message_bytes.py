@@ -64,9 +64,9 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _refuse_if(is_wrong: bool, text: str) -> None:
+def _refuse_if(is_wrong: bool, text: str, *numbers: int) -> None:
     if is_wrong:
-        raise RefusedMessage(text)
+        raise RefusedMessage(text.format(*numbers) if numbers else text)
 
 
 def encode(message: Any) -> list[Piece]:
@@ -215,10 +215,8 @@ class _Reader:
     def take(self, size: int) -> memoryview:
         """Return the next bytes as a view; they are in one piece."""
         first = self.pieces.pop(0) if size and self.pieces else memoryview(b"")
-        if size > len(first):
-            raise RefusedMessage(
-                f"{size} bytes should follow, and {len(first)} do: it was cut short."
-            )
+        text = "{} bytes should follow, and {} do: it was cut short."
+        _refuse_if(size > len(first), text, size, len(first))
         if size < len(first):
             self.pieces.insert(0, first[size:])
         return first[:size]
@@ -226,8 +224,7 @@ class _Reader:
     def value(self, tree: Any) -> Any:
         kind = type(tree)
         if kind is dict:
-            if len(tree) != 1:
-                raise RefusedMessage(f"an object has one key, not {len(tree)}.")
+            _refuse_if(len(tree) != 1, "an object has one key, not {}.", len(tree))
             return self._tagged(*tree.popitem())
         if kind is list:
             return list(map(self.value, tree))
