@@ -183,7 +183,8 @@ def bare_step(optimizer: Optimizer) -> Callable[[], object]:
 
 def free_gradients(optimizer: Optimizer) -> None:
     """Free the gradients as ``zero_grad`` does, without torch's record of it."""
-    if type(optimizer).zero_grad is not Optimizer.zero_grad:
+    is_own = type(optimizer).zero_grad is not Optimizer.zero_grad
+    if is_own or "zero_grad" in vars(optimizer):
         optimizer.zero_grad(set_to_none=True)  # It may free more.
         return
     for group in optimizer.param_groups:
