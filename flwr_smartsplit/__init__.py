@@ -61,6 +61,10 @@ if TYPE_CHECKING:
     from flwr_smartsplit.plan.variants.variants import Whole as Whole
     from flwr_smartsplit.plan.variants.widths import Widths as Widths
     from flwr_smartsplit.profile.profile import profile_chain as profile_chain
+    from flwr_smartsplit.serve.offer import Offer as Offer
+    from flwr_smartsplit.serve.predictor import Prediction as Prediction
+    from flwr_smartsplit.serve.predictor import Predictor as Predictor
+    from flwr_smartsplit.serve.serving import Serving as Serving
     from flwr_smartsplit.server.gate_schedule import GatePhase as GatePhase
     from flwr_smartsplit.server.gate_schedule import PruneSchedule as PruneSchedule
     from flwr_smartsplit.server.hybrid import HybridFL as HybridFL
@@ -116,6 +120,9 @@ _NAMES_BY_MODULE = {
     "plan.variants.deadline": "DeadlineWidths",
     "plan.variants.widths": "Widths",
     "profile.profile": "profile_chain",
+    "serve.offer": "Offer",
+    "serve.predictor": "Prediction Predictor",
+    "serve.serving": "Serving",
     "server.gate_schedule": "GatePhase PruneSchedule",
     "server.hybrid": "HybridFL",
     "server.momentum": "Momentum",

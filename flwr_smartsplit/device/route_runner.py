@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from flwr_smartsplit.device.cut_mover import CutMover
 from flwr_smartsplit.device.gradient_check import GradientCheck, Ratings
@@ -20,8 +21,8 @@ from flwr_smartsplit.device.step_timer import StepTimer
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import Connect, EdgeClient, opening_of, signed_opening
 from flwr_smartsplit.edge.protocol import State
-from flwr_smartsplit.edge.tensors import pack_targets
-from flwr_smartsplit.errors import InvalidRoute, RefusedMove
+from flwr_smartsplit.edge.tensors import WireTensor, pack_targets, unpack_targets
+from flwr_smartsplit.errors import InvalidRoute, RefusedMessage, RefusedMove
 from flwr_smartsplit.memory.cap import CapMode, MemoryCap
 from flwr_smartsplit.memory.meter import MemoryMeter
 from flwr_smartsplit.profile.example_shapes import longer_than_example, shapes_of
@@ -106,10 +107,19 @@ class RouteRunner:
         batch_size: int | None = None,  # The largest that will come, if known
     ) -> None:
         """Build the device's segments under the cap, and open sessions at the edges."""
-        num_units = len(self._chain)
-        for leg in self.route.device_legs(num_units):
+        self.build(state)
+        self.enter(connect, token=token, batch_size=batch_size)
+
+    def build(self, state: State) -> None:
+        """Build the device's segments under the cap."""
+        for leg in self.route.device_legs(len(self._chain)):
             self._runners.append(self._built(leg, state))
-        legs = self.route.edge_legs(num_units)
+
+    def enter(
+        self, connect: Connect, *, token: str, batch_size: int | None = None
+    ) -> None:
+        """Open sessions at the edges; see ``open``."""
+        legs = self.route.edge_legs(len(self._chain))
         if legs:
             self._check = self._checking(legs[0].place)
             opening = signed_opening(self.plan) or opening_of(
@@ -141,6 +151,18 @@ class RouteRunner:
         with self.cap.step((inputs, targets), *self._owners()):
             for _, (x, y) in micro_batches((inputs, targets), self.accumulate):
                 self.metrics.count(num_examples(x, y), self._evaluated(x, y))
+
+    def predict_step(self, inputs: Batch, *, like: Any) -> Any:
+        """Run one batch forward, metered if the cap's schedule says so.
+
+        Returns what the model returns; ``like`` is nested as that is.
+        """
+        inputs = placed(inputs, self._device)
+        with self.cap.step((inputs,), *self._owners()):
+            outputs = self._predicted(inputs, like)
+            synchronise(self._device)
+        self.cap.meter.forget(outputs)  # They are the caller's.
+        return outputs
 
     @property
     def num_steps(self) -> int:
@@ -364,6 +386,17 @@ class RouteRunner:
         returned = edge.returning.decode(stepped.boundary, gradients=tail.entering)
         return tail.assess(tail.evaluate(returned), targets)
 
+    def _predicted(self, inputs: Batch, like: Any) -> Any:
+        head, tail, edge = self._runners[0], self._runners[-1], self._edge
+        if edge is None:
+            return head.evaluate(inputs)
+        request = wire.Forward(step=0, num_examples=num_examples(inputs, None))
+        stepped = edge.forward(as_boundary(head.evaluate(inputs)), request, head)
+        if not self.route.returns:
+            return placed(_unpacked(stepped.outputs, like), self._device)
+        returned = edge.returning.decode(stepped.boundary, gradients=tail.entering)
+        return tail.evaluate(returned)
+
     def _built(self, leg: Leg, state: State) -> SegmentRunner:
         with self.cap.building():
             beside = [runner.segment for runner in self._runners]
@@ -397,3 +430,16 @@ class RouteRunner:
 
     def _owners(self) -> list[Any]:
         return [x for each in self._runners for x in (each.segment, each.optimizer)]
+
+
+def _unpacked(outputs: WireTensor | tuple[WireTensor, ...] | None, like: Any) -> Any:
+    """Read the outputs that an edge returned, if they are nested as they should be."""
+    try:
+        if isinstance(outputs, WireTensor) == isinstance(like, Tensor):
+            return unpack_targets(outputs or (), like=like)
+    except ValueError:
+        pass
+    raise RefusedMessage(
+        "the edge's outputs are not nested as the model's: use one task and one "
+        "release of flwr_smartsplit everywhere."
+    )

@@ -16,9 +16,19 @@ from flwr_smartsplit.edge.session import Session, StepRequest
 from flwr_smartsplit.errors import EdgeFull, RefusedMove, bytes_text
 from flwr_smartsplit.plan.coding import codecs_at, coded_profile
 from flwr_smartsplit.plan.tail_memory import TailBytes, tail_bytes
+from flwr_smartsplit.profile.forward_memory import dry_forward
 from flwr_smartsplit.profile.task_profiles import profile_of
+from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
-from flwr_smartsplit.types import ChainProfile, EdgeProfile, Variant
+from flwr_smartsplit.types import (
+    DEVICE,
+    EDGE,
+    ChainProfile,
+    Codec,
+    EdgeProfile,
+    Route,
+    Variant,
+)
 
 LEAST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.05, 5.0
 _NOTHING = TailBytes(0, 0)
@@ -61,9 +71,17 @@ class Admission:
         self.recount(sealed)
         self._profiles: dict[tuple[int, int, Variant], ChainProfile] = {}
         self._needed: dict[str, _Needed] = {}
+        self._shared: dict[str, str] = {}  # Names of copies, by session
+        self._forwards: dict[tuple[int, tuple[int, ...], tuple[Codec, ...]], int] = {}
 
-    def open(self, request: wire.OpenSession) -> None:
-        """Reserve all that a session will need, or raise ``EdgeFull``."""
+    def open(self, request: wire.OpenSession, *, shared_as: str = "") -> None:
+        """Reserve all that a session will need, or raise ``EdgeFull``.
+
+        Sessions that share a copy of their units also share what they reserve.
+        """
+        if shared_as:
+            with self._ledger.lock:
+                self._shared[request.session] = shared_as
         if self.is_limited:  # An unknown batch size counts as 1; ``fit`` reserves more.
             self._reserve_for(request, (request.batch_size or 1, request.start))
 
@@ -99,11 +117,20 @@ class Admission:
         self._needed[opened.session] = (batch_size, 0)
 
     def _reserve_for(self, opened: wire.OpenSession, needed: _Needed) -> None:
-        self.reserve(opened.session, self._need(opened, needed))
-        self._needed[opened.session] = needed
+        need, name = self._need(opened, needed), opened.session
+        shared = self._shared.get(name)
+        try:
+            self.reserve(shared or name, need, keeps=shared is not None)
+        except EdgeFull:
+            if name not in self._needed:
+                self._shared.pop(name, None)
+            raise
+        self._needed[name] = needed
 
     def _need(self, opened: wire.OpenSession, needed: _Needed) -> TailBytes:
         """Predict what a session needs, by a dry run of the task."""
+        if opened.predicts:
+            return TailBytes(self._forward_bytes(opened, needed[0]), 0)
         batch_size, start = needed
         kind = batch_size, opened.accumulate, opened.variant.leading()
         if kind not in self._profiles:
@@ -119,6 +146,21 @@ class Admission:
             profile = coded_profile(profile, codecs_at(size, ends))
         need = tail_bytes(profile, start, opened.stop)
         return need if opened.is_trained else need._replace(disk_bytes=0)
+
+    def _forward_bytes(self, opened: wire.OpenSession, batch_size: int) -> int:
+        """Predict what a copy of units takes that predicts."""
+        start, stop = opened.start, opened.stop
+        cuts = (start, stop) if stop < len(build_chain(self._task)) else (start,)
+        codecs = opened.codecs[: len(cuts)]
+        kind = batch_size, cuts, codecs
+        if kind not in self._forwards:
+            route = Route(cuts, (DEVICE, EDGE, DEVICE)[: len(cuts) + 1])
+            found = dry_forward(
+                self._task, route, batch_size=batch_size, codecs=codecs, place=EDGE
+            )
+            # When it opens, its state is there twice: read, and built.
+            self._forwards[kind] = max(found.peak_bytes, 2 * found.state_bytes)
+        return self._forwards[kind]
 
     def reserve(self, session: str, need: TailBytes, *, keeps: bool = False) -> None:
         """Replace a session's reservation, or keep it and raise ``EdgeFull``."""
@@ -141,10 +183,14 @@ class Admission:
                 self._note_end(key)
 
     def free(self, session: str) -> None:
-        """Free all that a session reserved."""
-        ledger, key = self._ledger, (self._run, session)
+        """Free all that a session reserved, unless others share it."""
+        ledger = self._ledger
         self._needed.pop(session, None)
         with ledger.lock:
+            shared = self._shared.pop(session, None)
+            if shared in self._shared.values():
+                return
+            key = self._run, shared or session
             ledger.sealed.pop(key, None)
             if ledger.open.pop(key, None) is not None:
                 self._note_end(key)

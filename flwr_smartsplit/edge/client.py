@@ -67,6 +67,7 @@ def opening_of(  # noqa: PLR0913 - what a plan does not say
     token: str,
     batch_size: int | None = None,  # The largest, if known
     accumulate: int = 1,
+    predicts: bool = False,
     sign: Sign = _unsigned,
 ) -> Opening:
     """Make the request for the first edge; it holds those for the edges after it."""
@@ -95,6 +96,7 @@ def opening_of(  # noqa: PLR0913 - what a plan does not say
             accumulate=accumulate,
             wants_norms=plan.wants_fisher and is_trained,
             codecs=plan.codecs[cut_index:],
+            predicts=predicts,
         )
         request = sign(opening)
         onward = wire.Onward(plan.edge_addresses[leg.place], request)
@@ -140,7 +142,8 @@ class EdgeClient:
         reply = self._transport.send(request)
         if self._limits is not None:  # An edge may be dishonest, too.
             most = self._limits.step_bytes
-            check_bytes(self._session, most, (reply.boundary, reply.gradients))
+            came = reply.boundary, reply.outputs, reply.gradients
+            check_bytes(self._session, most, came)
         return reply
 
     def move(

@@ -154,6 +154,8 @@ class OpenSession(Request[Opened]):
     wants_norms: bool = False  # Of its gradients, with each step's reply
     codecs: tuple[Codec, ...] = ()  # Of the cuts from this one on; empty for ``RAW``
     limits: Limits | None = None  # None where no strategy planned it
+    # Without labels: outputs go back, and all such sessions share one copy of the units
+    predicts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,8 @@ class Stepped:
     """The reply to ``Forward`` and to ``Backward``."""
 
     boundary: tuple[WireTensor | Coded, ...] = ()  # If the route ends on the device
+    # Of the whole model, if the session predicts and the route ends at an edge
+    outputs: WireTensor | tuple[WireTensor, ...] | None = None  # Several if nested
     # Of the inputs that need one, in order
     gradients: tuple[WireTensor | Coded, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict)  # Mean loss; metrics
@@ -191,7 +195,8 @@ class Forward(Request[Stepped]):
 
     With targets, that is everything: loss, backward and update in training, loss and
     metrics in evaluation. Without them, the boundary returns to the device, and
-    ``Backward`` follows in training. To repeat the last request repeats its reply.
+    ``Backward`` follows in training; where a session predicts, the outputs return if
+    there is no boundary to. To repeat the last request repeats its reply.
     """
 
     session: str = ""

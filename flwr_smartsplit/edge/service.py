@@ -23,6 +23,7 @@ from flwr_smartsplit.edge.client import Connect, EdgeClient, nowhere, opening_in
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved
 from flwr_smartsplit.edge.gate.labels import LabelCheck
 from flwr_smartsplit.edge.regions import cut_state
+from flwr_smartsplit.edge.replicas import Replicas, replica_name
 from flwr_smartsplit.edge.session import Session
 from flwr_smartsplit.edge.session_table import SessionTable
 from flwr_smartsplit.edge.state_store import StateStore
@@ -68,6 +69,7 @@ class EdgeService:
         self._admission = Admission(
             task, profile, sealed=self.store.tail_bytes(), run=run, ledger=ledger
         )
+        self._replicas = Replicas()
         self.sessions = SessionTable(
             self.store, self._admission, incarnation=incarnation
         )
@@ -91,7 +93,9 @@ class EdgeService:
     @_answer.register
     def _(self, request: wire.OpenSession) -> wire.Opened:
         session = self.sessions.opened_by(request) or self.sessions.open(
-            request, partial(self._built, request)
+            request,
+            partial(self._built, request),
+            shared_as=replica_name(request, self.chain.under(request.variant)),
         )
         return wire.Opened(session.incarnation)
 
@@ -142,6 +146,28 @@ class EdgeService:
 
     def _built(self, request: wire.OpenSession) -> Session:
         """Build a session here, and at the edges after this one."""
+        replica, build = None, partial(self._segment, request)
+        if name := replica_name(request, self.chain.under(request.variant)):
+            replica = self._replicas.of(name, build)
+        runner = self._runner(request, replica.segment if replica else build())
+        onward = None
+        if request.onward is not None:
+            place = opening_in(request.onward.opening).place
+            transport = self._connect(place, request.onward.address)
+            onward = EdgeClient(transport, request.onward.opening, device=self._device)
+        return Session(
+            request,
+            # Only who opened the session knows this; the gate reads the run off it.
+            f"{self._run}:{token_hex(16)}",
+            runner,
+            onward,
+            device=self._device,
+            replica=replica,
+            answers=request.predicts and request.stop == len(self.chain),
+        )
+
+    def _segment(self, request: wire.OpenSession) -> Segment:
+        """Build a session's units from the state that they start with."""
         with unmetered():  # The template's buffers belong to no session.
             chain = self.chain.under(request.variant)
             names = chain.state_names(request.start, request.stop)
@@ -151,15 +177,7 @@ class EdgeService:
         state = cut_state(held, regions)
         del held
         segment = materialise(chain, request.start, request.stop, state)
-        del state
-        runner, onward = self._runner(request, segment), None
-        if request.onward is not None:
-            place = opening_in(request.onward.opening).place
-            transport = self._connect(place, request.onward.address)
-            onward = EdgeClient(transport, request.onward.opening, device=self._device)
-        # Only who opened the session knows this; the gate reads the run off it.
-        secret = f"{self._run}:{token_hex(16)}"
-        return Session(request, secret, runner, onward, device=self._device)
+        return segment.to(self._device).eval() if request.predicts else segment
 
     def _chain_of(self, session: Session) -> Chain:
         return self.chain.under(session.opened.variant)

@@ -6,6 +6,7 @@ edge to edge and never through the device, which may be too small to hold it.
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from flwr_smartsplit.edge.client import EdgeClient
 from flwr_smartsplit.edge.coding.crossing import Crossing
 from flwr_smartsplit.edge.cut_moves import MoveCut, Moved, moved_session
 from flwr_smartsplit.edge.message_bytes import checksum
-from flwr_smartsplit.edge.tensors import WireTensor, unpack_targets
+from flwr_smartsplit.edge.replicas import Replica
+from flwr_smartsplit.edge.tensors import WireTensor, pack_targets, unpack_targets
 from flwr_smartsplit.errors import EdgeError, OutOfOrderStep
 from flwr_smartsplit.plan.advisor import Progress, judged
 from flwr_smartsplit.split.chain import Chain
@@ -34,7 +36,7 @@ Place = tuple[int, int, bool]
 class Session:
     """One client's replica of its segment at an edge."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it runs, and in what way it answers
         self,
         opened: wire.OpenSession,
         incarnation: str,  # Identifies this opening
@@ -42,6 +44,8 @@ class Session:
         onward: EdgeClient | None,  # The route's next edge
         *,
         device: torch.device = CPU,
+        replica: Replica | None = None,  # That the runner has in common with others
+        answers: bool = False,  # With the outputs of the model, which ends here
     ) -> None:
         self.opened = opened
         self.incarnation = incarnation
@@ -50,6 +54,8 @@ class Session:
         self.start = opened.start
         self.num_examples = 0
         self.lock = threading.Lock()
+        self._turn: AbstractContextManager[None] = replica or nullcontext()
+        self._answers = answers
         self._inward = Crossing.at(opened, 0, device)
         self._returning = Crossing.at(opened, -1, device)
         self._order = RequestOrder(opened.session)
@@ -139,9 +145,12 @@ class Session:
 
     def _evaluate(self, request: wire.Forward) -> wire.Stepped:
         """Evaluate a batch to the end of the route, or until it returns."""
-        outputs = self.runner.evaluate(self._came(request))
+        with self._turn:
+            outputs = self.runner.evaluate(self._came(request))
         if self.onward is not None:
             return self.onward.forward(as_boundary(outputs), request, self.runner)
+        if self._answers:
+            return wire.Stepped(outputs=pack_targets(outputs))
         if request.targets is None:
             return self._going_back(as_boundary(outputs), request)
         targets = self._targets(request.targets)

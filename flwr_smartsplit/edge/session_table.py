@@ -56,10 +56,16 @@ class SessionTable:
         is_it = known is not None and request.token and known.opened == request
         return known if is_it else None
 
-    def open(self, request: wire.OpenSession, build: Callable[[], Session]) -> Session:
+    def open(
+        self,
+        request: wire.OpenSession,
+        build: Callable[[], Session],
+        *,
+        shared_as: str = "",  # The copy of its units that it shares; see replicas.py
+    ) -> Session:
         """Open a session; an earlier one of its name, sealed or not, is void."""
         name = request.session
-        self._admission.open(request)
+        self._admission.open(request, shared_as=shared_as)
         self._open.pop(name, None)
         self._sealed.pop(name, None)
         self._store.drop_tail(name)

@@ -4,7 +4,7 @@ The numbers are those of ``edge/coding/``, which codes a few rows at a time by t
 operators. ``coded_profile`` puts them into a profile, so that all planning counts them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
 from math import ceil
@@ -102,14 +102,21 @@ def _coded(unit: UnitCost, codec: Codec, coding: Coding, before: Coding) -> Unit
 
 def coding_of(codec: Codec, unit: UnitCost) -> Coding:
     """Say what a codec costs at the cut after a unit."""
+    return tensors_coding(codec, unit.crossing, after=unit.name)
+
+
+def tensors_coding(
+    codec: Codec, tensors: Iterable[TensorCost], *, after: str
+) -> Coding:
+    """Say what a codec costs at a cut that some tensors cross, after a unit."""
     if isinstance(codec, Raw):
         return NO_CODING
     found = NO_CODING
-    for tensor in unit.crossing:
+    for tensor in tensors:
         is_exact = tensor.dtype != "float64" or tensor.is_context
         if not (is_exact or isinstance(codec, Packed)):
             raise InvalidTask(
-                f"what crosses the cut after {unit.name} is float64, which is for "
+                f"what crosses the cut after {after} is float64, which is for "
                 f"tests of exactness, and {codec} would round it: use Packed(), or "
                 "float32."
             )

@@ -187,20 +187,34 @@ class EdgePool:
         ``profile`` is that of its batches. A plan that goes to no edge stays as it is.
         """
         num_units = len(build_chain(self._task))
-        legs = plan.route.edge_legs(num_units)
-        if not legs:
+        if not plan.route.edge_legs(num_units):
             return plan
         limits = limits_of(
             plan, device, profile, num_units=num_units, is_train=is_train
         )
+        return self.sign(
+            plan, limits, is_trained=is_train, batch_size=device.batch_size
+        )
+
+    def sign(
+        self,
+        plan: ClientPlan,
+        limits: wire.Limits,
+        *,
+        is_trained: bool,
+        batch_size: int,
+        predicts: bool = False,
+    ) -> ClientPlan:
+        """Sign what a client opens at its edges in this phase, within some limits."""
         limits = replace(limits, phase=self._phase)
         request = opening_of(
             plan,
-            legs,
-            is_trained=is_train,
+            plan.route.edge_legs(len(build_chain(self._task))),
+            is_trained=is_trained,
             token="",
-            batch_size=device.batch_size,
+            batch_size=batch_size,
             accumulate=max(self._task.accumulate, plan.accumulate),
+            predicts=predicts,
             sign=lambda opening: self._keys.sign(opening, limits),
         )
         return replace(plan, opening=b"".join(encode(request)))

@@ -297,6 +297,15 @@ class Chain:
         units = self.units[start:stop]
         return Segment(units, start, root, self._odd_modes, entering=entering)
 
+    def is_constant(self, start: int, stop: int) -> bool:
+        """Say whether units ``[start, stop)`` stay as they are in evaluation.
+
+        Not if a module of the model trains then, too, as an odd BatchNorm does, or if
+        they keep more than tensors, which evaluation may change as training does.
+        """
+        keeps = any(unit.changed for unit in self.units[start:stop])
+        return not keeps and not self._odd_modes.get(False)
+
     def own_segment(self, start: int, stop: int) -> Segment:
         """Copy units ``[start, stop)`` with modules of their own."""
         return copy.deepcopy(self.segment(start, stop))

@@ -226,7 +226,11 @@ class EdgeGate:
     # --- clients --------------------------------------------------------------------
 
     def _open(self, request: wire.OpenSigned) -> wire.Opened:
-        """Open a session once; a used opening gets the same answer again."""
+        """Open a session once; a used opening gets the same answer again.
+
+        Where a session only predicts, it may be opened again once it has ended: its
+        device was away, and nothing counts its batches.
+        """
         held = self._runs.get(request.run)
         if held is None:
             raise StaleSession(
@@ -240,10 +244,16 @@ class EdgeGate:
         digest = secret_digest(request.opening.hex()).hex()
         with held.locks.setdefault(digest, Lock()):
             known = held.answers.get(digest)
-            if known is None:
+            if known is None or (opening.predicts and self._is_gone(held, known)):
                 known = opening, held.service.handle(request)
                 held.answers[digest] = known
         return known[1]
+
+    @staticmethod
+    def _is_gone(held: _Held, known: tuple[wire.OpenSession, wire.Opened]) -> bool:
+        """Say whether a session ended; if it only predicts, it may open again."""
+        opening, opened = known
+        return not held.service.sessions.knows(opening.session, opened.incarnation)
 
     def _go_on(
         self, request: wire.Forward | wire.Backward | MoveCut | wire.Seal
