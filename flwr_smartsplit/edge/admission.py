@@ -14,7 +14,11 @@ from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.cut_moves import MoveCut
 from flwr_smartsplit.edge.session import Session, StepRequest
 from flwr_smartsplit.errors import EdgeFull, RefusedMove, bytes_text
-from flwr_smartsplit.plan.coding import codecs_at, coded_profile
+from flwr_smartsplit.plan.coding import (
+    codecs_at,
+    coded_peak_bytes,
+    coded_profile,
+)
 from flwr_smartsplit.plan.tail_memory import TailBytes, tail_bytes
 from flwr_smartsplit.profile.forward_memory import dry_forward
 from flwr_smartsplit.profile.task_profiles import profile_of
@@ -155,11 +159,10 @@ class Admission:
         kind = batch_size, cuts, codecs
         if kind not in self._forwards:
             route = Route(cuts, (DEVICE, EDGE, DEVICE)[: len(cuts) + 1])
-            found = dry_forward(
-                self._task, route, batch_size=batch_size, codecs=codecs, place=EDGE
-            )
+            found = dry_forward(self._task, route, batch_size=batch_size, place=EDGE)
+            peak = coded_peak_bytes(found.peak_bytes, found.crossings, codecs)
             # When it opens, its state is there twice: read, and built.
-            self._forwards[kind] = max(found.peak_bytes, 2 * found.state_bytes)
+            self._forwards[kind] = max(peak, 2 * found.state_bytes)
         return self._forwards[kind]
 
     def reserve(self, session: str, need: TailBytes, *, keeps: bool = False) -> None:

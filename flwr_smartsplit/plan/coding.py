@@ -17,6 +17,7 @@ from flwr_smartsplit.types import (
     ChainProfile,
     Codec,
     Coding,
+    Crossed,
     Float16,
     Integer,
     Packed,
@@ -122,6 +123,19 @@ def tensors_coding(
             )
         found = _joined(found, _coding(codec, tensor))
     return found if found.send_bytes or found.send_back_bytes else NO_CODING
+
+
+def coded_peak_bytes(
+    peak_bytes: int, crossings: Sequence[Crossed], codecs: Sequence[Codec]
+) -> int:
+    """Add what codecs take to the peak of a place that predicts; none are ``Raw``."""
+    peaks = [peak_bytes]
+    for crossed, codec in zip(crossings, codecs, strict=bool(codecs)):
+        coding = tensors_coding(codec, crossed.tensors, after=crossed.after)
+        sent = coding.send_bytes * crossed.is_sent
+        peaks.append(crossed.live_bytes + sent)
+        peaks.append(crossed.live_bytes + coding.receive_bytes * crossed.is_received)
+    return max(peaks)
 
 
 def _joined(one: Coding, other: Coding) -> Coding:

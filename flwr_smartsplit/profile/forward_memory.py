@@ -4,7 +4,6 @@ It is what a meter sees, to the byte: the route's segments run as they do there,
 evaluation mode and one after another, on fake tensors.
 """
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.memory.meter import MemoryMeter, unmetered
-from flwr_smartsplit.plan.coding import tensors_coding
 from flwr_smartsplit.profile.tensor_layout import (
     crossing_cost,
     packing_bytes,
@@ -33,7 +31,7 @@ from flwr_smartsplit.split.fake_tensors import (
 from flwr_smartsplit.split.segment import Segment, as_boundary
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.segment_runner import SegmentRunner
-from flwr_smartsplit.types import DEVICE, RAW, Codec, Coding, Route
+from flwr_smartsplit.types import DEVICE, Crossed, Route, TensorCost
 
 _RETURNED = (Tensor, bool, int, float, str, type(None))
 
@@ -42,7 +40,8 @@ _RETURNED = (Tensor, bool, int, float, str, type(None))
 class Forwarded:
     """What a batch forward along a route takes at one place, and what it returns."""
 
-    peak_bytes: int  # Exact without codecs; with some, never less
+    peak_bytes: int  # Where every codec is ``Raw``
+    crossings: tuple[Crossed, ...]  # Of the route's cuts
     state_bytes: int  # Of the units at that place
     largest_bytes: int  # Of what crosses a cut on the way, and of the outputs
     outputs: Any  # Of the model: fake tensors, nested as it returns them
@@ -53,7 +52,6 @@ def dry_forward(
     route: Route,
     *,
     batch_size: int,
-    codecs: Sequence[Codec] = (),
     place: str = DEVICE,
 ) -> Forwarded:
     """Find what a batch forward along a route takes at a place of this route.
@@ -69,8 +67,6 @@ def dry_forward(
         Where its units run.
     batch_size : int
         Examples in the batch.
-    codecs : Sequence[Codec]
-        One for each cut; none for ``Raw`` at all of them.
     place : str
         The device, or one of the route's edges.
 
@@ -80,7 +76,7 @@ def dry_forward(
         If the model cannot run such a batch in evaluation mode, or returns anything but
         nested tensors and plain values.
     """
-    run = _DryRoute(task, route, codecs or (RAW,) * len(route.cuts), place)
+    run = _DryRoute(task, route, place)
     with ThreadPoolExecutor(max_workers=1) as aside:
         return aside.submit(run.forward, batch_size).result()
 
@@ -88,16 +84,14 @@ def dry_forward(
 class _DryRoute:
     """A route whose units all run here, and of which one place is metered."""
 
-    def __init__(
-        self, task: Task, route: Route, codecs: Sequence[Codec], place: str
-    ) -> None:
+    def __init__(self, task: Task, route: Route, place: str) -> None:
         self._task = task
         self._chain = build_chain(task)
         self._legs = route.legs(len(self._chain))
         self._is_here = [leg.place == place for leg in self._legs]
-        self._codecs = codecs
         self._meter = MemoryMeter()
-        self._coded_peak = self._state_bytes = 0
+        self._crossings: list[Crossed] = []
+        self._packed_peak = self._state_bytes = 0
         self._largest = 0
 
     @warnings_ignored()
@@ -115,7 +109,8 @@ class _DryRoute:
                 batch_size=batch_size,
             ) from error
         return Forwarded(
-            peak_bytes=max(self._meter.peak_bytes, self._coded_peak),
+            peak_bytes=max(self._meter.peak_bytes, self._packed_peak),
+            crossings=tuple(self._crossings),
             state_bytes=self._state_bytes,
             largest_bytes=self._largest,
             outputs=outputs,
@@ -138,7 +133,7 @@ class _DryRoute:
                 runner = SegmentRunner(segment, self._task, is_trained=False)
                 with _metered_if(is_here):
                     value = runner.evaluate(value)
-                if index < len(self._codecs):
+                if index < len(segments) - 1:
                     value = self._crossed(as_boundary(value), index)
             self._check_outputs(value)
             if here[0] and not here[-1]:  # They come back.
@@ -157,30 +152,34 @@ class _DryRoute:
 
     def _crossed(self, boundary: tuple[Tensor, ...], index: int) -> Any:
         """Send a boundary over a cut: what is there afterwards is another one."""
-        codec, live = self._codecs[index], self._meter.live_bytes
-        coding = self._coding(codec, boundary, self._legs[index].stop - 1)
-        packing = sum(map(packing_bytes, boundary))
-        if self._is_here[index]:
-            sent = coding.send_bytes if codec != RAW else packing
-            self._coded_peak = max(self._coded_peak, live + sent)
+        live, unit = self._meter.live_bytes, self._legs[index].stop - 1
+        is_sent, is_received = self._is_here[index : index + 2]
+        if is_sent:
+            packed = live + sum(map(packing_bytes, boundary))
+            self._packed_peak = max(self._packed_peak, packed)
+        self._crossings.append(
+            Crossed(
+                after=self._chain.unit_names[unit],
+                tensors=self._costs(boundary, unit),
+                live_bytes=live,
+                is_sent=is_sent,
+                is_received=is_received,
+            )
+        )
         self._largest = max(self._largest, sum(x.nbytes for x in boundary))
-        with _metered_if(self._is_here[index + 1]):
-            arrived = tuple(map(_arrived, boundary))
-        if self._is_here[index + 1]:
-            self._coded_peak = max(self._coded_peak, live + coding.receive_bytes)
-        return arrived
+        with _metered_if(is_received):
+            return tuple(map(_arrived, boundary))
 
-    def _coding(self, codec: Codec, boundary: tuple[Tensor, ...], unit: int) -> Coding:
+    def _costs(self, boundary: tuple[Tensor, ...], unit: int) -> tuple[TensorCost, ...]:
         flags = (*self._chain.units[unit].gradients, *(False,) * len(boundary))
-        costs = [
+        return tuple(
             replace(
                 crossing_cost(tensor),
                 has_gradient=False,
                 is_context=not flags[place] and (place > 0 or any(flags)),
             )
             for place, tensor in enumerate(boundary)
-        ]
-        return tensors_coding(codec, costs, after=self._chain.unit_names[unit])
+        )
 
     def _check_outputs(self, outputs: Any) -> None:
         leaves = tree_leaves(outputs)
@@ -203,6 +202,8 @@ def _arrived(sent: Tensor) -> Tensor:
     )
     room = torch.empty(size // item, dtype=sent.dtype)
     lead = size // item - span if sent.numel() else 0
+    if packing_bytes(sent):  # Its values come without the gaps, and are laid out.
+        torch.empty(sent.numel(), dtype=sent.dtype)
     return room.as_strided(sent.shape, sent.stride(), lead)
 
 

@@ -4,7 +4,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,6 +28,7 @@ from flwr_smartsplit.task_digest.facts import require_same_task, task_facts
 from flwr_smartsplit.train.micro_batches import num_examples
 from flwr_smartsplit.train.threads import torch_threads
 from flwr_smartsplit.train.torch_device import CPU, as_device
+from flwr_smartsplit.types import ClientPlan
 
 _log = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ class Predictor:
             )
         if not isinstance(edges, list | tuple):
             raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
-        chain = build_chain(task)
-        facts = task_facts(task, chain.model)
+        facts = task_facts(task, build_chain(task).model)
         require_same_task(facts, offer.facts, whose="the predictor")
         self.num_batches = self.num_fallbacks = 0
         self._offer = offer
@@ -111,27 +110,10 @@ class Predictor:
         self._fallback = fallback
         self._answers = TimedAnswers(timeout_seconds)
         self._is_open = self._has_failed = False
-        plan, on, size = offer.plan, as_device(device), offer.batch_size
-        forward = dry_forward(task, plan.route, batch_size=size, codecs=plan.codecs)
-        self._like = forward.outputs
-        spare = 0
-        if on != CPU:
-            spare = accelerator_overhead(chain, batch_size=size, task=task)
-        self._cap = MemoryCap(
-            plan.budget_bytes,
-            name=f"client {plan.client_key}",
-            mode=cap_mode,
-            device=on,
-            spare_bytes=spare,
-        )
-        self._runner = RouteRunner(
-            plan,
-            task,
-            self._cap,
-            is_trained=False,
-            timer=StepTimer(plan, clock=time.perf_counter),
-            device=on,
-        )
+        size = offer.batch_size
+        self._like = dry_forward(task, offer.plan.route, batch_size=size).outputs
+        self._cap = _cap(task, offer, cap_mode, as_device(device))
+        self._runner = _runner(task, offer.plan, self._cap, as_device(device))
         self._runner.build(offer.state)
 
     @property
@@ -171,8 +153,7 @@ class Predictor:
     def close(self) -> None:
         """End the sessions at the edges; the offer can be used again."""
         if self._is_open and not self._answers.is_waiting:
-            with suppress(EdgeError):
-                self._answers.of(self._runner.abandon)
+            self._runner.abandon()
         self._is_open = False
 
     def __enter__(self) -> Self:
@@ -224,3 +205,25 @@ class Predictor:
         return TimedTransport(
             self._answers.of(lambda: edge.connect(address)), self._answers
         )
+
+
+def _cap(
+    task: Task, offer: Offer, mode: CapMode | str, device: torch.device
+) -> MemoryCap:
+    spare, chain = 0, build_chain(task)
+    if device != CPU:
+        spare = accelerator_overhead(chain, batch_size=offer.batch_size, task=task)
+    return MemoryCap(
+        offer.plan.budget_bytes,
+        name=f"client {offer.plan.client_key}",
+        mode=mode,
+        device=device,
+        spare_bytes=spare,
+    )
+
+
+def _runner(
+    task: Task, plan: ClientPlan, cap: MemoryCap, device: torch.device
+) -> RouteRunner:
+    timer = StepTimer(plan, clock=time.perf_counter)
+    return RouteRunner(plan, task, cap, is_trained=False, timer=timer, device=device)

@@ -1,6 +1,7 @@
 """Serving: gives edges a trained model, and devices what they need to predict."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from flwr_smartsplit.errors import (
     NoFeasibleRoute,
     bytes_text,
 )
+from flwr_smartsplit.plan.coding import coded_peak_bytes
 from flwr_smartsplit.profile.forward_memory import Forwarded, dry_forward
 from flwr_smartsplit.serve.offer import Offer
 from flwr_smartsplit.server.edge_pool import EdgePool
@@ -86,7 +88,7 @@ class Serving:
         self._digest = state_digest(self._state)
         self._pool = EdgePool(edges, task)
         self._num_offers = 0
-        self._known: dict[tuple[Route, int, Codec], Forwarded] = {}
+        self._known: dict[tuple[Route, int], Forwarded] = {}
 
     def offer(
         self,
@@ -168,13 +170,12 @@ class Serving:
         return task_facts(self._task, self._chain.model)
 
     def _costs(self, route: Route, batch_size: int, codec: Codec) -> Forwarded:
-        kind = route, batch_size, codec
+        kind = route, batch_size
         if kind not in self._known:
-            codecs = (codec,) * len(route.cuts)
-            self._known[kind] = dry_forward(
-                self._task, route, batch_size=batch_size, codecs=codecs
-            )
-        return self._known[kind]
+            self._known[kind] = dry_forward(self._task, route, batch_size=batch_size)
+        raw, codecs = self._known[kind], (codec,) * len(route.cuts)
+        peak = coded_peak_bytes(raw.peak_bytes, raw.crossings, codecs)
+        return replace(raw, peak_bytes=peak)
 
     def _deepest(
         self, batch_size: int, budget_bytes: int | None, codec: Codec

@@ -40,6 +40,7 @@ from flwr_smartsplit.types.constraints import Constraints as Constraints
 from flwr_smartsplit.types.costs import GATE as GATE
 from flwr_smartsplit.types.costs import BatchKind as BatchKind
 from flwr_smartsplit.types.costs import ChainProfile as ChainProfile
+from flwr_smartsplit.types.costs import Crossed as Crossed
 from flwr_smartsplit.types.costs import Shapes as Shapes
 from flwr_smartsplit.types.costs import SharedTensor as SharedTensor
 from flwr_smartsplit.types.costs import StepBytes as StepBytes

@@ -94,6 +94,17 @@ class UnitCost:
         return 0 if self.keeps_gradient else self.gradient_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossed:
+    """What crosses one cut when a batch is predicted, and what one place then holds."""
+
+    after: str  # The unit before the cut
+    tensors: tuple[TensorCost, ...]
+    live_bytes: int  # At that place, before anything is coded, or has come
+    is_sent: bool  # By that place
+    is_received: bool
+
+
 @dataclass(frozen=True, slots=True)
 class SharedTensor:
     """A frozen parameter of several units, which a place holds once."""

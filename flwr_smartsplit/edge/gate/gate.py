@@ -31,6 +31,7 @@ from flwr_smartsplit.edge.gate.rules import (
     check_commit,
     check_move,
     check_opening,
+    check_seal,
     check_state,
     check_step,
     is_over,
@@ -271,6 +272,8 @@ class EdgeGate:
                 chain = service.chain.under(opening.variant)
                 coming = arriving(chain, request.start, session.start)
                 check_move(request, opening, session.start, coming)
+            else:
+                check_seal(opening)
         return ask(request)
 
     def _abandon(self, request: wire.Abandon) -> None:

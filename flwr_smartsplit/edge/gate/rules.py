@@ -145,6 +145,14 @@ def check_move(
     check_bytes(name, most, (dict(units.buffers), dict(units.optimizer)))
 
 
+def check_seal(opening: wire.OpenSession) -> None:
+    """Check that there is something to seal: it takes the edge's disk."""
+    _refuse_if(
+        not opening.is_trained,
+        f"session {opening.session}: a Seal, where nothing is trained; abandon it.",
+    )
+
+
 def check_commit(request: wire.Commit) -> None:
     """Check the weights of a merge."""
     wrong = [e.session for e in request.entries if not 1 <= e.weight <= MAX_WEIGHT]
