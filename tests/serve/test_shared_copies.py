@@ -22,7 +22,6 @@ from tests.serve.whole import batch, difference, predictor, served, whole
 from tests.tasks import BATCH_SIZE, TASK
 
 ROUTE = Route.split(2)
-NUM_DEVICES = 12
 
 
 def needed_bytes(batch_size: int = BATCH_SIZE) -> int:
@@ -47,27 +46,28 @@ def segments_at(gate: EdgeGate) -> list[nn.Module]:
     return [session.runner.segment for session in sessions]
 
 
-def test_memory_is_that_of_one_however_many_ask() -> None:
-    """The edge has room for one copy, and each device is told so what it should."""
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_memory_is_that_of_one_however_many_ask(count: int) -> None:
+    """The edge has room for one copy; each device is answered with its own batch."""
     edge = LocalEdge(memory_bytes=needed_bytes())
     with served(edge, route=ROUTE) as (serving, _):
-        offers = [serving.offer(ROUTE, batch_size=4) for _ in range(NUM_DEVICES)]
+        offers = [serving.offer(ROUTE, batch_size=4) for _ in range(count)]
         devices = [predictor(offer, edge) for offer in offers]
-        truths = [whole(batch(seed)) for seed in range(NUM_DEVICES)]
+        truths = [whole(batch(seed)) for seed in range(count)]
         found: dict[int, str] = {}
 
         def ask(index: int) -> None:
             answer = devices[index].predict(batch(index))
             found[index] = difference(answer, truths[index])
 
-        threads = [Thread(target=ask, args=(n,)) for n in range(NUM_DEVICES)]
+        threads = [Thread(target=ask, args=(n,)) for n in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert found == dict.fromkeys(range(NUM_DEVICES), "")
+        assert found == dict.fromkeys(range(count), "")
         gate = gate_of(serving)
-        assert gate.load().num_sessions == NUM_DEVICES
+        assert gate.load().num_sessions == count
         assert gate.load().reserved_bytes == needed_bytes()
         assert len({id(segment) for segment in segments_at(gate)}) == 1
         for device in devices:
