@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from flwr_smartsplit import RayEdge, Route, Serving
+from flwr_smartsplit import RayEdge, Route
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.hosts.edge import Edge
 from flwr_smartsplit.edge.hosts.local import LocalEdge
@@ -16,8 +16,6 @@ from flwr_smartsplit.edge.tensors import state_digest
 from flwr_smartsplit.errors import EdgeUnreachable
 from flwr_smartsplit.types import ClientReply, EdgeProfile
 from tests.edge.hosts.served import ServedEdge
-from tests.serve.whole import batch, difference, predictor
-from tests.serve.whole import whole as predicted
 from tests.server.one_round import fedavg, settle, start
 from tests.tasks import TASK, differences, initial_state
 
@@ -58,17 +56,6 @@ def test_a_round_over_two_edges_is_that_of_whole_models(
         assert differences(settled.state, fedavg(whole)) == []
     finally:
         pool.stop()
-
-
-def test_predictions_along_edges_are_those_of_the_whole_model(
-    edges: tuple[Edge, Edge],
-) -> None:
-    """On one edge, on both in a row, and on one in the middle."""
-    routes = (*ROUTES[:2], Route.u_shape(3, 7, edge="near"))
-    with Serving(TASK, STATE, edges) as serving:
-        for route in routes:
-            with predictor(serving.offer(route, batch_size=4), *edges) as device:
-                assert difference(device.predict(batch()), predicted(batch())) == ""
 
 
 def test_an_edge_says_what_it_offers(edges: tuple[Edge, Edge]) -> None:
