@@ -47,6 +47,9 @@ class Serving:
     edges : Sequence[Edge]
         Where the rest of the model runs, such as ``(RayEdge(),)``. They hold one copy
         of their units for all devices.
+    num_threads : int
+        Of torch, at every place: with another number, outputs may differ in their last
+        bits.
 
     Raises
     ------
@@ -72,7 +75,12 @@ class Serving:
     """
 
     def __init__(
-        self, task: Task, state: Mapping[str, Any], edges: Sequence[Edge]
+        self,
+        task: Task,
+        state: Mapping[str, Any],
+        edges: Sequence[Edge],
+        *,
+        num_threads: int = 1,
     ) -> None:
         if task.is_local is not None:
             raise InvalidTask(
@@ -87,6 +95,7 @@ class Serving:
         self._chain.check_state(kinds)
         self._digest = state_digest(self._state)
         self._pool = EdgePool(edges, task)
+        self._num_threads = _at_least_one(num_threads, "num_threads")
         self._num_offers = 0
         self._known: dict[tuple[Route, int], Forwarded] = {}
 
@@ -125,9 +134,7 @@ class Serving:
         EdgeUnreachable
             If an edge of the route cannot be reached.
         """
-        batch_size = whole(batch_size, "batch_size")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: give at least 1.")
+        batch_size = _at_least_one(batch_size, "batch_size")
         if budget_bytes is not None:
             budget_bytes = whole_bytes(budget_bytes, "budget_bytes")
         if route is None:
@@ -142,6 +149,7 @@ class Serving:
             attempt=self._num_offers,  # So that each opens sessions of its own.
             route=route,
             seed=0,
+            num_threads=self._num_threads,
             budget_bytes=budget_bytes,
             state_digest=self._digest,
             edge_addresses=self._held(route.edges()),
@@ -241,6 +249,12 @@ class Serving:
             n for leg in legs for n in self._chain.state_names(leg.start, leg.stop)
         }
         return {name: array for name, array in self._state.items() if name in names}
+
+
+def _at_least_one(number: int, name: str) -> int:
+    if whole(number, name) < 1:
+        raise ValueError(f"{name} is {number}: give at least 1.")
+    return whole(number, name)
 
 
 def _array(value: Any) -> npt.NDArray[Any]:

@@ -211,6 +211,8 @@ def test_what_is_wrong_is_refused_at_the_start() -> None:
             serving.offer(Route.split(2, edge="moon"), batch_size=4)
         with pytest.raises(ValueError, match="at least 1"):
             serving.offer(batch_size=0)
+        with pytest.raises(ValueError, match="at least 1"):
+            Serving(TASK, STATE, EDGES, num_threads=0)
         with predictor(offer, *EDGES) as mine:
             with pytest.raises(ValueError, match="divide the batch"):
                 mine.predict(batch(size=BATCH_SIZE + 1))
