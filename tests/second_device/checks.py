@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from flwr_smartsplit import Route
+from flwr_smartsplit import Route, Serving
 from flwr_smartsplit.device import route_runner
+from flwr_smartsplit.edge.hosts.local import LocalEdge
 from flwr_smartsplit.edge.tensors import WireTensor
 from flwr_smartsplit.errors import InvalidTask, SmartSplitError
 from flwr_smartsplit.memory.meter import MemoryMeter
@@ -25,7 +26,8 @@ from tests.on_device import (
     strays,
     trained,
 )
-from tests.tasks import TASK, differences
+from tests.serve import whole as stock
+from tests.tasks import BATCH_SIZE, TASK, differences
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +149,19 @@ def test_a_device_that_is_not_there_is_refused(device: torch.device) -> None:
     with pytest.raises(InvalidTask, match="this process sees 1 such devices"):
         as_device(f"{device.type}:1")
     assert as_device(device.type) == device
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=str)
+def test_a_predictor_has_its_units_and_outputs_on_the_device(
+    route: Route, device: torch.device
+) -> None:
+    """So have the copies at edges; the values are those of the CPU."""
+    names = dict.fromkeys(route.edges())
+    edges = [LocalEdge(name=name, device="second") for name in names]
+    with Serving(TASK, stock.STATE, edges) as serving, strays(device) as found:
+        offer = serving.offer(route, batch_size=BATCH_SIZE)
+        with stock.predictor(offer, *edges, device="second") as mine:
+            outputs = mine.predict(stock.batch()).outputs
+    assert found == []
+    assert outputs.device.type == device.type
+    assert torch.equal(outputs.cpu(), stock.whole(stock.batch()))
