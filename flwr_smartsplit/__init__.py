@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     )
     from flwr_smartsplit.plan.variants.adaptive import AdaptiveWidths as AdaptiveWidths
     from flwr_smartsplit.plan.variants.deadline import DeadlineWidths as DeadlineWidths
+    from flwr_smartsplit.plan.variants.movement import Movement as Movement
+    from flwr_smartsplit.plan.variants.progressive import Progressive as Progressive
     from flwr_smartsplit.plan.variants.variants import ClientOutcome as ClientOutcome
     from flwr_smartsplit.plan.variants.variants import RoundOutcome as RoundOutcome
     from flwr_smartsplit.plan.variants.variants import VariantRequest as VariantRequest
@@ -115,6 +117,8 @@ _NAMES_BY_MODULE = {
     ),
     "plan.selection.selection": "Selection SelectionRequest select_at_random",
     "plan.selection.utility": "SelectByUtility",
+    "plan.variants.movement": "Movement",
+    "plan.variants.progressive": "Progressive",
     "plan.variants.variants": "ClientOutcome RoundOutcome VariantRequest Whole",
     "plan.variants.adaptive": "AdaptiveWidths",
     "plan.variants.deadline": "DeadlineWidths",

@@ -245,5 +245,8 @@ class SplitStrategy(Generic[StrategyT]):
         """Compare the chain with the stock module before anything is trained."""
         for sent in dispatch.sent.values():
             if sent.profile is not None:
-                self._start.verify(sent.profile, sent.plan.config)
+                whole = self._central.planner.costs(sent.profile.batch_size)
+                is_step = sent.plan.variant.is_step
+                profile = whole if is_step else sent.profile
+                self._start.verify(profile, sent.plan.config)
                 return

@@ -252,16 +252,16 @@ class LegacySmartSplit(SplitStrategy[FedAvg], Strategy):
             config={**config, "server-round": server_round},
         )
         client_manager.wait_for(self.strategy.min_available_clients, _A_DAY_SECONDS)
-        proxies = list(client_manager.all().values())
         state = self._state(parameters)
         dispatch = self._begin(
             phase,
             state,
-            *self._fleet.clients(proxies),
-            asked=f"{len(proxies)} clients",
+            *self._fleet.clients(list(client_manager.all().values())),
+            asked=f"{client_manager.num_available()} clients",
         )
         # The bytes of Flower's parameters go on as they are, without serialising anew.
         tensors = dict(zip(self._names, parameters.tensors, strict=True))
+        tensors |= {name: _tensor(a) for name, a in dispatch.proxies.items()}
         written = []
         for key, sent in dispatch.sent.items():
             own = [tensors[name] for name in sent.sent_names]

@@ -44,13 +44,15 @@ def written(
         member = dispatch.contacts[key]
         cut = parts.setdefault(sent.plan.variant, {})
         for name in sent.sent_names:
+            if name in dispatch.proxies and name not in cut:
+                cut[name] = Array(dispatch.proxies[name])
             if name in sent.regions and name not in cut:
                 part = cut_array(arrays[name].numpy(), sent.regions[name])
                 cut[name] = Array(part)
         content = instruction(
             member.layout,
             ArrayRecord(
-                {name: cut.get(name, arrays[name]) for name in sent.sent_names}
+                {n: cut[n] if n in cut else arrays[n] for n in sent.sent_names}
             ),
             {**config, **plan_to_scalars(sent.plan)},
             is_train=dispatch.is_train,

@@ -5,7 +5,7 @@ Both strategies call these functions, so the same replies give the same bits.
 """
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -180,12 +180,16 @@ def next_state(
     *,
     mixing: Mixing,
     server_steps: Sequence[ServerStep],
+    fixed: Collection[str] = (),
 ) -> State:
-    """Mix the clients' mean into the current state, then take the server's steps."""
+    """Mix the clients' mean into the current state, then take the server's steps.
+
+    Arrays that ``fixed`` names stay as they are: no step's momentum moves them.
+    """
     state = state_like(current, mixing.mix(current, mean, summary), maker=mixing)
     for each in server_steps:
         state = state_like(current, each.step(current, state, summary), maker=each)
-    return state
+    return {**state, **{name: current[name] for name in fixed}}
 
 
 def state_like(current: State, state: State, *, maker: object) -> State:

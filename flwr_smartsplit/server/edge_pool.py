@@ -186,7 +186,7 @@ class EdgePool:
 
         ``profile`` is that of its batches. A plan that goes to no edge stays as it is.
         """
-        num_units = len(build_chain(self._task))
+        num_units = len(build_chain(self._task).under(plan.variant))
         if not plan.route.edge_legs(num_units):
             return plan
         limits = limits_of(
@@ -209,7 +209,7 @@ class EdgePool:
         limits = replace(limits, phase=self._phase)
         request = opening_of(
             plan,
-            plan.route.edge_legs(len(build_chain(self._task))),
+            plan.route.edge_legs(len(build_chain(self._task).under(plan.variant))),
             is_trained=is_trained,
             token="",
             batch_size=batch_size,

@@ -4,7 +4,7 @@ An edge, and a node that can, keep the frozen part. Whoever has lost it, or has 
 is sent it again; a digest says so before anything is trained.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -31,6 +31,7 @@ class GlobalState:
     rest: str = ""  # Of the frozen part; "" if there is none
     frozen_digests: Mapping[str, str] = field(default_factory=dict)  # By name
     variant: Variant = WHOLE  # What it is the state of
+    _others: dict[str, str] = field(default_factory=dict)  # Of changing arrays
 
     @classmethod
     def of(
@@ -43,6 +44,14 @@ class GlobalState:
         rest = digest_of(digests) if frozen else ""
         digest = joined_digest(rest, state_digest(mine))
         return cls(mine, frozen, digest, rest, digests, variant)
+
+    def digests_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Return arrays' digests by name; those a step freezes are found once."""
+        names = list(names)
+        new = set(names) - self.frozen_digests.keys() - self._others.keys()
+        self._others.update(array_digests({n: self.changing[n] for n in sorted(new)}))
+        known = {**self.frozen_digests, **self._others}
+        return {name: known[name] for name in names}
 
     def is_still(self, state: State) -> bool:
         """Say whether a state, read anew, is this one in every bit.

@@ -5,11 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 from flwr_smartsplit.errors import InvalidTask
-from flwr_smartsplit.plan.variants.variants import VariantRequest, Variants, Whole
+from flwr_smartsplit.plan.variants.variants import (
+    VariantRequest,
+    Variants,
+    Whole,
+    steps_of,
+)
 from flwr_smartsplit.split.chain import Chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.types import (
     WHOLE,
+    ChannelGroup,
     DeviceProfile,
     Variant,
     groups_under,
@@ -31,7 +37,7 @@ def check_narrowable(chain: Chain, task: Task, rule: Variants) -> None:
     InvalidTask
         If state that stays on the devices has channels that may be.
     """
-    if isinstance(rule, Whole):
+    if isinstance(rule, Whole) or steps_of(rule, chain.unit_names):
         return
     chain.channels.require_groups(chain.model)
     axes = (axis for group in chain.channels.groups for axis in group.axes)
@@ -61,11 +67,11 @@ def offered(  # noqa: PLR0913 - what a rule may know
     """
     if isinstance(rule, Whole):  # Nobody need know the model's channels.
         return (base,)
-    groups = groups_under(chain.channels.groups, base)
     request = VariantRequest(
         device=device,
         round_number=round_number,
-        groups=groups,
+        groups=groups_for(rule, chain, base),
+        units=chain.unit_parameters,
         memory=memory,
     )
     if seconds_of is not None:
@@ -78,8 +84,9 @@ def offered(  # noqa: PLR0913 - what a rule may know
             f"{rule!r:.80} offers client {device.client_key!r} {variants!r:.80}: "
             "return at least one Variant, such as WHOLE, the most wanted first."
         )
+    known = steps_of(rule, chain.unit_names)
     for variant in variants:
-        problem = _problem_of(variant, chain, base)
+        problem = "" if variant in known else _problem_of(variant, chain, base)
         if problem:
             raise InvalidTask(
                 f"{rule!r:.80} offers client {device.client_key!r} variant "
@@ -88,9 +95,20 @@ def offered(  # noqa: PLR0913 - what a rule may know
     return tuple(within(base, variant) for variant in variants)
 
 
+def groups_for(
+    rule: Variants, chain: Chain, base: Variant = WHOLE
+) -> tuple[ChannelGroup, ...]:
+    """List the channels that a rule may leave out; a rule of steps leaves out none."""
+    if steps_of(rule, chain.unit_names):
+        return ()
+    return groups_under(chain.channels.groups, base)
+
+
 def _problem_of(variant: Variant, chain: Chain, base: Variant) -> str:
     if variant == WHOLE:
         return ""
+    if variant.is_step:
+        return "it is none of the rule's steps"
     if not variant.kept:
         return f"it leaves nothing out, and is not {WHOLE.name!r}"
     if base == WHOLE:

@@ -1,7 +1,8 @@
 """Chain: a model as ordered, named units that run in any contiguous part."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
@@ -15,6 +16,8 @@ from flwr_smartsplit.split.manual_units import declared_units, with_defence
 from flwr_smartsplit.split.narrow.channels import Channels, find_channels
 from flwr_smartsplit.split.narrow.narrowing import narrowed_module
 from flwr_smartsplit.split.segment import Batch, Segment, Unit
+from flwr_smartsplit.split.stages.proxies import run_of
+from flwr_smartsplit.split.stages.staged import Staged, staged
 from flwr_smartsplit.split.submodules import odd_modes
 from flwr_smartsplit.split.trace.tracing import trace_units
 from flwr_smartsplit.types import (
@@ -176,7 +179,7 @@ class Chain:
         """
         if variant == WHOLE:
             return self
-        if not variant.kept:
+        if not (variant.kept or variant.is_step):
             raise InvalidTask(
                 f"variant {variant.name!r} is not known here: it leaves nothing out, "
                 f"and is not {WHOLE.name!r}. Use one version everywhere."
@@ -185,8 +188,11 @@ class Chain:
         known = self._narrower.get(alike)
         if known is None:
             small = self.narrowed(self.model, alike)
-            self.channels.require_same_steps(small, self.example_inputs)
-            known = self._with(small, self.units)
+            if isinstance(small, Staged):
+                known = Chain.from_units(small, small.step_units, self.example_inputs)
+            else:
+                self.channels.require_same_steps(small, self.example_inputs)
+                known = self._with(small, self.units)
             self._narrower = _remembered(self._narrower, alike, known)
         return known
 
@@ -200,6 +206,8 @@ class Chain:
         """
         if variant == WHOLE:
             return model
+        if variant.is_step:
+            return staged(model, self.units, self.example_inputs, variant)
         return narrowed_module(model, self.channels.groups, variant)
 
     def regions(self, variant: Variant, *, of: Variant = WHOLE) -> Regions:
@@ -212,7 +220,7 @@ class Chain:
         InvalidTask, NotSplittable
             As ``under`` does.
         """
-        if variant == of:
+        if variant == of or variant.is_step:
             return {}
         found = self._regions.get((of, variant))
         if found is None:
@@ -341,6 +349,15 @@ class Chain:
         return names
 
     @cached_property
+    def unit_parameters(self) -> Mapping[str, tuple[str, ...]]:
+        """For each unit, in order, the parameters that are trained there."""
+        own = self.parameter_names
+        return {
+            name: tuple(n for n in self.changed_names(i, i + 1) if n in own)
+            for i, name in enumerate(self.unit_names)
+        }
+
+    @cached_property
     def first_names(self) -> Mapping[str, str]:
         """For each name of the state, the one under which its tensor is trained.
 
@@ -371,6 +388,18 @@ class Chain:
     def kinds(self) -> Mapping[str, _Kind]:
         """The shape of each name of the state, and its dtype as NumPy calls it."""
         return {n: _kind_of(t) for n, t in self.model.state_dict().items()}
+
+    def kinds_of(self, names: Iterable[str]) -> Mapping[str, _Kind]:
+        """Return the kinds of the model's state and of those of its proxies named."""
+        found = dict(self.kinds)
+        for name in names:
+            run = run_of(name)
+            if name in found or run is None or run[1] >= len(self):
+                continue
+            with suppress(InvalidTask, ValueError):
+                kinds = self.under(Variant("proxy", proxies=(run,))).kinds
+                found |= {name: kinds[name]} if name in kinds else {}
+        return found
 
     def check_state(self, kinds: Mapping[str, _Kind]) -> None:
         """Check that a state fits this model, by names, shapes and NumPy's dtypes.

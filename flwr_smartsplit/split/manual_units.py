@@ -82,6 +82,12 @@ def declared_units(
     return _joined(units, [*cuts]), with_nearest(refused, cuts)
 
 
+@warnings_ignored()
+def values_of(model: nn.Module, units: Sequence[Unit], inputs: Batch) -> list[Any]:
+    """Return what each unit returns for 2 examples, as tensors without values."""
+    return [fact.value for fact in _dry_run(model, units, inputs, training=True)]
+
+
 def _list_problems(model: nn.Module, units: Sequence[Unit]) -> list[str]:
     """List what is wrong with the list itself."""
     strangers = [unit for unit in units if not isinstance(unit, Unit)]
@@ -179,9 +185,7 @@ def with_defence(
             f"{', '.join(names[:-1])}."
         )
     place = names.index(defence.after) + 1
-    values = [
-        fact.value for fact in _dry_run(model, units[:place], inputs, training=True)
-    ]
+    values = values_of(model, units[:place], inputs)
     mixing = [
         name
         for unit in units[:place]

@@ -1,7 +1,8 @@
 """Variants: what part of the global model a client trains.
 
 Channels that must be kept or left out together are a group. A variant names those that
-it keeps of each; which values of the state these are follows from the model alone.
+it keeps of each; which values of the state these are follows from the model alone. Or
+it is a step of progressive training: a frozen front, and proxies for what comes later.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,11 +97,17 @@ class Variant:
     is_scaled : bool
         Whether, in training, outputs are divided by the share of their channels that is
         kept, where no normalisation does so anyway: HeteroFL's scaler.
+    frozen : int
+        How many of the first units run forward only, in evaluation mode: they are
+        neither trained nor sent back.
+    proxies : tuple[tuple[int, ...], ...]
+        Runs ``[start, stop)`` of later units for each of which one small unit stands.
 
     Raises
     ------
     ValueError
-        If a group keeps nothing, or its channels are not increasing from 0.
+        If a group keeps nothing, or its channels are not increasing from 0; or if runs
+        of units are empty, overlap, begin in the frozen ones, or come with channels.
 
     Examples
     --------
@@ -111,8 +118,11 @@ class Variant:
     name: str = "whole"
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     is_scaled: bool = False
+    frozen: int = 0
+    proxies: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_step()
         kept = {name: _plain_ones(self.kept[name]) for name in sorted(self.kept)}
         for name, channels in kept.items():
             if not channels or not _are_increasing(channels):
@@ -128,11 +138,40 @@ class Variant:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave out the hash, which is another one in each process."""
-        return type(self), (self.name, self.kept, self.is_scaled)
+        parts = self.name, self.kept, self.is_scaled, self.frozen, self.proxies
+        return type(self), parts
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.name, *self.kept.items(), self.is_scaled))
+        step = self.frozen, self.proxies
+        return hash((self.name, *self.kept.items(), self.is_scaled, step))
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it freezes units, or replaces some."""
+        return bool(self.frozen or self.proxies)
+
+    def _check_step(self) -> None:
+        runs = tuple(tuple(map(plain, run)) for run in self.proxies)
+        object.__setattr__(self, "frozen", plain(self.frozen))
+        object.__setattr__(self, "proxies", runs)
+        bounds = [self.frozen, *(bound for run in runs for bound in run)]
+        is_right = all(type(bound) is int for bound in bounds) and self.frozen >= 0
+        is_right = is_right and all(len(run) == 2 for run in runs)  # noqa: PLR2004
+        if not is_right or not (
+            all(start < stop for start, stop in runs)
+            and all(one <= other for one, other in pairwise(bounds))
+        ):
+            raise ValueError(
+                f"variant {self.name!r} freezes {self.frozen!r:.40} units and has "
+                f"proxies for {self.proxies!r:.80}: give runs (start, stop) of units "
+                "that follow each other behind the frozen ones."
+            )
+        if self.is_step and self.kept:
+            raise ValueError(
+                f"variant {self.name!r} mixes what does not go together: a step has "
+                "all channels."
+            )
 
     def leading(self) -> Self:
         """Return the variant of this size that keeps each group's first channels.
@@ -160,7 +199,8 @@ class Variant:
     @cached_property
     def _lists(self) -> dict[str, Any]:
         runs = {name: _runs_of(channels) for name, channels in self.kept.items()}
-        return {"name": self.name, "kept": runs, "is_scaled": self.is_scaled}
+        found = {"name": self.name, "kept": runs, "is_scaled": self.is_scaled}
+        return {**found, "frozen": self.frozen, "proxies": [*map(list, self.proxies)]}
 
     @classmethod
     def from_lists(cls, values: Mapping[str, Any]) -> Self:
@@ -171,8 +211,10 @@ class Variant:
         ValueError
             If these are not its values, or more than ``MAX_CHANNELS`` channels.
         """
-        name, runs, is_scaled = map(values.get, _FIELDS)
+        name, runs, is_scaled, frozen, proxies = map(values.get, _FIELDS)
         is_form = isinstance(name, str) and isinstance(is_scaled, bool)
+        is_form = is_form and type(frozen) is int and isinstance(proxies, list)
+        is_form = is_form and all(isinstance(run, list) for run in proxies or ())
         if not (is_form and isinstance(runs, Mapping) and len(values) == len(_FIELDS)):
             raise ValueError(f"{sorted(values)!r:.80} are not a variant's values.")
         _check_runs(runs)
@@ -180,10 +222,11 @@ class Variant:
             group: tuple(chain.from_iterable(map(range, ends[::2], ends[1::2])))
             for group, ends in runs.items()
         }
-        return cls(str(name), kept, is_scaled=bool(is_scaled))
+        replaced = tuple(map(tuple, proxies or ()))
+        return cls(str(name), kept, bool(is_scaled), int(frozen or 0), replaced)
 
 
-_FIELDS = ("name", "kept", "is_scaled")
+_FIELDS = ("name", "kept", "is_scaled", "frozen", "proxies")
 WHOLE = Variant()
 
 
@@ -316,8 +359,8 @@ def within(base: Variant, variant: Variant) -> Variant:
 
     Examples
     --------
-    >>> within(Variant("pruned", {"a": (0, 2, 5)}), Variant("two", {"a": (0, 2)}))
-    Variant(name='two of pruned', kept={'a': (0, 5)}, is_scaled=False)
+    >>> within(Variant("pruned", {"a": (0, 2, 5)}), Variant("two", {"a": (0, 2)})).kept
+    {'a': (0, 5)}
     """
     if variant == WHOLE:
         return base

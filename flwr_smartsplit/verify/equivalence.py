@@ -125,10 +125,11 @@ class RouteChecker:
         with torch.random.fork_rng():
             torch.manual_seed(_SEED)
             model = self._task.model_fn()
-        self._held = state_of(model)
-        self._digest = state_digest(self._held)
+        held = state_of(model)
         model = self._whole.narrowed(model, self._variant)
         self._state = state_of(model)
+        self._held = {**self._state, **held}  # Proxies are in no whole model.
+        self._digest = state_digest(self._held)
         self._codecs = codecs
         named: dict[str, Any] = {}
         if codecs:

@@ -1,5 +1,6 @@
 """The methods that experiments compare, one file each."""
 
+from simulations.methods.blocks import BY_BLOCK
 from simulations.methods.chance import RANDOM
 from simulations.methods.crossing import CROSSINGS
 from simulations.methods.depthfl import DEPTHFL
@@ -26,6 +27,7 @@ METHODS: dict[str, Method] = {
         HETEROFL,
         *BY_WIDTH,
         DEPTHFL,
+        *BY_BLOCK,
         SPLITFED,
         RANDOM,
         SMARTSPLIT,

@@ -9,6 +9,7 @@ from simulations.studies.accuracy import ACCURACY
 from simulations.studies.latency import LATENCY
 from simulations.studies.measurement import Measurement
 from simulations.studies.memory.suite import MEMORY
+from simulations.studies.progressive import PROGRESSIVE
 from simulations.studies.quickstart import quickstart
 from simulations.studies.scale.suite import SCALE
 from simulations.studies.server_data import SERVER_DATA
@@ -21,7 +22,11 @@ SUITES: dict[str, Callable[[str], Experiment]] = {"quickstart": quickstart}
 """Suites that train in rounds, each on a data set."""
 
 STUDIES: dict[str, Study] = {
-    s.name: s for s in (ACCURACY, LATENCY, ABLATION, TRAFFIC, SERVER_DATA, WIDTHS)
+    s.name: s
+    for s in (
+        *(ACCURACY, LATENCY, ABLATION, TRAFFIC, SERVER_DATA, WIDTHS),
+        PROGRESSIVE,
+    )
 }
 """Suites of several cases and seeds."""
 

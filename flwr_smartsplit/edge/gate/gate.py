@@ -208,7 +208,7 @@ class EdgeGate:
                 check_commit(request)
             case wire.HoldState():
                 others = store.held_bytes(without=request.digest)
-                kinds = chain.under(request.variant).kinds
+                kinds = chain.under(request.variant).kinds_of(request.state)
                 check_state(request, kinds, held_bytes=others)
             case wire.Release():
                 self._end_phase(held, request.phase)

@@ -31,7 +31,7 @@ from flwr_smartsplit.flower.rounds.manager import CentralManager
 
 State = Mapping[str, npt.NDArray[Any]]
 Config = Any  # A ``ConfigRecord``, which Flower hands to every round
-_MANAGED = ("history", "shapes", "has_merged", "variants_memory")
+_MANAGED = ("history", "shapes", "has_merged", "variants_memory", "proxies")
 _FLOWERS_LOOPS = ("strategy", "server", "default_workflows")
 _log = getLogger("flwr")
 

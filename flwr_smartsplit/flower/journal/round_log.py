@@ -96,6 +96,7 @@ class RoundLog:
         failures: list[Failure],
         *,
         edge_bytes_so_far: int,
+        shown: Mapping[str, float],
         received_seconds: float,
     ) -> None:
         """Write the outcome of every message that was sent, and the phase's sums."""
@@ -113,16 +114,15 @@ class RoundLog:
         for row in client_rows(dispatch, accepted, failures):
             self._journal.write(row)
         now = self._clock()
-        self._journal.write(
-            round_row(
-                dispatch,
-                accepted,
-                failures,
-                edge_state_bytes=edge_bytes_so_far - self._edge_bytes,
-                seconds=now - dispatch.started_seconds,
-                aggregation_seconds=now - received_seconds,
-            )
+        row = round_row(
+            dispatch,
+            accepted,
+            failures,
+            edge_state_bytes=edge_bytes_so_far - self._edge_bytes,
+            seconds=now - dispatch.started_seconds,
+            aggregation_seconds=now - received_seconds,
         )
+        self._journal.write({**shown, **row})
         self._edge_bytes = edge_bytes_so_far
 
 

@@ -104,6 +104,8 @@ class Dispatch:
     config: Mapping[str, Any] = field(default_factory=dict)  # of the round
     # Of all clients there, chosen or not; None where a client does not share them
     label_counts: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
+    # Of the state that was sent, what is in no whole model
+    proxies: Mapping[str, Any] = field(default_factory=dict)
     contacts: Mapping[str, Any] = field(default_factory=dict)  # Member or LegacyClient
     messages: dict[str, Any] = field(default_factory=dict)  # Metadata of those sent
     sent: dict[str, Sent] = field(default_factory=dict)
@@ -131,18 +133,7 @@ class Dispatch:
             key: Expectation(
                 client_key=key,
                 device_names=frozenset(sent.returned_names),
-                tails={
-                    leg.place: TailExpectation(
-                        session=sent.plan.session(leg.place),
-                        names=frozenset(
-                            chain.under(sent.plan.variant).changed_names(
-                                leg.start, leg.stop
-                            )
-                        ),
-                        variant=sent.plan.variant,
-                    )
-                    for leg in sent.plan.route.edge_legs(len(chain))
-                },
+                tails=_tails(sent.plan, chain.under(sent.plan.variant)),
                 variant=sent.plan.variant,
                 regions=sent.regions,
             )
@@ -179,8 +170,21 @@ class Dispatch:
         return replies, failures
 
 
+def _tails(plan: ClientPlan, chain: Chain) -> dict[str, TailExpectation]:
+    """Say what each edge of a plan seals; ``chain`` is the one of its variant."""
+    return {
+        leg.place: TailExpectation(
+            session=plan.session(leg.place),
+            names=frozenset(chain.changed_names(leg.start, leg.stop)),
+            variant=plan.variant,
+        )
+        for leg in plan.route.edge_legs(len(chain))
+    }
+
+
 def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
     """Name the state of a plan's device segments, in the chain's order."""
+    chain = chain.under(plan.variant)
     names = (
         chain.state_names(leg.start, leg.stop)
         for leg in plan.route.device_legs(len(chain))
@@ -202,8 +206,8 @@ def changed_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
 
 def frozen_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:
     """Name the device segments' state that training changes at no place."""
-    chain = chain.under(plan.variant)
-    changed = set(chain.changed_names(0, len(chain)))
+    mine = chain.under(plan.variant)
+    changed = set(mine.changed_names(0, len(mine)))
     return tuple(name for name in device_names(plan, chain) if name not in changed)
 
 

@@ -37,7 +37,12 @@ from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
 from flwr_smartsplit.plan.selection.history import NO_HISTORY, Observation
 from flwr_smartsplit.plan.selection.speed_estimates import with_speeds
-from flwr_smartsplit.plan.variants.variants import RoundOutcome, learns
+from flwr_smartsplit.plan.variants.variants import (
+    RoundOutcome,
+    learns,
+    shown_of,
+    steps_of,
+)
 from flwr_smartsplit.profile.example_shapes import (
     longer_than_example,
     longest,
@@ -55,7 +60,8 @@ from flwr_smartsplit.server.aggregation import (
 )
 from flwr_smartsplit.server.edge_pool import EdgePool
 from flwr_smartsplit.server.global_state import GlobalState, KeptByNodes
-from flwr_smartsplit.server.offers import check_narrowable
+from flwr_smartsplit.server.offers import check_narrowable, groups_for
+from flwr_smartsplit.server.steps import first_proxies
 from flwr_smartsplit.split.build import build_chain
 from flwr_smartsplit.task import Task
 from flwr_smartsplit.train.metric_names import check_metrics
@@ -70,7 +76,6 @@ from flwr_smartsplit.types import (
     RoundPlan,
     Shapes,
     Variant,
-    groups_under,
     within,
 )
 
@@ -114,7 +119,9 @@ class CentralManager:
         self.has_merged = False
         self._newest = 0
         self._state: State = {}
-        self._changing = frozenset(self.chain.changed_names(0, len(self.chain)))
+        self.proxies = self._first_proxies()  # Trained, and in no whole model
+        names = self.chain.changed_names(0, len(self.chain))
+        self._changing = frozenset(names) | self.proxies.keys()
         self._sent = GlobalState()
         self._kept = KeptByNodes()
 
@@ -126,6 +133,17 @@ class CentralManager:
         if hasattr(rule, "base"):
             base = rule.base(self.variants_memory)
         return base
+
+    def _first_proxies(self) -> State:
+        planning = self.settings.planning
+        return first_proxies(
+            self.chain,
+            self.task,
+            steps_of(planning.variants, self.chain.unit_names),
+            constraints=planning.constraints,
+            server_steps=self.settings.server_steps,
+            seed=self.settings.seed,
+        )
 
     def summary(self) -> None:
         """Log the settings in Flower's format."""
@@ -143,6 +161,7 @@ class CentralManager:
     ) -> Dispatch:
         """Plan a phase: what each chosen client is sent."""
         self.chain.check_aliases(state)
+        state = {**state, **self.proxies}
         if not self._sent.is_still(state):
             self._state = state
             self._sent = GlobalState.of(state, self._changing, self.base)
@@ -257,18 +276,35 @@ class CentralManager:
                 summary,
                 mixing=settings.mixing,
                 server_steps=self.server_steps,
+                fixed=self._fixed(dispatch, settled.accepted),
             )
         if settings.between_rounds is not None:
-            seen = self._state if state is None else state
+            seen = self._whole(self._state if state is None else state)
             changed = settings.between_rounds(dispatch.round_number, seen, summary)
             if changed is not None:
-                state = state_like(seen, changed, maker=settings.between_rounds)
-        if state is not None:
-            state = self.chain.with_aliases(state)
-            self._state = state
-            # Nobody holds it yet; the phase that sends it names it.
-            self._sent = GlobalState(rest=self._sent.rest)
-        return state
+                changed = state_like(seen, changed, maker=settings.between_rounds)
+                state = {**(state or self.proxies), **changed}
+        if state is None:
+            return None
+        self._state = self.chain.with_aliases(state)
+        self.proxies = {name: state[name] for name in self.proxies}
+        # Nobody holds it yet; the phase that sends it names it.
+        self._sent = GlobalState(rest=self._sent.rest)
+        return self._whole(self._state)
+
+    def _whole(self, state: State) -> State:
+        """Leave out what is in no whole model."""
+        return {n: array for n, array in state.items() if n not in self.proxies}
+
+    def _fixed(
+        self, dispatch: Dispatch, accepted: Mapping[str, ClientReply]
+    ) -> frozenset[str]:
+        """Name what no step of a round trains, if the model is trained in steps."""
+        chains = [self.chain.under(dispatch.sent[k].plan.variant) for k in accepted]
+        if all(chain is self.chain for chain in chains):
+            return frozenset()
+        trained = (chain.changed_names(0, len(chain)) for chain in chains)
+        return frozenset(self._state).difference(*trained)
 
     def _learn_variants(
         self,
@@ -288,7 +324,8 @@ class CentralManager:
             round_number=dispatch.round_number,
             clients=client_outcomes(dispatch, accepted, seen),
             state=self._state,
-            groups=groups_under(self.chain.channels.groups, before),
+            groups=groups_for(rule, self.chain, before),
+            units=self.chain.unit_parameters,
             memory=self.variants_memory,
             seconds_of=partial(self._seconds, dispatch),
         )
@@ -319,6 +356,7 @@ class CentralManager:
             self.settings.planning.clock(),
             version=phase.round_number,
             digest=self._sent.digest,
+            proxies=self.proxies,
             config=config_values(phase.config),
             label_counts={k: c.traits.label_counts for k, c in clients.items()},
         )
@@ -338,10 +376,10 @@ class CentralManager:
 
     def _without_kept(self, sent: Sent) -> Sent:
         """Leave out the frozen arrays that a client's node has kept."""
-        if sent.plan.variant != self.base:  # What it had of them may be another part.
+        if sent.plan.variant != self.base and not sent.plan.variant.is_step:
+            # What it had of them may be another part.
             return sent
-        names = frozen_names(sent.plan, self.chain)
-        frozen = {name: self._sent.frozen_digests[name] for name in names}
+        frozen = self._sent.digests_of(frozen_names(sent.plan, self.chain))
         if not frozen:
             return sent
         is_sent = not self._kept.has(sent.plan.client_key, frozen)
@@ -413,8 +451,12 @@ class CentralManager:
             accepted,
             failures,
             edge_bytes_so_far=self.edges.traffic_bytes(),
+            shown=self._shown() if dispatch.is_train else {},
             received_seconds=received_seconds,
         )
+
+    def _shown(self) -> Mapping[str, float]:
+        return shown_of(self.settings.planning.variants, self.variants_memory)
 
     # --- planning -----------------------------------------------------------------
 

@@ -11,11 +11,11 @@ from flwr_smartsplit.flower.planning import WHOLE_MODEL, Settings
 from flwr_smartsplit.flower.rounds.exchange import Phase
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.plan.evaluation import evaluating, forward_only
-from flwr_smartsplit.plan.rounds import Routing, plan_round
+from flwr_smartsplit.plan.rounds import Offers, Routing, plan_round
 from flwr_smartsplit.plan.selection.history import History
 from flwr_smartsplit.plan.selection.selection import select_at_random
 from flwr_smartsplit.plan.timing import round_seconds, work_of
-from flwr_smartsplit.plan.variants.variants import wants_fisher
+from flwr_smartsplit.plan.variants.variants import Variants, steps_of, wants_fisher
 from flwr_smartsplit.profile.example_shapes import with_example_shapes
 from flwr_smartsplit.profile.task_profiles import profile_once
 from flwr_smartsplit.server.edge_pool import EdgePool
@@ -98,9 +98,19 @@ class PhasePlanner:
         seed = derived_seed(
             self._settings.seed, phase.round_number, int(phase.is_train)
         )
+        offers = partial(
+            offered,
+            rule,
+            round_number=phase.round_number,
+            chain=self._chain,
+            base=base,
+            memory=memory,
+            seconds_of=self.seconds,
+        )
+        costs = partial(self.costs, variant=self._step(rule, offers, fleet, base))
         return plan_round(
             fleet,
-            {b: self.costs(b, variant=base) for b in {d.batch_kind for d in fleet}},
+            {b: costs(b) for b in {d.batch_kind for d in fleet}},
             round_number=phase.round_number,
             num_clients=phase.sample_size(len(fleet)),
             routing=Routing(
@@ -109,20 +119,19 @@ class PhasePlanner:
                 choose_route=planning.choose_route,
                 constraints=self._constraints,
                 codec=self._settings.codec,
-                variants=partial(
-                    offered,
-                    rule,
-                    round_number=phase.round_number,
-                    chain=self._chain,
-                    base=base,
-                    memory=memory,
-                    seconds_of=self.seconds,
-                ),
+                variants=offers,
                 costs=self.costs,
             ),
             rng=Random(seed),
             history=history,
         )
+
+    def _step(
+        self, rule: Variants, offers: Offers, fleet: Sequence[Any], base: Variant
+    ) -> Variant:
+        """Return what a round's units and cuts are of: a step, or what is left."""
+        has_steps = fleet and steps_of(rule, self._chain.unit_names)
+        return offers(fleet[0])[0] if has_steps else base
 
     def costs(
         self, batch: BatchKind, accumulate: int = 1, variant: Variant = WHOLE

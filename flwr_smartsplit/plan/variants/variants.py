@@ -1,7 +1,7 @@
 """Variants: what a device is offered to train in a round, the most wanted first."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -24,7 +24,10 @@ class VariantRequest:
     round_number : int
         The round, counted from 1.
     groups : tuple[ChannelGroup, ...]
-        The channels of the model that may be left out, in the model's order.
+        The channels of the model that may be left out, in the model's order; none for a
+        rule of steps.
+    units : Mapping[str, tuple[str, ...]]
+        The chain's units in order, with the parameters that each one trains.
     memory : Any
         What the rule has learned so far; None before it has, and for rules that do not.
     seconds_of : Callable[[Variant], float | None]
@@ -35,6 +38,7 @@ class VariantRequest:
     device: DeviceProfile
     round_number: int
     groups: tuple[ChannelGroup, ...]
+    units: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     memory: Any = None
     seconds_of: Callable[[Variant], float | None] = _unknown
 
@@ -77,7 +81,9 @@ class RoundOutcome:
     state : Mapping[str, ndarray]
         The global state after the merge and the server's steps.
     groups : tuple[ChannelGroup, ...]
-        The channels of the model that may be left out.
+        The channels of the model that may be left out; none for a rule of steps.
+    units : Mapping[str, tuple[str, ...]]
+        The chain's units in order, with the parameters that each one trains.
     memory : Any
         What the rule returned the last time; None at first.
     seconds_of : Callable[[str, Variant], float | None]
@@ -88,6 +94,7 @@ class RoundOutcome:
     clients: Mapping[str, ClientOutcome]
     state: Mapping[str, npt.NDArray[Any]]
     groups: tuple[ChannelGroup, ...]
+    units: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     memory: Any = None
     seconds_of: Callable[[str, Variant], float | None] = _unknown
 
@@ -102,6 +109,13 @@ class Variants(Protocol):
     with it what is left of the model for good, as ``PruneAt`` does. Clients report how
     large their gradients were, in the metric ``fisher``, where a rule has a true
     attribute ``wants_fisher``.
+
+    A rule that trains a model in steps has ``steps(units) -> variants``: all that it
+    will ever offer, for a chain with these unit names. They are checked before the
+    first round. In a round, all devices are offered the same one.
+
+    One with ``shown(memory) -> numbers`` adds these by name to the rounds' rows in the
+    journal.
     """
 
     def offered(self, request: VariantRequest) -> Sequence[Variant]:
@@ -129,6 +143,18 @@ def check_rounds(rule: Variants, num_rounds: int | None) -> None:
 def wants_fisher(rule: Variants) -> bool:
     """Say whether a rule asks clients how large their gradients were."""
     return bool(getattr(rule, "wants_fisher", False))
+
+
+def shown_of(rule: Variants, memory: Any) -> Mapping[str, float]:
+    """Say what a rule adds to a round's row in the journal."""
+    show: Any = getattr(rule, "shown", None)
+    return {} if show is None else show(memory)
+
+
+def steps_of(rule: Variants, units: Sequence[str]) -> tuple[Variant, ...]:
+    """List the steps of a rule that has some; none for others."""
+    find: Any = getattr(rule, "steps", None)
+    return () if find is None else tuple(find(tuple(units)))
 
 
 @dataclass(frozen=True, slots=True)

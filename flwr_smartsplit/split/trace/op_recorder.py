@@ -64,9 +64,12 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run the operator and record what it is declared to do."""
         kwargs = kwargs or {}
-        given = itertools.zip_longest(func._schema.arguments, args)
+        given = list(itertools.zip_longest(func._schema.arguments, args))
+        is_fixed = any(a and a.name == "training" and v is False for a, v in given)
         for argument, value in given:
             if argument is None or not _is_written(argument):
+                continue
+            if is_fixed and argument.name in STATISTICS:  # A BatchNorm in evaluation
                 continue
             named = kwargs.get(argument.name) if value is None else value
             self.facts.written |= storages_of(named)

@@ -1,0 +1,1 @@
+"""A model in one step of a progressive training: frozen units and proxies."""
