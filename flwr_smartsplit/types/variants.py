@@ -200,7 +200,9 @@ class Variant:
     def _lists(self) -> dict[str, Any]:
         runs = {name: _runs_of(channels) for name, channels in self.kept.items()}
         found = {"name": self.name, "kept": runs, "is_scaled": self.is_scaled}
-        return {**found, "frozen": self.frozen, "proxies": [*map(list, self.proxies)]}
+        if self.is_step:
+            found |= {"frozen": self.frozen, "proxies": [*map(list, self.proxies)]}
+        return found
 
     @classmethod
     def from_lists(cls, values: Mapping[str, Any]) -> Self:
@@ -211,22 +213,28 @@ class Variant:
         ValueError
             If these are not its values, or more than ``MAX_CHANNELS`` channels.
         """
-        name, runs, is_scaled, frozen, proxies = map(values.get, _FIELDS)
+        name, runs, is_scaled = map(values.get, _FIELDS)
+        frozen, proxies = values.get("frozen", 0), values.get("proxies", [])
         is_form = isinstance(name, str) and isinstance(is_scaled, bool)
         is_form = is_form and type(frozen) is int and isinstance(proxies, list)
-        is_form = is_form and all(isinstance(run, list) for run in proxies or ())
-        if not (is_form and isinstance(runs, Mapping) and len(values) == len(_FIELDS)):
+        is_form = is_form and all(isinstance(run, list) for run in proxies)
+        if not (
+            is_form
+            and isinstance(runs, Mapping)
+            and values.keys() <= {*_FIELDS, *_STEP}
+        ):
             raise ValueError(f"{sorted(values)!r:.80} are not a variant's values.")
         _check_runs(runs)
         kept = {
             group: tuple(chain.from_iterable(map(range, ends[::2], ends[1::2])))
             for group, ends in runs.items()
         }
-        replaced = tuple(map(tuple, proxies or ()))
-        return cls(str(name), kept, bool(is_scaled), int(frozen or 0), replaced)
+        replaced = tuple(map(tuple, proxies))
+        return cls(str(name), kept, bool(is_scaled), int(frozen), replaced)
 
 
-_FIELDS = ("name", "kept", "is_scaled", "frozen", "proxies")
+_FIELDS = ("name", "kept", "is_scaled")
+_STEP = ("frozen", "proxies")
 WHOLE = Variant()
 
 

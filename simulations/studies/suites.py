@@ -6,10 +6,10 @@ from simulations.attacks.suite import LEAKAGE
 from simulations.experiments.experiment import Experiment
 from simulations.studies.ablation import ABLATION
 from simulations.studies.accuracy import ACCURACY
+from simulations.studies.blocks.suite import PROGRESSIVE
 from simulations.studies.latency import LATENCY
 from simulations.studies.measurement import Measurement
 from simulations.studies.memory.suite import MEMORY
-from simulations.studies.progressive import PROGRESSIVE
 from simulations.studies.quickstart import quickstart
 from simulations.studies.scale.suite import SCALE
 from simulations.studies.server_data import SERVER_DATA

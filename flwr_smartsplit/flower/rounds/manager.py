@@ -446,17 +446,15 @@ class CentralManager:
         if not any(each.sent for each in self._outstanding.values()):
             newest = max(self._newest, dispatch.round_number)
             self.edges.release(newest, self._sent.digest, self._sent.rest)
+        rule = self.settings.planning.variants
         self.rounds.write_phase(
             dispatch,
             accepted,
             failures,
             edge_bytes_so_far=self.edges.traffic_bytes(),
-            shown=self._shown() if dispatch.is_train else {},
+            shown=shown_of(rule, self.variants_memory) if dispatch.is_train else {},
             received_seconds=received_seconds,
         )
-
-    def _shown(self) -> Mapping[str, float]:
-        return shown_of(self.settings.planning.variants, self.variants_memory)
 
     # --- planning -----------------------------------------------------------------
 

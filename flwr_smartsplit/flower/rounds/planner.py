@@ -98,15 +98,7 @@ class PhasePlanner:
         seed = derived_seed(
             self._settings.seed, phase.round_number, int(phase.is_train)
         )
-        offers = partial(
-            offered,
-            rule,
-            round_number=phase.round_number,
-            chain=self._chain,
-            base=base,
-            memory=memory,
-            seconds_of=self.seconds,
-        )
+        offers = self._offers(rule, phase.round_number, base, memory)
         costs = partial(self.costs, variant=self._step(rule, offers, fleet, base))
         return plan_round(
             fleet,
@@ -124,6 +116,19 @@ class PhasePlanner:
             ),
             rng=Random(seed),
             history=history,
+        )
+
+    def _offers(
+        self, rule: Variants, round_number: int, base: Variant, memory: Any
+    ) -> Offers:
+        return partial(
+            offered,
+            rule,
+            round_number=round_number,
+            chain=self._chain,
+            base=base,
+            memory=memory,
+            seconds_of=self.seconds,
         )
 
     def _step(

@@ -1,0 +1,1 @@
+"""The suite that compares training block by block with the other methods."""
