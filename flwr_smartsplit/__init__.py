@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from flwr_smartsplit.defence import Defence as Defence
     from flwr_smartsplit.edge.hosts.grpc import GrpcEdge as GrpcEdge
     from flwr_smartsplit.edge.hosts.ray import RayEdge as RayEdge
+    from flwr_smartsplit.flower.asynchronous.strategy import (
+        AsyncSmartSplit as AsyncSmartSplit,
+    )
     from flwr_smartsplit.flower.checkpoints.checkpoints import (
         Checkpoints as Checkpoints,
     )
@@ -70,6 +73,12 @@ if TYPE_CHECKING:
     from flwr_smartsplit.server.gate_schedule import GatePhase as GatePhase
     from flwr_smartsplit.server.gate_schedule import PruneSchedule as PruneSchedule
     from flwr_smartsplit.server.hybrid import HybridFL as HybridFL
+    from flwr_smartsplit.server.mixing.staleness import (
+        DynamicStaleness as DynamicStaleness,
+    )
+    from flwr_smartsplit.server.mixing.staleness import (
+        PolynomialStaleness as PolynomialStaleness,
+    )
     from flwr_smartsplit.server.momentum import Momentum as Momentum
     from flwr_smartsplit.server.pruning.prune_at import HessianRate as HessianRate
     from flwr_smartsplit.server.pruning.prune_at import PruneAt as PruneAt
@@ -98,6 +107,7 @@ _NAMES_BY_MODULE = {
     "defence": "Defence",
     "edge.hosts.grpc": "GrpcEdge",
     "edge.hosts.ray": "RayEdge",
+    "flower.asynchronous.strategy": "AsyncSmartSplit",
     "flower.checkpoints.checkpoints": "Checkpoints",
     "flower.client": "SmartSplitNumPyClient",
     "flower.client_app": "build_client_app",
@@ -129,6 +139,7 @@ _NAMES_BY_MODULE = {
     "serve.serving": "Serving",
     "server.gate_schedule": "GatePhase PruneSchedule",
     "server.hybrid": "HybridFL",
+    "server.mixing.staleness": "DynamicStaleness PolynomialStaleness",
     "server.momentum": "Momentum",
     "server.pruning.prune_at": "HessianRate PruneAt",
     "server.server_data": "ServerData",

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "flwr_smartsplit"
 PUBLIC_NAMES = [
     "AdaptiveWidths",
+    "AsyncSmartSplit",
     "BFloat16",
     "Chain",
     "Checkpoints",
@@ -33,6 +34,7 @@ PUBLIC_NAMES = [
     "DeadlineWidths",
     "Defence",
     "DeviceTraits",
+    "DynamicStaleness",
     "Float16",
     "GatePhase",
     "GrpcEdge",
@@ -50,6 +52,7 @@ PUBLIC_NAMES = [
     "Prediction",
     "Predictor",
     "Progressive",
+    "PolynomialStaleness",
     "PruneAt",
     "PruneSchedule",
     "Raw",

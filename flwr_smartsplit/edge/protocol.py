@@ -72,6 +72,7 @@ class Hello(StrategyRequest[Welcome]):
     run: str
     public_key: bytes  # Ed25519
     secret_digest: bytes  # SHA-256 of the run's ``access``
+    num_states: int = 2  # That it holds at once: more if it is asynchronous
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,12 +281,18 @@ class Commit(StrategyRequest[Committed]):
 
 @dataclass(frozen=True, slots=True)
 class Release(StrategyRequest[None]):
-    """Delete all of this round and earlier ones, except one state and its rest."""
+    """Delete all of this round and earlier ones, except one state and its rest.
+
+    An asynchronous run has clients that began with other states: those are kept, too,
+    and of the later rounds only what has ended is deleted.
+    """
 
     round_number: int
     keep_digest: str
     keep_rest: str = ""
     phase: int = 0  # This one and all before are over; see ``Limits``
+    keep_more: tuple[str, ...] = ()  # Digests of other states
+    ended: tuple[str, ...] = ()  # Sessions, of whatever round
 
 
 @dataclass(frozen=True, slots=True)

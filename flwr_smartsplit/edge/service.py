@@ -239,6 +239,7 @@ class EdgeService:
 
     @_answer.register
     def _(self, request: wire.Release) -> None:
-        self.sessions.release(request.round_number)
-        self.store.release(request.round_number, request.keep_digest, request.keep_rest)
+        self.sessions.release(request.round_number, request.ended)
+        kept = request.keep_digest, request.keep_rest, *request.keep_more
+        self.store.release(request.round_number, *kept)
         self._admission.recount(self.store.tail_bytes())

@@ -1,6 +1,6 @@
 """SessionTable: an edge's open and sealed sessions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hmac import compare_digest
@@ -34,6 +34,7 @@ class _Sealed:
     """What remains in memory of a sealed session."""
 
     incarnation: str
+    round_number: int
     receipts: tuple[Receipt, ...]
     onward: EdgeClient | None
 
@@ -169,7 +170,9 @@ class SessionTable:
             self._store.drop_tail(name)
             raise self._stale(request.session, request.incarnation)
         receipts = (receipt, *after)
-        self._sealed[name] = _Sealed(session.incarnation, receipts, session.onward)
+        self._sealed[name] = _Sealed(
+            session.incarnation, opened.round_number, receipts, session.onward
+        )
         del self._open[name]
         self._admission.seal(name)
         return receipts
@@ -211,12 +214,19 @@ class SessionTable:
             if known is not None and known.onward is not None:
                 known.onward.abandon()
 
-    def release(self, round_number: int) -> None:
-        """Delete this round's and earlier sessions, and forget every sealed one."""
+    def release(self, round_number: int, ended: Iterable[str] = ()) -> None:
+        """Delete this round's and earlier sessions, and those that ended later.
+
+        A sealed one of a later round stays known: it may be asked to seal again.
+        """
         for name, session in list(self._open.items()):
             if session.opened.round_number <= round_number:
                 self.forget(name)
-        self._sealed.clear()
+        for name, sealed in list(self._sealed.items()):
+            if sealed.round_number <= round_number:
+                self._sealed.pop(name, None)
+        for name in ended:
+            self.forget(name)
 
     def close(self) -> None:
         """Delete all sessions."""

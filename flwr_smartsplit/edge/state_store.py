@@ -33,6 +33,7 @@ class StateStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._writing: set[Path] = set()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def held_bytes(self, *, without: str = "") -> int:
@@ -45,7 +46,8 @@ class StateStore:
     ) -> None:
         """Write a variant's state under its digest; a held ``rest`` has other names."""
         about = {_REST: rest, _VARIANT: "" if variant == WHOLE else _text(variant)}
-        _write(self._state_path(digest), state, {k: v for k, v in about.items() if v})
+        kept = {name: text for name, text in about.items() if text}
+        self._write(self._state_path(digest), state, kept)
 
     def variant_of(self, digest: str) -> Variant:
         """Say what a held state is the state of."""
@@ -94,7 +96,7 @@ class StateStore:
         """Write a sealed tail; return its digest."""
         digest = state_digest(state)
         about = {_ROUND: str(round_number), _SESSION: session}
-        _write(self._tail_path(session), state, about)
+        self._write(self._tail_path(session), state, about)
         return digest
 
     def read_tails(self, entries: Iterable[Entry]) -> Iterator[tuple[State, int]]:
@@ -148,12 +150,24 @@ class StateStore:
         }
 
     def release(self, round_number: int, *keep_digests: str) -> None:
-        """Delete the tails of this and earlier rounds, and all states but these."""
+        """Delete the tails of this and earlier rounds, and all states but these.
+
+        A file that another thread is writing stays.
+        """
         find, kept = self._folder.glob, set(map(self._state_path, keep_digests))
         tails = [path for path in find(f"*{_TAIL}") if _round_of(path) <= round_number]
         states = [path for path in find(f"*{_STATE}") if path not in kept]
-        for path in (*tails, *find(f"*{_UNFINISHED}"), *states):
+        left = set(find(f"*{_UNFINISHED}")) - self._writing
+        for path in (*tails, *left, *states):
             path.unlink(missing_ok=True)
+
+    def _write(self, path: Path, state: State, about: Mapping[str, str]) -> None:
+        unfinished = path.with_suffix(_UNFINISHED)
+        self._writing.add(unfinished)
+        try:
+            _write(path, unfinished, state, about)
+        finally:
+            self._writing.discard(unfinished)
 
     def _state_path(self, digest: str) -> Path:
         return self._folder / f"{_file_name(digest)}{_STATE}"
@@ -211,13 +225,14 @@ def _about(path: Path) -> Mapping[str, str]:
         return {}
 
 
-def _write(path: Path, state: State, about: Mapping[str, str] | None = None) -> None:
+def _write(
+    path: Path, unfinished: Path, state: State, about: Mapping[str, str]
+) -> None:
     """Write a file whole or not at all."""
-    unfinished = path.with_suffix(_UNFINISHED)
     # safetensors writes an array's memory in order, whatever its strides.
     arrays = {n: np.require(a, requirements=["C"]) for n, a in state.items()}
     try:
-        save_file(arrays, unfinished, metadata=dict(about or {}))
+        save_file(arrays, unfinished, metadata=dict(about))
     except SafetensorError as error:
         raise OSError(f"{unfinished.name} cannot be written: {error}") from error
     unfinished.replace(path)

@@ -49,6 +49,7 @@ class SplitStrategy(Generic[StrategyT]):
 
     _api: ClassVar[Api]
     _take_step: ClassVar[Callable[..., Any]]
+    _num_states = 2  # That edges may have to hold at once
 
     def __init__(  # noqa: PLR0913 - what can be chosen, one by one
         self,
@@ -105,7 +106,13 @@ class SplitStrategy(Generic[StrategyT]):
         has_step = has_server_step(self.strategy, self._api)
         take_step = partial(self._take_step, self.strategy) if has_step else None
         task, edges, settings = self._given
-        self._central = CentralManager(task, edges, settings, take_step=take_step)
+        self._central = CentralManager(
+            task,
+            edges,
+            settings,
+            take_step=take_step,
+            num_states=self._num_states,
+        )
         steps = enumerate(self._central.server_steps)
         objects: dict[str, object] = {
             f"server_steps[{index}]": step for index, step in steps

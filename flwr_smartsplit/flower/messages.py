@@ -34,9 +34,16 @@ _log = getLogger("flwr")
 
 
 def written(
-    dispatch: Dispatch, arrays: ArrayRecord, config: Mapping[str, Any]
+    dispatch: Dispatch,
+    arrays: ArrayRecord,
+    config: Mapping[str, Any],
+    *,
+    ttl: float | None = None,
 ) -> list[Message]:
-    """Write each chosen client's message: its segments' state, and its plan."""
+    """Write each chosen client's message: its segments' state, and its plan.
+
+    After ``ttl`` seconds, Flower drops it; by default, when Flower does.
+    """
     kind = MessageType.TRAIN if dispatch.is_train else MessageType.EVALUATE
     messages = []
     parts: dict[Variant, dict[str, Array]] = {}  # Of arrays, each cut once
@@ -58,7 +65,9 @@ def written(
             is_train=dispatch.is_train,
         )
         dispatch.sent_bytes[key] = record_bytes(content)
-        message = Message(content, message_type=kind, dst_node_id=member.node_id)
+        message = Message(
+            content, message_type=kind, dst_node_id=member.node_id, ttl=ttl
+        )
         dispatch.messages[key] = message.metadata
         messages.append(message)
     return messages

@@ -1,10 +1,7 @@
 """SmartSplit: the central manager as a Flower Message-API strategy."""
 
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from logging import INFO, getLogger
-from typing import Any
 
 from flwr.app import (
     ArrayRecord,
@@ -14,11 +11,10 @@ from flwr.app import (
     MetricRecord,
 )
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from flwr_smartsplit.errors import SmartSplitError
 from flwr_smartsplit.flower import messages
-from flwr_smartsplit.flower.base_strategy import SplitStrategy
 from flwr_smartsplit.flower.inner_strategy import (
     MESSAGE_API,
     message_config,
@@ -27,21 +23,17 @@ from flwr_smartsplit.flower.inner_strategy import (
     sample_size,
     without_fedavgs_log,
 )
-from flwr_smartsplit.flower.registry import Fleet
-from flwr_smartsplit.flower.rounds.exchange import Dispatch, Phase
+from flwr_smartsplit.flower.message_strategy import MessageStrategy, given
+from flwr_smartsplit.flower.rounds.exchange import Phase
 from flwr_smartsplit.flower.serde.records import (
     from_array_record,
-    message_layout,
     to_array_record,
 )
-from flwr_smartsplit.flower.server_optimizer import message_step
-from flwr_smartsplit.types import ClientReply, Failure
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-_log = getLogger("flwr")
 
 
-class SmartSplit(SplitStrategy[FedAvg], Strategy):
+class SmartSplit(MessageStrategy):
     """Let weak devices train only the front of a model, under a Flower strategy.
 
     Each round it gives every chosen client one of the routes that its memory budget
@@ -101,25 +93,10 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
     via Model Splitting", IEEE TPDS 35(12), 2024, arXiv:2410.11577.
     """
 
-    _api = MESSAGE_API
-    _take_step = staticmethod(message_step)
-
     def _set_up(self, profile_timeout_seconds: float) -> None:
-        keys = self.strategy.arrayrecord_key, self.strategy.configrecord_key
-        layout = message_layout(*keys)
-        self._fleet = Fleet(
-            layout,
-            timeout_seconds=profile_timeout_seconds,
-            compare=self._start.require_same,
-            owners=self._owners,
-        )
+        super()._set_up(profile_timeout_seconds)
         self._arrays = ArrayRecord()
         self._evaluate_fn: EvaluateFn | None = None
-
-    def summary(self) -> None:
-        """Log the strategy's settings in Flower's format."""
-        self._central.summary()
-        self.strategy.summary()
 
     def start(  # noqa: PLR0913, PLR0917 - Flower's signature
         self,
@@ -151,7 +128,7 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         self._evaluate_fn = evaluate_fn
         first = partial(from_array_record, initial_arrays)
         taken_up = self._take_up(
-            num_rounds, first, **{k: _given(c) for k, c in configs.items()}
+            num_rounds, first, **{k: given(c) for k, c in configs.items()}
         )
         if taken_up is not None:
             initial_arrays = to_array_record(taken_up)
@@ -173,10 +150,6 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         if not result.arrays and has_trained:
             raise SmartSplitError(self._central.why_nothing_merged(), result=result)
         return result
-
-    def close(self) -> None:
-        """End the edges; ``start`` does so by itself."""
-        self._central.close()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -289,28 +262,3 @@ class SmartSplit(SplitStrategy[FedAvg], Strategy):
         state = from_array_record(arrays)
         dispatch = self._begin(phase, state, *found, asked=f"{len(nodes)} nodes")
         return messages.written(dispatch, arrays, phase.config)
-
-    def _read(
-        self, dispatch: Dispatch, replies: Iterable[Message]
-    ) -> tuple[list[ClientReply], list[Failure]]:
-        read, failures = messages.read(dispatch, replies, self._central.chain)
-        self._fleet.heard(dispatch, failures)
-        return read, failures
-
-    def _nodes(self, grid: Grid) -> list[int]:
-        """Wait for enough nodes, as FedAvg does."""
-        least = self.strategy.min_available_nodes
-        while len(nodes := list(grid.get_node_ids())) < least:
-            _log.log(
-                INFO,
-                "Waiting for nodes to connect: %d connected (minimum required: %d).",
-                len(nodes),
-                least,
-            )
-            time.sleep(1)
-        return nodes
-
-
-def _given(config: ConfigRecord | None) -> dict[str, Any]:
-    """List what a user's config says; FedAvg adds the round to it."""
-    return {k: v for k, v in (config or {}).items() if k != "server-round"}

@@ -31,10 +31,12 @@ def check_reply(
     Its ``RefusedReply.kind`` is late, duplicate, refused, out_of_memory or edge_failed.
     """
     key = reply.client_key
-    if reply.round_number != round_number:
+    asked = expected[key].round_number if key in expected else None
+    wanted = round_number if asked is None else asked
+    if reply.round_number != wanted:
         raise _refused(
             f"client {key!r} answers round {reply.round_number} in round "
-            f"{round_number}: raise the timeout or give it less work.",
+            f"{wanted}: raise the timeout or give it less work.",
             kind="late",
         )
     if key not in expected:

@@ -87,6 +87,14 @@ class Mixing(Protocol):
         """
 
 
+@runtime_checkable
+class WeighedMixing(Mixing, Protocol):
+    """A mixing by one number, which the journal then has."""
+
+    def weight(self, summary: RoundSummary) -> float:
+        """Return how much the mean counts, from 0 (nothing) to 1 (all)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replace:
     """The mean replaces the state: federated averaging."""

@@ -54,7 +54,9 @@ class _Link:
 class EdgePool:
     """Start edges, send them the states they need, commit at them, and stop them."""
 
-    def __init__(self, edges: Sequence[Edge], task: Task) -> None:
+    def __init__(
+        self, edges: Sequence[Edge], task: Task, *, num_states: int = 2
+    ) -> None:
         if not isinstance(edges, list | tuple):
             raise TypeError(f"edges is {edges!r}; give a tuple, such as (RayEdge(),).")
         names = [edge.name for edge in edges]
@@ -70,10 +72,16 @@ class EdgePool:
         self._edges = {edge.name: edge for edge in edges}
         self._task = task
         self._keys = RunKeys()
+        self._num_states = num_states  # That each may have to hold at once
         self._phase = 0
         self._links: dict[str, _Link] = {}
         self._was_ready = False
         self._past_bytes = 0
+
+    @property
+    def phase(self) -> int:
+        """The phase that was begun last, counted from 1."""
+        return self._phase
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -249,7 +257,11 @@ class EdgePool:
 
         What was signed so far opens nothing any more.
         """
-        release = wire.Release(round_number, keep_digest, keep_rest, phase=self._phase)
+        phase = self._phase
+        self.let_go(wire.Release(round_number, keep_digest, keep_rest, phase=phase))
+
+    def let_go(self, release: wire.Release) -> None:
+        """Have the edges delete what is over; ignore dead edges."""
         for link in self._links.values():
             with suppress(EdgeError):
                 _asked(link, release)
@@ -288,7 +300,8 @@ class EdgePool:
         link = _Link(name, address, transport, access, self._phase)
         self._links[name] = link
         secret = self._edges[name].admin_secret
-        link.offer = _asked(link, self._keys.hello(address, admin=secret))
+        hello = self._keys.hello(address, admin=secret, num_states=self._num_states)
+        link.offer = _asked(link, hello)
         do(link)
 
     def _ask_held(self, link: _Link, digest: str) -> None:

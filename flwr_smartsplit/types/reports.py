@@ -136,6 +136,7 @@ class Expectation:
     tails: Mapping[str, TailExpectation]
     variant: Variant = WHOLE
     regions: Regions = field(default_factory=dict)  # What it has of the global state
+    round_number: int | None = None  # That it must answer; None for the present one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,8 +128,9 @@ class EdgeGate:
         self._is_private = terms.admin_digest is None
         for path in spill_dir.glob(f"*/{_RUN}"):  # Those of an earlier life.
             facts = json.loads(path.read_text("utf-8"))
+            num_states = int(facts.pop("num_states", 2))
             known = {name: bytes.fromhex(text) for name, text in facts.items()}
-            self._take(Run(path.parent.name, **known))
+            self._take(Run(path.parent.name, **known, num_states=num_states))
 
     def handle(self, request: Any) -> Any:
         """Return the reply to a request, or raise an ``EdgeError``."""
@@ -209,7 +210,8 @@ class EdgeGate:
             case wire.HoldState():
                 others = store.held_bytes(without=request.digest)
                 kinds = chain.under(request.variant).kinds_of(request.state)
-                check_state(request, kinds, held_bytes=others)
+                most = held.run.num_states
+                check_state(request, kinds, held_bytes=others, num_states=most)
             case wire.Release():
                 self._end_phase(held, request.phase)
             case wire.EndRun():
@@ -357,6 +359,7 @@ def _remember(run: Run, folder: Path) -> None:
     facts = {
         "public_key": run.public_key.hex(),
         "secret_digest": run.secret_digest.hex(),
+        "num_states": str(run.num_states),
     }
     unfinished = folder / f"{_RUN}.unfinished"
     unfinished.write_text(json.dumps(facts), "utf-8")

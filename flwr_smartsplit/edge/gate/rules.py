@@ -19,7 +19,7 @@ from flwr_smartsplit.split.layout import num_spanned
 from flwr_smartsplit.types import MicroBatch
 
 MAX_WEIGHT = 2**29 - 1  # Up to it, weight times float32 is exact in float64
-MAX_STATES = 2  # That a run holds at once: this round's and the next one's
+MAX_STATES = 1024  # That a run may say it holds at once
 # How much larger than planned a batch, a sequence or an optimizer's state may be:
 # profiles have what is usual, and no session may make an edge hold much more.
 LENIENCY = 16
@@ -165,7 +165,11 @@ def check_commit(request: wire.Commit) -> None:
 
 
 def check_state(
-    request: wire.HoldState, model: Mapping[str, Kind], *, held_bytes: int
+    request: wire.HoldState,
+    model: Mapping[str, Kind],
+    *,
+    held_bytes: int,
+    num_states: int,
 ) -> None:
     """Check that a state is part of the model, and one of the few that a run holds."""
     kinds = {name: kind_of(array) for name, array in request.state.items()}
@@ -177,16 +181,16 @@ def check_state(
     )
     size = sum(array.nbytes for array in request.state.values())
     _refuse_if(
-        held_bytes + size > most_state_bytes(model),
+        held_bytes + size > most_state_bytes(model, num_states),
         f"this run holds {bytes_text(held_bytes)} of states, and {bytes_text(size)} "
-        f"more would be over {MAX_STATES} models: send Release first.",
+        f"more would be over {num_states} models: send Release first.",
     )
 
 
-def most_state_bytes(model: Mapping[str, Kind]) -> int:
-    """Say what the states of one run may take; their names do so, too."""
+def most_state_bytes(model: Mapping[str, Kind], num_states: int = 2) -> int:
+    """Say what so many states may take; their names do so, too."""
     size = sum(map(_kind_bytes, model.values())) + 400 * len(model)
-    return MAX_STATES * size + SPARE_BYTES
+    return num_states * size + SPARE_BYTES
 
 
 def most_move_bytes(arriving: Arriving) -> int:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 
 from flwr_smartsplit.edge import protocol as wire
 from flwr_smartsplit.edge.client import opening_in
+from flwr_smartsplit.edge.gate.rules import MAX_STATES
 from flwr_smartsplit.edge.message_bytes import encode
 from flwr_smartsplit.errors import RefusedRequest
 
@@ -43,13 +44,16 @@ class RunKeys:
         own = sha256(f"{self._root} {address}".encode()).hexdigest()
         return f"{self.run}:{own}"
 
-    def hello(self, address: str, *, admin: str = "") -> wire.Hello:
+    def hello(
+        self, address: str, *, admin: str = "", num_states: int = 2
+    ) -> wire.Hello:
         """Make the request that begins this run at an edge."""
         key = Ed25519PrivateKey.from_private_bytes(self._key).public_key()
         return wire.Hello(
             self.run,
             key.public_bytes_raw(),
             secret_digest(self.access(address)),
+            num_states=num_states,
             access=admin,
         )
 
@@ -68,6 +72,7 @@ class Run:
     name: str
     public_key: bytes
     secret_digest: bytes
+    num_states: int = 2  # That it may hold at once
 
     @classmethod
     def of(cls, hello: wire.Hello) -> Self:
@@ -79,7 +84,12 @@ class Run:
                 f"run {hello.run!r:.40} with a key and a digest of {sizes} bytes: a "
                 "name has 32 digits from 0 to f, and both have 32 bytes."
             )
-        return cls(hello.run, hello.public_key, hello.secret_digest)
+        if not 1 <= hello.num_states <= MAX_STATES:
+            raise RefusedRequest(
+                f"run {hello.run} wants to hold {hello.num_states} states at once, and "
+                f"an edge holds 1 to {MAX_STATES}: lower clients_at_once."
+            )
+        return cls(hello.run, hello.public_key, hello.secret_digest, hello.num_states)
 
     def is_access(self, access: str) -> bool:
         """Say whether this is the secret of the run's strategy."""

@@ -6,6 +6,7 @@ from logging import ERROR, INFO, WARNING, getLogger
 
 from flwr_smartsplit.flower.journal.journal import Journal
 from flwr_smartsplit.flower.journal.rows import (
+    Row,
     client_rows,
     failure_row,
     round_row,
@@ -30,6 +31,8 @@ class RoundLog:
         self._edge_bytes = 0
         self._sitting_out: dict[str, str] = {}
         self._unread: set[str] = set()
+        self.round_of: Callable[[int], int] | None = None
+        """Says in which of Flower's rounds a merge is, if they are not the same."""
 
     def warn_of_unread(self, config: Mapping[str, object]) -> None:
         """Warn once of config entries that nothing reads."""
@@ -69,7 +72,7 @@ class RoundLog:
                 phase=phase,
                 is_unfit=key in plan.unfit,
             )
-            self._journal.write(row)
+            self._write(row)
 
     def write_failures(
         self, failures: list[Failure], round_number: int, *, phase: str
@@ -78,7 +81,7 @@ class RoundLog:
         self.failures += failures
         for failure in failures:
             _log.log(WARNING, "\t> %s: %s", failure.client_key, failure.cause)
-            self._journal.write(failure_row(failure, round_number, phase))
+            self._write(failure_row(failure, round_number, phase))
 
     def write_unmerged(self, round_number: int, causes: Sequence[str]) -> None:
         """Log that a round of training changed nothing, and why."""
@@ -112,7 +115,7 @@ class RoundLog:
             key, kind = failure.client_key, failure.kind
             _log.log(WARNING, "\t> Client %s %s: %s", key, kind, failure.cause)
         for row in client_rows(dispatch, accepted, failures):
-            self._journal.write(row)
+            self._write(row)
         now = self._clock()
         row = round_row(
             dispatch,
@@ -122,8 +125,16 @@ class RoundLog:
             seconds=now - dispatch.started_seconds,
             aggregation_seconds=now - received_seconds,
         )
-        self._journal.write({**shown, **row})
+        self._write({**shown, **row})
         self._edge_bytes = edge_bytes_so_far
+
+    def _write(self, row: Row) -> None:
+        """Write a row; of an asynchronous run, with the merge and Flower's round."""
+        if self.round_of is not None:
+            merge = row["round"]
+            assert isinstance(merge, int)
+            row = {**row, "round": self.round_of(merge), "merge": merge}
+        self._journal.write(row)
 
 
 def most_common(causes: Sequence[str]) -> str:

@@ -76,6 +76,7 @@ def round_row(
     reports = [reply.report for reply in accepted.values()]
     reports += [failure.report for failure in failures if failure.report is not None]
     boundaries = sum(report.sent_bytes + report.received_bytes for report in reports)
+    more: Row = {"weight": dispatch.weight, "at_seconds": dispatch.at_seconds}
     return {
         "kind": "round" if dispatch.is_train else "evaluation_round",
         "round": dispatch.round_number,
@@ -85,6 +86,7 @@ def round_row(
         "comm_bytes_total": messages + boundaries + edge_state_bytes,
         "round_wall_clock_sec": seconds,
         "server_aggregation_time_sec": aggregation_seconds,
+        **{name: value for name, value in more.items() if value is not None},
     }
 
 
@@ -103,6 +105,11 @@ def _row(dispatch: Dispatch, key: str, report: StepReport | None) -> Row:
             "bytes_up": dispatch.received_bytes.get(key, 0),
             **_unusual(sent.plan),
         }
+        if key in dispatch.staleness:
+            row |= {
+                "version": sent.plan.round_number - 1,
+                "staleness": dispatch.staleness[key],
+            }
         if dispatch.is_train:
             row["predicted_peak_bytes"] = sent.assignment.option.peak_bytes
             row["predicted_seconds"] = sent.assignment.option.seconds

@@ -101,6 +101,11 @@ class Dispatch:
     started_seconds: float
     version: int = 0  # of the global state that was sent: the round, if synchronous
     digest: str = ""  # under which the edges hold that state
+    rest: str = ""  # and its frozen part, if there is one
+    edge_phase: int = 0  # of the edges, in which its openings were signed
+    staleness: Mapping[str, int] = field(default_factory=dict)  # of a joined phase
+    weight: float | None = None  # of its mean, if a mixing says so
+    at_seconds: float | None = None  # since an asynchronous run began
     config: Mapping[str, Any] = field(default_factory=dict)  # of the round
     # Of all clients there, chosen or not; None where a client does not share them
     label_counts: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
@@ -121,6 +126,31 @@ class Dispatch:
             sent = replace(sent, plan=replace(sent.plan, opening=plan.opening))
         self.sent[sent.plan.client_key] = sent
 
+    def of_client(self, key: str) -> "Dispatch":
+        """Return what one client is asked; it can be joined with other phases'."""
+        return replace(
+            self,
+            contacts={key: self.contacts[key]},
+            messages={key: self.messages[key]},
+            sent={key: self.sent[key]},
+            sent_bytes={key: self.sent_bytes[key]},
+            received_bytes={},
+        )
+
+    def oldest(self, accepted: Iterable[str], *, newest: int) -> int:
+        """Count the states that are newer than the oldest one of these clients."""
+        if self.staleness:
+            return max((self.staleness[key] for key in accepted), default=0)
+        return newest - self.version
+
+    def ended_sessions(self, chain: Chain) -> tuple[str, ...]:
+        """Name all that its clients may have opened at edges."""
+        return tuple(
+            sent.plan.session(leg.place)
+            for sent in self.sent.values()
+            for leg in sent.plan.route.edge_legs(len(chain.under(sent.plan.variant)))
+        )
+
     def expectations(
         self, chain: Chain, replies: Sequence[ClientReply] = ()
     ) -> dict[str, Expectation]:
@@ -136,6 +166,7 @@ class Dispatch:
                 tails=_tails(sent.plan, chain.under(sent.plan.variant)),
                 variant=sent.plan.variant,
                 regions=sent.regions,
+                round_number=sent.plan.round_number,
             )
             for key, sent in ended.items()
         }
@@ -180,6 +211,32 @@ def _tails(plan: ClientPlan, chain: Chain) -> dict[str, TailExpectation]:
         )
         for leg in plan.route.edge_legs(len(chain))
     }
+
+
+def joined(parts: Sequence[Dispatch], *, round_number: int, like: Dispatch) -> Dispatch:
+    """Join clients that began with different states into one phase to settle.
+
+    ``like`` is the phase that was begun last; ``round_number`` counts merges.
+    """
+    made = replace(
+        like,
+        round_number=round_number,
+        version=min((each.version for each in parts), default=round_number),
+        started_seconds=min(
+            (each.started_seconds for each in parts), default=like.started_seconds
+        ),
+        staleness={k: round_number - each.version for each in parts for k in each.sent},
+        weight=None,
+        contacts={},
+        messages={},
+        sent={},
+        sent_bytes={},
+        received_bytes={},
+    )
+    for each in parts:
+        for name in ("contacts", "messages", "sent", "sent_bytes", "received_bytes"):
+            getattr(made, name).update(getattr(each, name))
+    return made
 
 
 def device_names(plan: ClientPlan, chain: Chain) -> tuple[str, ...]:

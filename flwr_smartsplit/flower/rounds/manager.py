@@ -29,9 +29,9 @@ from flwr_smartsplit.flower.rounds.exchange import (
 )
 from flwr_smartsplit.flower.rounds.observations import (
     client_outcomes,
-    cohort_in,
     observed,
 )
+from flwr_smartsplit.flower.rounds.outstanding import Outstanding
 from flwr_smartsplit.flower.rounds.planner import PhasePlanner
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.flower.server_optimizer import ServerOptimizer, TakeStep
@@ -52,6 +52,7 @@ from flwr_smartsplit.server.aggregation import (
     RoundStart,
     RoundSummary,
     Settled,
+    WeighedMixing,
     cut_steps,
     next_state,
     prepare,
@@ -70,7 +71,6 @@ from flwr_smartsplit.types import (
     Assignment,
     ClientPlan,
     ClientReply,
-    Cohort,
     DeviceProfile,
     Failure,
     RoundPlan,
@@ -85,7 +85,8 @@ _log = getLogger("flwr")
 class CentralManager:
     """Give each chosen client its route, and merge the replies.
 
-    ``take_step`` is the inner strategy's server step, if it has one.
+    ``take_step`` is the inner strategy's server step, if it has one; ``num_states`` is
+    how many global states edges may have to hold at once.
     """
 
     def __init__(
@@ -95,11 +96,12 @@ class CentralManager:
         settings: Settings,
         *,
         take_step: TakeStep | None = None,
+        num_states: int = 2,
     ) -> None:
         self.task = task
         self.settings = settings
         self.chain = build_chain(task, anew=True)
-        self.edges = EdgePool(edges, task)
+        self.edges = EdgePool(edges, task, num_states=num_states)
         journal = Journal(settings.journal, settings.on_row)
         self.rounds = RoundLog(journal, settings.planning.clock)
         self.round_plans: list[RoundPlan] = []
@@ -115,7 +117,7 @@ class CentralManager:
             step = ServerOptimizer(take_step, self.chain.parameter_names)
             self.server_steps = (step, *settings.server_steps)
         self.shapes: dict[str, Shapes] = {}  # Of the longest examples, by client
-        self._outstanding: dict[tuple[int, bool], Dispatch] = {}
+        self.outstanding = Outstanding()
         self.has_merged = False
         self._newest = 0
         self._state: State = {}
@@ -145,6 +147,11 @@ class CentralManager:
             seed=self.settings.seed,
         )
 
+    @property
+    def state(self) -> State:
+        """The newest global state."""
+        return self._state
+
     def summary(self) -> None:
         """Log the settings in Flower's format."""
         _log.log(INFO, "\t├──> Splitting:")
@@ -153,7 +160,7 @@ class CentralManager:
 
     def close(self) -> None:
         """End the edges; drop outstanding phases."""
-        self._outstanding.clear()
+        self.outstanding.clear()
         self.edges.stop()
 
     def begin(
@@ -170,10 +177,13 @@ class CentralManager:
             self._newest = phase.round_number
         clients = self._with_shapes(self.planner.begun(phase, clients))
         plan, addresses = self._planned(phase, clients)
+        dispatch.edge_phase = self.edges.phase
         if self.task.schedule_fn is None:
             self.rounds.warn_of_unread(phase.config)
         self.rounds.write_plan(plan, clients, is_train=phase.is_train)
-        cohort = self._cohort(phase, plan, clients, tuple(addresses))
+        cohort = self.planner.cohort(
+            phase, plan, clients, self.history, edges=tuple(addresses)
+        )
         for assignment in plan.assignments:
             key = assignment.client_key
             client_plan = self.planner.client_plan(
@@ -190,9 +200,7 @@ class CentralManager:
             )
             sent = self._sent_to(clients[key], client_plan, assignment)
             dispatch.add(self._without_kept(sent), clients[key], self.edges)
-        # Flower's legacy server does not aggregate a phase without clients.
-        waiting = {k: d for k, d in self._outstanding.items() if d.sent}
-        self._outstanding = {**waiting, (dispatch.version, phase.is_train): dispatch}
+        self.outstanding.add(dispatch)
         return dispatch
 
     def _sent_to(
@@ -222,7 +230,7 @@ class CentralManager:
 
     def take(self, version: int, *, is_train: bool) -> Dispatch | None:
         """Return an outstanding phase and forget it; None if there is none."""
-        return self._outstanding.pop((version, is_train), None)
+        return self.outstanding.take(version, is_train=is_train)
 
     def settle(
         self,
@@ -263,13 +271,15 @@ class CentralManager:
         state, settings = settled.state, self.settings
         summary = RoundSummary(
             round_number=dispatch.round_number,
-            staleness=self._newest - dispatch.version,
+            staleness=dispatch.oldest(settled.accepted, newest=self._newest),
             reports={key: reply.report for key, reply in settled.accepted.items()},
             failures=tuple(failures),
             config=dispatch.config,
             label_counts=dispatch.label_counts,
         )
         if state is not None:
+            if isinstance(settings.mixing, WeighedMixing):
+                dispatch.weight = settings.mixing.weight(summary)
             state = next_state(
                 self._state,
                 state,
@@ -357,6 +367,7 @@ class CentralManager:
             version=phase.round_number,
             digest=self._sent.digest,
             proxies=self.proxies,
+            rest=self._sent.rest,
             config=config_values(phase.config),
             label_counts={k: c.traits.label_counts for k, c in clients.items()},
         )
@@ -442,10 +453,13 @@ class CentralManager:
         failures: list[Failure],
         received_seconds: float,
     ) -> None:
-        """Let edges drop old states unless a phase is outstanding; log the phase."""
-        if not any(each.sent for each in self._outstanding.values()):
-            newest = max(self._newest, dispatch.round_number)
-            self.edges.release(newest, self._sent.digest, self._sent.rest)
+        """Let edges drop what no outstanding client needs; log the phase."""
+        newest, phase = self._newest, self.edges.phase
+        self.edges.let_go(
+            self.outstanding.over(
+                dispatch, self._sent, newest=newest, phase=phase, chain=self.chain
+            )
+        )
         rule = self.settings.planning.variants
         self.rounds.write_phase(
             dispatch,
@@ -479,22 +493,3 @@ class CentralManager:
         if phase.is_train:
             self.round_plans.append(plan)
         return plan, addresses
-
-    def _cohort(
-        self,
-        phase: Phase,
-        plan: RoundPlan,
-        clients: Mapping[str, DeviceProfile],
-        edges: Sequence[str],
-    ) -> Cohort | None:
-        """Return what edges compare clients with; None without an advisor."""
-        advisor = self.settings.planning.advisor
-        if advisor is None or not phase.is_train:
-            return None
-        return cohort_in(
-            advisor,
-            plan.assignments,
-            clients,
-            self.history,
-            edges=self.edges.profiles(edges),
-        )

@@ -9,6 +9,7 @@ from typing import Any
 from flwr_smartsplit.errors import InvalidTask
 from flwr_smartsplit.flower.planning import WHOLE_MODEL, Settings
 from flwr_smartsplit.flower.rounds.exchange import Phase
+from flwr_smartsplit.flower.rounds.observations import cohort_in
 from flwr_smartsplit.flower.serde.records import config_values
 from flwr_smartsplit.plan.evaluation import evaluating, forward_only
 from flwr_smartsplit.plan.rounds import Offers, Routing, plan_round
@@ -30,6 +31,7 @@ from flwr_smartsplit.types import (
     BatchKind,
     ChainProfile,
     ClientPlan,
+    Cohort,
     DeviceProfile,
     Failure,
     RoundPlan,
@@ -155,6 +157,22 @@ class PhasePlanner:
             profile = self._profile(device.batch_kind, variant=variant)
             self._whole_work[kind] = work_of(profile, Route.whole())
         return round_seconds(self._whole_work[kind], device)
+
+    def cohort(
+        self,
+        phase: Phase,
+        plan: RoundPlan,
+        clients: Mapping[str, DeviceProfile],
+        history: History,
+        *,
+        edges: Sequence[str],
+    ) -> Cohort | None:
+        """Return what edges compare clients with; None without an advisor."""
+        advisor = self._settings.planning.advisor
+        if advisor is None or not phase.is_train:
+            return None
+        profiles = self._edges.profiles(edges)
+        return cohort_in(advisor, plan.assignments, clients, history, edges=profiles)
 
     def client_plan(
         self,
