@@ -16,7 +16,7 @@ ROW_FACTS = frozenset(
     num_steps num_threads loss loss_rms seconds bytes_down bytes_up
     edge_bytes_up edge_bytes_down edge_bytes_raw_up edge_bytes_raw_down moves replans
     released recompute variant step_flops edge_step_flops codecs accumulate
-    metric_examples""".split()
+    metric_examples merge version staleness""".split()
 )
 """The keys of a client's row in the journal; all others are the task's metrics."""
 
