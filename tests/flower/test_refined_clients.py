@@ -13,7 +13,6 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from flwr_smartsplit import RecomputePlan, Route, SmartSplitNumPyClient
-from flwr_smartsplit.flower.rounds.manager import CentralManager
 from flwr_smartsplit.flower.rounds.planner import PhasePlanner
 from flwr_smartsplit.types import ClientPlan, Cohort
 from tests.flower.apps import make_client
@@ -67,7 +66,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cohort], None]:
     def compare(cohort: Cohort) -> None:
         for_all = SimpleNamespace(for_steps=lambda _: cohort)
         monkeypatch.setattr(PhasePlanner, "client_plan", planned)
-        monkeypatch.setattr(CentralManager, "_cohort", lambda *_: for_all)
+        monkeypatch.setattr(PhasePlanner, "cohort", lambda *_, **__: for_all)
 
     return compare
 

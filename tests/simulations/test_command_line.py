@@ -43,7 +43,10 @@ def call(*arguments):
     ("arguments", "words"),
     [
         (["nope"], "suite 'nope' is unknown: choose one of quickstart"),
-        (["quickstart", "--data", "nope"], "choose one of digits, fashion_mnist"),
+        (
+            ["quickstart", "--data", "nope"],
+            "choose one of digits, digits_mixed",
+        ),
         (["quickstart", "--data", "nowhere.npz"], "cannot be read"),
         (["quickstart", "--model", "nope"], "choose small, gated or torchvision:NAME"),
         (["quickstart", "--model", "torchvision:nope"], "no classification model"),

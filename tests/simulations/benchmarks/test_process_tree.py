@@ -28,7 +28,7 @@ def test_a_childs_time_counts() -> None:
     with child(BUSY) as process:
         assert process.stdout
         assert process.stdout.readline() == "done\n"
-        assert process_tree.cpu_seconds() - before >= 0.3
+        assert process_tree.cpu_seconds() - before > 0.2  # Of 0.3, in ticks
         assert process_tree.child_pid("a_named_child") == process.pid
         assert process_tree.child_pid("no such child") is None
 

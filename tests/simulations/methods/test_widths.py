@@ -13,11 +13,12 @@ from simulations.experiments.models import digits_network
 from simulations.methods.drop_weak import DROP_WEAK
 from simulations.methods.widths import (
     ALLSMALL,
-    BY_WIDTH,
     FEDROLEX,
     HETEROFL_WIDTHS,
 )
 from tests.simulations.in_process import EXPERIMENT, run_here
+
+BY_MEMORY = HETEROFL_WIDTHS, FEDROLEX, ALLSMALL  # The others go by time.
 
 
 def budget_of(rate: float) -> int:
@@ -28,7 +29,7 @@ def budget_of(rate: float) -> int:
     return predicted_peak_bytes(profile, Route.whole())
 
 
-@pytest.mark.parametrize("method", BY_WIDTH, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", BY_MEMORY, ids=lambda method: method.name)
 def test_where_nobody_is_weak_it_is_federated_averaging(method, tmp_path):
     """Bit for bit; another seed is seen."""
     truth, other = (run_here(DROP_WEAK, tmp_path, seed=seed).after for seed in (0, 1))
